@@ -1,0 +1,14 @@
+"""How routed rows go through experts. Torch only; knows nothing of heads, layers or processes.
+
+Shape suffixes, here and in mhmoe_ray.model:
+
+    N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
+    K  experts per row (top-k)                     E  experts held here
+    R  routed rows, N * K                          F  hidden width of an expert
+"""
+
+from mhmoe_kernels.permute import RoutePlan, combine, permute, plan_routes
+from mhmoe_kernels.seam import BACKENDS, run_experts
+from mhmoe_kernels.weights import ExpertWeights
+
+__all__ = ["BACKENDS", "ExpertWeights", "RoutePlan", "combine", "permute", "plan_routes", "run_experts"]

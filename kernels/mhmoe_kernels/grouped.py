@@ -1,0 +1,32 @@
+"""Sort routes by expert, run each expert once on its contiguous rows, un-sort. The default on CPU and GPU."""
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels.permute import combine, permute, plan_routes
+from mhmoe_kernels.weights import ExpertWeights, swiglu
+
+
+def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """See `mhmoe_kernels.run_experts`."""
+    plan = plan_routes(expert_NK, weights.gate_EFD.shape[0])
+    out_RD = run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights)
+    return combine(out_RD, gate_NK, plan)
+
+
+def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
+    """Rows sorted by expert through their experts.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        weights: len(counts) experts.
+    """
+    # unbind, not indexing: its backward stacks the E gradients once instead of adding E full-size tensors.
+    experts = zip(*(w.unbind(0) for w in weights), strict=True)
+    # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
+    # between ranks runs backward here too.
+    used = [
+        (rows, e) for rows, e, n in zip(torch.split(x_RD, counts), experts, counts, strict=True) if n or not len(x_RD)
+    ]
+    return torch.cat([swiglu(rows, *e) for rows, e in used])

@@ -1,0 +1,3 @@
+"""Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Everything a user can get wrong, or a cluster can do to them, as one tree of exceptions.
+
+    MhmoeError
+    ├── SpecError          exit 3   a spec file or an override is wrong
+    ├── DataError          exit 4   text, shards or a tokenizer are missing or damaged
+    ├── ClusterError       exit 5   Ray cannot be started or reached
+    │   └── TokenError     exit 6   Ray was reached and refused the token
+    ├── RunError           exit 7   there is no such run, or its state forbids the request
+    ├── CheckpointError    exit 8   no checkpoint, or none that is whole
+    ├── JobError           exit 9   a job ran and failed
+    └── ServeError         exit 10  a deployment failed
+
+Exit code 2 is the command line's own (unknown option), 1 an error of ours. Errors that are not in this tree are bugs
+and keep their traceback.
+"""
+
+
+class MhmoeError(Exception):
+    """One line for the user: what happened, why, and what to do.
+
+    Args:
+        what: the thing that failed, with its name ("spec jobs/a.yaml").
+        why: the reason, as a clause.
+        fix: what the user can do next, as a clause.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what, why, fix)
+        self.what, self.why, self.fix = what, why, fix
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.what}: {self.why}; {self.fix}".split())
+
+
+class SpecError(MhmoeError):
+    exit_code = 3
+
+
+class DataError(MhmoeError):
+    exit_code = 4
+
+
+class ClusterError(MhmoeError):
+    exit_code = 5
+
+
+class TokenError(ClusterError):
+    exit_code = 6
+
+
+class RunError(MhmoeError):
+    exit_code = 7
+
+
+class CheckpointError(MhmoeError):
+    exit_code = 8
+
+
+class JobError(MhmoeError):
+    exit_code = 9
+
+
+class ServeError(MhmoeError):
+    exit_code = 10

@@ -1,0 +1,48 @@
+"""What happened to a run, in order. The state of a run is a function of these lines."""
+
+import time
+from typing import Any, Literal
+
+from mhmoe_ray.runs import jsonl
+from mhmoe_ray.runs.layout import RunDir
+
+Kind = Literal[
+    "submitted",  # attempt, job, address
+    "preparing",  # folder
+    "started",  # attempt, group, step, world, workers: [{rank, pid, host, node, dp, ep}]
+    "checkpoint",  # step, name
+    "skipped_checkpoint",  # name, reason
+    "finished",  # step
+    "stopped",  # step
+    "failed",  # reason
+]
+State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed"]
+
+_STATE_AFTER: dict[str, State] = {
+    "submitted": "submitted",
+    "preparing": "preparing",
+    "started": "running",
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+}
+
+
+def record(run: RunDir, kind: Kind, **fields: Any) -> None:
+    jsonl.append(run.events_file, {"time": time.time(), "event": kind, **fields})
+
+
+def events(run: RunDir) -> list[dict[str, Any]]:
+    return list(jsonl.read(run.events_file))
+
+
+def state(happened: list[dict[str, Any]]) -> State:
+    """The state after these events."""
+    current: State = "submitted"
+    for event in happened:
+        current = _STATE_AFTER.get(event["event"], current)
+    return current
+
+
+def is_over(current: State) -> bool:
+    return current in ("finished", "stopped", "failed")

@@ -1,0 +1,105 @@
+"""Where things lie in a run directory, and how runs are made and found."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.spec import RunSpec, dump_spec, load_spec
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def routing(self) -> Path:
+        return self.path / "routing"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def ray(self) -> Path:
+        return self.path / "ray"
+
+    def spec(self) -> RunSpec:
+        return load_spec(self.spec_file)
+
+    def write_spec(self, spec: RunSpec) -> None:
+        self.spec_file.write_text(dump_spec(spec), encoding="utf-8")
+
+
+def create_run(spec: RunSpec) -> RunDir:
+    """Make a new run directory, readable by its owner only, with a name that no other run has.
+
+    Raises:
+        SpecError: the storage folder cannot be written.
+    """
+    try:
+        spec.storage.mkdir(parents=True, exist_ok=True)
+        run = RunDir(spec.storage / f"{spec.name}-{secrets.token_hex(3)}")
+        run.path.mkdir(mode=0o700)
+        run.checkpoints.mkdir()
+        run.routing.mkdir()
+        run.write_spec(spec)
+    except FileExistsError:
+        return create_run(spec)
+    except OSError as e:
+        raise SpecError(f"storage {spec.storage}", e.strerror or str(e), "set storage to a folder you can write") from e
+    return run
+
+
+def list_runs(storage: Path) -> list[RunDir]:
+    """Runs below `storage`, oldest first."""
+    found = [RunDir(p.parent) for p in storage.glob("*/run.json")]
+    return sorted(found, key=lambda run: run.state_file.stat().st_ctime_ns)
+
+
+def find_run(name: str | None, storage: Path) -> RunDir:
+    """The run of this id, unique prefix of an id, or path; without a name the newest one.
+
+    Raises:
+        RunError: there is none, or the prefix fits several.
+    """
+    if name is not None and RunDir(Path(name)).state_file.is_file():
+        return RunDir(Path(name).resolve())
+    runs = list_runs(storage)
+    if name is None:
+        if not runs:
+            raise RunError(f"storage {storage}", "it holds no run yet", "start one: mhmoe submit jobs/quickstart.yaml")
+        return runs[-1]
+    fitting = [r for r in runs if r.id == name] or [r for r in runs if r.id.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    why = f"it fits {', '.join(r.id for r in fitting)}" if fitting else f"there is no such run in {storage}"
+    raise RunError(f"run {name}", why, "see `mhmoe list`, or name another folder with --storage")

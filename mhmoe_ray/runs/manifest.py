@@ -1,0 +1,117 @@
+"""A checkpoint's manifest: written last, its presence is the commit.
+
+    checkpoints/step_00000200.3/      step 200, written by the third worker group of the run
+      weights/*.safetensors           what serving needs
+      optim/*.safetensors             AdamW's two moments
+      manifest.json                   what follows, as JSON
+
+A directory is never written twice: torch's reader takes every *.safetensors it finds, so files of two saves in one
+folder load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import write_json
+from mhmoe_ray.spec import ModelSpec
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Tokens predicted so far."""
+    position: int
+    """Samples read so far: the place in the stream where training goes on."""
+    seed: int
+    world: int
+    ep: int
+    """Workers and expert parallelism that wrote it; any other may load it."""
+    model: ModelSpec
+    seq_len: int
+    tokenizer_sha256: str
+    files: dict[str, FileEntry]
+    """By path below the checkpoint."""
+
+
+def checkpoint_name(step: int, group: int) -> str:
+    return f"step_{step:08d}.{group}"
+
+
+def describe_file(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def commit(checkpoint: Path, manifest: Manifest) -> None:
+    """Make the checkpoint count."""
+    write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a whole checkpoint, after checking names, sizes and hashes of all its files.
+
+    Raises:
+        CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
+    """
+    fix = "use another checkpoint of the run"
+    try:
+        manifest = Manifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", fix) from e
+    except (ValueError, ValidationError) as e:
+        raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", fix) from e
+    problem = next(_problems(checkpoint, manifest), None)
+    if problem:
+        raise CheckpointError(f"checkpoint {checkpoint}", problem, fix)
+    return manifest
+
+
+def _problems(checkpoint: Path, manifest: Manifest) -> Iterator[str]:
+    present = {str(p.relative_to(checkpoint)) for p in checkpoint.glob("*/*")}
+    yield from (f"{name} is missing" for name in sorted(manifest.files.keys() - present))
+    yield from (f"{name} does not belong to it" for name in sorted(present - manifest.files.keys()))
+    for name, expected in manifest.files.items():
+        size = (checkpoint / name).stat().st_size
+        if size != expected.size:
+            yield f"{name} has {size} bytes, not {expected.size}"
+        elif describe_file(checkpoint / name).sha256 != expected.sha256:
+            yield f"{name} does not have the hash it was written with"
+
+
+def newest_checkpoint(run: RunDir) -> tuple[Path, Manifest, list[CheckpointError]] | None:
+    """The newest whole checkpoint of a run and what was wrong with newer ones; None if there is none.
+
+    A directory without a manifest was never committed; it is passed over without a word.
+    """
+    skipped: list[CheckpointError] = []
+    committed = [p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")]
+    for checkpoint in sorted(committed, key=_age_key, reverse=True):
+        try:
+            return checkpoint, read_manifest(checkpoint), skipped
+        except CheckpointError as e:
+            skipped.append(e)
+    if skipped:
+        raise skipped[0]
+    return None
+
+
+def _age_key(checkpoint: Path) -> tuple[int, int]:
+    step, _, group = checkpoint.name.removeprefix("step_").partition(".")
+    return int(step), int(group)

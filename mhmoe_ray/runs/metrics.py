@@ -1,0 +1,35 @@
+"""Names of the metrics and the history of a run. Every other part takes the names from here."""
+
+from typing import Any
+
+from mhmoe_ray.runs import jsonl
+from mhmoe_ray.runs.layout import RunDir
+
+STEP = "step"
+GROUP = "group"  # which start of the worker group wrote the line, from 1
+TIME = "time"
+LOSS = "loss"  # nats per token, mean over the step
+BALANCE = "balance"  # balance loss per layer; 1 is uniform
+GRAD_NORM = "grad_norm"  # before clipping
+LR = "lr"
+TOKENS = "tokens"  # predicted so far
+TOKENS_PER_S = "tokens_per_s"
+DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited for the stream
+STREAM = "stream"  # digest of the step's samples, in order
+LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
+VAL_LOSS = "val_loss"  # nats per token
+VAL_TOKENS = "val_tokens"
+
+
+def append(run: RunDir, line: dict[str, Any]) -> None:
+    jsonl.append(run.metrics_file, line)
+
+
+def history(run: RunDir) -> list[dict[str, Any]]:
+    """One line per step, in order: the effective history, where a restart has taken the place of what it repeated."""
+    lines: list[dict[str, Any]] = []
+    for line in jsonl.read(run.metrics_file):
+        while lines and lines[-1][STEP] >= line[STEP]:
+            lines.pop()
+        lines.append(line)
+    return lines

@@ -1,0 +1,41 @@
+"""run.json: which cluster and job belong to each attempt (a submit or a resume) of a run."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mhmoe_ray.runs.layout import RunDir
+
+
+@dataclass(frozen=True)
+class Attempt:
+    job: str
+    """Ray's submission id."""
+    address: str
+    """The cluster's dashboard, http(s)."""
+    submitted: float = field(default_factory=time.time)
+
+
+def read_attempts(run: RunDir) -> list[Attempt]:
+    if not run.state_file.exists():
+        return []
+    return [Attempt(**a) for a in json.loads(run.state_file.read_text())["attempts"]]
+
+
+def add_attempt(run: RunDir, attempt: Attempt) -> int:
+    """Record an attempt; returns its number, from 1."""
+    attempts = [*read_attempts(run), attempt]
+    write_json(run.state_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
+    return len(attempts)
+
+
+def write_json(path: "os.PathLike[str]", value: dict[str, Any]) -> None:
+    """Replace a file in one step: a reader sees the old one or the new one, also after a crash."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as f:  # noqa: PTH123 - `path` may be any path-like
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)  # noqa: PTH105

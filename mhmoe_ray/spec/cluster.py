@@ -1,0 +1,32 @@
+"""The `cluster` section: how many workers, what each gets, and how experts are spread over them."""
+
+from typing import Any, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from mhmoe_ray.spec.base import Section
+
+
+class ClusterSpec(Section):
+    workers: PositiveInt = 1
+    ep: PositiveInt = 1
+    """Expert parallelism: ranks that share one set of experts. workers = dp x ep."""
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    max_failures: NonNegativeInt = 3
+    """Times a failed or killed worker group is started again from the last checkpoint."""
+    shared_filesystem: bool = False
+    """Paths of this spec mean the same files on the machine of the command line and on every node."""
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    """Ray runtime environment of the job on a cluster that is not local (for example `pip`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.workers % self.ep:
+            raise ValueError(f"workers ({self.workers}) must be a multiple of ep ({self.ep})")
+        return self
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the experts."""
+        return self.workers // self.ep

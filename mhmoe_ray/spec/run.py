@@ -1,0 +1,62 @@
+"""The whole spec. A run is described by it and by nothing else."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.cluster import ClusterSpec
+from mhmoe_ray.spec.data import DataSpec
+from mhmoe_ray.spec.model import ModelSpec
+from mhmoe_ray.spec.serve import ServeSpec
+from mhmoe_ray.spec.train import TrainSpec
+
+
+class RunSpec(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    """Lower-case letters, digits and dashes; each submission gets a suffix of its own."""
+    storage: Path = Path("runs")
+    """Folder that holds run directories."""
+    seed: NonNegativeInt = 0
+    """Seeds the initial weights and the order of the data."""
+    model: ModelSpec
+    data: DataSpec
+    train: TrainSpec
+    cluster: ClusterSpec = ClusterSpec()
+    serve: ServeSpec = ServeSpec()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        moe, workers = self.model.moe, self.cluster.workers
+        if self.cluster.ep > 1 and moe is None:
+            raise ValueError(f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread")
+        if moe is not None and moe.experts % self.cluster.ep:
+            raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
+        if self.train.micro_batches % workers:
+            raise ValueError(
+                f"train.micro_batches ({self.train.micro_batches}) must be a multiple of cluster.workers ({workers}), "
+                "so that every worker gets equally many"
+            )
+        return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """M x b sequences."""
+        return self.train.micro_batches * self.train.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """M x b x T predicted tokens."""
+        return self.samples_per_step * self.data.seq_len
+
+    def with_absolute_paths(self, base: Path) -> Self:
+        """The same spec with its relative paths taken from `base` (the directory the command was called in)."""
+        data = self.data
+        sources = {n: s.model_copy(update={"path": base / s.path}) for n, s in data.sources.items()}
+        update = {
+            "sources": sources,
+            "prepared": base / data.prepared,
+            "tokenizer": base / data.tokenizer if data.tokenizer else None,
+        }
+        return self.model_copy(update={"storage": base / self.storage, "data": data.model_copy(update=update)})

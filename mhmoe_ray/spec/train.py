@@ -1,0 +1,35 @@
+"""The `train` section: the optimizer, its schedule, and how often to validate and to save."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mhmoe_ray.spec.base import Section
+
+
+class TrainSpec(Section):
+    steps: PositiveInt
+    micro_batches: PositiveInt
+    """M: micro-batches in one optimizer step, over all workers. The global batch never depends on the workers."""
+    micro_batch_size: PositiveInt
+    """b: sequences in one micro-batch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast for matrix products; weights, router and loss stay float32."""
+    lr: PositiveFloat = 6e-4
+    min_lr: float = Field(default=3e-5, ge=0)
+    warmup_steps: NonNegativeInt = 375
+    """Linear warm-up from 0; then a linear decay to min_lr at the last step."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """For matrices only; norms and biases do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-6
+    clip_norm: PositiveFloat = 2.0
+    """Upper bound of the global gradient norm, over all ranks and experts."""
+    validate_every: PositiveInt = 100
+    checkpoint_every: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
