@@ -23,10 +23,9 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         weights: len(counts) experts.
     """
     # unbind, not indexing: its backward stacks the E gradients once instead of adding E full-size tensors.
-    experts = zip(*(w.unbind(0) for w in weights), strict=True)
+    experts = list(zip(*(w.unbind(0) for w in weights), strict=True))
+    parts = torch.split(x_RD, counts)
     # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
     # between ranks runs backward here too.
-    used = [
-        (rows, e) for rows, e, n in zip(torch.split(x_RD, counts), experts, counts, strict=True) if n or not len(x_RD)
-    ]
-    return torch.cat([swiglu(rows, *e) for rows, e in used])
+    used = [e for e, count in enumerate(counts) if count] or [0]
+    return torch.cat([swiglu(parts[e], *experts[e]) for e in used])

@@ -9,7 +9,8 @@ from mhmoe_ray.runs.layout import RunDir
 Kind = Literal[
     "submitted",  # attempt, job, address
     "preparing",  # folder
-    "started",  # attempt, group, step, world, workers: [{rank, pid, host, node, dp, ep}]
+    "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
+    "started",  # group, step, dp, ep, straddling_groups, workers: [{rank, pid, host, node}]
     "checkpoint",  # step, name
     "skipped_checkpoint",  # name, reason
     "finished",  # step

@@ -1,0 +1,209 @@
+"""Raw text to packed shards as two Ray Data passes: tokenise file by file, then pack domain by domain.
+
+The result depends on the files and the settings only, never on how many tasks ran at once. It appears under its name in
+one rename, when it is whole.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import ray
+import ray.data
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.baselines import baselines
+from mhmoe_ray.data.manifest import (
+    Baselines,
+    DataManifest,
+    Domain,
+    Shard,
+    check_recipe,
+    read_data_manifest,
+    recipe,
+)
+from mhmoe_ray.data.pack import pack, pack_validation
+from mhmoe_ray.data.raw import BadLine, RawFile, find_files, is_validation, read_documents
+from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, file_sha256, load_tokenizer, train_tokenizer
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs.state import write_json
+from mhmoe_ray.spec import RunSpec
+
+DOCUMENTS_PER_CALL = 64
+BASELINE_TOKENS = 20_000_000
+
+
+def prepare(spec: RunSpec) -> DataManifest:
+    """The prepared folder of a spec, made if it is missing. Needs a running Ray.
+
+    Raises:
+        DataError: sources are missing, more lines are bad than allowed, or the folder was made with other settings.
+    """
+    folder = spec.data.prepared
+    manifest = read_data_manifest(folder)
+    if manifest is None:
+        partial_folder = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:6]}")
+        partial_folder.mkdir(parents=True)
+        try:
+            manifest = _prepare_into(partial_folder, spec)
+            partial_folder.rename(folder)
+        finally:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+    check_recipe(folder, manifest, spec)
+    return manifest
+
+
+def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    files = find_files(spec.data)
+    _make_tokenizer(folder, files, spec)
+    token_bytes = token_bytes_for(spec.model.vocab_size)
+    parts = folder / "parts"
+    parts.mkdir()
+    rows = [{"number": i, "domain": f.domain, "path": f.path} for i, f in enumerate(files)]
+    tokenise = partial(
+        _tokenise_file,
+        parts=parts,
+        tokenizer=folder / "tokenizer.json",
+        fraction=spec.data.validation_fraction,
+        max_bad=spec.data.max_bad_lines,
+        token_bytes=token_bytes,
+    )
+    done = sorted(
+        ray.data.from_items(rows, override_num_blocks=len(rows)).map(tokenise).take_all(), key=lambda r: r["number"]
+    )
+    bad = [BadLine(*line) for row in done for line in json.loads(row["bad"])]
+    _check_bad_lines(bad, spec)
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(line._asdict()) + "\n" for line in bad))
+
+    by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in done:
+        by_domain[row["domain"]].append(row)
+    pack_one = partial(_pack_domain, folder=folder, seq_len=spec.data.seq_len, token_bytes=token_bytes)
+    items = [{"domain": d, "numbers": [r["number"] for r in rows]} for d, rows in by_domain.items()]
+    packed = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_one).take_all()
+    domains = {}
+    for row in sorted(packed, key=lambda r: r["domain"]):
+        counts = {key: sum(r[key] for r in by_domain[row["domain"]]) for key in ("documents", "validation_documents")}
+        domains[row["domain"]] = Domain(**counts, **json.loads(row["packed"]))
+        print(f"prepared {row['domain']}: {counts['documents']} documents, {domains[row['domain']].tokens} tokens")
+
+    validation, figures, predicted = ray.get(
+        ray.remote(_finish_validation).options(num_cpus=1).remote(folder, sorted(domains), domains, spec)
+    )
+    shutil.rmtree(parts)
+    manifest = DataManifest(
+        recipe=recipe(spec),
+        seq_len=spec.data.seq_len,
+        token_bytes=token_bytes,
+        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+        domains=domains,
+        validation=validation,
+        validation_tokens=predicted,
+        baselines=figures,
+        bad_lines=len(bad),
+    )
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
+    given, vocab_size = spec.data.tokenizer, spec.model.vocab_size
+    if given is not None:
+        load_tokenizer(given, vocab_size)
+        shutil.copyfile(given, folder / "tokenizer.json")
+        return
+    train = ray.remote(train_tokenizer).options(num_cpus=1)
+    tokenizer: Tokenizer = ray.get(train.remote(files, vocab_size, spec.data.tokenizer_train_mb))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _tokenise_file(
+    row: dict[str, Any], *, parts: Path, tokenizer: Path, fraction: float, max_bad: int, token_bytes: int
+) -> dict[str, Any]:
+    """One raw file to two raw token streams, training and held out."""
+    encoder = Tokenizer.from_file(str(tokenizer))
+    end = encoder.token_to_id(END_OF_TEXT)
+    documents = [0, 0]
+    bad: list[BadLine] = []
+
+    def texts() -> Iterator[str]:
+        for text in read_documents(row["path"]):
+            if isinstance(text, str):
+                yield text
+            else:
+                bad.append(text)
+                if len(bad) > max_bad:
+                    return
+
+    streams = [_part(parts, row["number"], kind) for kind in ("train", "validation")]
+    with streams[0].open("wb") as train, streams[1].open("wb") as validation:
+        readable = texts()
+        while batch := list(islice(readable, DOCUMENTS_PER_CALL)):
+            for text, encoding in zip(batch, encoder.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+                held_out = is_validation(text, fraction)
+                documents[held_out] += 1
+                out = validation if held_out else train
+                out.write(np.asarray([end, *encoding.ids], token_dtype(token_bytes)).tobytes())
+    return {
+        "number": row["number"],
+        "domain": row["domain"],
+        "documents": documents[0],
+        "validation_documents": documents[1],
+        "bad": json.dumps(bad),
+    }
+
+
+def _part(parts: Path, number: int, kind: str) -> Path:
+    return parts / f"{number:06d}.{kind}"
+
+
+def _check_bad_lines(bad: list[BadLine], spec: RunSpec) -> None:
+    allowed = spec.data.max_bad_lines
+    if len(bad) > allowed:
+        first = bad[0]
+        why = f"{first.reason} ({len(bad)} unreadable so far, data.max_bad_lines is {allowed})"
+        raise DataError(f"{first.path} line {first.line}", why, "mend or remove the line, or raise data.max_bad_lines")
+
+
+def _pack_domain(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int) -> dict[str, Any]:
+    parts = folder / "parts"
+    numbers = [int(n) for n in row["numbers"]]
+    writer = ShardWriter(folder, f"train/{row['domain']}", seq_len, token_bytes)
+    packed = pack([_part(parts, n, "train") for n in numbers], writer, seq_len, token_bytes)
+    held_out = pack_validation([_part(parts, n, "validation") for n in numbers], seq_len, token_bytes)
+    np.save(parts / f"{row['domain'].replace('/', '.')}.npy", held_out)
+    fields = packed._asdict() | {"shards": [s.model_dump() for s in packed.shards]}
+    return {"domain": row["domain"], "packed": json.dumps(fields)}
+
+
+def _finish_validation(
+    folder: Path, names: list[str], domains: dict[str, Domain], spec: RunSpec
+) -> tuple[list[Shard], Baselines, int]:
+    """Choose the validation samples evenly from all held-out ones, write them, and count the baselines."""
+    token_bytes, vocab_size = token_bytes_for(spec.model.vocab_size), spec.model.vocab_size
+    every = np.concatenate([np.load(folder / "parts" / f"{name.replace('/', '.')}.npy") for name in names])
+    if not len(every):
+        fix = "raise data.validation_fraction or add documents"
+        raise DataError("validation", "no document fell into the held-out share", fix)
+    chosen = every[np.unique(np.linspace(0, len(every) - 1, spec.data.validation_samples).round().astype(int))]
+    writer = ShardWriter(folder, "validation", spec.data.seq_len, token_bytes)
+    writer.write(chosen)
+    part = min(1.0, BASELINE_TOKENS / sum(domain.tokens for domain in domains.values()))
+    counted = []
+    for name in names:
+        if domains[name].samples:
+            reader = ShardReader(folder, domains[name].shards, token_bytes)
+            counted.append(reader.read(np.arange(ceil(part * len(reader)))))
+    padding = padding_token(token_bytes)
+    figures = baselines(np.concatenate(counted), chosen, vocab_size, padding)
+    return writer.close(), figures, int((chosen[:, 1:] != padding).sum())

@@ -1,0 +1,97 @@
+"""Training samples as a Ray Dataset in the order of order.py, and the fixed validation micro-batches.
+
+Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. This holds for Ray's
+`streaming_split(equal=True)` when blocks have exactly b rows and order is preserved; every row carries its position, so
+that a worker can tell at once if it did not.
+"""
+
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+
+from mhmoe_ray.data.manifest import DataManifest, read_data_manifest
+from mhmoe_ray.data.mixture import training_order
+from mhmoe_ray.data.order import Order
+from mhmoe_ray.data.shards import Samples, ShardReader, padding_token
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec, RunSpec
+
+MICRO_BATCHES_PER_TASK = 32
+
+
+def training_stream(spec: RunSpec, start: int) -> ray.data.Dataset:
+    """Samples `start` .. steps * M * b - 1 in blocks of one micro-batch.
+
+    Columns: `position` int64, `tokens` (T + 1) unsigned integers. Read it with `preserve_order`.
+    """
+    rows = spec.train.steps * spec.samples_per_step - start
+    b = spec.train.micro_batch_size
+    tasks = max(1, -(-rows // (MICRO_BATCHES_PER_TASK * b)))
+    read = partial(_read_positions, data=spec.data, seed=spec.seed, start=start)
+    positions = ray.data.range(rows, override_num_blocks=tasks)
+    stream = positions.map_batches(read, batch_size=None).repartition(target_num_rows_per_block=b, strict=True)
+    stream.context.enable_progress_bars = False  # they would fill the job's log
+    return stream
+
+
+def _read_positions(batch: dict[str, np.ndarray], *, data: DataSpec, seed: int, start: int) -> dict[str, Any]:
+    position = batch["id"] + start
+    return {"position": position, "tokens": TrainingSamples.open(data, seed).read(position)}
+
+
+class TrainingSamples:
+    """Any training sample by its position."""
+
+    def __init__(self, data: DataSpec, seed: int) -> None:
+        manifest = require_manifest(data.prepared)
+        names, self._order = training_order(data, manifest, seed)
+        self._readers = [ShardReader(data.prepared, manifest.domains[n].shards, manifest.token_bytes) for n in names]
+        self._dtype = np.dtype(f"u{manifest.token_bytes}")
+
+    @staticmethod
+    def open(data: DataSpec, seed: int) -> "TrainingSamples":
+        """Kept open within a process, since tasks come back for the next positions."""
+        return _open(data.model_dump_json(), seed)
+
+    @property
+    def order(self) -> Order:
+        return self._order
+
+    def read(self, position: np.ndarray) -> np.ndarray:
+        """(positions, T + 1) token ids, unsigned."""
+        domain, sample = self._order(position)
+        rows: np.ndarray | None = None
+        for d in np.unique(domain):
+            wanted = domain == d
+            tokens = self._readers[d].read(sample[wanted])
+            if rows is None:
+                rows = np.empty((len(position), tokens.shape[1]), self._dtype)
+            rows[wanted] = tokens
+        assert rows is not None
+        return rows
+
+
+@lru_cache(maxsize=2)
+def _open(data_json: str, seed: int) -> TrainingSamples:
+    return TrainingSamples(DataSpec.model_validate_json(data_json), seed)
+
+
+def require_manifest(folder: Path) -> DataManifest:
+    """Raises:
+    DataError: the folder is not prepared.
+    """
+    manifest = read_data_manifest(folder)
+    if manifest is None:
+        raise DataError(f"prepared data {folder}", "it is not there", "run: mhmoe data prepare SPEC")
+    return manifest
+
+
+def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
+    """All held-out samples (samples, T + 1), padding as token 0; and the targets that count, a mask (samples, T)."""
+    reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
+    tokens = reader.read(np.arange(len(reader)))
+    real = tokens != padding_token(manifest.token_bytes)
+    return np.where(real, tokens, 0), real[:, 1:]

@@ -1,0 +1,69 @@
+"""The tokenizer: a given tokenizer.json, or a byte-level BPE trained on the sources.
+
+Rule of documents: each one is preceded by <|endoftext|>, in training and in prompts alike, so the token says "a new
+document begins" and, for a text being generated, "this one is over".
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mhmoe_ray.data.raw import BadLine, RawFile, read_documents
+from mhmoe_ray.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(files: Iterable[RawFile], vocab_size: int, budget_mb: float) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries, from at most `budget_mb` MB of text, an even part a domain."""
+    by_domain: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_domain[file.domain].append(file.path)
+    each = int(budget_mb * 1e6 / len(by_domain))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((t for paths in by_domain.values() for t in _texts(paths, each)), trainer)
+    return tokenizer
+
+
+def _texts(paths: list[str], characters: int) -> Iterable[str]:
+    for path in paths:
+        for text in read_documents(path):
+            if isinstance(text, BadLine):
+                continue  # counted where it matters, when the file is tokenised
+            yield text[:characters]
+            characters -= len(text)
+            if characters <= 0:
+                return
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer.json that fits a model of `vocab_size` rows.
+
+    Raises:
+        DataError: it cannot be read, has more entries than the model, or lacks the end-of-text token.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], "set data.tokenizer to a tokenizer.json") from e
+    size = tokenizer.get_vocab_size()
+    if size > vocab_size:
+        raise DataError(f"tokenizer {path}", f"it has {size} entries", f"raise model.vocab_size ({vocab_size})")
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise DataError(f"tokenizer {path}", f"it has no token {END_OF_TEXT}", "add it as a special token")
+    return tokenizer
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,116 @@
+"""The job of a run: prepare what is missing, start Ray Train's workers, and say in the run directory how it ended.
+
+Run by Ray Jobs as `python -m mhmoe_ray.train.driver RUN_DIR`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from mhmoe_ray.data.prepare import prepare
+from mhmoe_ray.data.shards import verify_shards
+from mhmoe_ray.data.stream import training_stream
+from mhmoe_ray.errors import JobError, MhmoeError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import newest_checkpoint
+from mhmoe_ray.runs.state import read_attempts
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.worker import train_worker
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]))
+    try:
+        ray.init()
+        drive(run)
+    except MhmoeError as e:
+        events.record(run, "failed", reason=str(e))
+        print(f"error: {e}")
+        sys.exit(e.exit_code)
+    except BaseException as e:
+        events.record(run, "failed", reason=f"{type(e).__name__}: {e}".splitlines()[0])
+        raise
+
+
+def drive(run: RunDir) -> None:
+    """Train a run to its end, from its newest checkpoint if there is one.
+
+    Raises:
+        MhmoeError: data, checkpoint or training failed; the reason of a failed worker is in it.
+    """
+    spec = run.spec()
+    _prepare(run, spec)
+    newest = newest_checkpoint(run)
+    if newest and newest[1].step >= spec.train.steps:
+        events.record(run, "finished", step=newest[1].step)
+        return
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"run": str(run.path)},
+        # A callable: Ray Train calls it at every start of the worker group, so the stream begins where the newest
+        # checkpoint ends. A plain dataset would begin where the job began.
+        datasets={"train": lambda: _stream_from_newest(run, spec)},
+        dataset_config=ray.train.DataConfig(
+            execution_options=ray.data.ExecutionOptions(preserve_order=True),
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=spec.cluster.workers,
+            use_gpu=spec.cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(spec),
+        ),
+        run_config=ray.train.RunConfig(
+            # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
+            name=f"{run.id}-{len(read_attempts(run))}",
+            storage_path=str(run.ray),
+            failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        raise _explain(run, e) from e
+
+
+def _prepare(run: RunDir, spec: RunSpec) -> None:
+    folder = spec.data.prepared
+    if not folder.exists():
+        events.record(run, "preparing", folder=str(folder))
+    manifest = prepare(spec)
+    verify_shards(folder, manifest)
+    shutil.copyfile(folder / "tokenizer.json", run.tokenizer_file)
+    figures = manifest.baselines.model_dump()
+    events.record(run, "prepared", validation_tokens=manifest.validation_tokens, **figures)
+
+
+def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
+    newest = newest_checkpoint(run)
+    return training_stream(spec, newest[1].position if newest else 0)
+
+
+def _resources(spec: RunSpec) -> dict[str, float]:
+    resources = {"CPU": float(spec.cluster.cpus_per_worker)}
+    return resources | ({"GPU": float(spec.cluster.gpus_per_worker)} if spec.cluster.gpus_per_worker else {})
+
+
+def _explain(run: RunDir, error: Exception) -> MhmoeError:
+    """The error of ours inside Ray's, or one line of what is inside."""
+    worker_failures = getattr(error, "worker_failures", {})
+    for rank, failure in worker_failures.items():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, MhmoeError):
+            return cause
+        lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        return JobError(f"worker {rank}", lines[-1].strip(), f"see: mhmoe logs {run.id}")
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return JobError(f"run {run.id}", lines[-1].strip(), f"see: mhmoe logs {run.id}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One optimizer step: M micro-batches over all ranks, one update. Knows nothing of Ray or of files."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mhmoe_ray.model.decoder import Decoder, Output, balance_loss, token_losses
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.dispatch import ExpertParallelDispatch
+from mhmoe_ray.train.gradients import clip_gradients, reduce_expert_gradients, replicate
+from mhmoe_ray.train.mesh import Mesh
+from mhmoe_ray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+
+
+class RankSums(NamedTuple):
+    """What this rank's micro-batches of a step add up to."""
+
+    loss: float
+    """Nats, summed over tokens."""
+    balance: float
+    """Balance loss summed over micro-batches and layers."""
+    count_LE: Tensor
+    """Routes per layer and expert, int64."""
+
+
+class Trainer:
+    """Model, optimizer and mesh of one rank."""
+
+    def __init__(self, spec: RunSpec, mesh: Mesh, device: torch.device) -> None:
+        self.spec, self.mesh, self.device = spec, mesh, device
+        moe = spec.model.moe
+        self.model = Decoder(spec.model, mesh.held(moe.experts) if moe else None)
+        init_weights(self.model, spec.seed)
+        self.model.to(device)
+        if mesh.ep > 1:
+            dispatch = ExpertParallelDispatch(mesh.group("ep"))
+            for layer in self.model.moe_layers():
+                layer.dispatch = dispatch
+        self.replica: nn.Module = replicate(self.model, mesh)
+        self.optimizer = build_optimizer(self.model, spec.train)
+        self.step = 0
+
+    def accumulate(self, batches: Iterable[Tensor]) -> RankSums:
+        """Add the gradients of this rank's micro-batches and make them whole over ranks, unclipped.
+
+        Args:
+            batches: M / world tensors of token ids, (b, T + 1) int64 on the device.
+        """
+        spec, m = self.spec, self.spec.train.micro_batches
+        here = m // self.mesh.world
+        moe = spec.model.moe
+        sums = RankSums(0.0, 0.0, self.zero_counts())
+        for i, token_BT in enumerate(batches, start=1):
+            with self._synchronise_on(i == here):
+                output = self.forward(token_BT[:, :-1])
+                loss_BT = token_losses(output.logits_BTV, token_BT[:, 1:])
+                objective = loss_BT.mean()
+                balance = 0.0
+                if moe:
+                    balance_sum = balance_loss(output.routing)
+                    objective = objective + moe.balance_weight * balance_sum
+                    balance = balance_sum.item()
+                    sums.count_LE.add_(torch.stack([r.count_E for r in output.routing]).cpu())
+                # DDP and `reduce_expert_gradients` divide by the world; the mean wanted is over the step's M.
+                torch.autograd.backward(objective * (self.mesh.world / m))
+            sums = sums._replace(loss=sums.loss + loss_BT.sum().item(), balance=sums.balance + balance)
+        reduce_expert_gradients(self.model, self.mesh)
+        return sums
+
+    def zero_counts(self) -> Tensor:
+        """count_LE without any route."""
+        moe = self.spec.model.moe
+        return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
+
+    def update(self) -> tuple[float, float]:
+        """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
+        self.step += 1
+        norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
+        lr = learning_rate(self.spec.train, self.step)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, lr
+
+    def forward(self, token_BT: Tensor) -> Output:
+        dtype = torch.bfloat16
+        enabled = self.spec.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype, enabled=enabled):
+            output: Output = (self.replica if torch.is_grad_enabled() else self.model)(token_BT)
+        return output
+
+    @torch.no_grad()
+    def validate(self, token_NT: Tensor, counts_NT: Tensor) -> tuple[float, int]:
+        """Mean loss in nats over the held-out tokens, and their number; the same on every rank.
+
+        Args:
+            token_NT: all held-out samples, (N, T + 1); every rank passes the same.
+            counts_NT: which targets count, (N, T) bool.
+        """
+        b, world = self.spec.train.micro_batch_size, self.mesh.world
+        rounds = -(-len(token_NT) // (b * world))
+        missing = rounds * b * world - len(token_NT)
+        # Rows of no weight, so that every rank takes part in every exchange of rows.
+        token_NT = torch.cat([token_NT, token_NT[:1].expand(missing, -1)])
+        counts_NT = torch.cat([counts_NT, counts_NT.new_zeros(missing, counts_NT.shape[1])])
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i in range(rounds):
+            start = (i * world + self.mesh.rank) * b
+            token_BT, weight_BT = token_NT[start : start + b].to(self.device), counts_NT[start : start + b]
+            weight_BT = weight_BT.to(self.device)
+            loss_BT = token_losses(self.forward(token_BT[:, :-1]).logits_BTV, token_BT[:, 1:])
+            total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])
+        if world > 1:
+            dist.all_reduce(total)
+        return float(total[0] / total[1]), int(total[1])
+
+    def _synchronise_on(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, in the backward pass of the last micro-batch."""
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return nullcontext()

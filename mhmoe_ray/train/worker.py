@@ -1,0 +1,200 @@
+"""One rank of a training run: restore, then step, validate and save until done or asked to stop."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.data.stream import require_manifest, validation_samples
+from mhmoe_ray.errors import DataError, JobError
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import Manifest, newest_checkpoint
+from mhmoe_ray.runs.state import write_json
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.digest import combine_digests, sample_digest
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.state import restore, save_checkpoint
+from mhmoe_ray.train.step import RankSums, Trainer
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory."""
+    run = RunDir(Path(config["run"]))
+    Worker(run, run.spec()).train()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process a rank is, for the record and for whoever must find it."""
+
+    rank: int
+    pid: int
+    host: str
+    node: str
+
+
+class Worker:
+    def __init__(self, run: RunDir, spec: RunSpec) -> None:
+        torch.set_num_threads(spec.cluster.cpus_per_worker)  # Ray leaves one thread to a worker, whatever its CPUs
+        self.run, self.spec = run, spec
+        device = ray.train.torch.get_device()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        node = ray.get_runtime_context().get_node_id()
+        places = _gather(Place(rank, os.getpid(), socket.gethostname(), node))
+        mesh = build_mesh(spec.cluster, [p.node for p in places], device.type)
+        self.trainer = Trainer(spec, mesh, device)
+        self.rank = rank
+        self.group, restored = self._agree()
+        if restored:
+            restore(self.trainer, *restored)
+        self.start = self.trainer.step
+        if rank == 0:
+            workers = [vars(p) for p in places]
+            where = {"dp": mesh.dp, "ep": mesh.ep, "straddling_groups": mesh.straddling}
+            events.record(run, "started", group=self.group, step=self.start, workers=workers, **where)
+
+    def train(self) -> None:
+        spec, trainer = self.spec, self.trainer
+        held_out = self._held_out()
+        stream = self._stream()
+        counts_LE = trainer.zero_counts()
+        stop = False
+        while trainer.step < spec.train.steps and not stop:
+            began = time.monotonic()
+            batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world)
+            sums = trainer.accumulate(batches)
+            norm, lr = trainer.update()
+            line, step_counts_LE, stop = self._line(sums, batches, norm, lr, began)
+            counts_LE += step_counts_LE
+            last = trainer.step == spec.train.steps or stop
+            if last or trainer.step % spec.train.validate_every == 0:
+                loss, tokens = trainer.validate(*held_out)
+                line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
+            if self.rank == 0:
+                metrics.append(self.run, line)
+            if last or trainer.step % spec.train.checkpoint_every == 0:
+                self._save(counts_LE)
+                counts_LE.zero_()
+            if metrics.VAL_LOSS in line:
+                ray.train.report(line)
+        if self.rank == 0:
+            events.record(self.run, "stopped" if stop else "finished", step=trainer.step)
+
+    def _agree(self) -> tuple[int, tuple[Path, Manifest] | None]:
+        """The number of this start of the worker group and the checkpoint to go on from, as rank 0 finds them."""
+        found: tuple[int, tuple[Path, Manifest] | None] | None = None
+        if self.rank == 0:
+            group = 1 + sum(e["event"] == "started" for e in events.events(self.run))
+            newest = newest_checkpoint(self.run)
+            for error in newest[2] if newest else []:
+                print(f"warning: {error}")
+                events.record(self.run, "skipped_checkpoint", name=error.what, reason=error.why)
+            found = group, newest[:2] if newest else None
+        agreed: tuple[int, tuple[Path, Manifest] | None] = _gather(found)[0]
+        return agreed
+
+    def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, counts = validation_samples(self.spec.data.prepared, require_manifest(self.spec.data.prepared))
+        return torch.from_numpy(tokens), torch.from_numpy(counts)
+
+    def _stream(self) -> Iterator[torch.Tensor]:
+        """This rank's micro-batches; each is checked to be the one that the order says."""
+        spec, world = self.spec, self.trainer.mesh.world
+        b = spec.train.micro_batch_size
+        shard = ray.train.get_dataset_shard("train")
+        first = self.start * spec.samples_per_step + self.rank * b
+        for i, batch in enumerate(shard.iter_batches(batch_size=b, prefetch_batches=4, batch_format="numpy")):
+            expected = first + i * world * b + np.arange(b)
+            if not np.array_equal(batch["position"], expected):
+                why = f"rank {self.rank} got positions from {batch['position'][0]} on, not from {expected[0]} on"
+                raise DataError("training stream", why, "this is a defect; the run can be resumed")
+            yield torch.from_numpy(batch["tokens"].astype(np.int64))
+
+    def _line(
+        self, sums: RankSums, batches: "_Timed", norm: float, lr: float, began: float
+    ) -> tuple[dict[str, Any], torch.Tensor, bool]:
+        """The step's metrics over all ranks, its routes per expert, and whether to stop."""
+        spec, trainer, moe = self.spec, self.trainer, self.spec.model.moe
+        stop = self.rank == 0 and self.run.stop_file.exists()
+        seconds = time.monotonic() - began
+        own = [sums.loss, sums.balance, batches.waited / seconds, stop, *batches.digests, *sums.count_LE.flatten()]
+        every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
+        loss, balance, wait, stops = every[:, 0].sum(), every[:, 1].sum(), every[:, 2].max(), every[:, 3].max()
+        if not torch.isfinite(loss) or norm != norm:
+            why = f"the loss of step {trainer.step} is not a finite number (gradient norm {norm})"
+            raise JobError(f"run {self.run.id}", why, "lower train.lr and resume")
+        digests = every[:, 4 : 4 + len(batches.digests)]
+        count_LE = every[:, 4 + len(batches.digests) :].sum(0).long().view_as(sums.count_LE)
+        seconds = time.monotonic() - began
+        line = {
+            metrics.STEP: trainer.step,
+            metrics.GROUP: self.group,
+            metrics.TIME: time.time(),
+            metrics.LOSS: float(loss) / spec.tokens_per_step,
+            metrics.GRAD_NORM: norm,
+            metrics.LR: lr,
+            metrics.TOKENS: trainer.step * spec.tokens_per_step,
+            metrics.TOKENS_PER_S: spec.tokens_per_step / seconds,
+            metrics.DATA_WAIT: float(wait),
+            # Rank r's j-th micro-batch is number j * world + r of the step.
+            metrics.STREAM: combine_digests(int(d) for d in digests.T.flatten()),
+        }
+        if moe:
+            line[metrics.BALANCE] = float(balance) / spec.train.micro_batches / spec.model.moe_layers
+            share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
+            line[metrics.LEAST_EXPERT] = float(share_LE.min())
+        return line, count_LE, bool(stops)
+
+    def _save(self, count_LE: torch.Tensor) -> None:
+        checkpoint = save_checkpoint(self.run, self.trainer, self.group)
+        if self.rank == 0:
+            counts = {"step": self.trainer.step, "routes_per_layer_and_expert": count_LE.tolist()}
+            write_json(self.run.routing / f"{checkpoint.name}.json", counts)
+            events.record(self.run, "checkpoint", step=self.trainer.step, name=checkpoint.name)
+
+
+class _Timed:
+    """The next `count` micro-batches of a stream, the time spent waiting for them, and a digest of each."""
+
+    def __init__(self, stream: Iterator[torch.Tensor], count: int) -> None:
+        self._stream, self._left = stream, count
+        self.waited = 0.0
+        self.digests: list[int] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self._left:
+            asked = time.monotonic()
+            batch = next(self._stream)
+            self.waited += time.monotonic() - asked
+            self._left -= 1
+            self.digests.append(sample_digest(batch.numpy()))
+            yield batch.to(ray.train.torch.get_device())
+
+
+def _gather(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def _gather_numbers(own: torch.Tensor) -> torch.Tensor:
+    """(world, len(own)), the same on every rank."""
+    if not dist.is_initialized():
+        return own[None]
+    device = ray.train.torch.get_device()
+    every = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own.to(device))
+    return torch.stack(every).cpu()
