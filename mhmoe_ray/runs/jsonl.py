@@ -30,3 +30,22 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+class Tail:
+    """The whole lines that were added to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as f:
+            f.seek(self._offset)
+            while (line := f.readline()).endswith(b"\n"):
+                self._offset += len(line)
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue

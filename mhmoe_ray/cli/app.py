@@ -1,0 +1,59 @@
+"""Wires the verbs. Errors of ours become one line on stderr and an exit code (errors.py); bugs keep their traceback."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mhmoe_ray import __version__
+from mhmoe_ray.cli import cluster, data, listing, logs, plan, resume, serve, status, stop, submit
+from mhmoe_ray.errors import MhmoeError
+
+app = typer.Typer(
+    help="Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mhmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MHMOE_DEBUG"] = "1"
+
+
+app.command("plan")(plan.plan)
+app.command("submit")(submit.submit)
+app.command("status")(status.status)
+app.command("list")(listing.list_)
+app.command("logs")(logs.logs)
+app.command("stop")(stop.stop)
+app.command("resume")(resume.resume)
+app.add_typer(data.app, name="data")
+app.add_typer(serve.app, name="serve")
+app.add_typer(cluster.app, name="cluster")
+
+
+def main() -> None:
+    try:
+        app()
+    except MhmoeError as e:
+        if os.environ.get("MHMOE_DEBUG"):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What verbs share: options, consoles, and how an error is said."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mhmoe_ray.spec import RunSpec
+
+out = Console(highlight=False)
+"""For results."""
+note = Console(stderr=True, highlight=False)
+"""For progress and remarks, so that results can be piped."""
+
+SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
+RunArg = Annotated[str | None, typer.Argument(help="A run's id, the start of one, or its path; the newest by default.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Dashboard of a Ray cluster, http://host:8265; else RAY_API_SERVER_ADDRESS, else a local one."),
+]
+StorageOption = Annotated[
+    Path, typer.Option(help="Folder that holds run directories.", envvar="MHMOE_STORAGE", show_default="runs")
+]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
+STORAGE = Path("runs")
+
+
+def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
+    """The spec with absolute paths, relative ones taken from the current directory."""
+    from mhmoe_ray.spec import load_spec
+
+    return load_spec(path, overrides).with_absolute_paths(Path.cwd())
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, default=str)
+    print()
+
+
+def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
+    """Two columns, name and value; rows without a value are left out."""
+    table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table

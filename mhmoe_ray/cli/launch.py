@@ -1,0 +1,69 @@
+"""Starting an attempt of a run, which `submit` and `resume` share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhmoe_ray.cli.common import note
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.spec import RunSpec
+
+STREAM_CPUS = 4  # logical CPUs beside the workers': without any, workers starve the stream that feeds them
+
+
+def cluster_for(spec: "RunSpec", address: str | None) -> "Connection":
+    """The cluster to run a spec on; a local one is started where none is named.
+
+    Raises:
+        ClusterError: it cannot be reached, or the local one is too small.
+        SpecError: the spec's paths mean nothing there.
+    """
+    from mhmoe_ray.cluster.connect import connect_or_start
+    from mhmoe_ray.cluster.local import find_local
+    from mhmoe_ray.errors import ClusterError, SpecError
+
+    cpus = spec.cluster.workers * spec.cluster.cpus_per_worker + STREAM_CPUS
+    connection = connect_or_start(address, cpus)
+    local = find_local() if connection.local else None
+    if local and local.cpus < cpus:
+        fix = "stop it with `mhmoe cluster down`; the next submit starts one that is large enough"
+        raise ClusterError("local cluster", f"it has {local.cpus} CPUs and the spec needs {cpus}", fix)
+    if not connection.is_local_machine and not spec.cluster.shared_filesystem:
+        why = f"the nodes of {connection.address} cannot be expected to see {spec.storage} of this machine"
+        fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
+        raise SpecError("storage", why, fix)
+    return connection
+
+
+def job_request(run: Path, attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:
+    """What Ray Jobs is asked for; `submit --dry-run` prints it."""
+    from mhmoe_ray.cluster import jobs
+
+    return jobs.request(
+        ["-m", "mhmoe_ray.train.driver", str(run)],
+        f"{run.name}-{attempt}",
+        local=local,
+        runtime_env=spec.cluster.runtime_env,
+        metadata={"mhmoe_run": run.name},
+    )
+
+
+def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
+    """Submit the next attempt and record it."""
+    from mhmoe_ray.cluster import jobs
+    from mhmoe_ray.runs import events
+    from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
+
+    request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
+    job = request["submission_id"]
+    # Recorded first: a job that runs unknown to its run directory could not be found again.
+    number = add_attempt(run, Attempt(job, connection.address))
+    events.record(run, "submitted", attempt=number, job=job, address=connection.address)
+    try:
+        jobs.submit(connection, request)
+    except Exception as e:
+        events.record(run, "failed", reason=f"the job could not be submitted: {e}")
+        raise
+    note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)

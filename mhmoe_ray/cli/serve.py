@@ -1,0 +1,98 @@
+"""`mhmoe serve`: a run's checkpoint behind an OpenAI-compatible API, on Ray Serve."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    AddressOption,
+    JsonOption,
+    RunArg,
+    SetOption,
+    StorageOption,
+    note,
+    out,
+    print_json,
+)
+
+app = typer.Typer(help="Serve a checkpoint.", no_args_is_help=True)
+
+APPLICATION = "mhmoe"
+START_SECONDS = 180.0
+
+
+@app.command()
+def deploy(
+    run: RunArg = None,
+    set_: SetOption = [],  # noqa: B006
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")
+    ] = None,
+    storage: StorageOption = STORAGE,
+    address: AddressOption = None,
+) -> None:
+    """Serve a run's checkpoint, as it lies, in place of the one that is served now. Keys of the serve section may be set."""
+    from mhmoe_ray.cli import launch
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.errors import CheckpointError, SpecError
+    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+    from mhmoe_ray.serve.config import application_config
+    from mhmoe_ray.spec import load_spec, parse_overrides
+
+    for keys, _ in parse_overrides(set_):
+        if keys[0] != "serve":
+            raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
+    found = find_run(run, storage)
+    spec = load_spec(found.spec_file, set_)
+    if checkpoint:
+        path = found.checkpoints / checkpoint
+        read_manifest(path)
+    else:
+        newest = newest_checkpoint(found)
+        if newest is None:
+            raise CheckpointError(f"run {found.id}", "it has no checkpoint yet", "wait for one, or train a run")
+        path = newest[0]
+    connection = launch.cluster_for(spec, address)
+    config = application_config(APPLICATION, path, spec.serve, found.id)
+    serving.deploy(connection, config, spec.serve.host, spec.serve.port)
+    note.print(f"deploying {path.name} of {found.id}")
+    serving.wait_until_running(connection, APPLICATION, START_SECONDS)
+    url = f"http://{spec.serve.host}:{spec.serve.port}"
+    out.print(f"serving {found.id} at {url}/v1/completions", soft_wrap=True)
+    out.print(curl_line(url), soft_wrap=True, markup=False)
+
+
+def curl_line(url: str) -> str:
+    body = '{"prompt": "Fellow citizens", "max_tokens": 32}'
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+@app.command()
+def status(address: AddressOption = None, json: JsonOption = False) -> None:
+    """Show what is served."""
+    from dataclasses import asdict
+
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.cluster.connect import connect
+
+    found = serving.applications(connect(address))
+    if json:
+        print_json([asdict(a) for a in found])
+        return
+    table = Table("application", "status", "url", "message", box=None, pad_edge=False)
+    for a in found:
+        table.add_row(a.name, a.status, a.url, a.message)
+    out.print(table if found else "nothing is served")
+
+
+@app.command()
+def down(address: AddressOption = None) -> None:
+    """Stop serving."""
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.cluster.connect import connect
+
+    serving.remove(connect(address), APPLICATION)
+    out.print("nothing is served any more")

@@ -1,0 +1,109 @@
+"""`mhmoe status`: one run, from its directory and, where it answers, its cluster."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, out, print_json
+
+if TYPE_CHECKING:
+    from mhmoe_ray.runs.layout import RunDir
+
+
+def status(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
+    """Show how a run stands."""
+    from mhmoe_ray.runs.layout import find_run
+
+    found = as_dict(find_run(run, storage))
+    if json:
+        print_json(found)
+    else:
+        out.print(facts(_rows(found), title=f"{found['run']}: {found['state']}"))
+
+
+def as_dict(run: "RunDir") -> dict[str, Any]:
+    """All that `status` shows. `cluster` says whether the cluster confirmed it."""
+    from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.watch import outcome
+    from mhmoe_ray.errors import ClusterError
+    from mhmoe_ray.runs import events, metrics
+    from mhmoe_ray.runs.state import read_attempts
+
+    spec, happened, history = run.spec(), events.events(run), metrics.history(run)
+    state, reason, cluster = events.state(happened), "", "not asked: the run is over"
+    attempts = read_attempts(run)
+    if events.is_over(state):
+        reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
+    elif attempts:
+        try:
+            over = outcome(run, connect(attempts[-1].address))
+            state, reason = over if over else (state, "")
+            cluster = "the job is alive" if over is None else "the job is dead"
+        except ClusterError as e:
+            cluster = str(e)
+    return {
+        "run": run.id,
+        "path": str(run.path),
+        "state": state,
+        "reason": reason if state == "failed" else "",
+        "cluster": cluster,
+        "dashboard": attempts[-1].address if attempts else None,
+        "job": attempts[-1].job if attempts else None,
+        "attempts": len(attempts),
+        "worker_starts": sum(e["event"] == "started" for e in happened),
+        "steps": spec.train.steps,
+        "last": history[-1] if history else None,
+        "validation": next((line for line in reversed(history) if metrics.VAL_LOSS in line), None),
+        "baselines": next((e for e in reversed(happened) if e["event"] == "prepared"), None),
+        "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
+        "checkpoint": next((e for e in reversed(happened) if e["event"] == "checkpoint"), None),
+        "tokens_per_s": _mean_rate(history),
+    }
+
+
+def _mean_rate(history: list[dict[str, Any]]) -> float | None:
+    """Tokens per second over the steps so far; the first step of a worker group, which warms up, is left out."""
+    from mhmoe_ray.runs import metrics
+
+    warm = [b for a, b in zip(history, history[1:], strict=False) if a[metrics.GROUP] == b[metrics.GROUP]]
+    if not warm:
+        return None
+    per_step = warm[0][metrics.TOKENS] / warm[0][metrics.STEP]
+    return float(len(warm) * per_step / sum(per_step / line[metrics.TOKENS_PER_S] for line in warm))
+
+
+def _rows(found: dict[str, Any]) -> dict[str, str | None]:
+    last, validation, base = found["last"], found["validation"], found["baselines"]
+    started, checkpoint, rate = found["started"], found["checkpoint"], found["tokens_per_s"]
+    rows: dict[str, str | None] = {"why": found["reason"]}
+    if last:
+        rows["step"] = f"{last['step']} of {found['steps']}"
+        rows["loss"] = f"{last['loss']:.4f} nats per token"
+    if validation:
+        rows["validation loss"] = f"{validation['val_loss']:.4f} at step {validation['step']}"
+    if base:
+        rows["  to beat"] = (
+            f"{base['unigram_entropy']:.4f} unigram entropy of that text, "
+            f"{base['bigram']:.4f} bigram model of {base['bigram_tokens']:,} training tokens"
+        )
+    if last and "balance" in last:
+        rows["balance"] = (
+            f"{last['balance']:.3f} (1 is uniform); least used expert {last['least_expert']:.2f} of its share"
+        )
+    if rate and last:
+        rows["speed"] = f"{rate:,.0f} tokens/s, waiting for data {last['data_wait']:.1%}"
+        if found["state"] == "running":
+            left = (found["steps"] - last["step"]) * last["tokens"] / last["step"] / rate
+            rows["left"] = f"about {left:,.0f} s"
+    if started:
+        hosts = sorted({w["host"] for w in started["workers"]})
+        rows["workers"] = (
+            f"{len(started['workers'])} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
+            f"; started {found['worker_starts']} times in {found['attempts']} attempts"
+        )
+    if checkpoint:
+        rows["checkpoint"] = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
+    if found["state"] not in ("finished", "stopped", "failed"):
+        rows["cluster"] = found["cluster"]
+    rows["dashboard"] = found["dashboard"]
+    rows["path"] = found["path"]
+    return rows
