@@ -1,0 +1,56 @@
+"""The Ray Serve application: one deployment, one engine in each replica."""
+
+from pathlib import Path
+
+import ray
+import torch
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.runs.manifest import read_manifest
+from mhmoe_ray.serve.config import DEPLOYMENT
+from mhmoe_ray.serve.engine import Engine
+from mhmoe_ray.serve.load import load_run_tokenizer
+from mhmoe_ray.serve.routes import create_app
+
+
+class Args(BaseModel):
+    """The `args` of the application in Serve's configuration; see `mhmoe_ray.serve.config`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: Path
+    model: str
+    """The model's name for clients."""
+    max_tokens: PositiveInt
+    """The most tokens that a request may ask for."""
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class Completions:
+    def __init__(self, args: Args) -> None:
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        torch.set_num_threads(max(1, int(cpus)))
+        self._args, self._engine = args, Engine.from_checkpoint(args.checkpoint)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is constructed."""
+        return create_app(self._engine, self._args.model, self._args.max_tokens)
+
+
+def build(args: Args) -> serve.Application:
+    """What Serve calls, on the cluster, with the `args` of its configuration.
+
+    Raises:
+        RayServeException: the checkpoint cannot be served. Checked here as well as in each replica, because Serve
+            shows this exception as one line and gives up; one from a replica is a traceback after several tries.
+    """
+    try:
+        load_run_tokenizer(args.checkpoint, read_manifest(args.checkpoint))
+    except MhmoeError as e:
+        raise RayServeException(str(e)) from e
+    return Completions.bind(args)  # type: ignore[attr-defined]  # the decorators made it a Deployment

@@ -1,0 +1,46 @@
+"""From a checkpoint directory to a model and its tokenizer, with no step in between."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import Manifest, describe_file, read_manifest
+from mhmoe_ray.runs.tensors import load_tensors
+
+
+def load_model(checkpoint: Path) -> tuple[Decoder, Manifest]:
+    """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
+
+    Returns:
+        The decoder in evaluation mode, float32, without gradients; and the manifest it was built from.
+
+    Raises:
+        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
+    """
+    manifest = read_manifest(checkpoint)
+    model = Decoder(manifest.model).requires_grad_(False).eval()
+    load_tensors(checkpoint / "weights", dict(model.named_parameters()))
+    return model, manifest
+
+
+def load_run_tokenizer(checkpoint: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of the run that the checkpoint lies in.
+
+    Raises:
+        CheckpointError: it is missing, or it is not the one the model was trained with.
+        DataError: it is no tokenizer for a model of this size.
+    """
+    path = RunDir(checkpoint.parent.parent).tokenizer_file
+    what = f"checkpoint {checkpoint}"
+    try:
+        found = describe_file(path).sha256
+    except OSError as e:
+        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror})"
+        raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
+    if found != manifest.tokenizer_sha256:
+        raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
+    return load_tokenizer(path, manifest.model.vocab_size)

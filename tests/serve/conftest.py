@@ -1,0 +1,137 @@
+"""A run directory with a tiny model, written as training writes it: by one process, and by two with spread experts."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from mhmoe_ray.data.tokenizer import END_OF_TEXT
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.tensors import save_tensors
+from mhmoe_ray.serve.engine import Engine
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+SEQ_LEN = 64
+# More rows than the tokenizer has tokens, as when a small corpus gives fewer merges than asked for.
+SPEC = ModelSpec(
+    vocab_size=320, d_model=32, layers=2, attention_heads=4, d_ff=64, moe=MoESpec(heads=2, experts=4, d_expert=16)
+)
+TEXT = ["the quick brown fox jumps over the lazy dog", "ein älterer Jäger größte Übung", "日本語の文章", "🦊🐕🦊🐕"]
+
+
+def build_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer
+
+
+def build_model(held: range | None = None) -> Decoder:
+    model = Decoder(SPEC, held).requires_grad_(False).eval()
+    init_weights(model, seed=7)
+    for p in model.blocks.parameters():
+        # Fresh weights repeat the last token for ever; larger ones give answers in which a wrong token shows.
+        if p.dim() > 1:
+            p.mul_(3)
+    return model
+
+
+def commit_checkpoint(checkpoint: Path, tokenizer: Path, world: int) -> None:
+    files = {str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")}
+    manifest = Manifest(
+        step=1,
+        tokens=64,
+        position=1,
+        seed=7,
+        world=world,
+        ep=world,
+        model=SPEC,
+        seq_len=SEQ_LEN,
+        tokenizer_sha256=describe_file(tokenizer).sha256,
+        files=files,
+    )
+    commit(checkpoint, manifest)
+
+
+def save_alone(run: Path, step: int) -> Path:
+    checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
+    checkpoint.mkdir(parents=True)
+    save_tensors(checkpoint / "weights", dict(build_model().named_parameters()))
+    commit_checkpoint(checkpoint, run / "tokenizer.json", 1)
+    return checkpoint
+
+
+def _save_spread(rank: int, port: int, weights: Path) -> None:
+    """One of two ranks, each with half of the experts."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    half = SPEC.moe.experts // 2
+    tensors = {
+        name: DTensor.from_local(p.detach(), mesh, [Shard(0)]) if ".experts." in name else p.detach()
+        for name, p in build_model(range(rank * half, (rank + 1) * half)).named_parameters()
+    }
+    save_tensors(weights, tensors)
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("tiny-abc123")
+    build_tokenizer().save(str(run / "tokenizer.json"))
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(run_dir) -> Path:
+    return save_alone(run_dir, 1)
+
+
+@pytest.fixture(scope="session")
+def spread_checkpoint(run_dir) -> Path:
+    """The same weights, written by two processes."""
+    checkpoint = run_dir / "checkpoints" / checkpoint_name(2, 1)
+    checkpoint.mkdir(parents=True)
+    mp.spawn(_save_spread, args=(free_port(), checkpoint / "weights"), nprocs=2)
+    commit_checkpoint(checkpoint, run_dir / "tokenizer.json", 2)
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint) -> Engine:
+    return Engine.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(run_dir) -> Tokenizer:
+    return Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # torch says so whenever tensors are read or written by one process, which is what serving does.
+    item.add_marker(pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"))

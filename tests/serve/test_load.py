@@ -1,0 +1,68 @@
+import shutil
+
+import pytest
+import torch
+
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.manifest import read_manifest
+from mhmoe_ray.serve.engine import Engine
+from mhmoe_ray.serve.load import load_model
+
+from .conftest import build_model
+
+
+def test_the_model_is_the_one_that_was_saved(checkpoint):
+    model, _ = load_model(checkpoint)
+    expected = dict(build_model().named_parameters())
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_of_two_expert_parallel_ranks_is_the_same_model(checkpoint, spread_checkpoint):
+    names = {p.name for p in (spread_checkpoint / "weights").iterdir()}
+    assert len(names) == 2, "each rank writes its own slices"
+    alone, spread = (dict(load_model(c)[0].named_parameters()) for c in (checkpoint, spread_checkpoint))
+    for name, tensor in spread.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=0)
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of the run that a test may damage."""
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parent.parent, run)
+    return run / "checkpoints" / checkpoint.name
+
+
+def test_a_damaged_file_is_named(copy):
+    weights = next((copy / "weights").iterdir())
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=weights.name):
+        Engine.from_checkpoint(copy)
+
+
+def test_another_tokenizer_is_refused(copy):
+    tokenizer = copy.parent.parent / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        Engine.from_checkpoint(copy)
+
+
+def test_a_checkpoint_outside_its_run_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "loose" / "step")
+    with pytest.raises(CheckpointError, match="inside its run directory"):
+        Engine.from_checkpoint(tmp_path / "loose" / "step")
+
+
+def test_a_checkpoint_of_another_model_is_refused(copy):
+    manifest = read_manifest(copy)
+    model = manifest.model.model_copy(update={"layers": 4})
+    (copy / "manifest.json").write_text(manifest.model_copy(update={"model": model}).model_dump_json())
+    with pytest.raises(CheckpointError, match="is not in it"):
+        Engine.from_checkpoint(copy)

@@ -1,0 +1,162 @@
+"""The application through a real Ray Serve, deployed by the configuration that the command line sends."""
+
+import json
+import secrets
+import shutil
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from pydantic import PydanticDeprecatedSince20
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from mhmoe_ray.serve.config import application_config, failure_reason
+from mhmoe_ray.serve.sampling import Sampling
+from mhmoe_ray.spec import ServeSpec
+
+from .conftest import SEQ_LEN, free_port
+
+with warnings.catch_warnings():
+    # Ray's own models use what newer releases of pydantic deprecate.
+    warnings.simplefilter("ignore", PydanticDeprecatedSince20)
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+pytestmark = pytest.mark.ray
+
+SPEC = ServeSpec(max_tokens=40)
+
+
+def deploy(applications):
+    """What Serve's REST API does with a PUT; it needs a dashboard, which is slow to start."""
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
+
+
+def details(name):
+    return _get_global_client().get_serve_details()["applications"][name]
+
+
+def wait_until(name, *statuses):
+    while (found := details(name))["status"] not in statuses:
+        assert found["status"] == "DEPLOYING", failure_reason(found)
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray under a token of its own."""
+    # Sockets have short names only; pytest's own folders are too deep for Ray's.
+    temp = Path(tempfile.mkdtemp(prefix="mhmoe-"))
+    (temp / "token").write_text(secrets.token_hex(16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp / "token"))
+        reset_auth_token_state()  # Ray reads both once, when it is imported
+        try:
+            ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp / "ray"))
+            yield
+        finally:
+            ray.shutdown()
+    reset_auth_token_state()
+    shutil.rmtree(temp)
+
+
+@pytest.fixture(scope="module")
+def port(cluster, checkpoint):
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
+    wait_until("tiny", "RUNNING")
+    yield port
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        yield client
+
+
+def complete(client, **body):
+    response = client.post("/v1/completions", json={"prompt": "the quick", "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_the_answer_is_that_of_the_engine(client, engine):
+    ids = engine.encode("the quick")
+    pieces = list(engine.complete(ids, Sampling(20, temperature=0)))
+    answer = complete(client, max_tokens=20, model="tiny-abc123")
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "tiny-abc123"
+    assert answer["choices"] == [
+        {"index": 0, "text": "".join(p.text for p in pieces), "logprobs": None, "finish_reason": "length"}
+    ]
+    assert answer["usage"] == {
+        "prompt_tokens": len(ids),
+        "completion_tokens": 20,
+        "total_tokens": len(ids) + 20,
+    }
+
+
+def test_a_streamed_answer_is_the_same(client):
+    body = {"prompt": "the quick", "temperature": 1.2, "seed": 3, "max_tokens": 30, "echo": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *chunks, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    choices = [json.loads(c)["choices"][0] for c in chunks]
+    assert done == "[DONE]"
+    (plain,) = complete(client, **{**body, "stream": False})["choices"]
+    assert "".join(c["text"] for c in choices) == plain["text"]
+    assert plain["text"].startswith("the quick")
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + [plain["finish_reason"]]
+
+
+def test_requests_at_once_are_answered_as_alone(client):
+    bodies = [{"temperature": 1.5, "seed": seed, "max_tokens": 20} for seed in range(4)]
+    alone = [complete(client, **b)["choices"] for b in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda b: complete(client, **b)["choices"], bodies * 2))
+    assert together == alone * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "says"),
+    [
+        ({"prompt": "the", "presence_penalty": 1}, 400, "presence_penalty", "is not supported"),
+        ({"prompt": "z" * SEQ_LEN}, 400, "prompt", f"prompt and answer together may have {SEQ_LEN}"),
+        ({"prompt": "the", "max_tokens": 41}, 400, "max_tokens", "at most 40"),
+        ({"prompt": "the", "temperature": "x"}, 400, "temperature", "valid number"),
+        ({"prompt": "the", "model": "gpt"}, 404, "model", "no model 'gpt'"),
+        ({}, 400, "prompt", "required"),
+    ],
+)
+def test_errors(client, body, status, param, says):
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+    assert says in response.json()["error"]["message"]
+
+
+def test_models_and_health(client):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("tiny-abc123", SEQ_LEN)
+    assert client.get("/health").status_code == 200
+    assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):
+    missing = checkpoint.with_name("step_00000099.1")
+    good, bad = (application_config(n, c, SPEC, n) for n, c in (("tiny", checkpoint), ("missing", missing)))
+    good["args"]["model"] = "tiny-abc123"
+    deploy([good, {**bad, "route_prefix": "/missing"}])
+    wait_until("missing", "DEPLOY_FAILED")
+    reason = f"checkpoint {missing}: it has no readable manifest.json; use another checkpoint of the run"
+    assert failure_reason(details("missing")) == reason
+    assert client.get("/health").status_code == 200
