@@ -1,6 +1,7 @@
 """`mhmoe list`: all runs of a storage folder."""
 
 import time
+from typing import Any
 
 from rich.table import Table
 
@@ -12,7 +13,7 @@ def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     from mhmoe_ray.runs import events, metrics
     from mhmoe_ray.runs.layout import list_runs
 
-    found = []
+    found: list[dict[str, Any]] = []
     for run in list_runs(storage):
         happened, history = events.events(run), metrics.history(run)
         found.append(

@@ -33,7 +33,7 @@ def deploy(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint, as it lies, in place of the one that is served now. Keys of the serve section may be set."""
+    """Serve a run's checkpoint, as it lies, in place of the one that is served now."""
     from mhmoe_ray.cli import launch
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.errors import CheckpointError, SpecError

@@ -1,6 +1,7 @@
 """`mhmoe status`: one run, from its directory and, where it answers, its cluster."""
 
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, out, print_json
@@ -64,7 +65,7 @@ def _mean_rate(history: list[dict[str, Any]]) -> float | None:
     """Tokens per second over the steps so far; the first step of a worker group, which warms up, is left out."""
     from mhmoe_ray.runs import metrics
 
-    warm = [b for a, b in zip(history, history[1:], strict=False) if a[metrics.GROUP] == b[metrics.GROUP]]
+    warm = [b for a, b in pairwise(history) if a[metrics.GROUP] == b[metrics.GROUP]]
     if not warm:
         return None
     per_step = warm[0][metrics.TOKENS] / warm[0][metrics.STEP]
@@ -86,9 +87,8 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
             f"{base['bigram']:.4f} bigram model of {base['bigram_tokens']:,} training tokens"
         )
     if last and "balance" in last:
-        rows["balance"] = (
-            f"{last['balance']:.3f} (1 is uniform); least used expert {last['least_expert']:.2f} of its share"
-        )
+        least = f"the least used expert has {last['least_expert']:.2f} of its share"
+        rows["balance"] = f"{last['balance']:.3f} (1 is uniform); {least}"
     if rate and last:
         rows["speed"] = f"{rate:,.0f} tokens/s, waiting for data {last['data_wait']:.1%}"
         if found["state"] == "running":

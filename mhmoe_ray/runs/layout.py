@@ -67,13 +67,12 @@ def create_run(spec: RunSpec) -> RunDir:
     """
     try:
         spec.storage.mkdir(parents=True, exist_ok=True)
-        run = RunDir(spec.storage / f"{spec.name}-{secrets.token_hex(3)}")
+        while (run := RunDir(spec.storage / f"{spec.name}-{secrets.token_hex(3)}")).path.exists():
+            pass
         run.path.mkdir(mode=0o700)
         run.checkpoints.mkdir()
         run.routing.mkdir()
         run.write_spec(spec)
-    except FileExistsError:
-        return create_run(spec)
     except OSError as e:
         raise SpecError(f"storage {spec.storage}", e.strerror or str(e), "set storage to a folder you can write") from e
     return run

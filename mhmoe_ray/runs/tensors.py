@@ -4,6 +4,9 @@ Each rank writes one file with its own slices; a reader of any world size assemb
 given: torch's writer stores any other value as a pickle under a .safetensors name.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,7 +26,8 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     _only_tensors(tensors)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
@@ -44,7 +48,16 @@ def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
             why = f"{name} has shape {tuple(there.size)} there and {tuple(tensor.shape)} in the model"
         if why:
             raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
-    load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns a process without a group that it works alone, which is what we asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 def _only_tensors(tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,27 @@
+"""The one Ray cluster that all tests share."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster.local import LocalCluster, start_local, stop_local
+
+_OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.fixture(scope="session")
+def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A local cluster with 8 logical CPUs, in a home of its own that MHMOE_HOME names for the whole session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MHMOE_HOME", str(tmp_path_factory.mktemp("home")))
+        for name in _OF_THE_USER:
+            patch.delenv(name, raising=False)
+        # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        try:
+            yield start_local(8)
+        finally:
+            stop_local()

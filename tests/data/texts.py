@@ -1,0 +1,63 @@
+"""Raw text made by the tests, in RedPajama's layout."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+WORDS = (
+    "the moon rises over a quiet sea and every small boat turns home before night falls on us all"
+).split()
+    "the",
+    "moon",
+    "rises",
+    "over",
+    "a",
+    "quiet",
+    "sea",
+    "and",
+    "every",
+    "small",
+    "boat",
+    "turns",
+    "home",
+    "before",
+    "night",
+    "falls",
+    "on",
+    "us",
+    "all",
+]
+
+
+def documents(name: str, count: int, words: int = 60) -> list[str]:
+    """Different texts of different lengths that depend on the arguments only."""
+    seed = sum(map(ord, name))
+    make = lambda i: " ".join(WORDS[(i * j * 7 + seed + j) % len(WORDS)] for j in range(words + i % 13))  # noqa: E731
+    return [f"{name} {i}: {make(i + 1)}" for i in range(count)]
+
+
+def write_lines(path: Path, lines: list[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.output_stream(str(path)) as out:
+        for line in lines:
+            out.write(line + b"\n")
+
+
+def write_documents(path: Path, texts: list[str]) -> None:
+    write_lines(path, [json.dumps({"text": t, "meta": {"source": "test"}}, ensure_ascii=False).encode() for t in texts])
+
+
+def write_corpus(folder: Path) -> dict[str, list[str]]:
+    """Three domains in all supported file forms; texts by domain."""
+    files = {
+        "a/one.jsonl": documents("a-one", 40),
+        "a/two.jsonl.zst": documents("a-two", 25),
+        "b/three.jsonl.gz": documents("b-three", 30),
+        "c/en_head_0000.json.gz.dedup.classifier.jsonl.zst": documents("c-four", 12),
+    }
+    texts: dict[str, list[str]] = {}
+    for name, made in files.items():
+        write_documents(folder / name, made)
+        texts.setdefault(f"web/{name[0]}", []).extend(made)
+    return texts

@@ -1,0 +1,78 @@
+"""`grouped` against `reference`, which a test of its own holds against the formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_experts
+
+
+def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None):
+    """Random rows, routes and weights; `only` keeps the routes to the first few experts, so that others stay empty."""
+    g = torch.Generator().manual_seed(seed)
+    expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    return make(n, d), expert_NK, make(n, k), ExpertWeights(make(e, f, d), make(e, f, d), make(e, d, f))
+
+
+def outputs_and_gradients(backend, x, expert, gate, weights):
+    y = run_experts(backend, x, expert, gate, weights)
+    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *weights], materialize_grads=True)
+
+
+def test_reference_is_the_formula():
+    x, expert, gate, w = problem(0, n=5, d=4, f=6, e=3, k=2)
+    expected = torch.zeros(5, 4, dtype=torch.float64)
+    for n in range(5):
+        for k in range(2):
+            e = int(expert[n, k])
+            hidden = F.silu(w.gate_EFD[e] @ x[n]) * (w.up_EFD[e] @ x[n])
+            expected[n] += gate[n, k] * (w.down_EDF[e] @ hidden)
+    torch.testing.assert_close(run_experts("reference", x, expert, gate, w), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)  # fmt: skip
+def test_grouped_agrees_with_reference_with_empty_experts_among_them(seed, n, e, data, dtype):
+    only = data.draw(st.integers(1, e), label="experts with rows")
+    k = data.draw(st.integers(1, only), label="k")
+    args = problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, only=only)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4}[dtype]
+    for ours, oracle in zip(
+        outputs_and_gradients("grouped", *args), outputs_and_gradients("reference", *args), strict=True
+    ):
+        assert ours.dtype == oracle.dtype == dtype
+        torch.testing.assert_close(ours, oracle, atol=tolerance, rtol=tolerance)
+
+
+def test_grouped_in_bfloat16_is_near_float32():
+    x, expert, gate, w = problem(3, n=64, d=16, f=32, e=4, k=2, dtype=torch.float32)
+    exact = run_experts("grouped", x, expert, gate, w)
+    rounded = run_experts("grouped", x.bfloat16(), expert, gate, ExpertWeights(*(t.bfloat16() for t in w)))
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.02
+
+
+def test_permute_and_combine_have_the_gradients_of_finite_differences():
+    x, expert, gate, _ = problem(1, n=6, d=3, f=2, e=4, k=2)
+    plan = plan_routes(expert, 4)
+    assert torch.autograd.gradcheck(lambda x: permute(x, plan), [x])
+    out = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda out, gate: combine(out, gate, plan), [out, gate])
+
+
+@pytest.mark.parametrize("n", [0, 1, 17])
+def test_a_plan_sorts_routes_by_expert_and_leads_back(n):
+    expert = torch.rand(n, 5, generator=torch.Generator().manual_seed(n)).topk(3, dim=-1).indices
+    plan = plan_routes(expert, 5)
+    by_slot = torch.empty(n * 3, dtype=torch.int64)
+    by_slot[plan.slot_NK.flatten()] = expert.flatten()
+    assert torch.equal(by_slot, by_slot.sort().values)
+    assert torch.equal(plan.row_R[plan.slot_NK], torch.arange(n)[:, None].expand(n, 3))
+    assert plan.count_E.tolist() == [(expert == e).sum() for e in range(5)]

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+
+def build(heads=2, seed=0, **model):
+    moe = MoESpec(heads=heads, experts=6, top_k=2, d_expert=12)
+    spec = ModelSpec(vocab_size=50, d_model=32, layers=4, attention_heads=4, d_ff=40, moe=moe, **model)
+    decoder = Decoder(spec)
+    init_weights(decoder, seed)
+    return decoder.double()
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@torch.no_grad()
+def test_changing_a_token_changes_no_logits_before_it(heads):
+    model, x = build(heads), tokens(3, 20)
+    before = model(x).logits_BTV
+    for t in (0, 7, 19):
+        changed = x.clone()
+        changed[1, t] = (changed[1, t] + 1) % 50
+        after = model(changed).logits_BTV
+        # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
+        same = ((after - before).abs() < 1e-12).all(-1)
+        assert same[1, :t].all(), "a later token reached back"
+        assert ((after - before).abs() > 1e-9)[1, t:].any(-1).all(), "without an effect the test could not fail"
+        assert same[0].all(), "another sequence of the batch is touched"
+        assert same[2].all(), "another sequence of the batch is touched"
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@torch.no_grad()
+def test_cached_generation_gives_the_same_logits(heads):
+    model, x = build(heads), tokens(2, 17)
+    whole = model(x).logits_BTV
+    caches = model.new_caches(batch=2, capacity=17)
+    parts = [model(part, caches).logits_BTV for part in x.split([5, 1, 1, 7, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_only_distance_between_tokens_counts_for_attention():
+    """Rotary positions: a block of attention sees shifted keys and queries alike."""
+    from mhmoe_ray.model.attention import Attention, rotary_angles
+
+    spec = build().spec
+    attention = Attention(spec).double()
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    near, far = (attention(x, rotary_angles(spec, start, start + 9, x.device)) for start in (0, 1000))
+    torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    model, x = build(), tokens(4, 30)
+    model(x).logits_BTV.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

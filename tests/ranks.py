@@ -1,0 +1,40 @@
+"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on each of `world` ranks of a default process group (none for a world of one).
+
+    A failure of any rank ends all of them and is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (world, _free_port(), folder, function, args), nprocs=world, start_method="spawn")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

@@ -1,0 +1,132 @@
+import json
+
+import pytest
+
+from mhmoe_ray.errors import CheckpointError, RunError, SpecError
+from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs.layout import create_run, find_run, list_runs
+from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
+from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
+from tests.specs import tiny_spec
+
+
+@pytest.fixture
+def run(tmp_path):
+    return create_run(tiny_spec(tmp_path))
+
+
+def write_checkpoint(run, step, group=1):
+    checkpoint = run.checkpoints / f"step_{step:08d}.{group}"
+    (checkpoint / "weights").mkdir(parents=True)
+    (checkpoint / "weights" / "w.safetensors").write_bytes(b"w" * step)
+    files = {"weights/w.safetensors": describe_file(checkpoint / "weights" / "w.safetensors")}
+    spec = run.spec()
+    fields = {"step": step, "tokens": 1, "position": 1, "seed": 0, "world": 1, "ep": 1, "model": spec.model}
+    commit(checkpoint, Manifest(**fields, seq_len=16, tokenizer_sha256="", files=files))
+    return checkpoint
+
+
+def test_runs_are_private_and_never_share_a_name(tmp_path):
+    made = [create_run(tiny_spec(tmp_path)) for _ in range(20)]
+    assert len({r.id for r in made}) == 20
+    assert all(r.path.stat().st_mode & 0o777 == 0o700 for r in made)
+
+
+def test_a_run_is_found_by_id_prefix_and_path_and_the_newest_by_nothing(tmp_path):
+    spec = tiny_spec(tmp_path)
+    with pytest.raises(RunError, match="holds no run yet"):
+        find_run(None, spec.storage)
+    runs = [create_run(spec), create_run(spec)]
+    for r in runs:
+        add_attempt(r, Attempt("job", "http://x"))
+    assert list_runs(spec.storage) == runs
+    assert find_run(None, spec.storage) == runs[1]
+    for name in (runs[0].id, runs[0].id[:-1], str(runs[0].path)):
+        assert find_run(name, spec.storage) == runs[0]
+    with pytest.raises(RunError, match="it fits tiny-"):
+        find_run("tiny-", spec.storage)
+    with pytest.raises(RunError, match="there is no such run"):
+        find_run("other", spec.storage)
+
+
+def test_storage_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SpecError, match="set storage to a folder you can write"):
+        create_run(tiny_spec(tmp_path))
+
+
+def test_lines_survive_a_writer_killed_in_mid_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    jsonl.append(path, {"a": 1})
+    with path.open("ab") as f:
+        f.write(b'{"a": 2, "b"')
+    jsonl.append(path, {"a": 3})
+    assert [r["a"] for r in jsonl.read(path)] == [1, 3]
+
+
+def test_a_tail_gives_each_whole_line_once(tmp_path):
+    tail = jsonl.Tail(tmp_path / "x.jsonl")
+    assert list(tail.new()) == []
+    jsonl.append(tmp_path / "x.jsonl", {"a": 1})
+    assert list(tail.new()) == [{"a": 1}]
+    with (tmp_path / "x.jsonl").open("ab") as f:
+        f.write(b'{"a": ')
+        f.flush()
+        assert list(tail.new()) == []
+        f.write(b"2}\n")
+    assert list(tail.new()) == [{"a": 2}]
+
+
+def test_history_takes_repeated_steps_from_the_last_who_did_them(run):
+    for group, steps in [(1, [1, 2, 3, 4]), (2, [3, 4, 5]), (3, [2])]:
+        for step in steps:
+            metrics.append(run, {metrics.STEP: step, metrics.GROUP: group})
+    assert [(h[metrics.STEP], h[metrics.GROUP]) for h in metrics.history(run)] == [(1, 1), (2, 3)]
+
+
+def test_state_follows_events(run):
+    seen = []
+    for kind in ("submitted", "preparing", "prepared", "started", "checkpoint", "failed", "submitted", "finished"):
+        events.record(run, kind)
+        seen.append(events.state(events.events(run)))
+    assert seen == ["submitted", "preparing", "preparing", "running", "running", "failed", "submitted", "finished"]
+
+
+def test_attempts_are_numbered(run):
+    assert [add_attempt(run, Attempt(job, "http://x")) for job in "ab"] == [1, 2]
+    assert [a.job for a in read_attempts(run)] == ["a", "b"]
+
+
+def test_the_newest_whole_checkpoint_is_used(run):
+    assert newest_checkpoint(run) is None
+    paths = [write_checkpoint(run, 5), write_checkpoint(run, 10), write_checkpoint(run, 10, group=3)]
+    (run.checkpoints / "step_00000011.4").mkdir()  # never committed
+    found, manifest, skipped = newest_checkpoint(run)
+    assert (found, manifest.step, skipped) == (paths[2], 10, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda c: (c / "weights" / "w.safetensors").write_bytes(b"v" * 10), "does not have the hash"),
+        (lambda c: (c / "weights" / "w.safetensors").write_bytes(b"w" * 9), "has 9 bytes, not 10"),
+        (lambda c: (c / "weights" / "w.safetensors").unlink(), r"w\.safetensors is missing"),
+        (lambda c: (c / "weights" / "other.safetensors").write_bytes(b""), "does not belong to it"),
+        (lambda c: (c / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text(json.dumps({"step": 10})), r"manifest\.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run, damage, reason):
+    older, newer = write_checkpoint(run, 5), write_checkpoint(run, 10)
+    damage(newer)
+    with pytest.raises(CheckpointError, match=reason):
+        read_manifest(newer)
+    found, manifest, [error] = newest_checkpoint(run)
+    assert (found, manifest.step) == (older, 5)
+    assert str(newer) in str(error)
+
+
+def test_if_all_are_damaged_training_does_not_silently_begin_anew(run):
+    (write_checkpoint(run, 5) / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError):
+        newest_checkpoint(run)

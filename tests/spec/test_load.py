@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec import dump_spec, load_spec
+
+QUICKSTART = Path("jobs/quickstart.yaml")
+
+
+def test_a_spec_written_out_reads_back_equal(tmp_path):
+    spec = load_spec(QUICKSTART, ["train.lr=1e-3", "data.sources.multilingual.alpha=0.5", "cluster.workers=4"])
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    assert load_spec(tmp_path / "spec.yaml") == spec
+    assert spec.train.lr == 1e-3
+    assert spec.cluster.dp == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trian.steps=5", "unknown key 'trian'; did you mean 'train'?"),
+        ("model.moe.topk=3", "unknown key 'model.moe.topk'; did you mean 'top_k'?"),
+        ("data.sources.redpajama.wieght=2", "did you mean 'weight'?"),
+        ("model.zzzz=1", "known keys here: vocab_size"),
+        ("train.lr=fast", "'train.lr': Input should be a valid number"),
+        ("serve.port=70000", "'serve.port': Input should be less than or equal to 65535 (got 70000)"),
+        ("model.moe.top_k=9", "top_k is 9, but there are only 8 experts"),
+        ("cluster.workers=3", "workers (3) must be a multiple of ep (2)"),
+        ("train.micro_batches=3", "train.micro_batches (3) must be a multiple of cluster.workers (2)"),
+        ("model.moe=null", "a dense model has no experts to spread"),
+        ("data.sources.redpajama.alpha=0.5", "alpha would be ignored"),
+        ("name.x=3", "name is a value, not a section"),
+        ("train", "it is not key=value"),
+        ("train.steps=[", "the value is not YAML"),
+        ("train.min_lr=1", "min_lr 1.0 is above lr 0.003"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
+    with pytest.raises(SpecError) as caught:
+        load_spec(QUICKSTART, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    (tmp_path / "spec.yaml").write_text(QUICKSTART.read_text().replace("  steps: 200\n", ""))
+    with pytest.raises(SpecError, match=r"'train\.steps' is missing"):
+        load_spec(tmp_path / "spec.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "line 1: "), (b"- 1", "it holds no mapping")],
+)
+def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
+    path = tmp_path / "spec.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SpecError, match=expected):
+        load_spec(path)
+
+
+def test_relative_paths_are_taken_from_the_given_folder():
+    spec = load_spec(QUICKSTART).with_absolute_paths(Path("/base"))
+    assert spec.storage == Path("/base/runs")
+    assert spec.data.sources["redpajama"].path == Path("/base/data/sample/redpajama")

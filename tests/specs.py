@@ -1,0 +1,28 @@
+"""Small specs for tests."""
+
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.spec import RunSpec
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "storage": "runs",
+    "model": {
+        "vocab_size": 300,
+        "d_model": 32,
+        "layers": 2,
+        "attention_heads": 2,
+        "d_ff": 48,
+        "moe": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24},
+    },
+    "data": {"sources": {"web": {"path": "raw"}}, "prepared": "prepared", "seq_len": 16},
+    "train": {"steps": 20, "micro_batches": 4, "micro_batch_size": 2, "lr": 3e-3, "warmup_steps": 2},
+}
+
+
+def tiny_spec(folder: Path = Path("/nowhere"), **sections: dict[str, Any]) -> RunSpec:
+    """TINY with some keys of its sections replaced, paths below `folder`."""
+    tree = {k: {**v, **sections.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
+    tree |= {k: v for k, v in sections.items() if k not in TINY}
+    return RunSpec.model_validate(tree).with_absolute_paths(folder)

@@ -1,0 +1,114 @@
+"""What the ranks of the training tests run; each returns plain tensors and numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import read_manifest
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.gradients import expert_parameters
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.state import restore, save_checkpoint
+from mhmoe_ray.train.step import Trainer
+
+
+def trainer_of(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
+    mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers, "cpu")
+    return Trainer(spec, mesh, torch.device("cpu"))
+
+
+def batches(spec: RunSpec, step: int, trainer: Trainer) -> list[torch.Tensor]:
+    """This rank's micro-batches of a step; tokens depend on the step alone and each follows from the one before."""
+    m, b, t = spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len
+    g = torch.Generator().manual_seed(1000 + step)
+    chain = [torch.randint(40, (m, b), generator=g)]
+    for _ in range(t):
+        chain.append((chain[-1] * 7 + 3) % 40)
+    token = torch.stack(chain, dim=-1)
+    return list(token[trainer.mesh.rank :: trainer.mesh.world])
+
+
+def whole(trainer: Trainer, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor with the experts of all ranks, by global id."""
+    experts = expert_parameters(trainer.model)
+    result = {}
+    for name, tensor in named.items():
+        if name in experts and trainer.mesh.ep > 1:
+            group = trainer.mesh.group("ep")
+            parts = [torch.empty_like(tensor) for _ in range(trainer.mesh.ep)]
+            dist.all_gather(parts, tensor.contiguous(), group=group)
+            tensor = torch.cat(parts)
+        result[name] = tensor.clone()
+    return result
+
+
+def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
+    """Unclipped gradients of the first step, then the loss of each step and the weights after the last."""
+    trainer = trainer_of(spec, nodes)
+    losses, first = [], {}
+    for step in range(steps):
+        sums = trainer.accumulate(batches(spec, step, trainer))
+        if step == 0:
+            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainer.model.named_parameters()}
+            first = whole(trainer, grads)
+        trainer.update()
+        total = torch.tensor(sums.loss, dtype=torch.float64)
+        if trainer.mesh.world > 1:
+            dist.all_reduce(total)
+        losses.append(float(total) / spec.tokens_per_step)
+    weights = whole(trainer, {n: p.detach() for n, p in trainer.model.named_parameters()})
+    return {"gradients": first, "losses": losses, "weights": weights}
+
+
+def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
+    trainer = trainer_of(spec)
+    for step in range(steps):
+        trainer.accumulate(batches(spec, step, trainer))
+        trainer.update()
+    save_checkpoint(RunDir(run), trainer, group=1)
+
+
+def load_and_describe(spec: RunSpec, checkpoint: Path) -> dict[str, Any]:
+    """Weights and moments as this world loads them."""
+    trainer = trainer_of(spec)
+    restore(trainer, checkpoint, read_manifest(checkpoint))
+    result: dict[str, Any] = {"step": trainer.step}
+    result["weights"] = whole(trainer, {n: p.detach() for n, p in trainer.model.named_parameters()})
+    for moment in ("exp_avg", "exp_avg_sq"):
+        state = {n: trainer.optimizer.state[p][moment] for n, p in trainer.model.named_parameters()}
+        result[moment] = whole(trainer, state)
+    return result
+
+
+def load_and_go_on(spec: RunSpec, checkpoint: Path, steps: int) -> list[float]:
+    trainer = trainer_of(spec)
+    restore(trainer, checkpoint, read_manifest(checkpoint))
+    losses = []
+    for step in range(trainer.step, trainer.step + steps):
+        sums = trainer.accumulate(batches(spec, step, trainer))
+        trainer.update()
+        losses.append(sums.loss / spec.tokens_per_step)
+    return losses
+
+
+def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
+    return trainer_of(spec).validate(token_NT, counts_NT)
+
+
+def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
+    """A rank without rows, forward and backward: rank 0 sends all its rows to the experts of rank 1, and so does
+    rank 1, so rank 0's experts get nothing."""
+    trainer = trainer_of(spec)
+    with torch.no_grad():
+        for layer in trainer.model.moe_layers():
+            layer.router.weight_ED.zero_()
+            # Equal scores: topk takes whatever comes first, so push experts 2 and 3 up through the head's bias.
+            layer.head.bias.fill_(1.0)
+            layer.head.weight.zero_()
+            layer.router.weight_ED[2:] = 1.0
+    sums = trainer.accumulate(batches(spec, 0, trainer))
+    trainer.update()
+    return {"counts": sums.count_LE, "weights": [p.detach().clone() for p in trainer.model.parameters()]}

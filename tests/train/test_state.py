@@ -1,0 +1,72 @@
+"""Checkpoints across world sizes: every weight and moment by global expert id."""
+
+import pytest
+import torch
+
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+from mhmoe_ray.serve.load import load_model
+from tests.ranks import run_ranks
+from tests.specs import tiny_spec
+from tests.train import jobs
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run saved by two workers with ep 2, and what they held."""
+    spec = tiny_spec(tmp_path_factory.mktemp("run"), cluster={"workers": 2, "ep": 2})
+    run = create_run(spec)
+    run.tokenizer_file.write_text("{}")
+    run_ranks(2, jobs.train_and_save, spec, run.path, STEPS)
+    checkpoint, manifest, skipped = newest_checkpoint(run)
+    assert skipped == []
+    assert (manifest.step, manifest.position, manifest.tokens) == (STEPS, STEPS * 8, STEPS * 8 * 16)
+    return checkpoint, run_ranks(2, jobs.load_and_describe, spec, checkpoint)[0]
+
+
+@pytest.mark.parametrize(("workers", "ep"), [(1, 1), (2, 1), (4, 4)])
+def test_a_checkpoint_of_two_ranks_loads_on_any_number(saved, workers, ep):
+    checkpoint, expected = saved
+    spec = tiny_spec(cluster={"workers": workers, "ep": ep})
+    for found in run_ranks(workers, jobs.load_and_describe, spec, checkpoint):
+        assert found["step"] == STEPS
+        for part in ("weights", "exp_avg", "exp_avg_sq"):
+            assert found[part].keys() == expected[part].keys()
+            for name, tensor in expected[part].items():
+                assert torch.equal(found[part][name], tensor), f"{part} of {name}"
+
+
+def test_what_was_saved_is_what_training_held(saved):
+    """Against the same three steps in one process, so that a wrong order of experts could not pass as equal."""
+    checkpoint, loaded = saved
+    alone = run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS)[0]["weights"]
+    for name, tensor in loaded["weights"].items():
+        torch.testing.assert_close(tensor, alone[name], atol=1e-4, rtol=1e-3, msg=name)
+    assert {"weights", "optim", "manifest.json"} == {p.name for p in checkpoint.iterdir()}
+
+
+def test_training_goes_on_exactly_where_it_was_saved(saved):
+    checkpoint, _ = saved
+    uninterrupted = run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS + 5)[0]["losses"][STEPS:]
+    assert run_ranks(1, jobs.load_and_go_on, tiny_spec(), checkpoint, 5)[0] == pytest.approx(uninterrupted, rel=1e-4)
+
+
+def test_serving_loads_the_same_weights_without_moments(saved):
+    checkpoint, expected = saved
+    model, _ = load_model(checkpoint)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, expected["weights"][name]), name
+
+
+def test_a_model_of_another_shape_is_refused_by_name(saved):
+    from mhmoe_ray.runs.tensors import load_tensors
+
+    checkpoint, _ = saved
+    with pytest.raises(CheckpointError, match=r"norm\.weight has shape \(32,\) there and \(16,\) in the model"):
+        load_tensors(checkpoint / "weights", {"norm.weight": torch.empty(16)})
+    with pytest.raises(CheckpointError, match="extra is not in it"):
+        load_tensors(checkpoint / "weights", {"extra": torch.empty(16)})
+    assert read_manifest(checkpoint).step == STEPS
