@@ -5,29 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-WORDS = (
-    "the moon rises over a quiet sea and every small boat turns home before night falls on us all"
-).split()
-    "the",
-    "moon",
-    "rises",
-    "over",
-    "a",
-    "quiet",
-    "sea",
-    "and",
-    "every",
-    "small",
-    "boat",
-    "turns",
-    "home",
-    "before",
-    "night",
-    "falls",
-    "on",
-    "us",
-    "all",
-]
+WORDS = ("the moon rises over a quiet sea and every small boat turns home before night falls on us all").split()
 
 
 def documents(name: str, count: int, words: int = 60) -> list[str]:
