@@ -130,8 +130,3 @@ def tokenizer(run_dir) -> Tokenizer:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    # torch says so whenever tensors are read or written by one process, which is what serving does.
-    item.add_marker(pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"))

@@ -2,19 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mhmoe_ray.serve.config import application_config, failure_reason
+from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.spec import ServeSpec
-
-# As Serve 2.60 reports a replica that cannot start, cut in the middle.
-REPLICA_FAILURE = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
-\x1b[36mray::ServeReplica:tiny:completions.initialize_and_get_metadata()\x1b[39m (pid=16217, repr=<ServeReplica>)
-  File "ray/serve/_private/replica.py", line 1928, in initialize
-    raise RuntimeError(traceback.format_exc()) from None
-RuntimeError: Traceback (most recent call last):
-  File "mhmoe_ray/runs/tensors.py", line 46, in load_tensors
-    raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
-mhmoe_ray.errors.CheckpointError: checkpoint c: blocks.2.norm is not in it; use the model section it was written by
-"""
 
 
 def test_an_application_has_the_sizes_and_limits_of_the_spec():
@@ -28,20 +17,9 @@ def test_an_application_has_the_sizes_and_limits_of_the_spec():
     assert deployment["max_queued_requests"] == 40
 
 
-def test_the_reason_of_a_replica_is_the_end_of_its_traceback():
-    application = {
-        "status": "DEPLOY_FAILED",
-        "message": "Failed to update the deployments ['completions'].",
-        "deployments": {"completions": {"status": "DEPLOY_FAILED", "message": REPLICA_FAILURE}},
-    }
-    expected = "checkpoint c: blocks.2.norm is not in it; use the model section it was written by"
-    assert failure_reason(application) == expected
-
-
-def test_the_reason_of_a_build_is_its_message():
-    message = "Deploying app 'a' failed with exception:\ncheckpoint c: it is torn; use another checkpoint of the run"
-    application = {"status": "DEPLOY_FAILED", "message": message, "deployments": {}}
-    assert failure_reason(application) == "checkpoint c: it is torn; use another checkpoint of the run"
+def test_a_relative_checkpoint_is_the_callers():
+    config = application_config("app", Path("runs/a/checkpoints/c"), ServeSpec(), "a")
+    assert config["args"]["checkpoint"] == str(Path.cwd() / "runs/a/checkpoints/c")
 
 
 def test_the_command_line_can_use_it_without_torch_and_ray():
