@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cluster.local import LocalCluster, start_local, stop_local
+from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.cluster.spawn import LocalCluster
 
 _OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Ray's job client passes ssl=None to aiohttp when it follows logs.
+    config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""How the command line talks to Ray: over HTTP, with a token. No module here imports ray or torch when imported."""

@@ -1,0 +1,94 @@
+"""Which cluster a command speaks to, and with whose token."""
+
+import os
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from mhmoe_ray.cluster import dashboard, tokens
+from mhmoe_ray.cluster.local import find_local, start_local
+from mhmoe_ray.cluster.spawn import LocalCluster
+from mhmoe_ray.cluster.tokens import Token
+from mhmoe_ray.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Connection:
+    address: str
+    """The dashboard's URL, without a slash at its end."""
+    local: bool
+    """We started it."""
+    is_local_machine: bool
+    """Its head node runs on this machine. A loopback address alone does not tell: it may be a tunnel."""
+    token: Token | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return self.token.headers if self.token else {}
+
+
+def connect(address: str | None = None) -> Connection:
+    """Reach the cluster of this address; without one, that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else our own.
+
+    Raises:
+        ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is
+            given and no local cluster runs.
+        TokenError: the cluster wants another token.
+    """
+    address = _chosen(address)
+    if address is None:
+        ours = find_local()
+        if ours is None:
+            raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster start; or give --address")
+        return _to_ours(ours)
+    address = normalised(address)
+    if dashboard.is_loopback(address):
+        ours = find_local()
+        if ours and ours.address == address:
+            return _to_ours(ours)
+    token = tokens.user_token()
+    dashboard.ray_version(address, token)
+    return Connection(address, False, dashboard.is_loopback(address) and _head_is_here(address, token), token)
+
+
+def connect_or_start(address: str | None, cpus: int) -> Connection:
+    """As `connect`, but start a local cluster with that many CPUs where no address is given and none runs."""
+    return connect(address) if _chosen(address) else _to_ours(start_local(cpus))
+
+
+def normalised(address: str) -> str:
+    """The URL of a dashboard as we compare and store it.
+
+    Raises:
+        ClusterError: it is not such a URL.
+    """
+    fix = "give the dashboard's URL, like http://host:8265"
+    url = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
+    try:
+        parts = urlsplit(url)
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:
+        bad = True
+    if bad or parts.query or parts.fragment or any(c.isspace() for c in url) or address in ("auto", "local"):
+        raise ClusterError(f"address {address!r}", "it is not the URL of a Ray dashboard", fix)
+    if parts.username is not None:
+        fix = "name a file with the cluster's token in RAY_AUTH_TOKEN_PATH instead"
+        raise ClusterError(f"address of {parts.hostname}", "it holds a user name", fix)
+    return url
+
+
+def _chosen(address: str | None) -> str | None:
+    """RAY_ADDRESS counts only as a URL: it may also name Ray's own port, which is of no use to us."""
+    ray_address = os.environ.get("RAY_ADDRESS", "")
+    fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
+
+
+def _to_ours(cluster: LocalCluster) -> Connection:
+    return Connection(cluster.address, True, True, tokens.own_token())
+
+
+def _head_is_here(address: str, token: Token | None) -> bool:
+    """Whether the folder of the head node's session, whose name is unique, exists on this machine."""
+    nodes = dashboard.get(address, "/nodes?view=summary", token)["data"]["summary"]
+    heads = [n["raylet"] for n in nodes if n["raylet"].get("isHeadNode")]
+    return any(os.path.isdir(h.get("sessionDir", "")) for h in heads)  # noqa: PTH112 - Path raises for a folder we may not see

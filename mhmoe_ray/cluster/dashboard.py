@@ -1,0 +1,83 @@
+"""One GET from a Ray dashboard, with every way it can go wrong as one line."""
+
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+from mhmoe_ray.cluster.tokens import Token, refused
+from mhmoe_ray.errors import ClusterError
+
+
+def get(address: str, path: str, token: Token | None, timeout: float = 10) -> Any:
+    """The JSON at this path.
+
+    Raises:
+        ClusterError: nothing answers, or something that is no Ray dashboard.
+        TokenError: the dashboard refuses the token, or wants one.
+    """
+    import requests  # type: ignore[import-untyped, unused-ignore]
+
+    _keep_off_proxies(address)
+    try:
+        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=timeout)
+    except requests.RequestException as e:
+        raise unreachable(address, e) from e
+    if answer.status_code in (401, 403):
+        raise refused(address, token)
+    try:
+        if answer.status_code == 200:
+            return answer.json()
+    except ValueError:
+        pass
+    raise _not_ray(address, f"it answers {path} with status {answer.status_code} and no JSON of Ray's")
+
+
+def ray_version(address: str, token: Token | None) -> dict[str, Any]:
+    """What /api/version says: `ray_version` and `session_name`, which no two clusters share.
+
+    Raises:
+        ClusterError, TokenError: as `get`; also for a server that is not Ray's.
+    """
+    version = get(address, "/api/version", token)
+    if not isinstance(version, dict) or "ray_version" not in version:
+        raise _not_ray(address, "it is another kind of server")
+    return version
+
+
+def is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def unreachable(address: str, error: Exception) -> ClusterError:
+    """What to say when a request got no answer."""
+    import requests
+
+    fix = "check the address, and that the cluster runs"
+    if isinstance(error, requests.Timeout):
+        return ClusterError(f"cluster {address}", "no answer in time", fix)
+    if isinstance(error, requests.exceptions.SSLError):
+        fix = "check the scheme, or set REQUESTS_CA_BUNDLE to the file with your certificates"
+        return ClusterError(f"cluster {address}", "no TLS connection with a certificate we trust", fix)
+    text = str(error)
+    if "NameResolutionError" in text or "Name or service not known" in text:
+        return ClusterError(f"cluster {address}", "the name of its host is not known here", fix)
+    if isinstance(error, requests.exceptions.InvalidURL):
+        return ClusterError(f"cluster {address}", "it is not a URL", "write it like http://host:8265")
+    if "BadStatusLine" in text or "Connection aborted" in text or "Received HTTP/0.9" in text:
+        return _not_ray(address, "something there does not speak HTTP")
+    return ClusterError(f"cluster {address}", "nothing answers there", fix)
+
+
+def _not_ray(address: str, why: str) -> ClusterError:
+    return ClusterError(f"cluster {address}", f"not a Ray dashboard: {why}", "give the dashboard's URL (port 8265)")
+
+
+def _keep_off_proxies(address: str) -> None:
+    """Requests, which Ray's clients use, sends even 127.0.0.1 to a proxy that the environment names."""
+    if is_loopback(address):
+        host = urlsplit(address).hostname or ""
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = [h for h in os.environ.get(name, "").split(",") if h]
+            if host not in hosts:
+                os.environ[name] = ",".join([*hosts, host])

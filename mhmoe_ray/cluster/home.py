@@ -1,0 +1,40 @@
+"""The folder with our state of this user: the token of clusters we start and the record of the one that runs."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mhmoe_ray.errors import ClusterError
+
+
+def home() -> Path:
+    """$MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe; made for its owner only if missing.
+
+    Raises:
+        ClusterError: it cannot be made.
+    """
+    given, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
+    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
+    folder = Path(given).absolute() if given else base / "mhmoe"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one you can write") from e
+    return folder
+
+
+@contextmanager
+def locked() -> Iterator[Path]:
+    """The home, while no other command starts, stops or looks for the local cluster."""
+    folder = home()
+    try:
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as e:
+        raise ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one you can write") from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(fd)

@@ -1,0 +1,169 @@
+"""Ray jobs: submit, look at, follow and stop them."""
+
+import functools
+import importlib.util
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.cluster import tokens
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.dashboard import unreachable
+from mhmoe_ray.cluster.failures import explained, is_unknown, reason
+from mhmoe_ray.errors import JobError, SpecError
+
+PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
+
+
+def request(
+    args: Sequence[str],
+    submission_id: str,
+    *,
+    local: bool,
+    runtime_env: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    entrypoint_num_cpus: float = 0,
+) -> dict[str, Any]:
+    """What `submit` sends, to the letter.
+
+    Args:
+        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", path].
+        submission_id: the job's name on the cluster; never used twice.
+        local: whether the cluster is one that we started (`Connection.local`). Then the job runs in this very Python;
+            on another cluster in its own, to which our packages are sent.
+        runtime_env: Ray's runtime environment of the job.
+        metadata: strings kept with the job.
+        entrypoint_num_cpus: taken on the cluster for the entrypoint itself.
+    """
+    return {
+        "entrypoint": shlex.join([sys.executable if local else "python", *args]),
+        "submission_id": submission_id,
+        "runtime_env": dict(runtime_env or {}) if local else with_packages(runtime_env or {}),
+        "metadata": dict(metadata or {}),
+        "entrypoint_num_cpus": entrypoint_num_cpus,
+    }
+
+
+def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime environment with our packages' folders, for a cluster that has not installed them."""
+    folders = []
+    for package in PACKAGES:
+        found = importlib.util.find_spec(package)
+        assert found is not None
+        assert found.origin is not None
+        folders.append(str(Path(found.origin).parent))
+    modules = [*runtime_env.get("py_modules", []), *folders]
+    excludes = [*runtime_env.get("excludes", []), "__pycache__"]
+    return {**runtime_env, "py_modules": modules, "excludes": excludes}
+
+
+def submit(connection: Connection, request: Mapping[str, Any]) -> None:
+    """Hand the job to the cluster; it runs whatever becomes of this process.
+
+    Raises:
+        JobError: the cluster does not take it.
+        SpecError: the runtime environment is not one that Ray knows.
+    """
+    job = request["submission_id"]
+    with explained(connection, f"job {job}", JobError, "see the cluster's dashboard"):
+        client = _client(connection)
+        try:
+            client.submit_job(**request)
+        except (ValueError, TypeError) as e:
+            raise SpecError("cluster.runtime_env", reason(str(e)), "correct it in the spec") from e
+
+
+def status(connection: Connection, job: str) -> str | None:
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None if the cluster knows no such job."""
+    info = _info(connection, job)
+    return None if info is None else str(info.status.value)
+
+
+def message(connection: Connection, job: str) -> str:
+    """Ray's own remark on the job in one line, for example why it could not start."""
+    info = _info(connection, job)
+    return reason((info and info.message) or "the cluster does not know this job")
+
+
+def logs(connection: Connection, job: str) -> str:
+    """All that the job's entrypoint wrote so far.
+
+    Raises:
+        JobError: the cluster knows no such job.
+    """
+    with explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+        return str(_client(connection).get_job_logs(job))
+
+
+def follow_logs(connection: Connection, job: str) -> Iterator[str]:
+    """The job's lines, from the first, as they come; ends with the job.
+
+    Raises:
+        JobError: the cluster knows no such job.
+        ClusterError: the cluster went away.
+    """
+    import asyncio
+
+    import aiohttp
+
+    client = _client(connection)
+    with asyncio.Runner() as runner, explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+        chunks = client.tail_job_logs(job)
+
+        async def following() -> str | None:
+            return await anext(chunks, None)
+
+        rest = ""
+        try:
+            while (chunk := runner.run(following())) is not None:
+                *lines, rest = (rest + chunk).split("\n")
+                yield from lines
+        except aiohttp.WSServerHandshakeError as e:
+            if e.status in (401, 403):
+                raise tokens.refused(connection.address, connection.token) from e
+            raise RuntimeError(f"the cluster does not know it (status {e.status})") from e
+        except aiohttp.ClientError as e:
+            raise unreachable(connection.address, e) from e
+        finally:
+            runner.run(chunks.aclose())
+        if rest:
+            yield rest
+
+
+def stop(connection: Connection, job: str) -> None:
+    """Ask the job to end: SIGTERM to all its processes, three seconds later SIGKILL. Returns at once.
+
+    Raises:
+        JobError: the cluster knows no such job.
+    """
+    with explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
+        _client(connection).stop_job(job)
+
+
+def _info(connection: Connection, job: str) -> Any:
+    with explained(connection, f"job {job}", JobError, "see the cluster's dashboard"):
+        try:
+            return _client(connection).get_job_info(job)
+        except RuntimeError as e:
+            if is_unknown(e):
+                return None
+            raise
+
+
+@functools.cache
+def _client(connection: Connection) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard_sdk", "job.sdk"):  # these set levels of their own and tell of every upload
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    # These two would take precedence over the address given.
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        return JobSubmissionClient(connection.address, headers=connection.headers)
+    finally:
+        os.environ.update(saved)

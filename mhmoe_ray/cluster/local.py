@@ -1,0 +1,152 @@
+"""A Ray cluster of our own on this machine, which outlives the command that starts it.
+
+It is open to nobody but its owner: it has a token, it listens on loopback only, and its files lie below a folder of
+mode 0700. Several of them, of several homes or users, run side by side: no port is Ray's default.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.cluster import dashboard, processes, tokens
+from mhmoe_ray.cluster.home import home, locked
+from mhmoe_ray.cluster.spawn import LocalCluster, spawn
+from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.runs.state import write_json
+
+RECORD = "cluster.json"
+START_SECONDS = 120
+ANSWER_SECONDS = 30
+
+
+def start_local(cpus: int) -> LocalCluster:
+    """The local cluster; started with that many logical CPUs unless one runs already.
+
+    Raises:
+        ClusterError: Ray does not come up; the reason is the last line of its log.
+    """
+    with locked():
+        running = _find()
+        if running:
+            return running
+        tokens.make_token()
+        cluster = spawn(cpus)
+        try:
+            _write(cluster)
+            _wait_until_ready(cluster)
+        except BaseException:  # also Ctrl-C: nothing may stay behind that no command finds
+            _end(cluster)
+            raise
+        return cluster
+
+
+def find_local() -> LocalCluster | None:
+    """The local cluster if it runs.
+
+    Raises:
+        ClusterError: its process lives but its dashboard does not answer.
+    """
+    if not (home() / RECORD).exists():
+        return None
+    with locked():
+        return _find()
+
+
+def stop_local() -> bool:
+    """End the local cluster, with every job on it, and remove its files; False if none runs.
+
+    Raises:
+        ClusterError: it runs on another machine that shares this home.
+    """
+    with locked():
+        cluster = _read()
+        if cluster is None:
+            return False
+        was_running = _runs_here(cluster)
+        _end(cluster)
+        return was_running
+
+
+def _find() -> LocalCluster | None:
+    cluster = _read()
+    if cluster is None:
+        return None
+    if not _runs_here(cluster):  # rebooted, or killed by somebody
+        _end(cluster)
+        return None
+    deadline = time.monotonic() + ANSWER_SECONDS  # a machine at work answers late
+    while True:
+        try:
+            _check_ready(cluster)
+            return cluster
+        except TokenError:
+            raise
+        except ClusterError as e:
+            if time.monotonic() > deadline:
+                raise ClusterError("local cluster", e.why, "restart it: mhmoe cluster stop") from e
+            time.sleep(0.5)
+
+
+def _runs_here(cluster: LocalCluster) -> bool:
+    if processes.is_ours(cluster.pid, cluster.folder):
+        return True
+    if cluster.host != socket.gethostname():
+        fix = f"stop it there, or set MHMOE_HOME; if that machine is gone, remove {home() / RECORD}"
+        raise ClusterError("local cluster", f"it was started on {cluster.host}, which shares this home", fix)
+    return False
+
+
+def _wait_until_ready(cluster: LocalCluster) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if os.waitpid(cluster.pid, os.WNOHANG)[0]:
+            raise ClusterError("local cluster", f"Ray did not start: {_last_line(cluster.log)}", "see `mhmoe doctor`")
+        try:
+            return _check_ready(cluster)
+        except ClusterError as e:
+            if time.monotonic() > deadline:
+                why = f"{e.why} after {START_SECONDS} s; the last it said is: {_last_line(cluster.log)}"
+                raise ClusterError("local cluster", why, "try again when the machine has less to do") from e
+            time.sleep(0.1)
+
+
+def _check_ready(cluster: LocalCluster) -> None:
+    """Ray has written its own address, which it does last, and its jobs API, which gives the version, answers."""
+    if not (cluster.ray_folder / "ray_current_cluster").exists():
+        raise ClusterError("local cluster", "Ray is still starting", "wait")
+    dashboard.ray_version(cluster.address, tokens.own_token())
+
+
+def _last_line(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+def _end(cluster: LocalCluster) -> None:
+    """Ray's own orderly end, then whatever is left of this cluster. Never `ray stop`: it ends every Ray here."""
+    members = processes.family(cluster.pid) if processes.is_ours(cluster.pid, cluster.folder) else []
+    processes.end(members[:1], ask=True, patience=15)
+    processes.end(members[1:], patience=1)
+    processes.end(processes.marked(cluster.folder), patience=0)
+    if cluster.folder.name.startswith("mhmoe-"):
+        shutil.rmtree(cluster.folder, ignore_errors=True)
+    (home() / RECORD).unlink(missing_ok=True)
+
+
+def _write(cluster: LocalCluster) -> None:
+    write_json(home() / RECORD, asdict(cluster) | {"folder": str(cluster.folder)})
+
+
+def _read() -> LocalCluster | None:
+    try:
+        record: dict[str, Any] = json.loads((home() / RECORD).read_text())
+        return LocalCluster(**(record | {"folder": Path(record["folder"])}))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,164 @@
+"""Ray Serve applications: deploy, look at and remove them."""
+
+import functools
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.failures import explained, reason
+from mhmoe_ray.cluster.jobs import with_packages
+from mhmoe_ray.errors import ServeError
+
+
+@dataclass(frozen=True)
+class Application:
+    name: str
+    url: str
+    """Where it answers, as seen from the node that its proxy runs on."""
+    status: str
+    """NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY or DELETING."""
+    message: str
+    """One line; empty if all is well."""
+
+
+def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> None:
+    """Add an application to what Serve runs, or replace the one of its name. Returns before it answers.
+
+    Args:
+        connection: the cluster.
+        application: as in Serve's config file: name, route_prefix, import_path, args, runtime_env ... To a cluster that
+            is not ours our packages are sent along.
+        host: address that Serve's proxies listen on.
+        port: their port.
+
+    Raises:
+        ServeError: Serve does not accept it, cannot listen there, or listens elsewhere already.
+    """
+    what = f"application {application['name']}"
+    with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
+        client = _client(connection)
+        details = client.get_serve_details()
+        if details.get("http_options") and not details["applications"]:
+            client.delete_applications()  # Serve keeps its port, also one that it could not get
+            details = client.get_serve_details()
+        _check_address(details, host, port)
+        _check_route(details, application)
+        if not connection.local:
+            runtime_env = with_packages(application.get("runtime_env", {}))
+            client._upload_py_modules_if_needed(runtime_env)  # puts URIs, which Serve insists on, in place of folders
+            application = {**application, "runtime_env": runtime_env}
+        others = [a for a in _declared(details) if a["name"] != application["name"]]
+        try:
+            _put(connection, details, [*others, application], {"host": host, "port": port})
+        except RuntimeError:
+            if not details["applications"]:
+                client.delete_applications()
+            raise
+
+
+def wait_until_running(connection: Connection, name: str, timeout: float) -> None:
+    """Return when the application answers.
+
+    Raises:
+        ServeError: it failed, is gone, or is not up in time; with what Serve says about it.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        found = [a for a in applications(connection) if a.name == name]
+        if not found:
+            raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")
+        [application] = found
+        if application.status == "RUNNING":
+            return
+        if application.status == "DEPLOY_FAILED":
+            raise ServeError(f"application {name}", application.message, "see its log in the dashboard")
+        if time.monotonic() > deadline:
+            why = f"not running after {timeout:.0f} s: {application.message or application.status}"
+            raise ServeError(f"application {name}", why, "wait, or check that the cluster has the CPUs and GPUs for it")
+        time.sleep(0.5)
+
+
+def applications(connection: Connection) -> list[Application]:
+    """All that Serve runs on the cluster, by name."""
+    with explained(connection, "Serve", ServeError, "see the dashboard"):
+        details = _client(connection).get_serve_details()
+    http = details.get("http_options") or {}
+    base = f"http://{http.get('host')}:{http.get('port')}"
+    found = []
+    for name, app in sorted(details["applications"].items()):
+        url = base + (app["route_prefix"] or "").rstrip("/")
+        found.append(Application(name, url, app["status"], _message(app)))
+    return found
+
+
+def remove(connection: Connection, name: str, timeout: float = 60) -> None:
+    """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
+
+    Raises:
+        ServeError: there is no such application, it was not deployed by a config, or it does not go away.
+    """
+    what = f"application {name}"
+    with explained(connection, what, ServeError, "see the dashboard"):
+        details = _client(connection).get_serve_details()
+        declared = _declared(details)
+        others = [a for a in declared if a["name"] != name]
+        if len(others) == len(declared):
+            raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
+        if set(details["applications"]) == {name}:
+            _client(connection).delete_applications()
+            return
+        _put(connection, details, others, details["http_options"])
+    deadline = time.monotonic() + timeout
+    while name in {a.name for a in applications(connection)}:
+        if time.monotonic() > deadline:
+            raise ServeError(what, f"it is still there after {timeout:.0f} s", "see the dashboard")
+        time.sleep(0.5)
+
+
+def _declared(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configs in force. Applications of `serve.run` have none and stay whatever we put."""
+    return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
+
+
+def _put(connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]) -> None:
+    """Serve's PUT replaces the whole configuration, so it must hold all that is to stay."""
+    config = {"applications": configs, "http_options": http}
+    if details.get("proxy_location"):
+        config["proxy_location"] = details["proxy_location"]
+    if details.get("target_capacity") is not None:
+        config["target_capacity"] = details["target_capacity"]
+    _client(connection).deploy_applications(config)
+
+
+def _check_address(details: dict[str, Any], host: str, port: int) -> None:
+    """While Serve runs, it ignores another host or port without a word."""
+    http = details.get("http_options")
+    if http and (http["host"], http["port"]) != (host, port):
+        why = f"Serve listens on {http['host']}:{http['port']} already and has one address for all applications"
+        raise ServeError(f"address {host}:{port}", why, "use that one, or remove the other applications first")
+
+
+def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
+    route = application.get("route_prefix", "/")
+    for name, app in details["applications"].items():
+        if app["route_prefix"] == route and name != application["name"]:
+            what, why = f"application {application['name']}", f"{name} answers at {route} already"
+            raise ServeError(what, why, f"take another route, or remove {name}")
+
+
+def _message(app: dict[str, Any]) -> str:
+    """That of the first deployment that has one, since the application's own then only names the deployment."""
+    if app["status"] == "RUNNING":
+        return ""
+    texts = [*(d["message"] for d in app["deployments"].values()), app["message"]]
+    return next((reason(t) for t in texts if t), "")
+
+
+@functools.cache
+def _client(connection: Connection) -> Any:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of every upload
+    return ServeSubmissionClient(connection.address, headers=connection.headers)

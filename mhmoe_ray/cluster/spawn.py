@@ -1,0 +1,112 @@
+"""The `ray start` of a local cluster: what it is told, and what it must not hear from this process."""
+
+import os
+import random
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhmoe_ray.cluster import processes, tokens
+from mhmoe_ray.errors import ClusterError
+
+OBJECT_STORE_BYTES = 512 << 20
+
+# What ties a `ray start` to another cluster.
+_FOREIGN = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_REDIS_ADDRESS",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+)
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    pid: int
+    """Of `ray start --block`; the other processes are below it."""
+    address: str
+    """The dashboard."""
+    gcs_address: str
+    cpus: int
+    """Logical; may be more than there are cores."""
+    host: str
+    """The machine: a home may be shared by several."""
+    folder: Path
+    """Holds Ray's files and the log of `ray start`."""
+
+    @property
+    def ray_folder(self) -> Path:
+        return self.folder / "head"  # one level down, since Ray opens its temp-dir to everybody
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "ray_start.log"
+
+
+def spawn(cpus: int) -> LocalCluster:
+    """Start Ray, in a session of its own, and do not wait for it.
+
+    Raises:
+        ClusterError: no ports are free.
+    """
+    gcs, board, client, *metrics = _free_ports(5)
+    folder = _make_folder()
+    cluster = LocalCluster(0, f"http://127.0.0.1:{board}", f"127.0.0.1:{gcs}", cpus, socket.gethostname(), folder)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--temp-dir={cluster.ray_folder}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--port={gcs}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}"]
+    command += [f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
+    if not _shared_memory_holds(OBJECT_STORE_BYTES):
+        command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
+    environment = {k: v for k, v in os.environ.items() if k not in _FOREIGN} | {
+        processes.MARK: str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),
+        # Away from Ray's fixed 44217 and 44227.
+        "AUTOSCALER_METRIC_PORT": str(metrics[0]),
+        "DASHBOARD_METRIC_PORT": str(metrics[1]),
+        # Makes Ray take 127.0.0.1 as the node's address and listen there only; --node-ip-address does not: Ray puts
+        # the address of the network card in the place of a loopback one.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Otherwise a cluster with a running job takes half a minute to stop.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    # Not Popen, whose object complains when the process outlives it. The shell is there to change the directory: jobs
+    # run in it and import from it, so it must not be that of whoever happened to start the cluster.
+    shell = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(folder), *command]
+    log = (os.POSIX_SPAWN_OPEN, 1, str(cluster.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), log, (os.POSIX_SPAWN_DUP2, 1, 2)]
+    pid = os.posix_spawn("/bin/sh", shell, environment, file_actions=files, setsid=True)
+    return LocalCluster(**(vars(cluster) | {"pid": pid}))
+
+
+def _make_folder() -> Path:
+    """A short path: that of a Unix socket may have 103 characters, and Ray's part takes up to 84."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
+
+
+def _shared_memory_holds(size: int) -> bool:
+    try:
+        shm = os.statvfs("/dev/shm")
+    except OSError:
+        return True  # no Linux: Ray looks elsewhere by itself
+    return shm.f_bavail * shm.f_frsize >= size
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports outside those of Ray's workers (10002 to 19999) and those that the system gives out (from 32768)."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 30000), 1000):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise ClusterError("local cluster", "no free ports between 20000 and 30000", "end what uses them")

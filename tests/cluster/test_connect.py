@@ -1,0 +1,137 @@
+import http.server
+import socket
+import threading
+
+import pytest
+import requests
+
+from mhmoe_ray.cluster.connect import connect, connect_or_start, normalised
+from mhmoe_ray.cluster.tokens import own_token, token_file
+from mhmoe_ray.errors import ClusterError, TokenError
+
+
+@pytest.fixture
+def as_stranger(local_cluster, tmp_path, monkeypatch):
+    """The address of the cluster, for one who did not start it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    return local_cluster.address
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A home without a cluster."""
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+
+
+@pytest.mark.ray
+def test_without_an_address_is_to_our_own(local_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # Ray's own port: no use to us
+    connection = connect()
+    assert connection.address == local_cluster.address
+    assert connection.local
+    assert connection.is_local_machine
+    assert connect(local_cluster.address + "/") == connection
+    assert connect_or_start(None, 1) == connection
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("path", ["/api/version", "/api/jobs/", "/nodes?view=summary", "/api/serve/applications/"])
+def test_cluster_answers_nobody_without_the_token(local_cluster, path):
+    assert requests.get(local_cluster.address + path, timeout=10).status_code == 401
+    wrong = {"Authorization": "Bearer wrong"}
+    assert requests.get(local_cluster.address + path, headers=wrong, timeout=10).status_code == 403
+
+
+@pytest.mark.ray
+def test_stranger_is_told_where_a_token_is_looked_for(as_stranger, monkeypatch):
+    with pytest.raises(TokenError, match="there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or"):
+        connect(as_stranger)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(TokenError, match="it refused the token of RAY_AUTH_TOKEN; put the cluster's token"):
+        connect(as_stranger)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(TokenError, match="RAY_AUTH_MODE=disabled keeps us from sending one"):
+        connect(as_stranger)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_stranger_with_the_token_is_let_in(local_cluster, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file()))
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, local_cluster.address)
+    connection = connect()
+    assert connection.address == local_cluster.address
+    assert not connection.local
+    assert connection.is_local_machine
+
+
+@pytest.mark.ray
+def test_proxies_do_not_come_between(local_cluster, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    assert connect().token == own_token()
+
+
+def test_no_local_cluster_is_one_line(nobody, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster start; or give --address"):
+        connect()
+
+
+def test_nobody_at_the_address_is_one_line(nobody):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{s.getsockname()[1]}"
+    with pytest.raises(ClusterError, match="nothing answers there"):
+        connect(closed)
+    with pytest.raises(ClusterError, match="the name of its host is not known here"):
+        connect("http://no-such-host.invalid:8265")
+
+
+def test_another_kind_of_server_is_one_line(nobody):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quiet) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ClusterError, match=r"not a Ray dashboard: it answers /api/version with status 404"):
+                connect(f"127.0.0.1:{server.server_port}")
+            with pytest.raises(ClusterError, match="no TLS connection"):
+                connect(f"https://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.ray
+def test_port_of_ray_itself_is_no_dashboard(local_cluster):
+    with pytest.raises(ClusterError, match="not a Ray dashboard: something there does not speak HTTP; give the dashb"):
+        connect(local_cluster.gcs_address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ray://host:10001", "auto", "local", "http://", "http://host:port", "http://host:99999", "ho st", "http://h?a=b"],
+)
+def test_malformed_address_is_one_line(address):
+    with pytest.raises(ClusterError, match="not the URL of a Ray dashboard; give the dashboard's URL"):
+        normalised(address)
+
+
+def test_address_with_a_password_is_refused_without_showing_it():
+    with pytest.raises(ClusterError, match="address of host: it holds a user name") as e:
+        normalised("http://me:hunter2@host")
+    assert "hunter2" not in str(e.value)
+
+
+def test_address_is_brought_to_one_form():
+    assert normalised("host:8265") == "http://host:8265"
+    assert normalised("https://host/ray/") == "https://host/ray"

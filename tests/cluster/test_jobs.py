@@ -1,0 +1,106 @@
+import dataclasses
+import os
+import sys
+import time
+
+import pytest
+
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.errors import ClusterError, JobError, SpecError
+
+
+@pytest.fixture
+def connection(local_cluster):
+    return connect()
+
+
+def _submit(connection, job, code, **options):
+    jobs.submit(connection, jobs.request(["-c", code], job, local=connection.local, **options))
+
+
+def _wait(connection, job):
+    while (status := jobs.status(connection, job)) in ("PENDING", "RUNNING"):
+        time.sleep(0.2)
+    return status
+
+
+@pytest.mark.ray
+def test_round_trip(connection, monkeypatch):
+    # Ray's client would follow this one whatever address it is given.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    code = "import sys, time; print('one'); time.sleep(1); print(sys.executable); print('last', end='')"
+    _submit(connection, "trip", code, entrypoint_num_cpus=1, metadata={"run": "r"})
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+    followed = list(jobs.follow_logs(connection, "trip"))
+    assert followed[-3:] == ["one", sys.executable, "last"]
+    assert _wait(connection, "trip") == "SUCCEEDED"
+    assert jobs.logs(connection, "trip").endswith(f"one\n{sys.executable}\nlast")
+    assert followed == jobs.logs(connection, "trip").split("\n")
+    with pytest.raises(JobError, match=r"job trip: .*already exists"):
+        _submit(connection, "trip", code)
+
+
+@pytest.mark.ray
+def test_failure_shows_its_last_lines(connection):
+    _submit(connection, "fails", "print('before'); raise ValueError('two\\nlines')")
+    assert _wait(connection, "fails") == "FAILED"
+    assert jobs.message(connection, "fails") == "ValueError: two lines"
+    assert jobs.logs(connection, "fails").endswith("ValueError: two\nlines\n")
+
+
+@pytest.mark.ray
+def test_stop(connection):
+    _submit(connection, "stops", "print('up'); import time; time.sleep(600)")
+    lines = jobs.follow_logs(connection, "stops")
+    while next(lines) != "up":
+        pass
+    lines.close()
+    jobs.stop(connection, "stops")
+    assert _wait(connection, "stops") == "STOPPED"
+    jobs.stop(connection, "stops")  # again: no error
+
+
+@pytest.mark.ray
+def test_unknown_job(connection):
+    assert jobs.status(connection, "none") is None
+    for call in (jobs.logs, jobs.stop, lambda *args: list(jobs.follow_logs(*args))):
+        with pytest.raises(JobError, match="job none: "):
+            call(connection, "none")
+
+
+@pytest.mark.ray
+def test_wrong_runtime_env_is_a_mistake_of_the_spec(connection):
+    with pytest.raises(SpecError, match=r"cluster.runtime_env: .*pip"):
+        _submit(connection, "wrong", "pass", runtime_env={"pip": 3})
+
+
+@pytest.mark.ray
+def test_cluster_that_went_away(connection):
+    gone = dataclasses.replace(connection, address="http://127.0.0.1:1")
+    with pytest.raises(ClusterError, match="nothing answers there"):
+        jobs.status(gone, "any")
+
+
+@pytest.mark.ray
+def test_other_clusters_are_sent_our_packages(connection):
+    other = dataclasses.replace(connection, local=False)
+    code = "import mhmoe_ray.cluster.jobs, mhmoe_kernels; print(mhmoe_ray.__file__); print(mhmoe_kernels.__file__)"
+    _submit(other, "sent", code)
+    assert _wait(other, "sent") == "SUCCEEDED"
+    assert jobs.logs(other, "sent").count("/runtime_resources/py_modules_files/_ray_pkg_") == 2
+
+
+def test_request_is_what_is_sent():
+    assert jobs.request(["-m", "x", "a b"], "j", local=True, metadata={"run": "r"}) == {
+        "entrypoint": f"{sys.executable} -m x 'a b'",
+        "submission_id": "j",
+        "runtime_env": {},
+        "metadata": {"run": "r"},
+        "entrypoint_num_cpus": 0,
+    }
+    given = {"pip": ["x"], "excludes": ["*.md"]}
+    env = jobs.request([], "j", local=False, runtime_env=given)["runtime_env"]
+    assert [m.rpartition("/")[2] for m in env.pop("py_modules")] == ["mhmoe_ray", "mhmoe_kernels"]
+    assert env == {"pip": ["x"], "excludes": ["*.md", "__pycache__"]}
+    assert given == {"pip": ["x"], "excludes": ["*.md"]}

@@ -1,0 +1,149 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster import jobs, processes
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
+from mhmoe_ray.cluster.spawn import LocalCluster
+from mhmoe_ray.cluster.tokens import own_token, token_file
+from mhmoe_ray.errors import ClusterError
+
+# Ends on no signal but SIGKILL, and leaves behind a process that has lost its parent.
+STUBBORN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0 and os.setsid() is None and os.fork() != 0:
+    os._exit(0)
+time.sleep(600)
+"""
+
+
+def _command_line(process) -> str:
+    return " ".join(_unless_gone(process.cmdline) or [])
+
+
+def _listening(process) -> set[str]:
+    connections = _unless_gone(process.net_connections) or []
+    return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == "LISTEN"}
+
+
+def _unless_gone(read):
+    import psutil  # Ray's, which can be imported once a cluster runs
+
+    try:
+        return read()
+    except psutil.Error:
+        return None
+
+
+@pytest.mark.ray
+def test_is_found_again(local_cluster):
+    assert find_local() == local_cluster
+    assert start_local(4) == local_cluster  # it has 8 CPUs already
+
+
+@pytest.mark.ray
+def test_is_closed_to_others(local_cluster):
+    assert local_cluster.folder.stat().st_mode & 0o777 == 0o700
+    assert local_cluster.log.stat().st_mode & 0o777 == 0o600
+    assert token_file().stat().st_mode & 0o777 == 0o600
+    members = [p for p in processes.family(local_cluster.pid) if _command_line(p)]
+    assert len(members) > 5
+    assert all(own_token().value not in _command_line(p) for p in members)
+    assert set.union(*(_listening(p) for p in members)) == {"127.0.0.1"}
+
+
+@pytest.mark.ray
+def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    ours_first = [p for p in processes.family(local_cluster.pid) if p.name() in ("gcs_server", "raylet")]
+    assert len(ours_first) == 2
+
+    # Two commands at once start one cluster.
+    code = "from mhmoe_ray.cluster.local import start_local; print(start_local(2).pid)"
+    commands = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pids = {command.communicate()[0] for command in commands}
+    second = find_local()
+    assert second is not None
+    assert pids == {f"{second.pid}\n"}
+    assert second.address != local_cluster.address
+
+    connection = connect()
+    jobs.submit(connection, jobs.request(["-c", STUBBORN], "stubborn", local=True))
+    while jobs.status(connection, "stubborn") != "RUNNING":
+        time.sleep(0.2)
+    time.sleep(1)
+    theirs = {*processes.family(second.pid), *processes.marked(second.folder)}
+    assert sum("SIG_IGN" in _command_line(p) for p in theirs) >= 2
+
+    assert stop_local()
+    assert [p for p in theirs if p.is_running()] == []
+    assert not second.folder.exists()
+    assert not (tmp_path / RECORD).exists()
+    assert find_local() is None
+    assert not stop_local()
+    assert all(p.is_running() for p in ours_first)
+    monkeypatch.undo()
+    assert find_local() == local_cluster
+
+
+def _record(home: Path, **changes) -> LocalCluster:
+    folder = home / "mhmoe-test"
+    folder.mkdir()
+    record = {"pid": 2**22 - 1, "address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "cpus": 1}
+    record |= {"host": socket.gethostname(), "folder": str(folder)} | changes
+    (home / RECORD).write_text(json.dumps(record))
+    return LocalCluster(**(record | {"folder": folder}))
+
+
+@pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()], ids=["no such process", "somebody else's process"])
+def test_stale_record_is_cleaned_up(pid, tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    stale = _record(tmp_path, pid=pid)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    leftover = subprocess.Popen(sleep, env=os.environ | {processes.MARK: str(stale.folder)})
+    stranger = subprocess.Popen([*sleep, str(stale.folder)])
+    try:
+        assert find_local() is None
+        assert not stale.folder.exists()
+        assert not (tmp_path / RECORD).exists()
+        assert leftover.wait(5) == -9 or leftover.returncode == 0  # psutil may have reaped it
+        assert stranger.poll() is None
+    finally:
+        for process in (leftover, stranger):
+            process.kill()
+            process.wait()
+
+
+def test_damaged_record_counts_as_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    (tmp_path / RECORD).write_text('{"pid": 1}')
+    assert find_local() is None
+    assert not stop_local()
+
+
+def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    theirs = _record(tmp_path, host="elsewhere")
+    for call in (find_local, stop_local, lambda: start_local(1)):
+        with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
+            call()
+    assert theirs.folder.exists()
+
+
+@pytest.mark.ray
+def test_failing_start_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ROTATION_MAX_BYTES", "many")
+    with pytest.raises(ClusterError, match=r"Ray did not start: ValueError: invalid literal .* 'many'"):
+        start_local(1)
+    assert {p.name for p in (tmp_path / "home").iterdir()} == {"lock", "ray_token"}
+    assert list(tmp_path.glob("mhmoe-*")) == []
