@@ -38,7 +38,7 @@ def connect(address: str | None = None) -> Connection:
     if address is None:
         ours = find_local()
         if ours is None:
-            raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster start; or give --address")
+            raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
         return _to_ours(ours)
     address = normalised(address)
     if dashboard.is_loopback(address):

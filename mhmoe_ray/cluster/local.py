@@ -89,7 +89,7 @@ def _find() -> LocalCluster | None:
             raise
         except ClusterError as e:
             if time.monotonic() > deadline:
-                raise ClusterError("local cluster", e.why, "restart it: mhmoe cluster stop") from e
+                raise ClusterError("local cluster", e.why, "restart it: mhmoe cluster down") from e
             time.sleep(0.5)
 
 
@@ -106,7 +106,7 @@ def _wait_until_ready(cluster: LocalCluster) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
         if os.waitpid(cluster.pid, os.WNOHANG)[0]:
-            raise ClusterError("local cluster", f"Ray did not start: {_last_line(cluster.log)}", "see `mhmoe doctor`")
+            raise ClusterError("local cluster", f"Ray did not start: {_last_line(cluster.log)}", "mend that and retry")
         try:
             return _check_ready(cluster)
         except ClusterError as e:

@@ -48,7 +48,7 @@ def own_token() -> Token:
     Raises:
         TokenError: its file is gone or empty.
     """
-    return _read(token_file(), str(token_file()), "run `mhmoe cluster stop`, then start again")
+    return _read(token_file(), str(token_file()), "run `mhmoe cluster down`, then `mhmoe cluster up`")
 
 
 def user_token() -> Token | None:

@@ -80,7 +80,7 @@ def create_run(spec: RunSpec) -> RunDir:
 
 def list_runs(storage: Path) -> list[RunDir]:
     """Runs below `storage`, oldest first."""
-    found = [RunDir(p.parent) for p in storage.glob("*/run.json")]
+    found = [RunDir(p.parent) for p in storage.absolute().glob("*/run.json")]
     return sorted(found, key=lambda run: run.state_file.stat().st_ctime_ns)
 
 

@@ -1,0 +1,40 @@
+# One command each, by hand and in CI alike.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART_SET ?=
+
+.PHONY: help quickstart test check clean
+
+help:
+	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running)"
+	@echo "make test         install the test extras, then run all checks and tests"
+	@echo "make check        format, lint, types, direction of imports"
+	@echo "make clean        remove .venv and what quickstart wrote"
+
+quickstart: .venv/installed
+	$(BIN)/python jobs/quickstart.py $(QUICKSTART_SET)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv data runs
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[sample]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ .venv/installed
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is too old: Python 3.11 or newer is needed; name one with PYTHON=python3.x"; exit 1; }
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,89 @@
+"""From raw text to a served completion: the commands a user would type, one after another. Run by `make quickstart`.
+
+KEEP=1 leaves the cluster and the served model running. On a cluster named by RAY_API_SERVER_ADDRESS nothing is started
+but the jobs themselves, and nothing is stopped but the served model.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from typing import Any
+
+SPEC = "jobs/quickstart.yaml"
+PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
+
+
+def mhmoe(*args: str) -> None:
+    """Run a command as a user would see it."""
+    print(f"\n$ mhmoe {shlex.join(args)}", flush=True)
+    subprocess.run([sys.executable, "-m", "mhmoe_ray.cli.app", *args], check=True)
+
+
+def ask(*args: str) -> Any:
+    """The answer of a command that prints JSON."""
+    return json.loads(subprocess.check_output([sys.executable, "-m", "mhmoe_ray.cli.app", *args, "--json"]))
+
+
+def free_port(wanted: int) -> int:
+    """This one, or any other if somebody listens there."""
+    for port in (wanted, 0):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(s.getsockname()[1])
+    raise AssertionError("a free port always exists")
+
+
+def complete(url: str, prompt: str) -> str:
+    body = json.dumps({"prompt": prompt, "max_tokens": 48, "temperature": 0.7, "seed": 1}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["text"])
+
+
+def main() -> None:
+    overrides = sys.argv[1:]
+    sets = [word for override in overrides for word in ("--set", override)]
+    ours = not os.environ.get("RAY_API_SERVER_ADDRESS") and ask("cluster", "status") is None
+    keep = os.environ.get("KEEP") == "1"
+    deployed = False
+    try:
+        mhmoe("data", "sample", "data/sample")
+        mhmoe("data", "prepare", SPEC, *sets)
+        mhmoe("submit", SPEC, *sets)
+        mhmoe("status")
+        run = ask("status")
+        port = free_port(8000)
+        deployed = True
+        mhmoe("serve", "deploy", run["run"], "--set", f"serve.port={port}")
+        url = f"http://127.0.0.1:{port}"
+        print(f"\n{PROMPT} ...{complete(url, PROMPT)}")
+        print(f"\nrun directory  {run['path']}\ndashboard      {run['dashboard']}")
+        print(f"ask it         curl {url}/v1/completions -H 'Content-Type: application/json' \\")
+        print("""                 -d '{"prompt": "Fellow citizens", "max_tokens": 32}'""", flush=True)
+    finally:
+        if keep:
+            print("\nstill running; end it with: mhmoe serve down; mhmoe cluster down")
+        elif ours:
+            mhmoe("cluster", "down")
+        elif deployed:
+            mhmoe("serve", "down")
+    if not keep:
+        print("\nthe server is stopped; KEEP=1 make quickstart leaves it running")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    try:
+        main()
+    except subprocess.CalledProcessError as e:
+        sys.exit(e.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,53 @@
+"""How a run stands, from its directory and its job together."""
+
+import time
+from typing import NamedTuple
+
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import read_attempts
+
+_GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
+
+
+class Outcome(NamedTuple):
+    state: events.State
+    reason: str
+    """Why it failed; empty otherwise."""
+
+
+def outcome(run: RunDir, connection: Connection) -> Outcome | None:
+    """How the run ended; None while it goes on.
+
+    A job that is dead while its directory says it runs was killed, or its cluster is gone: that is a failure too.
+    """
+    over = recorded_outcome(run)
+    if over:
+        return over
+    reason = why_dead(run, connection)
+    if reason is None:
+        return None
+    time.sleep(_GRACE_SECONDS)
+    return recorded_outcome(run) or Outcome("failed", reason)
+
+
+def recorded_outcome(run: RunDir) -> Outcome | None:
+    happened = events.events(run)
+    state = events.state(happened)
+    if not events.is_over(state):
+        return None
+    reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
+    return Outcome(state, reason if state == "failed" else "")
+
+
+def why_dead(run: RunDir, connection: Connection) -> str | None:
+    """Why the newest attempt's job cannot be running any more; None if it may be."""
+    job = read_attempts(run)[-1].job
+    status = jobs.status(connection, job)
+    if status in ("PENDING", "RUNNING"):
+        return None
+    if status is None:
+        return f"the cluster does not know its job {job} any more"
+    return f"its job ended ({status.lower()}): {jobs.message(connection, job)}"

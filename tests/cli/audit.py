@@ -1,0 +1,24 @@
+"""What a run should have read, recomputed from the prepared shards and the order alone."""
+
+import numpy as np
+
+from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train.digest import combine_digests, sample_digest
+
+
+def expected_streams(run: RunDir) -> list[str]:
+    """The digest of each step's samples, from step 1."""
+    spec = run.spec()
+    samples = TrainingSamples(spec.data, spec.seed)
+    m, b = spec.train.micro_batches, spec.train.micro_batch_size
+    every = samples.read(np.arange(spec.train.steps * m * b)).reshape(spec.train.steps, m, b, -1)
+    return [combine_digests(sample_digest(micro_batch) for micro_batch in step) for step in every]
+
+
+def assert_read_as_ordered(run: RunDir) -> None:
+    """The effective history has every step once, each with the samples that the order gives it."""
+    history = metrics.history(run)
+    assert [line[metrics.STEP] for line in history] == list(range(1, run.spec().train.steps + 1))
+    assert [line[metrics.STREAM] for line in history] == expected_streams(run)

@@ -1,0 +1,36 @@
+import socket
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.spec import dump_spec
+from tests.data.texts import write_corpus
+from tests.specs import tiny_spec
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with raw text below raw/, and a spec of a tiny model on it."""
+    folder = tmp_path_factory.mktemp("project")
+    write_corpus(folder / "raw")
+    write_spec(folder)
+    return folder
+
+
+def write_spec(folder: Path, **sections) -> Path:
+    defaults = {
+        "cluster": {"workers": 2, "ep": 2},
+        "data": {"validation_fraction": 0.2},
+        "train": {"steps": 30, "validate_every": 10, "checkpoint_every": 10},
+    }
+    merged = {k: {**defaults.get(k, {}), **sections.get(k, {})} for k in {*defaults, *sections}}
+    path = folder / "spec.yaml"
+    path.write_text(dump_spec(tiny_spec(folder, **merged)))
+    return path
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

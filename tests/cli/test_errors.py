@@ -1,0 +1,87 @@
+"""Users' mistakes: one clear line, an exit code by kind, no traceback."""
+
+import json
+import shutil
+import socket
+
+import pytest
+
+from tests.cli.conftest import write_spec
+from tests.cli.run import assert_one_line, mhmoe
+
+
+def test_a_wrong_key(corpus):
+    result = mhmoe(corpus, "plan", "spec.yaml", "--set", "train.step=5")
+    assert_one_line(result, 3, "unknown key 'train.step'", "did you mean 'steps'?")
+
+
+def test_a_missing_spec(tmp_path):
+    assert_one_line(mhmoe(tmp_path, "submit", "nowhere.yaml"), 3, "spec nowhere.yaml", "No such file")
+
+
+def test_a_missing_source(tmp_path):
+    write_spec(tmp_path)
+    assert_one_line(mhmoe(tmp_path, "submit", "spec.yaml"), 4, "source web", "there is no folder", "mhmoe data sample")
+
+
+def test_an_unknown_run(tmp_path):
+    for verb in ("status", "logs", "stop", "resume"):
+        assert_one_line(mhmoe(tmp_path, verb, "tiny-123456"), 7, "run tiny-123456", "mhmoe list")
+    assert_one_line(mhmoe(tmp_path, "serve", "deploy", "tiny-123456"), 7, "run tiny-123456")
+
+
+def test_a_port_where_nothing_listens(corpus):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{s.getsockname()[1]}"
+        assert_one_line(mhmoe(corpus, "submit", "spec.yaml", "--address", address), 5, address, "nothing answers there")
+        assert_one_line(mhmoe(corpus, "serve", "status", "--address", address), 5, address)
+
+
+@pytest.mark.ray
+def test_a_missing_token(corpus, local_cluster, tmp_path):
+    """Somebody else's home has no token of this cluster."""
+    home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
+    result = mhmoe(corpus, "submit", "spec.yaml", "--address", local_cluster.address, **home)
+    assert_one_line(result, 6, local_cluster.address, "RAY_AUTH_TOKEN")
+
+
+@pytest.mark.ray
+def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
+    shutil.copytree(corpus / "raw", tmp_path / "raw")
+    with (tmp_path / "raw" / "a" / "one.jsonl").open("a") as f:
+        f.write('{"text": "torn\n')
+    write_spec(tmp_path)
+    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml")
+    assert_one_line(result, 4, "one.jsonl line 41", "it is not JSON", "data.max_bad_lines")
+    assert not list(tmp_path.glob("prepared*")), "nothing half-made is left"
+
+    allowed = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1", "--json").json()
+    assert allowed["bad_lines"] == 1
+    [line] = (tmp_path / "prepared" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["line"] == 41
+
+
+@pytest.mark.ray
+def test_a_damaged_prepared_shard(corpus, local_cluster, tmp_path):
+    shutil.copytree(corpus / "raw", tmp_path / "raw")
+    write_spec(tmp_path)
+    assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
+    shard = next((tmp_path / "prepared" / "train").rglob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    result = mhmoe(tmp_path, "submit", "spec.yaml")
+    assert result.code == 9
+    assert result.err.splitlines()[-1].startswith("error: run tiny-")
+    assert "its content is not what was written" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.ray
+def test_prepared_data_of_other_settings(corpus, local_cluster, tmp_path):
+    shutil.copytree(corpus / "raw", tmp_path / "raw")
+    write_spec(tmp_path)
+    assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
+    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
+    assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")

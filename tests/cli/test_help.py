@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.run import mhmoe
+
+VERBS = ["plan", "submit", "status", "list", "logs", "stop", "resume", "data", "serve", "cluster"]
+
+
+def test_help_names_every_verb_and_imports_neither_torch_nor_ray(tmp_path):
+    code = (
+        "import sys; sys.argv = ['mhmoe', '--help']\n"
+        "from mhmoe_ray.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'ray', 'pyarrow', 'pandas', 'pydantic'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("set()\n")
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(tmp_path, verb):
+    assert mhmoe(tmp_path, verb, "--help").out.startswith("Usage: ")
+
+
+def test_plan_shows_sizes_and_layout(corpus):
+    plan = mhmoe(corpus, "plan", "spec.yaml", "--set", "cluster.workers=4", "--json").json()
+    assert plan["layout"]["expert_groups"] == [[0, 1], [2, 3]]
+    assert plan["layout"]["experts_per_rank"] == 2
+    assert plan["tokens_per_step"] == 4 * 2 * 16
+    assert plan["spec"]["train"]["steps"] == 30
+    text = mhmoe(corpus, "plan", "spec.yaml").out
+    for part in (f"{plan['sizes']['parameters']:,}", "2 = dp 1 x ep 2", "multi-head, 2 heads"):
+        assert part in text
+
+
+def test_a_dry_run_prints_the_request_and_starts_nothing(corpus):
+    request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run").json()
+    assert "-m mhmoe_ray.train.driver" in request["entrypoint"]
+    assert not (corpus / "runs").exists()
+    remote = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", "http://head:8265").json()
+    assert json.dumps(remote["runtime_env"]).count("mhmoe_") == 2

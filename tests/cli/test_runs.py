@@ -1,0 +1,169 @@
+"""Runs as a user starts, watches, loses, stops, resumes and serves them, on a real cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import httpx
+import pytest
+import torch
+
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.serve.load import load_model
+from tests.cli.audit import assert_read_as_ordered
+from tests.cli.conftest import write_spec
+from tests.cli.run import assert_one_line, command, mhmoe
+
+pytestmark = pytest.mark.ray
+
+
+def wait_until(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+    return value
+
+
+def step_of(run: RunDir) -> int:
+    return max((line[metrics.STEP] for line in metrics.history(run)), default=0)
+
+
+def newest(folder) -> RunDir:
+    return list_runs(folder / "runs")[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, local_cluster):
+    """A run submitted and followed to its end; (run, what submit printed)."""
+    result = mhmoe(corpus, "submit", "spec.yaml")
+    assert result.code == 0, result.err
+    return newest(corpus), result
+
+
+def test_submit_shows_the_plan_then_progress_then_the_end(finished):
+    run, result = finished
+    assert "workers" in result.out
+    for part in ("preparing data in", "training from step 0 on 2 workers, dp 1 x ep 2", "step 20: validation loss"):
+        assert part in result.err
+    assert result.out.endswith(f"run {run.id} finished at step 30\n")
+    assert_read_as_ordered(run)
+
+
+def test_status_list_and_logs_tell_of_it(corpus, finished):
+    run, _ = finished
+    status = mhmoe(corpus, "status", "--json").json()
+    assert (status["run"], status["state"], status["last"]["step"]) == (run.id, "finished", 30)
+    assert status["checkpoint"]["name"] == "step_00000030.1"
+    assert status["baselines"]["unigram_entropy"] > 0
+    shown = mhmoe(corpus, "status", run.id[:7]).out
+    for part in ("30 of 30", "validation loss", "unigram entropy", "bigram", "dp 1 x ep 2"):
+        assert part in shown
+    assert [r["run"] for r in mhmoe(corpus, "list", "--json").json()] == [run.id]
+    assert run.id in mhmoe(corpus, "list").out
+    assert "prepared web/a" in mhmoe(corpus, "logs").out
+    assert "prepared web/a" in mhmoe(corpus, "logs", run.id, "-f").out
+    assert mhmoe(corpus, "logs", "--json").json()["job"] == f"{run.id}-1"
+
+
+def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):
+    run, _ = finished
+    assert_one_line(mhmoe(corpus, "stop", run.id), 7, "it is finished already")
+    assert_one_line(mhmoe(corpus, "resume", run.id), 7, "it is finished")
+    assert_one_line(mhmoe(corpus, "resume", run.id, "--set", "train.lr=1"), 3, "change only cluster keys")
+
+
+def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, unused_port):
+    run, _ = finished
+    deployed = mhmoe(corpus, "serve", "deploy", run.id, "--set", f"serve.port={unused_port}")
+    assert deployed.code == 0, deployed.err
+    url = f"http://127.0.0.1:{unused_port}"
+    assert f"serving {run.id} at {url}/v1/completions" in deployed.out
+    try:
+        body = {"prompt": "the moon rises", "max_tokens": 8, "temperature": 0}
+        plain = httpx.post(f"{url}/v1/completions", json=body).json()
+        assert plain["usage"]["completion_tokens"] == 8
+        with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        streamed = "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+        assert streamed == plain["choices"][0]["text"] == greedy(run, "the moon rises", 8)
+        assert [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == [run.id]
+        assert httpx.get(f"{url}/health").status_code == 200
+        [application] = mhmoe(corpus, "serve", "status", "--json").json()
+        assert (application["name"], application["status"], application["url"]) == ("mhmoe", "RUNNING", url)
+        assert "RUNNING" in mhmoe(corpus, "serve", "status").out
+    finally:
+        assert mhmoe(corpus, "serve", "down").code == 0
+    assert mhmoe(corpus, "serve", "status", "--json").json() == []
+
+
+@torch.no_grad()
+def greedy(run: RunDir, prompt: str, count: int) -> str:
+    """The model's own next tokens, without cache or server."""
+    from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
+
+    model, manifest = load_model(run.checkpoints / "step_00000030.1")
+    tokenizer = load_tokenizer(run.tokenizer_file, manifest.model.vocab_size)
+    ids = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]
+    start = len(ids)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
+    return tokenizer.decode(ids[start:])
+
+
+def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster):
+    write_spec(corpus, train={"steps": 150, "validate_every": 50, "checkpoint_every": 20})
+    assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
+    run = newest(corpus)
+    wait_until(lambda: step_of(run) >= 30)
+    [started] = [e for e in events.events(run) if e["event"] == "started"]
+    os.kill(started["workers"][1]["pid"], signal.SIGKILL)
+    wait_until(lambda: events.is_over(events.state(events.events(run))))
+    happened = events.events(run)
+    assert events.state(happened) == "finished", happened
+    first, second = [e for e in happened if e["event"] == "started"]
+    assert (first["step"], second["group"]) == (0, 2)
+    assert 20 <= second["step"] < 150
+    assert second["step"] % 20 == 0
+    assert_read_as_ordered(run)
+
+
+def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):
+    write_spec(corpus, train={"steps": 300, "validate_every": 100, "checkpoint_every": 100})
+    follower = subprocess.Popen(
+        command("submit", "spec.yaml"), cwd=corpus, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run = wait_until(lambda: (r := newest(corpus)).spec().train.steps == 300 and r)
+    wait_until(lambda: step_of(run) >= 20)
+    follower.send_signal(signal.SIGINT)  # Ctrl-C detaches
+    _, err = follower.communicate(timeout=30)
+    assert follower.returncode == 0, err
+    assert "detached; the run goes on" in err
+
+    stopped = mhmoe(corpus, "stop", run.id)
+    assert stopped.out == f"run {run.id} stopped\n", stopped
+    at = step_of(run)
+    assert 20 <= at < 300
+    assert mhmoe(corpus, "status", run.id, "--json").json()["checkpoint"]["step"] == at
+
+    resumed = mhmoe(corpus, "resume", run.id, "--set", "cluster.workers=1", "--set", "cluster.ep=1")
+    assert resumed.code == 0, resumed.err
+    assert f"training from step {at} on 1 workers, dp 1 x ep 1" in resumed.err
+    assert_read_as_ordered(run)
+
+
+def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):
+    """A gradient that is no number: the worker's own reason must reach the command line."""
+    write_spec(corpus, train={"lr": 1e30, "min_lr": 0}, cluster={"max_failures": 0})
+    result = mhmoe(corpus, "submit", "spec.yaml")
+    assert result.code == 9
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: run tiny-")
+    assert "is not a finite number" in last
+    assert "Traceback" not in result.err
+    assert mhmoe(corpus, "status", "--json").json()["state"] == "failed"
+    assert "is not a finite number" in mhmoe(corpus, "status").out.replace("\n", " ")

@@ -1,0 +1,113 @@
+"""The data pipeline on a real cluster."""
+
+import filecmp
+import json
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.data.manifest import read_data_manifest
+from mhmoe_ray.data.mixture import mixture
+from mhmoe_ray.data.raw import is_validation
+from mhmoe_ray.data.shards import ShardReader, padding_token
+from mhmoe_ray.data.stream import TrainingSamples, validation_samples
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
+from mhmoe_ray.spec import dump_spec
+from mhmoe_ray.train.digest import sample_digest
+from tests.data.texts import write_corpus
+from tests.specs import tiny_spec
+
+pytestmark = pytest.mark.ray
+
+ALPHA = {"sources": {"web": {"path": "raw", "alpha": 0.5}}, "validation_fraction": 0.2, "seq_len": 16}
+TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
+
+
+def on_cluster(cluster, *args, **env):
+    """Run a module of this Python as a job of the cluster, its working directory ours; returns its lines."""
+    connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
+    environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
+    jobs.submit(connection, jobs.request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
+    lines = list(jobs.follow_logs(connection, job))
+    assert jobs.status(connection, job) == "SUCCEEDED", "\n".join(lines)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def prepared(local_cluster, tmp_path_factory):
+    """A prepared corpus: its spec, its texts by domain."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = write_corpus(folder / "raw")
+    spec = tiny_spec(folder, data=ALPHA, train=TRAIN)
+    on_cluster(local_cluster, "mhmoe_ray.data.job", MHMOE_SPEC=dump_spec(spec))
+    return spec, texts
+
+
+def test_every_document_is_once_in_training_or_validation(prepared):
+    spec, texts = prepared
+    folder, manifest = spec.data.prepared, read_data_manifest(spec.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    held_out_tokens = 0
+    for domain, documents in texts.items():
+        expected = [[end, *tokenizer.encode(t).ids] for t in documents if not is_validation(t, 0.2)]
+        entry = manifest.domains[domain]
+        assert (entry.documents, entry.validation_documents) == (len(expected), len(documents) - len(expected))
+        stream = np.concatenate(expected)
+        assert entry.tokens == len(stream) == 1 + entry.samples * 16 + entry.unused_tokens
+        read = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
+        assert np.array_equal(read[:, 1:].ravel(), stream[1 : 1 + entry.samples * 16])
+        held = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
+        held_out_tokens += sum(held) - bool(held)  # a domain's first token is nobody's target
+    tokens, counts = validation_samples(folder, manifest)
+    assert int(counts.sum()) == manifest.validation_tokens == held_out_tokens
+    assert tokens.max() < padding_token(manifest.token_bytes)
+    assert tokenizer.decode([int(t) for t in tokens[0]], skip_special_tokens=False).startswith(END_OF_TEXT)
+
+
+def test_baselines_are_sensible(prepared):
+    found = read_data_manifest(prepared[0].data.prepared).baselines
+    assert 0 < found.bigram < found.unigram_entropy < np.log(300)
+
+
+def test_the_result_does_not_depend_on_parallelism(prepared, local_cluster, tmp_path):
+    spec, _ = prepared
+    again = spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": tmp_path / "again"})})
+    # One task at a time instead of eight.
+    on_cluster(local_cluster, "tests.data.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    names = sorted(str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert len(names) == 7, names
+    _, mismatch, errors = filecmp.cmpfiles(spec.data.prepared, tmp_path / "again", names, shallow=False)
+    assert (mismatch, errors) == ([], [])
+
+
+def test_temperature_flattens_the_mixture(prepared):
+    spec, _ = prepared
+    manifest = read_data_manifest(spec.data.prepared)
+    tokens = np.array([manifest.domains[d].tokens for d in sorted(manifest.domains)], float)
+    shares = mixture(spec.data, manifest)
+    assert np.array([shares[d] for d in sorted(shares)]) == pytest.approx(np.sqrt(tokens) / np.sqrt(tokens).sum())
+    sources = {"web": spec.data.sources["web"].model_copy(update={"alpha": 1.0, "shares": {"a": 3, "c": 1}})}
+    fixed = mixture(spec.data.model_copy(update={"sources": sources}), manifest)
+    assert fixed == pytest.approx({"web/a": 0.75, "web/c": 0.25})
+
+
+def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_cluster, tmp_path):
+    spec, _ = prepared
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    middle = 8 * 37
+    asked = ["1:0", "2:0", "4:0", f"2:{middle}"]
+    lines = on_cluster(local_cluster, "tests.data.read_splits", tmp_path / "spec.yaml", *asked)
+    found = json.loads(next(line for line in lines if line.startswith("{")))
+    assert list(found) == asked
+    for pair, workers in found.items():
+        world, start = map(int, pair.split(":"))
+        positions = np.arange(start, 60 * 8).reshape(-1, 2)
+        tokens = TrainingSamples(spec.data, spec.seed).read(positions.ravel()).reshape(len(positions), 2, -1)
+        for rank, batches in enumerate(workers):
+            assert [p for p, _ in batches] == positions[rank::world].tolist()
+            assert [d for _, d in batches] == [sample_digest(t) for t in tokens[rank::world]]
