@@ -55,7 +55,7 @@ def prepare(
         lines = []
         for line in jobs.follow_logs(connection, job):
             lines.append(line)
-            if line.startswith("prepared "):
+            if line.startswith("prepare: "):
                 note.print(line, soft_wrap=True)
         manifest = read_data_manifest(folder)
         if manifest is None:

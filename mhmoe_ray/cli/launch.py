@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import RunSpec
 
-STREAM_CPUS = 4  # logical CPUs beside the workers': without any, workers starve the stream that feeds them
-
 
 def cluster_for(spec: "RunSpec", address: str | None) -> "Connection":
     """The cluster to run a spec on; a local one is started where none is named.
@@ -24,7 +22,7 @@ def cluster_for(spec: "RunSpec", address: str | None) -> "Connection":
     from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.errors import ClusterError, SpecError
 
-    cpus = spec.cluster.workers * spec.cluster.cpus_per_worker + STREAM_CPUS
+    cpus = spec.cluster.cpus
     connection = connect_or_start(address, cpus)
     local = find_local() if connection.local else None
     if local and local.cpus < cpus:

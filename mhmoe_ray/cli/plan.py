@@ -36,13 +36,15 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
             "experts_per_rank": moe.experts // cluster.ep if moe else 0,
             "expert_groups": groups.ranks,
             "micro_batches_per_worker": spec.train.micro_batches // cluster.workers,
-            "cpus": cluster.workers * cluster.cpus_per_worker,
+            "cpus": cluster.cpus,
             "gpus": cluster.workers * cluster.gpus_per_worker,
         },
     }
 
 
 def show(spec: "RunSpec") -> None:
+    from mhmoe_ray.spec.cluster import STREAM_CPUS
+
     planned = as_dict(spec)
     size, layout, model, moe = planned["sizes"], planned["layout"], spec.model, spec.model.moe
     experts = "none"
@@ -61,6 +63,7 @@ def show(spec: "RunSpec") -> None:
         "multiply-adds per token": f"{size['macs_per_token']:,} ({size['moe_macs_per_token']:,} in expert layers)",
         "tokens": f"{planned['tokens']:,} in {spec.train.steps:,} steps of {planned['tokens_per_step']:,}",
         "workers": f"{layout['workers']} = dp {layout['dp']} x ep {layout['ep']}, {_each(spec)} each",
+        "CPUs": f"{layout['cpus']}, of which {STREAM_CPUS} for the data stream",
         "experts per rank": f"{layout['experts_per_rank']} of each layer" if moe else None,
         "storage": str(spec.storage),
     }

@@ -38,6 +38,8 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.spec import RunSpec
 
+SAYS = "prepare: "
+"""Begins the lines of a job's log that tell how far it is."""
 DOCUMENTS_PER_CALL = 64
 BASELINE_TOKENS = 20_000_000
 
@@ -65,10 +67,12 @@ def prepare(spec: RunSpec) -> DataManifest:
 def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     ray.data.DataContext.get_current().enable_progress_bars = False
     files = find_files(spec.data)
+    print(f"{SAYS}tokenizer for {len(files)} files", flush=True)
     _make_tokenizer(folder, files, spec)
     token_bytes = token_bytes_for(spec.model.vocab_size)
     parts = folder / "parts"
     parts.mkdir()
+    print(f"{SAYS}tokenising {len(files)} files", flush=True)
     rows = [{"number": i, "domain": f.domain, "path": f.path} for i, f in enumerate(files)]
     tokenise = partial(
         _tokenise_file,
@@ -88,6 +92,7 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in done:
         by_domain[row["domain"]].append(row)
+    print(f"{SAYS}packing {len(by_domain)} domains and languages", flush=True)
     pack_one = partial(_pack_domain, folder=folder, seq_len=spec.data.seq_len, token_bytes=token_bytes)
     items = [{"domain": d, "numbers": [r["number"] for r in rows]} for d, rows in by_domain.items()]
     packed = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_one).take_all()
@@ -95,7 +100,6 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     for row in sorted(packed, key=lambda r: r["domain"]):
         counts = {key: sum(r[key] for r in by_domain[row["domain"]]) for key in ("documents", "validation_documents")}
         domains[row["domain"]] = Domain(**counts, **json.loads(row["packed"]))
-        print(f"prepared {row['domain']}: {counts['documents']} documents, {domains[row['domain']].tokens} tokens")
 
     validation, figures, predicted = ray.get(
         ray.remote(_finish_validation).options(num_cpus=1).remote(folder, sorted(domains), domains, spec)

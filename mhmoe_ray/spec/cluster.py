@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 
+STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve the stream that feeds them
+
 
 class ClusterSpec(Section):
     workers: PositiveInt = 1
@@ -25,6 +27,11 @@ class ClusterSpec(Section):
         if self.workers % self.ep:
             raise ValueError(f"workers ({self.workers}) must be a multiple of ep ({self.ep})")
         return self
+
+    @property
+    def cpus(self) -> int:
+        """Logical CPUs that a run takes, its data stream included."""
+        return self.workers * self.cpus_per_worker + STREAM_CPUS
 
     @property
     def dp(self) -> int:

@@ -64,8 +64,8 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
         assert part in shown
     assert [r["run"] for r in mhmoe(corpus, "list", "--json").json()] == [run.id]
     assert run.id in mhmoe(corpus, "list").out
-    assert "prepared web/a" in mhmoe(corpus, "logs").out
-    assert "prepared web/a" in mhmoe(corpus, "logs", run.id, "-f").out
+    assert "prepare: packing 3 domains" in mhmoe(corpus, "logs").out
+    assert "prepare: packing 3 domains" in mhmoe(corpus, "logs", run.id, "-f").out
     assert mhmoe(corpus, "logs", "--json").json()["job"] == f"{run.id}-1"
 
 
