@@ -76,6 +76,10 @@ def drive(run: RunDir) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
         raise _explain(run, e) from e
+    reached = newest_checkpoint(run)
+    assert reached, "workers end with a checkpoint"
+    step = reached[1].step
+    events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
 
 
 def _prepare(run: RunDir, spec: RunSpec) -> None:

@@ -54,7 +54,7 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     if mesh.ep > 1:
         dist.all_reduce(square, group=mesh.group("ep"))
     norm = float((square + _square_sum(others, like=others[0])).sqrt())
-    # Not a number, or infinite: scaling cannot help, and the caller must see it.
+    # Scaling cannot mend a norm that is not finite; the caller must look.
     if clip_norm < norm < float("inf"):
         torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], clip_norm / norm)
     return norm

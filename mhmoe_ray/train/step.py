@@ -1,5 +1,6 @@
 """One optimizer step: M micro-batches over all ranks, one update. Knows nothing of Ray or of files."""
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mhmoe_ray.errors import JobError
 from mhmoe_ray.model.decoder import Decoder, Output, balance_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import RunSpec
@@ -79,9 +81,16 @@ class Trainer:
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
     def update(self) -> tuple[float, float]:
-        """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
-        self.step += 1
+        """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate).
+
+        Raises:
+            JobError: the norm is not finite, on all ranks alike; nothing is applied.
+        """
         norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
+        if not math.isfinite(norm):
+            why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
+            raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
+        self.step += 1
         lr = learning_rate(self.spec.train, self.step)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
