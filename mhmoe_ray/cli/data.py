@@ -2,13 +2,16 @@
 
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from mhmoe_ray.cli import launch
 from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, note, out, print_json, read_spec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.errors import DataError
 
 app = typer.Typer(help="Make and prepare training text.", no_args_is_help=True)
 
@@ -23,6 +26,18 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], j
         print_json(written)
         return
     out.print(f"{sum(written.values())} documents in {len(written)} domains and languages below {folder}")
+
+
+def _failure(log: str) -> "DataError | None":
+    """The job's own last error, as mhmoe_ray.data.job prints it."""
+    from mhmoe_ray.errors import DataError
+
+    told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
+    if not told:
+        return None
+    what, _, rest = told[-1].partition(": ")
+    why, _, fix = rest.rpartition("; ")
+    return DataError(what, why, fix)
 
 
 @app.command()
@@ -52,19 +67,15 @@ def prepare(
             connection,
             jobs.request(["-m", "mhmoe_ray.data.job"], job, local=connection.local, runtime_env=environment),
         )
-        lines = []
         for line in jobs.follow_logs(connection, job):
-            lines.append(line)
             if line.startswith("prepare: "):
                 note.print(line, soft_wrap=True)
         manifest = read_data_manifest(folder)
         if manifest is None:
-            told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            if told:
-                what, _, rest = told[-1].partition(": ")
-                why, _, fix = rest.rpartition("; ")
-                raise DataError(what, why, fix)
-            raise DataError(f"prepared data {folder}", jobs.message(connection, job), "see the job in the dashboard")
+            # The whole log: a stream of it may end before the last lines of a job that fails.
+            raise _failure(jobs.logs(connection, job)) or DataError(
+                f"prepared data {folder}", jobs.message(connection, job), "see the job in the dashboard"
+            )
     check_recipe(folder, manifest, resolved)
     if json:
         print_json(manifest.model_dump())
