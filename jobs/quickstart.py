@@ -14,6 +14,8 @@ import sys
 import urllib.request
 from typing import Any
 
+from mhmoe_ray.cli.serve import curl_line
+
 SPEC = "jobs/quickstart.yaml"
 PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
 
@@ -66,8 +68,7 @@ def main() -> None:
         url = f"http://127.0.0.1:{port}"
         print(f"\n{PROMPT} ...{complete(url, PROMPT)}")
         print(f"\nrun directory  {run['path']}\ndashboard      {run['dashboard']}")
-        print(f"ask it         curl {url}/v1/completions -H 'Content-Type: application/json' \\")
-        print("""                 -d '{"prompt": "Fellow citizens", "max_tokens": 32}'""", flush=True)
+        print(f"ask it         {curl_line(url)}", flush=True)
     finally:
         if keep:
             print("\nstill running; end it with: mhmoe serve down; mhmoe cluster down")

@@ -14,6 +14,8 @@ Exit code 2 is the command line's own (unknown option), 1 an error of ours. Erro
 and keep their traceback.
 """
 
+from typing import Self
+
 
 class MhmoeError(Exception):
     """One line for the user: what happened, why, and what to do.
@@ -32,6 +34,13 @@ class MhmoeError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.what}: {self.why}; {self.fix}".split())
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """The error that `str` made this line of, as a job's log holds it."""
+        what, _, rest = line.partition(": ")
+        why, _, fix = rest.rpartition("; ")
+        return cls(what, why, fix)
 
 
 class SpecError(MhmoeError):

@@ -87,14 +87,17 @@ def test_every_expert_got_tokens_and_changed(home, first):
     init_weights(fresh, spec.seed)
     for (name, new), old in zip(trained.named_parameters(), fresh.parameters(), strict=True):
         if ".experts." in name:
-            moved = (new - old).flatten(1).norm(dim=1) / old.flatten(1).norm(dim=1)
-            assert (moved > 0.05).all(), name
+            new_EW, old_EW = new.flatten(1), old.flatten(1)
+            # Weight decay alone would shrink an expert, so only what turned counts.
+            along_E1 = (new_EW * old_EW).sum(1, keepdim=True) / old_EW.square().sum(1, keepdim=True)
+            turned_E = (new_EW - along_E1 * old_EW).norm(dim=1) / old_EW.norm(dim=1)
+            assert (turned_E > 0.1).all(), name
 
 
 def test_the_curl_line_it_prints_is_answered(home, first):
-    url, body = re.search(r"curl (http://\S+) .*\n +-d '(.*)'", first).groups()
+    url, body = re.search(r"ask it +curl (http://\S+) .* -d '(.*)'", first).groups()
     answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=60)
-    assert answer.json()["usage"]["completion_tokens"] == 32
+    assert 1 <= answer.json()["usage"]["completion_tokens"] <= 32
     assert answer.json()["choices"][0]["text"].strip()
 
 

@@ -9,6 +9,7 @@ from mhmoe_kernels.weights import ExpertWeights, swiglu
 
 def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """See `mhmoe_kernels.run_experts`."""
+    # `tolist` makes the host wait for a GPU; the loop over experts needs numbers.
     plan = plan_routes(expert_NK, weights.gate_EFD.shape[0])
     out_RD = run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights)
     return combine(out_RD, gate_NK, plan)

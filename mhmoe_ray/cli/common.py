@@ -12,9 +12,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False, emoji=False)
 """For results."""
-note = Console(stderr=True, highlight=False)
+note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For progress and remarks, so that results can be piped."""
 
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]

@@ -33,11 +33,7 @@ def _failure(log: str) -> "DataError | None":
     from mhmoe_ray.errors import DataError
 
     told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-    if not told:
-        return None
-    what, _, rest = told[-1].partition(": ")
-    why, _, fix = rest.rpartition("; ")
-    return DataError(what, why, fix)
+    return DataError.parse(told[-1]) if told else None
 
 
 @app.command()
@@ -59,7 +55,7 @@ def prepare(
     manifest = read_data_manifest(folder)
     if manifest is None:
         find_files(resolved.data)
-        connection = launch.cluster_for(resolved, address)
+        connection = launch.cluster_for(resolved, resolved.cluster.cpus, address)
         job = f"prepare-{folder.name}-{secrets.token_hex(3)}"
         environment = dict(resolved.cluster.runtime_env)
         environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(resolved)}

@@ -6,38 +6,74 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from mhmoe_ray.cli.common import note, out
+from mhmoe_ray.cli.launch import name_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.cluster.watch import Outcome
     from mhmoe_ray.runs.layout import RunDir
 
 POLL_SECONDS = 0.5
+ASK_SECONDS = 5.0  # between questions to the cluster; the directory is read at every poll
+UNANSWERED = 12  # questions in a row, after which following ends
 
 
-def follow(run: "RunDir", connection: "Connection") -> None:
+def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -> None:
     """Show progress until the run is over. On a terminal a bar, elsewhere a line at each validation.
+
+    Args:
+        run: the run.
+        connection: the cluster that its newest job is on.
+        from_now: leave out what the directory told before.
 
     Raises:
         JobError: the run failed; the reason is in it.
+        ClusterError: the cluster does not answer any more.
     """
-    from mhmoe_ray.cluster.watch import outcome
     from mhmoe_ray.errors import JobError
-    from mhmoe_ray.runs import events
+    from mhmoe_ray.runs.manifest import newest_checkpoint
 
     try:
         with _bar() as progress:
-            view = _View(run, progress)
-            while (over := outcome(run, connection)) is None:
-                view.refresh()
-                time.sleep(POLL_SECONDS)
+            view = _View(run, progress, from_now)
+            over = _watch(run, connection, view)
             view.refresh()
     except KeyboardInterrupt:
-        note.print(f"\ndetached; the run goes on. See: mhmoe status {run.id}; to end it: mhmoe stop {run.id}")
+        name = name_of(run)
+        hint = f"detached; the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
+        note.print(f"\n{hint}", soft_wrap=True)
         return
     if over.state == "failed":
-        raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {run.id}`, then `mhmoe resume {run.id}`")
-    last = events.events(run)[-1]
-    out.print(f"run {run.id} {over.state} at step {last.get('step')}")
+        name = name_of(run)
+        raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
+    reached = newest_checkpoint(run)
+    out.print(f"run {run.id} {over.state} at step {reached[1].step if reached else 0}")
+
+
+def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
+    """Refresh the view until the run is over. A cluster that is slow to answer does not end it."""
+    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.errors import ClusterError, TokenError
+
+    asked, unanswered = time.monotonic(), 0
+    while True:
+        view.refresh()
+        over = recorded_outcome(run)
+        if over is None and time.monotonic() - asked > ASK_SECONDS:
+            try:
+                over, unanswered = outcome(run, connection), 0
+            except TokenError:
+                raise
+            except ClusterError as e:
+                unanswered += 1
+                if unanswered == UNANSWERED:
+                    raise
+                if unanswered == 1:
+                    note.print(f"still following, but {e}", soft_wrap=True)
+            asked = time.monotonic()
+        if over:
+            return over
+        time.sleep(POLL_SECONDS)
 
 
 def _bar() -> Progress:
@@ -47,12 +83,13 @@ def _bar() -> Progress:
 
 
 class _View:
-    def __init__(self, run: "RunDir", progress: Progress) -> None:
+    def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
         from mhmoe_ray.runs.jsonl import Tail
 
-        self._run, self._progress = run, progress
+        self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
-        self._metrics, self._events = Tail(run.metrics_file), Tail(run.events_file)
+        self._metrics = Tail(run.metrics_file, from_now=from_now)
+        self._events = Tail(run.events_file, from_now=from_now)
 
     def refresh(self) -> None:
         from mhmoe_ray.runs import metrics
@@ -77,3 +114,7 @@ class _View:
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
             places = f"{len(event['workers'])} workers, dp {event['dp']} x ep {event['ep']}"
             note.print(f"training from step {event['step']} on {places}{again}")
+            if event["straddling_groups"]:
+                note.print(f"warning: {event['straddling_groups']} expert-parallel groups lie on more than one node")
+        elif kind == "skipped_checkpoint":
+            note.print(f"warning: {event['name']}: {event['reason']}; the one before is used", soft_wrap=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import note
+from mhmoe_ray.cli.common import STORAGE, note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -11,28 +11,34 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
 
-def cluster_for(spec: "RunSpec", address: str | None) -> "Connection":
+def cluster_for(spec: "RunSpec", cpus: int, address: str | None) -> "Connection":
     """The cluster to run a spec on; a local one is started where none is named.
 
     Raises:
-        ClusterError: it cannot be reached, or the local one is too small.
+        ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
         SpecError: the spec's paths mean nothing there.
     """
-    from mhmoe_ray.cluster.connect import connect_or_start
+    from mhmoe_ray.cluster.connect import connect_or_start, is_local
     from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.errors import ClusterError, SpecError
 
-    cpus = spec.cluster.cpus
+    if is_local(address) and find_local() is None:
+        note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
     connection = connect_or_start(address, cpus)
     local = find_local() if connection.local else None
     if local and local.cpus < cpus:
-        fix = "stop it with `mhmoe cluster down`; the next submit starts one that is large enough"
-        raise ClusterError("local cluster", f"it has {local.cpus} CPUs and the spec needs {cpus}", fix)
+        fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
+        raise ClusterError("local cluster", f"it has {local.cpus} CPUs and {cpus} are needed", fix)
     if not connection.is_local_machine and not spec.cluster.shared_filesystem:
         why = f"the nodes of {connection.address} cannot be expected to see {spec.storage} of this machine"
         fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
         raise SpecError("storage", why, fix)
     return connection
+
+
+def name_of(run: "RunDir") -> str:
+    """What to call a run in a command: its id where the default storage finds it, else its path."""
+    return run.id if run.path.parent == Path.cwd() / STORAGE else str(run.path)
 
 
 def job_request(run: Path, attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
     job = request["submission_id"]
     # Recorded first: a job that runs unknown to its run directory could not be found again.
-    number = add_attempt(run, Attempt(job, connection.address))
+    number = add_attempt(run, Attempt(job, connection.address, connection.local))
     events.record(run, "submitted", attempt=number, job=job, address=connection.address)
     try:
         jobs.submit(connection, request)

@@ -1,38 +1,48 @@
 """`mhmoe list`: all runs of a storage folder."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
 
+if TYPE_CHECKING:
+    from mhmoe_ray.runs.layout import RunDir
+
 
 def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     """List runs, newest last, as their directories describe them."""
-    from mhmoe_ray.runs import events, metrics
     from mhmoe_ray.runs.layout import list_runs
 
-    found: list[dict[str, Any]] = []
-    for run in list_runs(storage):
-        happened, history = events.events(run), metrics.history(run)
-        found.append(
-            {
-                "run": run.id,
-                "state": events.state(happened),
-                "step": history[-1][metrics.STEP] if history else 0,
-                "steps": run.spec().train.steps,
-                "loss": history[-1][metrics.LOSS] if history else None,
-                "submitted": happened[0]["time"] if happened else None,
-                "path": str(run.path),
-            }
-        )
+    found = [_row(run) for run in list_runs(storage)]
     if json:
         print_json(found)
         return
     table = Table("run", "state", "step", "loss", "submitted", box=None, pad_edge=False)
     for row in found:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"])) if row["submitted"] else ""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"]))
         table.add_row(row["run"], row["state"], f"{row['step']}/{row['steps']}", loss, when)
     out.print(table if found else f"no runs in {storage}")
+
+
+def _row(run: "RunDir") -> dict[str, Any]:
+    from mhmoe_ray.errors import SpecError
+    from mhmoe_ray.runs import events, metrics
+
+    last = metrics.last(run)
+    try:
+        steps: int | str = run.spec().train.steps
+        state: str = events.state(events.events(run))
+    except SpecError:  # written by another version; the other runs are still worth a list
+        steps, state = "?", "unreadable spec"
+    return {
+        "run": run.id,
+        "state": state,
+        "step": last[metrics.STEP] if last else 0,
+        "steps": steps,
+        "loss": last[metrics.LOSS] if last else None,
+        "submitted": run.submitted(),
+        "path": str(run.path),
+    }

@@ -1,8 +1,20 @@
 """`mhmoe resume`: go on with a run from its newest whole checkpoint."""
 
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from mhmoe_ray.cli import launch
 from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, RunArg, SetOption, StorageOption
 from mhmoe_ray.cli.follow import follow
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.watch import Outcome
+    from mhmoe_ray.runs.layout import RunDir
+
+
+QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
 
 
 def resume(
@@ -11,14 +23,16 @@ def resume(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     detach: DetachOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
+    ] = False,
 ) -> None:
     """Go on with a run that stopped, failed or lost its cluster, from its newest whole checkpoint.
 
-    Only keys of the cluster section may change: with them the run goes on exactly as it would have.
+    It goes on where it ran before, unless an address is given. Only keys of the cluster section may change: with them
+    the run goes on exactly as it would have.
     """
-    from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
-    from mhmoe_ray.errors import ClusterError, RunError, SpecError
+    from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.state import read_attempts
     from mhmoe_ray.spec import load_spec, parse_overrides
@@ -28,21 +42,45 @@ def resume(
         if keys[0] != "cluster":
             why = "a resumed run must go on exactly as it would have"
             raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
-    over = recorded_outcome(found)
-    if over is None:
-        try:
-            over = outcome(found, connect(read_attempts(found)[-1].address))
-        except ClusterError:
-            pass  # its cluster is gone, and the run with it
-        else:
-            if over is None:
-                raise RunError(f"run {found.id}", "it is still running", "follow it with `mhmoe status`")
+    over = _ended(found, force)
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
+    before = read_attempts(found)[-1]
     spec = load_spec(found.spec_file, set_)
-    connection = launch.cluster_for(spec, address)
+    connection = launch.cluster_for(spec, spec.cluster.cpus, address or (None if before.local else before.address))
     found.write_spec(spec)
     found.stop_file.unlink(missing_ok=True)
     launch.start(found, spec, connection)
     if not detach:
-        follow(found, connection)
+        follow(found, connection, from_now=True)
+
+
+def _ended(run: "RunDir", force: bool) -> "Outcome | None":
+    """How the run ended; None if its cluster is gone.
+
+    Raises:
+        RunError: it runs, or may still run.
+        TokenError: its cluster wants a token that we do not have, so nobody can tell.
+    """
+    from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.errors import ClusterError, RunError, TokenError
+    from mhmoe_ray.runs.state import read_attempts
+
+    over = recorded_outcome(run)
+    if over:
+        return over
+    try:
+        over = outcome(run, connect(read_attempts(run)[-1].address))
+    except TokenError:
+        raise
+    except ClusterError as e:
+        quiet = time.time() - max(f.stat().st_mtime for f in (run.events_file, run.metrics_file) if f.exists())
+        if quiet < QUIET_SECONDS and not force:
+            why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
+            fix = "make sure that no job of it runs any more, then wait, or use --force"
+            raise RunError(f"run {run.id}", why, fix) from e
+        return None
+    if over is None:
+        raise RunError(f"run {run.id}", "it is still running", "follow it with `mhmoe status`")
+    return over

@@ -21,6 +21,8 @@ app = typer.Typer(help="Serve a checkpoint.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
 START_SECONDS = 180.0
+SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster
+WEIGHTS = ("weights",)
 
 
 @app.command()
@@ -49,20 +51,22 @@ def deploy(
     spec = load_spec(found.spec_file, set_)
     if checkpoint:
         path = found.checkpoints / checkpoint
-        read_manifest(path)
+        read_manifest(path, WEIGHTS)
     else:
-        newest = newest_checkpoint(found)
+        newest = newest_checkpoint(found, WEIGHTS)
         if newest is None:
             raise CheckpointError(f"run {found.id}", "it has no checkpoint yet", "wait for one, or train a run")
-        path = newest[0]
-    connection = launch.cluster_for(spec, address)
+        path, _, skipped = newest
+        for error in skipped:
+            note.print(f"warning: {error}", soft_wrap=True)
+    cpus = spec.serve.replicas * spec.serve.cpus_per_replica + SERVE_CPUS
+    connection = launch.cluster_for(spec, cpus, address)
     config = application_config(APPLICATION, path, spec.serve, found.id)
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")
     serving.wait_until_running(connection, APPLICATION, START_SECONDS)
     url = f"http://{spec.serve.host}:{spec.serve.port}"
-    out.print(f"serving {found.id} at {url}/v1/completions", soft_wrap=True)
-    out.print(curl_line(url), soft_wrap=True, markup=False)
+    out.print(f"serving {found.id} at {url}/v1/completions; ask it: {curl_line(url)}", soft_wrap=True)
 
 
 def curl_line(url: str) -> str:

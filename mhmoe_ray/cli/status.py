@@ -24,28 +24,29 @@ def status(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
 def as_dict(run: "RunDir") -> dict[str, Any]:
     """All that `status` shows. `cluster` says whether the cluster confirmed it."""
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.watch import outcome
+    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError
     from mhmoe_ray.runs import events, metrics
     from mhmoe_ray.runs.state import read_attempts
 
     spec, happened, history = run.spec(), events.events(run), metrics.history(run)
-    state, reason, cluster = events.state(happened), "", "not asked: the run is over"
+    state: str = events.state(happened)
+    reason, cluster = "", "not asked: the run is over"
     attempts = read_attempts(run)
-    if events.is_over(state):
-        reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
-    elif attempts:
+    over = recorded_outcome(run)
+    if over is None and attempts:
         try:
             over = outcome(run, connect(attempts[-1].address))
-            state, reason = over if over else (state, "")
             cluster = "the job is alive" if over is None else "the job is dead"
         except ClusterError as e:
-            cluster = str(e)
+            state, cluster = "unknown", f"it said {state} last, but {e}"
+    if over:
+        state, reason = over
     return {
         "run": run.id,
         "path": str(run.path),
         "state": state,
-        "reason": reason if state == "failed" else "",
+        "reason": reason,
         "cluster": cluster,
         "dashboard": attempts[-1].address if attempts else None,
         "job": attempts[-1].job if attempts else None,
@@ -56,6 +57,7 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
         "validation": next((line for line in reversed(history) if metrics.VAL_LOSS in line), None),
         "baselines": next((e for e in reversed(happened) if e["event"] == "prepared"), None),
         "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
+        "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
         "checkpoint": next((e for e in reversed(happened) if e["event"] == "checkpoint"), None),
         "tokens_per_s": _mean_rate(history),
     }
@@ -100,8 +102,12 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
             f"{len(started['workers'])} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
             f"; started {found['worker_starts']} times in {found['attempts']} attempts"
         )
+        if started["straddling_groups"]:
+            rows["warning"] = f"{started['straddling_groups']} expert-parallel groups lie on more than one node"
     if checkpoint:
-        rows["checkpoint"] = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
+        said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
+        damaged = len(set(found["skipped_checkpoints"]))
+        rows["checkpoint"] = f"{said}; {damaged} newer ones were damaged and passed over" if damaged else said
     if found["state"] not in ("finished", "stopped", "failed"):
         rows["cluster"] = found["cluster"]
     rows["dashboard"] = found["dashboard"]

@@ -1,13 +1,20 @@
 """`mhmoe stop`: end a run after a last checkpoint."""
 
 import time
+from typing import Annotated
+
+import typer
 
 from mhmoe_ray.cli.common import STORAGE, RunArg, StorageOption, note, out
 
 POLL_SECONDS = 0.5
 
 
-def stop(run: RunArg = None, storage: StorageOption = STORAGE) -> None:
+def stop(
+    run: RunArg = None,
+    now: Annotated[bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")] = False,
+    storage: StorageOption = STORAGE,
+) -> None:
     """Ask a run to end: its workers finish their step, validate, save a checkpoint and stop. `resume` goes on from it.
 
     A run whose workers are not training yet is ended at once.
@@ -26,12 +33,13 @@ def stop(run: RunArg = None, storage: StorageOption = STORAGE) -> None:
         raise RunError(f"run {found.id}", f"it is {over.state} already", "see `mhmoe status`")
     attempt = read_attempts(found)[-1]
     connection = connect(attempt.address)
-    if events.state(events.events(found)) != "running":
+    found.stop_file.touch()
+    if now or events.state(events.events(found)) != "running":
         jobs.stop(connection, attempt.job)
-        events.record(found, "stopped", step=0)
     else:
-        found.stop_file.touch()
-        note.print("waiting for its checkpoint")
+        note.print("waiting for its checkpoint; `mhmoe stop --now` does not")
     while (over := outcome(found, connection)) is None:
         time.sleep(POLL_SECONDS)
-    out.print(f"run {found.id} {over.state}{': ' + over.reason if over.reason else ''}")
+    if over.state == "stopped" and recorded_outcome(found) is None:
+        events.record(found, "stopped", reason="its job was ended")
+    out.print(f"run {found.id} {over.state}{': ' + over.reason if over.reason else ''}", soft_wrap=True)

@@ -1,6 +1,5 @@
 """`mhmoe submit`: start a run and follow it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,18 +20,24 @@ def submit(
 
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     """
+    from mhmoe_ray.cluster.connect import is_local
+    from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.raw import find_files
     from mhmoe_ray.runs.layout import create_run
 
     resolved = read_spec(spec, set_)
     if dry_run:
-        run = Path(resolved.storage) / f"{resolved.name}-xxxxxx"
-        print_json(launch.job_request(run, 1, resolved, local=address is None))
+        run = resolved.storage / f"{resolved.name}-xxxxxx"
+        print_json(launch.job_request(run, 1, resolved, local=is_local(address)))
         return
-    if not resolved.data.prepared.exists():
-        find_files(resolved.data)  # a missing folder is said now, not by a job that has just started
+    # What is wrong with the data is said now, not by a job that has just started.
+    prepared = read_data_manifest(resolved.data.prepared)
+    if prepared:
+        check_recipe(resolved.data.prepared, prepared, resolved)
+    else:
+        find_files(resolved.data)
     plan.show(resolved)
-    connection = launch.cluster_for(resolved, address)
+    connection = launch.cluster_for(resolved, resolved.cluster.cpus, address)
     run_dir = create_run(resolved)
     launch.start(run_dir, resolved, connection)
     if not detach:

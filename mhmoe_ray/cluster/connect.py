@@ -18,7 +18,7 @@ class Connection:
     local: bool
     """We started it."""
     is_local_machine: bool
-    """Its head node runs on this machine. A loopback address alone does not tell: it may be a tunnel."""
+    """It has one node, and that is this machine. A loopback address alone does not tell: it may be a tunnel."""
     token: Token | None
 
     @property
@@ -47,7 +47,14 @@ def connect(address: str | None = None) -> Connection:
             return _to_ours(ours)
     token = tokens.user_token()
     dashboard.ray_version(address, token)
-    return Connection(address, False, dashboard.is_loopback(address) and _head_is_here(address, token), token)
+    return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
+
+
+def is_local(address: str | None) -> bool:
+    """Whether `connect_or_start` would take a local cluster of ours for this address."""
+    address = _chosen(address)
+    ours = find_local()
+    return address is None or (ours is not None and normalised(address) == ours.address)
 
 
 def connect_or_start(address: str | None, cpus: int) -> Connection:
@@ -87,8 +94,9 @@ def _to_ours(cluster: LocalCluster) -> Connection:
     return Connection(cluster.address, True, True, tokens.own_token())
 
 
-def _head_is_here(address: str, token: Token | None) -> bool:
-    """Whether the folder of the head node's session, whose name is unique, exists on this machine."""
+def _is_here(address: str, token: Token | None) -> bool:
+    """Whether the cluster is a single node whose session folder, a name used once, exists on this machine."""
     nodes = dashboard.get(address, "/nodes?view=summary", token)["data"]["summary"]
-    heads = [n["raylet"] for n in nodes if n["raylet"].get("isHeadNode")]
-    return any(os.path.isdir(h.get("sessionDir", "")) for h in heads)  # noqa: PTH112 - Path raises for a folder we may not see
+    alive = [n["raylet"] for n in nodes if n["raylet"].get("state") != "DEAD"]
+    here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
+    return len(alive) == 1 and here

@@ -8,8 +8,8 @@ from mhmoe_ray.cluster.tokens import Token, refused
 from mhmoe_ray.errors import ClusterError
 
 
-def get(address: str, path: str, token: Token | None, timeout: float = 10) -> Any:
-    """The JSON at this path.
+def get(address: str, path: str, token: Token | None, timeout: float = 10, *, missing_ok: bool = False) -> Any:
+    """The JSON at this path; None where the dashboard has no such thing and `missing_ok` allows it.
 
     Raises:
         ClusterError: nothing answers, or something that is no Ray dashboard.
@@ -24,6 +24,8 @@ def get(address: str, path: str, token: Token | None, timeout: float = 10) -> An
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):
         raise refused(address, token)
+    if answer.status_code == 404 and missing_ok:
+        return None
     try:
         if answer.status_code == 200:
             return answer.json()

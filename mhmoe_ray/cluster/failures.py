@@ -40,8 +40,3 @@ def reason(text: str) -> str:
             # Its message may have several lines.
             return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
     return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
-
-
-def is_unknown(error: RuntimeError) -> bool:
-    """Whether the cluster said that it knows no such thing."""
-    return "status code 404" in str(error)

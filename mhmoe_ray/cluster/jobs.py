@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.cluster import tokens
+from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
-from mhmoe_ray.cluster.failures import explained, is_unknown, reason
+from mhmoe_ray.cluster.failures import explained, reason
 from mhmoe_ray.errors import JobError, SpecError
 
 PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
@@ -26,7 +26,6 @@ def request(
     local: bool,
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
-    entrypoint_num_cpus: float = 0,
 ) -> dict[str, Any]:
     """What `submit` sends, to the letter.
 
@@ -37,14 +36,12 @@ def request(
             on another cluster in its own, to which our packages are sent.
         runtime_env: Ray's runtime environment of the job.
         metadata: strings kept with the job.
-        entrypoint_num_cpus: taken on the cluster for the entrypoint itself.
     """
     return {
         "entrypoint": shlex.join([sys.executable if local else "python", *args]),
         "submission_id": submission_id,
         "runtime_env": dict(runtime_env or {}) if local else with_packages(runtime_env or {}),
         "metadata": dict(metadata or {}),
-        "entrypoint_num_cpus": entrypoint_num_cpus,
     }
 
 
@@ -78,15 +75,19 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
 
 def status(connection: Connection, job: str) -> str | None:
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None if the cluster knows no such job."""
-    info = _info(connection, job)
-    return None if info is None else str(info.status.value)
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None if the cluster knows no such job.
+
+    Raises:
+        ClusterError: no answer in time, or none at all.
+    """
+    info = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
+    return None if info is None else str(info["status"])
 
 
 def message(connection: Connection, job: str) -> str:
     """Ray's own remark on the job in one line, for example why it could not start."""
-    info = _info(connection, job)
-    return reason((info and info.message) or "the cluster does not know this job")
+    info = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
+    return reason((info and info["message"]) or "the cluster does not know this job")
 
 
 def logs(connection: Connection, job: str) -> str:
@@ -142,16 +143,6 @@ def stop(connection: Connection, job: str) -> None:
     """
     with explained(connection, f"job {job}", JobError, "see `mhmoe list`"):
         _client(connection).stop_job(job)
-
-
-def _info(connection: Connection, job: str) -> Any:
-    with explained(connection, f"job {job}", JobError, "see the cluster's dashboard"):
-        try:
-            return _client(connection).get_job_info(job)
-        except RuntimeError as e:
-            if is_unknown(e):
-                return None
-            raise
 
 
 @functools.cache

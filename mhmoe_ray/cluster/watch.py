@@ -22,32 +22,33 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
     """How the run ended; None while it goes on.
 
     A job that is dead while its directory says it runs was killed, or its cluster is gone: that is a failure too.
+
+    Raises:
+        ClusterError: the directory does not say and the cluster does not answer.
     """
     over = recorded_outcome(run)
     if over:
         return over
-    reason = why_dead(run, connection)
-    if reason is None:
+    job = read_attempts(run)[-1].job
+    status = jobs.status(connection, job)
+    if status in ("PENDING", "RUNNING"):
         return None
     time.sleep(_GRACE_SECONDS)
-    return recorded_outcome(run) or Outcome("failed", reason)
+    over = recorded_outcome(run)
+    if over:
+        return over
+    if status == "STOPPED" and run.stop_file.exists():
+        return Outcome("stopped", "")
+    if status is None:
+        return Outcome("failed", f"the cluster does not know its job {job} any more")
+    return Outcome("failed", f"its job ended ({status.lower()}): {jobs.message(connection, job)}")
 
 
 def recorded_outcome(run: RunDir) -> Outcome | None:
+    """As its directory says."""
     happened = events.events(run)
     state = events.state(happened)
     if not events.is_over(state):
         return None
     reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
     return Outcome(state, reason if state == "failed" else "")
-
-
-def why_dead(run: RunDir, connection: Connection) -> str | None:
-    """Why the newest attempt's job cannot be running any more; None if it may be."""
-    job = read_attempts(run)[-1].job
-    status = jobs.status(connection, job)
-    if status in ("PENDING", "RUNNING"):
-        return None
-    if status is None:
-        return f"the cluster does not know its job {job} any more"
-    return f"its job ended ({status.lower()}): {jobs.message(connection, job)}"

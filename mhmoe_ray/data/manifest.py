@@ -68,6 +68,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
+        "subfolders": {name: sorted(source.shares) for name, source in data.sources.items() if source.shares},
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
         "tokenizer": str(data.tokenizer) if data.tokenizer else None,

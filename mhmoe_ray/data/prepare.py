@@ -4,6 +4,7 @@ The result depends on the files and the settings only, never on how many tasks r
 one rename, when it is whole.
 """
 
+import errno
 import json
 import shutil
 from collections import defaultdict
@@ -33,8 +34,9 @@ from mhmoe_ray.data.manifest import (
 from mhmoe_ray.data.pack import pack, pack_validation
 from mhmoe_ray.data.raw import BadLine, RawFile, find_files, is_validation, read_documents
 from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, file_sha256, load_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.spec import RunSpec
 
@@ -57,11 +59,22 @@ def prepare(spec: RunSpec) -> DataManifest:
         partial_folder.mkdir(parents=True)
         try:
             manifest = _prepare_into(partial_folder, spec)
-            partial_folder.rename(folder)
+            manifest = _publish(partial_folder, folder) or manifest
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
     check_recipe(folder, manifest, spec)
     return manifest
+
+
+def _publish(made: Path, folder: Path) -> DataManifest | None:
+    """Give the folder its name; if another job was first, what that one made."""
+    try:
+        made.rename(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return read_data_manifest(folder)
+    return None
 
 
 def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
@@ -109,7 +122,7 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
         recipe=recipe(spec),
         seq_len=spec.data.seq_len,
         token_bytes=token_bytes,
-        tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+        tokenizer_sha256=describe_file(folder / "tokenizer.json").sha256,
         domains=domains,
         validation=validation,
         validation_tokens=predicted,
@@ -129,6 +142,7 @@ def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
     train = ray.remote(train_tokenizer).options(num_cpus=1)
     tokenizer: Tokenizer = ray.get(train.remote(files, vocab_size, spec.data.tokenizer_train_mb))
     tokenizer.save(str(folder / "tokenizer.json"))
+    load_tokenizer(folder / "tokenizer.json", vocab_size)
 
 
 def _tokenise_file(

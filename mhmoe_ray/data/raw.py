@@ -81,10 +81,14 @@ def _text_of(line: bytes) -> str | tuple[str] | None:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         return ("it has no text",)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return ("its text holds half a character (a lone surrogate)",)
     return text if text.strip() else ("its text is empty",)
 
 
 def is_validation(text: str, fraction: float) -> bool:
     """Whether a document is held out: by a hash of its text, so that copies of it are on the same side."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

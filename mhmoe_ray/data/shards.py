@@ -5,7 +5,8 @@ token of a domain is a target exactly once. The column is a fixed-size binary, u
 is a copy; row groups are small, since training reads samples in random order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ Samples = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 SHARD_BYTES = 64 << 20
 ROW_GROUP_BYTES = 256 << 10
+OPEN_SHARDS = 32  # of one domain in one process
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
@@ -83,38 +85,39 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Random access to the samples of a list of shards, in their order."""
+    """Random access to the samples of a list of shards, in their order. Files are opened when they are needed."""
 
-    def __init__(self, folder: Path, shards: Iterable[Shard], token_bytes: int) -> None:
-        self._files = [pq.ParquetFile(folder / s.file, memory_map=True) for s in shards]
+    def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
+        self._paths = [folder / s.file for s in shards]
+        self._starts = np.cumsum([0, *(s.rows for s in shards)])
         self._dtype = token_dtype(token_bytes)
-        groups = [
-            (f, g, file.metadata.row_group(g).num_rows)
-            for f, file in enumerate(self._files)
-            for g in range(file.num_row_groups)
-        ]
-        self._groups = [(f, g) for f, g, _ in groups]
-        self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+        self._file = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, index: np.ndarray) -> Samples:
         """Samples by number, as int64; each row group that holds one of them is read once."""
-        group_of = np.searchsorted(self._starts, index, side="right") - 1
+        shard_of = np.searchsorted(self._starts, index, side="right") - 1
         rows: Samples | None = None
-        for g in np.unique(group_of):
-            wanted = group_of == g
-            tokens = self._read_group(int(g))[index[wanted] - self._starts[g]]
-            if rows is None:
-                rows = np.empty((len(index), tokens.shape[1]), np.int64)
-            rows[wanted] = tokens
+        for shard in np.unique(shard_of):
+            file = self._file(int(shard))
+            row_of = index - self._starts[shard]
+            group_rows = file.metadata.row_group(0).num_rows
+            for group in np.unique(row_of[shard_of == shard] // group_rows):
+                wanted = (shard_of == shard) & (row_of // group_rows == group)
+                tokens = self._read_group(file, int(group))[row_of[wanted] - group * group_rows]
+                if rows is None:
+                    rows = np.empty((len(index), tokens.shape[1]), np.int64)
+                rows[wanted] = tokens
         assert rows is not None, "at least one sample is asked for"
         return rows
 
-    def _read_group(self, group: int) -> np.ndarray:
-        file, number = self._groups[group]
-        column = self._files[file].read_row_group(number, columns=["tokens"]).column(0).combine_chunks()
+    def _open(self, shard: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self._paths[shard], memory_map=True)
+
+    def _read_group(self, file: pq.ParquetFile, group: int) -> np.ndarray:
+        column = file.read_row_group(group, columns=["tokens"]).column(0).combine_chunks()
         data = np.frombuffer(column.buffers()[1], self._dtype)
         return data.reshape(len(column), -1)
 

@@ -14,12 +14,12 @@ import ray.data
 
 from mhmoe_ray.data.manifest import DataManifest, read_data_manifest
 from mhmoe_ray.data.mixture import training_order
-from mhmoe_ray.data.order import Order
 from mhmoe_ray.data.shards import Samples, ShardReader, padding_token
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 
 MICRO_BATCHES_PER_TASK = 32
+MAX_TASKS = 2_000  # Ray makes them all at the start; a longer run has longer ones, which yield as they go
 
 
 def training_stream(spec: RunSpec, start: int) -> ray.data.Dataset:
@@ -29,10 +29,11 @@ def training_stream(spec: RunSpec, start: int) -> ray.data.Dataset:
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
-    tasks = max(1, -(-rows // (MICRO_BATCHES_PER_TASK * b)))
+    per_task = MICRO_BATCHES_PER_TASK * b
+    blocks = min(MAX_TASKS, -(-rows // per_task))
     read = partial(_read_positions, data=spec.data, seed=spec.seed, start=start)
-    positions = ray.data.range(rows, override_num_blocks=tasks)
-    stream = positions.map_batches(read, batch_size=None).repartition(target_num_rows_per_block=b, strict=True)
+    positions = ray.data.range(rows, override_num_blocks=blocks)
+    stream = positions.map_batches(read, batch_size=per_task).repartition(target_num_rows_per_block=b, strict=True)
     stream.context.enable_progress_bars = False  # they would fill the job's log
     return stream
 
@@ -55,10 +56,6 @@ class TrainingSamples:
     def open(data: DataSpec, seed: int) -> "TrainingSamples":
         """Kept open within a process, since tasks come back for the next positions."""
         return _open(data.model_dump_json(), seed)
-
-    @property
-    def order(self) -> Order:
-        return self._order
 
     def read(self, position: np.ndarray) -> np.ndarray:
         """(positions, T + 1) token ids, unsigned."""

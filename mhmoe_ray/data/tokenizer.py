@@ -4,7 +4,6 @@ Rule of documents: each one is preceded by <|endoftext|>, in training and in pro
 document begins" and, for a text being generated, "this one is over".
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +62,3 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise DataError(f"tokenizer {path}", f"it has no token {END_OF_TEXT}", "add it as a special token")
     return tokenizer
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

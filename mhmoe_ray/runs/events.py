@@ -10,11 +10,11 @@ Kind = Literal[
     "submitted",  # attempt, job, address
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
-    "started",  # group, step, dp, ep, straddling_groups, workers: [{rank, pid, host, node}]
+    "started",  # group, step, dp, ep, groups (ranks), straddling_groups, workers: [{rank, pid, host, node}]
     "checkpoint",  # step, name
     "skipped_checkpoint",  # name, reason
     "finished",  # step
-    "stopped",  # step
+    "stopped",  # step, or reason
     "failed",  # reason
 ]
 State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed"]

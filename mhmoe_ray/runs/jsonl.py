@@ -32,11 +32,28 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-class Tail:
-    """The whole lines that were added to a file since the last look."""
+def last(path: Path, window: int = 1 << 16) -> dict[str, Any] | None:
+    """The last whole line, if it lies within the file's last `window` bytes."""
+    if not path.exists():
+        return None
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - window))
+        lines = f.read().split(b"\n")
+    for line in reversed(lines):
+        try:
+            found: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        return found
+    return None
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+
+class Tail:
+    """The whole lines that were added to a file since the last look, or, at first, since this was made."""
+
+    def __init__(self, path: Path, *, from_now: bool = False) -> None:
+        self._path, self._offset = path, path.stat().st_size if from_now and path.exists() else 0
 
     def new(self) -> Iterator[dict[str, Any]]:
         if not self._path.exists():

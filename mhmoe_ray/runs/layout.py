@@ -1,5 +1,6 @@
 """Where things lie in a run directory, and how runs are made and found."""
 
+import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,15 @@ class RunDir:
         return load_spec(self.spec_file)
 
     def write_spec(self, spec: RunSpec) -> None:
-        self.spec_file.write_text(dump_spec(spec), encoding="utf-8")
+        """In one step: it is the run's only description."""
+        partial = self.spec_file.with_suffix(".partial")
+        partial.write_text(dump_spec(spec), encoding="utf-8")
+        partial.replace(self.spec_file)
+
+    def submitted(self) -> float:
+        """When its first attempt was, in seconds since the epoch."""
+        attempts = json.loads(self.state_file.read_text())["attempts"]
+        return float(attempts[0]["submitted"])
 
 
 def create_run(spec: RunSpec) -> RunDir:
@@ -81,7 +90,7 @@ def create_run(spec: RunSpec) -> RunDir:
 def list_runs(storage: Path) -> list[RunDir]:
     """Runs below `storage`, oldest first."""
     found = [RunDir(p.parent) for p in storage.absolute().glob("*/run.json")]
-    return sorted(found, key=lambda run: run.state_file.stat().st_ctime_ns)
+    return sorted(found, key=RunDir.submitted)
 
 
 def find_run(name: str | None, storage: Path) -> RunDir:

@@ -22,6 +22,7 @@ from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.spec import ModelSpec
 
 MANIFEST = "manifest.json"
+PARTS = ("weights", "optim")
 
 
 class FileEntry(BaseModel):
@@ -43,6 +44,8 @@ class Manifest(BaseModel):
     model: ModelSpec
     seq_len: int
     tokenizer_sha256: str
+    data_sha256: str
+    """Of the prepared data's manifest: `position` counts in that data and no other."""
     files: dict[str, FileEntry]
     """By path below the checkpoint."""
 
@@ -64,8 +67,8 @@ def commit(checkpoint: Path, manifest: Manifest) -> None:
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a whole checkpoint, after checking names, sizes and hashes of all its files.
+def read_manifest(checkpoint: Path, parts: tuple[str, ...] = PARTS) -> Manifest:
+    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
 
     Raises:
         CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
@@ -77,17 +80,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", fix) from e
     except (ValueError, ValidationError) as e:
         raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", fix) from e
-    problem = next(_problems(checkpoint, manifest), None)
+    problem = next(_problems(checkpoint, manifest, parts), None)
     if problem:
         raise CheckpointError(f"checkpoint {checkpoint}", problem, fix)
     return manifest
 
 
-def _problems(checkpoint: Path, manifest: Manifest) -> Iterator[str]:
-    present = {str(p.relative_to(checkpoint)) for p in checkpoint.glob("*/*")}
-    yield from (f"{name} is missing" for name in sorted(manifest.files.keys() - present))
-    yield from (f"{name} does not belong to it" for name in sorted(present - manifest.files.keys()))
-    for name, expected in manifest.files.items():
+def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> Iterator[str]:
+    present = {str(p.relative_to(checkpoint)) for part in parts for p in checkpoint.glob(f"{part}/*")}
+    files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
+    yield from (f"{name} is missing" for name in sorted(files.keys() - present))
+    yield from (f"{name} does not belong to it" for name in sorted(present - files.keys()))
+    for name, expected in files.items():
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
@@ -95,7 +99,9 @@ def _problems(checkpoint: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name} does not have the hash it was written with"
 
 
-def newest_checkpoint(run: RunDir) -> tuple[Path, Manifest, list[CheckpointError]] | None:
+def newest_checkpoint(
+    run: RunDir, parts: tuple[str, ...] = PARTS
+) -> tuple[Path, Manifest, list[CheckpointError]] | None:
     """The newest whole checkpoint of a run and what was wrong with newer ones; None if there is none.
 
     A directory without a manifest was never committed; it is passed over without a word.
@@ -104,7 +110,7 @@ def newest_checkpoint(run: RunDir) -> tuple[Path, Manifest, list[CheckpointError
     committed = [p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")]
     for checkpoint in sorted(committed, key=_age_key, reverse=True):
         try:
-            return checkpoint, read_manifest(checkpoint), skipped
+            return checkpoint, read_manifest(checkpoint, parts), skipped
         except CheckpointError as e:
             skipped.append(e)
     if skipped:

@@ -33,3 +33,8 @@ def history(run: RunDir) -> list[dict[str, Any]]:
             lines.pop()
         lines.append(line)
     return lines
+
+
+def last(run: RunDir) -> dict[str, Any] | None:
+    """The newest line, from the end of the file alone."""
+    return jsonl.last(run.metrics_file)

@@ -15,6 +15,8 @@ class Attempt:
     """Ray's submission id."""
     address: str
     """The cluster's dashboard, http(s)."""
+    local: bool
+    """We started that cluster, on the machine of the command."""
     submitted: float = field(default_factory=time.time)
 
 

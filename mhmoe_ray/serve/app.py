@@ -50,7 +50,7 @@ def build(args: Args) -> serve.Application:
             shows this exception as one line and gives up; one from a replica is a traceback after several tries.
     """
     try:
-        load_run_tokenizer(args.checkpoint, read_manifest(args.checkpoint))
+        load_run_tokenizer(args.checkpoint, read_manifest(args.checkpoint, parts=("weights",)))
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     return Completions.bind(args)  # type: ignore[attr-defined]  # the decorators made it a Deployment

@@ -21,7 +21,7 @@ def load_model(checkpoint: Path) -> tuple[Decoder, Manifest]:
     Raises:
         CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint, parts=("weights",))
     model = Decoder(manifest.model).requires_grad_(False).eval()
     load_tensors(checkpoint / "weights", dict(model.named_parameters()))
     return model, manifest

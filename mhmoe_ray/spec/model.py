@@ -59,6 +59,8 @@ class ModelSpec(Section):
             )
         if self.moe and self.d_model % self.moe.heads:
             raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
+        if self.moe and not self.moe_layers:
+            raise ValueError(f"moe.every is {self.moe.every}, so none of the {self.layers} layers has experts")
         return self
 
     def is_moe_layer(self, layer: int) -> bool:

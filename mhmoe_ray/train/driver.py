@@ -6,6 +6,7 @@ Run by Ray Jobs as `python -m mhmoe_ray.train.driver RUN_DIR`.
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import ray
 import ray.data
@@ -15,10 +16,10 @@ from ray.train.torch import TorchTrainer
 from mhmoe_ray.data.prepare import prepare
 from mhmoe_ray.data.shards import verify_shards
 from mhmoe_ray.data.stream import training_stream
-from mhmoe_ray.errors import JobError, MhmoeError
+from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import newest_checkpoint
+from mhmoe_ray.runs.manifest import Manifest, describe_file, newest_checkpoint
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.worker import train_worker
@@ -26,20 +27,37 @@ from mhmoe_ray.train.worker import train_worker
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]))
+    attempt = len(read_attempts(run))
     try:
         ray.init()
-        drive(run)
+        drive(run, attempt)
     except MhmoeError as e:
-        events.record(run, "failed", reason=str(e))
         print(f"error: {e}")
+        _record_end(run, attempt, "failed", reason=str(e))
         sys.exit(e.exit_code)
+    except SystemExit as e:  # Ray turns SIGTERM, with which it stops a job, into this
+        if run.stop_file.exists():
+            _record_end(run, attempt, "stopped", reason="its job was ended")
+        else:
+            _record_end(run, attempt, "failed", reason=f"its job was ended from outside ({e})")
+        raise
     except BaseException as e:
-        events.record(run, "failed", reason=f"{type(e).__name__}: {e}".splitlines()[0])
+        _record_end(run, attempt, "failed", reason=f"{type(e).__name__}: {e}".splitlines()[0])
         raise
 
 
-def drive(run: RunDir) -> None:
+def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
+    """Unless a later attempt has taken over: the end of this one is not the run's."""
+    if len(read_attempts(run)) == attempt:
+        events.record(run, kind, reason=reason)
+
+
+def drive(run: RunDir, attempt: int) -> None:
     """Train a run to its end, from its newest checkpoint if there is one.
+
+    Args:
+        run: the run.
+        attempt: the number of the submit or resume that this job is.
 
     Raises:
         MhmoeError: data, checkpoint or training failed; the reason of a failed worker is in it.
@@ -47,12 +65,14 @@ def drive(run: RunDir) -> None:
     spec = run.spec()
     _prepare(run, spec)
     newest = newest_checkpoint(run)
+    if newest:
+        _check_data(spec, newest[1])
     if newest and newest[1].step >= spec.train.steps:
         events.record(run, "finished", step=newest[1].step)
         return
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"run": str(run.path)},
+        train_loop_config={"run": str(run.path), "attempt": attempt},
         # A callable: Ray Train calls it at every start of the worker group, so the stream begins where the newest
         # checkpoint ends. A plain dataset would begin where the job began.
         datasets={"train": lambda: _stream_from_newest(run, spec)},
@@ -66,7 +86,7 @@ def drive(run: RunDir) -> None:
         ),
         run_config=ray.train.RunConfig(
             # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
-            name=f"{run.id}-{len(read_attempts(run))}",
+            name=f"{run.id}-{attempt}",
             storage_path=str(run.ray),
             failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
@@ -88,9 +108,21 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
     verify_shards(folder, manifest)
-    shutil.copyfile(folder / "tokenizer.json", run.tokenizer_file)
+    if not run.tokenizer_file.exists():
+        shutil.copyfile(folder / "tokenizer.json", run.tokenizer_file)
+    elif describe_file(run.tokenizer_file).sha256 != manifest.tokenizer_sha256:
+        fix = "restore the prepared folder, or submit a new run"
+        raise DataError(f"prepared data {folder}", "its tokenizer is not the one this run began with", fix)
     figures = manifest.baselines.model_dump()
     events.record(run, "prepared", validation_tokens=manifest.validation_tokens, **figures)
+
+
+def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
+    """The prepared folder is still the one the checkpoint's position counts in."""
+    folder = spec.data.prepared
+    if describe_file(folder / "manifest.json").sha256 != checkpoint.data_sha256:
+        fix = "restore the folder that the run began with, or submit a new run"
+        raise DataError(f"prepared data {folder}", "it is not what the run was trained on so far", fix)
 
 
 def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
@@ -111,9 +143,9 @@ def _explain(run: RunDir, error: Exception) -> MhmoeError:
         if isinstance(cause, MhmoeError):
             return cause
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        return JobError(f"worker {rank}", lines[-1].strip(), f"see: mhmoe logs {run.id}")
+        return JobError(f"worker {rank}", lines[-1].strip(), "see its log")
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return JobError(f"run {run.id}", lines[-1].strip(), f"see: mhmoe logs {run.id}")
+    return JobError(f"run {run.id}", lines[-1].strip(), "see its log")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The tensors of a checkpoint: weights under the model's names, AdamW's moments under the same names, apart."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -44,7 +43,8 @@ def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
             ep=mesh.ep,
             model=spec.model,
             seq_len=spec.data.seq_len,
-            tokenizer_sha256=hashlib.sha256(run.tokenizer_file.read_bytes()).hexdigest(),
+            data_sha256=describe_file(spec.data.prepared / "manifest.json").sha256,
+            tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
             files={name: entry for files in every for name, entry in files.items()},
         )
         commit(checkpoint, manifest)
@@ -57,7 +57,7 @@ def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
     """Weights, moments and step of a checkpoint written at any world size. Collective."""
     for parameter in trainer.model.parameters():
         trainer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(manifest.step)),
+            "step": torch.tensor(float(manifest.step), device=parameter.device),
             **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
         }
     load_tensors(checkpoint / "weights", _weights(trainer))

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.data.stream import require_manifest, validation_samples
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, newest_checkpoint
-from mhmoe_ray.runs.state import write_json
+from mhmoe_ray.runs.state import read_attempts, write_json
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.mesh import build_mesh
@@ -29,9 +29,9 @@ from mhmoe_ray.train.step import RankSums, Trainer
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory."""
+    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory, and `attempt`."""
     run = RunDir(Path(config["run"]))
-    Worker(run, run.spec()).train()
+    Worker(run, run.spec(), config["attempt"]).train()
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Place:
 
 
 class Worker:
-    def __init__(self, run: RunDir, spec: RunSpec) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: int) -> None:
         torch.set_num_threads(spec.cluster.cpus_per_worker)  # Ray leaves one thread to a worker, whatever its CPUs
-        self.run, self.spec = run, spec
+        self.run, self.spec, self.attempt = run, spec, attempt
         device = ray.train.torch.get_device()
         rank = dist.get_rank() if dist.is_initialized() else 0
         node = ray.get_runtime_context().get_node_id()
@@ -61,7 +61,7 @@ class Worker:
         self.start = self.trainer.step
         if rank == 0:
             workers = [vars(p) for p in places]
-            where = {"dp": mesh.dp, "ep": mesh.ep, "straddling_groups": mesh.straddling}
+            where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups, "straddling_groups": mesh.straddling}
             events.record(run, "started", group=self.group, step=self.start, workers=workers, **where)
 
     def train(self) -> None:
@@ -125,6 +125,8 @@ class Worker:
         """The step's metrics over all ranks, its routes per expert, and whether to stop."""
         spec, trainer, moe = self.spec, self.trainer, self.spec.model.moe
         stop = self.rank == 0 and self.run.stop_file.exists()
+        if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
+            raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
         own = [sums.loss, sums.balance, batches.waited / seconds, stop, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))

@@ -135,7 +135,13 @@ def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster)
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):
     write_spec(corpus, train={"steps": 300, "validate_every": 100, "checkpoint_every": 100})
     follower = subprocess.Popen(
-        command("submit", "spec.yaml"), cwd=corpus, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("submit", "spec.yaml"),
+        cwd=corpus,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal: a test run in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run = wait_until(lambda: (r := newest(corpus)).spec().train.steps == 300 and r)
     wait_until(lambda: step_of(run) >= 20)
@@ -167,3 +173,13 @@ def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):
     assert "Traceback" not in result.err
     assert mhmoe(corpus, "status", "--json").json()["state"] == "failed"
     assert "is not finite" in mhmoe(corpus, "status").out.replace("\n", " ")
+
+
+def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
+    write_spec(corpus, train={"steps": 1000})
+    assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
+    run = newest(corpus)
+    stopped = mhmoe(corpus, "stop", run.id)
+    assert stopped.out == f"run {run.id} stopped\n", stopped
+    assert mhmoe(corpus, "status", run.id, "--json").json()["state"] == "stopped"
+    assert not metrics.history(run)

@@ -78,7 +78,7 @@ def test_proxies_do_not_come_between(local_cluster, monkeypatch):
 def test_no_local_cluster_is_one_line(nobody, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster start; or give --address"):
+    with pytest.raises(ClusterError, match="none runs; start it: mhmoe cluster up; or give --address"):
         connect()
 
 

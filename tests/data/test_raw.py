@@ -26,6 +26,7 @@ def test_every_form_of_file_gives_its_texts(tmp_path, suffix):
         (b'{"text": 5}', "it has no text"),
         (b'["text"]', "it has no text"),
         (b'{"text": "  "}', "its text is empty"),
+        (b'{"text": "cut emoji \\ud83d"}', "its text holds half a character"),
     ],
 )
 def test_a_bad_line_is_told_with_its_number_and_the_rest_is_read(tmp_path, line, reason):

@@ -22,7 +22,7 @@ def write_checkpoint(run, step, group=1):
     files = {"weights/w.safetensors": describe_file(checkpoint / "weights" / "w.safetensors")}
     spec = run.spec()
     fields = {"step": step, "tokens": 1, "position": 1, "seed": 0, "world": 1, "ep": 1, "model": spec.model}
-    commit(checkpoint, Manifest(**fields, seq_len=16, tokenizer_sha256="", files=files))
+    commit(checkpoint, Manifest(**fields, seq_len=16, tokenizer_sha256="", data_sha256="", files=files))
     return checkpoint
 
 
@@ -38,7 +38,7 @@ def test_a_run_is_found_by_id_prefix_and_path_and_the_newest_by_nothing(tmp_path
         find_run(None, spec.storage)
     runs = [create_run(spec), create_run(spec)]
     for r in runs:
-        add_attempt(r, Attempt("job", "http://x"))
+        add_attempt(r, Attempt("job", "http://x", local=True))
     assert list_runs(spec.storage) == runs
     assert find_run(None, spec.storage) == runs[1]
     for name in (runs[0].id, runs[0].id[:-1], str(runs[0].path)):
@@ -93,7 +93,7 @@ def test_state_follows_events(run):
 
 
 def test_attempts_are_numbered(run):
-    assert [add_attempt(run, Attempt(job, "http://x")) for job in "ab"] == [1, 2]
+    assert [add_attempt(run, Attempt(job, "http://x", local=True)) for job in "ab"] == [1, 2]
     assert [a.job for a in read_attempts(run)] == ["a", "b"]
 
 

@@ -63,6 +63,7 @@ def commit_checkpoint(checkpoint: Path, tokenizer: Path, world: int) -> None:
         model=SPEC,
         seq_len=SEQ_LEN,
         tokenizer_sha256=describe_file(tokenizer).sha256,
+        data_sha256="",
         files=files,
     )
     commit(checkpoint, manifest)

@@ -48,19 +48,19 @@ def whole(trainer: Trainer, named: dict[str, torch.Tensor]) -> dict[str, torch.T
 def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
     """Unclipped gradients of the first step, then the loss of each step and the weights after the last."""
     trainer = trainer_of(spec, nodes)
-    losses, first = [], {}
+    losses, norms, first = [], [], {}
     for step in range(steps):
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainer.model.named_parameters()}
             first = whole(trainer, grads)
-        trainer.update()
+        norms.append(trainer.update()[0])
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
         losses.append(float(total) / spec.tokens_per_step)
     weights = whole(trainer, {n: p.detach() for n, p in trainer.model.named_parameters()})
-    return {"gradients": first, "losses": losses, "weights": weights}
+    return {"gradients": first, "losses": losses, "norms": norms, "weights": weights}
 
 
 def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:

@@ -30,6 +30,9 @@ def test_any_spread_of_experts_trains_alike(alone, workers, ep, nodes):
             error = (found["gradients"][name] - expected).norm() / expected.norm()
             assert error < 1e-5, f"gradient of {name}"
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        # What clipping divides by, which Adam would hide.
+        assert found["norms"][0] == pytest.approx(alone["norms"][0], rel=1e-5)
+        assert found["norms"] == pytest.approx(alone["norms"], rel=1e-3)
         for name, expected in alone["weights"].items():
             torch.testing.assert_close(found["weights"][name], expected, atol=1e-3, rtol=1e-3, msg=name)
 

@@ -20,6 +20,8 @@ def saved(tmp_path_factory):
     spec = tiny_spec(tmp_path_factory.mktemp("run"), cluster={"workers": 2, "ep": 2})
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
+    spec.data.prepared.mkdir()
+    (spec.data.prepared / "manifest.json").write_text("{}")
     run_ranks(2, jobs.train_and_save, spec, run.path, STEPS)
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert skipped == []

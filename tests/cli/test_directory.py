@@ -1,0 +1,94 @@
+"""Commands on run directories whose cluster is gone."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.manifest import describe_file
+from mhmoe_ray.runs.state import Attempt, add_attempt
+from tests.cli.run import assert_one_line, mhmoe
+from tests.specs import tiny_spec
+
+
+@pytest.fixture
+def nobody():
+    """An address where nothing listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+@pytest.fixture
+def run(tmp_path, nobody):
+    made = create_run(tiny_spec(tmp_path))
+    add_attempt(made, Attempt("job-1", nobody, local=True))
+    events.record(made, "submitted", attempt=1, job="job-1", address=nobody)
+    events.record(
+        made, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
+    )
+    line = {metrics.STEP: 7, metrics.GROUP: 1, metrics.LOSS: 2.5, metrics.TOKENS: 70, metrics.TOKENS_PER_S: 9.0}
+    metrics.append(made, {**line, metrics.DATA_WAIT: 0.0})
+    return made
+
+
+def test_a_run_whose_cluster_does_not_answer_is_not_called_running(tmp_path, run):
+    status = mhmoe(tmp_path, "status", "--json").json()
+    assert status["state"] == "unknown"
+    assert "it said running last, but" in status["cluster"]
+    assert status["last"]["step"] == 7
+    assert mhmoe(tmp_path, "status").out.startswith(f"{run.id}: unknown")
+
+
+def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):
+    assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "--force")
+    assert len(events.events(run)) == 2
+
+
+def test_resume_does_not_guess_when_its_token_is_refused(tmp_path, run, local_cluster):
+    home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
+    add_attempt(run, Attempt("job-2", local_cluster.address, local=False))
+    for path in (run.events_file, run.metrics_file):
+        os.utime(path, (time.time() - 10_000,) * 2)
+    assert_one_line(mhmoe(tmp_path, "resume", **home), 6, local_cluster.address)
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(tmp_path, run):
+    """Ray, torch and gloo put paths and hints in brackets, which a terminal library may take for its own."""
+    reason = "worker 0: [/third_party/gloo/pair.cc:525] Connection closed by peer; [enforce fail at x] :warning:"
+    events.record(run, "failed", reason=reason)
+    shown = mhmoe(tmp_path, "status", COLUMNS="300")
+    assert shown.code == 0, shown.err
+    assert reason in shown.out
+
+
+def test_a_run_of_another_version_does_not_hide_the_others(tmp_path, run):
+    other = create_run(tiny_spec(tmp_path))
+    add_attempt(other, Attempt("job", "http://x", local=True))
+    other.spec_file.write_text("model: {from: the future}\n")
+    listed = {r["run"]: r["state"] for r in mhmoe(tmp_path, "list", "--json").json()}
+    assert listed == {run.id: "running", other.id: "unreadable spec"}
+    assert "unreadable spec" in mhmoe(tmp_path, "list").out
+
+
+def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path, run):
+    from mhmoe_ray.train.driver import _check_data
+    from tests.runs.test_runs import write_checkpoint
+
+    spec = run.spec()
+    spec.data.prepared.mkdir()
+    manifest = spec.data.prepared / "manifest.json"
+    manifest.write_text("one")
+    from mhmoe_ray.runs.manifest import read_manifest
+
+    checkpoint = read_manifest(write_checkpoint(run, 5)).model_copy(
+        update={"data_sha256": describe_file(manifest).sha256}
+    )
+    _check_data(spec, checkpoint)
+    manifest.write_text("another")
+    with pytest.raises(DataError, match="it is not what the run was trained on so far"):
+        _check_data(spec, checkpoint)
