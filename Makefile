@@ -6,7 +6,8 @@ QUICKSTART_SET ?=
 .PHONY: help quickstart test check clean
 
 help:
-	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running)"
+	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
+	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make check        format, lint, types, direction of imports"
 	@echo "make clean        remove .venv and what quickstart wrote"

@@ -71,7 +71,7 @@ def main() -> None:
         print(f"ask it         {curl_line(url)}", flush=True)
     finally:
         if keep:
-            print("\nstill running; end it with: mhmoe serve down; mhmoe cluster down")
+            print("\nstill running; end it with: .venv/bin/mhmoe cluster down")
         elif ours:
             mhmoe("cluster", "down")
         elif deployed:

@@ -6,7 +6,8 @@
     DIR/redpajama/stackexchange  English questions and answers (package `chatterbot-corpus`; BSD-3-Clause)
     DIR/multilingual/<language>  conversations in some 27 languages (the same package)
 
-It is not RedPajama; it has RedPajama's form, and each record's `meta` says what it is.
+Shakespeare's works on the package index cannot be installed with their dependencies any more, so they are not among
+them. It is not RedPajama; it has RedPajama's form, and each record's `meta` says what it is.
 """
 
 import json
