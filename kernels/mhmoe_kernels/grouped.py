@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, swiglu
+from mhmoe_kernels.weights import ExpertWeights
 
 
 def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """See `mhmoe_kernels.run_experts`."""
     # `tolist` makes the host wait for a GPU; the loop over experts needs numbers.
-    plan = plan_routes(expert_NK, weights.gate_EFD.shape[0])
+    plan = plan_routes(expert_NK, len(weights.stacked[0]))
     out_RD = run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights)
     return combine(out_RD, gate_NK, plan)
 
@@ -24,9 +24,9 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         weights: len(counts) experts.
     """
     # unbind, not indexing: its backward stacks the E gradients once instead of adding E full-size tensors.
-    experts = list(zip(*(w.unbind(0) for w in weights), strict=True))
+    experts = list(zip(*(w.unbind(0) for w in weights.stacked), strict=True))
     parts = torch.split(x_RD, counts)
     # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
     # between ranks runs backward here too.
     used = [e for e, count in enumerate(counts) if count] or [0]
-    return torch.cat([swiglu(parts[e], *experts[e]) for e in used])
+    return torch.cat([weights.function(parts[e], *experts[e]) for e in used])

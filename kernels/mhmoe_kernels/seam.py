@@ -14,7 +14,7 @@ BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped}
 
 
 def run_experts(backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """y_n = sum_k gate_nk * expert_{expert_nk}(x_n), with SwiGLU experts (P2, section 2.1).
+    """y_n = sum_k gate_nk * expert_{expert_nk}(x_n), for experts of any kind (P2, section 2.1).
 
     Args:
         backend: a key of `BACKENDS`.

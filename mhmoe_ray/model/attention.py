@@ -1,17 +1,22 @@
 """Causal self-attention with rotary positions, and the key-value cache that generation uses."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_ray.spec import ModelSpec
 
+XPOS_SCALE_BASE = 512
+"""Tokens over which xPos fades by one factor of its scale."""
+
 
 class KVCache:
     """Keys and values of one attention layer for up to `capacity` tokens of B sequences of equal length."""
 
     def __init__(self, spec: ModelSpec, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (batch, spec.attention_heads, capacity, spec.d_model // spec.attention_heads)
+        shape = (batch, spec.n_kv_heads, capacity, spec.head_width)
         self.k_BHTC, self.v_BHTC = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
@@ -23,12 +28,28 @@ class KVCache:
         return self.k_BHTC[:, :, : self.length], self.v_BHTC[:, :, : self.length]
 
 
-def rotary_angles(spec: ModelSpec, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos_TC and sin_TC of positions start..stop-1 in float32 (RoPE, arXiv 2104.09864, half-split pairing)."""
-    width = spec.d_model // spec.attention_heads
-    rate = spec.rope_theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    angle = torch.outer(torch.arange(start, stop, device=device, dtype=torch.float64), rate).repeat(1, 2)
-    return angle.cos().float(), angle.sin().float()
+class Rotary(NamedTuple):
+    """Cosines and sines of T positions, float32; those of queries and keys differ under xPos only."""
+
+    q_cos_TC: Tensor
+    q_sin_TC: Tensor
+    k_cos_TC: Tensor
+    k_sin_TC: Tensor
+
+
+def rotary(spec: ModelSpec, start: int, stop: int, device: torch.device) -> Rotary:
+    """For positions start..stop-1: RoPE (arXiv 2104.09864, half-split pairing), with xPos's fading (arXiv 2212.10554)
+    on the `subln` backbone: the product of a query and a key shrinks with their distance."""
+    width = spec.head_width
+    position = torch.arange(start, stop, device=device, dtype=torch.float64)
+    even = torch.arange(0, width, 2, device=device, dtype=torch.float64)
+    angle = torch.outer(position, spec.rope_theta ** (-even / width)).repeat(1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    if spec.backbone == "llama":
+        return Rotary(cos.float(), sin.float(), cos.float(), sin.float())
+    base = (even + 0.4 * width) / (1.4 * width)
+    fade = (base ** (position[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
+    return Rotary((cos * fade).float(), (sin * fade).float(), (cos / fade).float(), (sin / fade).float())
 
 
 def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
@@ -39,29 +60,34 @@ def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.heads = spec.attention_heads
-        self.qkv = nn.Linear(spec.d_model, 3 * spec.d_model, bias=False)
-        self.out = nn.Linear(spec.d_model, spec.d_model, bias=False)
+        bias = spec.backbone == "subln"
+        self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
+        self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
+        """Rows of all queries, then of all keys, then of all values."""
+        self.inner_norm = nn.LayerNorm(spec.d_model, spec.norm_eps) if spec.backbone == "subln" else nn.Identity()
+        self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
-    def forward(self, x_BTM: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTM: Tensor, at: Rotary, cache: KVCache | None = None) -> Tensor:
         """Attend to this and all earlier tokens.
 
         Args:
             x_BTM: the newest T tokens; with a cache, those that follow what it holds.
-            rotary: `rotary_angles` of these T positions.
+            at: `rotary` of these T positions.
             cache: extended in place.
         """
         B, T, M = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, M // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
+        q, k, v = heads_BHTC.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = _rotate(q, at.q_cos_TC, at.q_sin_TC), _rotate(k, at.k_cos_TC, at.k_sin_TC)
         past = 0
         if cache is not None:
             past = cache.length
             k, v = cache.extend(k, v)
+        grouped = self.kv_heads != self.heads
         if past == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        result: Tensor = self.out(y.transpose(1, 2).reshape(B, T, M))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+        result: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
         return result

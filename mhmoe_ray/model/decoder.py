@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and SwiGLU or mixture-of-experts layers, tied embeddings (as in P2)."""
+"""The decoder: pre-norm blocks of attention and feed-forward or mixture-of-experts layers, on either backbone."""
 
 from typing import NamedTuple
 
@@ -6,24 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_kernels.weights import swiglu
-from mhmoe_ray.model.attention import Attention, KVCache, rotary_angles
+from mhmoe_ray.model.attention import Attention, KVCache, Rotary, rotary
+from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
-
-
-class FeedForward(nn.Module):
-    """Dense SwiGLU."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.gate = nn.Linear(spec.d_model, spec.d_ff, bias=False)
-        self.up = nn.Linear(spec.d_model, spec.d_ff, bias=False)
-        self.down = nn.Linear(spec.d_ff, spec.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
 
 
 class Block(nn.Module):
@@ -31,21 +19,21 @@ class Block(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, held: range | None) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(spec.d_model, spec.norm_eps)
+        self.attention_norm = make_norm(spec)
         self.attention = Attention(spec)
-        self.ffn_norm = nn.RMSNorm(spec.d_model, spec.norm_eps)
+        self.ffn_norm = make_norm(spec)
         if spec.is_moe_layer(layer):
             self.moe = MultiHeadMoE(spec, held)
         else:
-            self.ffn = FeedForward(spec)
+            self.ffn = FeedForward(spec, spec.d_ff)
 
     def forward(
-        self, x_BTM: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x_BTM: Tensor, at: Rotary, cache: KVCache | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTM = x_BTM + self.attention(self.attention_norm(x_BTM), rotary, cache)
+        x_BTM = x_BTM + self.attention(self.attention_norm(x_BTM), at, cache)
         y_BTM = self.ffn_norm(x_BTM)
         if hasattr(self, "moe"):
-            y_BTM, routing = self.moe(y_BTM)
+            y_BTM, routing = self.moe(y_BTM, generator)
             return x_BTM + y_BTM, routing
         return x_BTM + self.ffn(y_BTM), None
 
@@ -68,24 +56,30 @@ class Decoder(nn.Module):
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, held) for i in range(spec.layers))
-        self.norm = nn.RMSNorm(spec.d_model, spec.norm_eps)
+        self.norm = make_norm(spec)
+        self.output = None if spec.tied_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
-    def forward(self, token_BT: Tensor, caches: list[KVCache] | None = None) -> Output:
+    def forward(self, token_BT: Tensor, caches: list[KVCache] | None = None, noise: Noise | None = None) -> Output:
         """Next-token logits.
 
         Args:
             token_BT: int64 ids; with caches, the tokens that follow what they hold.
             caches: one per block (`new_caches`), extended in place.
+            noise: randomness of a training step, where the spec asks for some.
         """
         start = caches[0].length if caches else 0
-        rotary = rotary_angles(self.spec, start, start + token_BT.shape[1], token_BT.device)
+        at = rotary(self.spec, start, start + token_BT.shape[1], token_BT.device)
         x_BTM = self.embedding(token_BT)
+        if self.spec.backbone == "subln":
+            x_BTM = x_BTM * self.spec.d_model**0.5
         routings = []
         for i, block in enumerate(self.blocks):
-            x_BTM, routing = block(x_BTM, rotary, caches[i] if caches else None)
+            generator = noise.generator(i, token_BT.device) if noise else None
+            x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator)
             if routing is not None:
                 routings.append(routing)
-        return Output(F.linear(self.norm(x_BTM), self.embedding.weight), routings)
+        output = self.embedding if self.output is None else self.output
+        return Output(F.linear(self.norm(x_BTM), output.weight), routings)
 
     def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty key-value caches for `capacity` tokens of `batch` sequences."""
@@ -94,6 +88,10 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MultiHeadMoE]:
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint's `weights` holds, by name: parameters and the routers' selection biases."""
+        return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     """Cross-entropy of each token in nats, float32, shape BT."""
@@ -101,6 +99,8 @@ def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     return loss.view(target_BT.shape)
 
 
-def balance_loss(routing: list[Routing]) -> Tensor:
-    """Sum over the mixture-of-experts layers; each is 1 when its router is uniform."""
-    return torch.stack([r.balance_loss for r in routing]).sum()
+def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
+    """What routing adds to the mean loss of a micro-batch: balance and z losses, weighted, summed over layers."""
+    assert spec.moe is not None
+    layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
+    return torch.stack(layers).sum()

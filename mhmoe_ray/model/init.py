@@ -2,56 +2,91 @@
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.moe import Experts, MultiHeadMoE
-
-Fill = Callable[[Tensor, torch.Generator], object]
+from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.router import XMoEScores
 
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int) -> None:
-    """Set every parameter of `model`.
+    """Set every parameter and buffer of `model`.
 
-    Embedding: normal, standard deviation d^-0.5, so that tied logits start near unit variance. Dense and attention
-    matrices: Kaiming-uniform (a = sqrt 5), as nn.Linear. Experts: the same, each under a seed of its own. Head
-    projection: Xavier-uniform with gain 1/sqrt 2, bias uniform in +-d^-0.5; merge projection: Xavier-uniform with
-    gain 1, bias 0 (both as in the authors' code). Router: normal, standard deviation width^-0.5. Norms: 1.
+    | tensor | llama (P2) | subln (P1, as coded) |
+    | --- | --- | --- |
+    | embedding, untied output | normal, sd d^-0.5 | the same |
+    | attention | as nn.Linear | queries, keys, values Xavier with gain 1/sqrt 2; output Xavier, bias 0 |
+    | feed-forward, experts | as nn.Linear, every expert under a seed of its own | the same |
+    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 | the same |
+    | merge projection | Xavier, bias 0 | the same |
+    | router | normal, sd width^-0.5; X-MoE's expert embeddings orthogonal, gain 0.32 | the same |
+    | norms | 1, bias 0 | the same |
+
+    On subln, weights and biases of fc1, fc2, of attention's values and output, and of the merge projection are then
+    multiplied by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423; the merge layer because its name there matches).
     """
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}"
             if isinstance(module, Experts):
                 for expert, weight in zip(module.held, tensor, strict=True):
-                    _kaiming(weight, _generator(seed, f"{full}.{expert}"))
+                    _fill(module, full, weight, _generator(seed, f"{full}.{expert}"))
             else:
-                _rule(model, module_name, module, name)(tensor, _generator(seed, full))
+                _fill(module, full, tensor, _generator(seed, full))
+            if model.spec.backbone == "subln":
+                _scale(module, full, tensor, math.sqrt(math.log(2 * model.spec.layers)))
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
 
 
-def _rule(model: Decoder, module_name: str, module: nn.Module, name: str) -> Fill:
-    parent = model.get_submodule(module_name.rpartition(".")[0])
-    if isinstance(module, nn.RMSNorm):
-        return lambda t, _: nn.init.ones_(t)
-    if isinstance(module, nn.Embedding) or name == "weight_ED":
-        return lambda t, g: nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=g)
-    if isinstance(parent, MultiHeadMoE):
-        is_head = module is parent.head
-        if name == "bias":
-            return _bias_uniform if is_head else lambda t, _: nn.init.zeros_(t)
-        return lambda t, g: nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=g)
-    return _kaiming
+def _fill(module: nn.Module, name: str, t: Tensor, g: torch.Generator) -> None:
+    if "norm" in name:
+        nn.init.constant_(t, 0.0 if "bias" in name else 1.0)
+    elif "temperature" in name:
+        nn.init.constant_(t, XMoEScores.INITIAL_TEMPERATURE)
+    elif "expert_EQ" in name:
+        nn.init.orthogonal_(t, gain=0.32, generator=g)
+    elif "embedding" in name or name.startswith("output.") or ".router." in name:
+        nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=g)
+    elif ".head." in name or ".merge." in name:
+        _fill_projection(name, t, g)
+    elif isinstance(module, nn.Linear) and module.bias is not None:
+        _fill_biased_attention(name, t, module.in_features, g)
+    elif t.ndim == 1:  # as nn.Linear: by the fan-in of the matrix, fc1 or fc2, that the bias belongs to
+        width = next(p.shape[-1] for n, p in module.named_parameters() if n[:3] == name.rpartition(".")[2][:3])
+        nn.init.uniform_(t, -(width**-0.5), width**-0.5, generator=g)
+    else:
+        nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=g)
 
 
-def _kaiming(t: Tensor, g: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=g)
+def _fill_projection(name: str, t: Tensor, g: torch.Generator) -> None:
+    is_head = ".head." in name
+    if t.ndim == 2:
+        nn.init.xavier_uniform_(t, gain=2**-0.5 if is_head else 1.0, generator=g)
+    elif is_head:
+        nn.init.uniform_(t, -(t.shape[0] ** -0.5), t.shape[0] ** -0.5, generator=g)
+    else:
+        nn.init.zeros_(t)
 
 
-def _bias_uniform(t: Tensor, g: torch.Generator) -> None:
-    nn.init.uniform_(t, -(t.shape[0] ** -0.5), t.shape[0] ** -0.5, generator=g)
+def _fill_biased_attention(name: str, t: Tensor, width: int, g: torch.Generator) -> None:
+    if ".out." in name:
+        nn.init.zeros_(t) if t.ndim == 1 else nn.init.xavier_uniform_(t, generator=g)
+    elif t.ndim == 1:
+        nn.init.uniform_(t, -(width**-0.5), width**-0.5, generator=g)
+    else:  # three square matrices in one, each with its own fan
+        for part in torch.split(t, width):
+            nn.init.xavier_uniform_(part, gain=2**-0.5, generator=g)
+
+
+def _scale(module: nn.Module, name: str, t: Tensor, factor: float) -> None:
+    if ".qkv." in name:
+        t[-len(t) // 3 :] *= factor
+    elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
+        t *= factor
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -2,9 +2,9 @@
 
     x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
 
-The h sub-tokens of a token are neighbouring rows (token-major, head-minor). There is no residual around a sub-token:
-the block's own residual is the only one, as in the authors' code and the second paper; equation 6 of the first paper
-prints one.
+The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual around a
+sub-token: the block's own residual is the only one, as in the authors' code and P2; equation 6 of P1 prints one, which
+is `sub_token_residual`. A shared expert, of which P2 leaves the place open, sees whole tokens before the split.
 """
 
 from collections.abc import Callable
@@ -12,37 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import ExpertWeights, run_experts
-from mhmoe_ray.model.router import LinearRouter, Routing
+from mhmoe_ray.model.feedforward import Experts, FeedForward
+from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
-Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
+Dispatch = Callable[[Tensor, Routing, Experts], Tensor]
 """Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
-
-
-class Experts(nn.Module):
-    """The experts `held` of a layer's E; all of them unless expert parallelism spreads them over ranks."""
-
-    def __init__(self, width: int, d_expert: int, held: range, kernel: str) -> None:
-        super().__init__()
-        self.held, self.kernel = held, kernel
-        self.gate_EFD = nn.Parameter(torch.empty(len(held), d_expert, width))
-        self.up_EFD = nn.Parameter(torch.empty(len(held), d_expert, width))
-        self.down_EDF = nn.Parameter(torch.empty(len(held), width, d_expert))
-
-    def forward(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
-        """Experts are numbered from 0 within those held here."""
-        weights = ExpertWeights(self.gate_EFD, self.up_EFD, self.down_EDF)
-        if torch.is_autocast_enabled(x_ND.device.type):
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, weights = x_ND.to(dtype), ExpertWeights(*(w.to(dtype) for w in weights))
-        return run_experts(self.kernel, x_ND, expert_NK, gate_NK, weights)
 
 
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts are here."""
     y_ND: Tensor = experts(x_ND, routing.expert_NK, routing.gate_NK)
     return y_ND
+
+
+def _projection(width: int, layers: int) -> nn.Module:
+    """d -> d with biases, which the authors' code has even where the rest of the model has none."""
+    linear = [nn.Linear(width, width) for _ in range(layers)]
+    if layers == 1:
+        return linear[0]
+    return nn.Sequential(*(part for one in linear for part in (one, nn.ReLU())))[:-1]
 
 
 class MultiHeadMoE(nn.Module):
@@ -54,18 +43,26 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.heads = moe.heads
-        width = spec.d_model // moe.heads
-        if moe.heads > 1:
-            self.head = nn.Linear(spec.d_model, spec.d_model, bias=True)
-            self.merge = nn.Linear(spec.d_model, spec.d_model, bias=True)
-        self.router = LinearRouter(width, moe.experts, moe.top_k, moe.normalize_gates)
-        self.experts = Experts(width, moe.d_expert, range(moe.experts) if held is None else held, moe.kernel)
+        self.heads, self.residual = moe.heads, moe.sub_token_residual
+        self.head = _projection(spec.d_model, moe.projection_layers) if moe.has_head else nn.Identity()
+        self.router = Router(spec.d_model // moe.heads, moe)
+        self.experts = Experts(spec, range(moe.experts) if held is None else held)
+        self.merge = _projection(spec.d_model, moe.projection_layers) if moe.has_merge else nn.Identity()
+        self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
         self.dispatch: Dispatch = dispatch_locally
 
-    def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
-        x = self.head(x_BTM) if self.heads > 1 else x_BTM
+    def forward(self, x_BTM: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
+        """Args:
+        x_BTM: tokens.
+        generator: the router's randomness in training; none in evaluation.
+        """
+        x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
-        routing: Routing = self.router(x_ND)
-        y = self.dispatch(x_ND, routing, self.experts).view_as(x)
-        return (self.merge(y) if self.heads > 1 else y), routing
+        routing: Routing = self.router(x_ND, generator)
+        y_ND = self.dispatch(x_ND, routing, self.experts)
+        if self.residual:
+            y_ND = x_ND + y_ND
+        y_BTM: Tensor = self.merge(y_ND.view_as(x))
+        if self.shared is not None:
+            y_BTM = y_BTM + self.shared(x_BTM)
+        return y_BTM, routing

@@ -1,9 +1,14 @@
-"""The linear softmax router and its balance loss."""
+"""Routers: scores of E experts for each row, and the choice among them. All in float32 or wider."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mhmoe_ray.model.balance import balance_loss, z_loss
+from mhmoe_ray.model.capacity import capacity, fits
+from mhmoe_ray.spec import MoESpec
 
 
 class Routing(NamedTuple):
@@ -12,39 +17,119 @@ class Routing(NamedTuple):
     expert_NK: Tensor
     """int64; first choice first, no expert twice in a row."""
     gate_NK: Tensor
-    """float32 weights of the chosen experts."""
+    """Weights of the chosen experts, float32; 0 for a route that was dropped."""
     balance_loss: Tensor
     """Scalar; 1 when routing is uniform."""
+    z_loss: Tensor
+    """Scalar."""
     count_E: Tensor
-    """Routes per expert over all k choices, int64."""
+    """Kept routes per expert, int64."""
+    dropped: Tensor
+    """Routes that were not kept, int64 scalar."""
 
 
-class LinearRouter(nn.Module):
-    """softmax(W x) over E experts, then the top k (P1, equation 5; P2, section 2.1). Always computed in float32."""
+class LinearScores(nn.Module):
+    """W x (P1, equation 5; P2, section 2.1)."""
 
-    def __init__(self, width: int, experts: int, top_k: int, normalize_gates: bool) -> None:
+    def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
-        self.top_k, self.normalize_gates = top_k, normalize_gates
-        self.weight_ED = nn.Parameter(torch.empty(experts, width))
+        self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND @ self.weight_ED.T
+
+
+class XMoEScores(nn.Module):
+    """cos(W x, e) / tau with a learnable temperature tau, as published (X-MoE, arXiv 2204.09179)."""
+
+    INITIAL_TEMPERATURE = 0.3
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
+        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
+        self.temperature = nn.Parameter(torch.empty(()))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.cosine(x_ND) / self.temperature
+
+    def cosine(self, x_ND: Tensor) -> Tensor:
+        return F.normalize(x_ND @ self.reduce_QD.T, dim=-1) @ F.normalize(self.expert_EQ, dim=-1).T
+
+
+class TorchscaleScores(nn.Module):
+    """W x . e / |e| in 16 dimensions: what torchscale computes under X-MoE's name, and P1 ran. The row's side is not
+    normalised and there is no temperature."""
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
+        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return (x_ND @ self.reduce_QD.T) @ F.normalize(self.expert_EQ, dim=-1, eps=1e-4).T
+
+
+SCORES = {"linear": LinearScores, "xmoe": XMoEScores, "xmoe_torchscale": TorchscaleScores}
+
+
+class Router(nn.Module):
+    """softmax of the scores, then the top k."""
+
+    def __init__(self, width: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.moe = moe
+        self.scores: nn.Module = SCORES[moe.router](width, moe)
+        if moe.bias_rate:
+            self.bias_E: Tensor
+            self.register_buffer("bias_E", torch.zeros(moe.experts))
+
+    def forward(self, x_ND: Tensor, generator: torch.Generator | None = None) -> Routing:
+        """Args:
+        x_ND: rows.
+        generator: source of jitter and of P1's random second expert; without one there is neither.
+        """
         with torch.autocast(x_ND.device.type, enabled=False):
-            weight_ED = self.weight_ED
-            probability_NE = (x_ND.to(weight_ED.dtype) @ weight_ED.T).softmax(-1)
-        gate_NK, expert_NK = probability_NE.topk(self.top_k, dim=-1)
-        if self.normalize_gates:
+            return self._route(x_ND.to(next(self.scores.parameters()).dtype), generator)
+
+    def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
+        moe, rows = self.moe, len(x_ND)
+        if moe.jitter and generator is not None:
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
+        logits_NE = self.scores(x_ND)
+        probability_NE = logits_NE.softmax(-1)
+        # The bias takes part in the choice only; weights are the router's own.
+        preferred_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
+        expert_NK = preferred_NE.topk(moe.top_k, dim=-1).indices
+        gate_NK = probability_NE.gather(-1, expert_NK)
+        if moe.normalize_gates:
             gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
-        experts = weight_ED.shape[0]
-        count_E = torch.bincount(expert_NK.flatten(), minlength=experts)
-        return Routing(expert_NK, gate_NK, balance_loss(probability_NE, expert_NK[:, 0]), count_E)
+        kept_NK = self._kept(expert_NK, gate_NK, generator)
+        count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
+        counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
+        return Routing(
+            expert_NK,
+            gate_NK * kept_NK,
+            balance_loss(self._balanced(x_ND, probability_NE), counted) if rows else logits_NE.sum(),
+            z_loss(logits_NE) if rows else logits_NE.sum(),
+            count_E,
+            expert_NK.numel() - count_E.sum(),
+        )
 
+    def _kept(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
+        moe = self.moe
+        kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
+        if moe.second_expert == "random" and generator is not None:
+            u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)
+            kept_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
+        if moe.capacity_factor is not None:
+            limit = capacity(len(expert_NK), moe.experts, moe.top_k, moe.capacity_factor)
+            kept_NK = fits(expert_NK, kept_NK, moe.experts, limit)
+        return kept_NK
 
-def balance_loss(probability_NE: Tensor, first_N: Tensor) -> Tensor:
-    """E * sum_e mean_n(p_ne) * share of rows whose first choice is e.
-
-    The form that both papers' code uses (METHOD: first choices only, before any drop). It is 1 when either factor is
-    uniform, at most E, and its gradient flows through the probabilities alone.
-    """
-    rows, experts = probability_NE.shape
-    share_E = torch.bincount(first_N, minlength=experts).to(probability_NE.dtype) / rows
-    return experts * (probability_NE.mean(0) * share_E).sum()
+    def _balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
+        """X-MoE's loss divides by the initial temperature, not by the learnt one, which could otherwise grow to please
+        it."""
+        if isinstance(self.scores, XMoEScores):
+            return (self.scores.cosine(x_ND) / XMoEScores.INITIAL_TEMPERATURE).softmax(-1)
+        return probability_NE

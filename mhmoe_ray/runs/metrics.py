@@ -16,6 +16,7 @@ TOKENS = "tokens"  # predicted so far
 TOKENS_PER_S = "tokens_per_s"
 DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited for the stream
 STREAM = "stream"  # digest of the step's samples, in order
+DROPPED = "dropped"  # share of routes that found no place
 LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"

@@ -23,7 +23,7 @@ def load_model(checkpoint: Path) -> tuple[Decoder, Manifest]:
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
     model = Decoder(manifest.model).requires_grad_(False).eval()
-    load_tensors(checkpoint / "weights", dict(model.named_parameters()))
+    load_tensors(checkpoint / "weights", model.tensors())
     return model, manifest
 
 

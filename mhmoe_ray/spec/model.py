@@ -1,11 +1,13 @@
-"""The `model` section: a LLaMA-like decoder with (multi-head) mixture-of-experts layers.
+"""The `model` section: a decoder with (multi-head) mixture-of-experts layers.
 
 Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`).
+P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205). Where they or their code disagree,
+both readings are options, and the default is P2's.
 """
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 
@@ -14,7 +16,7 @@ class MoESpec(Section):
     """A mixture-of-experts layer; `heads: 1` is the plain sparse mixture of experts (SMoE)."""
 
     heads: PositiveInt = 2
-    """h: sub-tokens per token. Above 1, a head and a merge projection surround the experts."""
+    """h: sub-tokens per token."""
     experts: PositiveInt = 8
     """E: routed experts in each layer."""
     top_k: PositiveInt = 2
@@ -23,10 +25,44 @@ class MoESpec(Section):
     """f: hidden width of one expert."""
     every: PositiveInt = 2
     """Layer i (from 0) is a mixture of experts when (i + 1) is a multiple of this."""
+
+    head_projection: bool | None = None
+    """Linear layer before the split; by default where h > 1."""
+    merge_projection: bool | None = None
+    """Linear layer after the join; by default where h > 1."""
+    projection_layers: int = Field(default=1, ge=1, le=3)
+    """Linear layers in each of the two, with ReLU between them (P1's ablation n)."""
+    sub_token_residual: bool = False
+    """Add each sub-token to its experts' output before the merge (P1's equation 6; no code of the authors does)."""
+    d_shared: NonNegativeInt = 0
+    """Hidden width of a shared expert that sees every whole token, beside the routed ones; 0: there is none."""
+
+    router: Literal["linear", "xmoe", "xmoe_torchscale"] = "linear"
+    """linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings over a learnable temperature, as
+    published. xmoe_torchscale: as coded and used for P1: 16 dimensions, only the expert side normalised, no
+    temperature."""
+    router_dim: PositiveInt | None = None
+    """Width of xmoe's projection; by default E / 2, as its authors advise."""
     normalize_gates: bool = False
-    """Divide the k routing weights by their sum (the first paper) or leave raw softmax weights (the follow-up)."""
+    """Divide the k routing weights by their sum (P1, Mixtral) or leave raw softmax weights (P2's code)."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """In training, scale the router's input by factors drawn from 1 - jitter to 1 + jitter."""
+    capacity_factor: PositiveFloat | None = None
+    """Static routing: an expert takes at most this times k * ceil(N / E) rows of a micro-batch, first choices first,
+    and drops the others. Absent: dropless."""
+    second_expert: Literal["always", "random"] = "always"
+    """random: in training, keep a second choice of weight g with probability min(1, 2 g), as P1 ran it."""
+
     balance_weight: float = Field(default=0.01, ge=0)
     """Factor of the balance loss, summed over layers; a uniform router costs exactly this much per layer."""
+    balance_choices: Literal["first", "all"] = "first"
+    """Which choices the loss counts: the first of each row (both papers' code) or all k."""
+    z_weight: float = Field(default=0.0, ge=0)
+    """Factor of the mean squared log-sum-exp of the router's logits, summed over layers."""
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Balance without a loss: after each step, a bias that only the choice sees moves by this much for each expert, up
+    where it got less than its share, down where it got more."""
+
     kernel: Literal["grouped", "reference"] = "grouped"
     """How routed rows go through the experts."""
 
@@ -34,17 +70,47 @@ class MoESpec(Section):
     def _check(self) -> Self:
         if self.top_k > self.experts:
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
+        if self.router_dim is not None and self.router != "xmoe":
+            raise ValueError(f"router {self.router} has no width to choose, so router_dim would be ignored")
+        if self.second_expert == "random" and self.top_k != 2:
+            raise ValueError(f"second_expert: random is for top_k 2, so it would be ignored at top_k {self.top_k}")
+        if self.balance_choices == "all" and not self.balance_weight:
+            raise ValueError("balance_weight is 0, so balance_choices would be ignored")
+        if self.projection_layers > 1 and not (self.has_head or self.has_merge):
+            raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
+        if self.normalize_gates and self.top_k == 1:
+            raise ValueError("normalize_gates makes the only weight of top_k 1 always 1, and the router learns nothing")
         return self
+
+    @property
+    def has_head(self) -> bool:
+        return self.heads > 1 if self.head_projection is None else self.head_projection
+
+    @property
+    def has_merge(self) -> bool:
+        return self.heads > 1 if self.merge_projection is None else self.merge_projection
+
+    @property
+    def routing_width(self) -> int:
+        """Dimensions of X-MoE's projection."""
+        return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(1, self.experts // 2)
 
 
 class ModelSpec(Section):
+    backbone: Literal["llama", "subln"] = "llama"
+    """llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also inside attention and
+    feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
     vocab_size: PositiveInt
-    """Rows of the (tied) embedding; a tokenizer trained by `data prepare` gets at most this many entries."""
+    """Rows of the embedding; a tokenizer trained by `data prepare` gets at most this many entries."""
     d_model: PositiveInt
     layers: PositiveInt
     attention_heads: PositiveInt
+    kv_heads: PositiveInt | None = None
+    """Heads of keys and values, each shared by equally many attention heads; by default one each."""
     d_ff: PositiveInt
-    """Hidden width of the dense SwiGLU feed-forward layers."""
+    """Hidden width of the dense feed-forward layers."""
+    tied_embeddings: bool = True
+    """The output layer is the embedding."""
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
     moe: MoESpec | None = None
@@ -57,6 +123,10 @@ class ModelSpec(Section):
                 f"d_model {self.d_model} must be a multiple of twice attention_heads ({self.attention_heads}), "
                 "because rotary positions need an even width per head"
             )
+        if self.backbone == "subln" and self.kv_heads is not None:
+            raise ValueError("kv_heads: grouped queries are for the llama backbone, and would be ignored on subln")
+        if self.attention_heads % self.n_kv_heads:
+            raise ValueError(f"attention_heads ({self.attention_heads}) must be a multiple of kv_heads")
         if self.moe and self.d_model % self.moe.heads:
             raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
         if self.moe and not self.moe_layers:
@@ -70,3 +140,12 @@ class ModelSpec(Section):
     @property
     def moe_layers(self) -> int:
         return sum(self.is_moe_layer(i) for i in range(self.layers))
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.attention_heads

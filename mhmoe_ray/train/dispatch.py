@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from mhmoe_kernels import combine, permute, plan_routes
-from mhmoe_ray.model.moe import Experts
+from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
 
 

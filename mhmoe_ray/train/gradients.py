@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.moe import Experts
+from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.train.mesh import Mesh
 
 
@@ -28,7 +28,7 @@ def replicate(model: Decoder, mesh: Mesh) -> nn.Module:
         return model
     ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(model, list(expert_parameters(model)))  # type: ignore[no-untyped-call]
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:

@@ -66,7 +66,7 @@ def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    return _as_global(trainer, {name: p.detach() for name, p in trainer.model.named_parameters()})
+    return _as_global(trainer, trainer.model.tensors())
 
 
 def _moments(trainer: Trainer) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.model.decoder import Decoder, Output, balance_loss, token_losses
+from mhmoe_ray.model.balance import moved_bias
+from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.dispatch import ExpertParallelDispatch
 from mhmoe_ray.train.gradients import clip_gradients, reduce_expert_gradients, replicate
@@ -27,8 +29,10 @@ class RankSums(NamedTuple):
     """Nats, summed over tokens."""
     balance: float
     """Balance loss summed over micro-batches and layers."""
+    dropped: int
+    """Routes that found no place, over all layers."""
     count_LE: Tensor
-    """Routes per layer and expert, int64."""
+    """Kept routes per layer and expert, int64."""
 
 
 class Trainer:
@@ -57,28 +61,41 @@ class Trainer:
         spec, m = self.spec, self.spec.train.micro_batches
         here = m // self.mesh.world
         moe = spec.model.moe
-        sums = RankSums(0.0, 0.0, self.zero_counts())
+        sums = RankSums(0.0, 0.0, 0, self.zero_counts())
         for i, token_BT in enumerate(batches, start=1):
             with self._synchronise_on(i == here):
-                output = self.forward(token_BT[:, :-1])
+                micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
+                output = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
                 loss_BT = token_losses(output.logits_BTV, token_BT[:, 1:])
                 objective = loss_BT.mean()
-                balance = 0.0
+                balance, dropped = 0.0, 0
                 if moe:
-                    balance_sum = balance_loss(output.routing)
-                    objective = objective + moe.balance_weight * balance_sum
-                    balance = balance_sum.item()
+                    objective = objective + routing_loss(spec.model, output.routing)
+                    balance = sum(r.balance_loss.item() for r in output.routing)
+                    dropped = sum(int(r.dropped) for r in output.routing)
                     sums.count_LE.add_(torch.stack([r.count_E for r in output.routing]).cpu())
                 # DDP and `reduce_expert_gradients` divide by the world; the mean wanted is over the step's M.
                 torch.autograd.backward(objective * (self.mesh.world / m))
-            sums = sums._replace(loss=sums.loss + loss_BT.sum().item(), balance=sums.balance + balance)
+            sums = sums._replace(
+                loss=sums.loss + loss_BT.sum().item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
+            )
         reduce_expert_gradients(self.model, self.mesh)
+        if moe and moe.bias_rate:
+            self._move_biases(sums.count_LE, moe.bias_rate)
         return sums
 
     def zero_counts(self) -> Tensor:
         """count_LE without any route."""
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
+
+    def _move_biases(self, own_count_LE: Tensor, rate: float) -> None:
+        """By the routes of the whole step, so that a bias is the same on any number of ranks."""
+        count_LE = own_count_LE.to(self.device, copy=True)
+        if self.mesh.world > 1:
+            dist.all_reduce(count_LE)
+        for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
+            layer.router.bias_E.copy_(moved_bias(layer.router.bias_E, count_E, rate))
 
     def update(self) -> tuple[float, float]:
         """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate).
@@ -97,11 +114,11 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm, lr
 
-    def forward(self, token_BT: Tensor) -> Output:
+    def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype, enabled=enabled):
-            output: Output = (self.replica if torch.is_grad_enabled() else self.model)(token_BT)
+            output: Output = (self.replica if torch.is_grad_enabled() else self.model)(token_BT, noise=noise)
         return output
 
     @torch.no_grad()

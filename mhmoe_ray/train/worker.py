@@ -128,11 +128,14 @@ class Worker:
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
-        own = [sums.loss, sums.balance, batches.waited / seconds, stop, *batches.digests, *sums.count_LE.flatten()]
+        scalars = [sums.loss, sums.balance, sums.dropped, batches.waited / seconds, stop]
+        own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, wait, stops = every[:, 0].sum(), every[:, 1].sum(), every[:, 2].max(), every[:, 3].max()
-        digests = every[:, 4 : 4 + len(batches.digests)]
-        count_LE = every[:, 4 + len(batches.digests) :].sum(0).long().view_as(sums.count_LE)
+        loss, balance, dropped = every[:, :3].sum(0)
+        wait, stops = every[:, 3:5].max(0).values
+        digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
+        digests = every[:, digests_at:counts_at]
+        count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
         seconds = time.monotonic() - began
         line = {
             metrics.STEP: trainer.step,
@@ -148,6 +151,7 @@ class Worker:
             metrics.STREAM: combine_digests(int(d) for d in digests.T.flatten()),
         }
         if moe:
+            line[metrics.DROPPED] = float(dropped) / float(dropped + count_LE.sum())
             line[metrics.BALANCE] = float(balance) / spec.train.micro_batches / spec.model.moe_layers
             share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
             line[metrics.LEAST_EXPERT] = float(share_LE.min())

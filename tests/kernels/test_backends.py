@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_experts
+from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_experts, swiglu
 
 
 def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None):
@@ -14,23 +14,24 @@ def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None):
     g = torch.Generator().manual_seed(seed)
     expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices
     make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
-    return make(n, d), expert_NK, make(n, k), ExpertWeights(make(e, f, d), make(e, f, d), make(e, d, f))
+    return make(n, d), expert_NK, make(n, k), ExpertWeights(swiglu, (make(e, f, d), make(e, f, d), make(e, d, f)))
 
 
 def outputs_and_gradients(backend, x, expert, gate, weights):
     y = run_experts(backend, x, expert, gate, weights)
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *weights], materialize_grads=True)
+    return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *weights.stacked], materialize_grads=True)
 
 
 def test_reference_is_the_formula():
     x, expert, gate, w = problem(0, n=5, d=4, f=6, e=3, k=2)
+    gate_EFD, up_EFD, down_EDF = w.stacked
     expected = torch.zeros(5, 4, dtype=torch.float64)
     for n in range(5):
         for k in range(2):
             e = int(expert[n, k])
-            hidden = F.silu(w.gate_EFD[e] @ x[n]) * (w.up_EFD[e] @ x[n])
-            expected[n] += gate[n, k] * (w.down_EDF[e] @ hidden)
+            hidden = F.silu(gate_EFD[e] @ x[n]) * (up_EFD[e] @ x[n])
+            expected[n] += gate[n, k] * (down_EDF[e] @ hidden)
     torch.testing.assert_close(run_experts("reference", x, expert, gate, w), expected)
 
 
@@ -54,7 +55,9 @@ def test_grouped_agrees_with_reference_with_empty_experts_among_them(seed, n, e,
 def test_grouped_in_bfloat16_is_near_float32():
     x, expert, gate, w = problem(3, n=64, d=16, f=32, e=4, k=2, dtype=torch.float32)
     exact = run_experts("grouped", x, expert, gate, w)
-    rounded = run_experts("grouped", x.bfloat16(), expert, gate, ExpertWeights(*(t.bfloat16() for t in w)))
+    rounded = run_experts(
+        "grouped", x.bfloat16(), expert, gate, ExpertWeights(swiglu, tuple(t.bfloat16() for t in w.stacked))
+    )
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() / exact.norm() < 0.02
 

@@ -14,16 +14,57 @@ def spec(moe=None, d=768, layers=12):
     [
         None,
         MoESpec(heads=1, experts=3, top_k=1, d_expert=10),
-        MoESpec(heads=2, experts=4, top_k=2, d_expert=24, every=1),
-        MoESpec(heads=4, experts=6, top_k=3, d_expert=5, every=3),
+        MoESpec(heads=2, experts=4, top_k=2, d_expert=24, every=1, router="xmoe", d_shared=20),
+        MoESpec(heads=4, experts=6, top_k=3, d_expert=5, every=3, router="xmoe_torchscale", projection_layers=3),
+        MoESpec(heads=1, experts=6, top_k=3, d_expert=5, merge_projection=True, projection_layers=2),
+        MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
     ],
 )
-def test_parameters_from_the_spec_are_those_of_a_built_model(moe):
-    small = spec(moe, d=48, layers=6)
+@pytest.mark.parametrize("kind", [{}, {"backbone": "subln"}, {"kv_heads": 4, "tied_embeddings": False}])
+def test_parameters_from_the_spec_are_those_of_a_built_model(moe, kind):
+    small = ModelSpec(vocab_size=1000, d_model=48, layers=6, attention_heads=12, d_ff=100, moe=moe, **kind)
     model = Decoder(small)
     assert sizes(small).parameters == sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert sizes(small).expert_parameters == experts
+
+
+def p1(moe=None):
+    """The first paper's language model: 12 layers of 768, the 100,287 tokens of its logs."""
+    shape = {"vocab_size": 100_287, "d_model": 768, "layers": 12, "attention_heads": 12, "d_ff": 3072}
+    return sizes(ModelSpec(backbone="subln", **shape, moe=moe))
+
+
+def p1_moe(**fields):
+    return MoESpec(router="xmoe_torchscale", top_k=2, **fields)
+
+
+def test_the_first_papers_models_have_the_parameters_of_its_logs():
+    assert p1().parameters == 162_168_576
+    xmoe = p1(p1_moe(heads=1, experts=8, d_expert=3072))
+    assert xmoe.parameters - xmoe.expert_parameters == 133_871_616
+    assert xmoe.expert_parameters == 48 * 4_728_576 == 226_971_648
+    mhmoe = p1(p1_moe(heads=2, experts=8, d_expert=3072))
+    assert mhmoe.parameters - mhmoe.expert_parameters == 140_921_856
+    assert mhmoe.expert_parameters == 48 * 2_368_896
+
+
+@pytest.mark.parametrize(
+    ("experts", "xmoe", "d_expert", "mhmoe"),
+    [
+        (8, (134, 227, 361), 11_466, (141, 213, 354)),
+        (16, (134, 454, 588), 11_574, (141, 430, 571)),
+        (32, (134, 908, 1042), 12_085, (141, 898, 1039)),
+        (64, (134, 1815, 1949), 12_092, (141, 1797, 1938)),
+        (128, (134, 3631, 3765), 12_193, (141, 3624, 3765)),
+        (256, (134, 7263, 7397), 12_162, (141, 7230, 7371)),
+    ],
+)
+def test_the_first_papers_table_11_holds_within_a_million(experts, xmoe, d_expert, mhmoe):
+    for heads, width, row in [(1, 3072, xmoe), (4, d_expert, mhmoe)]:
+        found = p1(p1_moe(heads=heads, experts=experts, d_expert=width))
+        parts = (found.parameters - found.expert_parameters, found.expert_parameters, found.parameters)
+        assert parts == pytest.approx([1e6 * million for million in row], abs=1.0e6)
 
 
 @pytest.mark.parametrize(

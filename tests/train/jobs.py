@@ -59,7 +59,7 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
         losses.append(float(total) / spec.tokens_per_step)
-    weights = whole(trainer, {n: p.detach() for n, p in trainer.model.named_parameters()})
+    weights = whole(trainer, trainer.model.tensors())
     return {"gradients": first, "losses": losses, "norms": norms, "weights": weights}
 
 
@@ -76,7 +76,7 @@ def load_and_describe(spec: RunSpec, checkpoint: Path) -> dict[str, Any]:
     trainer = trainer_of(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     result: dict[str, Any] = {"step": trainer.step}
-    result["weights"] = whole(trainer, {n: p.detach() for n, p in trainer.model.named_parameters()})
+    result["weights"] = whole(trainer, trainer.model.tensors())
     for moment in ("exp_avg", "exp_avg_sq"):
         state = {n: trainer.optimizer.state[p][moment] for n, p in trainer.model.named_parameters()}
         result[moment] = whole(trainer, state)
@@ -104,11 +104,11 @@ def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
     trainer = trainer_of(spec)
     with torch.no_grad():
         for layer in trainer.model.moe_layers():
-            layer.router.weight_ED.zero_()
+            layer.router.scores.weight_ED.zero_()
             # Equal scores: topk takes whatever comes first, so push experts 2 and 3 up through the head's bias.
             layer.head.bias.fill_(1.0)
             layer.head.weight.zero_()
-            layer.router.weight_ED[2:] = 1.0
+            layer.router.scores.weight_ED[2:] = 1.0
     sums = trainer.accumulate(batches(spec, 0, trainer))
     trainer.update()
     return {"counts": sums.count_LE, "weights": [p.detach().clone() for p in trainer.model.parameters()]}

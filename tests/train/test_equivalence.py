@@ -37,6 +37,46 @@ def test_any_spread_of_experts_trains_alike(alone, workers, ep, nodes):
             torch.testing.assert_close(found["weights"][name], expected, atol=1e-3, rtol=1e-3, msg=name)
 
 
+FIRST_PAPER = {
+    "backbone": "subln",
+    "moe": {
+        "router": "xmoe_torchscale",
+        "normalize_gates": True,
+        "second_expert": "random",
+        "capacity_factor": 1.0,
+        "z_weight": 0.01,
+    },
+}
+OTHERS = {
+    "moe": {
+        "router": "xmoe",
+        "bias_rate": 0.01,
+        "jitter": 0.1,
+        "d_shared": 16,
+        "sub_token_residual": True,
+        "balance_choices": "all",
+    },
+}
+
+
+@pytest.mark.parametrize("model", [FIRST_PAPER, OTHERS], ids=["first-paper", "others"])
+def test_routing_with_drops_noise_and_biases_is_the_same_on_any_number_of_ranks(model):
+    """Capacity, draws and balance belong to a micro-batch, wherever it is computed; a bias to the whole step."""
+    base = tiny_spec().model.model_dump()
+    merged = {"model": {**base, **model, "moe": {**base["moe"], **model["moe"]}}}
+    [alone] = run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **merged), 8)
+    for found in run_ranks(2, jobs.gradients_then_losses, spread(2, 2, **merged), 8):
+        for name, expected in alone["gradients"].items():
+            assert (found["gradients"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert found["weights"].keys() == alone["weights"].keys()
+        for name, expected in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], expected, atol=1e-3, rtol=1e-3, msg=name)
+    biases = [t for name, t in alone["weights"].items() if name.endswith("bias_E")]
+    assert all(b.any() for b in biases)
+    assert len(biases) == ("bias_rate" in model["moe"])
+
+
 def test_losses_fall_and_gradients_are_not_zero(alone):
     assert all(g.norm() > 0 for g in alone["gradients"].values())
     assert alone["losses"][-1] < alone["losses"][0] - 2

@@ -1,0 +1,74 @@
+"""Feed-forward parts: the backbone's dense layer, its norm, and the stack of experts, which are the same function."""
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_kernels import ExpertWeights, gelu_subln, run_experts, swiglu
+from mhmoe_ray.spec import ModelSpec
+
+
+def make_norm(spec: ModelSpec) -> nn.Module:
+    """The backbone's norm over d."""
+    return (nn.RMSNorm if spec.backbone == "llama" else nn.LayerNorm)(spec.d_model, spec.norm_eps)
+
+
+class FeedForward(nn.Module):
+    """A dense layer on whole tokens: SwiGLU without biases (llama), or GELU with biases and an inner norm (subln)."""
+
+    def __init__(self, spec: ModelSpec, hidden: int) -> None:
+        super().__init__()
+        d = spec.d_model
+        self.function = swiglu if spec.backbone == "llama" else gelu_subln
+        if spec.backbone == "llama":
+            self.gate_FD = nn.Parameter(torch.empty(hidden, d))
+            self.up_FD = nn.Parameter(torch.empty(hidden, d))
+            self.down_DF = nn.Parameter(torch.empty(d, hidden))
+        else:
+            self.fc1_FD = nn.Parameter(torch.empty(hidden, d))
+            self.fc1_bias_F = nn.Parameter(torch.empty(hidden))
+            self.norm_weight_F = nn.Parameter(torch.empty(hidden))
+            self.norm_bias_F = nn.Parameter(torch.empty(hidden))
+            self.fc2_DF = nn.Parameter(torch.empty(d, hidden))
+            self.fc2_bias_D = nn.Parameter(torch.empty(d))
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        return self.function(*_for_autocast(x_BTM, tuple(self.parameters())))
+
+
+class Experts(nn.Module):
+    """The experts `held` of a layer's E; all of them unless expert parallelism spreads them over ranks.
+
+    Each is a FeedForward of width d/h and hidden width f; parameters are stacked, in the order of its function.
+    """
+
+    def __init__(self, spec: ModelSpec, held: range) -> None:
+        super().__init__()
+        moe = spec.moe
+        assert moe is not None
+        self.held, self.kernel = held, moe.kernel
+        self.function = swiglu if spec.backbone == "llama" else gelu_subln
+        E, D, F = len(held), spec.d_model // moe.heads, moe.d_expert
+        if spec.backbone == "llama":
+            self.gate_EFD = nn.Parameter(torch.empty(E, F, D))
+            self.up_EFD = nn.Parameter(torch.empty(E, F, D))
+            self.down_EDF = nn.Parameter(torch.empty(E, D, F))
+        else:
+            self.fc1_EFD = nn.Parameter(torch.empty(E, F, D))
+            self.fc1_bias_EF = nn.Parameter(torch.empty(E, F))
+            self.norm_weight_EF = nn.Parameter(torch.empty(E, F))
+            self.norm_bias_EF = nn.Parameter(torch.empty(E, F))
+            self.fc2_EDF = nn.Parameter(torch.empty(E, D, F))
+            self.fc2_bias_ED = nn.Parameter(torch.empty(E, D))
+
+    def forward(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
+        """Experts are numbered from 0 within those held here."""
+        x_ND, *stacked = _for_autocast(x_ND, tuple(self.parameters()))
+        return run_experts(self.kernel, x_ND, expert_NK, gate_NK, ExpertWeights(self.function, tuple(stacked)))
+
+
+def _for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Autocast sees single operations; here a whole expert is one."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *weights
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) for t in (x, *weights))

@@ -1,0 +1,185 @@
+"""Routers, balance, and static capacity."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mhmoe_ray.model.balance import balance_loss, moved_bias, z_loss
+from mhmoe_ray.model.capacity import capacity, fits
+from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.router import Router
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+ROUTERS = ["linear", "xmoe", "xmoe_torchscale"]
+
+
+def router(**fields):
+    moe = MoESpec(**{"experts": 6, "top_k": 2, "d_expert": 4, **fields})
+    made = Router(8, moe)
+    for i, p in enumerate(made.parameters()):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
+    if moe.router == "xmoe":
+        torch.nn.init.constant_(made.scores.temperature, 0.4)
+    return made.double()
+
+
+def rows(n=40, seed=0):
+    return torch.randn(n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_xmoe_is_the_published_formula():
+    r, x = router(router="xmoe", router_dim=5), rows()
+    s = r.scores
+    projected = x @ s.reduce_QD.T
+    cosine = torch.stack([F.cosine_similarity(projected, e[None], dim=-1) for e in s.expert_EQ], dim=1)
+    probability = (cosine / 0.4).softmax(-1)
+    found = r(x)
+    assert torch.equal(found.expert_NK, probability.topk(2).indices)
+    torch.testing.assert_close(found.gate_NK, probability.topk(2).values)
+    # The balance loss divides by the initial temperature, which the learnt one cannot please.
+    fixed = balance_loss((cosine / 0.3).softmax(-1), found.expert_NK[:, :1])
+    torch.testing.assert_close(found.balance_loss, fixed)
+
+
+def test_torchscales_router_normalises_the_expert_side_only():
+    r, x = router(router="xmoe_torchscale"), rows()
+    unit = r.scores.expert_EQ / r.scores.expert_EQ.norm(dim=1, keepdim=True)
+    assert unit.shape == (6, 16)
+    probability = ((x @ r.scores.reduce_QD.T) @ unit.T).softmax(-1)
+    torch.testing.assert_close(r(x).gate_NK, probability.topk(2).values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(0, 30), experts=st.integers(1, 6), data=st.data())
+def test_capacity_gives_places_first_choices_first(n, experts, data):
+    k = data.draw(st.integers(1, experts))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    expert_NK = torch.rand(n, experts, generator=g).topk(k, dim=-1).indices
+    wanted_NK = torch.rand(n, k, generator=g) < 0.8
+    limit = data.draw(st.integers(0, 12))
+    taken = [0] * experts
+    expected = torch.zeros_like(wanted_NK)
+    for choice in range(k):
+        for row in range(n):
+            e = int(expert_NK[row, choice])
+            if wanted_NK[row, choice]:
+                expected[row, choice] = taken[e] < limit
+                taken[e] += 1
+    assert torch.equal(fits(expert_NK, wanted_NK, experts, limit), expected)
+
+
+def test_capacity_is_that_of_both_papers_code():
+    assert capacity(rows=2048, experts=8, top_k=2, factor=1.0) == 2 * 256
+    assert capacity(rows=100, experts=8, top_k=1, factor=1.0) == math.ceil(100 / 8)
+    assert capacity(rows=100, experts=8, top_k=2, factor=0.5) == 13
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_dropped_routes_have_no_weight_and_are_counted(name):
+    r = router(router=name, capacity_factor=0.5)
+    found = r(rows(48))
+    limit = capacity(48, 6, 2, 0.5)
+    assert found.count_E.max() <= limit
+    assert int(found.dropped) == int((found.gate_NK == 0).sum()) == 96 - int(found.count_E.sum()) > 0
+    free = router(router=name)(rows(48))
+    assert int(free.dropped) == 0
+    assert torch.equal(free.gate_NK[found.gate_NK > 0], found.gate_NK[found.gate_NK > 0])
+
+
+def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always_in_evaluation():
+    r = router(second_expert="random", normalize_gates=True)
+    x = rows(20_000)
+    everything = r(x)
+    assert int(everything.dropped) == 0
+    training = r(x, torch.Generator().manual_seed(0))
+    kept = training.gate_NK[:, 1] > 0
+    expected = (2 * everything.gate_NK[:, 1]).clamp(max=1).mean()
+    assert abs(kept.double().mean().item() - expected.item()) < 0.02
+    assert torch.equal(training.gate_NK[:, 0], everything.gate_NK[:, 0])
+
+
+def test_jitter_is_for_training_and_the_same_for_the_same_micro_batch():
+    r, x, device = router(jitter=0.3), rows(), torch.device("cpu")
+    quiet = r(x).gate_NK
+    noisy = [
+        r(x, Noise(1, batch).generator(layer, device)).gate_NK for batch, layer in [(5, 0), (5, 0), (6, 0), (5, 1)]
+    ]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not any(torch.equal(noisy[0], other) for other in [quiet, *noisy[2:]])
+
+
+def test_balance_over_all_choices_and_z_loss_against_plain_counts():
+    p = rows(30).softmax(-1)
+    chosen = p.topk(3).indices
+    share = [sum(int(e) == i for row in chosen for e in row) / 90 for i in range(8)]
+    expected = 8 * sum(float(p[:, i].mean()) * share[i] for i in range(8))
+    assert balance_loss(p, chosen).item() == pytest.approx(expected)
+    assert z_loss(torch.zeros(5, 4)).item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_a_selection_bias_moves_load_without_touching_weights():
+    assert moved_bias(torch.zeros(3), torch.tensor([5, 1, 3]), 0.1).tolist() == pytest.approx([-0.1, 0.1, 0.0])
+    r, x = router(bias_rate=0.002), rows(600)
+    before = r(x)
+    for _ in range(300):
+        r.bias_E.copy_(moved_bias(r.bias_E, r(x).count_E, 0.002))
+    after = r(x)
+    assert after.count_E.double().std() < 0.3 * before.count_E.double().std()
+    probability = (x @ r.scores.weight_ED.T).softmax(-1)
+    torch.testing.assert_close(after.gate_NK, probability.gather(1, after.expert_NK))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_gradients_of_every_parameter_are_those_of_finite_differences(name, backbone):
+    moe = MoESpec(heads=2, experts=3, top_k=2, d_expert=3, every=1, router=name, d_shared=3, sub_token_residual=True)
+    moe = moe.model_copy(update={"z_weight": 0.1, "balance_weight": 0.1})
+    spec = ModelSpec(backbone=backbone, vocab_size=7, d_model=8, layers=1, attention_heads=2, d_ff=6, moe=moe)
+    model = Decoder(spec).double()
+    init_weights(model, 3)
+    token = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        output = model(token[:, :-1])
+        return token_losses(output.logits_BTV, token[:, 1:]).double().mean() + routing_loss(spec, output.routing)
+
+    def wide_loss():  # token_losses is float32 by design, too coarse for differences
+        output = model(token[:, :-1])
+        cross = F.cross_entropy(output.logits_BTV.flatten(0, 1), token[:, 1:].flatten())
+        return cross + routing_loss(spec, output.routing)
+
+    assert loss().item() == pytest.approx(wide_loss().item(), rel=1e-5)
+    wide_loss().backward()
+    for parameter_name, p in model.named_parameters():
+        direction = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(len(parameter_name)))
+        slope, step = float((p.grad * direction).sum()), 1e-6
+        with torch.no_grad():
+            p.add_(direction, alpha=step)
+            up = wide_loss().item()
+            p.add_(direction, alpha=-2 * step)
+            down = wide_loss().item()
+            p.add_(direction, alpha=step)
+        assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7), parameter_name
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"router_dim": 4}, "router_dim would be ignored"),
+        ({"router": "xmoe_torchscale", "router_dim": 4}, "router_dim would be ignored"),
+        ({"second_expert": "random", "top_k": 1}, "it would be ignored at top_k 1"),
+        ({"balance_choices": "all", "balance_weight": 0}, "balance_choices would be ignored"),
+        ({"heads": 1, "projection_layers": 2}, "projection_layers would be ignored"),
+        ({"normalize_gates": True, "top_k": 1}, "the router learns nothing"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_an_error(fields, why):
+    with pytest.raises(ValidationError, match=why):
+        MoESpec(d_expert=4, **fields)
