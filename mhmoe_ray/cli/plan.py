@@ -52,15 +52,17 @@ def show(spec: "RunSpec") -> None:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"
         experts = (
             f"{kind}; {model.moe_layers} of {model.layers} layers have {moe.experts} experts of width {moe.d_expert}, "
-            f"top {moe.top_k}"
+            f"top {moe.top_k}, {moe.router} router, "
+            + (f"capacity factor {moe.capacity_factor:g}" if moe.capacity_factor else "dropless")
         )
     rows = {
-        "model": f"d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
+        "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
         "mixture of experts": experts,
         "parameters": f"{size['parameters']:,}",
         "  of experts": f"{size['expert_parameters']:,}",
         "  active per token": f"{size['active_parameters']:,}",
         "multiply-adds per token": f"{size['macs_per_token']:,} ({size['moe_macs_per_token']:,} in expert layers)",
+        "hidden activations": f"{size['hidden_per_token']:,} per token in experts" if moe else None,
         "tokens": f"{planned['tokens']:,} in {spec.train.steps:,} steps of {planned['tokens_per_step']:,}",
         "workers": f"{layout['workers']} = dp {layout['dp']} x ep {layout['ep']}, {_each(spec)} each",
         "CPUs": f"{layout['cpus']}, of which {STREAM_CPUS} for the data stream",
