@@ -30,7 +30,7 @@ def test_round_trip(connection, monkeypatch):
     # Ray's client would follow this one whatever address it is given.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     code = "import sys, time; print('one'); time.sleep(1); print(sys.executable); print('last', end='')"
-    _submit(connection, "trip", code, entrypoint_num_cpus=1, metadata={"run": "r"})
+    _submit(connection, "trip", code, metadata={"run": "r"})
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
     followed = list(jobs.follow_logs(connection, "trip"))
     assert followed[-3:] == ["one", sys.executable, "last"]
@@ -97,7 +97,6 @@ def test_request_is_what_is_sent():
         "submission_id": "j",
         "runtime_env": {},
         "metadata": {"run": "r"},
-        "entrypoint_num_cpus": 0,
     }
     given = {"pip": ["x"], "excludes": ["*.md"]}
     env = jobs.request([], "j", local=False, runtime_env=given)["runtime_env"]
