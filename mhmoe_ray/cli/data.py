@@ -45,6 +45,7 @@ def prepare(
 ) -> None:
     """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done."""
     from mhmoe_ray.cluster import jobs
+    from mhmoe_ray.data import SAYS
     from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.raw import find_files
     from mhmoe_ray.errors import DataError
@@ -64,7 +65,7 @@ def prepare(
             jobs.request(["-m", "mhmoe_ray.data.job"], job, local=connection.local, runtime_env=environment),
         )
         for line in jobs.follow_logs(connection, job):
-            if line.startswith("prepare: "):
+            if line.startswith(SAYS):
                 note.print(line, soft_wrap=True)
         manifest = read_data_manifest(folder)
         if manifest is None:

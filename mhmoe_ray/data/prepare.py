@@ -21,6 +21,7 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data import SAYS
 from mhmoe_ray.data.baselines import baselines
 from mhmoe_ray.data.manifest import (
     Baselines,
@@ -40,8 +41,6 @@ from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.spec import RunSpec
 
-SAYS = "prepare: "
-"""Begins the lines of a job's log that tell how far it is."""
 DOCUMENTS_PER_CALL = 64
 BASELINE_TOKENS = 20_000_000
 
@@ -113,6 +112,7 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     for row in sorted(packed, key=lambda r: r["domain"]):
         counts = {key: sum(r[key] for r in by_domain[row["domain"]]) for key in ("documents", "validation_documents")}
         domains[row["domain"]] = Domain(**counts, **json.loads(row["packed"]))
+    _check_not_empty(domains)
 
     validation, figures, predicted = ray.get(
         ray.remote(_finish_validation).options(num_cpus=1).remote(folder, sorted(domains), domains, spec)
@@ -131,6 +131,15 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     )
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     return manifest
+
+
+def _check_not_empty(domains: dict[str, Domain]) -> None:
+    """Here and not in a task, since Ray would wrap the error in a traceback."""
+    if not any(d.validation_documents for d in domains.values()):
+        fix = "raise data.validation_fraction or add documents"
+        raise DataError("validation", "no document fell into the held-out share", fix)
+    if not any(d.samples for d in domains.values()):
+        raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
 
 def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
@@ -210,9 +219,6 @@ def _finish_validation(
     """Choose the validation samples evenly from all held-out ones, write them, and count the baselines."""
     token_bytes, vocab_size = token_bytes_for(spec.model.vocab_size), spec.model.vocab_size
     every = np.concatenate([np.load(folder / "parts" / f"{name.replace('/', '.')}.npy") for name in names])
-    if not len(every):
-        fix = "raise data.validation_fraction or add documents"
-        raise DataError("validation", "no document fell into the held-out share", fix)
     chosen = every[np.unique(np.linspace(0, len(every) - 1, spec.data.validation_samples).round().astype(int))]
     writer = ShardWriter(folder, "validation", spec.data.seq_len, token_bytes)
     writer.write(chosen)

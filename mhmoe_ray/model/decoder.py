@@ -73,8 +73,9 @@ class Decoder(nn.Module):
         if self.spec.backbone == "subln":
             x_BTM = x_BTM * self.spec.d_model**0.5
         routings = []
+        random = noise is not None and self.spec.moe is not None and self.spec.moe.is_random
         for i, block in enumerate(self.blocks):
-            generator = noise.generator(i, token_BT.device) if noise else None
+            generator = noise.generator(i, token_BT.device) if noise and random else None
             x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator)
             if routing is not None:
                 routings.append(routing)

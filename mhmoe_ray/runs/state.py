@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.runs.layout import RunDir
@@ -33,11 +34,11 @@ def add_attempt(run: RunDir, attempt: Attempt) -> int:
     return len(attempts)
 
 
-def write_json(path: "os.PathLike[str]", value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a file in one step: a reader sees the old one or the new one, also after a crash."""
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as f:  # noqa: PTH123 - `path` may be any path-like
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(partial, path)  # noqa: PTH105
+    partial.replace(path)

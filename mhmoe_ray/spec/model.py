@@ -91,6 +91,11 @@ class MoESpec(Section):
         return self.heads > 1 if self.merge_projection is None else self.merge_projection
 
     @property
+    def is_random(self) -> bool:
+        """Whether routing draws random numbers in training."""
+        return self.jitter > 0 or self.second_expert == "random"
+
+    @property
     def routing_width(self) -> int:
         """Dimensions of X-MoE's projection."""
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(1, self.experts // 2)

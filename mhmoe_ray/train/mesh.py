@@ -20,7 +20,6 @@ class Mesh:
     world: int
     rank: int
     ep: int
-    dp_rank: int
     ep_rank: int
     devices: DeviceMesh | None
     groups: list[list[int]]
@@ -60,10 +59,10 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str) -> Mes
     """
     groups = expert_groups(nodes, spec.ep)
     if not dist.is_initialized():
-        return Mesh(1, 0, 1, 0, 0, None, groups.ranks, 0)
+        return Mesh(1, 0, 1, 0, None, groups.ranks, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
     if world != spec.workers:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
     devices = DeviceMesh(device_type, torch.tensor(groups.ranks), mesh_dim_names=("dp", "ep"))
-    dp_rank, ep_rank = ((torch.tensor(groups.ranks) == rank).nonzero()[0]).tolist()
-    return Mesh(world, rank, spec.ep, dp_rank, ep_rank, devices, groups.ranks, len(groups.straddling))
+    ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)
+    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, len(groups.straddling))

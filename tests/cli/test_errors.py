@@ -63,6 +63,16 @@ def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
 
 
 @pytest.mark.ray
+def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(corpus, local_cluster, tmp_path):
+    shutil.copytree(corpus / "raw", tmp_path / "raw")
+    write_spec(tmp_path)
+    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.validation_fraction=1e-12")
+    assert_one_line(result, 4, "no document fell into the held-out share", "data.validation_fraction")
+    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.seq_len=100000")
+    assert_one_line(result, 4, "no domain fills a single sample", "data.seq_len")
+
+
+@pytest.mark.ray
 def test_a_damaged_prepared_shard(corpus, local_cluster, tmp_path):
     shutil.copytree(corpus / "raw", tmp_path / "raw")
     write_spec(tmp_path)
