@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray import __version__
-from mhmoe_ray.cli import cluster, data, listing, logs, plan, resume, serve, status, stop, submit
+from mhmoe_ray.cli import cluster, data, listing, logs, plan, presets, resume, serve, status, stop, submit
 from mhmoe_ray.errors import MhmoeError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ def _root(
 
 
 app.command("plan")(plan.plan)
+app.command("presets")(presets.presets)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("list")(listing.list_)

@@ -34,9 +34,9 @@ STORAGE = Path("runs")
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     """The spec with absolute paths, relative ones taken from the current directory."""
-    from mhmoe_ray.spec import load_spec
+    from mhmoe_ray.planner.resolve import resolve_spec
 
-    return load_spec(path, overrides).with_absolute_paths(Path.cwd())
+    return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
 def print_json(value: Any) -> None:

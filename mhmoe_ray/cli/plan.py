@@ -9,24 +9,41 @@ if TYPE_CHECKING:
 
 
 def plan(spec: SpecArg, set_: SetOption = [], json: JsonOption = False) -> None:  # noqa: B006 - typer needs the list
-    """Show the resolved spec: parameters, multiply-adds, tokens and the layout of workers."""
+    """Show the resolved spec: sizes, ratios to its reference, memory and traffic of a rank, the layout of workers."""
+    from mhmoe_ray.cli import plan_tables
+
     resolved = read_spec(spec, set_)
     if json:
         print_json(as_dict(resolved))
-    else:
-        show(resolved)
+        return
+    show(resolved)
+    for title, table in plan_tables.tables(resolved):
+        out.print(f"\n{title}", style="bold")
+        out.print(table)
 
 
 def as_dict(spec: "RunSpec") -> dict[str, Any]:
-    """The resolved spec, sizes and layout; rank numbers assume a single node."""
-    from mhmoe_ray.model.sizing import sizes
+    """The resolved spec and all that follows from it; rank numbers assume a single node."""
     from mhmoe_ray.placement.groups import expert_groups
+    from mhmoe_ray.planner.memory import memory
+    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.sizes import flops_per_token, parts, sizes
+    from mhmoe_ray.planner.step import expert_step
+    from mhmoe_ray.planner.traffic import exchanges
 
-    cluster, moe = spec.cluster, spec.model.moe
+    cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     groups = expert_groups(["node"] * cluster.workers, cluster.ep)
+    step, held = expert_step(spec), memory(spec)
+    ratios = parity(spec.model, reference) if reference else {}
     return {
         "spec": spec.model_dump(mode="json"),
         "sizes": sizes(spec.model)._asdict(),
+        "parts": [part._asdict() for part in parts(spec.model)],
+        "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
+        "parity": {name.strip(): {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
+        "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
+        "memory_per_rank": {**held._asdict(), "total": held.total},
+        "exchanges": [{**e._asdict(), "sent_per_step": e.sent_per_step} for e in exchanges(spec)],
         "tokens_per_step": spec.tokens_per_step,
         "tokens": spec.tokens_per_step * spec.train.steps,
         "layout": {
@@ -43,10 +60,13 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
 
 
 def show(spec: "RunSpec") -> None:
+    """The facts that `submit` prints too."""
+    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.sizes import flops_per_token, sizes
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
-    planned = as_dict(spec)
-    size, layout, model, moe = planned["sizes"], planned["layout"], spec.model, spec.model.moe
+    size, cluster, model, moe = sizes(spec.model), spec.cluster, spec.model, spec.model.moe
+    training = flops_per_token(model, spec.data.seq_len).training
     experts = "none"
     if moe:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"
@@ -55,18 +75,26 @@ def show(spec: "RunSpec") -> None:
             f"top {moe.top_k}, {moe.router} router, "
             + (f"capacity factor {moe.capacity_factor:g}" if moe.capacity_factor else "dropless")
         )
+    ratios = None
+    if spec.reference and (reference := spec.reference_model):
+        compared = parity(model, reference)
+        ratios = (
+            f"{compared['parameters'].ratio:.3f} of its parameters, "
+            f"{compared['multiply-adds per token'].ratio:.3f} of its multiply-adds ({spec.reference.name})"
+        )
     rows = {
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
         "mixture of experts": experts,
-        "parameters": f"{size['parameters']:,}",
-        "  of experts": f"{size['expert_parameters']:,}",
-        "  active per token": f"{size['active_parameters']:,}",
-        "multiply-adds per token": f"{size['macs_per_token']:,} ({size['moe_macs_per_token']:,} in expert layers)",
-        "hidden activations": f"{size['hidden_per_token']:,} per token in experts" if moe else None,
-        "tokens": f"{planned['tokens']:,} in {spec.train.steps:,} steps of {planned['tokens_per_step']:,}",
-        "workers": f"{layout['workers']} = dp {layout['dp']} x ep {layout['ep']}, {_each(spec)} each",
-        "CPUs": f"{layout['cpus']}, of which {STREAM_CPUS} for the data stream",
-        "experts per rank": f"{layout['experts_per_rank']} of each layer" if moe else None,
+        "parameters": f"{size.parameters:,}",
+        "  of experts": f"{size.expert_parameters:,}" if moe else None,
+        "  active per token": f"{size.active_parameters:,}" if moe else None,
+        "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
+        "to its reference": ratios,
+        "tokens": f"{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
+        f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
+        "workers": f"{cluster.workers} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each",
+        "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
+        "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,
         "storage": str(spec.storage),
     }
     out.print(facts(rows, title=spec.name))

@@ -2,9 +2,9 @@
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, SourceSpec
-from mhmoe_ray.spec.load import dump_spec, load_spec, parse_overrides
+from mhmoe_ray.spec.load import checked, dump_spec, load_spec, parse_overrides, read_tree
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
-from mhmoe_ray.spec.run import RunSpec
+from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
@@ -13,11 +13,14 @@ __all__ = [
     "DataSpec",
     "MoESpec",
     "ModelSpec",
+    "ReferenceSpec",
     "RunSpec",
     "ServeSpec",
     "SourceSpec",
     "TrainSpec",
+    "checked",
     "dump_spec",
     "load_spec",
     "parse_overrides",
+    "read_tree",
 ]

@@ -5,7 +5,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,16 +13,28 @@ from pydantic import BaseModel, ValidationError
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.run import RunSpec
 
+S = TypeVar("S", bound=BaseModel)
+
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """Read and check a spec.
+    """Read and check a whole spec, such as a run directory's. What users write may hold shorthands as well, which
+    `planner.resolve` works out.
+
+    Raises:
+        SpecError: the file is missing or not YAML, or a key or value is wrong.
+    """
+    return checked(RunSpec, read_tree(path, overrides), f"spec {path}")
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file after overrides, unchecked.
 
     Args:
         path: a YAML file.
         overrides: `key.path=value` strings; values are YAML, so `1e-3`, `null` and `[a, b]` mean what they say.
 
     Raises:
-        SpecError: the file is missing or not YAML, or a key or value is wrong.
+        SpecError: the file is missing, not YAML, or no mapping; or an override is malformed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -39,10 +51,25 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
     for keys, value in parse_overrides(overrides):
         _set(tree, keys, value)
+    return tree
+
+
+def checked(section: type[S], tree: dict[str, Any], what: str, also: Sequence[str] = ()) -> S:
+    """The section of these values.
+
+    Args:
+        section: what the values should make.
+        tree: the values.
+        what: names them in an error.
+        also: keys that may stand beside the section's own, for the hint at a misspelt one.
+
+    Raises:
+        SpecError: a key or value is wrong or missing; one line says which.
+    """
     try:
-        return RunSpec.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as e:
-        raise _explain(path, e) from e
+        raise _explain(section, e, what, also) from e
 
 
 def dump_spec(spec: RunSpec) -> str:
@@ -77,29 +104,29 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     node[keys[-1]] = value
 
 
-def _explain(path: Path, error: ValidationError) -> SpecError:
+def _explain(section: type[BaseModel], error: ValidationError, what: str, also: Sequence[str]) -> SpecError:
     """The first mistake as one line; wrong keys before wrong values, since they often cause them."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"]) or "the spec"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = _known_keys(section, first["loc"][:-1]) + (list(also) if len(first["loc"]) == 1 else [])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
         fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
-        return SpecError(f"spec {path}", f"unknown key {where!r}", fix + more)
+        return SpecError(what, f"unknown key {where!r}", fix + more)
     if first["type"] == "missing":
-        return SpecError(f"spec {path}", f"{where!r} is missing", f"add it{more}")
+        return SpecError(what, f"{where!r} is missing", f"add it{more}")
     why = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-    return SpecError(f"spec {path}", f"{where!r}: {why}{shown}", f"correct the value{more}")
+    return SpecError(what, f"{where!r}: {why}{shown}", f"correct the value{more}")
 
 
-def _known_keys(section: tuple[int | str, ...]) -> list[str]:
-    """Keys that the section at this place of the spec has."""
-    current: Any = RunSpec
-    for part in section:
+def _known_keys(root: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Keys that the section at this place below the root has."""
+    current: Any = root
+    for part in place:
         if isinstance(current, type) and issubclass(current, BaseModel):
             current = _inner(current.model_fields[str(part)].annotation)
         else:

@@ -138,6 +138,10 @@ class ModelSpec(Section):
             raise ValueError(f"moe.every is {self.moe.every}, so none of the {self.layers} layers has experts")
         return self
 
+    def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
+        """The same trunk with other expert layers, checked; with None the dense model."""
+        return ModelSpec.model_validate({**self.model_dump(exclude={"moe"}), "moe": moe})
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) is a mixture of experts."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0

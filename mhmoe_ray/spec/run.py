@@ -8,9 +8,17 @@ from pydantic import Field, NonNegativeInt, model_validator
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec
-from mhmoe_ray.spec.model import ModelSpec
+from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
+
+
+class ReferenceSpec(Section):
+    """What `plan` compares the model with: other expert layers on the same trunk."""
+
+    name: str
+    moe: MoESpec | None = None
+    """Absent: the dense model."""
 
 
 class RunSpec(Section):
@@ -21,6 +29,7 @@ class RunSpec(Section):
     seed: NonNegativeInt = 0
     """Seeds the initial weights and the order of the data."""
     model: ModelSpec
+    reference: ReferenceSpec | None = None
     data: DataSpec
     train: TrainSpec
     cluster: ClusterSpec = ClusterSpec()
@@ -39,6 +48,11 @@ class RunSpec(Section):
                 "so that every worker gets equally many"
             )
         return self
+
+    @property
+    def reference_model(self) -> ModelSpec | None:
+        """The reference's expert layers on this model's trunk."""
+        return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     @property
     def samples_per_step(self) -> int:

@@ -1,7 +1,7 @@
 import pytest
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.sizing import sizes
+from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 

@@ -1,0 +1,81 @@
+"""The tables of `mhmoe plan`, each with its title."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.parity import parity
+from mhmoe_ray.planner.sizes import parts
+from mhmoe_ray.planner.step import ExpertStep, expert_step
+from mhmoe_ray.planner.traffic import Exchange, exchanges
+from mhmoe_ray.spec import ModelSpec, RunSpec
+
+
+def tables(spec: RunSpec) -> Iterator[tuple[str, Table]]:
+    yield "parameters and multiply-adds per token, in one layer", _parts(spec)
+    if spec.reference and (reference := spec.reference_model):
+        name = spec.reference.name
+        yield f"beside {name} on the same trunk", _parity(spec.model, name, reference)
+    batch = f"{spec.train.micro_batch_size} x {spec.data.seq_len} tokens"
+    yield f"memory of a rank, micro-batches of {batch}", _memory(spec)
+    step = expert_step(spec)
+    if step:
+        title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"
+        yield title, _step(step)
+    found = exchanges(spec)
+    if found:
+        yield "exchanged in a step, by one rank", _exchanges(found)
+
+
+def _parts(spec: RunSpec) -> Table:
+    rows = [
+        (p.name, str(p.layers), f"{p.parameters:,}", f"{p.active:,}", f"{p.macs:,}", f"{p.layers * p.parameters:,}")
+        for p in parts(spec.model)
+    ]
+    return _table(["", "layers", "parameters", "active", "multiply-adds", "in all layers"], rows)
+
+
+def _parity(model: ModelSpec, name: str, reference: ModelSpec) -> Table:
+    compared = parity(model, reference).items()
+    rows = [(what, f"{c.own:,}", f"{c.reference:,}", f"{c.ratio:.3f}") for what, c in compared]
+    return _table(["", "this", name, "ratio"], rows)
+
+
+def _step(step: ExpertStep) -> Table:
+    row = (f"{step.rows:,}", f"{step.flops:.3g}", in_bytes(step.bytes), f"{step.intensity:.1f}")
+    return _table(["rows", "FLOPs", "moved", "FLOPs per byte"], [row])
+
+
+def _exchanges(found: list[Exchange]) -> Table:
+    rows = [
+        (e.name, str(e.ranks), in_bytes(e.payload), in_bytes(e.sent), f"{e.times:,}", in_bytes(e.sent_per_step))
+        for e in found
+    ]
+    return _table(["", "ranks", "brings", "sends", "times", "sends in all"], rows)
+
+
+def _memory(spec: RunSpec) -> Table:
+    held = memory(spec)
+    rows = [(name, in_bytes(size)) for name, size in held._asdict().items() if size]
+    return _table(["", ""], [*rows, ("total", in_bytes(held.total))], header=False)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool = True) -> Table:
+    """Names at the left, numbers at the right."""
+    table = Table(show_header=header, box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 and not column else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def in_bytes(count: int) -> str:
+    """Three digits and a unit: 1.21 GB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -1,0 +1,63 @@
+"""`mhmoe presets`: models by name, each beside its reference."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mhmoe_ray.cli.common import JsonOption, out, print_json
+
+if TYPE_CHECKING:
+    from mhmoe_ray.planner.preset import Preset
+
+
+def presets(
+    start: Annotated[str, typer.Argument(help="Only those whose name starts like this.", show_default=False)] = "",
+    json: JsonOption = False,
+) -> None:
+    """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
+    from mhmoe_ray.planner.presets import every_preset
+
+    rows = [_row(name, size, preset) for name, size, preset in every_preset() if name.startswith(start)]
+    if json:
+        print_json(rows)
+        return
+    columns = ["preset", "size", "h", "E", "k", "f", "parameters", "active", "multiply-adds", "reference"]
+    table = Table(box=None, pad_edge=False)
+    for column in [*columns, "parameters", "multiply-adds"]:
+        table.add_column(column, justify="left" if column in ("preset", "size", "reference") else "right", no_wrap=True)
+    for row in rows:
+        cells = [row["preset"], row["size"] or "", *(str(row[key] or "") for key in "hEkf")]
+        cells += [_short(row[key]) for key in ("parameters", "active", "multiply_adds")]
+        ratios = [f"x {row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
+        table.add_row(*cells, row["reference"] or "", *ratios)
+    out.print(table if rows else f"no preset starts with {start}")
+
+
+def _row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:
+    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.resolve import models_of
+    from mhmoe_ray.planner.sizes import sizes
+
+    model, reference = models_of(preset)
+    found, moe = sizes(model), model.moe
+    ratios = parity(model, reference) if reference else {}
+    return {
+        "preset": name,
+        "size": size,
+        "about": preset.about,
+        "h": moe.heads if moe else None,
+        "E": moe.experts if moe else None,
+        "k": moe.top_k if moe else None,
+        "f": moe.d_expert if moe else None,
+        "parameters": found.parameters,
+        "active": found.active_parameters,
+        "multiply_adds": found.macs_per_token,
+        "reference": preset.reference,
+        "parameters_ratio": ratios["parameters"].ratio if ratios else None,
+        "multiply_adds_ratio": ratios["multiply-adds per token"].ratio if ratios else None,
+    }
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.3g} G" if count >= 1e9 else f"{count / 1e6:.3g} M"

@@ -1,0 +1,112 @@
+"""Families of models in three sizes, on the trunk of the follow-up paper (P2); `base` is that paper's own size.
+
+All families of a size cost the same multiply-adds per token, the routers' aside; the sparse ones have about the same
+parameters.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.match import MatchSpec
+from mhmoe_ray.planner.preset import Preset, Tree
+
+SizeName = Literal["tiny", "small", "base"]
+
+
+class Size(NamedTuple):
+    """One dial: attention heads, feed-forward width, experts and learning rate follow from it."""
+
+    d_model: int
+    layers: int
+    vocab_size: int
+    seq_len: int
+    steps: int
+    micro_batches: int
+    micro_batch_size: int
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def trunk(self) -> Tree:
+        return {
+            "backbone": "llama",
+            "vocab_size": self.vocab_size,
+            "d_model": self.d_model,
+            "layers": self.layers,
+            "attention_heads": max(4, self.d_model // 64),
+            "d_ff": math.ceil(self.d_model * 8 / 3 / 128) * 128,
+        }
+
+    @property
+    def train(self) -> Tree:
+        """The rate falls with the width, from P2's 6e-4 at 768."""
+        lr = round(6e-4 * 768 / self.d_model, 6)
+        return {
+            "steps": self.steps,
+            "micro_batches": self.micro_batches,
+            "micro_batch_size": self.micro_batch_size,
+            "precision": self.precision,
+            "lr": lr,
+            "min_lr": lr / 20,
+            "warmup_steps": min(375, self.steps // 10),
+        }
+
+
+SIZES: dict[SizeName, Size] = {
+    "tiny": Size(128, 4, 2048, 128, steps=500, micro_batches=2, micro_batch_size=8),  # minutes on two CPU cores
+    "small": Size(256, 8, 8192, 256, steps=1000, micro_batches=4, micro_batch_size=8),  # hours there
+    "base": Size(768, 12, 32_000, 2048, steps=100_000, micro_batches=256, micro_batch_size=1, precision="bfloat16"),
+}
+
+
+def _part(d_ff: Any, of: int) -> int:
+    """A part of the dense width."""
+    if not isinstance(d_ff, int):
+        raise SpecError("model.d_ff", "experts of these presets are as wide as it or a part of it", "give it a number")
+    return d_ff // of
+
+
+def _smoe(d_ff: Any) -> Tree:
+    return {"heads": 1, "experts": 8, "top_k": 1, "d_expert": _part(d_ff, 1)}
+
+
+def _fine_grained(d_ff: Any) -> Tree:
+    return {"heads": 1, "experts": 16, "top_k": 2, "d_expert": _part(d_ff, 2)}
+
+
+def _xmoe(d_ff: Any) -> Tree:
+    return {**_smoe(d_ff), "router": "xmoe"}
+
+
+def _mhmoe(_: Any) -> Tree:
+    return {"heads": 2, "top_k": 2}
+
+
+def _deepseek(d_ff: Any) -> Tree:
+    """A quarter of the width, four times the experts, and one more that is shared; balance over all choices
+    (DeepSeekMoE, arXiv 2401.06066)."""
+    quarter = _part(d_ff, 4)
+    shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
+    return {**shape, "balance_choices": "all"}
+
+
+class Family(NamedTuple):
+    about: str
+    moe: Callable[[Any], Tree] | None
+    reference: str | None
+    match: MatchSpec | None = None
+
+    def at(self, size: SizeName) -> Preset:
+        dial = SIZES[size]
+        return Preset(self.about, dial.trunk, self.moe, self.reference, dial.train, dial.seq_len, self.match)
+
+
+FAMILIES: dict[str, Family] = {
+    "dense": Family("no experts", None, None),
+    "smoe": Family("plain sparse mixture of 8 experts, top 1", _smoe, "dense"),
+    "fine_grained": Family("twice the experts at half the width, top 2", _fine_grained, "smoe"),
+    "xmoe": Family("smoe with X-MoE's published router", _xmoe, "smoe"),
+    "mhmoe": Family("multi-head, matched to smoe", _mhmoe, "smoe", MatchSpec(to="smoe", by="both")),
+    "deepseek": Family("DeepSeekMoE: fine-grained experts and a shared one", _deepseek, "smoe"),
+}

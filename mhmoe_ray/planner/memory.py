@@ -1,0 +1,100 @@
+"""Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
+
+Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream.
+"""
+
+from typing import NamedTuple
+
+from mhmoe_ray.planner.sizes import Sizes, parts, sizes
+from mhmoe_ray.planner.step import compute_bytes
+from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+
+FLOAT32 = 4
+INT64 = 8
+
+
+class Memory(NamedTuple):
+    weights: int
+    gradients: int
+    moments: int
+    """AdamW's two."""
+    copies: int
+    """Weights in the precision of matrix products, where it is not their own; kept from forward to backward."""
+    activations: int
+    """What one micro-batch keeps from forward to backward, log-probabilities of all tokens included."""
+    logits: int
+    """What the loss needs beside that for a moment: logits, or their gradient."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory(spec: RunSpec) -> Memory:
+    """Of one rank, whose experts get the rows that uniform routing brings."""
+    model, found = spec.model, sizes(spec.model)
+    held = FLOAT32 * (found.parameters - found.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
+    tokens = spec.train.micro_batch_size * spec.data.seq_len
+    size = compute_bytes(spec)
+    return Memory(
+        weights=held,
+        gradients=held,
+        moments=2 * held,
+        copies=_copies(spec, found) if size < FLOAT32 else 0,
+        activations=tokens * _kept_per_token(spec, size) + _rotations(spec),
+        logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
+    )
+
+
+def _copies(spec: RunSpec, found: Sizes) -> int:
+    """Of all weights that matrix products use; the router computes in float32, norms of whole tokens too."""
+    without = {"router", "norms"} | (set() if spec.model.tied_embeddings else {"embedding"})
+    total = sum(part.layers * part.parameters for part in parts(spec.model) if part.name not in without)
+    return compute_bytes(spec) * (total - found.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
+
+
+def _kept_per_token(spec: RunSpec, size: int) -> int:
+    model, moe = spec.model, spec.model.moe
+    llama = model.backbone == "llama"
+    # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
+    norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
+    layers = model.layers * (norm + _attention(model, size) + norm)
+    layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
+    if moe is not None:
+        layers += model.moe_layers * _moe(model, moe, size, spec.cluster.ep > 1)
+    return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64  # ids and targets
+
+
+def _rotations(spec: RunSpec) -> int:
+    """Cosines and sines for queries and for keys, which all layers share."""
+    return 4 * FLOAT32 * spec.data.seq_len * spec.model.head_width
+
+
+def _attention(model: ModelSpec, size: int) -> int:
+    """Queries and keys before and after rotation, values, and the result; once more where a norm follows."""
+    kv = model.n_kv_heads * model.head_width
+    results = 1 if model.backbone == "llama" else 2
+    statistics = FLOAT32 * (model.attention_heads + (0 if model.backbone == "llama" else 2))
+    return size * (2 * model.d_model + 3 * kv + results * model.d_model) + statistics
+
+
+def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
+    """Of one row: gate, its silu, up, their product; or GELU's input (float32), output, and the norm of it."""
+    if model.backbone == "llama":
+        return 4 * hidden * size
+    return hidden * (FLOAT32 + 2 * size) + 2 * size
+
+
+def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
+    d, routes = model.d_model, moe.heads * moe.top_k
+    rows = routes * d // moe.heads * size
+    kept = rows + routes * _hidden(model, moe.d_expert, size) + rows
+    if exchanged:
+        kept += rows  # the outputs, at their expert and at home
+    # The head projection's result as the router's input, and the merge projection's operand.
+    kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
+    # Probabilities and logits; choice, weight and mask of each route.
+    kept += moe.heads * (2 * FLOAT32 * moe.experts + FLOAT32) + routes * (INT64 + FLOAT32 + 1)
+    if moe.d_shared:
+        kept += _hidden(model, moe.d_shared, size)
+    return kept

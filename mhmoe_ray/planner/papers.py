@@ -1,0 +1,155 @@
+"""The papers' models by name, with the settings they were run with.
+
+P1 is arXiv 2404.15045, P2 arXiv 2411.16205; `rebuttal` are runs from P1's public review. Where paper and code of P1
+disagree, these are the code's and its logs': static capacity, the random second expert, normalised gates, torchscale's
+router, dropout. What a source leaves open is said in `about`.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from mhmoe_ray.planner.preset import Preset, Tree, fixed
+
+P1_EXPERTS = (8, 16, 32, 64, 128, 256)
+P1_HEADS = (2, 4, 6, 8, 12)
+P1_FITTED = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
+"""Expert width for h 4 by number of experts, fitted to the parameters in P1's table 11, which has no widths."""
+
+_P1_TRUNK = {
+    "backbone": "subln",
+    "vocab_size": 100_287,
+    "d_model": 768,
+    "layers": 12,
+    "attention_heads": 12,
+    "d_ff": 3072,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+}
+_P1_TRAIN = {
+    "steps": 300_000,
+    "micro_batches": 256,
+    "micro_batch_size": 1,
+    "precision": "bfloat16",
+    "lr": 6e-4,
+    "min_lr": 0.0,
+    "warmup_steps": 375,
+    "weight_decay": 0.01,
+    "betas": (0.9, 0.98),
+    "eps": 1e-6,
+    "clip_norm": 2.0,
+}
+_TWO_AT_A_TIME = {"micro_batches": 128, "micro_batch_size": 2}  # dense and X-MoE; capacity is per micro-batch
+_P2_TRUNK = {
+    "backbone": "llama",
+    "vocab_size": 32_000,
+    "d_model": 768,
+    "layers": 12,
+    "attention_heads": 12,
+    "d_ff": 2048,
+}
+_P2_TRAIN = {
+    **_P1_TRAIN,
+    "steps": 100_000,
+    "min_lr": 3e-5,
+    "weight_decay": 0.1,
+    "betas": (0.9, 0.95),
+}
+_MIXTRAL_TRUNK = {
+    "backbone": "llama",
+    "vocab_size": 32_000,
+    "d_model": 4096,
+    "layers": 32,
+    "attention_heads": 32,
+    "kv_heads": 8,
+    "tied_embeddings": False,
+    "rope_theta": 1e6,
+}
+SEQ_LEN = 2048
+
+
+@cache
+def models() -> Mapping[str, Preset]:
+    """All of them, by name."""
+    return dict([*_first_paper(), *_rebuttal(), *_follow_up(), *_mixtral()])
+
+
+def _first_paper() -> Iterator[tuple[str, Preset]]:
+    train = {**_P1_TRAIN, **_TWO_AT_A_TIME}
+    yield "p1-dense", Preset("P1, the dense model", _P1_TRUNK, None, None, train, SEQ_LEN)
+    for experts in P1_EXPERTS:
+        for top_k in (2, 3, 4):
+            end = "" if top_k == 2 else f"-k{top_k}"
+            xmoe = f"p1-xmoe-{experts}{end}"
+            about = f"P1, X-MoE with {experts} experts, top {top_k}"
+            moe = fixed(heads=1, experts=experts, d_expert=3072, **_p1_routing(top_k))
+            yield xmoe, Preset(about, _P1_TRUNK, moe, "p1-dense", train, SEQ_LEN)
+            for heads in P1_HEADS:
+                width = P1_FITTED[experts] if heads == 4 else equal_parameter_width(heads, experts)
+                about = f"P1, MH-MoE with {experts} experts, h {heads}, top {top_k}"
+                moe = fixed(heads=heads, experts=experts, d_expert=width, **_p1_routing(top_k))
+                yield f"p1-mhmoe-{experts}-h{heads}{end}", Preset(about, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN)
+
+
+def _p1_routing(top_k: int) -> Tree:
+    """torchscale's gate knows a first and a second choice only; runs with more had dropless routing (the review)."""
+    static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
+    return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": True, **static}
+
+
+def equal_parameter_width(heads: int, experts: int) -> int:
+    """Largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1, appendix D,
+    with the biases and norms that its code has)."""
+    d, hidden = 768, 3072
+    xmoe = experts * ((2 * d + 3) * hidden + d)
+    projections = 2 * (d * d + d)
+    return ((xmoe - projections) // experts - d // heads) // (2 * d // heads + 3)
+
+
+def _rebuttal() -> Iterator[tuple[str, Preset]]:
+    six = {**_P1_TRUNK, "layers": 6}
+    train = {**_P1_TRAIN, "steps": 25_000}
+    for top_k in (3, 4):
+        open_ = "their number (here 8) is not stated"
+        xmoe = f"rebuttal-xmoe-k{top_k}"
+        moe = fixed(heads=1, experts=8, d_expert=3072, **_p1_routing(top_k))
+        yield (
+            xmoe,
+            Preset(f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_}", six, moe, None, train, SEQ_LEN),
+        )
+        moe = fixed(heads=2, experts=8, d_expert=equal_parameter_width(2, 8), **_p1_routing(top_k))
+        about = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_}"
+        yield f"rebuttal-mhmoe-k{top_k}", Preset(about, six, moe, xmoe, train, SEQ_LEN)
+    three = {**_P1_TRUNK, "layers": 3}
+    train = {**_P1_TRAIN, "steps": 20_000}
+    for experts, top_k, reference in [(128, 1, None), (256, 2, "rebuttal-smoe-128-k1")]:
+        about = f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
+        moe = fixed(heads=1, experts=experts, d_expert=3072, **{**_p1_routing(top_k), "normalize_gates": top_k > 1})
+        yield f"rebuttal-smoe-{experts}-k{top_k}", Preset(about, three, moe, reference, train, SEQ_LEN)
+
+
+def _follow_up() -> Iterator[tuple[str, Preset]]:
+    yield "p2-dense", Preset("P2, the dense model", _P2_TRUNK, None, None, _P2_TRAIN, SEQ_LEN)
+    rows: list[tuple[str, str, dict[str, int]]] = [
+        ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8, "d_expert": 2048}),
+        ("fine-grained", "fine-grained SMoE", {"heads": 1, "top_k": 2, "experts": 16, "d_expert": 1024}),
+        ("mhmoe-h2", "MH-MoE h 2", {"heads": 2, "top_k": 2, "experts": 40, "d_expert": 768}),
+        ("mhmoe-h3", "MH-MoE h 3", {"heads": 3, "top_k": 3, "experts": 96, "d_expert": 512}),
+    ]
+    for end, shared in [("", 0), ("-shared", 2048)]:
+        for name, title, moe in rows:
+            about = f"P2, {title}" + (" with a shared expert" if shared else "")
+            reference = "p2-dense" if name == "smoe" else f"p2-smoe{end}"
+            layers = fixed(**moe, d_shared=shared)
+            yield f"p2-{name}{end}", Preset(about, _P2_TRUNK, layers, reference, _P2_TRAIN, SEQ_LEN)
+
+
+def _mixtral() -> Iterator[tuple[str, Preset]]:
+    """The review put MH-MoE into Mixtral to time serving; it says neither width nor count, so both stay."""
+    shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}
+    loss: dict[str, Any] = {"balance_weight": 0.02, "balance_choices": "all"}
+    for heads in (1, 2, 4):
+        about = "Mixtral 8x7B" if heads == 1 else f"Mixtral 8x7B with h {heads}; widths are not stated, here the same"
+        name, reference = ("mixtral-8x7b", None) if heads == 1 else (f"mixtral-8x7b-h{heads}", "mixtral-8x7b")
+        moe = fixed(heads=heads, **shape, **loss)
+        yield name, Preset(f"{about}; its training is not published", _MIXTRAL_TRUNK, moe, reference, {}, SEQ_LEN)

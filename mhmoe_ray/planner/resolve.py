@@ -1,0 +1,139 @@
+"""From a spec file as users write it to a whole spec. Beside the sections it may hold
+
+preset: mhmoe                  a model with its recipe, by name; the sections override it key by key
+size: tiny                     of a family of presets
+match: {to: smoe, by: both}    expert width and count are solved, not given
+reference: smoe                what `plan` compares the model with, where not what its preset or match says
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.families import SizeName
+from mhmoe_ray.planner.match import SOLVED, MatchSpec, solve
+from mhmoe_ray.planner.preset import Preset, Tree
+from mhmoe_ray.planner.presets import find_preset
+from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
+from mhmoe_ray.spec.base import Section
+
+
+class Shorthands(Section):
+    preset: str | None = None
+    size: SizeName | None = None
+    match: MatchSpec | None = None
+    reference: str | ReferenceSpec | None = None
+
+
+def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """The whole spec; a whole spec resolves to itself.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.path=value` strings, for shorthands too.
+
+    Raises:
+        SpecError: as `load_spec`; or there is no such preset, or a match has no solution.
+    """
+    what = f"spec {path}"
+    tree = _worked_out(read_tree(path, overrides), what)
+    return checked(RunSpec, tree, what, also=list(Shorthands.model_fields))
+
+
+def models_of(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
+    """A preset's model as it stands, and its reference on the same trunk."""
+    trunk, what = dict(preset.trunk), "preset"
+    model = checked(ModelSpec, {**trunk, "moe": _experts_on(preset, trunk, what)}, what)
+    return model, _reference_model(preset.reference, trunk, what) if preset.reference else None
+
+
+def _worked_out(tree: Tree, what: str) -> Tree:
+    given = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
+    short = checked(Shorthands, given, what)
+    _refuse_what_would_be_ignored(short, what)
+    own_moe = _section(_section(tree, "model"), "moe")
+    reference, match, moe = short.reference, short.match, own_moe
+    if match:
+        reference = match.to
+    if short.preset:
+        preset = find_preset(short.preset, short.size)
+        fragment = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
+        tree = _merged(fragment, tree)
+        if preset.moe and _may_have_experts(tree):
+            moe = {**preset.moe(_trunk(tree).get("d_ff")), **own_moe}
+            match = match or preset.match
+        reference = reference or (preset.reference if "reference" not in given else None)
+    if match:
+        if not moe and not _may_have_experts(tree):
+            raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
+        if short.match:
+            _refuse_what_match_solves(own_moe, match, what)
+        moe = _solved(moe, own_moe, match, _trunk(tree), what)
+    if moe:
+        tree["model"] = {**_section(tree, "model"), "moe": moe}
+    if isinstance(reference, str):
+        reference = ReferenceSpec(name=reference, moe=_reference_model(reference, _trunk(tree), what).moe)
+    if reference:
+        tree["reference"] = reference
+    return tree
+
+
+def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> Tree:
+    """Expert layers with the keys that `match` solves, as far as the user's own keys do not say otherwise."""
+    if own.keys() >= SOLVED[match.by]:
+        return moe
+    unknown = {"d_expert": 1, "experts": 1 << 16} if match.by == "both" else {"d_expert": 1}
+    model = checked(ModelSpec, {**trunk, "moe": {**moe, **unknown}}, f"{what}, section model")
+    d_expert, experts = solve(model, _reference_model(match.to, trunk, what), match)
+    return {**moe, "d_expert": d_expert, "experts": experts, **own}
+
+
+def _reference_model(name: str, trunk: Tree, what: str) -> ModelSpec:
+    """The expert layers of a preset on this trunk."""
+    moe = _experts_on(find_preset(name), trunk, what)
+    return checked(ModelSpec, {**trunk, "moe": moe}, f"{what}, {name} on the trunk of section model")
+
+
+def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
+    if preset.moe is None:
+        return None
+    moe = preset.moe(trunk.get("d_ff"))
+    return _solved(moe, {}, preset.match, trunk, what) if preset.match else moe
+
+
+def _refuse_what_would_be_ignored(short: Shorthands, what: str) -> None:
+    if short.size and not short.preset:
+        raise SpecError(what, "'size' is given without a preset, so it would be ignored", "add preset, or remove size")
+    if short.match and short.reference:
+        why = f"a reference is given, but a matched model is compared with what it matches ({short.match.to})"
+        raise SpecError(what, why, "remove reference or match")
+
+
+def _refuse_what_match_solves(own: Tree, match: MatchSpec, what: str) -> None:
+    both = sorted(SOLVED[match.by] & own.keys())
+    if both:
+        keys = " and ".join(f"model.moe.{key}" for key in both)
+        raise SpecError(what, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """`over` key by key on top of `base`."""
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
+
+
+def _section(tree: Tree, key: str) -> Tree:
+    """The section, or an empty one where it is missing or malformed, which the check of the whole will say."""
+    found = tree.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _trunk(tree: Tree) -> Tree:
+    return {key: value for key, value in _section(tree, "model").items() if key != "moe"}
+
+
+def _may_have_experts(tree: Tree) -> bool:
+    """Unless the spec says `moe: null`."""
+    return _section(tree, "model").get("moe", {}) is not None

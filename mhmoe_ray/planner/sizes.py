@@ -1,0 +1,145 @@
+"""Parameters and multiply-adds from the spec alone: nothing is built. Tested equal to a built model."""
+
+from typing import NamedTuple
+
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+
+class Part(NamedTuple):
+    """What the layers of one kind have; the numbers are of a single layer."""
+
+    name: str
+    layers: int
+    """Layers that have it."""
+    parameters: int
+    active: int
+    """Parameters that one token's forward pass uses."""
+    macs: int
+    """Multiply-adds of matrix products for one token."""
+
+
+class Sizes(NamedTuple):
+    parameters: int
+    """All of them; a tied embedding counts once."""
+    expert_parameters: int
+    """Those of all routed experts."""
+    active_parameters: int
+    """Those that one token's forward pass uses when its h sub-tokens meet min(h*k, E) different experts."""
+    macs_per_token: int
+    """Multiply-adds of all matrix products for one token, output logits included, attention scores not."""
+    moe_macs_per_token: int
+    """The part of the mixture-of-experts layers: projections, router, experts and shared expert."""
+    router_macs_per_token: int
+    """The part of the routers, which both papers leave out where they match compute."""
+    hidden_per_token: int
+    """Hidden activations of routed experts for one token, h * k * f in each layer. At equal multiply-adds they grow
+    with h: matched compute is not matched memory traffic."""
+
+
+MOE_PARTS = ("projections", "router", "experts", "shared expert")
+
+
+def parts(spec: ModelSpec) -> list[Part]:
+    """The model from the embedding to the output; parts that it lacks are left out."""
+    d, moe, dense_layers = spec.d_model, spec.moe, spec.layers - spec.moe_layers
+    table, norms = spec.vocab_size * d, _norms(spec)
+    found = [
+        Part("embedding", 1, table, table, 0),
+        Part("attention", spec.layers, *_all_active(_attention(spec)), attention_macs(spec)),
+        Part("norms", 1, *_all_active(norms), 0),
+    ]
+    if dense_layers:
+        dense = _feed_forward(spec, d, spec.d_ff)
+        found.append(Part("feed-forward", dense_layers, *_all_active(dense), feed_forward_macs(spec, d, spec.d_ff)))
+    if moe is not None:
+        found += _moe_parts(spec, moe)
+    own = 0 if spec.tied_embeddings else table
+    return [*found, Part("output", 1, own, own, table)]
+
+
+def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
+    d, width, layers = spec.d_model, spec.d_model // moe.heads, spec.moe_layers
+    projections = (moe.has_head + moe.has_merge) * moe.projection_layers
+    expert, expert_macs = _feed_forward(spec, width, moe.d_expert), feed_forward_macs(spec, width, moe.d_expert)
+    routes = moe.heads * moe.top_k
+    found = [
+        Part("projections", layers, *_all_active(projections * (d * d + d)), projections * d * d),
+        Part("router", layers, *_all_active(_router(moe, width)), moe.heads * _router_macs(moe, width)),
+        Part("experts", layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
+    ]
+    if moe.d_shared:
+        shared = _feed_forward(spec, d, moe.d_shared)
+        found.append(Part("shared expert", layers, *_all_active(shared), feed_forward_macs(spec, d, moe.d_shared)))
+    return [part for part in found if part.parameters]
+
+
+def sizes(spec: ModelSpec) -> Sizes:
+    found, moe = parts(spec), spec.moe
+    moe_parts = [p for p in found if p.name in MOE_PARTS]
+    return Sizes(
+        parameters=sum(p.layers * p.parameters for p in found),
+        expert_parameters=sum(p.layers * p.parameters for p in found if p.name == "experts"),
+        active_parameters=sum(p.layers * p.active for p in found),
+        macs_per_token=sum(p.layers * p.macs for p in found),
+        moe_macs_per_token=sum(p.layers * p.macs for p in moe_parts),
+        router_macs_per_token=sum(p.layers * p.macs for p in moe_parts if p.name == "router"),
+        hidden_per_token=spec.moe_layers * moe.heads * moe.top_k * moe.d_expert if moe else 0,
+    )
+
+
+class Flops(NamedTuple):
+    """Of one token, a multiply-add counting as two; the mean over a sequence whose tokens see those before them."""
+
+    forward: int
+    training: int
+    """Forward, and backward at twice its cost."""
+
+
+def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
+    """All matrix products, attention's scores and weighted values included: (T + 1) / 2 keys for a token on average."""
+    scores = spec.layers * spec.d_model * (seq_len + 1)
+    forward = 2 * (sizes(spec).macs_per_token + scores)
+    return Flops(forward, 3 * forward)
+
+
+def _all_active(parameters: int) -> tuple[int, int]:
+    return parameters, parameters
+
+
+def _norms(spec: ModelSpec) -> int:
+    """Two per layer and a last one; LayerNorms have a bias too, and subln has another inside attention."""
+    per_norm = spec.d_model * (1 if spec.backbone == "llama" else 2)
+    in_layer = 2 if spec.backbone == "llama" else 3
+    return (in_layer * spec.layers + 1) * per_norm
+
+
+def attention_macs(spec: ModelSpec) -> int:
+    """Of the four projections of one layer, for one token."""
+    kv_width = spec.n_kv_heads * spec.head_width
+    return 2 * spec.d_model * (spec.d_model + kv_width)
+
+
+def _attention(spec: ModelSpec) -> int:
+    biases = 4 * spec.d_model if spec.backbone == "subln" else 0
+    return attention_macs(spec) + biases
+
+
+def feed_forward_macs(spec: ModelSpec, width: int, hidden: int) -> int:
+    """Of a dense layer or an expert, for one row: three matrices with SwiGLU, two with GELU."""
+    return (3 if spec.backbone == "llama" else 2) * width * hidden
+
+
+def _feed_forward(spec: ModelSpec, width: int, hidden: int) -> int:
+    """With subln: two biases, and weight and bias of the inner norm."""
+    extra = 3 * hidden + width if spec.backbone == "subln" else 0
+    return feed_forward_macs(spec, width, hidden) + extra
+
+
+def _router_macs(moe: MoESpec, width: int) -> int:
+    if moe.router == "linear":
+        return width * moe.experts
+    return moe.routing_width * (width + moe.experts)
+
+
+def _router(moe: MoESpec, width: int) -> int:
+    return _router_macs(moe, width) + (moe.router == "xmoe")  # the temperature

@@ -1,0 +1,116 @@
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.planner.parity import parity
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+
+def model(moe, d=768, d_ff=2048, **trunk):
+    moe = MoESpec(**{"d_expert": 8, "experts": 1 << 16, **moe})
+    shape = {"vocab_size": 32_000, "d_model": d, "layers": 12, "attention_heads": 12, "d_ff": d_ff}
+    return ModelSpec(**shape, **trunk, moe=moe)
+
+
+SMOE = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": 2048})
+
+
+def solved(moe, reference=SMOE, **match):
+    return solve(model(moe), reference, MatchSpec(to="reference", **match))
+
+
+def test_the_follow_up_papers_rows_are_found():
+    """P2: SMoE 8 x 2048 top-1 against h 2, 40 x 768 top-2, and h 3, 96 x 512 top-3."""
+    assert solved({"heads": 2, "top_k": 2}, by="both") == (768, 40)
+    assert solved({"heads": 3, "top_k": 3}, by="both") == (512, 96)
+    assert solved({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
+    assert solved({"heads": 2, "top_k": 2, "experts": 40}, by="flops") == (768, 40)
+    # Exact parity, which P2 rounds: 41.3 and 93 experts.
+    assert solved({"heads": 2, "top_k": 2}, by="both", multiple=1) == (768, 41)
+    assert solved({"heads": 3, "top_k": 3}, by="both", multiple=1) == (512, 93)
+
+
+def test_the_first_papers_width_is_the_one_of_equal_parameters():
+    """P1 with biases, SubLN and its router: within three of the width that its own rule gives, which leaves the router out."""
+    from mhmoe_ray.planner.papers import equal_parameter_width
+
+    trunk = {"backbone": "subln", "d_ff": 3072}
+    for heads in (2, 4, 6, 8, 12):
+        routing = {"router": "xmoe_torchscale", "top_k": 2, "experts": 32}
+        xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **trunk)
+        ours = model({"heads": heads, **routing}, **trunk)
+        width, experts = solve(ours, xmoe, MatchSpec(to="x", by="params", multiple=1))
+        assert experts == 32
+        assert abs(width - equal_parameter_width(heads, 32)) <= 3
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
+    router=st.sampled_from(["linear", "xmoe", "xmoe_torchscale"]), backbone=st.sampled_from(["llama", "subln"]),
+    d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]), by=st.sampled_from(["flops", "params", "both"]),
+)  # fmt: skip
+def test_what_is_solved_is_the_nearest_there_is(heads, top_k, multiple, router, backbone, d_shared, d_ff, by):
+    trunk = {"backbone": backbone, "d_ff": d_ff}
+    reference = model({"heads": 1, "experts": 8, "top_k": 1, "d_expert": d_ff}, **trunk)
+    moe = {"heads": heads, "top_k": top_k, "router": router, "d_shared": d_shared, "experts": 16}
+    ours = model(moe, **trunk)
+    try:
+        width, experts = solve(ours, reference, MatchSpec(to="reference", by=by, multiple=multiple))
+    except SpecError:
+        assume(False)
+
+    def made(d_expert, experts):
+        return model({**moe, "d_expert": d_expert, "experts": experts}, **trunk)
+
+    def compute(d_expert, experts):
+        found = sizes(made(d_expert, experts))
+        return found.macs_per_token - found.router_macs_per_token
+
+    def parameters(d_expert, experts):
+        return sizes(made(d_expert, experts)).parameters
+
+    goal = sizes(reference)
+    compute_goal = goal.macs_per_token - goal.router_macs_per_token
+    target, count = (goal.parameters, parameters) if by == "params" else (compute_goal, compute)
+    assert width % multiple == 0
+    for other in (width - multiple, width + multiple):
+        if other > 0:
+            assert abs(count(width, experts) - target) <= abs(count(other, experts) - target)
+    if by != "both":
+        assert experts == 16
+        return
+    assert experts % multiple == 0
+    for other in (experts - multiple, experts + multiple):
+        if other >= top_k:
+            found = abs(parameters(width, experts) - goal.parameters)
+            assert found <= abs(parameters(width, other) - goal.parameters)
+
+
+def test_what_cannot_be_matched_is_said():
+    with pytest.raises(SpecError, match="alone costs about as much"):
+        solved({"heads": 2, "top_k": 2, "d_shared": 4096}, by="flops")
+    small = model({"heads": 1, "experts": 1, "top_k": 1, "d_expert": 2048})
+    with pytest.raises(SpecError, match="rows go to 4 each"):
+        solved({"heads": 1, "top_k": 4, "d_shared": 1024}, small, by="both", multiple=16)
+
+
+def test_parity_says_what_is_equal_and_what_is_not():
+    ours = model({"heads": 3, "top_k": 3, "d_expert": 512, "experts": 96})
+    found = parity(ours, SMOE)
+    assert found["  of expert layers, routers aside"].ratio == 1.0
+    assert found["hidden activations per token"].ratio == 9 * 512 / 2048
+    assert 1.0 < found["parameters"].ratio < 1.03
+    dense = SMOE.with_moe(None)
+    assert set(parity(SMOE, dense)) == {"parameters", "active parameters", "multiply-adds per token"}
+    # P1 at equal parameters: about 4.1 times the compute of its expert layers at top 2 (P2, section 2).
+    p1 = {"backbone": "subln", "d_ff": 3072}
+    routing = {"top_k": 2, "experts": 32, "router": "xmoe_torchscale"}
+    xmoe = model({"heads": 1, "d_expert": 3072, **routing}, **p1)
+    mhmoe = model({"heads": 4, "d_expert": 12_096, **routing}, **p1)
+    found = parity(mhmoe, xmoe)
+    assert found["  of expert layers, routers aside"].ratio == pytest.approx(130 / 32, rel=0.02)
+    assert found["parameters"].ratio == pytest.approx(1.0, abs=0.003)

@@ -1,0 +1,99 @@
+"""Memory against what autograd really keeps of a step, and what torch's optimizer really holds."""
+
+import pytest
+import torch
+
+from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.step import Trainer
+from tests.specs import tiny_spec
+
+TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
+KINDS = {
+    "llama": {"backbone": "llama"},
+    "subln": {"backbone": "subln"},
+    "grouped-queries": {"kv_heads": 2, "tied_embeddings": False},
+    "dropout": {"backbone": "subln", "dropout": 0.1},
+}
+EXPERTS = {
+    "dense": None,
+    "plain": {"heads": 1, "experts": 5, "top_k": 1, "d_expert": 100, "d_shared": 60, "every": 1},
+    "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40},
+    "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe"},
+    "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale"},
+}
+
+
+def spec_of(kind, experts, precision="float32") -> RunSpec:
+    train = {"micro_batch_size": 2, "precision": precision}
+    model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
+    if experts == "plain":
+        del model["d_ff"]
+    return tiny_spec(model=model, data={"seq_len": 64}, train=train)
+
+
+def kept_by_autograd(spec: RunSpec) -> int:
+    """Bytes of all storages that a micro-batch's graph holds, weights themselves aside."""
+    model = Decoder(spec.model)
+    init_weights(model, 0)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # held, so that no two share an address
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        address = t.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = t
+        return t
+
+    token_BT = torch.randint(spec.model.vocab_size, (spec.train.micro_batch_size, spec.data.seq_len + 1))
+    bfloat16 = spec.train.precision == "bfloat16"
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            output = model(token_BT[:, :-1], noise=Noise(0, 0))
+        loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean()
+        if spec.model.moe:
+            loss = loss + routing_loss(spec.model, output.routing)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_those_that_a_micro_batch_keeps(kind, experts, precision):
+    spec = spec_of(kind, experts, precision)
+    found = memory(spec)
+    assert found.activations + found.copies == pytest.approx(kept_by_autograd(spec), rel=0.01)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
+    spec = spec_of("llama", experts)
+    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
+    token = torch.randint(500, (spec.train.micro_batches, 2, 65), generator=torch.Generator().manual_seed(0))
+    trainer.accumulate(iter(token))
+    parameters = list(trainer.model.parameters())
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    trainer.update()
+    states = trainer.optimizer.state.values()
+    moments = sum(s[key].nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
+    found = memory(spec)
+    assert found.weights == sum(p.nbytes for p in parameters)
+    assert found.gradients == gradients
+    assert found.moments == moments
+
+
+def test_expert_parallelism_spreads_experts_and_nothing_else():
+    alone = memory(tiny_spec(cluster={"workers": 1}))
+    spread = memory(tiny_spec(cluster={"workers": 4, "ep": 4}))
+    from mhmoe_ray.planner.sizes import sizes
+
+    experts = 4 * sizes(tiny_spec().model).expert_parameters
+    assert alone.weights - spread.weights == experts * 3 // 4
+    assert spread.moments == 2 * spread.weights
+    rows = 2 * 16 * 2 * 32 * 4  # tokens, k, d, float32: outputs kept at their expert and at home
+    assert spread.activations - alone.activations == rows
+    assert spread.logits == alone.logits

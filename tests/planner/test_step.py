@@ -1,0 +1,99 @@
+"""Work and traffic of the expert step against counts of the operations that really run."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.planner.sizes import flops_per_token, sizes
+from mhmoe_ray.planner.step import expert_step
+from tests.specs import tiny_spec
+
+MODELS = [
+    {},
+    {"backbone": "subln"},
+    {"moe": {"heads": 4, "experts": 6, "top_k": 3, "d_expert": 20, "every": 1, "d_shared": 12, "router": "xmoe"}},
+    {"moe": {"heads": 1, "experts": 3, "top_k": 1, "d_expert": 40, "router": "xmoe_torchscale"}},
+    {"moe": None},
+]
+
+
+def spec_of(model):
+    model = {**model}
+    if (model.get("moe") or {}).get("every") == 1:
+        model["d_ff"] = None
+    return tiny_spec(model=model)
+
+
+def decoder(spec):
+    made = Decoder(spec.model)
+    init_weights(made, 0)
+    return made.requires_grad_(False)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Bytes of operands and results of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.bytes += sum(t.nbytes for t in [*args, result] if isinstance(t, torch.Tensor) and t.ndim == 2)
+        return result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_multiply_adds_are_those_that_torch_counts(model):
+    spec = spec_of(model)
+    token = torch.randint(300, (2, 16))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        decoder(spec)(token)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(counts[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    expected = 2 * 32 * sizes(spec.model).macs_per_token
+    if spec.model.moe and spec.model.moe.router == "xmoe":  # its balance loss computes the scores once more
+        expected += 2 * 32 * sizes(spec.model).router_macs_per_token
+    assert products == expected
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.get("moe", 1)])
+def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
+    spec = spec_of(model)
+    layer = decoder(spec).moe_layers()[0]
+    step = expert_step(spec)
+    rows = step.rows // spec.model.moe.top_k
+    # Every expert gets rows: routes go round.
+    expert_NK = (torch.arange(rows)[:, None] + torch.arange(spec.model.moe.top_k)) % spec.model.moe.experts
+    x_ND = torch.randn(rows, spec.model.d_model // spec.model.moe.heads)
+    with MatrixProducts() as seen:
+        layer.experts(x_ND, expert_NK, torch.ones(expert_NK.shape))
+    assert step.bytes == seen.bytes
+    assert step.rows == 2 * 16 * spec.model.moe.heads * spec.model.moe.top_k
+
+
+def test_a_rank_of_a_group_gets_as_many_rows_and_fewer_weights():
+    alone, spread = expert_step(tiny_spec()), expert_step(tiny_spec(cluster={"workers": 4, "ep": 4}))
+    assert (alone.rows, alone.flops) == (spread.rows, spread.flops)
+    assert alone.bytes - spread.bytes == 3 * 3 * 16 * 24 * 4  # three experts of three matrices less
+    assert spread.intensity == pytest.approx(spread.flops / spread.bytes)
+    half = expert_step(tiny_spec(train={"precision": "bfloat16"}))
+    assert half.bytes * 2 == alone.bytes
+    assert math.isclose(half.intensity, 2 * alone.intensity)
+
+
+def test_training_costs_three_forward_passes_and_attention_grows_with_length():
+    spec = tiny_spec().model
+    short, long = flops_per_token(spec, 16), flops_per_token(spec, 1016)
+    assert short.training == 3 * short.forward
+    assert long.forward - short.forward == 2 * spec.layers * spec.d_model * 1000
+    # By the definition: token t looks at t + 1 keys, twice (scores, values), over all heads.
+    by_hand = sum(2 * 2 * spec.d_model * (t + 1) for t in range(16)) / 16 * spec.layers
+    assert short.forward == 2 * sizes(spec).macs_per_token + by_hand
