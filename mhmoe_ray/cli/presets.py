@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from mhmoe_ray.planner.preset import Preset
 
 
+WIDTH = 124
+"""Of the table, also on narrower terminals: a cut number is worse than a long line."""
+
+
 def presets(
     start: Annotated[str, typer.Argument(help="Only those whose name starts like this.", show_default=False)] = "",
     json: JsonOption = False,
@@ -22,16 +26,31 @@ def presets(
     if json:
         print_json(rows)
         return
-    columns = ["preset", "size", "h", "E", "k", "f", "parameters", "active", "multiply-adds", "reference"]
     table = Table(box=None, pad_edge=False)
-    for column in [*columns, "parameters", "multiply-adds"]:
-        table.add_column(column, justify="left" if column in ("preset", "size", "reference") else "right", no_wrap=True)
+    for column in (
+        "preset",
+        "h",
+        "E",
+        "k",
+        "f",
+        "parameters",
+        "active",
+        "multiply-adds",
+        "to",
+        "parameters",
+        "mult.-adds",
+    ):
+        table.add_column(column, justify="left" if column in ("preset", "to") else "right", no_wrap=True)
     for row in rows:
-        cells = [row["preset"], row["size"] or "", *(str(row[key] or "") for key in "hEkf")]
+        cells = [f"{row['preset']} {row['size'] or ''}", *(str(row[key] or "") for key in "hEkf")]
         cells += [_short(row[key]) for key in ("parameters", "active", "multiply_adds")]
         ratios = [f"x {row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
         table.add_row(*cells, row["reference"] or "", *ratios)
-    out.print(table if rows else f"no preset starts with {start}")
+    if not rows:
+        out.print(f"no preset starts with {start}")
+    else:
+        out.width = max(out.width, WIDTH)
+        out.print(table)
 
 
 def _row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Block(nn.Module):
         if spec.is_moe_layer(layer):
             self.moe = MultiHeadMoE(spec, held)
         else:
+            assert spec.d_ff is not None
             self.ffn = FeedForward(spec, spec.d_ff)
 
     def forward(

@@ -59,7 +59,8 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
     # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
     norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
     layers = model.layers * (norm + _attention(model, size) + norm)
-    layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
+    if model.d_ff is not None:
+        layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
     if moe is not None:
         layers += model.moe_layers * _moe(model, moe, size, spec.cluster.ep > 1)
     return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64  # ids and targets

@@ -44,7 +44,8 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
 def models_of(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
     """A preset's model as it stands, and its reference on the same trunk."""
     trunk, what = dict(preset.trunk), "preset"
-    model = checked(ModelSpec, {**trunk, "moe": _experts_on(preset, trunk, what)}, what)
+    moe = _experts_on(preset, trunk, what)
+    model = checked(ModelSpec, {**_fitting_trunk(trunk, moe), "moe": moe}, what)
     return model, _reference_model(preset.reference, trunk, what) if preset.reference else None
 
 
@@ -52,7 +53,8 @@ def _worked_out(tree: Tree, what: str) -> Tree:
     given = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     short = checked(Shorthands, given, what)
     _refuse_what_would_be_ignored(short, what)
-    own_moe = _section(_section(tree, "model"), "moe")
+    own_model = _section(tree, "model")
+    own_moe = _section(own_model, "moe")
     reference, match, moe = short.reference, short.match, own_moe
     if match:
         reference = match.to
@@ -71,7 +73,8 @@ def _worked_out(tree: Tree, what: str) -> Tree:
             _refuse_what_match_solves(own_moe, match, what)
         moe = _solved(moe, own_moe, match, _trunk(tree), what)
     if moe:
-        tree["model"] = {**_section(tree, "model"), "moe": moe}
+        model = _section(tree, "model")
+        tree["model"] = {**(model if "d_ff" in own_model else _fitting_trunk(model, moe)), "moe": moe}
     if isinstance(reference, str):
         reference = ReferenceSpec(name=reference, moe=_reference_model(reference, _trunk(tree), what).moe)
     if reference:
@@ -84,7 +87,8 @@ def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> T
     if own.keys() >= SOLVED[match.by]:
         return moe
     unknown = {"d_expert": 1, "experts": 1 << 16} if match.by == "both" else {"d_expert": 1}
-    model = checked(ModelSpec, {**trunk, "moe": {**moe, **unknown}}, f"{what}, section model")
+    tree = {**_fitting_trunk(trunk, moe), "moe": {**moe, **unknown}}
+    model = checked(ModelSpec, tree, f"{what}, section model")
     d_expert, experts = solve(model, _reference_model(match.to, trunk, what), match)
     return {**moe, "d_expert": d_expert, "experts": experts, **own}
 
@@ -92,7 +96,13 @@ def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> T
 def _reference_model(name: str, trunk: Tree, what: str) -> ModelSpec:
     """The expert layers of a preset on this trunk."""
     moe = _experts_on(find_preset(name), trunk, what)
-    return checked(ModelSpec, {**trunk, "moe": moe}, f"{what}, {name} on the trunk of section model")
+    tree = {**_fitting_trunk(trunk, moe), "moe": moe}
+    return checked(ModelSpec, tree, f"{what}, {name} on the trunk of section model")
+
+
+def _fitting_trunk(trunk: Tree, moe: Tree | None) -> Tree:
+    """Without a width for dense layers where these experts leave none."""
+    return {**trunk, "d_ff": None} if moe and moe.get("every") == 1 else trunk
 
 
 def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:

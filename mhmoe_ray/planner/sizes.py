@@ -49,6 +49,7 @@ def parts(spec: ModelSpec) -> list[Part]:
         Part("norms", 1, *_all_active(norms), 0),
     ]
     if dense_layers:
+        assert spec.d_ff is not None
         dense = _feed_forward(spec, d, spec.d_ff)
         found.append(Part("feed-forward", dense_layers, *_all_active(dense), feed_forward_macs(spec, d, spec.d_ff)))
     if moe is not None:

@@ -112,8 +112,8 @@ class ModelSpec(Section):
     attention_heads: PositiveInt
     kv_heads: PositiveInt | None = None
     """Heads of keys and values, each shared by equally many attention heads; by default one each."""
-    d_ff: PositiveInt
-    """Hidden width of the dense feed-forward layers."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of the dense feed-forward layers; left out where every layer is a mixture of experts."""
     tied_embeddings: bool = True
     """The output layer is the embedding."""
     rope_theta: PositiveFloat = 10_000.0
@@ -132,6 +132,11 @@ class ModelSpec(Section):
             raise ValueError("kv_heads: grouped queries are for the llama backbone, and would be ignored on subln")
         if self.attention_heads % self.n_kv_heads:
             raise ValueError(f"attention_heads ({self.attention_heads}) must be a multiple of kv_heads")
+        dense = self.layers - self.moe_layers
+        if dense and self.d_ff is None:
+            raise ValueError(f"d_ff is missing: {dense} of the {self.layers} layers are dense feed-forward layers")
+        if not dense and self.d_ff is not None:
+            raise ValueError("every layer is a mixture of experts, so d_ff would be ignored")
         if self.moe and self.d_model % self.moe.heads:
             raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
         if self.moe and not self.moe_layers:
@@ -140,7 +145,10 @@ class ModelSpec(Section):
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
         """The same trunk with other expert layers, checked; with None the dense model."""
-        return ModelSpec.model_validate({**self.model_dump(exclude={"moe"}), "moe": moe})
+        tree = {**self.model_dump(exclude={"moe"}), "moe": moe}
+        if moe is not None and moe.every == 1:
+            tree["d_ff"] = None
+        return ModelSpec.model_validate(tree)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) is a mixture of experts."""

@@ -34,7 +34,7 @@ def test_the_follow_up_papers_rows_are_found():
 
 
 def test_the_first_papers_width_is_the_one_of_equal_parameters():
-    """P1 with biases, SubLN and its router: within three of the width that its own rule gives, which leaves the router out."""
+    """P1 with biases and SubLN: within three of what its own rule gives, which leaves the router out."""
     from mhmoe_ray.planner.papers import equal_parameter_width
 
     trunk = {"backbone": "subln", "d_ff": 3072}
@@ -51,7 +51,8 @@ def test_the_first_papers_width_is_the_one_of_equal_parameters():
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
     router=st.sampled_from(["linear", "xmoe", "xmoe_torchscale"]), backbone=st.sampled_from(["llama", "subln"]),
-    d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]), by=st.sampled_from(["flops", "params", "both"]),
+    d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
+    by=st.sampled_from(["flops", "params", "both"]),
 )  # fmt: skip
 def test_what_is_solved_is_the_nearest_there_is(heads, top_k, multiple, router, backbone, d_shared, d_ff, by):
     trunk = {"backbone": backbone, "d_ff": d_ff}

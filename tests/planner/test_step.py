@@ -57,7 +57,7 @@ def test_multiply_adds_are_those_that_torch_counts(model):
     with counter:
         decoder(spec)(token)
     counts = counter.get_flop_counts()["Global"]
-    products = sum(counts[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    products = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     expected = 2 * 32 * sizes(spec.model).macs_per_token
     if spec.model.moe and spec.model.moe.router == "xmoe":  # its balance loss computes the scores once more
         expected += 2 * 32 * sizes(spec.model).router_macs_per_token

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.presets import every_preset
+from mhmoe_ray.planner.resolve import models_of, resolve_spec
+from mhmoe_ray.spec import dump_spec
+
+BASE = {
+    "name": "a",
+    "preset": "mhmoe",
+    "data": {"sources": {"web": {"path": "raw"}}, "prepared": "prepared"},
+}
+MIXTRALS_TRAINING = ["train.steps=1", "train.micro_batches=1", "train.micro_batch_size=1"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(tree=BASE, overrides=(), **more):
+        path = tmp_path / "spec.yaml"
+        path.write_text(yaml.safe_dump({**tree, **more}))
+        return resolve_spec(path, overrides)
+
+    return write
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, size, _ in every_preset()])
+def test_every_preset_makes_a_whole_spec_that_reads_back(written, tmp_path, name, size):
+    overrides = [f"preset={name}", *([f"size={size}"] if size else [])]
+    spec = written(overrides=overrides + (MIXTRALS_TRAINING if "mixtral" in name else []))
+    preset = next(p for n, s, p in every_preset() if (n, s) == (name, size))
+    model, reference = models_of(preset)
+    assert spec.model == model
+    assert spec.reference_model == reference
+    assert (spec.reference and spec.reference.name) == preset.reference
+    (tmp_path / "whole.yaml").write_text(dump_spec(spec))
+    assert resolve_spec(tmp_path / "whole.yaml") == spec
+
+
+def test_keys_of_the_sections_override_a_preset(written):
+    spec = written(overrides=["model.moe.router=xmoe", "train.steps=7", "model.vocab_size=300", "train.lr=1e-3"])
+    assert (spec.model.moe.router, spec.train.steps, spec.model.vocab_size, spec.train.lr) == ("xmoe", 7, 300, 1e-3)
+    assert spec.model.d_model == 128
+    assert spec.reference_model.moe.router == "linear"
+    assert written(overrides=["model.moe=null"]).model.moe is None
+
+
+def test_one_dial_sets_width_depth_heads_and_rate(written):
+    tiny, small, base = (written(size=size) for size in ("tiny", "small", "base"))
+    for key in ("d_model", "layers", "d_ff", "vocab_size"):
+        assert getattr(tiny.model, key) < getattr(small.model, key) < getattr(base.model, key)
+    assert tiny.model.attention_heads <= small.model.attention_heads < base.model.attention_heads
+    assert tiny.train.lr > small.train.lr > base.train.lr == 6e-4
+    assert (base.train.min_lr, base.train.warmup_steps, base.data.seq_len) == (3e-5, 375, 2048)
+    assert written() == tiny
+
+
+def test_a_matched_family_stays_matched_when_heads_or_choices_change(written):
+    spec = written(size="base", overrides=["model.moe.heads=3", "model.moe.top_k=3"])
+    assert (spec.model.moe.d_expert, spec.model.moe.experts) == (512, 96)
+    own = written(size="base", overrides=["model.moe.experts=16"])
+    assert (own.model.moe.d_expert, own.model.moe.experts) == (768, 16)
+
+
+def test_match_on_a_model_without_a_preset(written):
+    model = {"vocab_size": 300, "d_model": 96, "layers": 2, "attention_heads": 4, "d_ff": 256}
+    tree = {k: v for k, v in BASE.items() if k != "preset"}
+    tree["data"] = {**tree["data"], "seq_len": 16}
+    train = {"steps": 1, "micro_batches": 1, "micro_batch_size": 1}
+    spec = written(
+        tree, model={**model, "moe": {"heads": 4, "top_k": 2}}, train=train, match={"to": "smoe", "by": "both"}
+    )
+    assert spec.reference.name == "smoe"
+    assert spec.reference.moe.d_expert == 256
+    assert spec.model.moe.d_expert == round((256 - 2 / 3 * 96) / 2 / 8) * 8  # P2's rule, k0 = 1
+
+
+def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
+    assert written(match={"to": "dense", "by": "flops"}).reference.name == "dense"
+    assert written(reference="fine_grained").reference.moe.experts == 16
+    assert written(reference=None).reference is None
+    mine = written(reference={"name": "mine", "moe": {"d_expert": 8}})
+    assert mine.reference_model.moe.d_expert == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["preset=mhmeo"], "preset mhmeo: there is none of this name; did you mean 'mhmoe'?"),
+        (["preset=null", "size=tiny"], "'size' is given without a preset, so it would be ignored"),
+        (["size=huge"], "'size': Input should be 'tiny', 'small' or 'base'"),
+        (["match.to=smoe", "match.by=both", "model.moe.experts=8"], "model.moe.experts would be ignored"),
+        (["match.to=smoe", "match.by=params", "model.moe.d_expert=8"], "model.moe.d_expert would be ignored"),
+        (["match.to=smoe"], "'match.by' is missing"),
+        (["match.to=smoe", "match.by=both", "reference=dense"], "a matched model is compared with what it matches"),
+        (["match.to=smoe", "match.by=both", "model.moe=null"], "'match' is for experts, and this model has none"),
+        (["preset=mixtral-8x7b", "reference=smoe"], "model.d_ff: experts of these presets are as wide as it"),
+        (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.d_ff=8"], "so d_ff would be ignored"),
+        (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.moe.every=2"], "d_ff is missing: 16 of the 32 layers"),
+        (["presett=mhmoe"], "unknown key 'presett'; did you mean 'preset'?"),
+        (["model=3"], "'model'"),
+        (["model.d_ff=wide"], "'model.d_ff'"),
+    ],
+)
+def test_mistakes_are_one_line(written, overrides, why):
+    with pytest.raises(SpecError) as error:
+        written(overrides=overrides)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_of_torch_is_needed():
+    import subprocess
+    import sys
+
+    code = "import sys, mhmoe_ray.planner.resolve; print({'torch', 'ray'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_specs_that_name_no_preset_are_read_as_they_are():
+    from mhmoe_ray.spec import load_spec
+
+    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_spec(Path("jobs/quickstart.yaml"))
