@@ -118,6 +118,10 @@ class ModelSpec(Section):
     """The output layer is the embedding."""
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In training, on the embedding and the outputs of attention, dense layers and each expert (P1 ran 0.1)."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In training, on the attention weights (P1 ran 0.1)."""
     moe: MoESpec | None = None
     """Absent: every layer is dense."""
 
@@ -145,6 +149,11 @@ class ModelSpec(Section):
     @property
     def moe_layers(self) -> int:
         return sum(self.is_moe_layer(i) for i in range(self.layers))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a training step draws random numbers."""
+        return self.dropout > 0 or self.attention_dropout > 0 or (self.moe is not None and self.moe.is_random)
 
     @property
     def n_kv_heads(self) -> int:
