@@ -48,8 +48,9 @@ class MoESpec(Section):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """In training, scale the router's input by factors drawn from 1 - jitter to 1 + jitter."""
     capacity_factor: PositiveFloat | None = None
-    """Static routing: an expert takes at most this times k * ceil(N / E) rows of a micro-batch, first choices first,
-    and drops the others. Absent: dropless."""
+    """Static routing: in training and validation an expert takes at most this times k * ceil(N / E) rows of a
+    micro-batch, first choices first, and drops the others. Absent: dropless. Serving is always dropless, as was the
+    first paper's evaluation on tasks: otherwise one request's rows would push out another's."""
     second_expert: Literal["always", "random"] = "always"
     """random: in training, keep a second choice of weight g with probability min(1, 2 g), as P1 ran it."""
 
