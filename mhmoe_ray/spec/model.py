@@ -41,8 +41,9 @@ class MoESpec(Section):
     """linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings over a learnable temperature, as
     published. xmoe_torchscale: as coded and used for P1: 16 dimensions, only the expert side normalised, no
     temperature."""
-    router_dim: PositiveInt | None = None
-    """Width of xmoe's projection; by default E / 2, as its authors advise."""
+    router_dim: int | None = Field(default=None, ge=2)
+    """Width of xmoe's projection; by default E / 2, as its authors advise, and at least 2: in one dimension a cosine is
+    1 or -1, and the router learns nothing."""
     normalize_gates: bool = False
     """Divide the k routing weights by their sum (P1, Mixtral) or leave raw softmax weights (P2's code)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
@@ -99,7 +100,7 @@ class MoESpec(Section):
     @property
     def routing_width(self) -> int:
         """Dimensions of X-MoE's projection."""
-        return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(1, self.experts // 2)
+        return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
 
 class ModelSpec(Section):

@@ -195,6 +195,14 @@ def test_a_selection_bias_moves_load_without_touching_weights():
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("experts", [2, 3])
+def test_a_router_of_few_experts_still_learns(name, experts):
+    r = router(router=name, experts=experts, top_k=1)
+    r(rows()).gate_NK.sum().backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in r.parameters())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_gradients_of_every_parameter_are_those_of_finite_differences(name, backbone):
     moe = MoESpec(heads=2, experts=3, top_k=2, d_expert=3, every=1, router=name, d_shared=3, sub_token_residual=True)
