@@ -29,6 +29,8 @@ def gelu_subln(
     norm_bias_F: Tensor,
     fc2_DF: Tensor,
     fc2_bias_D: Tensor,
+    *,
+    eps: float = 1e-5,
 ) -> Tensor:
     """fc2(norm(gelu(fc1(x)))) with biases and SubLN's inner LayerNorm (P1's experts and dense layer).
 
@@ -36,5 +38,5 @@ def gelu_subln(
     """
     hidden_NF = F.linear(x_ND, fc1_FD, fc1_bias_F)
     wide = hidden_NF.double() if hidden_NF.dtype.itemsize == 8 else hidden_NF.float()
-    normed_NF = F.layer_norm(F.gelu(wide).to(x_ND.dtype), norm_weight_F.shape, norm_weight_F, norm_bias_F, 1e-5)
+    normed_NF = F.layer_norm(F.gelu(wide).to(x_ND.dtype), norm_weight_F.shape, norm_weight_F, norm_bias_F, eps)
     return F.linear(normed_NF, fc2_DF, fc2_bias_D)

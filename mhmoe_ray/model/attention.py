@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhmoe_ray.model.noise import default_draws_from
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
@@ -62,18 +63,22 @@ class Attention(nn.Module):
         super().__init__()
         bias = spec.backbone == "subln"
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
+        self.dropout = spec.attention_dropout
         self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
         """Rows of all queries, then of all keys, then of all values."""
         self.inner_norm = nn.LayerNorm(spec.d_model, spec.norm_eps) if spec.backbone == "subln" else nn.Identity()
         self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
-    def forward(self, x_BTM: Tensor, at: Rotary, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTM: Tensor, at: Rotary, cache: KVCache | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Attend to this and all earlier tokens.
 
         Args:
             x_BTM: the newest T tokens; with a cache, those that follow what it holds.
             at: `rotary` of these T positions.
             cache: extended in place.
+            generator: source of dropout on the attention weights; none in evaluation.
         """
         B, T, M = x_BTM.shape
         heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
@@ -84,10 +89,11 @@ class Attention(nn.Module):
             past = cache.length
             k, v = cache.extend(k, v)
         grouped = self.kv_heads != self.heads
-        if past == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:
-            visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+        visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past) if past else None
+        rate = self.dropout if generator is not None else 0.0
+        with default_draws_from(generator if rate else None):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, dropout_p=rate, is_causal=visible is None, enable_gqa=grouped
+            )
         result: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
         return result

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mhmoe_ray.model.attention import Attention, KVCache, Rotary, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE
-from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
@@ -19,6 +19,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, held: range | None) -> None:
         super().__init__()
+        self.dropout = spec.dropout
         self.attention_norm = make_norm(spec)
         self.attention = Attention(spec)
         self.ffn_norm = make_norm(spec)
@@ -31,12 +32,13 @@ class Block(nn.Module):
     def forward(
         self, x_BTM: Tensor, at: Rotary, cache: KVCache | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Routing | None]:
-        x_BTM = x_BTM + self.attention(self.attention_norm(x_BTM), at, cache)
+        y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, generator)
+        x_BTM = x_BTM + dropout(y_BTM, self.dropout, generator)
         y_BTM = self.ffn_norm(x_BTM)
         if hasattr(self, "moe"):
-            y_BTM, routing = self.moe(y_BTM, generator)
+            y_BTM, routing = self.moe(y_BTM, generator)  # dropout is inside, on each expert's output
             return x_BTM + y_BTM, routing
-        return x_BTM + self.ffn(y_BTM), None
+        return x_BTM + dropout(self.ffn(y_BTM), self.dropout, generator), None
 
 
 class Output(NamedTuple):
@@ -74,9 +76,11 @@ class Decoder(nn.Module):
         if self.spec.backbone == "subln":
             x_BTM = x_BTM * self.spec.d_model**0.5
         routings = []
-        random = noise is not None and self.spec.moe is not None and self.spec.moe.is_random
+        draws = noise if self.spec.is_random else None
+        if draws:
+            x_BTM = dropout(x_BTM, self.spec.dropout, draws.generator(EMBEDDING, token_BT.device))
         for i, block in enumerate(self.blocks):
-            generator = noise.generator(i, token_BT.device) if noise and random else None
+            generator = draws.generator(i, token_BT.device) if draws else None
             x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator)
             if routing is not None:
                 routings.append(routing)

@@ -1,5 +1,8 @@
 """Feed-forward parts: the backbone's dense layer, its norm, and the stack of experts, which are the same function."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +15,17 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return (nn.RMSNorm if spec.backbone == "llama" else nn.LayerNorm)(spec.d_model, spec.norm_eps)
 
 
+def _function(spec: ModelSpec) -> Callable[..., Tensor]:
+    return swiglu if spec.backbone == "llama" else partial(gelu_subln, eps=spec.norm_eps)
+
+
 class FeedForward(nn.Module):
     """A dense layer on whole tokens: SwiGLU without biases (llama), or GELU with biases and an inner norm (subln)."""
 
     def __init__(self, spec: ModelSpec, hidden: int) -> None:
         super().__init__()
         d = spec.d_model
-        self.function = swiglu if spec.backbone == "llama" else gelu_subln
+        self.function = _function(spec)
         if spec.backbone == "llama":
             self.gate_FD = nn.Parameter(torch.empty(hidden, d))
             self.up_FD = nn.Parameter(torch.empty(hidden, d))
@@ -46,7 +53,7 @@ class Experts(nn.Module):
         moe = spec.moe
         assert moe is not None
         self.held, self.kernel = held, moe.kernel
-        self.function = swiglu if spec.backbone == "llama" else gelu_subln
+        self.function = _function(spec)
         E, D, F = len(held), spec.d_model // moe.heads, moe.d_expert
         if spec.backbone == "llama":
             self.gate_EFD = nn.Parameter(torch.empty(E, F, D))

@@ -18,15 +18,16 @@ def init_weights(model: Decoder, seed: int) -> None:
     | tensor | llama (P2) | subln (P1, as coded) |
     | --- | --- | --- |
     | embedding, untied output | normal, sd d^-0.5 | the same |
-    | attention | as nn.Linear | queries, keys, values Xavier with gain 1/sqrt 2; output Xavier, bias 0 |
+    | attention | as nn.Linear (torchscale has a Xavier for it that nothing calls) | the same |
     | feed-forward, experts | as nn.Linear, every expert under a seed of its own | the same |
     | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 | the same |
     | merge projection | Xavier, bias 0 | the same |
-    | router | normal, sd width^-0.5; X-MoE's expert embeddings orthogonal, gain 0.32 | the same |
+    | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 | the same |
     | norms | 1, bias 0 | the same |
 
     On subln, weights and biases of fc1, fc2, of attention's values and output, and of the merge projection are then
-    multiplied by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423; the merge layer because its name there matches).
+    multiplied by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423; the merge layer because its name there matches,
+    the head's does not). Of several projection layers, whose start is not published, each is treated as the only one.
     """
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
@@ -46,17 +47,15 @@ def _fill(module: nn.Module, name: str, t: Tensor, g: torch.Generator) -> None:
     if "norm" in name:
         nn.init.constant_(t, 0.0 if "bias" in name else 1.0)
     elif "temperature" in name:
-        nn.init.constant_(t, XMoEScores.INITIAL_TEMPERATURE)
+        nn.init.constant_(t, math.log(XMoEScores.INITIAL_TEMPERATURE - XMoEScores.LOWEST_TEMPERATURE))
     elif "expert_EQ" in name:
         nn.init.orthogonal_(t, gain=0.32, generator=g)
-    elif "embedding" in name or name.startswith("output.") or ".router." in name:
+    elif "embedding" in name or name.startswith("output."):
         nn.init.normal_(t, std=t.shape[1] ** -0.5, generator=g)
     elif ".head." in name or ".merge." in name:
         _fill_projection(name, t, g)
-    elif isinstance(module, nn.Linear) and module.bias is not None:
-        _fill_biased_attention(name, t, module.in_features, g)
-    elif t.ndim == 1:  # as nn.Linear: by the fan-in of the matrix, fc1 or fc2, that the bias belongs to
-        width = next(p.shape[-1] for n, p in module.named_parameters() if n[:3] == name.rpartition(".")[2][:3])
+    elif t.ndim == 1:  # as nn.Linear: by the fan-in of its matrix
+        width = _fan_in(module, name)
         nn.init.uniform_(t, -(width**-0.5), width**-0.5, generator=g)
     else:
         nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=g)
@@ -72,14 +71,12 @@ def _fill_projection(name: str, t: Tensor, g: torch.Generator) -> None:
         nn.init.zeros_(t)
 
 
-def _fill_biased_attention(name: str, t: Tensor, width: int, g: torch.Generator) -> None:
-    if ".out." in name:
-        nn.init.zeros_(t) if t.ndim == 1 else nn.init.xavier_uniform_(t, generator=g)
-    elif t.ndim == 1:
-        nn.init.uniform_(t, -(width**-0.5), width**-0.5, generator=g)
-    else:  # three square matrices in one, each with its own fan
-        for part in torch.split(t, width):
-            nn.init.xavier_uniform_(part, gain=2**-0.5, generator=g)
+def _fan_in(module: nn.Module, bias: str) -> int:
+    """Of the matrix that a bias belongs to; in a feed-forward, fc1 or fc2 by the bias's name."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    layer = bias.rpartition(".")[2][:3]
+    return next(p.shape[-1] for name, p in module.named_parameters() if name[:3] == layer)
 
 
 def _scale(module: nn.Module, name: str, t: Tensor, factor: float) -> None:

@@ -5,6 +5,11 @@
 The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual around a
 sub-token: the block's own residual is the only one, as in the authors' code and P2; equation 6 of P1 prints one, which
 is `sub_token_residual`. A shared expert, of which P2 leaves the place open, sees whole tokens before the split.
+
+Dropout, in training, falls on the output of each expert, shared or routed, before gate weights and merge, as in the
+authors' code: a sub-token's k experts each get a mask of their own. There is none around the projections, nor on the
+layer's output as a whole. Masks are drawn where the sub-token lives, in the order of its micro-batch's rows, never
+where its expert happens to be.
 """
 
 from collections.abc import Callable
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.feedforward import Experts, FeedForward
+from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
@@ -43,7 +49,7 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.heads, self.residual = moe.heads, moe.sub_token_residual
+        self.heads, self.residual, self.dropout = moe.heads, moe.sub_token_residual, spec.dropout
         self.head = _projection(spec.d_model, moe.projection_layers) if moe.has_head else nn.Identity()
         self.router = Router(spec.d_model // moe.heads, moe)
         self.experts = Experts(spec, range(moe.experts) if held is None else held)
@@ -54,15 +60,29 @@ class MultiHeadMoE(nn.Module):
     def forward(self, x_BTM: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
         """Args:
         x_BTM: tokens.
-        generator: the router's randomness in training; none in evaluation.
+        generator: randomness of the router and of dropout in training; none in evaluation.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         routing: Routing = self.router(x_ND, generator)
-        y_ND = self.dispatch(x_ND, routing, self.experts)
+        y_ND = self._through_experts(x_ND, routing, generator)
         if self.residual:
             y_ND = x_ND + y_ND
         y_BTM: Tensor = self.merge(y_ND.view_as(x))
         if self.shared is not None:
-            y_BTM = y_BTM + self.shared(x_BTM)
+            y_BTM = y_BTM + dropout(self.shared(x_BTM), self.dropout, generator)
         return y_BTM, routing
+
+    def _through_experts(self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None) -> Tensor:
+        if not self.dropout or generator is None:
+            return self.dispatch(x_ND, routing, self.experts)
+        # Backends and dispatch give back weighted sums. So each route goes as a row of its own with weight 1, and is
+        # weighted after its dropout; the rows that experts see, and ranks exchange, are as many as before.
+        top_k = routing.expert_NK.shape[1]
+        x_RD = x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1)
+        gate_R1 = torch.ones_like(routing.gate_NK).view(-1, 1)
+        routes = routing._replace(expert_NK=routing.expert_NK.view(-1, 1), gate_NK=gate_R1)
+        out_NKD = dropout(self.dispatch(x_RD, routes, self.experts), self.dropout, generator).view(
+            -1, top_k, x_ND.shape[1]
+        )
+        return (out_NKD * routing.gate_NK[..., None]).sum(1).to(out_NKD.dtype)

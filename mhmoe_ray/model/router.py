@@ -28,6 +28,11 @@ class Routing(NamedTuple):
     """Routes that were not kept, int64 scalar."""
 
 
+def _wide(t: Tensor) -> Tensor:
+    """At least float32: of two scores that bfloat16 cannot tell apart, one must still be the larger."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 class LinearScores(nn.Module):
     """W x (P1, equation 5; P2, section 2.1)."""
 
@@ -36,25 +41,35 @@ class LinearScores(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ self.weight_ED.T
+        return x_ND @ _wide(self.weight_ED).T
 
 
 class XMoEScores(nn.Module):
-    """cos(W x, e) / tau with a learnable temperature tau, as published (X-MoE, arXiv 2204.09179)."""
+    """cos(W x, e) / tau with a learnable temperature tau, as published (X-MoE, arXiv 2204.09179).
+
+    How tau is held is not published. As a plain parameter it can reach 0 within 500 steps of Adam at a learning rate of
+    6e-4; there scores are infinite, and past it their order is reversed. So the parameter is log(tau - lowest): tau
+    falls by a share of itself, and never below Tutel's bound (a scale of at most 100).
+    """
 
     INITIAL_TEMPERATURE = 0.3
+    LOWEST_TEMPERATURE = 0.01
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        self.temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.empty(()))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.cosine(x_ND) / self.temperature
 
+    @property
+    def temperature(self) -> Tensor:
+        return self.LOWEST_TEMPERATURE + _wide(self.log_temperature).exp()
+
     def cosine(self, x_ND: Tensor) -> Tensor:
-        return F.normalize(x_ND @ self.reduce_QD.T, dim=-1) @ F.normalize(self.expert_EQ, dim=-1).T
+        return F.normalize(x_ND @ _wide(self.reduce_QD).T, dim=-1) @ F.normalize(_wide(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(nn.Module):
@@ -67,7 +82,7 @@ class TorchscaleScores(nn.Module):
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return (x_ND @ self.reduce_QD.T) @ F.normalize(self.expert_EQ, dim=-1, eps=1e-4).T
+        return x_ND @ _wide(self.reduce_QD).T @ F.normalize(_wide(self.expert_EQ), dim=-1, eps=1e-4).T
 
 
 SCORES = {"linear": LinearScores, "xmoe": XMoEScores, "xmoe_torchscale": TorchscaleScores}
@@ -90,7 +105,7 @@ class Router(nn.Module):
         generator: source of jitter and of P1's random second expert; without one there is neither.
         """
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(x_ND.to(next(self.scores.parameters()).dtype), generator)
+            return self._route(_wide(x_ND), generator)
 
     def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
         moe, rows = self.moe, len(x_ND)
@@ -101,9 +116,12 @@ class Router(nn.Module):
         # The bias takes part in the choice only; weights are the router's own.
         preferred_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
         expert_NK = preferred_NE.topk(moe.top_k, dim=-1).indices
-        gate_NK = probability_NE.gather(-1, expert_NK)
         if moe.normalize_gates:
-            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+            # Equal to dividing the chosen probabilities by their sum, which is 0 where a bias chose experts whose
+            # probabilities have all underflowed.
+            gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
+        else:
+            gate_NK = probability_NE.gather(-1, expert_NK)
         kept_NK = self._kept(expert_NK, gate_NK, generator)
         count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
@@ -122,7 +140,7 @@ class Router(nn.Module):
         if moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)
             kept_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
-        if moe.capacity_factor is not None:
+        if moe.capacity_factor is not None and self.training:
             limit = capacity(len(expert_NK), moe.experts, moe.top_k, moe.capacity_factor)
             kept_NK = fits(expert_NK, kept_NK, moe.experts, limit)
         return kept_NK

@@ -41,15 +41,17 @@ class MoESpec(Section):
     """linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings over a learnable temperature, as
     published. xmoe_torchscale: as coded and used for P1: 16 dimensions, only the expert side normalised, no
     temperature."""
-    router_dim: PositiveInt | None = None
-    """Width of xmoe's projection; by default E / 2, as its authors advise."""
+    router_dim: int | None = Field(default=None, ge=2)
+    """Width of xmoe's projection; by default E / 2, as its authors advise, and at least 2: in one dimension a cosine is
+    1 or -1, and the router learns nothing."""
     normalize_gates: bool = False
     """Divide the k routing weights by their sum (P1, Mixtral) or leave raw softmax weights (P2's code)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """In training, scale the router's input by factors drawn from 1 - jitter to 1 + jitter."""
     capacity_factor: PositiveFloat | None = None
-    """Static routing: an expert takes at most this times k * ceil(N / E) rows of a micro-batch, first choices first,
-    and drops the others. Absent: dropless."""
+    """Static routing: in training and validation an expert takes at most this times k * ceil(N / E) rows of a
+    micro-batch, first choices first, and drops the others. Absent: dropless. Serving is always dropless, as was the
+    first paper's evaluation on tasks: otherwise one request's rows would push out another's."""
     second_expert: Literal["always", "random"] = "always"
     """random: in training, keep a second choice of weight g with probability min(1, 2 g), as P1 ran it."""
 
@@ -98,7 +100,7 @@ class MoESpec(Section):
     @property
     def routing_width(self) -> int:
         """Dimensions of X-MoE's projection."""
-        return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(1, self.experts // 2)
+        return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
 
 class ModelSpec(Section):
@@ -118,6 +120,10 @@ class ModelSpec(Section):
     """The output layer is the embedding."""
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In training, on the embedding and the outputs of attention, dense layers and each expert (P1 ran 0.1)."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In training, on the attention weights (P1 ran 0.1)."""
     moe: MoESpec | None = None
     """Absent: every layer is dense."""
 
@@ -157,6 +163,11 @@ class ModelSpec(Section):
     @property
     def moe_layers(self) -> int:
         return sum(self.is_moe_layer(i) for i in range(self.layers))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a training step draws random numbers."""
+        return self.dropout > 0 or self.attention_dropout > 0 or (self.moe is not None and self.moe.is_random)
 
     @property
     def n_kv_heads(self) -> int:

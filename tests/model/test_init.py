@@ -1,9 +1,11 @@
 import math
 
+import pytest
 import torch
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.specs import tiny_spec
 
 
@@ -35,3 +37,44 @@ def test_head_and_merge_projections_start_as_the_authors_do():
     assert 0.95 * bound < w["blocks.1.moe.head.weight"].abs().max() * math.sqrt(2) <= bound
     assert not w["blocks.1.moe.merge.bias"].any()
     assert 0 < w["blocks.1.moe.head.bias"].abs().max() <= 32**-0.5
+
+
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+@pytest.mark.parametrize("router", ["linear", "xmoe", "xmoe_torchscale"])
+def test_every_weight_starts_within_its_bound(backbone, router):
+    """As nn.Linear (+-fan_in^-0.5), but for the projections; on subln some are then sqrt(ln 2L) times that."""
+    moe = MoESpec(heads=2, experts=48, top_k=1, d_expert=100, router=router, projection_layers=2)
+    spec = ModelSpec(backbone=backbone, vocab_size=500, d_model=64, layers=4, attention_heads=4, d_ff=90, moe=moe)
+    model = Decoder(spec)
+    init_weights(model, 0)
+    scaled = math.sqrt(math.log(8)) if backbone == "subln" else 1.0
+    d, sub, xavier = 64**-0.5, 32**-0.5, math.sqrt(6 / 128)
+    bounds = {
+        "attention.qkv.weight": (d, d, d * scaled), "attention.qkv.bias": (d, d, d * scaled),
+        "attention.out.weight": d * scaled, "attention.out.bias": d * scaled,
+        "ffn.gate_FD": d, "ffn.up_FD": d, "ffn.down_DF": 90**-0.5,
+        "ffn.fc1_FD": d * scaled, "ffn.fc1_bias_F": d * scaled,
+        "ffn.fc2_DF": 90**-0.5 * scaled, "ffn.fc2_bias_D": 90**-0.5 * scaled,
+        "moe.head.0.weight": xavier * 2**-0.5, "moe.head.0.bias": d,
+        "moe.head.2.weight": xavier * 2**-0.5, "moe.head.2.bias": d,
+        "moe.merge.0.weight": xavier * scaled, "moe.merge.0.bias": 0.0,
+        "moe.merge.2.weight": xavier * scaled, "moe.merge.2.bias": 0.0,
+        "moe.router.scores.weight_ED": sub, "moe.router.scores.reduce_QD": sub,
+        "moe.experts.gate_EFD": sub, "moe.experts.up_EFD": sub, "moe.experts.down_EDF": 100**-0.5,
+        "moe.experts.fc1_EFD": sub * scaled, "moe.experts.fc1_bias_EF": sub * scaled,
+        "moe.experts.fc2_EDF": 100**-0.5 * scaled, "moe.experts.fc2_bias_ED": 100**-0.5 * scaled,
+    }  # fmt: skip
+    for name, tensor in model.named_parameters():
+        if "norm" in name or "embedding" in name:
+            continue
+        kind = name.split(".", 2)[2]
+        if kind.endswith("log_temperature"):
+            assert model.blocks[1].moe.router.scores.temperature.item() == pytest.approx(0.3)
+        elif kind.endswith("expert_EQ"):
+            gram = tensor.T @ tensor  # at least as many experts as dimensions: orthogonal columns
+            torch.testing.assert_close(gram, 0.32**2 * torch.eye(len(gram)), atol=1e-6, rtol=0)
+        else:
+            bound = bounds[kind]
+            parts = tensor.chunk(3) if isinstance(bound, tuple) else [tensor]
+            for part, b in zip(parts, bound if isinstance(bound, tuple) else [bound], strict=True):
+                assert 0.85 * b <= part.abs().max() <= b, name

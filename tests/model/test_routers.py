@@ -26,7 +26,7 @@ def router(**fields):
     for i, p in enumerate(made.parameters()):
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
     if moe.router == "xmoe":
-        torch.nn.init.constant_(made.scores.temperature, 0.4)
+        torch.nn.init.constant_(made.scores.log_temperature, math.log(0.4 - 0.01))
     return made.double()
 
 
@@ -46,6 +46,56 @@ def test_xmoe_is_the_published_formula():
     # The balance loss divides by the initial temperature, which the learnt one cannot please.
     fixed = balance_loss((cosine / 0.3).softmax(-1), found.expert_NK[:, :1])
     torch.testing.assert_close(found.balance_loss, fixed)
+
+
+def test_a_temperature_that_wants_to_fall_stays_positive():
+    r, x = router(router="xmoe"), rows()
+    order = r.scores(x).argsort(dim=-1)
+    optimizer = torch.optim.Adam([r.scores.log_temperature], lr=0.05)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        r.scores.temperature.backward()
+        optimizer.step()
+    assert 0.01 <= r.scores.temperature < 0.02
+    assert torch.equal(r.scores(x).argsort(dim=-1), order)
+    assert r.scores(x).abs().max() <= 100
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
+    r = router(router=name).bfloat16()
+    wide = router(router=name).float()
+    wide.load_state_dict({k: v.float() for k, v in r.state_dict().items()})
+    x = rows(400).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, autocast = r(x), wide(x)
+    for found in (rounded, autocast):
+        for got, expected in zip(found, wide(x.float()), strict=True):
+            assert torch.equal(got, expected)
+            assert got.dtype == expected.dtype
+    assert rounded.gate_NK.dtype == rounded.balance_loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_normalised_gates_are_shares_of_the_chosen_probabilities(name):
+    gates = router(router=name)(rows()).gate_NK
+    torch.testing.assert_close(
+        router(router=name, normalize_gates=True)(rows()).gate_NK, gates / gates.sum(-1)[:, None]
+    )
+
+
+def test_normalised_gates_are_finite_where_all_chosen_probabilities_underflow():
+    r = router(normalize_gates=True, bias_rate=0.1).float()
+    with torch.no_grad():
+        r.scores.weight_ED.copy_(torch.tensor([0.0, -300, -301, 0, 0, 0])[:, None])
+        r.bias_E.copy_(torch.tensor([0.0, 2, 2, 0, 0, 0]))
+    x = torch.ones(3, 8, requires_grad=True)
+    found = r(x)
+    assert set(found.expert_NK[0].tolist()) == {1, 2}
+    torch.testing.assert_close(found.gate_NK.sum(-1), torch.ones(3))
+    found.gate_NK[:, 0].sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(r.scores.weight_ED.grad).all()
 
 
 def test_torchscales_router_normalises_the_expert_side_only():
@@ -79,6 +129,7 @@ def test_capacity_is_that_of_both_papers_code():
     assert capacity(rows=2048, experts=8, top_k=2, factor=1.0) == 2 * 256
     assert capacity(rows=100, experts=8, top_k=1, factor=1.0) == math.ceil(100 / 8)
     assert capacity(rows=100, experts=8, top_k=2, factor=0.5) == 13
+    assert [capacity(rows=10 * n, experts=n, top_k=1, factor=1.1) for n in (1, 3, 7)] == [11, 11, 11]
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -91,6 +142,13 @@ def test_dropped_routes_have_no_weight_and_are_counted(name):
     free = router(router=name)(rows(48))
     assert int(free.dropped) == 0
     assert torch.equal(free.gate_NK[found.gate_NK > 0], found.gate_NK[found.gate_NK > 0])
+
+
+def test_serving_drops_nothing():
+    r = router(capacity_factor=0.5)
+    assert int(r(rows(48)).dropped) > 0
+    free, served = router()(rows(48)), r.eval()(rows(48))
+    assert all(torch.equal(a, b) for a, b in zip(served, free, strict=True))
 
 
 def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always_in_evaluation():
@@ -134,6 +192,14 @@ def test_a_selection_bias_moves_load_without_touching_weights():
     assert after.count_E.double().std() < 0.3 * before.count_E.double().std()
     probability = (x @ r.scores.weight_ED.T).softmax(-1)
     torch.testing.assert_close(after.gate_NK, probability.gather(1, after.expert_NK))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("experts", [2, 3])
+def test_a_router_of_few_experts_still_learns(name, experts):
+    r = router(router=name, experts=experts, top_k=1)
+    r(rows()).gate_NK.sum().backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in r.parameters())
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -39,6 +39,8 @@ def test_any_spread_of_experts_trains_alike(alone, workers, ep, nodes):
 
 FIRST_PAPER = {
     "backbone": "subln",
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
     "moe": {
         "router": "xmoe_torchscale",
         "normalize_gates": True,

@@ -1,0 +1,142 @@
+"""Dropout in training: what it does on average, where it falls, and what its draws depend on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mhmoe_ray.model.attention import Attention, rotary
+from mhmoe_ray.model.decoder import Decoder, routing_loss
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+CPU = torch.device("cpu")
+
+
+def build(moe=True, **fields):
+    experts = MoESpec(heads=2, experts=4, top_k=2, d_expert=6, d_shared=5) if moe else None
+    spec = ModelSpec(
+        **{"vocab_size": 30, "d_model": 16, "layers": 2, "attention_heads": 2, "d_ff": 12, "moe": experts, **fields}
+    )
+    model = Decoder(spec)
+    init_weights(model, 1)
+    return model.double()
+
+
+def tokens(batch=3, length=9):
+    return torch.randint(30, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_entries_are_zero_or_scaled_so_that_the_mean_stays(rate, dtype):
+    x = torch.linspace(1, 2, 40_000, dtype=dtype)
+    y = dropout(x, rate, generator())
+    assert y.dtype == dtype
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / (1 - rate))
+    assert kept.double().mean().item() == pytest.approx(1 - rate, abs=0.01)  # four standard deviations
+    assert torch.equal(kept, dropout(x.double(), rate, generator()) != 0), "the dtype must not decide what is dropped"
+    assert dropout(x, rate, None) is x
+
+
+@torch.no_grad()
+def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
+    """Each entry of a sub-token is g1 f1 / (1 - p) or 0, plus g2 f2 / (1 - p) or 0, all four equally often at 1/2."""
+    [layer] = build(dropout=0.5).moe_layers()
+    x_ND = torch.randn(1, 8, dtype=torch.float64, generator=generator()).expand(4000, 8)
+    routing = layer.router(x_ND)
+    [first, second] = (
+        layer.experts(x_ND[:1], routing.expert_NK[:1, k : k + 1], routing.gate_NK[:1, k : k + 1]) for k in (0, 1)
+    )
+    found = layer._through_experts(x_ND, routing, generator())
+    sums = torch.stack([0 * first, 2 * first, 2 * second, 2 * (first + second)])
+    is_sum = (found[None] - sums).abs() < 1e-12
+    assert is_sum.any(0).all()
+    shares = is_sum.double().mean(1)
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.25), atol=0.03, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_weights_are_dropped_and_their_mean_stays():
+    spec = build(attention_dropout=0.3).spec
+    attention = Attention(spec).double()
+    x = torch.randn(1, 5, 16, dtype=torch.float64, generator=generator())
+    at = rotary(spec, 0, 5, CPU)
+    quiet = attention(x, at)
+    noisy = attention(x.expand(6000, -1, -1), at, None, generator())
+    torch.testing.assert_close(noisy.mean(0, keepdim=True), quiet, atol=0.02, rtol=0)
+    # The first token sees itself alone: each head's value, scaled, or nothing.
+    assert len(noisy[:, 0].round(decimals=9).unique(dim=0)) == 2**spec.attention_heads
+
+
+@torch.no_grad()
+def test_the_default_generator_is_neither_read_nor_moved():
+    model, x = build(attention_dropout=0.3, dropout=0.2), tokens()
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = torch.get_rng_state()
+        results.append(model(x, noise=Noise(0, 0)).logits_BTV)
+        assert torch.equal(torch.get_rng_state(), expected)
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbone):
+    model, x, rate = build(moe=False, layers=1, dropout=0.4, backbone=backbone), tokens(), 0.4
+    mask = lambda like, g: (torch.rand(like.shape, generator=g) >= rate) / (1 - rate)  # noqa: E731
+    [block], noise = model.blocks, Noise(5, 7)
+    h = model.embedding(x) * (4 if backbone == "subln" else 1)
+    h = h * mask(h, noise.generator(EMBEDDING, CPU))
+    g = noise.generator(0, CPU)
+    y = block.attention(block.attention_norm(h), rotary(model.spec, 0, 9, CPU))
+    h = h + y * mask(y, g)
+    y = block.ffn(block.ffn_norm(h))
+    h = h + y * mask(y, g)
+    torch.testing.assert_close(model(x, noise=noise).logits_BTV, F.linear(model.norm(h), model.embedding.weight))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rates", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_draws_belong_to_the_micro_batch_and_evaluation_has_none(rates, backbone):
+    model, x = build(**rates, backbone=backbone), tokens()
+    run = lambda seed, micro_batch: model(x, noise=Noise(seed, micro_batch)).logits_BTV  # noqa: E731
+    assert torch.equal(run(3, 8), run(3, 8))
+    assert not torch.equal(run(3, 8), run(3, 9))
+    assert not torch.equal(run(3, 8), run(4, 8))
+    assert torch.equal(model(x).logits_BTV, build(backbone=backbone)(x).logits_BTV)
+
+
+def test_no_two_layers_share_their_draws():
+    noise = Noise(3, 8)
+    draws = [torch.rand(4, generator=noise.generator(layer, CPU)).tolist() for layer in (EMBEDDING, 0, 1, 2)]
+    assert len({tuple(d) for d in draws}) == 4
+
+
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_gradients_under_fixed_masks_are_those_of_finite_differences(backbone):
+    model, x = build(dropout=0.3, attention_dropout=0.3, backbone=backbone), tokens()
+
+    def loss():
+        output = model(x[:, :-1], noise=Noise(0, 4))
+        cross = F.cross_entropy(output.logits_BTV.flatten(0, 1), x[:, 1:].flatten())
+        return cross + routing_loss(model.spec, output.routing)
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        direction = torch.randn(p.shape, dtype=p.dtype, generator=generator(len(name)))
+        slope, step = float((p.grad * direction).sum()), 1e-6
+        with torch.no_grad():
+            p.add_(direction, alpha=step)
+            up = loss().item()
+            p.add_(direction, alpha=-2 * step)
+            down = loss().item()
+            p.add_(direction, alpha=step)
+        assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7), name

@@ -1,0 +1,207 @@
+"""What holds for a mixture-of-experts layer whatever its heads, experts, router, capacity, dtype and backbone are."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhmoe_ray.model.capacity import capacity
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.spec import ModelSpec
+from tests.model.drawn import WIDTH, layers, specs
+
+common = settings(deadline=None, max_examples=150)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+
+@common
+@given(data=st.data(), dtype=DTYPES)
+@torch.no_grad()
+def test_shapes_gates_and_counts(data, dtype):
+    layer, moe, x = data.draw(layers(batch=(0, 4), dtype=dtype))
+    y, routing = layer(x)
+    rows = x.shape[0] * x.shape[1] * moe.heads
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert routing.expert_NK.shape == routing.gate_NK.shape == (rows, moe.top_k)
+    assert routing.gate_NK.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(torch.isfinite(t).all() for t in (y, routing.gate_NK, routing.balance_loss, routing.z_loss))
+
+    chosen = torch.zeros(rows, moe.experts, dtype=torch.bool).scatter_(1, routing.expert_NK, True)
+    assert (chosen.sum(1) == moe.top_k).all(), "an expert is chosen twice"
+
+    sums = routing.gate_NK.sum(1)
+    if moe.normalize_gates and moe.capacity_factor is None:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert (routing.gate_NK >= 0).all()
+    assert (sums <= 1 + 1e-5).all()
+
+    kept_NK = routing.gate_NK > 0
+    assert torch.equal(routing.count_E, torch.bincount(routing.expert_NK[kept_NK], minlength=moe.experts))
+    assert int(routing.dropped) == rows * moe.top_k - int(routing.count_E.sum())
+    if moe.capacity_factor is None:
+        assert int(routing.dropped) == 0
+    else:
+        limit = capacity(rows, moe.experts, moe.top_k, moe.capacity_factor)
+        assert (routing.count_E <= limit).all()
+        assert (routing.count_E[routing.expert_NK[~kept_NK]] == limit).all(), "dropped though there was room"
+
+
+@common
+@given(data=st.data())
+@torch.no_grad()
+def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
+    """x_i^j are features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1, 3.1)."""
+    layer, moe, x = data.draw(layers())
+    mixed, width = layer.head(x).flatten(0, 1), WIDTH // moe.heads
+    seen = []
+    layer.dispatch = lambda x_ND, routing, experts: seen.append(x_ND) or x_ND
+    layer(x)
+    for i, token in enumerate(mixed):
+        for j in range(moe.heads):
+            assert torch.equal(seen[0][i * moe.heads + j], token[j * width : (j + 1) * width])
+
+
+@common
+@given(data=st.data(), dtype=DTYPES, heads=st.sampled_from([1, 2, 3, 4, 6]), experts=st.integers(1, 6))
+@torch.no_grad()
+def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads, experts):
+    """Through the split, the sort by expert and back, and the join: to the bit, as each weight is exactly 1."""
+    drawn = layers(
+        dtype=dtype, heads=heads, experts=experts, top_k=1, capacity_factor=None, router="linear", d_shared=0,
+        head_projection=False, merge_projection=False, sub_token_residual=False,
+    )  # fmt: skip
+    layer, _, x = data.draw(drawn)
+    layer.router.scores.weight_ED.mul_(1e6)  # so that softmax gives 1 and 0
+    layer.experts.function = lambda x_ND, *weights: x_ND
+    y, routing = layer(x)
+    assert (routing.gate_NK == 1).all()
+    assert torch.equal(y, x)
+
+
+@common
+@given(data=st.data(), top_k=st.integers(2, 4))
+@torch.no_grad()
+def test_several_identical_experts_whose_weights_add_up_to_one_are_one(data, top_k):
+    drawn = layers(
+        experts=5, top_k=top_k, capacity_factor=None, normalize_gates=True, d_shared=0, sub_token_residual=False,
+        merge_projection=False,
+    )  # fmt: skip
+    layer, _, x = data.draw(drawn)
+    for stacked in layer.experts.parameters():
+        stacked.copy_(stacked[:1].expand_as(stacked).clone())
+    y, _ = layer(x)
+    x_ND = layer.head(x).reshape(-1, WIDTH // layer.heads)
+    one = layer.experts.function(x_ND, *(p[0] for p in layer.experts.parameters()))
+    torch.testing.assert_close(y, one.view_as(x))
+
+
+@common
+@given(data=st.data())
+@torch.no_grad()
+def test_renaming_experts_changes_nothing(data):
+    layer, moe, x = data.draw(layers(bias_rate=0.1))
+    scores = layer.router.scores
+    layer.router.bias_E.copy_(torch.randn(moe.experts, generator=torch.Generator().manual_seed(0)) / 10)
+    before, routing = layer(x)
+    order = torch.tensor(data.draw(st.permutations(range(moe.experts))))
+    by_expert = scores.weight_ED if moe.router == "linear" else scores.expert_EQ
+    for weight in [by_expert, layer.router.bias_E, *layer.experts.parameters()]:
+        weight.copy_(weight[order].clone())
+    after, renamed = layer(x)
+    torch.testing.assert_close(after, before)
+    assert torch.equal(order[renamed.expert_NK], routing.expert_NK)
+    assert torch.equal(renamed.count_E, routing.count_E[order])
+    torch.testing.assert_close(renamed.balance_loss, routing.balance_loss)
+
+
+@common
+@given(data=st.data(), dtype=DTYPES)
+def test_a_token_reaches_its_own_output_alone(data, dtype):
+    """No derivative, not even a small one, leads from one token's output to another's input, of its sequence or of
+    another; with a static capacity only the choice of what is dropped depends on others."""
+    layer, _, x = data.draw(layers(dtype=dtype))
+    x.requires_grad_()
+    y, _ = layer(x)
+    b, t = (data.draw(st.integers(0, n - 1)) for n in x.shape[:2])
+    [grad] = torch.autograd.grad(y[b, t].float().square().sum(), [x], materialize_grads=True)
+    elsewhere = torch.ones(x.shape[:2], dtype=torch.bool)
+    elsewhere[b, t] = False
+    assert not grad[elsewhere].any()
+
+
+@common
+@given(data=st.data())
+@torch.no_grad()
+def test_without_drops_other_tokens_change_nothing(data):
+    layer, _, x = data.draw(layers(capacity_factor=None))
+    before, _ = layer(x)
+    b, t = (data.draw(st.integers(0, n - 1)) for n in x.shape[:2])
+    changed = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9))
+    changed[b, t] = x[b, t]
+    after, _ = layer(changed)
+    torch.testing.assert_close(after[b, t], before[b, t], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(layer(x[b : b + 1, t : t + 1])[0][0, 0], before[b, t], atol=1e-12, rtol=1e-12)
+
+
+@common
+@given(data=st.data(), used=st.integers(1, 5))
+def test_experts_without_rows_are_not_touched(data, used):
+    """Even NaN in their weights goes nowhere, and their gradient is zero."""
+    layer, _, x = data.draw(layers(experts=6, top_k=data.draw(st.integers(1, used)), bias_rate=0.1))
+    layer.router.bias_E[used:] = -10.0
+    with torch.no_grad():
+        expected, _ = layer(x)
+        for weight in layer.experts.parameters():
+            weight[used:] = torch.nan
+    y, routing = layer(x)
+    assert not routing.count_E[used:].any()
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    for weight in layer.experts.parameters():
+        assert not weight.grad[used:].any()
+        assert torch.isfinite(weight.grad).all()
+
+
+@common
+@given(data=st.data())
+def test_no_rows_at_all_still_run_both_ways(data):
+    layer, moe, x = data.draw(layers(batch=(0, 0)))
+    x.requires_grad_()
+    y, routing = layer(x)
+    (y.sum() + routing.balance_loss + routing.z_loss).backward()
+    assert (y.shape, x.grad.shape) == (x.shape, x.shape)
+    assert routing.count_E.tolist() == [0] * moe.experts
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+
+
+@common
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@torch.no_grad()
+def test_lower_precision_is_near_double(data, dtype):
+    """From the same rounded weights and rows; without a head projection, so that no rounding decides a route."""
+    layer, _, x = data.draw(layers(dtype=dtype, head_projection=False))
+    y, routing = layer(x)
+    exact, oracle = layer.double()(x.double())
+    assert torch.equal(routing.expert_NK, oracle.expert_NK)
+    error = (y.double() - exact).norm() / exact.norm().clamp_min(1e-3)
+    assert error < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+@torch.no_grad()
+def test_a_decoder_without_drops_is_causal_and_keeps_sequences_apart(data):
+    one = data.draw(specs(capacity_factor=None))
+    spec = ModelSpec.model_validate(one.model_dump() | {"layers": 2})
+    model = Decoder(spec)
+    init_weights(model, data.draw(st.integers(0, 100)))
+    model.double()
+    x = torch.randint(9, (2, 7), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
+    t = data.draw(st.integers(0, 6))
+    changed = x.clone()
+    changed[0, t] = (x[0, t] + 1) % 9
+    # Not bit-equal: an expert's other rows shift a row's place in its matrix product.
+    moved = (model(changed).logits_BTV - model(x).logits_BTV).abs().amax(-1)
+    assert (moved[0, :t] < 1e-12).all(), "a later token reached back"
+    assert (moved[1] < 1e-12).all(), "another sequence is touched"
+    assert moved[0, t] > 1e-9, "without an effect the test could not fail"
