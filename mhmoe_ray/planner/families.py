@@ -48,7 +48,7 @@ class Size(NamedTuple):
             "micro_batch_size": self.micro_batch_size,
             "precision": self.precision,
             "lr": lr,
-            "min_lr": lr / 20,
+            "min_lr": round(lr / 20, 8),
             "warmup_steps": min(375, self.steps // 10),
         }
 

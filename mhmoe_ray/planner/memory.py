@@ -1,6 +1,7 @@
 """Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
 
-Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream.
+Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; and
+what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout on a CPU).
 """
 
 from typing import NamedTuple
@@ -63,7 +64,18 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
         layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
     if moe is not None:
         layers += model.moe_layers * _moe(model, moe, size, spec.cluster.ep > 1)
+    layers += _dropout(model, size) if model.dropout else 0
     return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64  # ids and targets
+
+
+def _dropout(model: ModelSpec, size: int) -> int:
+    """Masks of a byte a value; and the outputs of experts once more, which get their weights after it."""
+    masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
+    if model.moe is None:
+        return masks
+    outputs = model.d_model * model.moe.top_k
+    shared = model.d_model if model.moe.d_shared else 0
+    return masks + model.moe_layers * (outputs * (1 + size) + shared)
 
 
 def _rotations(spec: RunSpec) -> int:
@@ -86,6 +98,16 @@ def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
     return hidden * (FLOAT32 + 2 * size) + 2 * size
 
 
+def _router(moe: MoESpec) -> int:
+    """Of one sub-token: probabilities and logits, and what led to them."""
+    scores = 2 * moe.experts
+    if moe.router == "xmoe_torchscale":
+        scores += moe.routing_width
+    elif moe.router == "xmoe":  # cosines and probabilities once more, at the temperature of the balance loss
+        scores += 2 * moe.experts + 4 * (moe.routing_width + 1)
+    return FLOAT32 * scores
+
+
 def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
     d, routes = model.d_model, moe.heads * moe.top_k
     rows = routes * d // moe.heads * size
@@ -95,7 +117,7 @@ def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
     # The head projection's result as the router's input, and the merge projection's operand.
     kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
     # Probabilities and logits; choice, weight and mask of each route.
-    kept += moe.heads * (2 * FLOAT32 * moe.experts + FLOAT32) + routes * (INT64 + FLOAT32 + 1)
+    kept += moe.heads * (_router(moe) + FLOAT32) + routes * (INT64 + FLOAT32 + 1)
     if moe.d_shared:
         kept += _hidden(model, moe.d_shared, size)
     return kept

@@ -53,33 +53,40 @@ def _worked_out(tree: Tree, what: str) -> Tree:
     given = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     short = checked(Shorthands, given, what)
     _refuse_what_would_be_ignored(short, what)
-    own_model = _section(tree, "model")
-    own_moe = _section(own_model, "moe")
-    reference, match, moe = short.reference, short.match, own_moe
-    if match:
-        reference = match.to
-    if short.preset:
-        preset = find_preset(short.preset, short.size)
+    own_model = tree.get("model", {})
+    _refuse_what_is_no_section(own_model, "model", what)
+    _refuse_what_is_no_section(own_model.get("moe") or {}, "model.moe", what)
+    preset = find_preset(short.preset, short.size) if short.preset else None
+    if preset:
         fragment = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
         tree = _merged(fragment, tree)
-        if preset.moe and _may_have_experts(tree):
-            moe = {**preset.moe(_trunk(tree).get("d_ff")), **own_moe}
-            match = match or preset.match
-        reference = reference or (preset.reference if "reference" not in given else None)
-    if match:
-        if not moe and not _may_have_experts(tree):
-            raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
-        if short.match:
-            _refuse_what_match_solves(own_moe, match, what)
-        moe = _solved(moe, own_moe, match, _trunk(tree), what)
-    if moe:
-        model = _section(tree, "model")
-        tree["model"] = {**(model if "d_ff" in own_model else _fitting_trunk(model, moe)), "moe": moe}
+    if "model" in tree:
+        model = _with_experts(tree["model"], preset, short.match, what)
+        tree["model"] = _fitting_trunk(model, model.get("moe")) if "d_ff" not in own_model else model
+    reference = preset.reference if preset and "reference" not in given else short.reference
+    if short.match:
+        reference = short.match.to
     if isinstance(reference, str):
-        reference = ReferenceSpec(name=reference, moe=_reference_model(reference, _trunk(tree), what).moe)
+        reference = ReferenceSpec(name=reference, moe=_reference_model(reference, _trunk(tree["model"]), what).moe)
     if reference:
         tree["reference"] = reference
     return tree
+
+
+def _with_experts(model: Tree, preset: Preset | None, match: MatchSpec | None, what: str) -> Tree:
+    """The model with the preset's experts under the user's own keys, as wide and as many as a match makes them."""
+    own, trunk = model.get("moe", {}), _trunk(model)
+    base = preset.moe(trunk.get("d_ff")) if preset and preset.moe and own is not None else {}
+    moe = {**base, **(own or {})}
+    if match:
+        if not moe:
+            raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
+        _refuse_what_match_solves(own, match, what)
+    elif preset and moe:
+        match = preset.match
+    if match:
+        moe = _solved(moe, own, match, trunk, what)
+    return {**model, "moe": moe} if moe else model
 
 
 def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> Tree:
@@ -88,7 +95,7 @@ def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> T
         return moe
     unknown = {"d_expert": 1, "experts": 1 << 16} if match.by == "both" else {"d_expert": 1}
     tree = {**_fitting_trunk(trunk, moe), "moe": {**moe, **unknown}}
-    model = checked(ModelSpec, tree, f"{what}, section model")
+    model = checked(ModelSpec, tree, what, below="model.")
     d_expert, experts = solve(model, _reference_model(match.to, trunk, what), match)
     return {**moe, "d_expert": d_expert, "experts": experts, **own}
 
@@ -97,7 +104,7 @@ def _reference_model(name: str, trunk: Tree, what: str) -> ModelSpec:
     """The expert layers of a preset on this trunk."""
     moe = _experts_on(find_preset(name), trunk, what)
     tree = {**_fitting_trunk(trunk, moe), "moe": moe}
-    return checked(ModelSpec, tree, f"{what}, {name} on the trunk of section model")
+    return checked(ModelSpec, tree, f"{what}, {name} on its trunk", below="model.")
 
 
 def _fitting_trunk(trunk: Tree, moe: Tree | None) -> Tree:
@@ -110,6 +117,11 @@ def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
         return None
     moe = preset.moe(trunk.get("d_ff"))
     return _solved(moe, {}, preset.match, trunk, what) if preset.match else moe
+
+
+def _refuse_what_is_no_section(value: Any, name: str, what: str) -> None:
+    if not isinstance(value, dict):
+        raise SpecError(what, f"{name!r} is a value, not a section", "write its keys below it")
 
 
 def _refuse_what_would_be_ignored(short: Shorthands, what: str) -> None:
@@ -134,16 +146,5 @@ def _merged(base: Any, over: Any) -> Any:
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
 
 
-def _section(tree: Tree, key: str) -> Tree:
-    """The section, or an empty one where it is missing or malformed, which the check of the whole will say."""
-    found = tree.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def _trunk(tree: Tree) -> Tree:
-    return {key: value for key, value in _section(tree, "model").items() if key != "moe"}
-
-
-def _may_have_experts(tree: Tree) -> bool:
-    """Unless the spec says `moe: null`."""
-    return _section(tree, "model").get("moe", {}) is not None
+def _trunk(model: Tree) -> Tree:
+    return {key: value for key, value in model.items() if key != "moe"}

@@ -17,7 +17,8 @@ class Exchange(NamedTuple):
     ranks: int
     """In its group."""
     payload: int
-    """Bytes of the tensor that the rank brings, at a time."""
+    """Bytes of the tensor that the rank brings, at a time; of rows it got from others, as many as uniform routing
+    gives it."""
     sent: int
     """Bytes of it that leave the rank: of an all-to-all under uniform routing, of an all-reduce in a ring."""
     times: int

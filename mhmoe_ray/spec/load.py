@@ -54,13 +54,14 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tree
 
 
-def checked(section: type[S], tree: dict[str, Any], what: str, also: Sequence[str] = ()) -> S:
+def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", also: Sequence[str] = ()) -> S:
     """The section of these values.
 
     Args:
         section: what the values should make.
         tree: the values.
-        what: names them in an error.
+        what: names the spec in an error.
+        below: where the section lies in it, such as "model.".
         also: keys that may stand beside the section's own, for the hint at a misspelt one.
 
     Raises:
@@ -69,7 +70,7 @@ def checked(section: type[S], tree: dict[str, Any], what: str, also: Sequence[st
     try:
         return section.model_validate(tree)
     except ValidationError as e:
-        raise _explain(section, e, what, also) from e
+        raise _explain(section, e, what, below, also) from e
 
 
 def dump_spec(spec: RunSpec) -> str:
@@ -104,11 +105,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     node[keys[-1]] = value
 
 
-def _explain(section: type[BaseModel], error: ValidationError, what: str, also: Sequence[str]) -> SpecError:
+def _explain(section: type[BaseModel], error: ValidationError, what: str, below: str, also: Sequence[str]) -> SpecError:
     """The first mistake as one line; wrong keys before wrong values, since they often cause them."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the spec"
+    where = (below + ".".join(str(part) for part in first["loc"])).removesuffix(".") or "the spec"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(section, first["loc"][:-1]) + (list(also) if len(first["loc"]) == 1 else [])

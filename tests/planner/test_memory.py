@@ -32,7 +32,7 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     train = {"micro_batch_size": 2, "precision": precision}
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
-        del model["d_ff"]
+        model["d_ff"] = None
     return tiny_spec(model=model, data={"seq_len": 64}, train=train)
 
 

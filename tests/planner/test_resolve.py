@@ -100,8 +100,10 @@ def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.d_ff=8"], "so d_ff would be ignored"),
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.moe.every=2"], "d_ff is missing: 16 of the 32 layers"),
         (["presett=mhmoe"], "unknown key 'presett'; did you mean 'preset'?"),
-        (["model=3"], "'model'"),
-        (["model.d_ff=wide"], "'model.d_ff'"),
+        (["model=3"], "'model' is a value, not a section"),
+        (["model.moe=3"], "'model.moe' is a value, not a section"),
+        (["model.d_ff=wide"], "'model.d_ff': Input should be a valid integer"),
+        (["preset=dense", "match.to=smoe", "match.by=both"], "'match' is for experts, and this model has none"),
     ],
 )
 def test_mistakes_are_one_line(written, overrides, why):

@@ -1,0 +1,74 @@
+"""Traffic against the collectives that a real step of several processes issues."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mhmoe_ray.planner.traffic import exchanges
+from tests.ranks import run_ranks
+from tests.specs import tiny_spec
+from tests.train.jobs import batches, trainer_of
+
+
+class Collectives(TorchDispatchMode):
+    """Calls and bytes that this rank brings, by collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if "c10d" in name:
+            tensors = args[1] if "alltoall_base" in name else args[0]  # the former has its output first
+            brought = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            kind = "alltoall" if "alltoall" in name or "all_to_all" in name else name.split("::")[1].strip("_")
+            self.calls[kind] += 1
+            self.bytes[kind] += sum(t.nbytes for t in brought)
+        return function(*args, **(kwargs or {}))
+
+
+def seen_in_a_step(spec):
+    trainer = trainer_of(spec)
+    with Collectives() as seen:
+        trainer.accumulate(batches(spec, 0, trainer))
+    return {"calls": dict(seen.calls), "bytes": dict(seen.bytes)}
+
+
+@pytest.mark.parametrize(("workers", "ep", "precision"), [(2, 2, "bfloat16"), (2, 1, "float32"), (4, 2, "float32")])
+def test_exchanges_are_those_of_a_real_step(workers, ep, precision):
+    spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train={"precision": precision})
+    expected = exchanges(spec)
+    to_all = [e for e in expected if not e.name.startswith("gradients of all") and e.name != "gradients of experts"]
+    reduced = [e for e in expected if e not in to_all]
+    ranks = run_ranks(workers, seen_in_a_step, spec)
+    for found in ranks:
+        assert found["calls"].get("alltoall", 0) == sum(e.times for e in to_all)
+        assert found["bytes"]["allreduce"] == sum(e.payload for e in reduced)
+    # What a rank sends back is what it got, which uniform routing would make equal; over all ranks it is the same.
+    brought = sum(found["bytes"].get("alltoall", 0) for found in ranks)
+    assert brought == workers * sum(e.times * e.payload for e in to_all)
+
+
+def test_what_leaves_a_rank_and_how_often():
+    assert exchanges(tiny_spec()) == []
+    spec = tiny_spec(cluster={"workers": 4, "ep": 2})
+    counts, *rows, shared, experts = exchanges(spec)
+    tokens, k, d = 2 * 16, 2, 32
+    assert len(rows) == 4
+    for exchange in rows:  # one layer, one micro-batch on each of four workers
+        assert (exchange.payload, exchange.ranks, exchange.times) == (tokens * k * d * 4, 2, 1)
+        assert exchange.sent == exchange.payload // 2
+    assert (counts.payload, counts.sent) == (4 * 8, 2 * 8)
+    assert (shared.ranks, shared.sent) == (4, shared.payload * 3 // 2)
+    assert (experts.ranks, experts.sent) == (2, experts.payload)
+    more = exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, train={"micro_batches": 12}))
+    assert [e.times for e in more] == [3, 3, 3, 3, 3, 1, 1]
+    # h changes neither payload nor count: h * N rows of width d / h.
+    moe = {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 24}
+    assert (
+        exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
+        == rows[0]
+    )
