@@ -62,6 +62,17 @@ def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
 
 
 @torch.no_grad()
+def test_a_shared_expert_is_dropped_like_any_other():
+    [layer] = build(dropout=0.5).moe_layers()
+    layer.merge.weight.zero_()  # nothing of the routed experts, and the merge's bias starts at 0
+    x = torch.randn(1, 4000, 16, dtype=torch.float64, generator=generator())
+    y, shared = layer(x, generator())[0], layer.shared(x)
+    dropped = y == 0
+    torch.testing.assert_close(y[~dropped], 2 * shared[~dropped])
+    assert dropped.double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@torch.no_grad()
 def test_attention_weights_are_dropped_and_their_mean_stays():
     spec = build(attention_dropout=0.3).spec
     attention = Attention(spec).double()
