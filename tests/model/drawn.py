@@ -44,7 +44,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
     fields |= fixed
     backbone = fields.pop("backbone", None) or draw(st.sampled_from(["llama", "subln"]))
     moe = MoESpec(**fields)
-    return ModelSpec(backbone=backbone, vocab_size=9, d_model=WIDTH, layers=1, attention_heads=2, d_ff=8, moe=moe)
+    return ModelSpec(backbone=backbone, vocab_size=9, d_model=WIDTH, layers=1, attention_heads=2, moe=moe)
 
 
 @st.composite

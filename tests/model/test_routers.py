@@ -207,7 +207,7 @@ def test_a_router_of_few_experts_still_learns(name, experts):
 def test_gradients_of_every_parameter_are_those_of_finite_differences(name, backbone):
     moe = MoESpec(heads=2, experts=3, top_k=2, d_expert=3, every=1, router=name, d_shared=3, sub_token_residual=True)
     moe = moe.model_copy(update={"z_weight": 0.1, "balance_weight": 0.1})
-    spec = ModelSpec(backbone=backbone, vocab_size=7, d_model=8, layers=1, attention_heads=2, d_ff=6, moe=moe)
+    spec = ModelSpec(backbone=backbone, vocab_size=7, d_model=8, layers=1, attention_heads=2, moe=moe)
     model = Decoder(spec).double()
     init_weights(model, 3)
     token = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))

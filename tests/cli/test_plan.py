@@ -1,0 +1,78 @@
+"""`mhmoe plan` and `mhmoe presets`: the tables and their JSON."""
+
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.planner.presets import every_preset
+from tests.cli.run import mhmoe
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SPECS = sorted(JOBS.rglob("*.yaml"))
+
+
+def test_plan_shows_sizes_and_layout(corpus):
+    plan = mhmoe(corpus, "plan", "spec.yaml", "--set", "cluster.workers=4", "--json").json()
+    assert plan["layout"]["expert_groups"] == [[0, 1], [2, 3]]
+    assert plan["layout"]["experts_per_rank"] == 2
+    assert plan["tokens_per_step"] == 4 * 2 * 16
+    assert plan["spec"]["train"]["steps"] == 30
+    text = mhmoe(corpus, "plan", "spec.yaml").out
+    for part in (f"{plan['sizes']['parameters']:,}", "2 = dp 1 x ep 2", "multi-head, 2 heads"):
+        assert part in text
+
+
+def test_plan_shows_ratios_memory_and_traffic(corpus):
+    more = ("--set", "reference=smoe", "--set", "cluster.workers=4", "--set", "train.precision=bfloat16")
+    plan = mhmoe(corpus, "plan", "spec.yaml", *more, "--json").json()
+    text = mhmoe(corpus, "plan", "spec.yaml", *more).out
+    assert sum(p["layers"] * p["parameters"] for p in plan["parts"]) == plan["sizes"]["parameters"]
+    assert sum(p["layers"] * p["macs"] for p in plan["parts"]) == plan["sizes"]["macs_per_token"]
+    ratio = plan["parity"]["parameters"]
+    assert ratio["ratio"] == ratio["own"] / ratio["reference"]
+    assert f"{ratio['own']:,}" in text
+    assert f"{ratio['ratio']:.3f}" in text
+    held = plan["memory_per_rank"]
+    assert held["total"] == sum(size for name, size in held.items() if name != "total")
+    assert held["copies"] > 0
+    assert [e["times"] for e in plan["exchanges"]] == [1, 1, 1, 1, 1, 1, 1]
+    for words in ("beside smoe", "memory of a rank", "expert step", "rows to experts", "gradients of experts"):
+        assert words in text
+    step = plan["expert_step"]
+    assert step["intensity"] == step["flops"] / step["bytes"]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=[str(p.relative_to(JOBS)) for p in SPECS])
+def test_every_spec_of_ours_can_be_planned(tmp_path, spec):
+    plan = mhmoe(tmp_path, "plan", str(spec), "--json").json()
+    assert plan["sizes"]["parameters"] > 0
+    assert plan["spec"]["name"] == spec.stem
+
+
+def test_a_wide_number_is_never_cut(tmp_path):
+    """A pipe counts as 80 columns."""
+    args = ("plan", str(JOBS / "paper" / "p1.yaml"), "--set", "preset=p1-mhmoe-256-h4")
+    text, parameters = mhmoe(tmp_path, *args).out, mhmoe(tmp_path, *args, "--json").json()["sizes"]["parameters"]
+    assert "…" not in text
+    assert text.count(f"{parameters:,}") == 2
+
+
+def test_presets_lists_all_with_both_ratios(tmp_path):
+    rows = mhmoe(tmp_path, "presets", "--json").json()
+    assert [(r["preset"], r["size"]) for r in rows] == [(name, size) for name, size, _ in every_preset()]
+    assert all(
+        (r["parameters_ratio"] is None) == (r["reference"] is None) == (r["multiply_adds_ratio"] is None) for r in rows
+    )
+    text = mhmoe(tmp_path, "presets", "p2").out
+    line = next(line for line in text.splitlines() if line.startswith("p2-mhmoe-h3 "))
+    assert line.split() == "p2-mhmoe-h3 3 96 3 512 315 M 110 M 110 M p2-smoe x 1.023 x 1.004".split()
+    assert "…" not in text
+    assert mhmoe(tmp_path, "presets", "nothing").out == "no preset starts with nothing\n"
+
+
+def test_readme_shows_the_table_of_today(tmp_path):
+    readme = (JOBS.parent / "README.md").read_text()
+    start = readme.index("    beside p2-smoe on the same trunk")
+    block = [line.removeprefix("    ").rstrip() for line in readme[start:].split("\n\n")[0].splitlines()]
+    text = mhmoe(tmp_path, "plan", str(JOBS / "paper" / "p2.yaml")).out
+    assert "\n".join(block) in "\n".join(line.rstrip() for line in text.splitlines())
