@@ -36,7 +36,7 @@ second choices at random in evaluation too, we never do; X-MoE's sigmoid gate, a
 after drops, are left out.
 
 Other designs are made of these parts, not backbones of their own. DeepSeekMoE: many narrow experts and `d_shared`.
-Mixtral: `kv_heads`, `tied_embeddings: false`, `every: 1`, `normalize_gates: true`. Not offered is SMEAR (soft merging of
-experts, arXiv 2306.03745): its router averages over the whole sequence, which in a decoder lets later tokens reach
+Mixtral: `kv_heads`, `tied_embeddings: false`, `every: 1`, `normalize_gates: true`. Not offered is SMEAR (soft merging
+of experts, arXiv 2306.03745): its router averages over the whole sequence, which in a decoder lets later tokens reach
 back, and it merges weights into one expert where all else here sends rows to experts.
 """
