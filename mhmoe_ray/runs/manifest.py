@@ -37,15 +37,17 @@ class Manifest(BaseModel):
     """Tokens predicted so far."""
     position: int
     """Samples read so far: the place in the stream where training goes on."""
-    seed: int
+    seed: int | None
+    """Of the initial weights and the order of the data; None for imported weights, which had neither here."""
     world: int
     ep: int
     """Workers and expert parallelism that wrote it; any other may load it."""
     model: ModelSpec
     seq_len: int
     tokenizer_sha256: str
-    data_sha256: str
-    """Of the prepared data's manifest: `position` counts in that data and no other."""
+    data_sha256: str | None
+    """Of the prepared data's manifest: `position` counts in that data and no other. None for imported weights, which
+    were trained on no data prepared here."""
     files: dict[str, FileEntry]
     """By path below the checkpoint."""
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.run import RunSpec
+from mhmoe_ray.spec.serve import DeploySpec
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -24,6 +25,32 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
         SpecError: the file is missing or not YAML, or a key or value is wrong.
     """
+    tree = _read(path)
+    for keys, value in parse_overrides(overrides):
+        _set(tree, keys, value)
+    try:
+        return RunSpec.model_validate(tree)
+    except ValidationError as e:
+        raise _explain(f"spec {path}", e) from e
+
+
+def load_deploy_spec(path: Path | None, overrides: Sequence[str] = ()) -> DeploySpec:
+    """What serving uses of a spec; defaults and overrides alone without one.
+
+    Raises:
+        SpecError: as `load_spec`.
+    """
+    tree = _read(path) if path else {}
+    tree = {name: tree[name] for name in DeploySpec.model_fields if name in tree}
+    for keys, value in parse_overrides(overrides):
+        _set(tree, keys, value)
+    try:
+        return DeploySpec.model_validate(tree)
+    except ValidationError as e:
+        raise _explain(f"spec {path}" if path else "the overrides", e) from e
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -37,12 +64,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         raise SpecError(f"spec {path}", f"{where}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
-    for keys, value in parse_overrides(overrides):
-        _set(tree, keys, value)
-    try:
-        return RunSpec.model_validate(tree)
-    except ValidationError as e:
-        raise _explain(path, e) from e
+    return tree
 
 
 def dump_spec(spec: RunSpec) -> str:
@@ -77,7 +99,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     node[keys[-1]] = value
 
 
-def _explain(path: Path, error: ValidationError) -> SpecError:
+def _explain(what: str, error: ValidationError) -> SpecError:
     """The first mistake as one line; wrong keys before wrong values, since they often cause them."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
@@ -87,13 +109,13 @@ def _explain(path: Path, error: ValidationError) -> SpecError:
         known = _known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
         fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
-        return SpecError(f"spec {path}", f"unknown key {where!r}", fix + more)
+        return SpecError(what, f"unknown key {where!r}", fix + more)
     if first["type"] == "missing":
-        return SpecError(f"spec {path}", f"{where!r} is missing", f"add it{more}")
+        return SpecError(what, f"{where!r} is missing", f"add it{more}")
     why = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-    return SpecError(f"spec {path}", f"{where!r}: {why}{shown}", f"correct the value{more}")
+    return SpecError(what, f"{where!r}: {why}{shown}", f"correct the value{more}")
 
 
 def _known_keys(section: tuple[int | str, ...]) -> list[str]:
