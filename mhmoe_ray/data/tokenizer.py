@@ -42,7 +42,6 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries | None:
     return None
 
 
-
 def train_tokenizer(files: Iterable[RawFile], vocab_size: int, budget_mb: float) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` entries, from at most `budget_mb` MB of text, an even part a domain."""
     by_domain: dict[str, list[str]] = defaultdict(list)

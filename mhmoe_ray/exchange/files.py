@@ -114,7 +114,7 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
     Returns:
         The file of each tensor.
     """
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -105,7 +105,7 @@ class Entry(NamedTuple):
         if self.stacked:
             parts = tensor.unbind()
         elif self.rows:
-            parts = tensor.split(self.rows)
+            parts = torch.split(tensor, list(self.rows))
         return dict(zip(self.theirs, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:

@@ -101,6 +101,24 @@ def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> I
             yield f"{name} does not have the hash it was written with"
 
 
+def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
+    """The tokenizer.json of the run that the checkpoint lies in.
+
+    Raises:
+        CheckpointError: it is missing, or it is not the one the model was trained with.
+    """
+    path = RunDir(checkpoint.parent.parent).tokenizer_file
+    what = f"checkpoint {checkpoint}"
+    try:
+        found = describe_file(path).sha256
+    except OSError as e:
+        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror})"
+        raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
+    if found != manifest.tokenizer_sha256:
+        raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
+    return path
+
+
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS
 ) -> tuple[Path, Manifest, list[CheckpointError]] | None:

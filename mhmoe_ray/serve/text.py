@@ -19,9 +19,11 @@ class TextDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        tokens = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        falls_back = None not in tokens and tokenizer.decode(tokens[65:66]) == "A"
-        self._byte = {token: byte for byte, token in enumerate(tokens)} if falls_back else {}
+        found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._byte = {token: byte for byte, token in enumerate(found) if token is not None}
+        """The byte of each such token."""
+        if len(self._byte) < 256 or tokenizer.decode([next(t for t, b in self._byte.items() if b == 65)]) != "A":
+            self._byte = {}
         self._special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def __call__(self, ids: Sequence[int]) -> str:

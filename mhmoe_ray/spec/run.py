@@ -12,9 +12,11 @@ from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
+NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
+
 
 class RunSpec(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    name: str = Field(pattern=NAME)
     """Lower-case letters, digits and dashes; each submission gets a suffix of its own."""
     storage: Path = Path("runs")
     """Folder that holds run directories."""
