@@ -84,7 +84,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], "set data.tokenizer to a tokenizer.json") from e
     size = tokenizer.get_vocab_size()
     if size > vocab_size:
-        raise DataError(f"tokenizer {path}", f"it has {size} entries", f"raise model.vocab_size ({vocab_size})")
+        fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
+        raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
     if boundaries(tokenizer) is None:
         why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
         raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")

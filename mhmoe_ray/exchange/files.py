@@ -113,11 +113,17 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
 
     Returns:
         The file of each tensor.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as e:  # its own name for a full disk
+            raise OSError(str(e)) from e
         weight_map |= dict.fromkeys(tensors, file)
         del tensors  # before the next group is made
     return weight_map

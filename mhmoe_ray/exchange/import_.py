@@ -51,8 +51,11 @@ def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | 
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
             commit(checkpoint, _manifest(run, checkpoint, config.model, config.seq_len))
-        except BaseException:
+        except BaseException as e:
             shutil.rmtree(run.path, ignore_errors=True)
+            if isinstance(e, OSError):
+                why, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
+                raise SpecError(f"storage {storage}", why, fix) from e
             raise
     events.record(run, "imported", source=str(source.absolute()), model_type=kind, step=0, name=checkpoint.name)
     mark_imported(run)

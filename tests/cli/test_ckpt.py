@@ -1,10 +1,11 @@
 """Exported and imported checkpoints on the command line, with no cluster."""
 
 import json
+import subprocess
 
 import pytest
 
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import Result, assert_one_line, command, mhmoe
 from tests.exchange.conftest import MIXTRAL, make_run
 
 
@@ -64,6 +65,19 @@ def test_mistakes_are_one_line(project, tmp_path):
     result = mhmoe(folder, "ckpt", "import", "out", "--storage", str(tmp_path / "file"))
     assert_one_line(result, 3, "set storage to a folder you can write")
     assert not (folder / "x").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(project, tmp_path):
+    """A limit on the size of files, from the shell, stands for the disk."""
+    folder, _, _ = project
+    for words, code in (
+        (("export", "--to", str(tmp_path / "x")), 8),
+        (("import", "out", "--storage", str(tmp_path)), 3),
+    ):
+        limited = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command("ckpt", *words)]
+        done = subprocess.run(limited, cwd=folder, capture_output=True, text=True)
+        assert_one_line(Result(done.returncode, done.stdout, done.stderr), code, "File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_serve_deploy_takes_serve_keys_alone(project):

@@ -233,7 +233,7 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         (edit_config(num_local_experts=3), r"experts\.3\.w\d\.weight does not belong to such a model \(and \d+ more"),
         (edit_config(num_hidden_layers=4), r"model\.layers\.3\.\S+ is missing \(and \d+ more"),
         (edit_config(intermediate_size=40), r"w1\.weight has shape \(48, 32\), not \(40, 32\)"),
-        (edit_config(vocab_size=280), "it has .* entries; raise model.vocab_size"),
+        (edit_config(vocab_size=280), r"it has \d+ entries; use one of at most model.vocab_size \(280\)"),
         (edit_tensors(lambda t: t.pop(GATE)), f"{GATE} is missing; "),
         (edit_tensors(lambda t: t.update(x=torch.ones(1))), "x does not belong to such a model; "),
         (edit_tensors(lambda t: t.update({GATE: t[GATE].to(torch.int8)})), "stored as I8"),
