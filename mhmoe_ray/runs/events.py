@@ -16,7 +16,7 @@ Kind = Literal[
     "finished",  # step
     "stopped",  # step, or reason
     "failed",  # reason
-    "imported",  # source, step, name (of the checkpoint)
+    "imported",  # source, model_type, step, name (of the checkpoint)
 ]
 State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed", "imported"]
 
