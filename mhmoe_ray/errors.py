@@ -6,7 +6,7 @@
     ├── ClusterError       exit 5   Ray cannot be started or reached
     │   └── TokenError     exit 6   Ray was reached and refused the token
     ├── RunError           exit 7   there is no such run, or its state forbids the request
-    ├── CheckpointError    exit 8   no checkpoint, or none that is whole
+    ├── CheckpointError    exit 8   no checkpoint, none that is whole, or one that cannot be exported or imported
     ├── JobError           exit 9   a job ran and failed
     └── ServeError         exit 10  a deployment failed
 

@@ -114,7 +114,7 @@ def test_readmes_commands_run_in_the_order_it_gives_them(home, first):
 def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(home, first):
     printed = home.quickstart("train.steps=10")
     assert "finished" in printed
-    assert len(list_runs(home.folder / "runs")) == 3
+    assert len(list_runs(home.folder / "runs")) == 4  # the first, README's two, and this one
     assert home.run(*command("cluster", "status", "--json")).strip() != "null"
 
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.manifest import Manifest
     from mhmoe_ray.spec import RunSpec
 
 out = Console(highlight=False, markup=False, emoji=False)
@@ -28,6 +30,7 @@ AddressOption = Annotated[
 StorageOption = Annotated[
     Path, typer.Option(help="Folder that holds run directories.", envvar="MHMOE_STORAGE", show_default="runs")
 ]
+CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
 STORAGE = Path("runs")
 
@@ -37,6 +40,27 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     from mhmoe_ray.planner.resolve import resolve_spec
 
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
+
+
+def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Path, Manifest]":
+    """A run's checkpoint of this name, else its newest whole one, after checking its weights.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from mhmoe_ray.errors import CheckpointError
+    from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+
+    weights = ("weights",)
+    if name:
+        return run.checkpoints / name, read_manifest(run.checkpoints / name, weights)
+    newest = newest_checkpoint(run, weights)
+    if newest is None:
+        raise CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or train a run")
+    path, manifest, skipped = newest
+    for error in skipped:
+        note.print(f"warning: {error}", soft_wrap=True)
+    return path, manifest
 
 
 def print_json(value: Any) -> None:

@@ -56,7 +56,7 @@ def prepare(
     manifest = read_data_manifest(folder)
     if manifest is None:
         find_files(resolved.data)
-        connection = launch.cluster_for(resolved, resolved.cluster.cpus, address)
+        connection = launch.cluster_for(resolved.cluster, resolved.storage, resolved.cluster.cpus, address)
         job = f"prepare-{folder.name}-{secrets.token_hex(3)}"
         environment = dict(resolved.cluster.runtime_env)
         environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(resolved)}

@@ -8,15 +8,21 @@ from mhmoe_ray.cli.common import STORAGE, note
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.layout import RunDir
-    from mhmoe_ray.spec import RunSpec
+    from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
-def cluster_for(spec: "RunSpec", cpus: int, address: str | None) -> "Connection":
-    """The cluster to run a spec on; a local one is started where none is named.
+def cluster_for(section: "ClusterSpec", storage: Path, cpus: int, address: str | None) -> "Connection":
+    """The cluster to run on; a local one is started where none is named.
+
+    Args:
+        section: of the spec.
+        storage: folder that holds the run directory.
+        cpus: logical CPUs that are needed.
+        address: the one asked for.
 
     Raises:
         ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
-        SpecError: the spec's paths mean nothing there.
+        SpecError: paths of this machine mean nothing there.
     """
     from mhmoe_ray.cluster.connect import connect_or_start, is_local
     from mhmoe_ray.cluster.local import find_local
@@ -29,8 +35,8 @@ def cluster_for(spec: "RunSpec", cpus: int, address: str | None) -> "Connection"
     if local and local.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
         raise ClusterError("local cluster", f"it has {local.cpus} CPUs and {cpus} are needed", fix)
-    if not connection.is_local_machine and not spec.cluster.shared_filesystem:
-        why = f"the nodes of {connection.address} cannot be expected to see {spec.storage} of this machine"
+    if not connection.is_local_machine and not section.shared_filesystem:
+        why = f"the nodes of {connection.address} cannot be expected to see {storage} of this machine"
         fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
         raise SpecError("storage", why, fix)
     return connection

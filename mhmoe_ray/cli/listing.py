@@ -19,11 +19,12 @@ def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     if json:
         print_json(found)
         return
-    table = Table("run", "state", "step", "loss", "submitted", box=None, pad_edge=False)
+    table = Table("run", "state", "step", "loss", "created", box=None, pad_edge=False)
     for row in found:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"]))
-        table.add_row(row["run"], row["state"], f"{row['step']}/{row['steps']}", loss, when)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
+        table.add_row(row["run"], row["state"], step, loss, when)
     out.print(table if found else f"no runs in {storage}")
 
 
@@ -33,7 +34,7 @@ def _row(run: "RunDir") -> dict[str, Any]:
 
     last = metrics.last(run)
     try:
-        steps: int | str = run.spec().train.steps
+        steps: int | str | None = None if run.is_imported else run.spec().train.steps
         state: str = events.state(events.events(run))
     except SpecError:  # written by another version; the other runs are still worth a list
         steps, state = "?", "unreadable spec"
@@ -43,6 +44,6 @@ def _row(run: "RunDir") -> dict[str, Any]:
         "step": last[metrics.STEP] if last else 0,
         "steps": steps,
         "loss": last[metrics.LOSS] if last else None,
-        "submitted": run.submitted(),
+        "created": run.created(),
         "path": str(run.path),
     }

@@ -17,9 +17,9 @@ def logs(
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import read_attempts
+    from mhmoe_ray.runs.state import last_attempt
 
-    attempt = read_attempts(find_run(run, storage))[-1]
+    attempt = last_attempt(find_run(run, storage))
     connection = connect(attempt.address)
     if follow:
         for line in jobs.follow_logs(connection, attempt.job):

@@ -34,10 +34,11 @@ def resume(
     """
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import read_attempts
+    from mhmoe_ray.runs.state import last_attempt
     from mhmoe_ray.spec import load_spec, parse_overrides
 
     found = find_run(run, storage)
+    before = last_attempt(found)
     for keys, _ in parse_overrides(set_):
         if keys[0] != "cluster":
             why = "a resumed run must go on exactly as it would have"
@@ -45,9 +46,9 @@ def resume(
     over = _ended(found, force)
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    before = read_attempts(found)[-1]
     spec = load_spec(found.spec_file, set_)
-    connection = launch.cluster_for(spec, spec.cluster.cpus, address or (None if before.local else before.address))
+    address = address or (None if before.local else before.address)
+    connection = launch.cluster_for(spec.cluster, spec.storage, spec.cluster.cpus, address)
     found.write_spec(spec)
     found.stop_file.unlink(missing_ok=True)
     launch.start(found, spec, connection)
@@ -65,13 +66,13 @@ def _ended(run: "RunDir", force: bool) -> "Outcome | None":
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.watch import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs.state import read_attempts
+    from mhmoe_ray.runs.state import last_attempt
 
     over = recorded_outcome(run)
     if over:
         return over
     try:
-        over = outcome(run, connect(read_attempts(run)[-1].address))
+        over = outcome(run, connect(last_attempt(run).address))
     except TokenError:
         raise
     except ClusterError as e:

@@ -1,19 +1,19 @@
 """`mhmoe serve`: a run's checkpoint behind an OpenAI-compatible API, on Ray Serve."""
 
-from typing import Annotated
-
 import typer
 from rich.table import Table
 
 from mhmoe_ray.cli.common import (
     STORAGE,
     AddressOption,
+    CheckpointOption,
     JsonOption,
     RunArg,
     SetOption,
     StorageOption,
     note,
     out,
+    pick_checkpoint,
     print_json,
 )
 
@@ -22,45 +22,32 @@ app = typer.Typer(help="Serve a checkpoint.", no_args_is_help=True)
 APPLICATION = "mhmoe"
 START_SECONDS = 180.0
 SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster
-WEIGHTS = ("weights",)
 
 
 @app.command()
 def deploy(
     run: RunArg = None,
     set_: SetOption = [],  # noqa: B006
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")
-    ] = None,
+    checkpoint: CheckpointOption = None,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
     """Serve a run's checkpoint, as it lies, in place of the one that is served now."""
     from mhmoe_ray.cli import launch
     from mhmoe_ray.cluster import serving
-    from mhmoe_ray.errors import CheckpointError, SpecError
+    from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
     from mhmoe_ray.serve.config import application_config
-    from mhmoe_ray.spec import load_spec, parse_overrides
+    from mhmoe_ray.spec import load_deploy_spec, parse_overrides
 
     for keys, _ in parse_overrides(set_):
-        if keys[0] != "serve":
+        if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     found = find_run(run, storage)
-    spec = load_spec(found.spec_file, set_)
-    if checkpoint:
-        path = found.checkpoints / checkpoint
-        read_manifest(path, WEIGHTS)
-    else:
-        newest = newest_checkpoint(found, WEIGHTS)
-        if newest is None:
-            raise CheckpointError(f"run {found.id}", "it has no checkpoint yet", "wait for one, or train a run")
-        path, _, skipped = newest
-        for error in skipped:
-            note.print(f"warning: {error}", soft_wrap=True)
+    spec = load_deploy_spec(None if found.is_imported else found.spec_file, set_)
+    path, _ = pick_checkpoint(found, checkpoint)
     cpus = spec.serve.replicas * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = launch.cluster_for(spec, cpus, address)
+    connection = launch.cluster_for(spec.cluster, found.path.parent, cpus, address)
     config = application_config(APPLICATION, path, spec.serve, found.id)
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")

@@ -29,7 +29,7 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
     from mhmoe_ray.runs import events, metrics
     from mhmoe_ray.runs.state import read_attempts
 
-    spec, happened, history = run.spec(), events.events(run), metrics.history(run)
+    happened, history = events.events(run), metrics.history(run)
     state: str = events.state(happened)
     reason, cluster = "", "not asked: the run is over"
     attempts = read_attempts(run)
@@ -50,15 +50,16 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
         "cluster": cluster,
         "dashboard": attempts[-1].address if attempts else None,
         "job": attempts[-1].job if attempts else None,
+        "source": next((e["source"] for e in happened if e["event"] == "imported"), None),
         "attempts": len(attempts),
         "worker_starts": sum(e["event"] == "started" for e in happened),
-        "steps": spec.train.steps,
+        "steps": None if run.is_imported else run.spec().train.steps,
         "last": history[-1] if history else None,
         "validation": next((line for line in reversed(history) if metrics.VAL_LOSS in line), None),
         "baselines": next((e for e in reversed(happened) if e["event"] == "prepared"), None),
         "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
         "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
-        "checkpoint": next((e for e in reversed(happened) if e["event"] == "checkpoint"), None),
+        "checkpoint": next((e for e in reversed(happened) if e["event"] in ("checkpoint", "imported")), None),
         "tokens_per_s": _mean_rate(history),
     }
 
@@ -75,9 +76,13 @@ def _mean_rate(history: list[dict[str, Any]]) -> float | None:
 
 
 def _rows(found: dict[str, Any]) -> dict[str, str | None]:
+    from mhmoe_ray.runs import events
+
     last, validation, base = found["last"], found["validation"], found["baselines"]
     started, checkpoint, rate = found["started"], found["checkpoint"], found["tokens_per_s"]
     rows: dict[str, str | None] = {"why": found["reason"]}
+    if found["source"]:
+        rows["imported from"] = found["source"]
     if last:
         rows["step"] = f"{last['step']} of {found['steps']}"
         rows["loss"] = f"{last['loss']:.4f} nats per token"
@@ -108,7 +113,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
         said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
         damaged = len(set(found["skipped_checkpoints"]))
         rows["checkpoint"] = f"{said}; {damaged} newer ones were damaged and passed over" if damaged else said
-    if found["state"] not in ("finished", "stopped", "failed"):
+    if not events.is_over(found["state"]):
         rows["cluster"] = found["cluster"]
     rows["dashboard"] = found["dashboard"]
     rows["path"] = found["path"]

@@ -25,13 +25,13 @@ def stop(
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import read_attempts
+    from mhmoe_ray.runs.state import last_attempt
 
     found = find_run(run, storage)
+    attempt = last_attempt(found)
     over = recorded_outcome(found)
     if over:
         raise RunError(f"run {found.id}", f"it is {over.state} already", "see `mhmoe status`")
-    attempt = read_attempts(found)[-1]
     connection = connect(attempt.address)
     found.stop_file.touch()
     if now or events.state(events.events(found)) != "running":

@@ -7,7 +7,7 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import read_attempts
+from mhmoe_ray.runs.state import last_attempt
 
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 
@@ -29,7 +29,7 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
     over = recorded_outcome(run)
     if over:
         return over
-    job = read_attempts(run)[-1].job
+    job = last_attempt(run).job
     status = jobs.status(connection, job)
     if status in ("PENDING", "RUNNING"):
         return None

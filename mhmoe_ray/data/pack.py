@@ -1,6 +1,7 @@
 """Token streams cut into samples of T + 1 tokens.
 
-A stream is the documents of a domain one after another, each preceded by end-of-text. Cuts fall anywhere.
+A stream is the documents of a domain one after another, each preceded by the tokenizer's start token.
+Cuts fall anywhere.
 """
 
 from collections.abc import Iterable

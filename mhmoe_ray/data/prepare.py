@@ -35,7 +35,7 @@ from mhmoe_ray.data.manifest import (
 from mhmoe_ray.data.pack import pack, pack_validation
 from mhmoe_ray.data.raw import BadLine, RawFile, find_files, is_validation, read_documents
 from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import write_json
@@ -159,7 +159,8 @@ def _tokenise_file(
 ) -> dict[str, Any]:
     """One raw file to two raw token streams, training and held out."""
     encoder = Tokenizer.from_file(str(tokenizer))
-    end = encoder.token_to_id(END_OF_TEXT)
+    edges = boundaries(encoder)
+    assert edges is not None, "checked where the tokenizer was made"
     documents = [0, 0]
     bad: list[BadLine] = []
 
@@ -180,7 +181,7 @@ def _tokenise_file(
                 held_out = is_validation(text, fraction)
                 documents[held_out] += 1
                 out = validation if held_out else train
-                out.write(np.asarray([end, *encoding.ids], token_dtype(token_bytes)).tobytes())
+                out.write(np.asarray([edges.start, *encoding.ids], token_dtype(token_bytes)).tobytes())
     return {
         "number": row["number"],
         "domain": row["domain"],

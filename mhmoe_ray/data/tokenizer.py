@@ -1,12 +1,18 @@
 """The tokenizer: a given tokenizer.json, or a byte-level BPE trained on the sources.
 
-Rule of documents: each one is preceded by <|endoftext|>, in training and in prompts alike, so the token says "a new
-document begins" and, for a text being generated, "this one is over".
+Rule of documents: each one is preceded by a start token, in training and in prompts alike, so that the token says "a
+new document begins" and, for a text being generated, "this one is over".
+
+    | a tokenizer with | start         | a text being generated ends at |
+    | ---------------- | ------------- | ------------------------------ |
+    | <|endoftext|>    | <|endoftext|> | <|endoftext|>                  |
+    | <s> and </s>     | <s>           | <s>, </s>                      |
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -14,6 +20,26 @@ from mhmoe_ray.data.raw import BadLine, RawFile, read_documents
 from mhmoe_ray.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
+BEGIN, END = "<s>", "</s>"
+
+
+class Boundaries(NamedTuple):
+    """Token ids at the edges of a document."""
+
+    start: int
+    """Precedes each one."""
+    ends: frozenset[int]
+    """Any of these says that it is over."""
+
+
+def boundaries(tokenizer: Tokenizer) -> Boundaries | None:
+    """By the table above; None for a tokenizer of neither kind."""
+    both, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN, END))
+    if both is not None:
+        return Boundaries(both, frozenset([both]))
+    if begin is not None and end is not None:
+        return Boundaries(begin, frozenset([begin, end]))
+    return None
 
 
 def train_tokenizer(files: Iterable[RawFile], vocab_size: int, budget_mb: float) -> Tokenizer:
@@ -50,7 +76,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """A tokenizer.json that fits a model of `vocab_size` rows.
 
     Raises:
-        DataError: it cannot be read, has more entries than the model, or lacks the end-of-text token.
+        DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -58,7 +84,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], "set data.tokenizer to a tokenizer.json") from e
     size = tokenizer.get_vocab_size()
     if size > vocab_size:
-        raise DataError(f"tokenizer {path}", f"it has {size} entries", f"raise model.vocab_size ({vocab_size})")
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(f"tokenizer {path}", f"it has no token {END_OF_TEXT}", "add it as a special token")
+        fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
+        raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
+    if boundaries(tokenizer) is None:
+        why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
+        raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")
     return tokenizer

@@ -2,7 +2,7 @@
 
 <storage>/<name>-<6 hex>/
   spec.yaml          what was submitted, with absolute paths
-  run.json           id, and cluster, job and time of each attempt (a submit or a resume)
+  run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
   events.jsonl       what happened: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line a step
   routing/           expert counts per layer, one file per checkpointed step
@@ -10,4 +10,7 @@
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, by the n-th start of workers
   stop               present while somebody asks the run to stop
   ray/               Ray Train's own folder, never read by us
+
+An imported run (exchange/) was never trained: it has run.json, events.jsonl, tokenizer.json and one checkpoint, of step
+0. It has no spec, because nobody wrote one.
 """

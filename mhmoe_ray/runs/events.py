@@ -16,8 +16,9 @@ Kind = Literal[
     "finished",  # step
     "stopped",  # step, or reason
     "failed",  # reason
+    "imported",  # source, model_type, step, name (of the checkpoint)
 ]
-State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed"]
+State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed", "imported"]
 
 _STATE_AFTER: dict[str, State] = {
     "submitted": "submitted",
@@ -26,6 +27,7 @@ _STATE_AFTER: dict[str, State] = {
     "finished": "finished",
     "stopped": "stopped",
     "failed": "failed",
+    "imported": "imported",
 }
 
 
@@ -46,4 +48,4 @@ def state(happened: list[dict[str, Any]]) -> State:
 
 
 def is_over(current: State) -> bool:
-    return current in ("finished", "stopped", "failed")
+    return current in ("finished", "stopped", "failed", "imported")

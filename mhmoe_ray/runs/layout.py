@@ -53,6 +53,11 @@ class RunDir:
     def ray(self) -> Path:
         return self.path / "ray"
 
+    @property
+    def is_imported(self) -> bool:
+        """It came from other weights and was never trained: it has no spec, no attempts and no metrics."""
+        return "imported" in json.loads(self.state_file.read_text())
+
     def spec(self) -> RunSpec:
         return load_spec(self.spec_file)
 
@@ -62,35 +67,45 @@ class RunDir:
         partial.write_text(dump_spec(spec), encoding="utf-8")
         partial.replace(self.spec_file)
 
-    def submitted(self) -> float:
-        """When its first attempt was, in seconds since the epoch."""
-        attempts = json.loads(self.state_file.read_text())["attempts"]
-        return float(attempts[0]["submitted"])
+    def created(self) -> float:
+        """When its first attempt or its import was, in seconds since the epoch."""
+        state = json.loads(self.state_file.read_text())
+        return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
 
 
 def create_run(spec: RunSpec) -> RunDir:
-    """Make a new run directory, readable by its owner only, with a name that no other run has.
+    """A new run directory for training.
+
+    Raises:
+        SpecError: the storage folder cannot be written.
+    """
+    run = new_directory(spec.storage, spec.name)
+    run.routing.mkdir()
+    run.write_spec(spec)
+    return run
+
+
+def new_directory(storage: Path, name: str) -> RunDir:
+    """An empty run directory, readable by its owner only, with an id that no other run has.
 
     Raises:
         SpecError: the storage folder cannot be written.
     """
     try:
-        spec.storage.mkdir(parents=True, exist_ok=True)
-        while (run := RunDir(spec.storage / f"{spec.name}-{secrets.token_hex(3)}")).path.exists():
+        storage.mkdir(parents=True, exist_ok=True)
+        while (run := RunDir(storage / f"{name}-{secrets.token_hex(3)}")).path.exists():
             pass
         run.path.mkdir(mode=0o700)
         run.checkpoints.mkdir()
-        run.routing.mkdir()
-        run.write_spec(spec)
     except OSError as e:
-        raise SpecError(f"storage {spec.storage}", e.strerror or str(e), "set storage to a folder you can write") from e
+        raise SpecError(f"storage {storage}", e.strerror or str(e), "set storage to a folder you can write") from e
     return run
 
 
 def list_runs(storage: Path) -> list[RunDir]:
     """Runs below `storage`, oldest first."""
     found = [RunDir(p.parent) for p in storage.absolute().glob("*/run.json")]
-    return sorted(found, key=RunDir.submitted)
+    return sorted(found, key=RunDir.created)
 
 
 def find_run(name: str | None, storage: Path) -> RunDir:

@@ -37,15 +37,17 @@ class Manifest(BaseModel):
     """Tokens predicted so far."""
     position: int
     """Samples read so far: the place in the stream where training goes on."""
-    seed: int
+    seed: int | None
+    """Of the initial weights and the order of the data; None for imported weights, which had neither here."""
     world: int
     ep: int
     """Workers and expert parallelism that wrote it; any other may load it."""
     model: ModelSpec
     seq_len: int
     tokenizer_sha256: str
-    data_sha256: str
-    """Of the prepared data's manifest: `position` counts in that data and no other."""
+    data_sha256: str | None
+    """Of the prepared data's manifest: `position` counts in that data and no other. None for imported weights, which
+    were trained on no data prepared here."""
     files: dict[str, FileEntry]
     """By path below the checkpoint."""
 
@@ -97,6 +99,24 @@ def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> I
             yield f"{name} has {size} bytes, not {expected.size}"
         elif describe_file(checkpoint / name).sha256 != expected.sha256:
             yield f"{name} does not have the hash it was written with"
+
+
+def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
+    """The tokenizer.json of the run that the checkpoint lies in.
+
+    Raises:
+        CheckpointError: it is missing, or it is not the one the model was trained with.
+    """
+    path = RunDir(checkpoint.parent.parent).tokenizer_file
+    what = f"checkpoint {checkpoint}"
+    try:
+        found = describe_file(path).sha256
+    except OSError as e:
+        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror})"
+        raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
+    if found != manifest.tokenizer_sha256:
+        raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
+    return path
 
 
 def newest_checkpoint(

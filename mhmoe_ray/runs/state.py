@@ -1,4 +1,4 @@
-"""run.json: which cluster and job belong to each attempt (a submit or a resume) of a run."""
+"""run.json: which cluster and job belong to each attempt (a submit or a resume) of a run, or when it was imported."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.runs.layout import RunDir
 
 
@@ -27,11 +28,28 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     return [Attempt(**a) for a in json.loads(run.state_file.read_text())["attempts"]]
 
 
+def last_attempt(run: RunDir) -> Attempt:
+    """The newest attempt of a run.
+
+    Raises:
+        RunError: the run was imported, so there is none.
+    """
+    if run.is_imported:
+        why = "it was imported, not trained here, so it has no job"
+        raise RunError(f"run {run.id}", why, "serve it with `mhmoe serve deploy`, or name another run")
+    return read_attempts(run)[-1]
+
+
 def add_attempt(run: RunDir, attempt: Attempt) -> int:
     """Record an attempt; returns its number, from 1."""
     attempts = [*read_attempts(run), attempt]
     write_json(run.state_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
     return len(attempts)
+
+
+def mark_imported(run: RunDir) -> None:
+    """From now on it counts as a run."""
+    write_json(run.state_file, {"id": run.id, "attempts": [], "imported": time.time()})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -31,7 +32,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
-    """Fill the given tensors in place from whatever slices the folder has.
+    """Fill the given tensors in place, each in its own dtype, from whatever slices the folder has.
 
     Raises:
         CheckpointError: a tensor is missing there or has another shape.
@@ -50,6 +51,12 @@ def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
             raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
     with _alone_is_fine():
         load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor of a folder, by name."""
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: there.properties.dtype for name, there in stored.items() if isinstance(there, TensorStorageMetadata)}
 
 
 @contextmanager

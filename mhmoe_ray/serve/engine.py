@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import END_OF_TEXT
+from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.serve.load import load_model, load_run_tokenizer
 from mhmoe_ray.serve.sampling import Sampling, choose
-from mhmoe_ray.serve.text import TextStream
+from mhmoe_ray.serve.text import TextDecoder, TextStream
 
 
 class Piece(NamedTuple):
@@ -32,13 +32,14 @@ class Engine:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, seq_len: int) -> None:
         """Args:
         model: with all experts, in evaluation mode.
-        tokenizer: byte-level, with an end-of-text token.
+        tokenizer: with tokens for the edges of a document.
         seq_len: tokens that prompt and answer may have together.
         """
         self.model, self.tokenizer, self.seq_len = model, tokenizer, seq_len
-        end = tokenizer.token_to_id(END_OF_TEXT)
-        assert end is not None
-        self._end = end
+        edges = boundaries(tokenizer)
+        assert edges is not None
+        self._start, self._ends = edges
+        self._decode = TextDecoder(tokenizer)
         # The model may have more rows than the tokenizer has tokens; those have no text.
         self._known = tokenizer.get_vocab_size()
 
@@ -58,7 +59,7 @@ class Engine:
         Raises:
             ServeError: it leaves no room for an answer.
         """
-        ids = [self._end, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        ids = [self._start, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
         if len(ids) >= self.seq_len:
             why = f"it has {len(ids)} tokens, and prompt and answer together may have {self.seq_len}"
             raise ServeError("the prompt", why, "shorten it")
@@ -81,7 +82,7 @@ class Engine:
             with torch.inference_mode():
                 logits_BTV = self.model(torch.tensor([new]), caches).logits_BTV
                 token = choose(logits_BTV[0, -1, : self._known], sampling, generator)
-            if token == self._end:
+            if token in self._ends:
                 return
             yield token
             new = [token]
@@ -94,7 +95,7 @@ class Engine:
             sampling: as for `generate`.
             stops: the answer ends before the first of these strings.
         """
-        text, count = TextStream(self.tokenizer, stops), 0
+        text, count = TextStream(self._decode, stops, prompt_ids), 0
         for token in self.generate(prompt_ids, sampling):
             count += 1
             yield Piece(text.push(token), count)

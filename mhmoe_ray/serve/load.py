@@ -5,10 +5,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import load_tokenizer
-from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, read_manifest
+from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
 
 
@@ -34,13 +32,4 @@ def load_run_tokenizer(checkpoint: Path, manifest: Manifest) -> Tokenizer:
         CheckpointError: it is missing, or it is not the one the model was trained with.
         DataError: it is no tokenizer for a model of this size.
     """
-    path = RunDir(checkpoint.parent.parent).tokenizer_file
-    what = f"checkpoint {checkpoint}"
-    try:
-        found = describe_file(path).sha256
-    except OSError as e:
-        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror})"
-        raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
-    if found != manifest.tokenizer_sha256:
-        raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
-    return load_tokenizer(path, manifest.model.vocab_size)
+    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

@@ -1,10 +1,41 @@
 """Tokens to text, in pieces that are never taken back."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
+CONTEXT = 8  # tokens of the prompt that are decoded along
+
+
+class TextDecoder:
+    """Tokens to text, where more tokens only ever add to the text, but for a last character that is not whole yet.
+
+    A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for what its vocabulary lacks. The
+    library turns a whole row of them into replacement characters as long as one character in it is not whole, those
+    that were whole before included; so here the row is decoded as bytes first, as a byte-level tokenizer does it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._byte = {token: byte for byte, token in enumerate(found) if token is not None}
+        """The byte of each such token."""
+        if len(self._byte) < 256 or tokenizer.decode([next(t for t, b in self._byte.items() if b == 65)]) != "A":
+            self._byte = {}
+        self._special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        if self._byte.keys().isdisjoint(ids):
+            return self._tokenizer.decode(ids)
+        parts: list[str] = []
+        for are_bytes, row in groupby((t for t in ids if t not in self._special), self._byte.__contains__):
+            if are_bytes:
+                parts.append(bytes(self._byte[t] for t in row).decode("utf-8", "replace"))
+            else:
+                parts.extend(token for t in row if (token := self._tokenizer.id_to_token(t)) is not None)
+        return str(self._tokenizer.decoder.decode(parts))
 
 
 class TextStream:
@@ -15,9 +46,16 @@ class TextStream:
     answer, which ends before the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._ids: list[int] = []
+    def __init__(self, decode: TextDecoder, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
+        """Args:
+        decode: of the tokenizer.
+        stops: the answer ends before the first of these.
+        prompt_ids: what the answer goes on from. A decoder may drop the space at the start of a text, which the middle
+            of one must keep.
+        """
+        self._decoder, self._stops = decode, stops
+        self._ids: list[int] = list(prompt_ids[-CONTEXT:])
+        self._before = len(decode(self._ids))
         self._sent = 0
         self.stopped = False
         """A stop string has come: no more tokens are wanted."""
@@ -35,7 +73,7 @@ class TextStream:
 
     def _decode(self) -> str:
         # All tokens, not the newest ones: a decoder may treat the start of a text in its own way.
-        return self._tokenizer.decode(self._ids)
+        return self._decoder(self._ids)[self._before :]
 
     def _release(self, text: str, final: bool) -> str:
         starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]

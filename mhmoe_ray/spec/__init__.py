@@ -2,15 +2,16 @@
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, SourceSpec
-from mhmoe_ray.spec.load import checked, dump_spec, load_spec, parse_overrides, read_tree
+from mhmoe_ray.spec.load import checked, dump_spec, load_deploy_spec, load_spec, parse_overrides, read_tree
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
-from mhmoe_ray.spec.serve import ServeSpec
+from mhmoe_ray.spec.serve import DeploySpec, ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
     "ClusterSpec",
     "DataSpec",
+    "DeploySpec",
     "MoESpec",
     "ModelSpec",
     "ReferenceSpec",
@@ -20,6 +21,7 @@ __all__ = [
     "TrainSpec",
     "checked",
     "dump_spec",
+    "load_deploy_spec",
     "load_spec",
     "parse_overrides",
     "read_tree",

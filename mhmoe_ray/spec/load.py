@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.run import RunSpec
+from mhmoe_ray.spec.serve import DeploySpec
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -52,6 +53,19 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for keys, value in parse_overrides(overrides):
         _set(tree, keys, value)
     return tree
+
+
+def load_deploy_spec(path: Path | None, overrides: Sequence[str] = ()) -> DeploySpec:
+    """What serving uses of a spec; defaults and overrides alone without one.
+
+    Raises:
+        SpecError: as `load_spec`.
+    """
+    whole = read_tree(path) if path else {}
+    tree = {name: whole[name] for name in DeploySpec.model_fields if name in whole}
+    for keys, value in parse_overrides(overrides):
+        _set(tree, keys, value)
+    return checked(DeploySpec, tree, f"spec {path}" if path else "the overrides")
 
 
 def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", also: Sequence[str] = ()) -> S:

@@ -12,6 +12,8 @@ from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
+NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
+
 
 class ReferenceSpec(Section):
     """What `plan` compares the model with: other expert layers on the same trunk."""
@@ -22,7 +24,7 @@ class ReferenceSpec(Section):
 
 
 class RunSpec(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    name: str = Field(pattern=NAME)
     """Lower-case letters, digits and dashes; each submission gets a suffix of its own."""
     storage: Path = Path("runs")
     """Folder that holds run directories."""

@@ -1,8 +1,9 @@
-"""The `serve` section: one Ray Serve application per checkpoint."""
+"""The `serve` section: one Ray Serve application per checkpoint; and what a deployment reads of a spec."""
 
 from pydantic import Field, PositiveInt
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.cluster import ClusterSpec
 
 
 class ServeSpec(Section):
@@ -14,3 +15,10 @@ class ServeSpec(Section):
     """Upper bound of `max_tokens` in a request; prompt and answer together never exceed the trained length."""
     max_concurrency: PositiveInt = 8
     """Requests that one replica works on at a time; the rest wait in Serve's queue."""
+
+
+class DeploySpec(Section):
+    """The sections that serving uses. A run that was imported has no spec; these defaults are then all there is."""
+
+    cluster: ClusterSpec = ClusterSpec()
+    serve: ServeSpec = ServeSpec()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.run import mhmoe
 
-VERBS = ["plan", "presets", "submit", "status", "list", "logs", "stop", "resume", "data", "serve", "cluster"]
+VERBS = ["plan", "presets", "submit", "status", "list", "logs", "stop", "resume", "data", "serve", "ckpt", "cluster"]
 
 
 def test_help_names_every_verb_and_imports_neither_torch_nor_ray(tmp_path):

@@ -2,23 +2,34 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.serve.text import TextStream
+from mhmoe_ray.serve.text import TextDecoder, TextStream
+from tests.llama_tokenizer import llama_tokenizer
 
 from .conftest import TEXT, build_tokenizer
 
 TOKENIZER = build_tokenizer()
-SIZE = TOKENIZER.get_vocab_size()
+LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)  # its vocabulary lacks Japanese and foxes, which become bytes
+DECODERS = {"bytes": TextDecoder(TOKENIZER), "fallback": TextDecoder(LLAMA)}
+SIZES = {"bytes": TOKENIZER.get_vocab_size(), "fallback": LLAMA.get_vocab_size()}
+kinds = st.sampled_from(sorted(DECODERS))
 
-# Any tokens at all (bytes that are no UTF-8 among them), and tokens of real text with several bytes a character.
-any_ids = st.lists(st.integers(1, SIZE - 1), max_size=24)
-text_ids = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "é", "\ufffd"})), max_size=16).map(
-    lambda text: TOKENIZER.encode(text).ids
-)
+texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "é", "\ufffd"})), max_size=16)
+
+
+@st.composite
+def answers(draw):
+    """A tokenizer, and any tokens at all (bytes that are no UTF-8 among them) or tokens of real text."""
+    kind = draw(kinds)
+    tokenizer = {"bytes": TOKENIZER, "fallback": LLAMA}[kind]
+    any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=24)
+    return DECODERS[kind], draw(st.one_of(any_ids, texts.map(lambda text: tokenizer.encode(text).ids)))
+
+
 stop_lists = st.lists(st.text(st.sampled_from("abt eo日🦊\ufffd"), min_size=1, max_size=4), max_size=3)
 
 
-def push_all(ids, stops):
-    stream, pieces = TextStream(TOKENIZER, stops), []
+def push_all(ids, stops, decode=DECODERS["bytes"], prompt=()):
+    stream, pieces = TextStream(decode, stops, prompt), []
     for token in ids:
         pieces.append(stream.push(token))
         if stream.stopped:
@@ -26,38 +37,71 @@ def push_all(ids, stops):
     return [*pieces, stream.finish()], stream.stopped
 
 
-def oracle(ids, stops):
+def oracle(ids, stops, decode):
     """The answer from whole texts only: that of the fewest tokens which surely hold a stop string, cut before it."""
     for n in range(1, len(ids) + 1):
-        whole = TOKENIZER.decode(ids[:n])
+        whole = decode(ids[:n])
         sure = whole if n == len(ids) else whole.removesuffix("\ufffd")
         starts = [sure.find(s) for s in stops if s in sure]
         if starts:
             return sure[: min(starts)], True
-    return TOKENIZER.decode(ids), False
+    return decode(ids), False
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-@given(st.one_of(any_ids, text_ids), stop_lists)
-def test_pieces_join_to_the_plain_answer(ids, stops):
-    pieces, stopped = push_all(ids, stops)
-    assert ("".join(pieces), stopped) == oracle(ids, stops)
+@given(answers(), stop_lists)
+def test_pieces_join_to_the_plain_answer(answer, stops):
+    decode, ids = answer
+    pieces, stopped = push_all(ids, stops, decode)
+    assert ("".join(pieces), stopped) == oracle(ids, stops, decode)
 
 
 @settings(max_examples=300)
-@given(st.one_of(any_ids, text_ids))
-def test_what_is_sent_is_never_taken_back(ids):
+@given(answers())
+def test_what_is_sent_is_never_taken_back(answer):
     """However early the tokens of a text end, what has been sent is the beginning of that text."""
-    whole = TOKENIZER.decode(ids)
+    decode, ids = answer
+    whole = decode(ids)
     for n in range(len(ids) + 1):
-        pieces, _ = push_all(ids[:n], [])
+        pieces, _ = push_all(ids[:n], [], decode)
         assert whole.startswith("".join(pieces[:-1]))
 
 
-def test_a_character_of_several_tokens_comes_at_once():
-    ids = TOKENIZER.encode("🧭").ids
-    assert len(ids) > 1
-    assert push_all(ids, []) == ([*[""] * (len(ids) - 1), "🧭", ""], False)
+@settings(max_examples=200)
+@given(texts)
+def test_whole_characters_are_decoded_as_the_library_does(text):
+    for tokenizer, decode in ((TOKENIZER, DECODERS["bytes"]), (LLAMA, DECODERS["fallback"])):
+        ids = tokenizer.encode(text).ids
+        assert decode(ids) == tokenizer.decode(ids) == text
+
+
+@settings(max_examples=200)
+@given(texts.map(lambda text: text.replace("\ufffd", "")), st.integers(0, 16))
+def test_an_answer_goes_on_where_the_prompt_ends(text, cut):
+    """However a text is cut into prompt and answer, in front of a space too: joined they are the text."""
+    for tokenizer, decode in ((TOKENIZER, DECODERS["bytes"]), (LLAMA, DECODERS["fallback"])):
+        ids = tokenizer.encode(text).ids
+        while "\ufffd" in decode(ids[:cut]):  # prompts end with a whole character
+            cut += 1
+        pieces, _ = push_all(ids[cut:], [], decode, ids[:cut])
+        assert decode(ids[:cut]) + "".join(pieces) == text
+
+
+def test_a_first_space_stays_where_there_was_a_prompt():
+    begin, *ids = LLAMA.token_to_id("<s>"), *LLAMA.encode("the fox jumps").ids
+    at = next(i for i, t in enumerate(ids) if i and LLAMA.id_to_token(t).startswith("▁"))
+    prompt, answer = ids[:at], ids[at:]
+    assert "".join(push_all(answer, [], DECODERS["fallback"], [begin, *prompt])[0]) == " fox jumps"
+    assert "".join(push_all(answer, [], DECODERS["fallback"], [begin])[0]) == "fox jumps"
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, LLAMA])
+def test_a_character_of_several_tokens_comes_at_once(tokenizer):
+    """Also after others of the kind, which byte fallback would spoil while the next is not whole."""
+    ids = tokenizer.encode("🧭🧭🧭").ids
+    pieces, _ = push_all(ids, [], TextDecoder(tokenizer))
+    assert [p for p in pieces if p] == ["🧭", "🧭", "🧭"]
+    assert len(ids) > 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Safetensors files in Hugging Face's layout, read tensor by tensor and written a group of tensors at a time."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhmoe_ray.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Stored:
+    """The tensors of a folder, by name. Nothing is read but headers until `read`."""
+
+    def __init__(self, folder: Path, files: dict[str, Any]) -> None:
+        """Args:
+        folder: for messages.
+        files: open safetensors files by name.
+
+        Raises:
+            CheckpointError: a tensor is in two files.
+        """
+        self._folder, self._files = folder, files
+        self._file_of: dict[str, str] = {}
+        for file, opened in files.items():
+            for name in opened.keys():  # noqa: SIM118  # it is no dict
+                if name in self._file_of:
+                    why = f"{name} is both in {self._file_of[name]} and in {file}"
+                    raise CheckpointError(f"folder {folder}", why, "remove the file that does not belong to it")
+                self._file_of[name] = file
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises:
+        CheckpointError: its numbers are not floats of 16 to 64 bits.
+        """
+        found = self._slice(name).get_dtype()
+        if found not in DTYPES:
+            why = f"{name} is stored as {found}, and only {', '.join(DTYPES)} are understood"
+            raise CheckpointError(f"folder {self._folder}", why, "use weights that are not quantised")
+        return DTYPES[found]
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._file_of[name]].get_slice(name)
+
+
+@contextmanager
+def open_stored(folder: Path) -> Iterator[Stored]:
+    """The weights of a folder: one file, or those that its index names.
+
+    Raises:
+        CheckpointError: there are none, a file of the index is missing, or one is damaged.
+    """
+    what, fix = f"folder {folder}", "get the folder again"
+    with ExitStack() as stack:
+        files = {}
+        for name in _file_names(folder):
+            try:
+                files[name] = stack.enter_context(safe_open(str(folder / name), framework="pt"))
+            except OSError as e:
+                raise CheckpointError(what, f"{name} cannot be read: {e.strerror or 'it is not there'}", fix) from e
+            except SafetensorError as e:
+                raise CheckpointError(what, f"{name} is damaged or no safetensors file ({e})", fix) from e
+        yield Stored(folder, files)
+
+
+def _file_names(folder: Path) -> list[str]:
+    what = f"folder {folder}"
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise CheckpointError(what, f"its {INDEX} is damaged", "get the folder again") from e
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(what, f"its {INDEX} names files outside of it", "get the folder again")
+        return names
+    pickle = next((p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))), None)
+    if pickle:
+        why = f"its weights ({pickle}) are pickles, which run code when they are read; only safetensors are"
+        raise CheckpointError(what, why, "get its safetensors files, or save it anew with save_pretrained")
+    raise CheckpointError(what, f"it has neither {SINGLE} nor {INDEX}", "name a folder with a model in safetensors")
+
+
+def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -> dict[str, str]:
+    """Write each group to a file of its own, one after the other, so that no two are in memory.
+
+    Args:
+        folder: exists.
+        groups: made one at a time.
+        count: how many there are.
+
+    Returns:
+        The file of each tensor.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as e:  # its own name for a full disk
+            raise OSError(str(e)) from e
+        weight_map |= dict.fromkeys(tensors, file)
+        del tensors  # before the next group is made
+    return weight_map

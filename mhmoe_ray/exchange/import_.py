@@ -1,0 +1,116 @@
+"""A folder in Hugging Face's layout to a run directory that can be served and exported."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.errors import CheckpointError, SpecError
+from mhmoe_ray.exchange.config import read_config
+from mhmoe_ray.exchange.files import Stored, open_stored, write_files
+from mhmoe_ray.exchange.names import Entry, entries
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir, new_directory
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.state import mark_imported
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.run import NAME
+
+
+def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | None) -> RunDir:
+    """Make a run of a model that was trained elsewhere; one layer at a time is in memory, in the dtype it is stored in.
+
+    Args:
+        source: with config.json, tokenizer.json and safetensors.
+        name: of the run, before its suffix; by default the folder's.
+        storage: folder for the run directory.
+        seq_len: tokens that prompt and answer may have together; by default as many as the model was made for.
+
+    Raises:
+        CheckpointError: the folder lacks something, or holds a model that we do not compute.
+        DataError: its tokenizer does not fit.
+        SpecError: the name will not do, or the storage folder cannot be written.
+    """
+    name = _name(source, name)
+    kind, config = read_config(source, seq_len)
+    tokenizer = source / "tokenizer.json"
+    if not tokenizer.is_file():
+        why = "it has no tokenizer.json, which serving needs"
+        raise CheckpointError(f"folder {source}", why, "add the one the model was trained with")
+    load_tokenizer(tokenizer, config.model.vocab_size)
+    with open_stored(source) as stored:
+        groups = entries(config.model)
+        _check_tensors(source, stored, groups)
+        run = new_directory(storage.absolute(), name)
+        try:
+            shutil.copyfile(tokenizer, run.tokenizer_file)
+            checkpoint = run.checkpoints / checkpoint_name(0, 0)
+            (checkpoint / "weights").mkdir(parents=True)
+            write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
+            commit(checkpoint, _manifest(run, checkpoint, config.model, config.seq_len))
+        except BaseException as e:
+            shutil.rmtree(run.path, ignore_errors=True)
+            if isinstance(e, OSError):
+                why, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
+                raise SpecError(f"storage {storage}", why, fix) from e
+            raise
+    events.record(run, "imported", source=str(source.absolute()), model_type=kind, step=0, name=checkpoint.name)
+    mark_imported(run)
+    return run
+
+
+def _name(source: Path, name: str | None) -> str:
+    if name is None:
+        return re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:41].strip("-") or "imported"
+    if not re.fullmatch(NAME, name):
+        why = "it is not made of lower-case letters, digits and dashes, 41 at most"
+        raise SpecError(f"name {name}", why, "choose another --name")
+    return name
+
+
+def _check_tensors(source: Path, stored: Stored, groups: list[list[Entry]]) -> None:
+    """Every tensor of the model is there, in its shape and a float, and no other."""
+    every = [entry for group in groups for entry in group]
+    shapes = {name: shape for entry in every for name, shape in entry.shapes.items()}
+    wrong = [
+        *(f"{name} is missing" for name in sorted(shapes.keys() - stored.names)),
+        *(f"{name} does not belong to such a model" for name in sorted(stored.names - shapes.keys())),
+        *(
+            f"{name} has shape {stored.shape(name)}, not {shapes[name]}"
+            for name in sorted(shapes.keys() & stored.names)
+            if stored.shape(name) != shapes[name]
+        ),
+    ]
+    wrong = wrong or [
+        f"{entry.theirs[0]} and its like differ in dtype"
+        for entry in every
+        if len({stored.dtype(name) for name in entry.theirs}) > 1
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more such tensors)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"folder {source}", wrong[0] + more, "its weights must be those its config.json tells of")
+
+
+def _joined(stored: Stored, groups: list[list[Entry]]) -> Iterator[dict[str, Tensor]]:
+    for group in groups:
+        yield {entry.ours: entry.join([stored.read(name) for name in entry.theirs]) for entry in group}
+
+
+def _manifest(run: RunDir, checkpoint: Path, model: ModelSpec, seq_len: int) -> Manifest:
+    files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
+    return Manifest(
+        step=0,
+        tokens=0,
+        position=0,
+        seed=None,
+        world=1,
+        ep=1,
+        model=model,
+        seq_len=seq_len,
+        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
+        data_sha256=None,
+        files=files,
+    )

@@ -1,0 +1,144 @@
+"""What each tensor of a checkpoint is called in an exported folder: one table, read in both directions.
+
+Where Hugging Face's Mixtral checkpoints have the tensor, the name is theirs. Where they lack it, it is a name of the
+same manner, and the field's own where there is one (torchscale's for the subln backbone and X-MoE's router, DeepSeek's
+for the selection bias). Shapes are the model's own, but for two splits that a placeholder on the right asks for:
+
+    {qkv}   rows of queries, keys and values, which the model keeps in one matrix (and one bias)
+    {e}     one expert each by its global id, which the model keeps stacked along a first dimension
+
+The others stand for the same text on both sides: {i} a layer, {p} weight or bias, {n} the place of a linear layer among
+those of a projection with several (0, 2, 4: ReLUs lie between).
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import ModelSpec
+
+# fmt: off
+TABLE: tuple[tuple[str, str], ...] = (
+    # in a run's checkpoint                       in an exported folder
+    ("embedding.weight",                          "model.embed_tokens.weight"),
+    ("norm.{p}",                                  "model.norm.{p}"),
+    ("output.weight",                             "lm_head.weight"),
+
+    ("blocks.{i}.attention_norm.{p}",             "model.layers.{i}.input_layernorm.{p}"),
+    ("blocks.{i}.attention.qkv.{p}",              "model.layers.{i}.self_attn.{qkv}_proj.{p}"),
+    ("blocks.{i}.attention.inner_norm.{p}",       "model.layers.{i}.self_attn.inner_attn_ln.{p}"),
+    ("blocks.{i}.attention.out.{p}",              "model.layers.{i}.self_attn.o_proj.{p}"),
+    ("blocks.{i}.ffn_norm.{p}",                   "model.layers.{i}.post_attention_layernorm.{p}"),
+
+    ("blocks.{i}.ffn.gate_FD",                    "model.layers.{i}.mlp.gate_proj.weight"),
+    ("blocks.{i}.ffn.up_FD",                      "model.layers.{i}.mlp.up_proj.weight"),
+    ("blocks.{i}.ffn.down_DF",                    "model.layers.{i}.mlp.down_proj.weight"),
+    ("blocks.{i}.ffn.fc1_FD",                     "model.layers.{i}.mlp.fc1.weight"),
+    ("blocks.{i}.ffn.fc1_bias_F",                 "model.layers.{i}.mlp.fc1.bias"),
+    ("blocks.{i}.ffn.norm_weight_F",              "model.layers.{i}.mlp.ffn_layernorm.weight"),
+    ("blocks.{i}.ffn.norm_bias_F",                "model.layers.{i}.mlp.ffn_layernorm.bias"),
+    ("blocks.{i}.ffn.fc2_DF",                     "model.layers.{i}.mlp.fc2.weight"),
+    ("blocks.{i}.ffn.fc2_bias_D",                 "model.layers.{i}.mlp.fc2.bias"),
+
+    ("blocks.{i}.moe.head.{p}",                   "model.layers.{i}.block_sparse_moe.head_proj.{p}"),
+    ("blocks.{i}.moe.head.{n}.{p}",               "model.layers.{i}.block_sparse_moe.head_proj.{n}.{p}"),
+    ("blocks.{i}.moe.merge.{p}",                  "model.layers.{i}.block_sparse_moe.merge_proj.{p}"),
+    ("blocks.{i}.moe.merge.{n}.{p}",              "model.layers.{i}.block_sparse_moe.merge_proj.{n}.{p}"),
+
+    ("blocks.{i}.moe.router.scores.weight_ED",    "model.layers.{i}.block_sparse_moe.gate.weight"),
+    ("blocks.{i}.moe.router.scores.reduce_QD",    "model.layers.{i}.block_sparse_moe.gate.wg_reduction.weight"),
+    ("blocks.{i}.moe.router.scores.expert_EQ",    "model.layers.{i}.block_sparse_moe.gate.wg"),
+    ("blocks.{i}.moe.router.scores.temperature",  "model.layers.{i}.block_sparse_moe.gate.temperature"),
+    ("blocks.{i}.moe.router.bias_E",              "model.layers.{i}.block_sparse_moe.gate.e_score_correction_bias"),
+
+    ("blocks.{i}.moe.experts.gate_EFD",           "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"),
+    ("blocks.{i}.moe.experts.up_EFD",             "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight"),
+    ("blocks.{i}.moe.experts.down_EDF",           "model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight"),
+    ("blocks.{i}.moe.experts.fc1_EFD",            "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.weight"),
+    ("blocks.{i}.moe.experts.fc1_bias_EF",        "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.bias"),
+    ("blocks.{i}.moe.experts.norm_weight_EF",     "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.weight"),
+    ("blocks.{i}.moe.experts.norm_bias_EF",       "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.bias"),
+    ("blocks.{i}.moe.experts.fc2_EDF",            "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.weight"),
+    ("blocks.{i}.moe.experts.fc2_bias_ED",        "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.bias"),
+
+    ("blocks.{i}.moe.shared.gate_FD",             "model.layers.{i}.block_sparse_moe.shared_expert.gate_proj.weight"),
+    ("blocks.{i}.moe.shared.up_FD",               "model.layers.{i}.block_sparse_moe.shared_expert.up_proj.weight"),
+    ("blocks.{i}.moe.shared.down_DF",             "model.layers.{i}.block_sparse_moe.shared_expert.down_proj.weight"),
+    ("blocks.{i}.moe.shared.fc1_FD",              "model.layers.{i}.block_sparse_moe.shared_expert.fc1.weight"),
+    ("blocks.{i}.moe.shared.fc1_bias_F",          "model.layers.{i}.block_sparse_moe.shared_expert.fc1.bias"),
+    ("blocks.{i}.moe.shared.norm_weight_F",     "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.weight"),
+    ("blocks.{i}.moe.shared.norm_bias_F",         "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.bias"),
+    ("blocks.{i}.moe.shared.fc2_DF",              "model.layers.{i}.block_sparse_moe.shared_expert.fc2.weight"),
+    ("blocks.{i}.moe.shared.fc2_bias_D",          "model.layers.{i}.block_sparse_moe.shared_expert.fc2.bias"),
+)
+# fmt: on
+
+_FIELDS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias)"}
+
+
+class Entry(NamedTuple):
+    """One tensor of the model and the exported tensors that it is made of, in order."""
+
+    ours: str
+    shape: tuple[int, ...]
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...]
+    """How many rows each exported tensor has; empty for one that is the whole tensor, as it is."""
+    stacked: bool
+    """Exported tensors have the first dimension no more: each is one index of it."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the exported tensors, by name."""
+        if self.stacked:
+            return dict.fromkeys(self.theirs, self.shape[1:])
+        if not self.rows:
+            return {self.theirs[0]: self.shape}
+        return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The exported tensors, as views."""
+        parts: tuple[Tensor, ...] = (tensor,)
+        if self.stacked:
+            parts = tensor.unbind()
+        elif self.rows:
+            parts = torch.split(tensor, list(self.rows))
+        return dict(zip(self.theirs, parts, strict=True))
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The model's tensor of the exported ones, in the order of `theirs`."""
+        if self.stacked:
+            return torch.stack(parts)
+        return torch.cat(parts) if self.rows else parts[0]
+
+
+def entries(spec: ModelSpec) -> list[list[Entry]]:
+    """All tensors of a model, in groups: those outside the layers, then those of each layer."""
+    with torch.device("meta"):
+        model = Decoder(spec)
+    groups: list[list[Entry]] = [[] for _ in range(1 + spec.layers)]
+    for name, tensor in model.tensors().items():
+        _, block, rest = name.partition("blocks.")
+        groups[1 + int(rest.split(".")[0]) if block else 0].append(_entry(spec, name, tuple(tensor.shape)))
+    return groups
+
+
+def _entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> Entry:
+    [(found, pattern)] = [(match, theirs) for ours, theirs in _PATTERNS if (match := ours.fullmatch(name))]
+    fields = found.groupdict()
+    if "{qkv}" in pattern:
+        rows = tuple(heads * spec.head_width for heads in (spec.attention_heads, spec.n_kv_heads, spec.n_kv_heads))
+        return Entry(name, shape, tuple(pattern.format(qkv=part, **fields) for part in "qkv"), rows, False)
+    if "{e}" in pattern:
+        return Entry(name, shape, tuple(pattern.format(e=e, **fields) for e in range(shape[0])), (), True)
+    return Entry(name, shape, (pattern.format(**fields),), (), False)
+
+
+def _compiled(ours: str) -> re.Pattern[str]:
+    return re.compile("".join(_FIELDS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", ours)))
+
+
+_PATTERNS = [(_compiled(ours), theirs) for ours, theirs in TABLE]

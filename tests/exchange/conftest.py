@@ -1,0 +1,105 @@
+"""Runs with checkpoints as training writes them, and folders as transformers writes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.state import Attempt, add_attempt
+from mhmoe_ray.runs.tensors import save_tensors
+from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.llama_tokenizer import llama_tokenizer
+from tests.specs import tiny_spec
+
+SEQ_LEN = 64
+TEXT = ["the quick brown fox jumps over the lazy dog", "the dog sleeps and the fox runs over the hill"] * 4
+SIZES = {"vocab_size": 320, "d_model": 32, "layers": 2, "attention_heads": 4, "d_ff": 48}
+MIXTRAL = ModelSpec(
+    **SIZES,
+    kv_heads=2,
+    tied_embeddings=False,
+    rope_theta=1e6,
+    moe=MoESpec(heads=1, experts=4, d_expert=24, every=1, normalize_gates=True, z_weight=0.1, jitter=0.01),
+)
+EVERYTHING = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
+MODELS = {
+    "llama": ModelSpec(**SIZES, kv_heads=2, moe=MoESpec(**EVERYTHING, sub_token_residual=True)),
+    "xmoe": ModelSpec(**SIZES, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe", router_dim=5)),
+    "torchscale": ModelSpec(**SIZES, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe_torchscale", heads=4)),
+    "dense": ModelSpec(**SIZES, tied_embeddings=False),
+    "dense-subln": ModelSpec(**SIZES, backbone="subln"),
+    "mixtral": MIXTRAL,
+}
+
+
+def random_model(spec: ModelSpec) -> Decoder:
+    """With biases and norms that are not all alike, so that a wrong name shows."""
+    model = Decoder(spec).requires_grad_(False).eval()
+    init_weights(model, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for tensor in model.tensors().values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def make_run(folder: Path, spec: ModelSpec) -> RunDir:
+    """A run that has trained to step 7, below folder/runs."""
+    run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": SEQ_LEN}))
+    add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
+    llama_tokenizer(TEXT, spec.vocab_size).save(str(run.tokenizer_file))
+    checkpoint = run.checkpoints / checkpoint_name(7, 1)
+    checkpoint.mkdir()
+    save_tensors(checkpoint / "weights", random_model(spec).tensors())
+    manifest = Manifest(
+        step=7,
+        tokens=448,
+        position=7,
+        seed=3,
+        world=1,
+        ep=1,
+        model=spec,
+        seq_len=SEQ_LEN,
+        tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
+        data_sha256="0" * 64,
+        files={str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")},
+    )
+    commit(checkpoint, manifest)
+    events.record(run, "checkpoint", step=7, name=checkpoint.name)
+    events.record(run, "finished", step=7)
+    return run
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory):
+    """A Mixtral of transformers with random weights, float32."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=SEQ_LEN,
+        initializer_range=0.2,  # far from uniform, so that a wrong weight shows
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def save_mixtral(model, folder: Path, **options) -> Path:
+    model.save_pretrained(folder, **options)
+    llama_tokenizer(TEXT, model.config.vocab_size).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def mixtral_folder(mixtral, tmp_path) -> Path:
+    return save_mixtral(mixtral, tmp_path / "Mixtral-8x0.1")

@@ -1,0 +1,303 @@
+"""Round trips between runs and exported folders, and with transformers as the oracle."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from mhmoe_ray.errors import CheckpointError, MhmoeError
+from mhmoe_ray.exchange.export import export
+from mhmoe_ray.exchange.import_ import import_folder
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir, find_run
+from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.serve.engine import Engine
+from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.serve.sampling import Sampling
+from tests.ranks import run_ranks
+
+from .conftest import MIXTRAL, MODELS, SEQ_LEN, make_run, random_model, save_mixtral
+
+TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def exported(run: RunDir, to):
+    checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
+    return export(checkpoint, manifest, to)
+
+
+def tensors_of(folder):
+    return {p.name: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+@torch.no_grad()
+def our_logits(run: RunDir) -> torch.Tensor:
+    model, _ = load_model(newest_checkpoint(run, ("weights",))[0])
+    return model(TOKENS).logits_BTV
+
+
+@torch.no_grad()
+def their_logits(model) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_export_import_export_is_the_same_to_the_bit(tmp_path, kind):
+    first = make_run(tmp_path, MODELS[kind])
+    done = exported(first, tmp_path / "one")
+    second = import_folder(tmp_path / "one", "again", tmp_path / "runs", None)
+    exported(second, tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    before, after = (newest_checkpoint(run, ("weights",))[1] for run in (first, second))
+    assert (after.model, after.seq_len, after.tokenizer_sha256) == (before.model, SEQ_LEN, before.tokenizer_sha256)
+    assert torch.equal(our_logits(first), our_logits(second))
+    files = tensors_of(tmp_path / "one")
+    assert len(files) == 1 + MODELS[kind].layers
+    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(t.nbytes for tensors in files.values() for t in tensors.values())
+    assert index["metadata"]["total_size"] == done.bytes == total
+    assert done.tensors == len(index["weight_map"])
+    assert done.model_type == ("mixtral" if kind == "mixtral" else "mhmoe")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_of_mixtrals_shape_loads_in_transformers_as_it_lies(tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(tmp_path, MIXTRAL.model_copy(update={"tied_embeddings": tied}))
+    exported(run, tmp_path / "out")
+    model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.max_position_embeddings == SEQ_LEN
+    assert model.config.eos_token_id == [1, 2]
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(our_logits(run), their_logits(model.eval()), rtol=0, atol=1e-4)
+
+
+def test_what_transformers_saves_of_an_export_comes_back(tmp_path):
+    """Its config.json then has our section and their fields, written anew."""
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(tmp_path, MIXTRAL)
+    exported(run, tmp_path / "out")
+    save_mixtral(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "theirs")
+    again = import_folder(tmp_path / "theirs", None, tmp_path / "runs", None)
+    manifest = newest_checkpoint(again, ("weights",))[1]
+    assert manifest.model == MIXTRAL
+    assert torch.equal(our_logits(run), our_logits(again))
+
+
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_a_mixtral_of_transformers_computes_the_same_here(tmp_path, mixtral, shard):
+    folder = save_mixtral(mixtral, tmp_path / "Mixtral-8x0.1", max_shard_size=shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    run = import_folder(folder, None, tmp_path / "runs", None)
+    assert run.id.startswith("mixtral-8x0-1-")
+    manifest = newest_checkpoint(run, ("weights",))[1]
+    assert (manifest.step, manifest.seed, manifest.data_sha256, manifest.seq_len) == (0, None, None, SEQ_LEN)
+    expected = their_logits(mixtral)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(our_logits(run), expected, rtol=0, atol=1e-4)
+    moe = manifest.model.moe
+    assert (moe.balance_weight * 3 / 2, moe.balance_choices) == (pytest.approx(0.001), "all")
+
+
+def test_the_engine_answers_as_transformers_does(tmp_path, mixtral, mixtral_folder):
+    run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    engine = Engine.from_checkpoint(newest_checkpoint(run, ("weights",))[0])
+    for prompt in ("the quick brown", "", "fox 日本 🦊"):
+        ids = engine.encode(prompt)
+        assert ids[0] == 1
+        answer = list(engine.generate(ids, Sampling(24, temperature=0)))
+        known = engine.tokenizer.get_vocab_size()
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 0}
+        options |= {"suppress_tokens": list(range(known, 320))}
+        theirs = mixtral.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        expected = theirs[0, len(ids) :].tolist()
+        assert answer == [token for token in expected if token not in (1, 2)]
+        assert len(set(answer)) > 3
+        pieces = engine.complete(ids, Sampling(24, temperature=0))
+        whole = engine.tokenizer.decode([*ids, *answer])
+        if "\ufffd" not in whole:
+            assert prompt + "".join(p.text for p in pieces) == whole
+
+
+def test_bfloat16_stays_bfloat16_on_disk(tmp_path, mixtral):
+    from transformers import AutoModelForCausalLM
+
+    folder = save_mixtral(copy.deepcopy(mixtral).to(torch.bfloat16), tmp_path / "half")
+    run = import_folder(folder, "half", tmp_path / "runs", None)
+    weights = newest_checkpoint(run, ("weights",))[0] / "weights"
+    stored = [t for tensors in tensors_of(weights).values() for t in tensors.values()]
+    assert {t.dtype for t in stored} == {torch.bfloat16}
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(our_logits(run), their_logits(whole), rtol=0, atol=1e-4)
+    exported(run, tmp_path / "out")
+    theirs = {k: t for tensors in tensors_of(folder).values() for k, t in tensors.items()}
+    ours = {k: t for tensors in tensors_of(tmp_path / "out").values() for k, t in tensors.items()}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def _load_spread(checkpoint):
+    """On one of two ranks, each with half of the experts: what it holds after loading."""
+    import torch.distributed as dist
+
+    mesh, spec = init_device_mesh("cpu", (2,)), read_manifest(checkpoint).model
+    half = spec.moe.experts // 2
+    model = Decoder(spec, range(half * dist.get_rank(), half * (dist.get_rank() + 1)))
+    into = {
+        name: DTensor.from_local(t, mesh, [Shard(0)]) if ".experts." in name else t
+        for name, t in model.tensors().items()
+    }
+    load_tensors(checkpoint / "weights", into)
+    return model.tensors()
+
+
+def test_imported_weights_load_where_experts_are_spread(tmp_path, mixtral_folder):
+    run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    checkpoint = newest_checkpoint(run, ("weights",))[0]
+    whole = load_model(checkpoint)[0].tensors()
+    first, second = run_ranks(2, _load_spread, checkpoint)
+    for name, tensor in whole.items():
+        halves = torch.cat([first[name], second[name]]) if ".experts." in name else first[name]
+        assert torch.equal(halves, tensor), name
+
+
+def test_an_imported_run_is_a_run(tmp_path, mixtral_folder):
+    run = import_folder(mixtral_folder, "mine", tmp_path / "runs", 32)
+    assert find_run(None, tmp_path / "runs") == run
+    assert events.state(events.events(run)) == "imported"
+    assert run.is_imported
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    assert not run.spec_file.exists()
+    assert newest_checkpoint(run)[1].seq_len == 32
+
+
+def edit_config(**fields):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
+def edit_tensors(edit):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def as_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lacks_a_shard(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+GATE = "model.layers.1.block_sparse_moe.gate.weight"
+QUERIES = "model.layers.1.self_attn.q_proj.weight"
+SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (edit_config(head_dim=16), "head_dim is 16"),
+        (edit_config(rope_parameters=SCALED), r"positions are scaled \(yarn\)"),
+        (edit_config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear"}), r"scaled \(linear\)"),
+        (edit_config(rope_parameters=None), "rope_theta: Field required"),
+        (edit_config(attention_bias=True), "attention_bias"),
+        (edit_config(hidden_act="gelu"), "hidden_act is gelu"),
+        (edit_config(model_type="llama"), "model_type is llama"),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+        (edit_config(num_experts_per_tok=1), "normalize_gates makes the only weight"),
+        (edit_config(num_experts_per_tok=9), "top_k is 9"),
+        (edit_config(hidden_size="wide"), "hidden_size: Input should be a valid integer"),
+        (edit_config(num_local_experts=3), r"experts\.3\.w\d\.weight does not belong to such a model \(and \d+ more"),
+        (edit_config(num_hidden_layers=4), r"model\.layers\.3\.\S+ is missing \(and \d+ more"),
+        (edit_config(intermediate_size=40), r"w1\.weight has shape \(48, 32\), not \(40, 32\)"),
+        (edit_config(vocab_size=280), r"it has \d+ entries; use one of at most model.vocab_size \(280\)"),
+        (edit_tensors(lambda t: t.pop(GATE)), f"{GATE} is missing; "),
+        (edit_tensors(lambda t: t.update(x=torch.ones(1))), "x does not belong to such a model; "),
+        (edit_tensors(lambda t: t.update({GATE: t[GATE].to(torch.int8)})), "stored as I8"),
+        (
+            edit_tensors(lambda t: t.update({QUERIES: t[QUERIES].half()})),
+            "and its like differ in dtype",
+        ),
+        (as_pickle, r"pytorch_model\.bin\) are pickles"),
+        (lacks_a_shard, "model-00001-of-00002.safetensors cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged or no safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("["), "config.json is damaged"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(tmp_path, mixtral_folder, spoil, reason):
+    spoil(mixtral_folder)
+    with pytest.raises(MhmoeError, match=reason) as raised:
+        import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_a_sliding_window_is_no_limit_up_to_its_length(tmp_path, mixtral_folder):
+    edit_config(sliding_window=16)(mixtral_folder)
+    run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert newest_checkpoint(run)[1].seq_len == 16
+    with pytest.raises(CheckpointError, match="made for 16 tokens at once; choose a --seq-len up to that, not 17"):
+        import_folder(mixtral_folder, None, tmp_path / "runs", 17)
+
+
+def test_a_config_of_two_minds_is_refused(tmp_path):
+    exported(make_run(tmp_path, MIXTRAL), tmp_path / "out")
+    edit_config(rms_norm_eps=1e-6)(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"section mhmoe of its config\.json is not the model that the other"):
+        import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+
+
+def test_an_export_never_writes_into_what_is_there(tmp_path):
+    run = make_run(tmp_path, MODELS["dense"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(CheckpointError, match="it is not empty"):
+        exported(run, tmp_path / "full")
+    with pytest.raises(CheckpointError, match="name a folder you can write"):
+        exported(run, tmp_path / "full" / "x" / "y")
+    (tmp_path / "empty").mkdir()
+    exported(run, tmp_path / "empty")
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "full", "empty"}
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    run = make_run(tmp_path, MODELS["dense"])
+    checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
+    deeper = manifest.model_copy(update={"model": manifest.model.model_copy(update={"layers": 3})})
+    with pytest.raises(CheckpointError, match=r"blocks\.2\.\S+ is not in it"):
+        export(checkpoint, deeper, tmp_path / "out")
+    shutil.rmtree(run.path)
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+
+
+def test_random_models_are_all_different_inside():
+    """What the round trips rest on: no two tensors of one shape are alike."""
+    tensors = list(random_model(MODELS["xmoe"]).tensors().values())
+    for i, a in enumerate(tensors):
+        assert not any(a.shape == b.shape and torch.equal(a, b) for b in tensors[:i])

@@ -1,0 +1,79 @@
+import re
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhmoe_ray.exchange.names import TABLE, entries
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+from .conftest import MODELS
+
+
+@st.composite
+def models(draw) -> ModelSpec:
+    """Small models of every kind."""
+    backbone = draw(st.sampled_from(["llama", "subln"]))
+    heads = draw(st.sampled_from([1, 2, 4]))
+    head, merge = draw(st.tuples(*[st.none() | st.booleans()] * 2))
+    projected = (heads > 1 if head is None else head) or (heads > 1 if merge is None else merge)
+    layers = draw(st.integers(1, 3))
+    moe = MoESpec(
+        heads=heads,
+        experts=draw(st.integers(2, 12)),
+        d_expert=draw(st.integers(1, 6)),
+        every=draw(st.integers(1, layers)),
+        head_projection=head,
+        merge_projection=merge,
+        projection_layers=draw(st.integers(1, 3)) if projected else 1,
+        d_shared=draw(st.integers(0, 3)),
+        router=draw(st.sampled_from(["linear", "xmoe", "xmoe_torchscale"])),
+        bias_rate=draw(st.sampled_from([0.0, 0.1])),
+    )
+    return ModelSpec(
+        backbone=backbone,
+        vocab_size=7,
+        d_model=16,
+        layers=layers,
+        attention_heads=4,
+        kv_heads=draw(st.sampled_from([None, 1, 2])) if backbone == "llama" else None,
+        d_ff=draw(st.integers(1, 5)),
+        tied_embeddings=draw(st.booleans()),
+        moe=draw(st.sampled_from([moe, moe, None])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(models())
+def test_every_tensor_is_exported_once_and_comes_back(spec):
+    tensors = Decoder(spec).tensors()
+    for tensor in tensors.values():
+        torch.nn.init.normal_(tensor)
+    every = [entry for group in entries(spec) for entry in group]
+    assert [e.ours for e in every] == sorted({e.ours for e in every}, key=[e.ours for e in every].index)
+    assert {e.ours: e.shape for e in every} == {name: tuple(t.shape) for name, t in tensors.items()}
+    names = [name for entry in every for name in entry.theirs]
+    assert len(names) == len(set(names))
+    assert sum(part.numel() for e in every for part in e.split(tensors[e.ours]).values()) == sum(
+        t.numel() for t in tensors.values()
+    )
+    for entry in every:
+        parts = entry.split(tensors[entry.ours])
+        assert {name: tuple(part.shape) for name, part in parts.items()} == entry.shapes
+        assert torch.equal(entry.join(list(parts.values())), tensors[entry.ours])
+
+
+def test_every_row_of_the_table_is_used_by_some_model():
+    specs = [*MODELS.values(), *(m.model_copy(update={"moe": MoESpec(d_expert=4)}) for m in MODELS.values())]
+    used = {name for spec in specs for group in entries(spec) for entry in group for name in (entry.ours,)}
+    for ours, _ in TABLE:
+        pattern = re.escape(ours).replace(r"\{i\}", r"\d").replace(r"\{n\}", r"\d").replace(r"\{p\}", r"\w+")
+        assert any(re.fullmatch(pattern, name) for name in used), ours
+
+
+def test_layers_are_apart():
+    groups = entries(MODELS["llama"])
+    assert len(groups) == 1 + MODELS["llama"].layers
+    for layer, group in enumerate(groups[1:]):
+        assert all(name.startswith(f"model.layers.{layer}.") for entry in group for name in entry.theirs)
