@@ -104,7 +104,6 @@ class MixtralConfig(BaseModel):
             layers=self.num_hidden_layers,
             attention_heads=self.num_attention_heads,
             kv_heads=self.num_key_value_heads,
-            d_ff=self.intermediate_size,
             tied_embeddings=self.tie_word_embeddings,
             rope_theta=self.rope_theta,
             norm_eps=self.rms_norm_eps,

@@ -51,7 +51,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("blocks.{i}.moe.router.scores.weight_ED",    "model.layers.{i}.block_sparse_moe.gate.weight"),
     ("blocks.{i}.moe.router.scores.reduce_QD",    "model.layers.{i}.block_sparse_moe.gate.wg_reduction.weight"),
     ("blocks.{i}.moe.router.scores.expert_EQ",    "model.layers.{i}.block_sparse_moe.gate.wg"),
-    ("blocks.{i}.moe.router.scores.temperature",  "model.layers.{i}.block_sparse_moe.gate.temperature"),
+    ("blocks.{i}.moe.router.scores.log_temperature", "model.layers.{i}.block_sparse_moe.gate.log_temperature"),
     ("blocks.{i}.moe.router.bias_E",              "model.layers.{i}.block_sparse_moe.gate.e_score_correction_bias"),
 
     ("blocks.{i}.moe.experts.gate_EFD",           "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"),

@@ -7,7 +7,7 @@ from mhmoe_ray.data.order import DECK, Order
 mixtures = st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 1)), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), mixture=mixtures, start=st.integers(0, 10**12), length=st.integers(1, 500))
 def test_any_stretch_is_the_same_however_it_is_asked_for(seed, mixture, start, length):
     order = Order(seed, *zip(*mixture, strict=True))
@@ -19,7 +19,7 @@ def test_any_stretch_is_the_same_however_it_is_asked_for(seed, mixture, start, l
     assert np.array_equal(order(position[shuffled])[1], sample[shuffled])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), mixture=mixtures)
 def test_each_epoch_of_a_domain_reads_each_sample_once(seed, mixture):
     order = Order(seed, *zip(*mixture, strict=True))
@@ -30,7 +30,7 @@ def test_each_epoch_of_a_domain_reads_each_sample_once(seed, mixture):
             assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), mixture=mixtures)
 def test_shares_hold_at_every_prefix(seed, mixture):
     samples, shares = zip(*mixture, strict=True)

@@ -9,7 +9,7 @@ from mhmoe_ray.data.pack import pack, pack_validation
 from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 60), max_size=5), seq_len=st.integers(1, 9), token_bytes=st.sampled_from([2, 4]))
 def test_packing_makes_each_token_but_the_first_a_target_once(tmp_path_factory, lengths, seq_len, token_bytes):
     folder = tmp_path_factory.mktemp("pack")

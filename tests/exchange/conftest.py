@@ -18,7 +18,8 @@ from tests.specs import tiny_spec
 
 SEQ_LEN = 64
 TEXT = ["the quick brown fox jumps over the lazy dog", "the dog sleeps and the fox runs over the hill"] * 4
-SIZES = {"vocab_size": 320, "d_model": 32, "layers": 2, "attention_heads": 4, "d_ff": 48}
+SIZES = {"vocab_size": 320, "d_model": 32, "layers": 2, "attention_heads": 4}
+DENSE = {**SIZES, "d_ff": 48}
 MIXTRAL = ModelSpec(
     **SIZES,
     kv_heads=2,
@@ -28,11 +29,11 @@ MIXTRAL = ModelSpec(
 )
 EVERYTHING = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}
 MODELS = {
-    "llama": ModelSpec(**SIZES, kv_heads=2, moe=MoESpec(**EVERYTHING, sub_token_residual=True)),
-    "xmoe": ModelSpec(**SIZES, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe", router_dim=5)),
-    "torchscale": ModelSpec(**SIZES, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe_torchscale", heads=4)),
-    "dense": ModelSpec(**SIZES, tied_embeddings=False),
-    "dense-subln": ModelSpec(**SIZES, backbone="subln"),
+    "llama": ModelSpec(**DENSE, kv_heads=2, moe=MoESpec(**EVERYTHING, sub_token_residual=True)),
+    "xmoe": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe", router_dim=5)),
+    "torchscale": ModelSpec(**DENSE, backbone="subln", moe=MoESpec(**EVERYTHING, router="xmoe_torchscale", heads=4)),
+    "dense": ModelSpec(**DENSE, tied_embeddings=False),
+    "dense-subln": ModelSpec(**DENSE, backbone="subln"),
     "mixtral": MIXTRAL,
 }
 

@@ -35,7 +35,7 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(run_experts("reference", x, expert, gate, w), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32]),

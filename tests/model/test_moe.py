@@ -50,7 +50,7 @@ def by_the_equations(layer, moe, x_M):
     return y + expert(list(layer.shared.parameters()), x_M) if layer.shared else y
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 @torch.no_grad()
 def test_the_layer_is_the_equations(data):
@@ -60,7 +60,7 @@ def test_the_layer_is_the_equations(data):
     torch.testing.assert_close(y.flatten(0, 1), expected)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 @torch.no_grad()
 def test_dropped_routes_contribute_nothing_and_the_others_what_they_did(data):

@@ -187,7 +187,7 @@ def test_lower_precision_is_near_double(data, dtype):
     assert error < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data())
 @torch.no_grad()
 def test_a_decoder_without_drops_is_causal_and_keeps_sequences_apart(data):

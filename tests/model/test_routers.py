@@ -106,7 +106,7 @@ def test_torchscales_router_normalises_the_expert_side_only():
     torch.testing.assert_close(r(x).gate_NK, probability.topk(2).values)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(0, 30), experts=st.integers(1, 6), data=st.data())
 def test_capacity_gives_places_first_choices_first(n, experts, data):
     k = data.draw(st.integers(1, experts))

@@ -47,7 +47,7 @@ def test_the_first_papers_width_is_the_one_of_equal_parameters():
         assert abs(width - equal_parameter_width(heads, 32)) <= 3
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
     router=st.sampled_from(["linear", "xmoe", "xmoe_torchscale"]), backbone=st.sampled_from(["llama", "subln"]),
