@@ -15,7 +15,7 @@ _OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_A
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("house")  # a busy machine is no failure
+    hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("house")
     # Ray's job client passes ssl=None to aiohttp when it follows logs.
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")

@@ -66,7 +66,7 @@ def test_every_tensor_is_exported_once_and_comes_back(spec):
 
 
 def test_every_row_of_the_table_is_used_by_some_model():
-    specs = [*MODELS.values(), *(m.model_copy(update={"moe": MoESpec(d_expert=4)}) for m in MODELS.values())]
+    specs = [*MODELS.values(), *(m.model_copy(update={"moe": MoESpec(d_expert=4)}) for m in MODELS.values() if m.d_ff)]
     used = {name for spec in specs for group in entries(spec) for entry in group for name in (entry.ours,)}
     for ours, _ in TABLE:
         pattern = re.escape(ours).replace(r"\{i\}", r"\d").replace(r"\{n\}", r"\d").replace(r"\{p\}", r"\w+")
