@@ -8,13 +8,14 @@ Shape suffixes, here and in mhmoe_ray.model:
 """
 
 from mhmoe_kernels.permute import RoutePlan, combine, permute, plan_routes
-from mhmoe_kernels.seam import BACKENDS, run_experts
+from mhmoe_kernels.seam import BACKENDS, choose, run_experts
 from mhmoe_kernels.weights import ExpertWeights, gelu_subln, swiglu
 
 __all__ = [
     "BACKENDS",
     "ExpertWeights",
     "RoutePlan",
+    "choose",
     "combine",
     "gelu_subln",
     "permute",

@@ -1,30 +1,63 @@
 """The one seam: rows and their routes in, the experts' outputs combined per row out, differentiable both ways."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import grouped
 from mhmoe_kernels.reference import reference
 from mhmoe_kernels.weights import ExpertWeights
 
-Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped}
+def _anywhere(device: torch.device) -> None:
+    return None
 
 
-def run_experts(backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+class Backend(NamedTuple):
+    run: Callable[..., Tensor]
+    """(x_ND, expert_NK, gate_NK, weights) -> y_ND."""
+    why_not: Callable[[torch.device], str | None] = _anywhere
+    """Why it cannot run on this device here, in one line; None where it can."""
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference),
+    "grouped": Backend(grouped),
+    "capacity": Backend(capacity),
+}
+
+PREFERRED = {"cuda": ("triton", "grouped"), "cpu": ("grouped",)}
+"""For `auto`, by device: the first that can run."""
+
+
+def choose(name: str, device: torch.device) -> tuple[str, str | None]:
+    """The backend that `name`, which may be `auto`, means on this device; and why it cannot run there, if so."""
+    if name != "auto":
+        return name, BACKENDS[name].why_not(device)
+    able = (b for b in PREFERRED[device.type] if b in BACKENDS and BACKENDS[b].why_not(device) is None)
+    return next(able), None
+
+
+def run_experts(
+    backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, places: int | None = None
+) -> Tensor:
     """y_n = sum_k gate_nk * expert_{expert_nk}(x_n), for experts of any kind (P2, section 2.1).
 
     Args:
         backend: a key of `BACKENDS`.
         x_ND: rows.
         expert_NK: int64, the K different experts of each row, each in 0..E-1.
-        gate_NK: routing weights, in the dtype of x or float32.
+        gate_NK: routing weights, in the dtype of x or float32; 0 for a route that was dropped.
         weights: the E experts.
+        places: rows that an expert takes at most, where routing is static; only `capacity` needs to know.
 
     Returns:
-        y_ND in the dtype of x. Dropless: every route is computed. N may be 0, and experts may get no rows; both still
-        take part in the backward pass, which expert parallelism relies on.
+        y_ND in the dtype of x. Every route is computed, dropped ones with weight 0, but for `capacity`. N may be 0,
+        and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on.
     """
-    return BACKENDS[backend](x_ND, expert_NK, gate_NK, weights)
+    run = BACKENDS[backend].run
+    more = {"places": places} if backend == "capacity" else {}
+    return run(x_ND, expert_NK, gate_NK, weights, **more)

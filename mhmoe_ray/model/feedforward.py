@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import ExpertWeights, gelu_subln, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, choose, gelu_subln, run_experts, swiglu
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -67,10 +67,19 @@ class Experts(nn.Module):
             self.fc2_EDF = nn.Parameter(torch.empty(E, D, F))
             self.fc2_bias_ED = nn.Parameter(torch.empty(E, D))
 
-    def forward(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor) -> Tensor:
-        """Experts are numbered from 0 within those held here."""
+    def forward(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, places: int | None = None) -> Tensor:
+        """Experts are numbered from 0 within those held here.
+
+        Args:
+            x_ND, expert_NK, gate_NK: as `mhmoe_kernels.run_experts`.
+            places: rows that an expert takes at most; None where nothing is dropped, as in serving.
+        """
+        # Without a limit there is no static layout.
+        kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
+        backend, _ = choose(kernel, x_ND.device)
         x_ND, *stacked = _for_autocast(x_ND, tuple(self.parameters()))
-        return run_experts(self.kernel, x_ND, expert_NK, gate_NK, ExpertWeights(self.function, tuple(stacked)))
+        weights = ExpertWeights(self.function, tuple(stacked))
+        return run_experts(backend, x_ND, expert_NK, gate_NK, weights, places)
 
 
 def _for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

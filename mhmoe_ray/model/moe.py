@@ -28,7 +28,7 @@ Dispatch = Callable[[Tensor, Routing, Experts], Tensor]
 
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts are here."""
-    y_ND: Tensor = experts(x_ND, routing.expert_NK, routing.gate_NK)
+    y_ND: Tensor = experts(x_ND, routing.expert_NK, routing.gate_NK, routing.places)
     return y_ND
 
 
@@ -80,7 +80,7 @@ class MultiHeadMoE(nn.Module):
         # weighted after its dropout; the rows that experts see, and ranks exchange, are as many as before.
         top_k = routing.expert_NK.shape[1]
         x_RD = x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1)
-        gate_R1 = torch.ones_like(routing.gate_NK).view(-1, 1)
+        gate_R1 = (routing.gate_NK != 0).to(routing.gate_NK).view(-1, 1)  # a dropped route stays dropped
         routes = routing._replace(expert_NK=routing.expert_NK.view(-1, 1), gate_NK=gate_R1)
         out_NKD = dropout(self.dispatch(x_RD, routes, self.experts), self.dropout, generator).view(
             -1, top_k, x_ND.shape[1]

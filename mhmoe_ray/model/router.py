@@ -26,6 +26,8 @@ class Routing(NamedTuple):
     """Kept routes per expert, int64."""
     dropped: Tensor
     """Routes that were not kept, int64 scalar."""
+    places: int | None
+    """Rows that an expert takes at most, where routing is static; None where it is dropless."""
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -122,7 +124,8 @@ class Router(nn.Module):
             gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
         else:
             gate_NK = probability_NE.gather(-1, expert_NK)
-        kept_NK = self._kept(expert_NK, gate_NK, generator)
+        places = self._places(rows)
+        kept_NK = self._kept(expert_NK, gate_NK, places, generator)
         count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
         return Routing(
@@ -132,17 +135,25 @@ class Router(nn.Module):
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
             expert_NK.numel() - count_E.sum(),
+            places,
         )
 
-    def _kept(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _places(self, rows: int) -> int | None:
+        moe = self.moe
+        if moe.capacity_factor is None or not self.training:
+            return None
+        return capacity(rows, moe.experts, moe.top_k, moe.capacity_factor)
+
+    def _kept(
+        self, expert_NK: Tensor, gate_NK: Tensor, places: int | None, generator: torch.Generator | None
+    ) -> Tensor:
         moe = self.moe
         kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)
             kept_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
-        if moe.capacity_factor is not None and self.training:
-            limit = capacity(len(expert_NK), moe.experts, moe.top_k, moe.capacity_factor)
-            kept_NK = fits(expert_NK, kept_NK, moe.experts, limit)
+        if places is not None:
+            kept_NK = fits(expert_NK, kept_NK, moe.experts, places)
         return kept_NK
 
     def _balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class MoESpec(Section):
     """Balance without a loss: after each step, a bias that only the choice sees moves by this much for each expert, up
     where it got less than its share, down where it got more."""
 
-    kernel: Literal["grouped", "reference"] = "grouped"
-    """How routed rows go through the experts."""
+    kernel: Literal["auto", "grouped", "capacity", "reference"] = "auto"
+    """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs.
+    capacity: the papers' static layout with its N x E x C masks, for comparison."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,6 +81,8 @@ class MoESpec(Section):
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
         if self.projection_layers > 1 and not (self.has_head or self.has_merge):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
+        if self.kernel == "capacity" and self.capacity_factor is None:
+            raise ValueError("kernel capacity lays out a limited number of places: give capacity_factor")
         if self.normalize_gates and self.top_k == 1:
             raise ValueError("normalize_gates makes the only weight of top_k 1 always 1, and the router learns nothing")
         return self

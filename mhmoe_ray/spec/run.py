@@ -44,6 +44,11 @@ class RunSpec(Section):
             raise ValueError(f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread")
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
+        if moe is not None and moe.kernel == "capacity" and self.cluster.ep > 1:
+            raise ValueError(
+                f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
+                "set ep to 1, or kernel to grouped, which drops the same routes"
+            )
         if self.train.micro_batches % workers:
             raise ValueError(
                 f"train.micro_batches ({self.train.micro_batches}) must be a multiple of cluster.workers ({workers}), "

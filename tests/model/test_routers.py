@@ -70,7 +70,7 @@ def test_routing_is_float32_under_autocast_and_with_bfloat16_weights(name):
     with torch.autocast("cpu", torch.bfloat16):
         rounded, autocast = r(x), wide(x)
     for found in (rounded, autocast):
-        for got, expected in zip(found, wide(x.float()), strict=True):
+        for got, expected in zip(found[:-1], wide(x.float())[:-1], strict=True):
             assert torch.equal(got, expected)
             assert got.dtype == expected.dtype
     assert rounded.gate_NK.dtype == rounded.balance_loss.dtype == torch.float32
@@ -148,7 +148,8 @@ def test_serving_drops_nothing():
     r = router(capacity_factor=0.5)
     assert int(r(rows(48)).dropped) > 0
     free, served = router()(rows(48)), r.eval()(rows(48))
-    assert all(torch.equal(a, b) for a, b in zip(served, free, strict=True))
+    assert served.places is free.places is None
+    assert all(torch.equal(a, b) for a, b in zip(served[:-1], free[:-1], strict=True))
 
 
 def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always_in_evaluation():
