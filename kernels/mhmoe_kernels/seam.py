@@ -5,12 +5,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mhmoe_kernels.grouped import grouped
+from mhmoe_kernels.megablocks import run as megablocks
 from mhmoe_kernels.reference import reference
 from mhmoe_kernels.weights import ExpertWeights
 
 Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped}
+BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped, "megablocks": megablocks}
 
 
 def run_experts(backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
