@@ -33,6 +33,10 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[dev]'
+# Plain Python on a CPU build of torch. On a CUDA build it compiles for minutes: by hand, as kernels/README.md says.
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
+	  $(BIN)/python -m pip install --no-deps --no-build-isolation --no-cache-dir \
+	    megablocks==0.10.0 stanford-stk==0.7.1
 	touch $@ .venv/installed
 
 .venv/bin/python:

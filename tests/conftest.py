@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
@@ -17,6 +18,9 @@ _OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_A
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("house")
+    if not torch.cuda.is_available():
+        # Read when Triton is first imported, which torch does in some tests.
+        os.environ["TRITON_INTERPRET"] = "1"
     # Ray's job client passes ssl=None to aiohttp when it follows logs.
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 

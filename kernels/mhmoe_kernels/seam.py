@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhmoe_kernels import megablocks
 from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import grouped
 from mhmoe_kernels.reference import reference
@@ -27,6 +28,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
     "grouped": Backend(grouped),
     "capacity": Backend(capacity),
+    "megablocks": Backend(megablocks.run, megablocks.why_not),
 }
 
 PREFERRED = {"cuda": ("triton", "grouped"), "cpu": ("grouped",)}

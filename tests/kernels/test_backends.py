@@ -7,20 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_experts, swiglu
-
-
-def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None):
-    """Random rows, routes and weights; `only` keeps the routes to the first few experts, so that others stay empty."""
-    g = torch.Generator().manual_seed(seed)
-    expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
-    return make(n, d), expert_NK, make(n, k), ExpertWeights(swiglu, (make(e, f, d), make(e, f, d), make(e, d, f)))
-
-
-def outputs_and_gradients(backend, x, expert, gate, weights):
-    y = run_experts(backend, x, expert, gate, weights)
-    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *weights.stacked], materialize_grads=True)
+from tests.kernels.problems import outputs_and_gradients, problem
 
 
 def test_reference_is_the_formula():

@@ -1,0 +1,114 @@
+"""MegaBlocks behind the seam: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
+
+The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
+Its padded operators serve block-sparse products, whose blocks of 128 fit no small expert, and are not used.
+
+Nothing here imports `megablocks` before the first call, so that the base install needs none of it.
+"""
+
+import importlib
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhmoe_kernels.grouped import grouped, run_sorted
+from mhmoe_kernels.grouped_matmul import Matmul, can_group, run_grouped
+from mhmoe_kernels.weights import ExpertWeights
+
+_INSTALL = "pip install --no-deps --no-build-isolation --no-cache-dir megablocks==0.10.0 stanford-stk==0.7.1"
+
+
+def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """See `mhmoe_kernels.run_experts`.
+
+    The experts' products are, in this order: of the package grouped_gemm, if it is installed and all is bfloat16 (the
+    host then waits for the counts); `F.grouped_mm`; and, where `can_group` says no or in float64, a loop over experts.
+
+    MegaBlocks rounds each gated output to the dtype of x before it adds the K of them, and gate's gradient likewise.
+    Its copies go through float32, so float64 is no more exact than that.
+
+    Raises:
+        ValueError: too many rows for its kernels' 32-bit indices.
+    """
+    (N, D), K = x_ND.shape, expert_NK.shape[1]
+    if N * K * D >= 2**31:
+        raise ValueError(
+            f"megablocks indexes with 32 bits, but {N} rows x {K} experts x width {D} are 2^31 elements or more: "
+            "make the micro-batch smaller, or use the kernel 'grouped'"
+        )
+    if N == 0:
+        # There is nothing to permute, and MegaBlocks promises nothing about launches without blocks.
+        return grouped(x_ND, expert_NK, gate_NK, weights)
+    # Autocast is the caller's, whose tensors have its dtype by now. Here it would round gates that are float32.
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return _run(x_ND, expert_NK, gate_NK, weights)
+
+
+def _run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    ops, K, E = _import("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
+    with torch.no_grad():
+        expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))
+        count_E = ops.histogram(expert_R, E)
+        # Of one expert, MegaBlocks makes a scalar.
+        end_E = ops.inclusive_cumsum(count_E, 0).view(E)
+    # The copies take the numbers of a row to be adjacent in memory, and rows to follow each other.
+    x_RD = ops.gather(x_ND.contiguous(), route_R, expert_R, end_E, K)
+    out_RD = _experts(x_RD, count_E, end_E, weights).contiguous()
+    y_ND: Tensor = ops.scatter(out_RD, route_R, expert_R, gate_NK.flatten(), end_E, K)
+    return y_ND
+
+
+def why_not(device: torch.device) -> str | None:
+    """One line on why `run` cannot work on `device`; None when it can."""
+    if device.type != "cuda":
+        return f"megablocks needs CUDA; the device is {device.type}"
+    if not torch.cuda.is_available():
+        return "megablocks needs CUDA, and torch finds none here"
+    return _missing()
+
+
+def _missing() -> str | None:
+    for module, package in (("triton", "triton"), ("stk", "stanford-stk"), ("megablocks", "megablocks")):
+        if find_spec(module) is None:
+            return f"{package} is not installed: {'pip install triton' if package == 'triton' else _INSTALL}"
+    if find_spec("megablocks_ops") is None:
+        reinstall = _INSTALL.replace("install", "install --force-reinstall")
+        return (
+            "megablocks was built without its CUDA extension megablocks_ops: with nvcc and a CUDA build of torch, "
+            f"{reinstall} (with CUDA 13, see kernels/README.md)"
+        )
+    try:
+        _import("megablocks.ops")
+    except ImportError as error:
+        # Typically a symbol that the torch it was compiled for had.
+        line, _, _ = str(error).partition("\n")
+        return f"megablocks cannot be imported: {line}"
+    return None
+
+
+@cache
+def _import(name: str) -> ModuleType:
+    with warnings.catch_warnings():
+        # That grouped_gemm is missing, which is answered below; and torch.jit.script, in a part not used here.
+        warnings.filterwarnings("ignore", "Grouped GEMM not available")
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+        return importlib.import_module(name)
+
+
+def _experts(x_RD: Tensor, count_E: Tensor, end_E: Tensor, weights: ExpertWeights) -> Tensor:
+    if x_RD.dtype == torch.float64 or not can_group(weights):
+        return run_sorted(x_RD, count_E.tolist(), weights)
+    return run_grouped(x_RD, weights, _matmul(x_RD, count_E, end_E))
+
+
+def _matmul(x_RD: Tensor, count_E: Tensor, end_E: Tensor) -> Matmul:
+    package = _import("megablocks.grouped_gemm_util")
+    if package.grouped_gemm_is_available() and x_RD.dtype == torch.bfloat16:
+        counts = count_E.long().cpu()
+        return lambda x_RI, w_EOI: package.ops.gmm(x_RI, w_EOI.contiguous(), counts, trans_b=True)
+    return lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=end_E)
