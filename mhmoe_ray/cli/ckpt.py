@@ -21,13 +21,13 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it lies.
     """
-    from mhmoe_ray.exchange.export import export
+    from mhmoe_ray.exchange import export as exporting
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint)
     note.print(f"exporting {path.name} of {found.id}")
-    done = export(path, manifest, to)
+    done = exporting.export(path, manifest, to)
     size = f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB, model_type {done.model_type}"
     out.print(f"exported {path.name} of {found.id} to {to}: {size}", soft_wrap=True)
 
@@ -42,8 +42,9 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
+    from mhmoe_ray.cli.launch import name_of
     from mhmoe_ray.exchange.import_ import import_folder
 
     note.print(f"importing {source}", soft_wrap=True)
     run = import_folder(source, name, storage, seq_len)
-    out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run.id}", soft_wrap=True)
+    out.print(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {name_of(run)}", soft_wrap=True)

@@ -77,3 +77,13 @@ def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
         if value:
             table.add_row(name, value)
     return table
+
+
+def in_bytes(count: int) -> str:
+    """Three digits and a unit: 1.21 GB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -19,12 +19,12 @@ def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     if json:
         print_json(found)
         return
-    table = Table("run", "state", "step", "loss", "created", box=None, pad_edge=False)
+    table = Table("run", "preset", "state", "step", "loss", "created", box=None, pad_edge=False)
     for row in found:
         loss = f"{row['loss']:.3f}" if row["loss"] is not None else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
-        table.add_row(row["run"], row["state"], step, loss, when)
+        table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, when)
     out.print(table if found else f"no runs in {storage}")
 
 
@@ -33,8 +33,12 @@ def _row(run: "RunDir") -> dict[str, Any]:
     from mhmoe_ray.runs import events, metrics
 
     last = metrics.last(run)
+    steps: int | str | None = None
+    preset = None
     try:
-        steps: int | str | None = None if run.is_imported else run.spec().train.steps
+        if not run.is_imported:
+            spec = run.spec()
+            steps, preset = spec.train.steps, spec.origin
         state: str = events.state(events.events(run))
     except SpecError:  # written by another version; the other runs are still worth a list
         steps, state = "?", "unreadable spec"
@@ -43,6 +47,7 @@ def _row(run: "RunDir") -> dict[str, Any]:
         "state": state,
         "step": last[metrics.STEP] if last else 0,
         "steps": steps,
+        "preset": preset,
         "loss": last[metrics.LOSS] if last else None,
         "created": run.created(),
         "path": str(run.path),

@@ -19,7 +19,7 @@ def logs(
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.state import last_attempt
 
-    attempt = last_attempt(find_run(run, storage))
+    attempt = last_attempt(find_run(run, storage, with_job=True))
     connection = connect(attempt.address)
     if follow:
         for line in jobs.follow_logs(connection, attempt.job):

@@ -40,7 +40,7 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
         "sizes": sizes(spec.model)._asdict(),
         "parts": [part._asdict() for part in parts(spec.model)],
         "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
-        "parity": {name.strip(): {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
+        "parity": {name: {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
         "exchanges": [{**e._asdict(), "sent_per_step": e.sent_per_step} for e in exchanges(spec)],
@@ -61,8 +61,11 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
 
 def show(spec: "RunSpec") -> None:
     """The facts that `submit` prints too."""
+    from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.presets import about
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
+    from mhmoe_ray.planner.units import FLOAT32
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
     size, cluster, model, moe = sizes(spec.model), spec.cluster, spec.model, spec.model.moe
@@ -82,16 +85,20 @@ def show(spec: "RunSpec") -> None:
             f"{compared['parameters'].ratio:.3f} of its parameters, "
             f"{compared['multiply-adds per token'].ratio:.3f} of its multiply-adds ({spec.reference.name})"
         )
+    checkpoint = 3 * FLOAT32 * size.parameters  # weights and two moments
     rows = {
+        "preset": f"{spec.origin}: {about(spec.origin)}" if spec.origin else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
-        "  active per token": f"{size.active_parameters:,}" if moe else None,
+        "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
         "to its reference": ratios,
         "tokens": f"{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
+        "checkpoints": f"{spec.train.steps // spec.train.checkpoint_every:,}, one every "
+        f"{spec.train.checkpoint_every:,} steps, {in_bytes(checkpoint)} each",
         "workers": f"{cluster.workers} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each",
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
         "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from mhmoe_ray.cli.common import in_bytes
 from mhmoe_ray.planner.memory import memory
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
@@ -69,13 +70,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool =
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def in_bytes(count: int) -> str:
-    """Three digits and a unit: 1.21 GB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -11,46 +11,41 @@ if TYPE_CHECKING:
     from mhmoe_ray.planner.preset import Preset
 
 
+LEFT = ("preset", "reference: ratio of parameters, of multiply-adds")
+RIGHT = ("h", "E", "k", "f", "parameters", "active", "multiply-adds")
 WIDTH = 124
 """Of the table, also on narrower terminals: a cut number is worse than a long line."""
 
 
 def presets(
-    start: Annotated[str, typer.Argument(help="Only those whose name starts like this.", show_default=False)] = "",
+    part: Annotated[str, typer.Argument(help="Only those whose name has this in it.", show_default=False)] = "",
     json: JsonOption = False,
 ) -> None:
     """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
+    from mhmoe_ray.errors import SpecError
     from mhmoe_ray.planner.presets import every_preset
 
-    rows = [_row(name, size, preset) for name, size, preset in every_preset() if name.startswith(start)]
+    rows = [_row(name, size, preset) for name, size, preset in every_preset() if part in name]
+    if not rows:
+        raise SpecError(f"preset {part}", "no name has this in it", "see them all with `mhmoe presets`")
     if json:
         print_json(rows)
         return
     table = Table(box=None, pad_edge=False)
-    for column in (
-        "preset",
-        "h",
-        "E",
-        "k",
-        "f",
-        "parameters",
-        "active",
-        "multiply-adds",
-        "to",
-        "parameters",
-        "mult.-adds",
-    ):
-        table.add_column(column, justify="left" if column in ("preset", "to") else "right", no_wrap=True)
+    for column in [*LEFT, *RIGHT]:
+        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
     for row in rows:
-        cells = [f"{row['preset']} {row['size'] or ''}", *(str(row[key] or "") for key in "hEkf")]
-        cells += [_short(row[key]) for key in ("parameters", "active", "multiply_adds")]
-        ratios = [f"x {row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
-        table.add_row(*cells, row["reference"] or "", *ratios)
-    if not rows:
-        out.print(f"no preset starts with {start}")
-    else:
-        out.width = max(out.width, WIDTH)
-        out.print(table)
+        ratios = [f"{row[key]:.3f}" if row[key] else "" for key in ("parameters_ratio", "multiply_adds_ratio")]
+        table.add_row(
+            f"{row['preset']} {row['size'] or ''}",
+            f"{row['reference']}: {ratios[0]}, {ratios[1]}" if row["reference"] else "",
+            *(str(row[key] or "") for key in "hEkf"),
+            *(_short(row[key]) for key in ("parameters", "active", "multiply_adds")),
+        )
+    out.width = max(out.width, WIDTH)
+    out.print(table)
+    if len(rows) == 1:
+        out.print(f"\n{rows[0]['about']}", soft_wrap=True)
 
 
 def _row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:

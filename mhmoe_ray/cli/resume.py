@@ -37,7 +37,7 @@ def resume(
     from mhmoe_ray.runs.state import last_attempt
     from mhmoe_ray.spec import load_spec, parse_overrides
 
-    found = find_run(run, storage)
+    found = find_run(run, storage, with_job=True)
     before = last_attempt(found)
     for keys, _ in parse_overrides(set_):
         if keys[0] != "cluster":

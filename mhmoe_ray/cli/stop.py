@@ -27,7 +27,7 @@ def stop(
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.state import last_attempt
 
-    found = find_run(run, storage)
+    found = find_run(run, storage, with_job=True)
     attempt = last_attempt(found)
     over = recorded_outcome(found)
     if over:

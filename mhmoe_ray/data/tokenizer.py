@@ -81,7 +81,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
-        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], "set data.tokenizer to a tokenizer.json") from e
+        raise DataError(
+            f"tokenizer {path}", str(e).splitlines()[0], "use a tokenizer.json of the tokenizers library"
+        ) from e
     size = tokenizer.get_vocab_size()
     if size > vocab_size:
         fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"

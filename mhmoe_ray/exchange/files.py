@@ -90,7 +90,9 @@ def _file_names(folder: Path) -> list[str]:
         return [SINGLE]
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        except OSError as e:
+            raise CheckpointError(what, f"its {INDEX} cannot be read ({e.strerror})", "make it readable") from e
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise CheckpointError(what, f"its {INDEX} is damaged", "get the folder again") from e
         if any(Path(name).name != name for name in names):
@@ -118,12 +120,14 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
         OSError: a file cannot be written.
     """
     weight_map: dict[str, str] = {}
+    mode = folder.stat().st_mode & 0o666  # the library makes files that their owner alone can read
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as e:  # its own name for a full disk
             raise OSError(str(e)) from e
+        (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(tensors, file)
         del tensors  # before the next group is made
     return weight_map

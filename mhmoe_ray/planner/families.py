@@ -1,16 +1,16 @@
 """Families of models in three sizes, on the trunk of the follow-up paper (P2); `base` is that paper's own size.
 
-All families of a size cost the same multiply-adds per token, the routers' aside; the sparse ones have about the same
-parameters.
+All families of a size cost the same multiply-adds per token within 1.5 per cent, the routers' aside; the sparse ones
+have the same parameters within 3 per cent.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.match import MatchSpec
-from mhmoe_ray.planner.preset import Preset, Tree
+from mhmoe_ray.planner.preset import Preset, Tree, rhythm
+from mhmoe_ray.spec.model import usual_width
 
 SizeName = Literal["tiny", "small", "base"]
 
@@ -35,7 +35,7 @@ class Size(NamedTuple):
             "d_model": self.d_model,
             "layers": self.layers,
             "attention_heads": max(4, self.d_model // 64),
-            "d_ff": math.ceil(self.d_model * 8 / 3 / 128) * 128,
+            "d_ff": usual_width(self.d_model),
         }
 
     @property
@@ -50,6 +50,7 @@ class Size(NamedTuple):
             "lr": lr,
             "min_lr": round(lr / 20, 8),
             "warmup_steps": min(375, self.steps // 10),
+            **rhythm(self.steps),
         }
 
 
@@ -60,40 +61,43 @@ SIZES: dict[SizeName, Size] = {
 }
 
 
-def _part(d_ff: Any, of: int) -> int:
-    """A part of the dense width."""
+def dense_width(trunk: Mapping[str, Any]) -> int:
+    """What experts of a family are measured by: the trunk's own feed-forward width, or the usual one if it has none."""
+    d_ff, d_model = trunk.get("d_ff"), trunk.get("d_model")
+    if d_ff is None and isinstance(d_model, int):
+        return usual_width(d_model)
     if not isinstance(d_ff, int):
-        raise SpecError("model.d_ff", "experts of these presets are as wide as it or a part of it", "give it a number")
-    return d_ff // of
+        raise SpecError("model.d_ff", f"experts of a family follow from it, and it is {d_ff!r}", "give it a number")
+    return d_ff
 
 
-def _smoe(d_ff: Any) -> Tree:
-    return {"heads": 1, "experts": 8, "top_k": 1, "d_expert": _part(d_ff, 1)}
+def _smoe(trunk: Mapping[str, Any]) -> Tree:
+    return {"heads": 1, "experts": 8, "top_k": 1, "d_expert": dense_width(trunk)}
 
 
-def _fine_grained(d_ff: Any) -> Tree:
-    return {"heads": 1, "experts": 16, "top_k": 2, "d_expert": _part(d_ff, 2)}
+def _fine_grained(trunk: Mapping[str, Any]) -> Tree:
+    return {"heads": 1, "experts": 16, "top_k": 2, "d_expert": dense_width(trunk) // 2}
 
 
-def _xmoe(d_ff: Any) -> Tree:
-    return {**_smoe(d_ff), "router": "xmoe"}
+def _xmoe(trunk: Mapping[str, Any]) -> Tree:
+    return {**_smoe(trunk), "router": "xmoe"}
 
 
-def _mhmoe(_: Any) -> Tree:
+def _mhmoe(_: Mapping[str, Any]) -> Tree:
     return {"heads": 2, "top_k": 2}
 
 
-def _deepseek(d_ff: Any) -> Tree:
+def _deepseek(trunk: Mapping[str, Any]) -> Tree:
     """A quarter of the width, four times the experts, and one more that is shared; balance over all choices
     (DeepSeekMoE, arXiv 2401.06066)."""
-    quarter = _part(d_ff, 4)
+    quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}
 
 
 class Family(NamedTuple):
     about: str
-    moe: Callable[[Any], Tree] | None
+    moe: Callable[[Mapping[str, Any]], Tree] | None
     reference: str | None
     match: MatchSpec | None = None
 

@@ -1,7 +1,7 @@
 """Expert width and count that equal a reference: in compute, in parameters, or in both."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -20,49 +20,70 @@ class MatchSpec(Section):
     width that gives equal parameters. both: the width by multiply-adds, then the number of experts by parameters."""
     multiple: PositiveInt = 8
     """Width and count are rounded to multiples of this: rows of 8 values suit grouped matrix products, 8 experts divide
-    over 2, 4 or 8 ranks. The remaining mismatch is shown by `plan`."""
+    over 2, 4 or 8 ranks. Where that would miss by more than 4 per cent, to a half, a quarter or an eighth of it. What
+    mismatch remains, `plan` shows."""
 
 
 SOLVED = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
 """Keys of the `moe` section that are not given but found."""
 
+TOLERANCE = 0.04
+"""By how much rounding may miss before it takes smaller steps."""
 MOST = 1 << 20
 """More than any width or number of experts."""
 
 
-def solve(model: ModelSpec, reference: ModelSpec, match: MatchSpec) -> tuple[int, int]:
+def solve(model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Collection[str] = ()) -> tuple[int, int]:
     """Expert width f and number of experts E of `model` (P2, equations 8 and 9, here for any layers and options).
 
     Args:
         model: what `match` solves is not looked at.
         reference: the model to equal.
         match: what to equal.
+        given: keys of SOLVED that stay as `model` has them: of `both`, the other one is solved.
 
     Raises:
         SpecError: no width, or no number of experts, gets there.
     """
     moe = model.moe
     assert moe is not None
-    what = f"match to {match.to} by {match.by}"
-    count = _parameters if match.by == "params" else _compute
-    width = _nearest(lambda value: count(_with(model, d_expert=value)), count(reference), match.multiple)
-    if width == 0:
-        why = "what is not in experts (projections, shared expert) alone costs about as much"
-        raise SpecError(what, why, "match a larger reference, or raise model.moe.experts")
-    if match.by != "both":
-        return width, moe.experts
+    width, experts = moe.d_expert, moe.experts
+    if "d_expert" not in given:
+        count = _parameters if match.by == "params" else _compute
+        width = _solve_key("d_expert", model, count, count(reference), match)
     model = _with(model, d_expert=width)
-    experts = _nearest(lambda value: _parameters(_with(model, experts=value)), _parameters(reference), match.multiple)
-    if experts < moe.top_k:
-        why = f"equal parameters leave {experts} experts of width {width}, but rows go to {moe.top_k} each"
-        raise SpecError(what, why, "lower model.moe.top_k or match.multiple, or match a larger reference")
+    if match.by == "both" and "experts" not in given:
+        experts = _solve_key("experts", model, _parameters, _parameters(reference), match)
+        if experts < moe.top_k:
+            why = f"equal parameters leave {experts} experts of width {width}, but rows go to {moe.top_k} each"
+            raise SpecError(_what(match), why, "lower model.moe.top_k, or match a larger reference")
     return width, experts
 
 
-def _nearest(count: Callable[[int], int], target: int, multiple: int) -> int:
-    """The multiple whose count is nearest to the target; counts grow with the value, not always in a line."""
-    above = bisect_left(range(MOST), target, key=lambda n: count(n * multiple))
-    return multiple * min(max(0, above - 1), above, key=lambda n: abs(count(n * multiple) - target))
+def _solve_key(key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec) -> int:
+    """The value whose count is nearest to the target, among multiples of what `match` says or of a part of it."""
+
+    def counted(value: int) -> int:
+        return count(_with(model, **{key: value}))
+
+    if counted(0) >= target:
+        why = f"all but the experts (projections, shared expert) has as much as {match.to} already"
+        fix = "match a larger reference, or lower model.moe.d_shared or projection_layers"
+        raise SpecError(_what(match), why, fix)
+    exact = max(1, _nearest(counted, target, 1))
+    steps = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]
+    rounded = [_nearest(counted, target, step) for step in steps]
+    return next((value for value in rounded if abs(value / exact - 1) <= TOLERANCE), max(rounded[-1], steps[-1]))
+
+
+def _nearest(counted: Callable[[int], int], target: int, step: int) -> int:
+    """Counts grow with the value, though not always in a line."""
+    above = bisect_left(range(MOST), target, key=lambda n: counted(n * step))
+    return step * min(max(0, above - 1), above, key=lambda n: abs(counted(n * step) - target))
+
+
+def _what(match: MatchSpec) -> str:
+    return f"match to {match.to} by {match.by}"
 
 
 def _with(model: ModelSpec, **moe: int) -> ModelSpec:

@@ -6,12 +6,9 @@ what attention keeps of its T x T weights where it has no fused kernel (with att
 
 from typing import NamedTuple
 
-from mhmoe_ray.planner.sizes import Sizes, parts, sizes
-from mhmoe_ray.planner.step import compute_bytes
+from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, parts, sizes
+from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
-
-FLOAT32 = 4
-INT64 = 8
 
 
 class Memory(NamedTuple):
@@ -49,7 +46,7 @@ def memory(spec: RunSpec) -> Memory:
 
 def _copies(spec: RunSpec, found: Sizes) -> int:
     """Of all weights that matrix products use; the router computes in float32, norms of whole tokens too."""
-    without = {"router", "norms"} | (set() if spec.model.tied_embeddings else {"embedding"})
+    without = {ROUTER, NORMS} | (set() if spec.model.tied_embeddings else {EMBEDDING})
     total = sum(part.layers * part.parameters for part in parts(spec.model) if part.name not in without)
     return compute_bytes(spec) * (total - found.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
 

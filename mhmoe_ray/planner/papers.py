@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from mhmoe_ray.planner.preset import Preset, Tree, fixed
+from mhmoe_ray.planner.preset import Preset, Tree, fixed, rhythm
 
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
@@ -38,6 +38,7 @@ _P1_TRAIN = {
     "betas": (0.9, 0.98),
     "eps": 1e-6,
     "clip_norm": 2.0,
+    **rhythm(300_000),
 }
 _TWO_AT_A_TIME = {"micro_batches": 128, "micro_batch_size": 2}  # dense and X-MoE; capacity is per micro-batch
 _P2_TRUNK = {
@@ -54,6 +55,7 @@ _P2_TRAIN = {
     "min_lr": 3e-5,
     "weight_decay": 0.1,
     "betas": (0.9, 0.95),
+    **rhythm(100_000),
 }
 _MIXTRAL_TRUNK = {
     "backbone": "llama",
@@ -81,12 +83,14 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
         for top_k in (2, 3, 4):
             end = "" if top_k == 2 else f"-k{top_k}"
             xmoe = f"p1-xmoe-{experts}{end}"
-            about = f"P1, X-MoE with {experts} experts, top {top_k}"
+            run = "P1" if top_k == 2 else "after P1, not published at this depth"
+            about = f"{run}: X-MoE with {experts} experts, top {top_k}"
             moe = fixed(heads=1, experts=experts, d_expert=3072, **_p1_routing(top_k))
             yield xmoe, Preset(about, _P1_TRUNK, moe, "p1-dense", train, SEQ_LEN)
             for heads in P1_HEADS:
                 width = P1_FITTED[experts] if heads == 4 else equal_parameter_width(heads, experts)
-                about = f"P1, MH-MoE with {experts} experts, h {heads}, top {top_k}"
+                by = "fitted to table 11" if heads == 4 else "by equal parameters"
+                about = f"{run}: MH-MoE with {experts} experts, h {heads}, top {top_k}; widths {by}"
                 moe = fixed(heads=heads, experts=experts, d_expert=width, **_p1_routing(top_k))
                 yield f"p1-mhmoe-{experts}-h{heads}{end}", Preset(about, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN)
 
@@ -108,7 +112,7 @@ def equal_parameter_width(heads: int, experts: int) -> int:
 
 def _rebuttal() -> Iterator[tuple[str, Preset]]:
     six = {**_P1_TRUNK, "layers": 6}
-    train = {**_P1_TRAIN, "steps": 25_000}
+    train = {**_P1_TRAIN, "steps": 25_000, **rhythm(25_000)}
     for top_k in (3, 4):
         open_ = "their number (here 8) is not stated"
         xmoe = f"rebuttal-xmoe-k{top_k}"
@@ -121,7 +125,7 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
         about = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_}"
         yield f"rebuttal-mhmoe-k{top_k}", Preset(about, six, moe, xmoe, train, SEQ_LEN)
     three = {**_P1_TRUNK, "layers": 3}
-    train = {**_P1_TRAIN, "steps": 20_000}
+    train = {**_P1_TRAIN, "steps": 20_000, **rhythm(20_000)}
     for experts, top_k, reference in [(128, 1, None), (256, 2, "rebuttal-smoe-128-k1")]:
         about = f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
         moe = fixed(heads=1, experts=experts, d_expert=3072, **{**_p1_routing(top_k), "normalize_gates": top_k > 1})

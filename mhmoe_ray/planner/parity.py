@@ -16,14 +16,15 @@ class Comparison(NamedTuple):
 
 
 def parity(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
-    """By name; what the reference has none of is left out. A claim at equal parameters is not one at equal compute,
+    """By name; what the reference has none of is left out. Routers are not counted among the multiply-adds of expert
+    layers, as in both papers. A claim at equal parameters is not one at equal compute,
     and neither says anything of the traffic of hidden activations."""
     ours, theirs = sizes(model), sizes(reference)
     found = {
         "parameters": Comparison(ours.parameters, theirs.parameters),
         "active parameters": Comparison(ours.active_parameters, theirs.active_parameters),
         "multiply-adds per token": Comparison(ours.macs_per_token, theirs.macs_per_token),
-        "  of expert layers, routers aside": Comparison(
+        "multiply-adds of expert layers": Comparison(
             ours.moe_macs_per_token - ours.router_macs_per_token,
             theirs.moe_macs_per_token - theirs.router_macs_per_token,
         ),

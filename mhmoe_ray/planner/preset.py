@@ -14,8 +14,8 @@ class Preset(NamedTuple):
     """What it is and where it comes from, in one line."""
     trunk: Mapping[str, Any]
     """The `model` section without `moe`."""
-    moe: Callable[[Any], Tree] | None
-    """The `moe` section on a trunk of this feed-forward width, which may be another model's; None: it is dense."""
+    moe: Callable[[Mapping[str, Any]], Tree] | None
+    """The `moe` section on a trunk, which may be another model's; None: it is dense."""
     reference: str | None
     """Name of the preset whose expert layers it is compared with, on the same trunk."""
     train: Mapping[str, Any]
@@ -25,6 +25,12 @@ class Preset(NamedTuple):
     """Where set, `d_expert` and `experts` come from it."""
 
 
-def fixed(**moe: Any) -> Callable[[Any], Tree]:
+def fixed(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
     """Expert layers that are the same on any trunk."""
     return lambda _: dict(moe)
+
+
+def rhythm(steps: int) -> Tree:
+    """How often a run of so many steps validates and saves: about sixty times."""
+    every = max(100, steps // 60)
+    return {"validate_every": every, "checkpoint_every": every}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.families import SizeName
+from mhmoe_ray.planner.families import SizeName, dense_width
 from mhmoe_ray.planner.match import SOLVED, MatchSpec, solve
 from mhmoe_ray.planner.preset import Preset, Tree
-from mhmoe_ray.planner.presets import find_preset
+from mhmoe_ray.planner.presets import find_preset, origin
 from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
 from mhmoe_ray.spec.base import Section
 
@@ -23,7 +23,6 @@ class Shorthands(Section):
     preset: str | None = None
     size: SizeName | None = None
     match: MatchSpec | None = None
-    reference: str | ReferenceSpec | None = None
 
 
 def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -44,79 +43,109 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
 def models_of(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
     """A preset's model as it stands, and its reference on the same trunk."""
     trunk, what = dict(preset.trunk), "preset"
-    moe = _experts_on(preset, trunk, what)
-    model = checked(ModelSpec, {**_fitting_trunk(trunk, moe), "moe": moe}, what)
-    return model, _reference_model(preset.reference, trunk, what) if preset.reference else None
+    model = _model(trunk, _experts_on(preset, trunk, what), what)
+    return model, _reference_model(preset.reference, trunk, {}, what) if preset.reference else None
 
 
 def _worked_out(tree: Tree, what: str) -> Tree:
     given = {key: tree.pop(key) for key in Shorthands.model_fields if key in tree}
     short = checked(Shorthands, given, what)
-    _refuse_what_would_be_ignored(short, what)
     own_model = tree.get("model", {})
     _refuse_what_is_no_section(own_model, "model", what)
-    _refuse_what_is_no_section(own_model.get("moe") or {}, "model.moe", what)
-    preset = find_preset(short.preset, short.size) if short.preset else None
-    if preset:
+    own_moe = own_model.get("moe", {})
+    _refuse_what_is_no_section(own_moe or {}, "model.moe", what)
+    _refuse_what_would_be_ignored(short, tree, own_moe or {}, what)
+    preset = None
+    if short.preset:
+        preset = find_preset(short.preset, short.size)
         fragment = {"model": dict(preset.trunk), "train": dict(preset.train), "data": {"seq_len": preset.seq_len}}
         tree = _merged(fragment, tree)
-    if "model" in tree:
-        model = _with_experts(tree["model"], preset, short.match, what)
-        tree["model"] = _fitting_trunk(model, model.get("moe")) if "d_ff" not in own_model else model
-    reference = preset.reference if preset and "reference" not in given else short.reference
+        tree["origin"] = origin(short.preset, short.size)
+    if "model" not in tree:
+        return tree  # the check of the whole says so
+    trunk = {key: value for key, value in tree["model"].items() if key != "moe"}
+    moe = _moe(own_moe, preset, short.match, trunk, what)
+    tree["model"] = {**(trunk if "d_ff" in own_model else _without_unused_width(trunk, moe)), "moe": moe}
+    checked(ModelSpec, tree["model"], what, below="model.")
+    reference = preset.reference if preset and "reference" not in tree else tree.get("reference")
     if short.match:
         reference = short.match.to
-    if isinstance(reference, str):
-        reference = ReferenceSpec(name=reference, moe=_reference_model(reference, _trunk(tree["model"]), what).moe)
-    if reference:
-        tree["reference"] = reference
+    if reference is not None:
+        tree["reference"] = _reference(reference, trunk, moe or {}, what)
     return tree
 
 
-def _with_experts(model: Tree, preset: Preset | None, match: MatchSpec | None, what: str) -> Tree:
-    """The model with the preset's experts under the user's own keys, as wide and as many as a match makes them."""
-    own, trunk = model.get("moe", {}), _trunk(model)
-    base = preset.moe(trunk.get("d_ff")) if preset and preset.moe and own is not None else {}
-    moe = {**base, **(own or {})}
-    if match:
-        if not moe:
-            raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
-        _refuse_what_match_solves(own, match, what)
-    elif preset and moe:
+def _moe(own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, what: str) -> Tree | None:
+    """The preset's experts under the user's own keys, as wide and as many as a match makes them; None for none."""
+    base = preset.moe(trunk) if preset and preset.moe else {}
+    moe = {**base, **own} if own is not None else {}
+    if match is None and preset and moe:
         match = preset.match
-    if match:
-        moe = _solved(moe, own, match, trunk, what)
-    return {**model, "moe": moe} if moe else model
+    if match is None:
+        return moe or None
+    if not moe:
+        raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
+    return _solved(moe, own or {}, match, trunk, what)
 
 
 def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> Tree:
-    """Expert layers with the keys that `match` solves, as far as the user's own keys do not say otherwise."""
-    if own.keys() >= SOLVED[match.by]:
-        return moe
-    unknown = {"d_expert": 1, "experts": 1 << 16} if match.by == "both" else {"d_expert": 1}
-    tree = {**_fitting_trunk(trunk, moe), "moe": {**moe, **unknown}}
-    model = checked(ModelSpec, tree, what, below="model.")
-    d_expert, experts = solve(model, _reference_model(match.to, trunk, what), match)
-    return {**moe, "d_expert": d_expert, "experts": experts, **own}
+    """Experts with the keys that `match` solves, those of them aside that the user gave."""
+    unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), 1 << 20)
+    model = _model(trunk, {**moe, **unknown}, what)
+    d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys())
+    return {**moe, "d_expert": d_expert, "experts": experts}
 
 
-def _reference_model(name: str, trunk: Tree, what: str) -> ModelSpec:
-    """The expert layers of a preset on this trunk."""
-    moe = _experts_on(find_preset(name), trunk, what)
-    tree = {**_fitting_trunk(trunk, moe), "moe": moe}
-    return checked(ModelSpec, tree, f"{what}, {name} on its trunk", below="model.")
+def _reference(value: Any, trunk: Tree, moe: Tree, what: str) -> ReferenceSpec:
+    """From a preset's name, or a section of one's own."""
+    if isinstance(value, str):
+        return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, what).moe)
+    _refuse_what_is_no_section(value, "reference", what)
+    reference = checked(ReferenceSpec, value, what, below="reference.")
+    _model(trunk, None if reference.moe is None else reference.moe.model_dump(), f"{what}, reference {reference.name}")
+    return reference
 
 
-def _fitting_trunk(trunk: Tree, moe: Tree | None) -> Tree:
-    """Without a width for dense layers where these experts leave none."""
-    return {**trunk, "d_ff": None} if moe and moe.get("every") == 1 else trunk
+def _reference_model(name: str, trunk: Tree, moe: Tree, what: str) -> ModelSpec:
+    """A preset's experts on this trunk, in the layers that have experts in the model that it is compared with."""
+    found = _experts_on(find_preset(name), trunk, what)
+    if found is not None and "every" in moe:
+        found["every"] = moe["every"]
+    return _model(trunk, found, f"{what}, reference {name}")
 
 
 def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
     if preset.moe is None:
         return None
-    moe = preset.moe(trunk.get("d_ff"))
+    moe = preset.moe(trunk)
     return _solved(moe, {}, preset.match, trunk, what) if preset.match else moe
+
+
+def _model(trunk: Tree, moe: Tree | None, what: str) -> ModelSpec:
+    """On a trunk that need not have a width for dense layers; where these experts leave some, it gets the usual one."""
+    fitting = _without_unused_width(trunk, moe)
+    if trunk.get("d_ff") is None and fitting is trunk and "d_model" in trunk:
+        fitting = {**trunk, "d_ff": dense_width(trunk)}
+    return checked(ModelSpec, {**fitting, "moe": moe}, what, below="model.")
+
+
+def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
+    """A preset's width for dense layers is no mistake of a user who wants none."""
+    return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
+
+
+def _refuse_what_would_be_ignored(short: Shorthands, tree: Tree, own_moe: Tree, what: str) -> None:
+    if short.size and not short.preset:
+        raise SpecError(what, "'size' is given without a preset, so it would be ignored", "add preset, or remove size")
+    if short.match is None:
+        return
+    if tree.get("reference") is not None:
+        why = f"a reference is given, but a matched model is compared with what it matches ({short.match.to})"
+        raise SpecError(what, why, "remove reference or match")
+    both = sorted(SOLVED[short.match.by] & own_moe.keys())
+    if both:
+        keys = " and ".join(f"model.moe.{key}" for key in both)
+        raise SpecError(what, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
 
 
 def _refuse_what_is_no_section(value: Any, name: str, what: str) -> None:
@@ -124,27 +153,8 @@ def _refuse_what_is_no_section(value: Any, name: str, what: str) -> None:
         raise SpecError(what, f"{name!r} is a value, not a section", "write its keys below it")
 
 
-def _refuse_what_would_be_ignored(short: Shorthands, what: str) -> None:
-    if short.size and not short.preset:
-        raise SpecError(what, "'size' is given without a preset, so it would be ignored", "add preset, or remove size")
-    if short.match and short.reference:
-        why = f"a reference is given, but a matched model is compared with what it matches ({short.match.to})"
-        raise SpecError(what, why, "remove reference or match")
-
-
-def _refuse_what_match_solves(own: Tree, match: MatchSpec, what: str) -> None:
-    both = sorted(SOLVED[match.by] & own.keys())
-    if both:
-        keys = " and ".join(f"model.moe.{key}" for key in both)
-        raise SpecError(what, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
-
-
 def _merged(base: Any, over: Any) -> Any:
     """`over` key by key on top of `base`."""
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
-
-
-def _trunk(model: Tree) -> Tree:
-    return {key: value for key, value in model.items() if key != "moe"}

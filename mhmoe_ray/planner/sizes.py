@@ -36,7 +36,9 @@ class Sizes(NamedTuple):
     with h: matched compute is not matched memory traffic."""
 
 
-MOE_PARTS = ("projections", "router", "experts", "shared expert")
+EMBEDDING, NORMS = "embedding", "norms"
+PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
+"""Names of parts that others look for."""
 
 
 def parts(spec: ModelSpec) -> list[Part]:
@@ -44,9 +46,9 @@ def parts(spec: ModelSpec) -> list[Part]:
     d, moe, dense_layers = spec.d_model, spec.moe, spec.layers - spec.moe_layers
     table, norms = spec.vocab_size * d, _norms(spec)
     found = [
-        Part("embedding", 1, table, table, 0),
+        Part(EMBEDDING, 1, table, table, 0),
         Part("attention", spec.layers, *_all_active(_attention(spec)), attention_macs(spec)),
-        Part("norms", 1, *_all_active(norms), 0),
+        Part(NORMS, 1, *_all_active(norms), 0),
     ]
     if dense_layers:
         assert spec.d_ff is not None
@@ -64,26 +66,26 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     expert, expert_macs = _feed_forward(spec, width, moe.d_expert), feed_forward_macs(spec, width, moe.d_expert)
     routes = moe.heads * moe.top_k
     found = [
-        Part("projections", layers, *_all_active(projections * (d * d + d)), projections * d * d),
-        Part("router", layers, *_all_active(_router(moe, width)), moe.heads * _router_macs(moe, width)),
-        Part("experts", layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
+        Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
+        Part(ROUTER, layers, *_all_active(_router(moe, width)), moe.heads * _router_macs(moe, width)),
+        Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
     if moe.d_shared:
         shared = _feed_forward(spec, d, moe.d_shared)
-        found.append(Part("shared expert", layers, *_all_active(shared), feed_forward_macs(spec, d, moe.d_shared)))
+        found.append(Part(SHARED, layers, *_all_active(shared), feed_forward_macs(spec, d, moe.d_shared)))
     return [part for part in found if part.parameters]
 
 
 def sizes(spec: ModelSpec) -> Sizes:
     found, moe = parts(spec), spec.moe
-    moe_parts = [p for p in found if p.name in MOE_PARTS]
+    moe_parts = [p for p in found if p.name in (PROJECTIONS, ROUTER, EXPERTS, SHARED)]
     return Sizes(
         parameters=sum(p.layers * p.parameters for p in found),
-        expert_parameters=sum(p.layers * p.parameters for p in found if p.name == "experts"),
+        expert_parameters=sum(p.layers * p.parameters for p in found if p.name == EXPERTS),
         active_parameters=sum(p.layers * p.active for p in found),
         macs_per_token=sum(p.layers * p.macs for p in found),
         moe_macs_per_token=sum(p.layers * p.macs for p in moe_parts),
-        router_macs_per_token=sum(p.layers * p.macs for p in moe_parts if p.name == "router"),
+        router_macs_per_token=sum(p.layers * p.macs for p in moe_parts if p.name == ROUTER),
         hidden_per_token=spec.moe_layers * moe.heads * moe.top_k * moe.d_expert if moe else 0,
     )
 

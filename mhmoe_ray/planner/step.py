@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from mhmoe_ray.planner.sizes import feed_forward_macs
+from mhmoe_ray.planner.units import compute_bytes
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
@@ -21,11 +22,6 @@ class ExpertStep(NamedTuple):
     def intensity(self) -> float:
         """FLOPs per byte: below the machine's own ratio, the step waits for memory."""
         return self.flops / self.bytes
-
-
-def compute_bytes(spec: RunSpec) -> int:
-    """Bytes of a value in matrix products and in the rows that ranks exchange."""
-    return 2 if spec.train.precision == "bfloat16" else 4
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:

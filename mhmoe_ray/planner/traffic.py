@@ -3,11 +3,8 @@
 from typing import NamedTuple
 
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.planner.step import compute_bytes
+from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
 from mhmoe_ray.spec import RunSpec
-
-FLOAT32 = 4
-INT64 = 8
 
 
 class Exchange(NamedTuple):

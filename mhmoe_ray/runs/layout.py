@@ -108,8 +108,13 @@ def list_runs(storage: Path) -> list[RunDir]:
     return sorted(found, key=RunDir.created)
 
 
-def find_run(name: str | None, storage: Path) -> RunDir:
+def find_run(name: str | None, storage: Path, *, with_job: bool = False) -> RunDir:
     """The run of this id, unique prefix of an id, or path; without a name the newest one.
+
+    Args:
+        name: as a user gives it.
+        storage: folder that holds run directories.
+        with_job: the newest one that was trained here, not imported.
 
     Raises:
         RunError: there is none, or the prefix fits several.
@@ -118,6 +123,7 @@ def find_run(name: str | None, storage: Path) -> RunDir:
         return RunDir(Path(name).resolve())
     runs = list_runs(storage)
     if name is None:
+        runs = [r for r in runs if not (with_job and r.is_imported)]
         if not runs:
             raise RunError(f"storage {storage}", "it holds no run yet", "start one: mhmoe submit jobs/quickstart.yaml")
         return runs[-1]

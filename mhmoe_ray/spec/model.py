@@ -5,6 +5,7 @@ P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16
 both readings are options, and the default is P2's.
 """
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -85,6 +86,8 @@ class MoESpec(Section):
             raise ValueError("kernel capacity lays out a limited number of places: give capacity_factor")
         if self.normalize_gates and self.top_k == 1:
             raise ValueError("normalize_gates makes the only weight of top_k 1 always 1, and the router learns nothing")
+        if self.balance_choices == "all" and self.top_k == 1:
+            raise ValueError("top_k is 1, so balance_choices: all would be ignored: there is only a first choice")
         return self
 
     @property
@@ -104,6 +107,11 @@ class MoESpec(Section):
     def routing_width(self) -> int:
         """Dimensions of X-MoE's projection."""
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
+
+
+def usual_width(d_model: int) -> int:
+    """Of a dense feed-forward layer: 8/3 d, as LLaMA has it, up to the next multiple of 128."""
+    return math.ceil(d_model * 8 / 3 / 128) * 128
 
 
 class ModelSpec(Section):
@@ -153,11 +161,10 @@ class ModelSpec(Section):
         return self
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
-        """The same trunk with other expert layers, checked; with None the dense model."""
-        tree = {**self.model_dump(exclude={"moe"}), "moe": moe}
-        if moe is not None and moe.every == 1:
-            tree["d_ff"] = None
-        return ModelSpec.model_validate(tree)
+        """The same trunk with other expert layers, checked; with None the dense model. Dense layers where the trunk had
+        none get the usual width."""
+        d_ff = None if moe is not None and moe.every == 1 else self.d_ff or usual_width(self.d_model)
+        return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) is a mixture of experts."""

@@ -30,6 +30,8 @@ class RunSpec(Section):
     """Folder that holds run directories."""
     seed: NonNegativeInt = 0
     """Seeds the initial weights and the order of the data."""
+    origin: str | None = None
+    """The preset that it came from, for lists; what was overridden, the other keys say."""
     model: ModelSpec
     reference: ReferenceSpec | None = None
     data: DataSpec
@@ -41,7 +43,9 @@ class RunSpec(Section):
     def _check(self) -> Self:
         moe, workers = self.model.moe, self.cluster.workers
         if self.cluster.ep > 1 and moe is None:
-            raise ValueError(f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread")
+            raise ValueError(
+                f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread: set ep to 1"
+            )
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
         if moe is not None and moe.kernel == "capacity" and self.cluster.ep > 1:

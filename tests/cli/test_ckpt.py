@@ -41,7 +41,10 @@ def test_list_and_status_show_where_an_imported_run_comes_from(project):
 @pytest.mark.parametrize("verb", ["resume", "stop", "logs"])
 def test_what_needs_a_job_is_refused_for_an_imported_run(project, verb):
     folder, _, id_ = project
-    assert_one_line(mhmoe(folder, verb), 7, f"run {id_}: it was imported, not trained here, so it has no job; serve it")
+    why = f"run {id_}: it was imported, not trained here, so it has no job; serve it"
+    assert_one_line(mhmoe(folder, verb, id_), 7, why)
+    # Without a name, it is not the imported run that is meant, though it is the newest.
+    assert id_ not in mhmoe(folder, verb).err
 
 
 def test_an_imported_run_is_exported_like_any_other(project):

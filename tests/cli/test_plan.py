@@ -65,9 +65,14 @@ def test_presets_lists_all_with_both_ratios(tmp_path):
     )
     text = mhmoe(tmp_path, "presets", "p2").out
     line = next(line for line in text.splitlines() if line.startswith("p2-mhmoe-h3 "))
-    assert line.split() == "p2-mhmoe-h3 3 96 3 512 315 M 110 M 110 M p2-smoe x 1.023 x 1.004".split()
+    assert line.split() == "p2-mhmoe-h3 p2-smoe: 1.023, 1.004 3 96 3 512 315 M 110 M 110 M".split()
     assert "…" not in text
-    assert mhmoe(tmp_path, "presets", "nothing").out == "no preset starts with nothing\n"
+    assert "P2, SMoE with a shared expert" in mhmoe(tmp_path, "presets", "p2-smoe-shared").out
+    wrong = mhmoe(tmp_path, "presets", "nothing")
+    assert (wrong.code, wrong.err) == (
+        3,
+        "error: preset nothing: no name has this in it; see them all with `mhmoe presets`\n",
+    )
 
 
 def test_readme_shows_the_table_of_today(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
@@ -10,7 +11,9 @@ from mhmoe_ray.planner.memory import memory
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import Trainer
+from tests.ranks import run_ranks
 from tests.specs import tiny_spec
+from tests.train.jobs import trainer_of
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
@@ -36,19 +39,30 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     return tiny_spec(model=model, data={"seq_len": 64}, train=train)
 
 
-def kept_by_autograd(spec: RunSpec) -> int:
-    """Bytes of all storages that a micro-batch's graph holds, weights themselves aside."""
-    model = Decoder(spec.model)
-    init_weights(model, 0)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # held, so that no two share an address
+class Kept:
+    """A hook that adds up the bytes of all storages that a graph holds, weights themselves aside."""
 
-    def keep(t: torch.Tensor) -> torch.Tensor:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._kept: dict[int, torch.Tensor] = {}  # held, so that no two share an address
+
+    def __call__(self, t: torch.Tensor) -> torch.Tensor:
+        if isinstance(t, AsyncCollectiveTensor):  # rows on their way from another rank
+            t = t.trigger_wait()
         address = t.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = t
+        if address not in self._weights:
+            self._kept[address] = t
         return t
 
+    @property
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self._kept.values())
+
+
+def kept_by_autograd(spec: RunSpec) -> int:
+    model = Decoder(spec.model)
+    init_weights(model, 0)
+    keep = Kept(model)
     token_BT = torch.randint(spec.model.vocab_size, (spec.train.micro_batch_size, spec.data.seq_len + 1))
     bfloat16 = spec.train.precision == "bfloat16"
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -57,7 +71,8 @@ def kept_by_autograd(spec: RunSpec) -> int:
         loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean()
         if spec.model.moe:
             loss = loss + routing_loss(spec.model, output.routing)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert loss.requires_grad
+    return keep.bytes
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -84,6 +99,24 @@ def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
     assert found.weights == sum(p.nbytes for p in parameters)
     assert found.gradients == gradients
     assert found.moments == moments
+
+
+def kept_by_a_rank(spec):
+    trainer = trainer_of(spec)
+    keep = Kept(trainer.model)
+    token_BT = torch.randint(300, (spec.train.micro_batch_size, spec.data.seq_len + 1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = trainer.forward(token_BT[:, :-1], Noise(0, 0))
+        loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean() + routing_loss(spec.model, output.routing)
+    loss.backward()
+    return keep.bytes
+
+
+def test_activations_of_two_ranks_that_exchange_rows_are_those_they_keep():
+    spec = tiny_spec(cluster={"workers": 2, "ep": 2}, data={"seq_len": 64}, train={"micro_batch_size": 4})
+    kept = run_ranks(2, kept_by_a_rank, spec)
+    # Routing is not uniform, so of the two ranks one keeps more than the other.
+    assert memory(spec).activations == pytest.approx(sum(kept) / 2, rel=0.03)
 
 
 def test_expert_parallelism_spreads_experts_and_nothing_else():

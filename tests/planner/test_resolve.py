@@ -62,6 +62,32 @@ def test_a_matched_family_stays_matched_when_heads_or_choices_change(written):
     assert (spec.model.moe.d_expert, spec.model.moe.experts) == (512, 96)
     own = written(size="base", overrides=["model.moe.experts=16"])
     assert (own.model.moe.d_expert, own.model.moe.experts) == (768, 16)
+    wide = written(size="base", overrides=["model.moe.d_expert=1536"])
+    assert (wide.model.moe.d_expert, wide.model.moe.experts) == (1536, 21)  # half as many, twice as wide
+    both = written(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
+    assert (both.model.moe.d_expert, both.model.moe.experts) == (64, 4)
+
+
+@pytest.mark.parametrize("preset", ["mhmoe", "smoe", "p2-mhmoe-h2", "mixtral-8x7b", "deepseek"])
+@pytest.mark.parametrize("reference", ["", "smoe", "dense"])
+def test_experts_in_every_layer_are_compared_with_experts_in_every_layer(written, preset, reference):
+    more = MIXTRALS_TRAINING if "mixtral" in preset else []
+    if reference:
+        more = [*more, f"reference={reference}"]
+    spec = written(overrides=[f"preset={preset}", "model.moe.every=1", *more])
+    assert spec.model.moe_layers == spec.model.layers
+    assert spec.model.d_ff is None
+    compared = spec.reference_model
+    if reference == "dense" or (preset == "smoe" and not reference):
+        assert compared.d_ff
+    elif compared:
+        assert compared.moe_layers == compared.layers
+
+
+def test_a_spec_says_which_preset_it_came_from(written):
+    assert written().origin == "mhmoe tiny"
+    assert written(size="small").origin == "mhmoe small"
+    assert written(overrides=["preset=p2-smoe", "model.d_model=768"]).origin == "p2-smoe"
 
 
 def test_match_on_a_model_without_a_preset(written):
@@ -96,7 +122,17 @@ def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
         (["match.to=smoe"], "'match.by' is missing"),
         (["match.to=smoe", "match.by=both", "reference=dense"], "a matched model is compared with what it matches"),
         (["match.to=smoe", "match.by=both", "model.moe=null"], "'match' is for experts, and this model has none"),
-        (["preset=mixtral-8x7b", "reference=smoe"], "model.d_ff: experts of these presets are as wide as it"),
+        (
+            ["reference={name: mine, moe: {heads: 7, d_expert: 3}}"],
+            "reference mine: 'model': d_model 128 does not split",
+        ),
+        (["reference={nme: mine}"], "unknown key 'reference.nme'; did you mean 'name'?"),
+        (["reference=3"], "'reference' is a value, not a section"),
+        (["reference=nothing"], "preset nothing: there is none of this name"),
+        (["preset=null", "reference=smoe"], "'model' is missing"),
+        (["model.dropout=1"], "'model.dropout': Input should be less than 1"),
+        (["model.moe.top_k=100000"], "but rows go to 100000 each"),
+        (["preset=smoe", "model.d_ff=wide"], "model.d_ff: experts of a family follow from it, and it is 'wide'"),
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.d_ff=8"], "so d_ff would be ignored"),
         (["preset=mixtral-8x7b", *MIXTRALS_TRAINING, "model.moe.every=2"], "d_ff is missing: 16 of the 32 layers"),
         (["presett=mhmoe"], "unknown key 'presett'; did you mean 'preset'?"),
