@@ -6,11 +6,12 @@ from torch import Tensor
 
 from mhmoe_kernels.grouped import grouped
 from mhmoe_kernels.reference import reference
+from mhmoe_kernels.triton import run as fused
 from mhmoe_kernels.weights import ExpertWeights
 
 Backend = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped}
+BACKENDS: dict[str, Backend] = {"reference": reference, "grouped": grouped, "triton": fused}
 
 
 def run_experts(backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:

@@ -3,14 +3,18 @@
 Triton's tiles have power-of-two sides. 192 = 768/4 and 384 = 768/2 are not such; rounded up, a third of the matrix
 units' work would be on padding. A row is held as a tuple of chunks instead: 192 = 128 + 64, 384 = 256 + 128.
 
-A product over D is a sum over chunks; a product into D is one product for each chunk. Sums are float32. float32 operands
-are multiplied as float32 ("ieee"), not as tf32, which would lose 13 of 23 bits.
+A product over D is a sum over chunks; a product into D is one product for each chunk. Sums are float32; float32
+operands are multiplied as float32 ("ieee"), not as tf32, which would lose 13 of 23 bits.
 """
 
 import triton
 import triton.language as tl
 
 _WIDEST, _NARROWEST = 256, 16  # wgmma's largest N; the smallest K of a bfloat16 product
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9, `create_dot`). The same numbers as
+# float32 give what a matrix unit gives: bfloat16's products are exact in float32, and sums are float32 in both.
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
@@ -34,24 +38,28 @@ def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def load_rows(x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
+def load_rows(
+    x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tuple:
     """Chunks [B, width] of the rows `row_B` of a matrix [*, D]; zeros for rows not inside."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = columns(CHUNKS, c)
         mask = inside_B[:, None] & (col < D)[None, :]
-        chunks = chunks + (tl.load(x_ND + row_B[:, None] * D + col[None, :], mask=mask, other=0.0),)  # noqa: RUF005
+        chunks = chunks + (tl.load(x_ND + row_B[:, None] * D + col[None, :], mask=mask, other=0.0),)
     return chunks
 
 
 @triton.jit
-def load_columns(w_DF: tl.tensor, f_B: tl.tensor, F: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
-    """Chunks [width, B] of the columns `f_B` of a matrix [D, F]; zeros past F."""
+def load_columns(
+    w: tl.tensor, f_B: tl.tensor, F: tl.tensor, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tuple:
+    """Chunks [width, B] of the columns `f_B` of a matrix [D, F], or the rows of one [F, D] if TRANSPOSED."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        col = columns(CHUNKS, c)
-        mask = (col < D)[:, None] & (f_B < F)[None, :]
-        chunks = chunks + (tl.load(w_DF + col[:, None] * F + f_B[None, :], mask=mask, other=0.0),)  # noqa: RUF005
+        col = columns(CHUNKS, c)[:, None]
+        place = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
+        chunks = chunks + (tl.load(w + place, mask=(col < D) & (f_B < F)[None, :], other=0.0),)
     return chunks
 
 
@@ -82,7 +90,7 @@ def store_columns(
 def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        chunks = chunks + (tl.zeros([B, CHUNKS[c]], tl.float32),)  # noqa: RUF005
+        chunks = chunks + (tl.zeros([B, CHUNKS[c]], tl.float32),)
     return chunks
 
 
@@ -90,41 +98,48 @@ def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        chunks = chunks + (tl.zeros([CHUNKS[c], B], tl.float32),)  # noqa: RUF005
+        chunks = chunks + (tl.zeros([CHUNKS[c], B], tl.float32),)
     return chunks
 
 
 @triton.jit
-def scale_rows(chunks: tl.tuple, scale_B: tl.tensor) -> tl.tuple:
+def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
     scaled = ()
     for c in tl.static_range(len(chunks)):
-        scaled = scaled + (chunks[c] * scale_B[:, None],)  # noqa: RUF005
+        scaled = scaled + (chunks[c] * scale_B1,)
     return scaled
+
+
+@triton.jit
+def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
 def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
     """rows [B, D] @ w [D, F] (w given as chunks of [F, D] if TRANSPOSED), as [B, F]."""
-    out = tl.dot(rows[0], w[0].T if TRANSPOSED else w[0], input_precision="ieee")
-    for c in tl.static_range(1, len(rows)):
-        out = tl.dot(rows[c], w[c].T if TRANSPOSED else w[c], out, input_precision="ieee")
+    F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
+    out = tl.zeros([rows[0].shape[0], F], tl.float32)
+    for c in tl.static_range(len(rows)):
+        out = _dot(rows[c], w[c].T if TRANSPOSED else w[c], out)
     return out
 
 
 @triton.jit
 def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
-    """sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED)."""
+    """sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED); h is rounded to w's dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
-        wc = w[c].T if TRANSPOSED else w[c]
-        chunks = chunks + (tl.dot(h.to(wc.dtype), wc, sums[c], input_precision="ieee"),)  # noqa: RUF005
+        chunks = chunks + (_dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
     return chunks
 
 
 @triton.jit
 def add_outer(sums: tl.tuple, rows: tl.tuple, h: tl.tensor) -> tl.tuple:
-    """sums [D, F] + rows [B, D] transposed @ h [B, F]."""
+    """sums [D, F] + rows [B, D] transposed @ h [B, F]; h is rounded to the rows' dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
-        chunks = chunks + (tl.dot(rows[c].T, h.to(rows[c].dtype), sums[c], input_precision="ieee"),)  # noqa: RUF005
+        chunks = chunks + (_dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)
     return chunks

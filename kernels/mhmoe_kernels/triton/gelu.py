@@ -1,19 +1,18 @@
 """GELU experts with biases and SubLN's inner LayerNorm over f, fc2(norm(gelu(fc1(x)))), on sorted rows.
 
 fc2 follows a norm over all of f, yet one walk over f is enough, because what is behind the norm is linear. With
-g = gelu(fc1(x)), mean and deviation of g over f, and z = (g - mean) / deviation,
+g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
 
     y = W2 (w z + b) + b2 = (W2 (w g) - mean * (W2 w)) / deviation + (W2 b + b2)
 
-so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert before. Mean and
-squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
+so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert before. Mean
+and squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
 
-Backward, with t = W2^T dy and per row A = <w, t> = <s, dy>, known before, and C = <w z, t> = <y - c, dy>, known after:
+Backward, with t = W2^T dy and per row A = <w, t> / F = <s, dy> / F and C = <w z, t> / F:
 
-    dg = (w t - A / F - z C / F) / deviation
-    dx = W1^T (gelu' dg) = (W1^T (gelu' (w t - A / F)) - C / F * W1^T (gelu' z)) / deviation
+    dx = W1^T (gelu' dg),    dg = (w t - A - z C) / deviation
 
-again one walk, with two sums of size D for a row. The routing weight's gradient is <y, dy> = C + <c, dy>.
+A is known before. C takes a first walk, which also gives the routing weight's gradient: <y, dy> = F C + <c, dy>.
 """
 
 import triton
@@ -26,6 +25,7 @@ from mhmoe_kernels.triton.chunks import (
     load_columns,
     load_rows,
     over_width,
+    scale_rows,
     store_columns,
     store_rows,
     zeros_columns,
@@ -82,7 +82,7 @@ def gelu_forward(
         u = over_width(x, load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS), True)
         g = _gelu(u + _vector(fc1_bias_EF + expert * F, f, F))
         weighted = g * _vector(norm_weight_EF + expert * F, f, F)
-        out = add_into_width(out, weighted, load_columns(fc2_EDF + matrix, f, F, D, CHUNKS), True)
+        out = add_into_width(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
         seen, new = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
         tile_mean = tl.sum(g, 1) / new  # g is 0 past F
         off = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
@@ -115,32 +115,31 @@ def gelu_backward_rows(
     row = tl.load(row_R + slot, mask=inside, other=0)
     x = load_rows(x_ND, row, inside, D, CHUNKS)
     dy = load_rows(dy_ND, row, inside, D, CHUNKS)
-    mean = tl.load(mean_R + slot, mask=inside, other=0.0)
-    rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)
+    mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
+    rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
     a = _dot_with(dy, s_ED + expert * D, D, CHUNKS) / F
     c = tl.zeros([BLOCK_R], tl.float32)
-    matrix = expert * F * D
-    main, along_z = zeros_rows(BLOCK_R, CHUNKS), zeros_rows(BLOCK_R, CHUNKS)
+    vector, matrix = expert * F, expert * F * D
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
-        u = over_width(x, fc1, True) + _vector(fc1_bias_EF + expert * F, f, F)
-        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, D, CHUNKS), False)
-        wt = t * _vector(norm_weight_EF + expert * F, f, F)
-        z = (_gelu(u) - mean[:, None]) * rstd[:, None]
-        slope = _gelu_slope(u)
-        c += tl.sum(wt * z, 1)
-        main = add_into_width(main, slope * (wt - a[:, None]), fc1, False)
-        along_z = add_into_width(along_z, slope * z, fc1, False)
+        z = (_gelu(over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
+        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        c += tl.sum(t * _vector(norm_weight_EF + vector, f, F) * z, 1)
     tl.store(dscale_R + slot, c + _dot_with(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
     c /= F
     tl.store(a_R + slot, a, mask=inside)
     tl.store(c_R + slot, c, mask=inside)
-    rstd *= tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)
-    dx = ()
-    for i in tl.static_range(len(CHUNKS)):
-        dx = dx + ((main[i] - along_z[i] * c[:, None]) * rstd[:, None],)  # noqa: RUF005
-    store_rows(dx_RD, slot, inside, dx, D, CHUNKS)
+    dx = zeros_rows(BLOCK_R, CHUNKS)
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
+        u = over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)
+        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        dg = t * _vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
+        dx = add_into_width(dx, _gelu_slope(u) * dg, fc1, False)
+    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
+    store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
 
 
 @triton.jit
@@ -152,8 +151,9 @@ def gelu_backward_weights(
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.program_id(1).to(tl.int64)
     vector, matrix = expert * F, expert * F * D
-    fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
-    fc2 = load_columns(fc2_EDF + matrix, f, F, D, CHUNKS)
+    # Loaded as [D, F]: turned inside the loop, they would stay in registers and go through shared memory every time.
+    fc1 = load_columns(fc1_EFD + matrix, f, F, True, D, CHUNKS)
+    fc2 = load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS)
     fc1_bias = _vector(fc1_bias_EF + vector, f, F)
     norm_weight, norm_bias = _vector(norm_weight_EF + vector, f, F), _vector(norm_bias_EF + vector, f, F)
     dfc1, dfc2 = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
@@ -171,7 +171,7 @@ def gelu_backward_weights(
         a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
         c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
         scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]  # 0 silences rows not inside
-        u = over_width(x, fc1, True) + fc1_bias
+        u = over_width(x, fc1, False) + fc1_bias
         z = (_gelu(u) - mean) * rstd
         t = over_width(dy, fc2, False)
         du = _gelu_slope(u) * (t * norm_weight - a - z * c) * (rstd * scale)

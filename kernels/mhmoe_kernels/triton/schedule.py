@@ -20,7 +20,7 @@ class Routes(NamedTuple):
 
 
 class RowTiles(NamedTuple):
-    """For each of T programs, the sorted routes start..end of one expert. There is none for a program with start >= end."""
+    """For each of T programs, the sorted routes start..end of one expert; none where start >= end."""
 
     expert_T: Tensor
     start_T: Tensor

@@ -1,7 +1,8 @@
 """SwiGLU experts, down(silu(gate(x)) * up(x)), on sorted rows: forward, and gradients that recompute the hidden layer.
 
 A program of `swiglu_forward` or `swiglu_backward_rows` holds BLOCK_R rows of one expert and walks over f; a program of
-`swiglu_backward_weights` holds BLOCK_F hidden units of one expert and walks over its rows. Nothing of size R x F is stored.
+`swiglu_backward_weights` holds BLOCK_F hidden units of one expert and walks over its rows. Nothing of size R x F is
+stored.
 """
 
 import triton
@@ -39,7 +40,7 @@ def swiglu_forward(
         f = f0 + tl.arange(0, BLOCK_F)
         a = over_width(x, load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS), True)
         u = over_width(x, load_rows(up_EFD + matrix, f, f < F, D, CHUNKS), True)
-        out = add_into_width(out, a * tl.sigmoid(a) * u, load_columns(down_EDF + matrix, f, F, D, CHUNKS), True)
+        out = add_into_width(out, a * tl.sigmoid(a) * u, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), True)
     store_rows(out_RD, slot, inside, out, D, CHUNKS)
 
 
@@ -72,12 +73,12 @@ def swiglu_backward_rows(
         f = f0 + tl.arange(0, BLOCK_F)
         gate = load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS)
         up = load_rows(up_EFD + matrix, f, f < F, D, CHUNKS)
-        dh = over_width(dy, load_columns(down_EDF + matrix, f, F, D, CHUNKS), False)
+        dh = over_width(dy, load_columns(down_EDF + matrix, f, F, False, D, CHUNKS), False)
         h, da, du = _gradients(over_width(x, gate, True), over_width(x, up, True), dh)
         # <dy, down(h)> = <h, dh>: the routing weight's gradient without the expert's output.
         dscale += tl.sum(h * dh, 1)
         dx = add_into_width(add_into_width(dx, da, gate, False), du, up, False)
-    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
     store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
     tl.store(dscale_R + slot, dscale, mask=inside)
 
@@ -90,9 +91,10 @@ def swiglu_backward_weights(
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     expert = tl.program_id(1)
     matrix = expert.to(tl.int64) * F * D
-    gate = load_rows(gate_EFD + matrix, f, f < F, D, CHUNKS)
-    up = load_rows(up_EFD + matrix, f, f < F, D, CHUNKS)
-    down = load_columns(down_EDF + matrix, f, F, D, CHUNKS)
+    # Loaded as [D, F]: turned inside the loop, they would stay in registers and go through shared memory every time.
+    gate = load_columns(gate_EFD + matrix, f, F, True, D, CHUNKS)
+    up = load_columns(up_EFD + matrix, f, F, True, D, CHUNKS)
+    down = load_columns(down_EDF + matrix, f, F, False, D, CHUNKS)
     # All three as [D, F], so that the matrix unit's M is the wide side.
     dgate, dup = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
     ddown = zeros_columns(BLOCK_F, CHUNKS)
@@ -104,7 +106,7 @@ def swiglu_backward_weights(
         x = load_rows(x_ND, row, inside, D, CHUNKS)
         dy = load_rows(dy_ND, row, inside, D, CHUNKS)
         scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
-        h, da, du = _gradients(over_width(x, gate, True), over_width(x, up, True), over_width(dy, down, False))
+        h, da, du = _gradients(over_width(x, gate, False), over_width(x, up, False), over_width(dy, down, False))
         dgate = add_outer(dgate, x, da * scale)
         dup = add_outer(dup, x, du * scale)
         ddown = add_outer(ddown, dy, h * scale)
