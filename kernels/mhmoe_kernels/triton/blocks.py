@@ -9,8 +9,8 @@ GELU 2):
     backward_rows     4 R D + 4 M R F                  2 b R D + s M b F D
     backward_weights  4 M F D + 4 M R F                s 2 b R D + M b F D
 
-Each reads its weights, or its rows, again for every block, from the L2 cache: FLOP a byte of that are R for `forward`,
-(M + 2) / M * R for `backward_rows` and (2 M / 2) F for `backward_weights`, in bfloat16. An H100 needs some 145
+Each reads its weights, or its rows, again for every block, from the L2 cache. FLOP a byte of that, in bfloat16: R for
+`forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, M F for `backward_weights`. An H100 needs some 145
 (798 TFLOP/s over about 5.5 TB/s), so R wants to be 128 and F 64. kernels/README.md has the roofline and what the
 compiler says of each entry.
 """
@@ -70,8 +70,8 @@ _BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
         1024: Blocks(16, 16, 8, 1),
     },
 }
-# Exact float32 products have no matrix unit: multiply-adds of single threads, whose operands are in registers.
-_FLOAT32: dict[int, Blocks] = {256: Blocks(32, 32, 4, 2), 384: Blocks(16, 16, 4, 1), 1024: Blocks(16, 16, 4, 1)}
+# Exact float32 products have no matrix unit: multiply-adds of single threads, whose operands fill the registers.
+_FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 
 
 def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:

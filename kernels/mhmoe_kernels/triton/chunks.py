@@ -27,6 +27,11 @@ def chunk_widths(width: int) -> tuple[int, ...]:
 
 
 @triton.constexpr_function
+def _width(chunks: tuple[int, ...], c: int) -> int:
+    return int(chunks[c])
+
+
+@triton.constexpr_function
 def _before(chunks: tuple[int, ...], c: int) -> int:
     return sum(chunks[:c])
 
@@ -34,7 +39,7 @@ def _before(chunks: tuple[int, ...], c: int) -> int:
 @triton.jit
 def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
     """Which of the D columns chunk c holds."""
-    return _before(CHUNKS, c) + tl.arange(0, CHUNKS[c])
+    return _before(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def store_columns(
 def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        chunks = chunks + (tl.zeros([B, CHUNKS[c]], tl.float32),)
+        chunks = chunks + (tl.zeros([B, _width(CHUNKS, c)], tl.float32),)
     return chunks
 
 
@@ -98,7 +103,7 @@ def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
 def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
-        chunks = chunks + (tl.zeros([CHUNKS[c], B], tl.float32),)
+        chunks = chunks + (tl.zeros([_width(CHUNKS, c), B], tl.float32),)
     return chunks
 
 

@@ -33,12 +33,11 @@ _FLOATS = {"scale_R", "dscale_R", "mean_R", "rstd_R", "a_R", "c_R", "s_ED", "c_E
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
-class Resources(dict[str, int]):
-    """registers a thread, stack bytes a thread, shared bytes, and how many matrix instructions of each kind."""
+def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Registers and stack bytes a thread, shared bytes, and matrix instructions of each kind.
 
-
-def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Resources:
-    """Compile one kernel with its blocks for sm_90, every pointer and F a multiple of 16."""
+    Compiled for sm_90 with the kernel's blocks, every pointer and f a multiple of 16.
+    """
     function = KERNELS[kind, kernel]
     constants = options(width, blocks_for(kind, kernel, width, dtype))
     compiler = {name: constants.pop(name) for name in _OPTIONS}
@@ -54,13 +53,13 @@ def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Reso
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = dict(re.findall(r"(REG|STACK):(\d+)", said.stdout))
-    return Resources(
-        registers=int(found["REG"]),
-        stack=int(found["STACK"]),
-        shared=compiled.metadata.shared,
-        wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
-        mma=compiled.asm["ptx"].count("mma.sync"),
-    )
+    return {
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "shared": compiled.metadata.shared,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "mma": compiled.asm["ptx"].count("mma.sync"),
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -70,7 +69,7 @@ def main(arguments: list[str]) -> None:
             blocks = blocks_for(kind, kernel, width, dtype)
             found = resources(kind, kernel, width, dtype)
             over = "" if found["shared"] <= SHARED_LIMIT else "  OVER the shared memory there is"
-            print(f"{width:5} {kind:7}{kernel:17} {tuple(blocks)!s:17} {dict(found)}{over}", flush=True)
+            print(f"{width:5} {kind:7}{kernel:17} {tuple(blocks)!s:17} {found}{over}", flush=True)
 
 
 if __name__ == "__main__":
