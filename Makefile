@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
+	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make check        format, lint, types, direction of imports"
 	@echo "make clean        remove .venv and what quickstart wrote"
 
@@ -17,6 +18,9 @@ quickstart: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest
+
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

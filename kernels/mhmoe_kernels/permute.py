@@ -24,7 +24,9 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
     slot_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    count_E = torch.bincount(flat_R, minlength=n_experts)
+    # Not bincount, which makes the host wait for a GPU.
+    past_E = torch.searchsorted(flat_R[order_R], torch.arange(n_experts, device=flat_R.device), right=True)
+    count_E = past_E.diff(prepend=past_E.new_zeros(1))
     return RoutePlan(order_R // expert_NK.shape[1], slot_R.view_as(expert_NK), count_E)
 
 

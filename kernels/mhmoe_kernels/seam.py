@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_kernels import megablocks
+from mhmoe_kernels import megablocks, triton
 from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import grouped
 from mhmoe_kernels.reference import reference
@@ -28,19 +28,27 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
     "grouped": Backend(grouped),
     "capacity": Backend(capacity),
+    "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),
 }
 
-PREFERRED = {"cuda": ("triton", "grouped"), "cpu": ("grouped",)}
-"""For `auto`, by device: the first that can run."""
+FUSED_UP_TO = 256
+"""Width of rows up to which `triton`'s fused experts should be ahead on a GPU, by its roofline (kernels/README.md);
+not yet measured."""
 
 
-def choose(name: str, device: torch.device) -> tuple[str, str | None]:
-    """The backend that `name`, which may be `auto`, means on this device; and why it cannot run there, if so."""
+def choose(name: str, device: torch.device, width: int) -> tuple[str, str | None]:
+    """The backend that a name means, and why it cannot run, if so.
+
+    Args:
+        name: a key of `BACKENDS`, or `auto` for what should be fastest, which can always run.
+        device: where the experts are.
+        width: D of their rows.
+    """
     if name != "auto":
         return name, BACKENDS[name].why_not(device)
-    able = (b for b in PREFERRED[device.type] if b in BACKENDS and BACKENDS[b].why_not(device) is None)
-    return next(able), None
+    fused = device.type == "cuda" and width <= FUSED_UP_TO and BACKENDS["triton"].why_not(device) is None
+    return ("triton" if fused else "grouped"), None
 
 
 def run_experts(

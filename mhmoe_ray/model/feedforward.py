@@ -76,7 +76,7 @@ class Experts(nn.Module):
         """
         # Without a limit there is no static layout.
         kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
-        backend, _ = choose(kernel, x_ND.device)
+        backend, _ = choose(kernel, x_ND.device, x_ND.shape[1])
         x_ND, *stacked = _for_autocast(x_ND, tuple(self.parameters()))
         weights = ExpertWeights(self.function, tuple(stacked))
         return run_experts(backend, x_ND, expert_NK, gate_NK, weights, places)

@@ -48,6 +48,11 @@ class RunSpec(Section):
             )
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
+        if moe is not None and moe.kernel in ("triton", "megablocks") and not self.cluster.gpus_per_worker:
+            raise ValueError(
+                f"model.moe.kernel {moe.kernel} needs CUDA, but cluster.gpus_per_worker is 0: "
+                "set that to 1, or kernel to auto"
+            )
         if moe is not None and moe.kernel == "capacity" and self.cluster.ep > 1:
             raise ValueError(
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "

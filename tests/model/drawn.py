@@ -39,7 +39,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         "merge_projection": draw(st.sampled_from([None, False, True])),
         "sub_token_residual": draw(st.booleans(), label="residual"),
         "d_shared": draw(st.sampled_from([0, 5])),
-        "balance_choices": draw(st.sampled_from(["first", "all"])),
+        "balance_choices": draw(st.sampled_from(["first", "all"] if top_k > 1 else ["first"])),
     }
     fields |= fixed
     backbone = fields.pop("backbone", None) or draw(st.sampled_from(["llama", "subln"]))

@@ -1,0 +1,43 @@
+"""Experts as fused Triton kernels: the hidden layer stays on the chip, forward and backward.
+
+Nothing here imports Triton before it is used: it is no part of the base install.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels.weights import ExpertWeights
+
+
+def why_not(device: torch.device) -> str | None:
+    """One line on why `run` cannot run on `device`; None when it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    if device.type != "cuda" and not interpreted:
+        return f"triton compiles for CUDA devices, and this is {device.type}; TRITON_INTERPRET=1 runs it here, slowly"
+    return None
+
+
+def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """See `mhmoe_kernels.run_experts`. float32 and bfloat16; sums are float32, and bitwise the same each time.
+
+    Raises:
+        TypeError: for a function or dtype that no kernel here computes.
+        RuntimeError: where `why_not` has a reason.
+    """
+    if reason := why_not(x_ND.device):
+        raise RuntimeError(reason)
+    if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
+        raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
+    from mhmoe_kernels.triton.autograd import fused_experts
+    from mhmoe_kernels.triton.launch import kind_of
+    from mhmoe_kernels.triton.schedule import sort_routes
+
+    kind = kind_of(weights.function)
+    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]
+        routes = sort_routes(expert_NK, len(weights.stacked[0]))
+        return fused_experts(kind, x_ND, gate_NK, weights.stacked, routes)

@@ -1,0 +1,89 @@
+"""Block sizes for sm_90 (H100), by kind of expert, kernel, width and dtype. UNMEASURED: predicted, and only compiled.
+
+One multiprocessor has 256 KiB of registers, at most 255 a thread, and 227 KiB of shared memory for a program. What a
+program holds, in bytes, with R rows and F hidden units a block, s stages, b bytes an element, and M matrices (SwiGLU 3,
+GELU 2):
+
+                      registers, float32               shared memory
+    forward           4 R D + 4 (M - 1) R F            b R D + s M b F D
+    backward_rows     4 R D + 4 M R F                  2 b R D + s M b F D
+    backward_weights  4 M F D + 4 M R F                s 2 b R D + M b F D
+
+Each reads its weights, or its rows, again for every block, from the L2 cache. FLOP a byte of that, in bfloat16: R for
+`forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, M F for `backward_weights`. An H100 needs some 145
+(798 TFLOP/s over about 5.5 TB/s), so R wants to be 128 and F 64. kernels/README.md has the roofline and what the
+compiler says of each entry.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Kernel = Literal["forward", "backward_rows", "backward_weights"]
+
+
+class Blocks(NamedTuple):
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+# For each width, the blocks of rows up to that width.
+_BFLOAT16: dict[tuple[str, Kernel], dict[int, Blocks]] = {
+    ("swiglu", "forward"): {
+        128: Blocks(128, 64, 8, 3),
+        192: Blocks(128, 64, 8, 2),
+        256: Blocks(128, 32, 8, 2),
+        384: Blocks(64, 32, 8, 2),
+        1024: Blocks(16, 16, 8, 1),
+    },
+    ("swiglu", "backward_rows"): {
+        192: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 2),
+        384: Blocks(64, 16, 8, 2),
+        1024: Blocks(16, 16, 8, 1),
+    },
+    ("swiglu", "backward_weights"): {
+        128: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 8, 2),
+        384: Blocks(64, 16, 8, 1),
+        1024: Blocks(16, 16, 8, 1),
+    },
+    ("gelu", "forward"): {
+        128: Blocks(128, 64, 8, 3),
+        192: Blocks(128, 32, 8, 3),
+        256: Blocks(128, 32, 8, 2),
+        384: Blocks(64, 32, 8, 2),
+        1024: Blocks(16, 16, 8, 1),
+    },
+    ("gelu", "backward_rows"): {
+        192: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 2),
+        384: Blocks(64, 16, 8, 2),
+        1024: Blocks(16, 16, 8, 1),
+    },
+    ("gelu", "backward_weights"): {
+        128: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 8, 2),
+        384: Blocks(64, 16, 8, 2),
+        1024: Blocks(16, 16, 8, 1),
+    },
+}
+# Exact float32 products have no matrix unit: multiply-adds of single threads, whose operands fill the registers.
+_FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
+
+
+def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:
+    """The blocks of the narrowest entry that holds rows of `width`.
+
+    Raises:
+        ValueError: for rows so wide that none of a program's tiles fits.
+    """
+    table = _FLOAT32 if dtype == torch.float32 else _BFLOAT16[kind, kernel]
+    for widest, blocks in table.items():
+        if width <= widest:
+            return blocks
+    raise ValueError(
+        f"rows of {width} do not fit on a chip beside a fused expert's weights, {widest} do: use `grouped`"
+    )

@@ -1,0 +1,150 @@
+"""Tiles of rows of width D, held as chunks whose widths are powers of two.
+
+Triton's tiles have power-of-two sides. 192 = 768/4 and 384 = 768/2 are not such; rounded up, a third of the matrix
+units' work would be on padding. A row is held as a tuple of chunks instead: 192 = 128 + 64, 384 = 256 + 128.
+
+A product over D is a sum over chunks; a product into D is one product for each chunk. Sums are float32; float32
+operands are multiplied as float32 ("ieee"), not as tf32, which would lose 13 of 23 bits.
+"""
+
+import triton
+import triton.language as tl
+
+_WIDEST, _NARROWEST = 256, 16  # wgmma's largest N; the smallest K of a bfloat16 product
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9, `create_dot`). The same numbers as
+# float32 give what a matrix unit gives: bfloat16's products are exact in float32, and sums are float32 in both.
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def chunk_widths(width: int) -> tuple[int, ...]:
+    """Powers of two from 256 down that add up to `width` rounded up to a multiple of 16."""
+    left, chunks = -(-width // _NARROWEST) * _NARROWEST, []
+    while left:
+        chunks.append(min(_WIDEST, 1 << left.bit_length() - 1))
+        left -= chunks[-1]
+    return tuple(chunks)
+
+
+@triton.constexpr_function
+def _width(chunks: tuple[int, ...], c: int) -> int:
+    return int(chunks[c])
+
+
+@triton.constexpr_function
+def _before(chunks: tuple[int, ...], c: int) -> int:
+    return sum(chunks[:c])
+
+
+@triton.jit
+def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
+    """Which of the D columns chunk c holds."""
+    return _before(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
+
+
+@triton.jit
+def load_rows(
+    x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tuple:
+    """Chunks [B, width] of the rows `row_B` of a matrix [*, D]; zeros for rows not inside."""
+    chunks = ()
+    for c in tl.static_range(len(CHUNKS)):
+        col = columns(CHUNKS, c)
+        mask = inside_B[:, None] & (col < D)[None, :]
+        chunks = chunks + (tl.load(x_ND + row_B[:, None] * D + col[None, :], mask=mask, other=0.0),)
+    return chunks
+
+
+@triton.jit
+def load_columns(
+    w: tl.tensor, f_B: tl.tensor, F: tl.tensor, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tuple:
+    """Chunks [width, B] of the columns `f_B` of a matrix [D, F], or the rows of one [F, D] if TRANSPOSED."""
+    chunks = ()
+    for c in tl.static_range(len(CHUNKS)):
+        col = columns(CHUNKS, c)[:, None]
+        place = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
+        chunks = chunks + (tl.load(w + place, mask=(col < D) & (f_B < F)[None, :], other=0.0),)
+    return chunks
+
+
+@triton.jit
+def store_rows(
+    x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, chunks: tl.tuple, D: tl.constexpr, CHUNKS: tl.constexpr
+) -> None:
+    for c in tl.static_range(len(CHUNKS)):
+        col = columns(CHUNKS, c)
+        mask = inside_B[:, None] & (col < D)[None, :]
+        tl.store(x_ND + row_B[:, None] * D + col[None, :], chunks[c].to(x_ND.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_columns(
+    w: tl.tensor, f_B: tl.tensor, F: tl.tensor, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, CHUNKS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Chunks [width, B] into the columns `f_B` of a matrix [D, F], or the rows of one [F, D] if TRANSPOSED."""
+    for c in tl.static_range(len(CHUNKS)):
+        col = columns(CHUNKS, c)[:, None]
+        mask = (col < D) & (f_B < F)[None, :]
+        place = f_B[None, :] * D + col if TRANSPOSED else col * F + f_B[None, :]
+        tl.store(w + place, chunks[c].to(w.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zeros_rows(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
+    chunks = ()
+    for c in tl.static_range(len(CHUNKS)):
+        chunks = chunks + (tl.zeros([B, _width(CHUNKS, c)], tl.float32),)
+    return chunks
+
+
+@triton.jit
+def zeros_columns(B: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tuple:
+    chunks = ()
+    for c in tl.static_range(len(CHUNKS)):
+        chunks = chunks + (tl.zeros([_width(CHUNKS, c), B], tl.float32),)
+    return chunks
+
+
+@triton.jit
+def scale_rows(chunks: tl.tuple, scale_B1: tl.tensor) -> tl.tuple:
+    scaled = ()
+    for c in tl.static_range(len(chunks)):
+        scaled = scaled + (chunks[c] * scale_B1,)
+    return scaled
+
+
+@triton.jit
+def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
+    """rows [B, D] @ w [D, F] (w given as chunks of [F, D] if TRANSPOSED), as [B, F]."""
+    F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
+    out = tl.zeros([rows[0].shape[0], F], tl.float32)
+    for c in tl.static_range(len(rows)):
+        out = _dot(rows[c], w[c].T if TRANSPOSED else w[c], out)
+    return out
+
+
+@triton.jit
+def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
+    """sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED); h is rounded to w's dtype."""
+    chunks = ()
+    for c in tl.static_range(len(sums)):
+        chunks = chunks + (_dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
+    return chunks
+
+
+@triton.jit
+def add_outer(sums: tl.tuple, rows: tl.tuple, h: tl.tensor) -> tl.tuple:
+    """sums [D, F] + rows [B, D] transposed @ h [B, F]; h is rounded to the rows' dtype."""
+    chunks = ()
+    for c in tl.static_range(len(sums)):
+        chunks = chunks + (_dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)
+    return chunks

@@ -1,0 +1,206 @@
+"""GELU experts with biases and SubLN's inner LayerNorm over f, fc2(norm(gelu(fc1(x)))), on sorted rows.
+
+fc2 follows a norm over all of f, yet one walk over f is enough, because what is behind the norm is linear. With
+g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
+
+    y = W2 (w z + b) + b2 = (W2 (w g) - mean * (W2 w)) / deviation + (W2 b + b2)
+
+so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert before. Mean
+and squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
+
+Backward, with t = W2^T dy and per row A = <w, t> / F = <s, dy> / F and C = <w z, t> / F:
+
+    dx = W1^T (gelu' dg),    dg = (w t - A - z C) / deviation
+
+A is known before. C takes a first walk, which also gives the routing weight's gradient: <y, dy> = F C + <c, dy>.
+"""
+
+import triton
+import triton.language as tl
+
+from mhmoe_kernels.triton.chunks import (
+    add_into_width,
+    add_outer,
+    columns,
+    load_columns,
+    load_rows,
+    over_width,
+    scale_rows,
+    store_columns,
+    store_rows,
+    zeros_columns,
+    zeros_rows,
+)
+
+_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+_DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _gelu(u):
+    return 0.5 * u * (1 + tl.erf(u * _SQRT_HALF))
+
+
+@triton.jit
+def _gelu_slope(u):
+    return 0.5 * (1 + tl.erf(u * _SQRT_HALF)) + u * _DENSITY_AT_0 * tl.exp(-0.5 * u * u)
+
+
+@triton.jit
+def _vector(v_F, f, F):
+    """Part of a bias or norm weight, as a float32 row."""
+    return tl.load(v_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _dot_with(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """<row, v> for each row."""
+    total = tl.sum(rows[0].to(tl.float32) * _vector(v_D, columns(CHUNKS, 0), D), 1)
+    for c in tl.static_range(1, len(CHUNKS)):
+        total += tl.sum(rows[c].to(tl.float32) * _vector(v_D, columns(CHUNKS, c), D), 1)
+    return total
+
+
+@triton.jit
+def gelu_forward(
+    x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, row_R, expert_T, start_T, end_T,
+    out_RD, mean_R, rstd_R, F, eps,
+    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
+    if start >= end:
+        return
+    slot = start + tl.arange(0, BLOCK_R)
+    inside = slot < end
+    x = load_rows(x_ND, tl.load(row_R + slot, mask=inside, other=0), inside, D, CHUNKS)
+    matrix = expert * F * D
+    out = zeros_rows(BLOCK_R, CHUNKS)
+    mean, squares = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        u = over_width(x, load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS), True)
+        g = _gelu(u + _vector(fc1_bias_EF + expert * F, f, F))
+        weighted = g * _vector(norm_weight_EF + expert * F, f, F)
+        out = add_into_width(out, weighted, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), True)
+        seen, new = f0 * 1.0, tl.minimum(F - f0, BLOCK_F) * 1.0
+        tile_mean = tl.sum(g, 1) / new  # g is 0 past F
+        off = tl.where((f < F)[None, :], g - tile_mean[:, None], 0.0)
+        shift = tile_mean - mean
+        squares += tl.sum(off * off, 1) + shift * shift * (seen * new / (seen + new))
+        mean += shift * (new / (seen + new))
+    rstd = tl.rsqrt(squares / F + eps)
+    for c in tl.static_range(len(CHUNKS)):
+        col = columns(CHUNKS, c)
+        s, bias = _vector(s_ED + expert * D, col, D), _vector(c_ED + expert * D, col, D)
+        y = (out[c] - mean[:, None] * s) * rstd[:, None] + bias
+        mask = inside[:, None] & (col < D)[None, :]
+        tl.store(out_RD + slot[:, None] * D + col[None, :], y.to(out_RD.dtype.element_ty), mask=mask)
+    tl.store(mean_R + slot, mean, mask=inside)
+    tl.store(rstd_R + slot, rstd, mask=inside)
+
+
+@triton.jit
+def gelu_backward_rows(
+    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, mean_R, rstd_R, row_R, scale_R,
+    expert_T, start_T, end_T, dx_RD, dscale_R, a_R, c_R, F,
+    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    expert, start, end = tl.load(expert_T + tile), tl.load(start_T + tile), tl.load(end_T + tile)
+    if start >= end:
+        return
+    slot = start + tl.arange(0, BLOCK_R)
+    inside = slot < end
+    row = tl.load(row_R + slot, mask=inside, other=0)
+    x = load_rows(x_ND, row, inside, D, CHUNKS)
+    dy = load_rows(dy_ND, row, inside, D, CHUNKS)
+    mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
+    rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
+    a = _dot_with(dy, s_ED + expert * D, D, CHUNKS) / F
+    c = tl.zeros([BLOCK_R], tl.float32)
+    vector, matrix = expert * F, expert * F * D
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
+        z = (_gelu(over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)) - mean) * rstd
+        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        c += tl.sum(t * _vector(norm_weight_EF + vector, f, F) * z, 1)
+    tl.store(dscale_R + slot, c + _dot_with(dy, c_ED + expert * D, D, CHUNKS), mask=inside)
+    c /= F
+    tl.store(a_R + slot, a, mask=inside)
+    tl.store(c_R + slot, c, mask=inside)
+    dx = zeros_rows(BLOCK_R, CHUNKS)
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        fc1 = load_rows(fc1_EFD + matrix, f, f < F, D, CHUNKS)
+        u = over_width(x, fc1, True) + _vector(fc1_bias_EF + vector, f, F)
+        t = over_width(dy, load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS), False)
+        dg = t * _vector(norm_weight_EF + vector, f, F) - a[:, None] - (_gelu(u) - mean) * rstd * c[:, None]
+        dx = add_into_width(dx, _gelu_slope(u) * dg, fc1, False)
+    scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None] * rstd
+    store_rows(dx_RD, slot, inside, scale_rows(dx, scale), D, CHUNKS)
+
+
+@triton.jit
+def gelu_backward_weights(
+    x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, mean_R, rstd_R, a_R, c_R, row_R, scale_R,
+    first_E1, dfc1_EFD, dfc1_bias_EF, dnorm_weight_EF, dnorm_bias_EF, dfc2_EDF, F,
+    D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    expert = tl.program_id(1).to(tl.int64)
+    vector, matrix = expert * F, expert * F * D
+    # Loaded as [D, F]: turned inside the loop, they would stay in registers and go through shared memory every time.
+    fc1 = load_columns(fc1_EFD + matrix, f, F, True, D, CHUNKS)
+    fc2 = load_columns(fc2_EDF + matrix, f, F, False, D, CHUNKS)
+    fc1_bias = _vector(fc1_bias_EF + vector, f, F)
+    norm_weight, norm_bias = _vector(norm_weight_EF + vector, f, F), _vector(norm_bias_EF + vector, f, F)
+    dfc1, dfc2 = zeros_columns(BLOCK_F, CHUNKS), zeros_columns(BLOCK_F, CHUNKS)
+    dfc1_bias, dnorm_weight = tl.zeros([BLOCK_F], tl.float32), tl.zeros([BLOCK_F], tl.float32)
+    dnorm_bias = tl.zeros([BLOCK_F], tl.float32)
+    end = tl.load(first_E1 + expert + 1)
+    for start in range(tl.load(first_E1 + expert), end, BLOCK_R):
+        slot = start + tl.arange(0, BLOCK_R)
+        inside = slot < end
+        row = tl.load(row_R + slot, mask=inside, other=0)
+        x = load_rows(x_ND, row, inside, D, CHUNKS)
+        dy = load_rows(dy_ND, row, inside, D, CHUNKS)
+        mean = tl.load(mean_R + slot, mask=inside, other=0.0)[:, None]
+        rstd = tl.load(rstd_R + slot, mask=inside, other=0.0)[:, None]
+        a = tl.load(a_R + slot, mask=inside, other=0.0)[:, None]
+        c = tl.load(c_R + slot, mask=inside, other=0.0)[:, None]
+        scale = tl.load(scale_R + slot, mask=inside, other=0.0).to(tl.float32)[:, None]  # 0 silences rows not inside
+        u = over_width(x, fc1, False) + fc1_bias
+        z = (_gelu(u) - mean) * rstd
+        t = over_width(dy, fc2, False)
+        du = _gelu_slope(u) * (t * norm_weight - a - z * c) * (rstd * scale)
+        t *= scale
+        dfc1_bias += tl.sum(du, 0)
+        dnorm_weight += tl.sum(t * z, 0)
+        dnorm_bias += tl.sum(t, 0)
+        dfc1 = add_outer(dfc1, x, du)
+        dfc2 = add_outer(dfc2, dy, (z * norm_weight + norm_bias) * scale)
+    store_columns(dfc1_EFD + matrix, f, F, dfc1, True, D, CHUNKS)
+    store_columns(dfc2_EDF + matrix, f, F, dfc2, False, D, CHUNKS)
+    tl.store(dfc1_bias_EF + vector + f, dfc1_bias.to(dfc1_bias_EF.dtype.element_ty), mask=f < F)
+    tl.store(dnorm_weight_EF + vector + f, dnorm_weight.to(dnorm_weight_EF.dtype.element_ty), mask=f < F)
+    tl.store(dnorm_bias_EF + vector + f, dnorm_bias.to(dnorm_bias_EF.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def weighted_row_sums(
+    dy_ND, row_R, scale_R, first_E1, sum_ED, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """For each expert the sum of scale * dy over its routes: fc2's bias gradient."""
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    expert = tl.program_id(1)
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    end = tl.load(first_E1 + expert + 1)
+    for start in range(tl.load(first_E1 + expert), end, BLOCK_R):
+        slot = start + tl.arange(0, BLOCK_R)
+        row = tl.load(row_R + slot, mask=slot < end, other=0)
+        scale = tl.load(scale_R + slot, mask=slot < end, other=0.0).to(tl.float32)
+        mask = (slot < end)[:, None] & (col < D)[None, :]
+        total += scale[:, None] * tl.load(dy_ND + row[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(sum_ED + expert * D + col, tl.sum(total, 0).to(sum_ED.dtype.element_ty), mask=col < D)

@@ -1,0 +1,152 @@
+"""The experts' three kernels of each kind, behind one set of calls: what a kind keeps between them is its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from mhmoe_kernels.triton.blocks import Blocks, blocks_for
+from mhmoe_kernels.triton.chunks import chunk_widths
+from mhmoe_kernels.triton.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward, weighted_row_sums
+from mhmoe_kernels.triton.schedule import Routes, RowTiles, row_tiles
+from mhmoe_kernels.triton.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
+from mhmoe_kernels.weights import gelu_subln, swiglu
+
+Tensors = tuple[Tensor, ...]
+
+
+class Kind(Protocol):
+    """Experts of one function. `weights` are stacked; `scale_R` is each sorted route's routing weight."""
+
+    def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
+        """out_RD of every sorted route before its routing weight, and what `backward_rows` needs beside the inputs."""
+
+    def backward_rows(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        """dx_RD of every sorted route, dscale_R, and what `backward_weights` needs beside the inputs."""
+
+    def backward_weights(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> Tensors:
+        """Gradients of `weights`."""
+
+
+class Swiglu:
+    def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
+        F, D = weights[0].shape[1:]
+        block = blocks_for("swiglu", "forward", D, x_ND.dtype)
+        tiles = row_tiles(routes, block.rows)
+        out_RD = x_ND.new_empty(len(routes.row_R), D)
+        swiglu_forward[_grid(tiles)](x_ND, *weights, routes.row_R, *tiles, out_RD, F, **options(D, block))
+        return out_RD, ()
+
+    def backward_rows(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        F, D = weights[0].shape[1:]
+        block = blocks_for("swiglu", "backward_rows", D, x_ND.dtype)
+        tiles = row_tiles(routes, block.rows)
+        dx_RD, dscale_R = x_ND.new_empty(len(scale_R), D), _floats(scale_R)
+        swiglu_backward_rows[_grid(tiles)](
+            x_ND, dy_ND, *weights, routes.row_R, scale_R, *tiles, dx_RD, dscale_R, F, **options(D, block)
+        )
+        return dx_RD, dscale_R, ()
+
+    def backward_weights(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> Tensors:
+        E, F, D = weights[0].shape
+        block = blocks_for("swiglu", "backward_weights", D, x_ND.dtype)
+        grads = tuple(torch.empty_like(w) for w in weights)
+        swiglu_backward_weights[(triton.cdiv(F, block.hidden), E)](
+            x_ND, dy_ND, *weights, routes.row_R, scale_R, routes.first_E1, *grads, F, **options(D, block)
+        )
+        return grads
+
+
+@dataclass
+class GeluSubln:
+    eps: float
+
+    def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
+        fc1_EFD, fc1_bias_EF, norm_weight_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+        F, D = fc1_EFD.shape[1:]
+        block = blocks_for("gelu", "forward", D, x_ND.dtype)
+        tiles = row_tiles(routes, block.rows)
+        # s and c of gelu.py, in float32.
+        s_ED, c_ED = (fc2_EDF.float() @ torch.stack((norm_weight_EF, norm_bias_EF), -1).float()).unbind(-1)
+        s_ED, c_ED = s_ED.contiguous(), c_ED + fc2_bias_ED.float()
+        out_RD = x_ND.new_empty(len(routes.row_R), D)
+        mean_R, rstd_R = _floats(routes.row_R), _floats(routes.row_R)
+        gelu_forward[_grid(tiles)](
+            x_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, s_ED, c_ED, routes.row_R, *tiles,
+            out_RD, mean_R, rstd_R, F, self.eps, **options(D, block),
+        )  # fmt: skip
+        return out_RD, (s_ED, c_ED, mean_R, rstd_R)
+
+    def backward_rows(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        fc1_EFD, fc1_bias_EF, norm_weight_EF, _, fc2_EDF, _ = weights
+        F, D = fc1_EFD.shape[1:]
+        block = blocks_for("gelu", "backward_rows", D, x_ND.dtype)
+        tiles = row_tiles(routes, block.rows)
+        dx_RD, dscale_R = x_ND.new_empty(len(scale_R), D), _floats(scale_R)
+        a_R, c_R = _floats(scale_R), _floats(scale_R)
+        gelu_backward_rows[_grid(tiles)](
+            x_ND, dy_ND, fc1_EFD, fc1_bias_EF, norm_weight_EF, fc2_EDF, *kept, routes.row_R, scale_R, *tiles,
+            dx_RD, dscale_R, a_R, c_R, F, **options(D, block),
+        )  # fmt: skip
+        return dx_RD, dscale_R, (*kept[2:], a_R, c_R)
+
+    def backward_weights(
+        self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
+    ) -> Tensors:
+        E, F, D = weights[0].shape
+        block = blocks_for("gelu", "backward_weights", D, x_ND.dtype)
+        grads = tuple(torch.empty_like(w) for w in weights)
+        gelu_backward_weights[(triton.cdiv(F, block.hidden), E)](
+            x_ND, dy_ND, *weights[:5], *kept, routes.row_R, scale_R, routes.first_E1, *grads[:5], F,
+            **options(D, block),
+        )  # fmt: skip
+        width = min(128, triton.next_power_of_2(D))
+        weighted_row_sums[(triton.cdiv(D, width), E)](
+            dy_ND, routes.row_R, scale_R, routes.first_E1, grads[5], D, 32, width, enable_fp_fusion=True
+        )
+        return grads
+
+
+def kind_of(function: Callable[..., Tensor]) -> Kind:
+    """The kernels for an expert's function (`mhmoe_kernels.weights`)."""
+    if function is swiglu:
+        return Swiglu()
+    given = function if isinstance(function, partial) else partial(function)
+    if given.func is gelu_subln and not given.args:
+        return GeluSubln(**{"eps": 1e-5, **given.keywords})
+    raise TypeError(f"triton has no kernel for {function}")
+
+
+def options(width: int, block: Blocks) -> dict[str, Any]:
+    """The constants and compiler options of a kernel with these blocks."""
+    return {
+        "D": width,
+        "CHUNKS": chunk_widths(width),
+        "BLOCK_R": block.rows,
+        "BLOCK_F": block.hidden,
+        "num_warps": block.warps,
+        "num_stages": block.stages,
+        "enable_fp_fusion": True,  # said, because Triton warns that its default will change
+    }
+
+
+def _grid(tiles: RowTiles) -> tuple[int]:
+    return (len(tiles.expert_T),)
+
+
+def _floats(like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=torch.float32)

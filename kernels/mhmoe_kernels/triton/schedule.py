@@ -1,0 +1,44 @@
+"""Which program runs which rows. Computed where the routes are, so that the host never waits for a GPU."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels.permute import plan_routes
+
+
+class Routes(NamedTuple):
+    """Routes sorted by expert."""
+
+    row_R: Tensor
+    """For each sorted route, the row it came from."""
+    slot_NK: Tensor
+    """For each route of a row, its place in the sorted order."""
+    first_E1: Tensor
+    """Each expert's first sorted route; its last entry is R."""
+
+
+class RowTiles(NamedTuple):
+    """For each of T programs, the sorted routes start..end of one expert; none where start >= end."""
+
+    expert_T: Tensor
+    start_T: Tensor
+    end_T: Tensor
+
+
+def sort_routes(expert_NK: Tensor, n_experts: int) -> Routes:
+    plan = plan_routes(expert_NK, n_experts)
+    return Routes(plan.row_R, plan.slot_NK, torch.nn.functional.pad(plan.count_E.cumsum(0), (1, 0)))
+
+
+def row_tiles(routes: Routes, block: int) -> RowTiles:
+    """Tiles of up to `block` rows of one expert, as many programs as the worst split of R routes over experts needs."""
+    n_experts, n_routes = len(routes.first_E1) - 1, len(routes.row_R)
+    tiles_E = (routes.first_E1.diff() + block - 1) // block
+    past_E = tiles_E.cumsum(0)
+    # sum ceil(count / block) <= (R + E (block - 1)) / block, and no tile is empty.
+    tile_T = torch.arange(min(n_routes, (n_routes + n_experts * (block - 1)) // block), device=past_E.device)
+    expert_T = torch.searchsorted(past_E, tile_T, right=True).clamp(max=n_experts - 1)
+    start_T = routes.first_E1[expert_T] + (tile_T - (past_E - tiles_E)[expert_T]) * block
+    return RowTiles(expert_T, start_T, torch.minimum(start_T + block, routes.first_E1[expert_T + 1]))

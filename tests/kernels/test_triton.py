@@ -1,0 +1,189 @@
+"""The fused experts against `reference` in float64: on a GPU if there is one, else by Triton's interpreter.
+
+The interpreter cuts float32 to bfloat16 where a GPU rounds to nearest, so its bfloat16 errors are twice as large.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mhmoe_kernels import ExpertWeights, combine, gelu_subln, plan_routes, run_experts, swiglu
+from mhmoe_kernels.triton import run, why_not
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KINDS = {"swiglu": swiglu, "gelu": partial(gelu_subln, eps=1e-5)}
+# ||ours - float64|| / ||float64||, inputs rounded before both. Seen: 1e-6 and, by the interpreter, 1.2e-2.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted():
+    """Triton looks when a kernel is defined, so nothing above may import one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+def problem(kind, seed, n, d, f, e, k, dtype=torch.float32, only=None):
+    """Rows, routes, gates of which some are 0 as a dropped route's, and weights as a layer starts with."""
+    g = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    if kind == "swiglu":
+        stacked = (make(e, f, d) * d**-0.5, make(e, f, d) * d**-0.5, make(e, d, f) * f**-0.5)
+    else:
+        norm = (1 + 0.3 * make(e, f), 0.3 * make(e, f))
+        stacked = (make(e, f, d) * d**-0.5, 0.5 * make(e, f), *norm, make(e, d, f) * f**-0.5, 0.3 * make(e, d))
+    expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices.to(DEVICE)
+    gate_NK = (torch.rand(n, k, generator=g) - 0.2).relu().to(DEVICE)
+    x_ND, *stacked = ((t if dtype is None else t.to(dtype)).to(DEVICE) for t in (make(n, d), *stacked))
+    return x_ND, expert_NK, gate_NK, ExpertWeights(KINDS[kind], tuple(stacked))
+
+
+def outputs_and_gradients(function, x, expert, gate, weights):
+    x, gate, *stacked = (t.detach().clone().requires_grad_() for t in (x, gate, *weights.stacked))
+    y = function(x, expert, gate, ExpertWeights(weights.function, tuple(stacked)))
+    direction = torch.arange(y.numel(), device=y.device, dtype=torch.float64).sin().view_as(y).to(y.dtype)
+    return y, *torch.autograd.grad((y * direction).sum(), [x, gate, *stacked], materialize_grads=True)
+
+
+def errors(x, expert, gate, weights):
+    ours = outputs_and_gradients(run, x, expert, gate, weights)
+    wide = ExpertWeights(weights.function, tuple(w.double() for w in weights.stacked))
+    exact = outputs_and_gradients(partial(run_experts, "reference"), x.double(), expert, gate.double(), wide)
+    assert [t.dtype for t in ours] == [x.dtype, x.dtype, gate.dtype, *(w.dtype for w in weights.stacked)]
+    pairs = [(a.detach().double(), b.detach()) for a, b in zip(ours, exact, strict=True)]
+    return [float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs]
+
+
+@settings(deadline=None, max_examples=20)
+@example(kind="gelu", seed=0, n=0, d=24, f=33, e=3, data=None)
+@example(kind="swiglu", seed=0, n=0, d=24, f=33, e=3, data=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 2**20), n=st.integers(0, 50),
+    d=st.sampled_from([8, 16, 24, 48]), f=st.sampled_from([5, 24, 33, 40]), e=st.integers(1, 5), data=st.data(),
+)  # fmt: skip
+def test_float32_agrees_with_float64_reference(kind, seed, n, d, f, e, data):
+    only = data.draw(st.integers(1, e), label="experts with rows") if data else e
+    k = data.draw(st.integers(1, min(only, 3)), label="k") if data else 1
+    assert max(errors(*problem(kind, seed, n, d, f, e, k, only=only))) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("d", "f"), [(24, 40), (48, 33)])
+def test_bfloat16_is_near_float64_reference(kind, d, f):
+    found = errors(*problem(kind, 7, n=70, d=d, f=f, e=3, k=2, dtype=torch.bfloat16))
+    assert max(found) < TOLERANCE[torch.bfloat16]
+
+
+def test_norm_of_hidden_units_far_from_zero_keeps_its_digits():
+    """Mean over deviation is 50: E[g^2] - E[g]^2 would lose 3 digits of 7. The rest is lost by sums of products."""
+    x, expert, gate, weights = problem("gelu", 3, n=20, d=16, f=40, e=2, k=1)
+    fc1, bias, *rest = weights.stacked
+    shifted = ExpertWeights(weights.function, (fc1, bias + 50, *rest))
+    assert max(errors(x, expert, gate, shifted)) < 20 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twice_is_bitwise_the_same(kind):
+    args = problem(kind, 5, n=60, d=24, f=40, e=3, k=2)
+    first, second = outputs_and_gradients(run, *args), outputs_and_gradients(run, *args)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_frozen_weights_get_no_gradient_and_rows_do():
+    x, expert, gate, weights = problem("swiglu", 5, n=9, d=8, f=5, e=3, k=2)
+    run(x.requires_grad_(), expert, gate, weights).sum().backward()
+    assert x.grad is not None
+    assert all(w.grad is None for w in weights.stacked)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**20), n=st.integers(0, 40), d=st.sampled_from([8, 24, 48, 300]), k=st.integers(1, 3))
+def test_combine_and_the_gradient_of_permute(seed, n, d, k):
+    from mhmoe_kernels.triton.combine import combine as ours
+
+    g = torch.Generator().manual_seed(seed)
+    plan = plan_routes(torch.rand(n, 5, generator=g).topk(k, dim=-1).indices.to(DEVICE), 5)
+    out_RD, gate_NK = torch.randn(n * k, d, generator=g).to(DEVICE), torch.randn(n, k, generator=g).to(DEVICE)
+    torch.testing.assert_close(ours(out_RD, plan.slot_NK, gate_NK), combine(out_RD, gate_NK, plan))
+    # The gradient of x[row_R] adds the gradients of each row's routes.
+    torch.testing.assert_close(ours(out_RD, plan.slot_NK, None), out_RD[plan.slot_NK].sum(1))
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), block=st.sampled_from([16, 32, 64]))
+def test_tiles_cover_every_route_once_and_no_tile_has_two_experts(counts, block):
+    from mhmoe_kernels.triton.schedule import row_tiles, sort_routes
+
+    expert_NK = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).view(-1, 1)
+    tiles = row_tiles(sort_routes(expert_NK[torch.randperm(len(expert_NK))], len(counts)), block)
+    covered = []
+    for expert, start, end in zip(*(t.tolist() for t in tiles), strict=True):
+        assert end - start <= block
+        covered += [(slot, expert) for slot in range(start, end)]
+    assert covered == list(enumerate(expert_NK.flatten().tolist()))
+
+
+@given(st.integers(1, 2000))
+def test_chunks_are_powers_of_two_that_pad_a_width_by_less_than_16(width):
+    from mhmoe_kernels.triton.chunks import chunk_widths
+
+    chunks = chunk_widths(width)
+    assert all(16 <= c <= 256 and c & (c - 1) == 0 for c in chunks)
+    assert 0 <= sum(chunks) - width < 16
+
+
+def test_what_it_cannot_run_is_said(monkeypatch):
+    x, expert, gate, weights = problem("swiglu", 0, n=3, d=8, f=5, e=2, k=1)
+    with pytest.raises(TypeError, match="float64"):
+        run(x.double(), expert, gate, ExpertWeights(swiglu, tuple(w.double() for w in weights.stacked)))
+    with pytest.raises(TypeError, match="no kernel for"):
+        run(x, expert, gate, ExpertWeights(torch.nn.functional.linear, weights.stacked))
+    assert why_not(DEVICE) is None
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in why_not(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="this is cpu"):
+        run(x.cpu(), expert.cpu(), gate.cpu(), weights)
+
+
+def test_the_base_install_does_not_need_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, mhmoe_kernels.triton as t\n"
+        "print(t.why_not(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "triton is not installed: pip install triton\n"
+
+
+def test_kernels_compile_for_an_h100_without_one(tmp_path):
+    """At width 128, whose blocks spill nothing: matrix units in all kernels, and tiles within shared memory."""
+    code = (
+        "import torch\n"
+        "from mhmoe_kernels.triton.resources import KERNELS, SHARED_LIMIT, resources\n"
+        "for kernel in KERNELS:\n"
+        "    found = resources(*kernel, 128, torch.bfloat16)\n"
+        "    assert found['stack'] == 0 and found['wgmma'] > 0 and found['shared'] <= SHARED_LIMIT, (kernel, found)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d", "f"), [(96, 384), (192, 768), (192, 3072), (384, 1000), (768, 512)])
+def test_at_the_sizes_of_models(kind, dtype, d, f):
+    found = errors(*problem(kind, 1, n=3000, d=d, f=f, e=8, k=2, dtype=dtype, only=7))
+    # Sums over thousands of rows and hidden units: float32's error grows with their square root.
+    assert max(found) < {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}[dtype]
