@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights
+from mhmoe_kernels.sorted_swiglu import PIECE, pieces, swiglu_sorted
+from mhmoe_kernels.weights import ExpertWeights, swiglu
 
 
 def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
@@ -23,10 +25,20 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         counts: rows per expert, adding up to R.
         weights: len(counts) experts.
     """
+    if weights.function is swiglu:
+        gate_EFD, up_EFD, down_EDF = weights.stacked
+        return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF, weights.recompute)
     # unbind, not indexing: its backward stacks the E gradients once instead of adding E full-size tensors.
     experts = list(zip(*(w.unbind(0) for w in weights.stacked), strict=True))
-    parts = torch.split(x_RD, counts)
     # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
     # between ranks runs backward here too.
-    used = [e for e, count in enumerate(counts) if count] or [0]
-    return torch.cat([weights.function(parts[e], *experts[e]) for e in used])
+    parts = list(pieces(counts, PIECE if weights.recompute else None)) or [(0, slice(0, 0), True)]
+    return torch.cat([_expert(weights, x_RD[at], experts[e]) for e, at, _ in parts])
+
+
+def _expert(weights: ExpertWeights, x: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
+    if not weights.recompute:
+        return weights.function(x, *expert)
+    # Experts draw no random numbers, whose state would be kept otherwise.
+    out: Tensor = checkpoint(weights.function, x, *expert, use_reentrant=False, preserve_rng_state=False)
+    return out

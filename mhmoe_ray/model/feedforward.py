@@ -52,7 +52,7 @@ class Experts(nn.Module):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.held, self.kernel = held, moe.kernel
+        self.held, self.kernel, self.recompute = held, moe.kernel, spec.recomputes
         self.function = _function(spec)
         E, D, F = len(held), spec.d_model // moe.heads, moe.d_expert
         if spec.backbone == "llama":
@@ -78,7 +78,7 @@ class Experts(nn.Module):
         kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
         backend, _ = choose(kernel, x_ND.device, x_ND.shape[1])
         x_ND, *stacked = _for_autocast(x_ND, tuple(self.parameters()))
-        weights = ExpertWeights(self.function, tuple(stacked))
+        weights = ExpertWeights(self.function, tuple(stacked), self.recompute)
         return run_experts(backend, x_ND, expert_NK, gate_NK, weights, places)
 
 

@@ -95,6 +95,13 @@ def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
     return hidden * (FLOAT32 + 2 * size) + 2 * size
 
 
+def _hidden_of_expert(model: ModelSpec, hidden: int, size: int) -> int:
+    """As the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone."""
+    if model.recomputes:
+        return 0
+    return 2 * hidden * size if model.backbone == "llama" else _hidden(model, hidden, size)
+
+
 def _router(moe: MoESpec) -> int:
     """Of one sub-token: probabilities and logits, and what led to them."""
     scores = 2 * moe.experts
@@ -108,7 +115,7 @@ def _router(moe: MoESpec) -> int:
 def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
     d, routes = model.d_model, moe.heads * moe.top_k
     rows = routes * d // moe.heads * size
-    kept = rows + routes * _hidden(model, moe.d_expert, size) + rows
+    kept = rows + routes * _hidden_of_expert(model, moe.d_expert, size) + rows
     if exchanged:
         kept += rows  # the outputs, at their expert and at home
     # The head projection's result as the router's input, and the merge projection's operand.

@@ -69,6 +69,10 @@ class MoESpec(Section):
     kernel: Literal["auto", "grouped", "triton", "megablocks", "capacity", "reference"] = "auto"
     """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs.
     capacity: the papers' static layout with its N x E x C masks, for comparison."""
+    recompute: bool | None = None
+    """Compute the experts' hidden layers anew in the backward, rather than keep them; by default where they are at
+    least 8 times as wide as a row: there it costs some 5 per cent of a layer's time on a CPU (kernels/README.md) and
+    saves most of its memory. For kernels grouped and auto."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,6 +86,8 @@ class MoESpec(Section):
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
         if self.projection_layers > 1 and not (self.has_head or self.has_merge):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
+        if self.recompute is not None and self.kernel not in ("auto", "grouped"):
+            raise ValueError(f"kernel {self.kernel} does not keep or recompute as told, so recompute would be ignored")
         if self.kernel == "capacity" and self.capacity_factor is None:
             raise ValueError("kernel capacity lays out a limited number of places: give capacity_factor")
         if self.normalize_gates and self.top_k == 1:
@@ -169,6 +175,14 @@ class ModelSpec(Section):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (counted from 0) is a mixture of experts."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether experts keep no hidden rows for the backward."""
+        moe = self.moe
+        if moe is None or moe.recompute is not None:
+            return bool(moe and moe.recompute)
+        return moe.d_expert >= 8 * self.d_model // moe.heads
 
     @property
     def moe_layers(self) -> int:

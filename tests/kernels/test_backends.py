@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_experts, swiglu
+from mhmoe_kernels import (
+    ExpertWeights,
+    combine,
+    gelu_subln,
+    grouped,
+    permute,
+    plan_routes,
+    run_experts,
+    sorted_swiglu,
+    swiglu,
+)
 from tests.kernels.problems import outputs_and_gradients, problem
 
 
@@ -22,21 +32,35 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(run_experts("reference", x, expert, gate, w), expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
+    dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([swiglu, gelu_subln]),
+    recompute=st.booleans(), piece=st.sampled_from([1, 3, 1024]),
 )  # fmt: skip
-def test_grouped_agrees_with_reference_with_empty_experts_among_them(seed, n, e, data, dtype):
+def test_grouped_agrees_with_reference_with_empty_experts_among_them(
+    seed, n, e, data, dtype, function, recompute, piece
+):
     only = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, only), label="k")
-    args = problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, only=only)
-    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4}[dtype]
-    for ours, oracle in zip(
-        outputs_and_gradients("grouped", *args), outputs_and_gradients("reference", *args), strict=True
-    ):
+    *routes, weights = problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, only=only, function=function)
+    tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}[dtype]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sorted_swiglu, grouped):
+            patch.setattr(module, "PIECE", piece)
+        found = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
+    for ours, oracle in zip(found, outputs_and_gradients("reference", *routes, weights), strict=True):
         assert ours.dtype == oracle.dtype == dtype
         torch.testing.assert_close(ours, oracle, atol=tolerance, rtol=tolerance)
+
+
+@given(counts=st.lists(st.integers(0, 9), max_size=5), size=st.sampled_from([None, 1, 4]))
+def test_pieces_cover_each_experts_rows_in_order(counts, size):
+    rows = [(e, row) for e, at, _ in sorted_swiglu.pieces(counts, size) for row in range(at.start, at.stop)]
+    assert rows == [(e, row) for row, e in enumerate(e for e, count in enumerate(counts) for _ in range(count))]
+    firsts = [e for e, _, first in sorted_swiglu.pieces(counts, size) if first]
+    assert firsts == [e for e, count in enumerate(counts) if count]
+    assert all(at.stop - at.start <= (size or 9) for _, at, _ in sorted_swiglu.pieces(counts, size))
 
 
 def test_grouped_in_bfloat16_is_near_float32():

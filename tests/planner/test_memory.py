@@ -27,6 +27,8 @@ EXPERTS = {
     "plain": {"heads": 1, "experts": 5, "top_k": 1, "d_expert": 100, "d_shared": 60, "every": 1},
     "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40},
     "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe"},
+    "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200},
+    "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": False},
     "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale"},
 }
 

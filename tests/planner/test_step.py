@@ -44,7 +44,7 @@ class MatrixProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default):
             self.bytes += sum(t.nbytes for t in [*args, result] if isinstance(t, torch.Tensor) and t.ndim == 2)
         return result
 
