@@ -1,19 +1,7 @@
 """Static routing: which routes fit into experts of limited capacity."""
 
-import math
-from fractions import Fraction
-
 import torch
 from torch import Tensor
-
-
-def capacity(rows: int, experts: int, top_k: int, factor: float) -> int:
-    """Rows that one expert takes: factor * k * ceil(N / E), rounded up.
-
-    At factor 1 these are 2 * ceil(N / E) of P1's top-2 gate and k * ceil(N / E) of P2's code.
-    """
-    exactly = Fraction(str(factor)) * top_k * -(-rows // experts)  # 1.1 * 10 is above 11 in binary
-    return math.ceil(exactly)
 
 
 def fits(expert_NK: Tensor, wanted_NK: Tensor, experts: int, limit: int) -> Tensor:

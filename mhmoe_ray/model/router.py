@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_ray.model.balance import balance_loss, z_loss
-from mhmoe_ray.model.capacity import capacity, fits
+from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.spec import MoESpec
 
 
@@ -124,7 +124,7 @@ class Router(nn.Module):
             gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
         else:
             gate_NK = probability_NE.gather(-1, expert_NK)
-        places = self._places(rows)
+        places = moe.places(rows) if self.training else None
         kept_NK = self._kept(expert_NK, gate_NK, places, generator)
         count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
@@ -137,12 +137,6 @@ class Router(nn.Module):
             expert_NK.numel() - count_E.sum(),
             places,
         )
-
-    def _places(self, rows: int) -> int | None:
-        moe = self.moe
-        if moe.capacity_factor is None or not self.training:
-            return None
-        return capacity(rows, moe.experts, moe.top_k, moe.capacity_factor)
 
     def _kept(
         self, expert_NK: Tensor, gate_NK: Tensor, places: int | None, generator: torch.Generator | None

@@ -39,7 +39,7 @@ def memory(spec: RunSpec) -> Memory:
         gradients=held,
         moments=2 * held,
         copies=_copies(spec, found) if size < FLOAT32 else 0,
-        activations=tokens * _kept_per_token(spec, size) + _rotations(spec),
+        activations=tokens * _kept_per_token(spec, size) + _rotations(spec) + _static_layout(model, tokens, size),
         logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
     )
 
@@ -95,6 +95,21 @@ def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
     return hidden * (FLOAT32 + 2 * size) + 2 * size
 
 
+def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
+    """With kernel capacity, what all layers keep beside that: masks of N x E x C, of each choice and of both their sums,
+    and the rows and hidden rows of every place."""
+    moe = model.moe
+    if moe is None or moe.kernel != "capacity":
+        return 0
+    rows = tokens * moe.heads
+    slots = moe.experts * (moe.places(rows) or 0)
+    width = model.d_model // moe.heads * size
+    hidden = _hidden(model, moe.d_expert, size)
+    if model.dropout:  # each route is a row of its own, of weight 1, so that outputs are not kept for a weight's sake
+        return model.moe_layers * slots * (2 * moe.top_k * rows * size + width + hidden)
+    return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
+
+
 def _hidden_of_expert(model: ModelSpec, hidden: int, size: int) -> int:
     """As the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone."""
     if model.recomputes:
@@ -115,13 +130,15 @@ def _router(moe: MoESpec) -> int:
 def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
     d, routes = model.d_model, moe.heads * moe.top_k
     rows = routes * d // moe.heads * size
-    kept = rows + routes * _hidden_of_expert(model, moe.d_expert, size) + rows
+    kept = 0
+    if moe.kernel != "capacity":
+        kept += rows + routes * _hidden_of_expert(model, moe.d_expert, size) + rows + routes * FLOAT32
     if exchanged:
         kept += rows  # the outputs, at their expert and at home
     # The head projection's result as the router's input, and the merge projection's operand.
     kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
-    # Probabilities and logits; choice, weight and mask of each route.
-    kept += moe.heads * (_router(moe) + FLOAT32) + routes * (INT64 + FLOAT32 + 1)
+    # Probabilities and logits; choice and mask of each route.
+    kept += moe.heads * (_router(moe) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
         kept += _hidden(model, moe.d_shared, size)
     return kept

@@ -6,6 +6,7 @@ both readings are options, and the default is P2's.
 """
 
 import math
+from fractions import Fraction
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -103,6 +104,16 @@ class MoESpec(Section):
     @property
     def has_merge(self) -> bool:
         return self.heads > 1 if self.merge_projection is None else self.merge_projection
+
+    def places(self, rows: int) -> int | None:
+        """Of N rows, how many an expert takes at most: factor * k * ceil(N / E), rounded up; None where it is dropless.
+
+        At factor 1 these are 2 * ceil(N / E) of P1's top-2 gate and k * ceil(N / E) of P2's code.
+        """
+        if self.capacity_factor is None:
+            return None
+        exactly = Fraction(str(self.capacity_factor)) * self.top_k * -(-rows // self.experts)
+        return math.ceil(exactly)  # in binary, 1.1 * 10 is above 11
 
     @property
     def is_random(self) -> bool:

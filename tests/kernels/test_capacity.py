@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import run_experts
-from mhmoe_ray.model.capacity import capacity, fits
+from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
@@ -25,7 +25,8 @@ def outputs_and_gradients(backend, x, expert, gate, weights, places=None):
 def test_masks_give_what_routes_that_fit_give(seed, n, e, data):
     k = data.draw(st.integers(1, e), label="k")
     x, expert, gate, weights = problem(seed, n, d=6, f=5, e=e, k=k)
-    places = capacity(n, e, k, data.draw(st.sampled_from([0.3, 1.0, 2.0]), label="factor")) or 1
+    factor = data.draw(st.sampled_from([0.3, 1.0, 2.0]), label="factor")
+    places = MoESpec(experts=e, top_k=k, d_expert=5, capacity_factor=factor).places(n) or 1
     kept = fits(expert, torch.ones_like(expert, dtype=torch.bool), e, places)
     gate = (gate.detach() * kept).requires_grad_()
     ours = outputs_and_gradients("capacity", x, expert, gate, weights, places)

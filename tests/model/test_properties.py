@@ -4,7 +4,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.model.capacity import capacity
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec
@@ -41,7 +40,7 @@ def test_shapes_gates_and_counts(data, dtype):
     if moe.capacity_factor is None:
         assert int(routing.dropped) == 0
     else:
-        limit = capacity(rows, moe.experts, moe.top_k, moe.capacity_factor)
+        limit = moe.places(rows)
         assert (routing.count_E <= limit).all()
         assert (routing.count_E[routing.expert_NK[~kept_NK]] == limit).all(), "dropped though there was room"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mhmoe_ray.model.balance import balance_loss, moved_bias, z_loss
-from mhmoe_ray.model.capacity import capacity, fits
+from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
@@ -126,17 +126,21 @@ def test_capacity_gives_places_first_choices_first(n, experts, data):
 
 
 def test_capacity_is_that_of_both_papers_code():
-    assert capacity(rows=2048, experts=8, top_k=2, factor=1.0) == 2 * 256
-    assert capacity(rows=100, experts=8, top_k=1, factor=1.0) == math.ceil(100 / 8)
-    assert capacity(rows=100, experts=8, top_k=2, factor=0.5) == 13
-    assert [capacity(rows=10 * n, experts=n, top_k=1, factor=1.1) for n in (1, 3, 7)] == [11, 11, 11]
+    def places(rows, experts, top_k, factor):
+        return MoESpec(experts=experts, top_k=top_k, capacity_factor=factor, d_expert=1).places(rows)
+
+    assert places(rows=2048, experts=8, top_k=2, factor=1.0) == 2 * 256
+    assert places(rows=100, experts=8, top_k=1, factor=1.0) == math.ceil(100 / 8)
+    assert places(rows=100, experts=8, top_k=2, factor=0.5) == 13
+    assert [places(rows=10 * n, experts=n, top_k=1, factor=1.1) for n in (1, 3, 7)] == [11, 11, 11]
+    assert places(rows=100, experts=8, top_k=2, factor=None) is None
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_dropped_routes_have_no_weight_and_are_counted(name):
     r = router(router=name, capacity_factor=0.5)
     found = r(rows(48))
-    limit = capacity(48, 6, 2, 0.5)
+    limit = r.moe.places(48)
     assert found.count_E.max() <= limit
     assert int(found.dropped) == int((found.gate_NK == 0).sum()) == 96 - int(found.count_E.sum()) > 0
     free = router(router=name)(rows(48))

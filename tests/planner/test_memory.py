@@ -29,6 +29,7 @@ EXPERTS = {
     "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe"},
     "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200},
     "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": False},
+    "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
     "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale"},
 }
 
