@@ -96,8 +96,8 @@ def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
 
 
 def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
-    """With kernel capacity, what all layers keep beside that: masks of N x E x C, of each choice and of both their sums,
-    and the rows and hidden rows of every place."""
+    """With kernel capacity, what all layers keep beside that: masks of N x E x C, of each choice and of their sums, and
+    the rows and hidden rows of every place."""
     moe = model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
