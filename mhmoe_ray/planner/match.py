@@ -1,5 +1,6 @@
 """Expert width and count that equal a reference: in compute, in parameters, or in both."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection
 from typing import Literal
@@ -20,8 +21,8 @@ class MatchSpec(Section):
     width that gives equal parameters. both: the width by multiply-adds, then the number of experts by parameters."""
     multiple: PositiveInt = 8
     """Width and count are rounded to multiples of this: rows of 8 values suit grouped matrix products, 8 experts divide
-    over 2, 4 or 8 ranks. Where that would miss by more than 4 per cent, to a half, a quarter or an eighth of it. What
-    mismatch remains, `plan` shows."""
+    over 2, 4 or 8 ranks. Where that would miss by more than 4 per cent, to a half, a quarter or an eighth of it. The
+    count is a multiple of cluster.ep in any case. What mismatch remains, `plan` shows."""
 
 
 SOLVED = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
@@ -33,7 +34,9 @@ MOST = 1 << 20
 """More than any width or number of experts."""
 
 
-def solve(model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Collection[str] = ()) -> tuple[int, int]:
+def solve(
+    model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Collection[str] = (), ep: int = 1
+) -> tuple[int, int]:
     """Expert width f and number of experts E of `model` (P2, equations 8 and 9, here for any layers and options).
 
     Args:
@@ -41,6 +44,7 @@ def solve(model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Colle
         reference: the model to equal.
         match: what to equal.
         given: keys of SOLVED that stay as `model` has them: of `both`, the other one is solved.
+        ep: the number of experts is to be a multiple of this.
 
     Raises:
         SpecError: no width, or no number of experts, gets there.
@@ -50,17 +54,19 @@ def solve(model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Colle
     width, experts = moe.d_expert, moe.experts
     if "d_expert" not in given:
         count = _parameters if match.by == "params" else _compute
-        width = _solve_key("d_expert", model, count, count(reference), match)
+        width = _solve_key("d_expert", model, count, count(reference), match, 1)
     model = _with(model, d_expert=width)
     if match.by == "both" and "experts" not in given:
-        experts = _solve_key("experts", model, _parameters, _parameters(reference), match)
+        experts = _solve_key("experts", model, _parameters, _parameters(reference), match, ep)
         if experts < moe.top_k:
             why = f"equal parameters leave {experts} experts of width {width}, but rows go to {moe.top_k} each"
             raise SpecError(_what(match), why, "lower model.moe.top_k, or match a larger reference")
     return width, experts
 
 
-def _solve_key(key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec) -> int:
+def _solve_key(
+    key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
+) -> int:
     """The value whose count is nearest to the target, among multiples of what `match` says or of a part of it."""
 
     def counted(value: int) -> int:
@@ -71,7 +77,8 @@ def _solve_key(key: str, model: ModelSpec, count: Callable[[ModelSpec], int], ta
         fix = "match a larger reference, or lower model.moe.d_shared or projection_layers"
         raise SpecError(_what(match), why, fix)
     exact = max(1, _nearest(counted, target, 1))
-    steps = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]
+    parts = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]
+    steps = [step for step in parts if step % divisor == 0] or [math.lcm(match.multiple, divisor)]
     rounded = [_nearest(counted, target, step) for step in steps]
     return next((value for value in rounded if abs(value / exact - 1) <= TOLERANCE), max(rounded[-1], steps[-1]))
 

@@ -64,7 +64,7 @@ def _worked_out(tree: Tree, what: str) -> Tree:
     if "model" not in tree:
         return tree  # the check of the whole says so
     trunk = {key: value for key, value in tree["model"].items() if key != "moe"}
-    moe = _moe(own_moe, preset, short.match, trunk, what)
+    moe = _moe(own_moe, preset, short.match, trunk, _ep(tree), what)
     tree["model"] = {**(trunk if "d_ff" in own_model else _without_unused_width(trunk, moe)), "moe": moe}
     checked(ModelSpec, tree["model"], what, below="model.")
     reference = preset.reference if preset and "reference" not in tree else tree.get("reference")
@@ -75,7 +75,9 @@ def _worked_out(tree: Tree, what: str) -> Tree:
     return tree
 
 
-def _moe(own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, what: str) -> Tree | None:
+def _moe(
+    own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, ep: int, what: str
+) -> Tree | None:
     """The preset's experts under the user's own keys, as wide and as many as a match makes them; None for none."""
     base = preset.moe(trunk) if preset and preset.moe else {}
     moe = {**base, **own} if own is not None else {}
@@ -85,14 +87,21 @@ def _moe(own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk
         return moe or None
     if not moe:
         raise SpecError(what, "'match' is for experts, and this model has none", "remove match, or add model.moe")
-    return _solved(moe, own or {}, match, trunk, what)
+    return _solved(moe, own or {}, match, trunk, ep, what)
 
 
-def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, what: str) -> Tree:
+def _ep(tree: Tree) -> int:
+    """Where it is malformed, the check of the whole says so."""
+    cluster = tree.get("cluster")
+    ep = cluster.get("ep", 1) if isinstance(cluster, dict) else 1
+    return ep if isinstance(ep, int) and ep > 0 else 1
+
+
+def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, ep: int, what: str) -> Tree:
     """Experts with the keys that `match` solves, those of them aside that the user gave."""
     unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), 1 << 20)
     model = _model(trunk, {**moe, **unknown}, what)
-    d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys())
+    d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys(), ep)
     return {**moe, "d_expert": d_expert, "experts": experts}
 
 
@@ -118,7 +127,7 @@ def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
     if preset.moe is None:
         return None
     moe = preset.moe(trunk)
-    return _solved(moe, {}, preset.match, trunk, what) if preset.match else moe
+    return _solved(moe, {}, preset.match, trunk, 1, what) if preset.match else moe
 
 
 def _model(trunk: Tree, moe: Tree | None, what: str) -> ModelSpec:

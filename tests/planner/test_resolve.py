@@ -64,6 +64,10 @@ def test_a_matched_family_stays_matched_when_heads_or_choices_change(written):
     assert (own.model.moe.d_expert, own.model.moe.experts) == (768, 16)
     wide = written(size="base", overrides=["model.moe.d_expert=1536"])
     assert (wide.model.moe.d_expert, wide.model.moe.experts) == (1536, 21)  # half as many, twice as wide
+    spread = ["model.moe.d_expert=1536", "cluster.workers=2", "cluster.ep=2", "train.micro_batches=2"]
+    assert written(size="base", overrides=spread).model.moe.experts == 20
+    odd = ["cluster.workers=3", "cluster.ep=3", "train.micro_batches=3"]
+    assert written(size="base", overrides=odd).model.moe.experts == 48  # of 24, the multiple of 8 and 3
     both = written(size="base", overrides=["model.moe.d_expert=64", "model.moe.experts=4"])
     assert (both.model.moe.d_expert, both.model.moe.experts) == (64, 4)
 
