@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray import __version__
-from mhmoe_ray.cli import ckpt, cluster, data, listing, logs, plan, presets, resume, serve, status, stop, submit
+from mhmoe_ray.cli import bench, ckpt, cluster, data, listing, logs, plan, presets, resume, serve, status, stop, submit
 from mhmoe_ray.errors import MhmoeError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command("resume")(resume.resume)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(bench.app, name="bench")
 app.add_typer(cluster.app, name="cluster")
 
 

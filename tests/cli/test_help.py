@@ -6,7 +6,21 @@ import pytest
 
 from tests.cli.run import mhmoe
 
-VERBS = ["plan", "presets", "submit", "status", "list", "logs", "stop", "resume", "data", "serve", "ckpt", "cluster"]
+VERBS = [
+    "plan",
+    "presets",
+    "submit",
+    "status",
+    "list",
+    "logs",
+    "stop",
+    "resume",
+    "data",
+    "serve",
+    "ckpt",
+    "bench",
+    "cluster",
+]
 
 
 def test_help_names_every_verb_and_imports_neither_torch_nor_ray(tmp_path):

@@ -1,0 +1,39 @@
+"""Timing cases against each other: all of them in each round, so that what the machine does besides hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    seconds: list[float]
+    """One for each round."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def interleaved(
+    cases: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Time each case once a round, every other round in reverse order; a first round, to warm up, is not counted.
+
+    Args:
+        cases: what to time, by name.
+        rounds: that are counted.
+        clock: seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(-1, rounds):
+        for name in _order(cases, turn):
+            start = clock()
+            cases[name]()
+            if turn >= 0:
+                seconds[name].append(clock() - start)
+    return {name: Timing(found) for name, found in seconds.items()}
+
+
+def _order(cases: dict[str, Callable[[], object]], turn: int) -> Iterator[str]:
+    return iter(cases) if turn % 2 else reversed(cases)
