@@ -14,10 +14,15 @@ from mhmoe_ray.cluster.spawn import LocalCluster
 
 _OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
+# The same examples each time, so that only a change can make a test fail; `make explore` draws new ones. No deadline: a
+# busy machine is no failure.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
-    hypothesis.settings.load_profile("house")
+    if config.getoption("--hypothesis-profile") is None:
+        hypothesis.settings.load_profile("house")
     if not torch.cuda.is_available():
         # Read when Triton is first imported, which torch does in some tests.
         os.environ["TRITON_INTERPRET"] = "1"
