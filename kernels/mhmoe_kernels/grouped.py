@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.sorted_swiglu import PIECE, pieces, swiglu_sorted
+from mhmoe_kernels.pieces import Piece, pieces
+from mhmoe_kernels.sorted_swiglu import swiglu_sorted
 from mhmoe_kernels.weights import ExpertWeights, swiglu
 
 
@@ -28,16 +29,17 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
     if weights.function is swiglu:
         gate_EFD, up_EFD, down_EDF = weights.stacked
         return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF, weights.recompute)
-    # unbind, not indexing: its backward stacks the E gradients once instead of adding E full-size tensors.
+    # unbind and split, not indexing: their backward puts parts together once instead of adding full-size tensors.
     experts = list(zip(*(w.unbind(0) for w in weights.stacked), strict=True))
     # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
     # between ranks runs backward here too.
-    parts = list(pieces(counts, PIECE if weights.recompute else None)) or [(0, slice(0, 0), True)]
-    return torch.cat([_expert(weights, x_RD[at], experts[e]) for e, at, _ in parts])
+    parts = pieces(counts, weights.recompute, rounded=False) or [Piece(0, 0, 0, 0, True, True)]
+    rows = torch.split(x_RD, [p.rows for p in parts])
+    return torch.cat([_expert(weights, x, experts[p.expert], p.kept) for x, p in zip(rows, parts, strict=True)])
 
 
-def _expert(weights: ExpertWeights, x: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
-    if not weights.recompute:
+def _expert(weights: ExpertWeights, x: Tensor, expert: tuple[Tensor, ...], keep: bool) -> Tensor:
+    if keep:
         return weights.function(x, *expert)
     # Experts draw no random numbers, whose state would be kept otherwise.
     out: Tensor = checkpoint(weights.function, x, *expert, use_reentrant=False, preserve_rng_state=False)

@@ -14,8 +14,9 @@ class ExpertWeights(NamedTuple):
     """(x_ND, *weights of one expert) -> y_ND, for any N, 0 included."""
     stacked: tuple[Tensor, ...]
     """The function's weights, each [E, ...], in the order of its arguments."""
-    recompute: bool = False
-    """Keep no hidden rows from forward to backward, as far as the backend keeps any."""
+    recompute: float = 0.0
+    """Share of the routes whose hidden rows are computed anew in the backward rather than kept, where a backend keeps
+    any."""
 
 
 def swiglu(x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:

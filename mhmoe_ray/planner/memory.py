@@ -111,10 +111,9 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def _hidden_of_expert(model: ModelSpec, hidden: int, size: int) -> int:
-    """As the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone."""
-    if model.recomputes:
-        return 0
-    return 2 * hidden * size if model.backbone == "llama" else _hidden(model, hidden, size)
+    """On average, as the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone."""
+    full = 2 * hidden * size if model.backbone == "llama" else _hidden(model, hidden, size)
+    return round((1 - model.recomputes) * full)
 
 
 def _router(moe: MoESpec) -> int:

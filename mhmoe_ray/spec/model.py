@@ -70,10 +70,10 @@ class MoESpec(Section):
     kernel: Literal["auto", "grouped", "triton", "megablocks", "capacity", "reference"] = "auto"
     """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs.
     capacity: the papers' static layout with its N x E x C masks, for comparison."""
-    recompute: bool | None = None
-    """Compute the experts' hidden layers anew in the backward, rather than keep them; by default where they are at
-    least 8 times as wide as a row: there it costs some 5 per cent of a layer's time on a CPU (kernels/README.md) and
-    saves most of its memory. For kernels grouped and auto."""
+    recompute: float | None = Field(default=None, ge=0, le=1)
+    """Share of the routes whose hidden rows the backward computes anew rather than keeps. By default 0.6 where an
+    expert is at least 8 times as wide as a row, which keeps a layer of 4 heads near the memory of a plain one of the
+    same work (kernels/README.md), and else 0. For kernels grouped and auto."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -188,12 +188,14 @@ class ModelSpec(Section):
         return self.moe is not None and (layer + 1) % self.moe.every == 0
 
     @property
-    def recomputes(self) -> bool:
-        """Whether experts keep no hidden rows for the backward."""
+    def recomputes(self) -> float:
+        """Share of the routes whose hidden rows experts do not keep for the backward."""
         moe = self.moe
-        if moe is None or moe.recompute is not None:
-            return bool(moe and moe.recompute)
-        return moe.d_expert >= 8 * self.d_model // moe.heads
+        if moe is None:
+            return 0.0
+        if moe.recompute is not None:
+            return moe.recompute
+        return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0
 
     @property
     def moe_layers(self) -> int:

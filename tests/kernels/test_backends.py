@@ -10,11 +10,10 @@ from mhmoe_kernels import (
     ExpertWeights,
     combine,
     gelu_subln,
-    grouped,
     permute,
+    pieces,
     plan_routes,
     run_experts,
-    sorted_swiglu,
     swiglu,
 )
 from tests.kernels.problems import outputs_and_gradients, problem
@@ -36,31 +35,47 @@ def test_reference_is_the_formula():
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([swiglu, gelu_subln]),
-    recompute=st.booleans(), piece=st.sampled_from([1, 3, 1024]),
+    recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), step=st.sampled_from([1, 4, 16]),
 )  # fmt: skip
 def test_grouped_agrees_with_reference_with_empty_experts_among_them(
-    seed, n, e, data, dtype, function, recompute, piece
+    seed, n, e, data, dtype, function, recompute, piece, step
 ):
     only = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, only), label="k")
     *routes, weights = problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, only=only, function=function)
     tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}[dtype]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sorted_swiglu, grouped):
-            patch.setattr(module, "PIECE", piece)
+        patch.setattr(pieces, "PIECE", piece)
+        patch.setattr(pieces, "STEP", step)
         found = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
     for ours, oracle in zip(found, outputs_and_gradients("reference", *routes, weights), strict=True):
         assert ours.dtype == oracle.dtype == dtype
         torch.testing.assert_close(ours, oracle, atol=tolerance, rtol=tolerance)
 
 
-@given(counts=st.lists(st.integers(0, 9), max_size=5), size=st.sampled_from([None, 1, 4]))
-def test_pieces_cover_each_experts_rows_in_order(counts, size):
-    rows = [(e, row) for e, at, _ in sorted_swiglu.pieces(counts, size) for row in range(at.start, at.stop)]
-    assert rows == [(e, row) for row, e in enumerate(e for e, count in enumerate(counts) for _ in range(count))]
-    firsts = [e for e, _, first in sorted_swiglu.pieces(counts, size) if first]
-    assert firsts == [e for e, count in enumerate(counts) if count]
-    assert all(at.stop - at.start <= (size or 9) for _, at, _ in sorted_swiglu.pieces(counts, size))
+@given(
+    counts=st.lists(st.integers(0, 3000), min_size=1, max_size=6), recompute=st.sampled_from([0, 0.4, 1]),
+    rounded=st.booleans(),
+)  # fmt: skip
+def test_pieces_cover_each_experts_rows_in_order(counts, recompute, rounded):
+    found, total = pieces.pieces(counts, recompute, rounded=rounded), sum(counts)
+    owner = [e for e, count in enumerate(counts) for _ in range(count)]
+    assert [p.expert for p in found for _ in range(p.rows)] == owner
+    assert [p.start for p in found] == [sum(p.rows for p in found[:i]) for i in range(len(found))]
+    assert [p.expert for p in found if p.first] == [e for e, count in enumerate(counts) if count]
+    assert sum(p.rows for p in found if not p.kept) == round(recompute * total)
+    assert all(p.rows <= pieces.PIECE for p in found if not p.kept)
+    for p in found:
+        assert p.rows <= p.room
+        assert p.window.stop <= total
+        assert rounded or p.room == p.rows
+
+
+def test_numbers_of_rows_are_few():
+    """For each, a CPU compiles kernels."""
+    shapes = {p.room for n in range(700, 1400) for p in pieces.pieces([n, 5000], 0, rounded=True)[:1]}
+    assert len(shapes) <= 33
+    assert all(p.room <= 1.04 * n for n in range(512, 9000) for p in pieces.pieces([n, n], 0, rounded=True)[:1])
 
 
 def test_grouped_in_bfloat16_is_near_float32():

@@ -28,7 +28,8 @@ EXPERTS = {
     "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40},
     "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe"},
     "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200},
-    "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": False},
+    "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0},
+    "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1},
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
     "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale"},
 }
