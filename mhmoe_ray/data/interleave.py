@@ -1,10 +1,10 @@
 """Which domain each slot of an endless sequence goes to, in any proportions, at any place, without what came before.
 
-A binary tree has the domains as leaves. The c-th visitor of a node (from 0) goes left if floor((c + 1) a / A) exceeds
-floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went left,
-which is also the visitor's number there, or c less that at the right. A walk from the root gives a slot's domain and
-its number among that domain's slots. The sequence repeats after A slots of the root, with exactly its weight for each
-domain.
+A binary tree has the domains as leaves. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds
+floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went
+left, which is also the visitor's number there, or c less that at the right. A walk from the root gives a slot's domain
+and its number among that domain's slots. The sequence repeats after as many slots as the root weighs, with exactly its
+weight for each domain.
 
 How exact: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
