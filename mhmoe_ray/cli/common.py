@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,22 @@ def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
         if value:
             table.add_row(name, value)
     return table
+
+
+def number_table(columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
+    """Names at the left, numbers at the right."""
+    table = Table(show_header=header, box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 and not column else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Without cutting a number off: a line that is too long for the terminal goes on in its next one."""
+    needed = out.measure(table, options=out.options.update(max_width=100_000)).maximum
+    Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
 
 
 def in_bytes(count: int) -> str:

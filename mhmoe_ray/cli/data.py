@@ -1,4 +1,4 @@
-"""`mhmoe data`: sample text, and preparing raw text for training."""
+"""`mhmoe data`: sample text, preparing raw text for training, and the mixture that training reads."""
 
 import secrets
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import launch, mix
 from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, note, out, print_json, read_spec
 
 if TYPE_CHECKING:
     from mhmoe_ray.errors import DataError
 
 app = typer.Typer(help="Make and prepare training text.", no_args_is_help=True)
+app.command("mix")(mix.mix)
 
 
 @app.command()

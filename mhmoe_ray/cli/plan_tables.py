@@ -1,10 +1,10 @@
 """The tables of `mhmoe plan`, each with its title."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rich.table import Table
 
-from mhmoe_ray.cli.common import in_bytes
+from mhmoe_ray.cli.common import in_bytes, number_table
 from mhmoe_ray.planner.memory import memory
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
@@ -34,18 +34,18 @@ def _parts(spec: RunSpec) -> Table:
         (p.name, str(p.layers), f"{p.parameters:,}", f"{p.active:,}", f"{p.macs:,}", f"{p.layers * p.parameters:,}")
         for p in parts(spec.model)
     ]
-    return _table(["", "layers", "parameters", "active", "multiply-adds", "in all layers"], rows)
+    return number_table(["", "layers", "parameters", "active", "multiply-adds", "in all layers"], rows)
 
 
 def _parity(model: ModelSpec, name: str, reference: ModelSpec) -> Table:
     compared = parity(model, reference).items()
     rows = [(what, f"{c.own:,}", f"{c.reference:,}", f"{c.ratio:.3f}") for what, c in compared]
-    return _table(["", "this", name, "ratio"], rows)
+    return number_table(["", "this", name, "ratio"], rows)
 
 
 def _step(step: ExpertStep) -> Table:
     row = (f"{step.rows:,}", f"{step.flops:.3g}", in_bytes(step.bytes), f"{step.intensity:.1f}")
-    return _table(["rows", "FLOPs", "moved", "FLOPs per byte"], [row])
+    return number_table(["rows", "FLOPs", "moved", "FLOPs per byte"], [row])
 
 
 def _exchanges(found: list[Exchange]) -> Table:
@@ -53,20 +53,10 @@ def _exchanges(found: list[Exchange]) -> Table:
         (e.name, str(e.ranks), in_bytes(e.payload), in_bytes(e.sent), f"{e.times:,}", in_bytes(e.sent_per_step))
         for e in found
     ]
-    return _table(["", "ranks", "brings", "sends", "times", "sends in all"], rows)
+    return number_table(["", "ranks", "brings", "sends", "times", "sends in all"], rows)
 
 
 def _memory(spec: RunSpec) -> Table:
     held = memory(spec)
     rows = [(name, in_bytes(size)) for name, size in held._asdict().items() if size]
-    return _table(["", ""], [*rows, ("total", in_bytes(held.total))], header=False)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool = True) -> Table:
-    """Names at the left, numbers at the right."""
-    table = Table(show_header=header, box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 and not column else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return number_table(["", ""], [*rows, ("total", in_bytes(held.total))], header=False)

@@ -22,6 +22,7 @@ def submit(
     """
     from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.mixture import training_order
     from mhmoe_ray.data.raw import find_files
     from mhmoe_ray.runs.layout import create_run
 
@@ -34,6 +35,7 @@ def submit(
     prepared = read_data_manifest(resolved.data.prepared)
     if prepared:
         check_recipe(resolved.data.prepared, prepared, resolved)
+        training_order(resolved, prepared)
     else:
         find_files(resolved.data)
     plan.show(resolved)

@@ -68,7 +68,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
-        "subfolders": {name: sorted(source.shares) for name, source in data.sources.items() if source.shares},
+        "subfolders": {name: named for name in data.sources if (named := data.subfolders(name))},
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
         "tokenizer": str(data.tokenizer) if data.tokenizer else None,
@@ -90,6 +90,16 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
         return DataManifest.model_validate(json.loads((folder / "manifest.json").read_text()))
     except (OSError, ValueError, ValidationError) as e:
         raise DataError(f"prepared data {folder}", "its manifest.json cannot be read", "remove the folder") from e
+
+
+def require_data_manifest(folder: Path) -> DataManifest:
+    """Raises:
+    DataError: the folder is not prepared.
+    """
+    manifest = read_data_manifest(folder)
+    if manifest is None:
+        raise DataError(f"prepared data {folder}", "it is not there", "run: mhmoe data prepare SPEC")
+    return manifest
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:

@@ -1,42 +1,227 @@
-"""Shares of domains and languages in training, from the spec and the prepared counts."""
+"""What a training reads of each domain, phase by phase, from the spec and the prepared counts.
 
+    by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
+    tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
+    weights      the same after `max_epochs`, as the whole numbers that the order deals by
+
+Limits: a domain may be read limit = floor(max_epochs * samples) times in the whole training. Phases divide it in
+proportion to what they would read without limits. Within a phase, whatever a domain is short of goes to the others of
+its source in proportion; a source whose domains are all at their limits leaves the rest to the other sources.
+
+Without `max_epochs` anywhere a phase deals by shares out of 2^50, so that its order does not depend on its length: a
+longer training begins as a shorter one. With it, a phase deals exactly as many samples as it has positions, so that
+limits hold to the sample, and the order depends on `train.steps`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import fsum
+
+from mhmoe_ray.data.apportion import apportion
+from mhmoe_ray.data.interleave import MAX_WEIGHT
 from mhmoe_ray.data.manifest import DataManifest
-from mhmoe_ray.data.order import Order
+from mhmoe_ray.data.order import Order, OrderedDomain, Phase
+from mhmoe_ray.data.permutation import seeded
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.spec import RunSpec, SourceMix
 
 
-def mixture(spec: DataSpec, manifest: DataManifest) -> dict[str, float]:
-    """Share of each domain, adding up to 1.
+@dataclass(frozen=True)
+class MixedPhase:
+    from_step: int
+    steps: int
+    by_size: list[float]
+    tempered: list[float]
+    weights: list[int]
+    """All by domain; the first two add up to 1."""
 
-    Within a source: its fixed `shares`, or q_i = p_i^alpha / sum_j p_j^alpha over token counts (XLM's rule).
-    Domains too small to fill one sample are left out.
+    @cached_property
+    def shares(self) -> list[float]:
+        """After limits."""
+        whole = sum(self.weights)
+        return [w / whole for w in self.weights]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    domains: list[OrderedDomain]
+    limits: list[int | None]
+    """Samples that may be read of each domain, each reading counted."""
+    phases: list[MixedPhase]
+    samples_per_step: int
+    order: Order
+
+    def read(self, from_step: int, to_step: int) -> list[int]:
+        """Samples of each domain that steps from_step .. to_step - 1 read."""
+        before, after = (self.order.counts(step * self.samples_per_step) for step in (from_step, to_step))
+        return [a - b for a, b in zip(after, before, strict=True)]
+
+
+def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
+    """Of every domain that fills a sample, in the order of names; those that no phase reads have share 0.
 
     Raises:
-        DataError: a named domain has no sample, or a source has none at all.
+        DataError: a named domain has no sample, a source has none at all, or the limits leave steps without data.
     """
-    result: dict[str, float] = {}
-    total = sum(source.weight for source in spec.sources.values())
-    for name, source in spec.sources.items():
-        domains = {d.removeprefix(f"{name}/"): d for d in manifest.domains if d.startswith(f"{name}/")}
-        filled = {sub: manifest.domains[d].tokens for sub, d in domains.items() if manifest.domains[d].samples}
-        if source.shares:
-            empty = sorted(source.shares.keys() - filled.keys())
+    names = sorted(name for name, d in manifest.domains.items() if d.samples and _source(name) in spec.data.sources)
+    domains = [OrderedDomain(name, _source(name), manifest.domains[name].samples) for name in names]
+    tokens = [manifest.domains[name].tokens for name in names]
+    limits = _limits(spec, manifest, domains)
+    begins = [step for step in spec.data.mixes if step < spec.train.steps]
+    by_size, tempered = [], []
+    for step in begins:
+        mixes = spec.data.mixes[step]
+        by_size.append(_shares(mixes, domains, tokens, flat=False))
+        tempered.append(_shares(mixes, domains, tokens, flat=True))
+    steps = [to - at for at, to in pairwise([*begins, spec.train.steps])]
+    if any(limit is not None for limit in limits):
+        positions = [n * spec.samples_per_step for n in steps]
+        split = _split_limits(limits, positions, tempered)
+        _check_limits(spec, begins, limits, tempered)
+    else:
+        positions = [MAX_WEIGHT] * len(steps)
+        split = [[MAX_WEIGHT] * len(domains) for _ in steps]
+    weights = [
+        _deal(total, shares, domains, most, [seeded(spec.seed, f"rounding {i} {level}") / 2**64 for level in (0, 1)])
+        for i, (total, shares, most) in enumerate(zip(positions, tempered, split, strict=True))
+    ]
+    phases = [MixedPhase(*row) for row in zip(begins, steps, by_size, tempered, weights, strict=True)]
+    order = Order(spec.seed, domains, [Phase(p.from_step * spec.samples_per_step, p.weights) for p in phases])
+    return Mixture(domains, limits, phases, spec.samples_per_step, order)
+
+
+def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Order]:
+    """The domains of the mixture and the order that deals from them; an order's domain i is the i-th of the list.
+
+    Raises:
+        DataError: as `mixture`.
+    """
+    mixed = mixture(spec, manifest)
+    return [d.name for d in mixed.domains], mixed.order
+
+
+def _source(domain: str) -> str:
+    return domain.partition("/")[0]
+
+
+def _subfolder(domain: str) -> str:
+    return domain.partition("/")[2]
+
+
+def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
+    for name, source in spec.data.sources.items():
+        for sub in source.max_epochs_of:
+            if f"{name}/{sub}" not in manifest.domains:
+                why = f"there is no {name}/{sub} in the prepared data"
+                raise DataError(f"data.sources.{name}.max_epochs_of", why, "name a subfolder of that source")
+    limits: list[int | None] = []
+    for domain in domains:
+        source = spec.data.sources[domain.source]
+        epochs = source.max_epochs_of.get(_subfolder(domain.name), source.max_epochs)
+        # As written: 0.29 epochs of 100 samples are 29, which is not so in binary.
+        limits.append(None if epochs is None else int(Decimal(str(epochs)) * domain.samples))
+    return limits
+
+
+def _shares(
+    mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, flat: bool
+) -> list[float]:
+    """Share of each domain before limits, adding up to 1; `flat`: with temperature."""
+    result = [0.0] * len(domains)
+    whole = fsum(mix.weight or 0 for mix in mixes.values())
+    for name, mix in mixes.items():
+        if not mix.weight:
+            continue
+        own = {_subfolder(d.name): i for i, d in enumerate(domains) if d.source == name}
+        if mix.shares:
+            empty = sorted(mix.shares.keys() - own.keys())
             if empty:
                 fix = "take it out of data.sources or give it more text"
                 raise DataError(f"domain {name}/{empty[0]}", "it does not fill a single sample", fix)
-            weights = source.shares
+            weights = mix.shares
         else:
-            weights = {sub: tokens**source.alpha for sub, tokens in filled.items()}
+            alpha = mix.alpha if flat and mix.alpha is not None else 1.0
+            weights = {sub: _power(tokens[i], alpha) for sub, i in own.items()}
         if not weights:
             raise DataError(f"source {name}", "none of its domains fills a sample", "give it more text")
-        norm = sum(weights.values())
-        result |= {domains[sub]: source.weight / total * w / norm for sub, w in weights.items()}
+        norm = fsum(weights.values())
+        for sub, w in weights.items():
+            result[own[sub]] = mix.weight / whole * (w / norm)
     return result
 
 
-def training_order(spec: DataSpec, manifest: DataManifest, seed: int) -> tuple[list[str], Order]:
-    """The domains of the mixture and the order that deals from them; an order's domain i is the i-th of the list."""
-    shares = mixture(spec, manifest)
-    domains = sorted(shares)
-    return domains, Order(seed, [manifest.domains[d].samples for d in domains], [shares[d] for d in domains])
+def _power(base: int, exponent: float) -> float:
+    """Not by the C library, whose last bit differs between machines that must agree on an order."""
+    return float(Context(prec=28).power(Decimal(base), Decimal(exponent)))
+
+
+def _split_limits(
+    limits: Sequence[int | None], positions: Sequence[int], shares: Sequence[Sequence[float]]
+) -> list[list[int]]:
+    """Limits of each phase: in proportion to its positions times its share, adding up to the whole limit."""
+    by_domain = []
+    for limit, share in zip(limits, zip(*shares, strict=True), strict=True):
+        asked = list(accumulate((n * s for n, s in zip(positions, share, strict=True)), initial=0.0))
+        if limit is None or not asked[-1]:
+            by_domain.append(list(positions))
+        else:
+            by_domain.append([to - at for at, to in pairwise(int(limit * (a / asked[-1])) for a in asked)])
+    return [list(phase) for phase in zip(*by_domain, strict=True)]
+
+
+def _check_limits(
+    spec: RunSpec, begins: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
+) -> None:
+    def short_of(steps: int) -> tuple[int, int, int] | None:
+        """The first phase, of a training of so many steps, that has too little: its number, samples there, wanted."""
+        bounds = [min(step, steps) for step in (*begins, steps)]
+        positions = [(to - at) * spec.samples_per_step for at, to in pairwise(bounds)]
+        for i, most in enumerate(_split_limits(limits, positions, shares)):
+            there = sum(m for m, share in zip(most, shares[i], strict=True) if share)
+            if there < positions[i]:
+                return i, there, positions[i]
+        return None
+
+    steps = spec.train.steps
+    found = short_of(steps)
+    if found is None:
+        return
+    phase, there, wanted = found
+    possible, too_many = 0, steps
+    while too_many - possible > 1:
+        middle = (possible + too_many) // 2
+        possible, too_many = (possible, middle) if short_of(middle) else (middle, too_many)
+    where = f" from step {begins[phase]} on" if len(begins) > 1 else ""
+    why = f"max_epochs allows {there:,} samples{where}, and {wanted:,} are wanted"
+    fix = f"set train.steps to {possible:,}, the most that is possible, or raise max_epochs, or add text"
+    raise DataError("mixture", why, fix if possible else "raise max_epochs, or add text")
+
+
+def _deal(
+    total: int,
+    shares: Sequence[float],
+    domains: Sequence[OrderedDomain],
+    most: Sequence[int],
+    offsets: Sequence[float],
+) -> list[int]:
+    """`total` in whole numbers, first over sources, then over the domains of each."""
+    of_source: dict[str, list[int]] = {}
+    for i, domain in enumerate(domains):
+        if shares[i]:
+            of_source.setdefault(domain.source, []).append(i)
+    groups = list(of_source.values())
+    by_source = apportion(
+        total,
+        [fsum(shares[i] for i in group) for group in groups],
+        [sum(most[i] for i in group) for group in groups],
+        offsets[0],
+    )
+    weights = [0] * len(domains)
+    for part, group in zip(by_source, groups, strict=True):
+        split = apportion(part, [shares[i] for i in group], [most[i] for i in group], offsets[1])
+        for i, count in zip(group, split, strict=True):
+            weights[i] = count
+    return weights

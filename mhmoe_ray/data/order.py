@@ -3,100 +3,101 @@
 A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
 positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
-Which domain: a deck of `DECK` slots, dealt again and again. A domain's slots lie evenly spread over the deck, so its
-share is right at every prefix to within two samples, up to the rounding of shares to 1/DECK.
-Which of its samples: the n-th slot of a domain takes sample permutation(n mod size) of epoch n // size; the permutation
-is a keyed Feistel network over the domain's size, so any place of any epoch is found in constant time and memory.
+Which domain: a phase of the training has whole-number weights and deals positions by them (interleave.py), from a
+seeded place of that sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain
+within 6.72; a phase as long as its weights together reads exactly its weights.
+Which of its samples: the n-th slot of a domain, counted over all phases, takes sample n mod size of epoch n // size in
+that epoch's permutation (permutation.py). The permutation depends on seed, name and size of the domain only, so another
+mixture reads the same domain in the same order.
+
+Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
 """
 
-import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-DECK = 16_384
-_ROUND_KEYS = [np.uint64(r * 0xD1B54A32D192ED03 % 2**64) for r in range(1, 9)]
+from mhmoe_ray.data.interleave import Interleaver
+from mhmoe_ray.data.permutation import I64, MAX_PLACE, Permutations, seeded
 
-U64 = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
-I64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+_AT_ONCE = 32_768  # positions: enough that a level of few of them costs little, few enough for a core's cache
+
+
+class OrderedDomain(NamedTuple):
+    name: str
+    source: str
+    samples: int
+    """At least 1."""
+
+
+class Phase(NamedTuple):
+    start: int
+    """Its first position; 0 for the first phase."""
+    weights: Sequence[int]
+    """Of each domain, 0 for none; together at least the positions of the phase and at most 2^50."""
+
+
+class _Stretch(NamedTuple):
+    """Positions from `start` on take the slots from `slot` on of the tree of this number."""
+
+    start: int
+    tree: int
+    slot: int
+    base: list[int]
+    """What to add to a slot's number in the tree to get its number in the training, by domain."""
 
 
 class Order:
-    def __init__(self, seed: int, samples: Sequence[int], shares: Sequence[float]) -> None:
+    def __init__(self, seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase]) -> None:
         """Args:
         seed: another seed, another order.
-        samples: number of samples of each domain, each at least 1.
-        shares: positive weights of the domains; only their ratios count.
+        domains: what a position may be.
+        phases: by start.
         """
-        assert len(samples) == len(shares) >= 1
-        assert min(samples) >= 1
-        self._seed = seed
-        self._samples = np.asarray(samples, np.int64)
-        self._counts = _apportion(np.asarray(shares, float), DECK)
-        keys = [(np.arange(c) + _unit(seed, i)) / c for i, c in enumerate(self._counts)]
-        domain = np.repeat(np.arange(len(samples)), self._counts)
-        place = np.argsort(np.concatenate(keys), kind="stable")
-        self._deck: I64 = domain[place]
-        rank = np.concatenate([np.arange(c) for c in self._counts])
-        self._rank: I64 = rank[place]
+        assert phases[0].start == 0
+        self._deal = Interleaver([d.source for d in domains], [p.weights for p in phases])
+        self._permutations = Permutations([d.samples for d in domains], [seeded(seed, d.name) for d in domains])
+        self._stretches: list[_Stretch] = []
+        self.end = 0
+        """Positions there are."""
+        for number, phase in enumerate(phases):
+            given = self.counts(phase.start)
+            period = sum(phase.weights)
+            slot = seeded(seed, f"phase {number}") % period
+            self.end = phases[number + 1].start if number + 1 < len(phases) else phase.start + period
+            assert phase.start < self.end <= phase.start + period
+            base = [g - b for g, b in zip(given, self._deal.before(number, slot), strict=True)]
+            self._stretches.append(_Stretch(phase.start, number, slot, base))
+            repeats = phase.start + period - slot
+            if repeats < self.end:
+                base = [b + w for b, w in zip(base, phase.weights, strict=True)]
+                self._stretches.append(_Stretch(repeats, number, 0, base))
+        assert self.end <= MAX_PLACE
+        self._start = np.array([s.start for s in self._stretches])
+        self._tree = np.array([s.tree for s in self._stretches])
+        self._to_slot = np.array([s.slot - s.start for s in self._stretches])
+        self._base = np.array([s.base for s in self._stretches])
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Positions to (domain, sample of that domain), elementwise."""
-        deal, slot = np.divmod(position, DECK)
-        domain = self._deck[slot]
-        nth = deal * self._counts[domain] + self._rank[slot]
-        epoch, index = np.divmod(nth, self._samples[domain])
-        return domain, _permute(index, self._samples[domain], _mix(epoch, domain, self._seed))
+        """Positions (n,) to (domain, sample of that domain), each (n,)."""
+        assert not len(position) or (position.min() >= 0 and position.max() < self.end)
+        domain, sample = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
+        for i in range(0, len(position), _AT_ONCE):
+            part = slice(i, i + _AT_ONCE)
+            domain[part], sample[part] = self._read(position[part])
+        return domain, sample
 
+    def _read(self, position: I64) -> tuple[I64, I64]:
+        stretch = np.searchsorted(self._start, position, side="right") - 1
+        domain, rank = self._deal(self._tree.take(stretch), position + self._to_slot.take(stretch))
+        return domain, self._permutations(domain, rank + self._base[stretch, domain])
 
-def _apportion(shares: np.ndarray, slots: int) -> I64:
-    """Whole slots in proportion to shares (largest remainders), at least one each."""
-    exact = shares / shares.sum() * slots
-    counts: I64 = np.maximum(np.floor(exact), 1).astype(np.int64)
-    remainder = exact - counts
-    for _ in range(slots - int(counts.sum())):
-        i = int(remainder.argmax())
-        counts[i] += 1
-        remainder[i] -= 1
-    while counts.sum() > slots:  # many domains that were owed less than one slot
-        counts[counts.argmax()] -= 1
-    return counts
-
-
-def _unit(seed: int, domain: int) -> float:
-    """A number in (0, 1) that shifts a domain's slots, so that domains of equal share alternate in a seeded order."""
-    digest = hashlib.blake2b(f"{seed}:{domain}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") + 0.5) / 2**64
-
-
-def _hash(x: U64) -> U64:
-    """splitmix64's finaliser."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _mix(epoch: I64, domain: I64, seed: int) -> U64:
-    key = _hash(np.full_like(epoch, seed).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    key = _hash(key ^ domain.astype(np.uint64))
-    return _hash(key + epoch.astype(np.uint64))
-
-
-def _permute(index: I64, size: I64, key: U64) -> I64:
-    """A keyed permutation of 0..size-1, elementwise: a Feistel network over the next power of four, walked until the
-    value falls inside (under four rounds of it on average)."""
-    half = ((np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64) + 1) // 2).astype(np.uint64)
-    value = _feistel(index.astype(np.uint64), half, key)
-    outside = value >= size.astype(np.uint64)
-    while outside.any():
-        value[outside] = _feistel(value[outside], half[outside], key[outside])
-        outside = value >= size.astype(np.uint64)
-    return value.astype(np.int64)
-
-
-def _feistel(value: U64, half: U64, key: U64) -> U64:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = value >> half, value & mask
-    for round_key in _ROUND_KEYS:
-        left, right = right, left ^ (_hash((right + key) ^ round_key) & mask)
-    return (left << half) | right
+    def counts(self, position: int) -> list[int]:
+        """Samples of each domain among the first `position` ones."""
+        if not position:
+            return [0] * self._deal.domains
+        stretch = self._stretches[bisect_right(self._stretches, position - 1, key=lambda s: s.start) - 1]
+        rank = self._deal.before(stretch.tree, position - stretch.start + stretch.slot)
+        return [b + r for b, r in zip(stretch.base, rank, strict=True)]

@@ -39,7 +39,7 @@ def find_files(spec: DataSpec) -> list[RawFile]:
         if not source.path.is_dir():
             fix = "correct data.sources, or make sample text: mhmoe data sample data/sample"
             raise DataError(f"source {name}", f"there is no folder {source.path}", fix)
-        names = sorted(source.shares) if source.shares else sorted(p.name for p in source.path.iterdir() if p.is_dir())
+        names = spec.subfolders(name) or sorted(p.name for p in source.path.iterdir() if p.is_dir())
         if not names:
             fix = "put one folder per domain or language there"
             raise DataError(f"source {name}", f"{source.path} has no subfolders", fix)

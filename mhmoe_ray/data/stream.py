@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from mhmoe_ray.data.manifest import DataManifest, read_data_manifest
+from mhmoe_ray.data.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.data.mixture import training_order
 from mhmoe_ray.data.shards import Samples, ShardReader, padding_token
-from mhmoe_ray.errors import DataError
-from mhmoe_ray.spec import DataSpec, RunSpec
+from mhmoe_ray.spec import RunSpec
 
 MICRO_BATCHES_PER_TASK = 32
 MAX_TASKS = 2_000  # Ray makes them all at the start; a longer run has longer ones, which yield as they go
@@ -31,31 +30,32 @@ def training_stream(spec: RunSpec, start: int) -> ray.data.Dataset:
     b = spec.train.micro_batch_size
     per_task = MICRO_BATCHES_PER_TASK * b
     blocks = min(MAX_TASKS, -(-rows // per_task))
-    read = partial(_read_positions, data=spec.data, seed=spec.seed, start=start)
+    read = partial(_read_positions, spec=spec, start=start)
     positions = ray.data.range(rows, override_num_blocks=blocks)
     stream = positions.map_batches(read, batch_size=per_task).repartition(target_num_rows_per_block=b, strict=True)
     stream.context.enable_progress_bars = False  # they would fill the job's log
     return stream
 
 
-def _read_positions(batch: dict[str, np.ndarray], *, data: DataSpec, seed: int, start: int) -> dict[str, Any]:
+def _read_positions(batch: dict[str, np.ndarray], *, spec: RunSpec, start: int) -> dict[str, Any]:
     position = batch["id"] + start
-    return {"position": position, "tokens": TrainingSamples.open(data, seed).read(position)}
+    return {"position": position, "tokens": TrainingSamples.open(spec).read(position)}
 
 
 class TrainingSamples:
     """Any training sample by its position."""
 
-    def __init__(self, data: DataSpec, seed: int) -> None:
-        manifest = require_manifest(data.prepared)
-        names, self._order = training_order(data, manifest, seed)
-        self._readers = [ShardReader(data.prepared, manifest.domains[n].shards, manifest.token_bytes) for n in names]
+    def __init__(self, spec: RunSpec) -> None:
+        folder = spec.data.prepared
+        manifest = require_data_manifest(folder)
+        names, self._order = training_order(spec, manifest)
+        self._readers = [ShardReader(folder, manifest.domains[n].shards, manifest.token_bytes) for n in names]
         self._dtype = np.dtype(f"u{manifest.token_bytes}")
 
     @staticmethod
-    def open(data: DataSpec, seed: int) -> "TrainingSamples":
+    def open(spec: RunSpec) -> "TrainingSamples":
         """Kept open within a process, since tasks come back for the next positions."""
-        return _open(data.model_dump_json(), seed)
+        return _open(spec.model_dump_json())
 
     def read(self, position: np.ndarray) -> np.ndarray:
         """(positions, T + 1) token ids, unsigned."""
@@ -72,18 +72,8 @@ class TrainingSamples:
 
 
 @lru_cache(maxsize=2)
-def _open(data_json: str, seed: int) -> TrainingSamples:
-    return TrainingSamples(DataSpec.model_validate_json(data_json), seed)
-
-
-def require_manifest(folder: Path) -> DataManifest:
-    """Raises:
-    DataError: the folder is not prepared.
-    """
-    manifest = read_data_manifest(folder)
-    if manifest is None:
-        raise DataError(f"prepared data {folder}", "it is not there", "run: mhmoe data prepare SPEC")
-    return manifest
+def _open(spec_json: str) -> TrainingSamples:
+    return TrainingSamples(RunSpec.model_validate_json(spec_json))
 
 
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:

@@ -3,6 +3,7 @@
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, SourceSpec
 from mhmoe_ray.spec.load import checked, dump_spec, load_deploy_spec, load_spec, parse_overrides, read_tree
+from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, ServeSpec
@@ -14,9 +15,11 @@ __all__ = [
     "DeploySpec",
     "MoESpec",
     "ModelSpec",
+    "PhaseSpec",
     "ReferenceSpec",
     "RunSpec",
     "ServeSpec",
+    "SourceMix",
     "SourceSpec",
     "TrainSpec",
     "checked",

@@ -13,6 +13,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from mhmoe_ray.data.mixture import training_order
 from mhmoe_ray.data.prepare import prepare
 from mhmoe_ray.data.shards import verify_shards
 from mhmoe_ray.data.stream import training_stream
@@ -108,6 +109,7 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
         events.record(run, "preparing", folder=str(folder))
     manifest = prepare(spec)
     verify_shards(folder, manifest)
+    training_order(spec, manifest)  # its errors are users' mistakes, said here and not by a task of the stream
     if not run.tokenizer_file.exists():
         shutil.copyfile(folder / "tokenizer.json", run.tokenizer_file)
     elif describe_file(run.tokenizer_file).sha256 != manifest.tokenizer_sha256:

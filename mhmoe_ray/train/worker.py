@@ -15,7 +15,8 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.stream import require_manifest, validation_samples
+from mhmoe_ray.data.manifest import require_data_manifest
+from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
@@ -103,7 +104,8 @@ class Worker:
         return agreed
 
     def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, counts = validation_samples(self.spec.data.prepared, require_manifest(self.spec.data.prepared))
+        folder = self.spec.data.prepared
+        tokens, counts = validation_samples(folder, require_data_manifest(folder))
         return torch.from_numpy(tokens), torch.from_numpy(counts)
 
     def _stream(self) -> Iterator[torch.Tensor]:

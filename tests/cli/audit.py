@@ -11,7 +11,7 @@ from mhmoe_ray.train.digest import combine_digests, sample_digest
 def expected_streams(run: RunDir) -> list[str]:
     """The digest of each step's samples, from step 1."""
     spec = run.spec()
-    samples = TrainingSamples(spec.data, spec.seed)
+    samples = TrainingSamples(spec)
     m, b = spec.train.micro_batches, spec.train.micro_batch_size
     every = samples.read(np.arange(spec.train.steps * m * b)).reshape(spec.train.steps, m, b, -1)
     return [combine_digests(sample_digest(micro_batch) for micro_batch in step) for step in every]

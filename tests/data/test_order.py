@@ -2,58 +2,168 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order import DECK, Order
+from mhmoe_ray.data.interleave import DOMAIN_ERROR, MAX_WEIGHT, SOURCE_ERROR
+from mhmoe_ray.data.order import Order, OrderedDomain, Phase
+from tests.data.plain_order import plain_order
 
-mixtures = st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 1)), min_size=1, max_size=6)
+seeds = st.integers(0, 2**32)
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 2**32), mixture=mixtures, start=st.integers(0, 10**12), length=st.integers(1, 500))
+@st.composite
+def mixtures(draw, most=40, longest=200):
+    """Domains of some sources, and phases of whole-number weights with zeros among them; the last ends with its
+    weights."""
+    samples = draw(st.lists(st.integers(1, most), min_size=1, max_size=7))
+    domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), n) for i, n in enumerate(samples)]
+    weights = st.lists(st.integers(0, 30), min_size=len(samples), max_size=len(samples)).filter(any)
+    phases, start = [], 0
+    for row in draw(st.lists(weights, min_size=1, max_size=4)):
+        phases.append(Phase(start, row))
+        start += draw(st.integers(1, min(longest, sum(row))))
+    return domains, phases
+
+
+@settings(max_examples=150)
+@given(seeds, mixtures())
+def test_the_closed_form_is_the_plain_loop(seed, mixture):
+    order = Order(seed, *mixture)
+    domain, sample = order(np.arange(order.end))
+    loop = list(plain_order(seed, *mixture, order.end))
+    assert list(zip(domain.tolist(), sample.tolist(), strict=True)) == loop
+    for position in {0, 1, order.end // 2, order.end, *(p.start for p in mixture[1])}:
+        assert order.counts(position) == np.bincount(domain[:position], minlength=len(mixture[0])).tolist()
+
+
+@st.composite
+def endless(draw):
+    """Domains with shares down to 1e-9 of a whole of 2^50, phases of any length."""
+    size = draw(st.integers(1, 12))
+    domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), draw(st.integers(1, 10**9))) for i in range(size)]
+    exponents = st.lists(st.floats(-9, 0), min_size=size, max_size=size)
+    phases, start = [], 0
+    for row in draw(st.lists(exponents, min_size=1, max_size=3)):
+        shares = 10 ** np.array(row)
+        weights = [int(w) for w in shares / shares.sum() * 2**49]
+        weights[0] += MAX_WEIGHT - sum(weights)
+        phases.append(Phase(start, weights))
+        start += draw(st.integers(1, 10**13))
+    return domains, phases
+
+
+@settings(max_examples=60)
+@given(seeds, endless(), st.integers(0, 10**14), st.integers(1, 500))
 def test_any_stretch_is_the_same_however_it_is_asked_for(seed, mixture, start, length):
-    order = Order(seed, *zip(*mixture, strict=True))
+    order = Order(seed, *mixture)
     position = np.arange(start, start + length)
     domain, sample = order(position)
     for p in (0, length // 2, length - 1):
         assert tuple(x[0] for x in order(position[p : p + 1])) == (domain[p], sample[p])
     shuffled = np.random.default_rng(0).permutation(length)
     assert np.array_equal(order(position[shuffled])[1], sample[shuffled])
+    counts = np.subtract(order.counts(start + length), order.counts(start))
+    assert np.array_equal(counts, np.bincount(domain, minlength=len(mixture[0])))
+    assert all(0 <= s < mixture[0][d].samples for d, s in zip(domain, sample, strict=True))
 
 
-@settings(max_examples=20)
-@given(seed=st.integers(0, 2**32), mixture=mixtures)
-def test_each_epoch_of_a_domain_reads_each_sample_once(seed, mixture):
-    order = Order(seed, *zip(*mixture, strict=True))
-    domain, sample = order(np.arange(DECK))
-    for d, (size, _) in enumerate(mixture):
+@settings(max_examples=60)
+@given(seeds, endless(), st.integers(0, 10**13))
+def test_shares_hold_at_every_prefix_of_a_phase(seed, mixture, far):
+    domains, phases = mixture
+    order = Order(seed, domains, phases)
+    source = np.array([d.source for d in domains])
+    for phase, end in zip(phases, [*(p.start for p in phases[1:]), order.end], strict=True):
+        shares = np.array(phase.weights) / MAX_WEIGHT
+        near = min(3000, end - phase.start)
+        domain, _ = order(np.arange(phase.start, phase.start + near))
+        read = np.cumsum(domain[:, None] == np.arange(len(domains)), axis=0)
+        length = np.arange(1, near + 1)
+        at = min(far, end - phase.start)
+        read = np.vstack([read, np.subtract(order.counts(phase.start + at), order.counts(phase.start))])
+        error = read - np.outer([*length, at], shares)
+        assert np.abs(error).max() < DOMAIN_ERROR
+        for s in set(source):
+            assert np.abs(error[:, source == s].sum(1)).max() < SOURCE_ERROR
+
+
+@settings(max_examples=30)
+@given(seeds, mixtures())
+def test_each_epoch_of_a_domain_reads_each_sample_once_over_all_phases(seed, mixture):
+    order = Order(seed, *mixture)
+    domain, sample = order(np.arange(order.end))
+    for d, (_, _, size) in enumerate(mixture[0]):
         read = sample[domain == d]
         for epoch in range(len(read) // size):
             assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
+        part = read[len(read) // size * size :]
+        assert len(set(part)) == len(part)
 
 
-@settings(max_examples=20)
-@given(seed=st.integers(0, 2**32), mixture=mixtures)
-def test_shares_hold_at_every_prefix(seed, mixture):
-    samples, shares = zip(*mixture, strict=True)
-    domain, _ = Order(seed, samples, shares)(np.arange(2 * DECK))
-    wanted = np.array(shares) / sum(shares)
-    read = np.stack([np.cumsum(domain == d) for d in range(len(shares))], axis=1)
-    owed = np.outer(np.arange(1, 2 * DECK + 1), wanted)
-    rounding = 2  # a share is a whole number of a deck's slots, and two decks are dealt
-    assert np.abs(read - owed).max() <= len(shares) + rounding
+def test_a_thousand_domains_and_shares_of_a_millionth():
+    rng = np.random.default_rng(0)
+    weights = [MAX_WEIGHT // 10**6] * 999
+    weights.append(MAX_WEIGHT - sum(weights))
+    domains = [OrderedDomain(f"s{i % 7}/{i}", f"s{i % 7}", int(rng.integers(1, 10**6))) for i in range(1000)]
+    order = Order(5, domains, [Phase(0, weights)])
+    counts = np.array(order.counts(3 * 10**12))
+    assert np.abs(counts - np.array(weights) / MAX_WEIGHT * 3 * 10**12).max() < DOMAIN_ERROR
+    # Each turn of a million positions has about one sample of each.
+    domain, _ = order(np.arange(10**12, 10**12 + 10**6))
+    found = np.bincount(domain, minlength=1000)
+    assert np.abs(found[:999] - 1).max() <= DOMAIN_ERROR
+    # Shares of 1e-6 do not fall together: they are spread over the stretch.
+    at = np.sort(np.flatnonzero(domain < 999))
+    assert np.histogram(at, bins=10, range=(0, 10**6))[0].min() > 50
 
 
-def test_epochs_and_seeds_differ_and_order_is_unrelated_to_storage():
-    n = 1000
-    first, second = (Order(7, [n], [1])(np.arange(start, start + n))[1] for start in (0, n))
-    other = Order(8, [n], [1])(np.arange(n))[1]
-    for a, b in [(first, second), (first, other), (first, np.arange(n)), (first[1:], first[:-1])]:
-        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
+def test_a_domain_with_no_weight_is_never_read_and_one_sample_is_read_again_and_again():
+    domains = [OrderedDomain("none", "a", 10), OrderedDomain("one", "a", 1), OrderedDomain("many", "b", 1000)]
+    order = Order(0, domains, [Phase(0, [0, 1, 3]), Phase(3, [0, 0, 5])])
+    domain, sample = order(np.arange(8))
+    assert 0 not in domain
+    assert (domain[3:] == 2).all()
+    assert (sample[domain == 1] == 0).all()
+
+
+def test_another_mixture_reads_a_domain_in_the_same_order():
+    a, b = OrderedDomain("s/a", "s", 500), OrderedDomain("s/b", "s", 77)
+    alone = Order(4, [a], [Phase(0, [3000])])(np.arange(3000))[1]
+    domain, sample = Order(4, [b, a], [Phase(0, [300, 700]), Phase(500, [9, 1000])])(np.arange(1500))
+    assert np.array_equal(sample[domain == 1], alone[: (domain == 1).sum()])
+
+
+def test_seeds_differ_in_domains_and_samples():
+    domains = [OrderedDomain(name, "s", 1000) for name in "abc"]
+    (d1, s1), (d2, s2) = (Order(seed, domains, [Phase(0, [50, 31, 19])])(np.arange(100)) for seed in (7, 8))
+    assert (d1 != d2).any()
+    assert np.mean(s1 == s2) < 0.05
+
+
+def test_batches_mix_the_files_of_their_domains():
+    """256 samples of a domain of 40 shards come from as many different ones as a draw by chance would give, and the
+    order has nothing to do with where a sample lies."""
+    size, shards, batch = 40_000, 40, 256
+    domains = [OrderedDomain("a", "s", size), OrderedDomain("b", "s", size)]
+    order = Order(1, domains, [Phase(0, [size, size])])
+    domain, sample = order(np.arange(2 * size))
+    for d in (0, 1):
+        read = sample[domain == d]
+        ranks = np.corrcoef(read, np.arange(size))[0, 1]  # both are permutations, so this is Spearman's
+        assert abs(ranks) < 4 / np.sqrt(size)
+        in_batch = read[: size // batch * batch].reshape(-1, batch) // (size // shards)
+        distinct = np.mean([len(set(row)) for row in in_batch])
+        by_chance = shards * (1 - (1 - 1 / shards) ** batch)
+        assert abs(distinct - by_chance) < 0.1
+        per_shard = np.stack([np.bincount(row, minlength=shards) for row in in_batch])
+        variance = batch / shards * (1 - 1 / shards)
+        assert 0.9 < per_shard.var(0).mean() / variance < 1.1
 
 
 def test_order_never_changes():
     """Golden: a run that is resumed by a later version must read on where it stopped."""
-    domain, sample = Order(3, [1000, 77, 5], [0.6, 0.3, 0.1])(np.arange(10**9, 10**9 + 8))
+    domains = [OrderedDomain("a/x", "a", 1000), OrderedDomain("a/y", "a", 77), OrderedDomain("b/z", "b", 5)]
+    phases = [Phase(0, [600, 300, 100]), Phase(500, [2**40, 2**39, 2**38])]
+    domain, sample = Order(3, domains, phases)(np.r_[496:504, 10**9 : 10**9 + 4])
     assert (domain.tolist(), sample.tolist()) == GOLDEN
 
 
-GOLDEN = ([1, 0, 0, 1, 2, 0, 0, 1], [52, 88, 845, 69, 2, 612, 639, 21])
+GOLDEN = ([0, 1, 0, 0, 1, 2, 0, 0, 0, 1, 0, 0], [652, 18, 292, 35, 33, 1, 844, 380, 883, 74, 647, 417])

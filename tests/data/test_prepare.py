@@ -11,12 +11,11 @@ import pytest
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.data.manifest import read_data_manifest
-from mhmoe_ray.data.mixture import mixture
 from mhmoe_ray.data.raw import is_validation
 from mhmoe_ray.data.shards import ShardReader, padding_token
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
-from mhmoe_ray.spec import dump_spec
+from mhmoe_ray.spec import PhaseSpec, SourceMix, dump_spec
 from mhmoe_ray.train.digest import sample_digest
 from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
@@ -85,19 +84,10 @@ def test_the_result_does_not_depend_on_parallelism(prepared, local_cluster, tmp_
     assert (mismatch, errors) == ([], [])
 
 
-def test_temperature_flattens_the_mixture(prepared):
-    spec, _ = prepared
-    manifest = read_data_manifest(spec.data.prepared)
-    tokens = np.array([manifest.domains[d].tokens for d in sorted(manifest.domains)], float)
-    shares = mixture(spec.data, manifest)
-    assert np.array([shares[d] for d in sorted(shares)]) == pytest.approx(np.sqrt(tokens) / np.sqrt(tokens).sum())
-    sources = {"web": spec.data.sources["web"].model_copy(update={"alpha": 1.0, "shares": {"a": 3, "c": 1}})}
-    fixed = mixture(spec.data.model_copy(update={"sources": sources}), manifest)
-    assert fixed == pytest.approx({"web/a": 0.75, "web/c": 0.25})
-
-
 def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_cluster, tmp_path):
     spec, _ = prepared
+    schedule = [PhaseSpec(from_step=30, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"schedule": schedule})})
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     middle = 8 * 37
     asked = ["1:0", "2:0", "4:0", f"2:{middle}"]
@@ -107,7 +97,7 @@ def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_clust
     for pair, workers in found.items():
         world, start = map(int, pair.split(":"))
         positions = np.arange(start, 60 * 8).reshape(-1, 2)
-        tokens = TrainingSamples(spec.data, spec.seed).read(positions.ravel()).reshape(len(positions), 2, -1)
+        tokens = TrainingSamples(spec).read(positions.ravel()).reshape(len(positions), 2, -1)
         for rank, batches in enumerate(workers):
             assert [p for p, _ in batches] == positions[rank::world].tolist()
             assert [d for _, d in batches] == [sample_digest(t) for t in tokens[rank::world]]

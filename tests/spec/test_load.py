@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,31 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
         ("train.micro_batches=3", "train.micro_batches (3) must be a multiple of cluster.workers (2)"),
         ("model.moe=null", "a dense model has no experts to spread"),
         ("data.sources.redpajama.alpha=0.5", "alpha would be ignored"),
+        (
+            "data.sources.redpajama.weight=-1",
+            "'data.sources.redpajama.weight': Input should be greater than or equal to 0",
+        ),
+        ("data.sources.redpajama.weight=.inf", "less than or equal to 1000000000000000000 (got inf)"),
+        (
+            "data.sources.redpajama.shares={book: 0}",
+            "'data.sources.redpajama.shares.book': Input should be greater than 0",
+        ),
+        ("data.sources.redpajama.max_epochs=0", "'data.sources.redpajama.max_epochs': Input should be greater than 0"),
+        ("data.schedule=[{from_step: 0, sources: {redpajama: {}}}]", "'data.schedule.0.from_step'"),
+        ("data.schedule=[{from_step: 5, sources: {redpajam: {weight: 1}}}]", "'redpajam', which is no source"),
+        ("data.schedule=[{from_step: 5, sources: {redpajama: {weigh: 1}}}]", "did you mean 'weight'?"),
+        (
+            "data.schedule=[{from_step: 5, sources: {redpajama: {alpha: 1, shares: {book: 1}}}}]",
+            "alpha would be ignored",
+        ),
+        (
+            "data.schedule=[{from_step: 5, sources: {redpajama: {weight: 0}, multilingual: {weight: 0}}}]",
+            "every source has weight 0 from step 5 on",
+        ),
+        (
+            "data.schedule=[{from_step: 5, sources: {redpajama: {}}}, {from_step: 5, sources: {redpajama: {}}}]",
+            "schedule must be by from_step, each once, and has 5, 5",
+        ),
         ("name.x=3", "name is a value, not a section"),
         ("train", "it is not key=value"),
         ("train.steps=[", "the value is not YAML"),
@@ -41,6 +67,27 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
         load_spec(QUICKSTART, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_changes_key_by_key():
+    schedule = [
+        {"from_step": 10, "sources": {"redpajama": {"weight": 0.5}}},
+        {"from_step": 20, "sources": {"redpajama": {"alpha": 0.3}, "multilingual": {"shares": {"german": 1}}}},
+        {"from_step": 30, "sources": {"redpajama": {"shares": {"arxiv": 1, "book": 1}}}},
+    ]
+    data = load_spec(QUICKSTART, [f"data.schedule={json.dumps(schedule)}"]).data
+    mixes = {step: {name: mix.model_dump() for name, mix in now.items()} for step, now in data.mixes.items()}
+    fixed = {"book": 0.5, "github": 0.3, "c4": 0.1, "stackexchange": 0.1}
+    assert [now["redpajama"] for now in mixes.values()] == [
+        {"weight": 0.8, "alpha": None, "shares": fixed},
+        {"weight": 0.5, "alpha": None, "shares": fixed},
+        {"weight": 0.5, "alpha": 0.3, "shares": None},
+        {"weight": 0.5, "alpha": None, "shares": {"arxiv": 1, "book": 1}},
+    ]
+    assert mixes[10]["multilingual"] == {"weight": 0.2, "alpha": 0.7, "shares": None}
+    assert (data.subfolders("redpajama"), data.subfolders("multilingual")) == (None, None)
+    fixed_only = load_spec(QUICKSTART, [f"data.schedule={json.dumps([schedule[0], schedule[2]])}"]).data
+    assert fixed_only.subfolders("redpajama") == ["arxiv", "book", "c4", "github", "stackexchange"]
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -1,0 +1,143 @@
+"""`mhmoe data mix`: the mixture that a spec will produce, from its prepared counts; nothing is read or started."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, number_table, out, print_json, print_whole, read_spec
+
+if TYPE_CHECKING:
+    from mhmoe_ray.data.manifest import DataManifest
+    from mhmoe_ray.spec import RunSpec
+
+
+def mix(
+    spec: SpecArg,
+    set_: SetOption = [],  # noqa: B006
+    json: JsonOption = False,
+    png: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+) -> None:
+    """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.
+
+    Shares by size follow the sources' weights and the tokens there are; tempered ones are after alpha; the last ones
+    after max_epochs. Samples read are exact, counted by the order itself. Needs prepared data.
+    """
+    from mhmoe_ray.data.manifest import check_recipe, require_data_manifest
+
+    resolved = read_spec(spec, set_)
+    manifest = require_data_manifest(resolved.data.prepared)
+    check_recipe(resolved.data.prepared, manifest, resolved)
+    found = as_dict(resolved, manifest)
+    if png:
+        from mhmoe_ray.cli.mix_plot import draw
+
+        draw(found, png)
+    if json:
+        print_json(found)
+        return
+    _show(found)
+    if png:
+        out.print(f"drawn in {png}", soft_wrap=True)
+
+
+def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
+    """The mixture by phase and in all; in each, rows by domain and by source."""
+    from mhmoe_ray.data.mixture import mixture
+
+    mixed = mixture(spec, manifest)
+    names, sources = [d.name for d in mixed.domains], [d.source for d in mixed.domains]
+    there = [d.samples for d in mixed.domains]
+
+    def rows(values: dict[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Sums of values by key; epochs from samples read and there."""
+        result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
+        for i, key in enumerate(keys):
+            for name, value in values.items():
+                result[key][name] += value[i]
+        for row in result.values():
+            row |= {"tokens": int(row["samples"] * spec.data.seq_len), "epochs": row["samples"] / row["samples_there"]}
+        return result
+
+    def both(values: dict[str, Sequence[float]]) -> dict[str, Any]:
+        return {"domains": rows(values, names), "sources": rows(values, sources)}
+
+    phases = []
+    for phase in mixed.phases:
+        read = mixed.read(phase.from_step, phase.from_step + phase.steps)
+        shares = {"by_size": phase.by_size, "tempered": phase.tempered, "share": phase.shares}
+        table = both({**shares, "samples": read, "samples_there": there})
+        phases.append({"from_step": phase.from_step, "steps": phase.steps, **table})
+    steps = spec.train.steps
+    read = mixed.read(0, steps)
+    whole = both(
+        {
+            "share": [n / (steps * spec.samples_per_step) for n in read],
+            "samples": read,
+            "samples_there": there,
+            "tokens_there": [manifest.domains[name].tokens for name in names],
+        }
+    )
+    for name, limit in zip(names, mixed.limits, strict=True):
+        whole["domains"][name]["samples_at_most"] = limit
+    return {
+        "name": spec.name,
+        "steps": steps,
+        "samples_per_step": spec.samples_per_step,
+        "seq_len": spec.data.seq_len,
+        "phases": phases,
+        "whole": whole,
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    samples = found["steps"] * found["samples_per_step"]
+    out.print(
+        f"{found['name']}: {found['steps']:,} steps of {found['samples_per_step']:,} samples: {samples:,} samples, "
+        f"{samples * found['seq_len']:,} tokens",
+        soft_wrap=True,
+    )
+    several = len(found["phases"]) > 1
+    for phase in found["phases"] if several else []:
+        out.print(f"\nfrom step {phase['from_step']:,}, {phase['steps']:,} steps, shares in per cent", style="bold")
+        columns = ["", "by size", "tempered", "limited", "samples", "epochs", "tokens"]
+        print_whole(number_table(columns, [[name, *_shares(r), *_read(r)] for name, r in _nested(phase)]))
+    out.print("\nthe whole training" + ("" if several else ", shares in per cent"), style="bold")
+    shares = ["share"] if several else ["by size", "tempered", "limited"]
+    columns = ["", "tokens there", "samples there", *shares, "samples", "epochs", "at most", "tokens"]
+    lines = []
+    for name, row in _nested(found["whole"]):
+        kind = "sources" if name in found["whole"]["sources"] else "domains"
+        one = [_percent(row["share"])] if several else _shares(found["phases"][0][kind][row["key"]])
+        read, epochs, tokens = _read(row)
+        most = row.get("samples_at_most")
+        at_most = "" if most is None else _epochs(most / row["samples_there"])
+        there = f"{row['tokens_there']:,}", f"{row['samples_there']:,}"
+        lines.append([name, *there, *one, read, epochs, at_most, tokens])
+    print_whole(number_table(columns, lines))
+
+
+def _nested(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Each source, then its domains, indented; with the key that they have in the table."""
+    for source, total in table["sources"].items():
+        yield source, {**total, "key": source}
+        for name, row in table["domains"].items():
+            if name.partition("/")[0] == source:
+                yield f"  {name.partition('/')[2]}", {**row, "key": name}
+
+
+def _shares(row: dict[str, float]) -> list[str]:
+    return [_percent(row[column]) for column in ("by_size", "tempered", "share")]
+
+
+def _read(row: dict[str, float]) -> tuple[str, str, str]:
+    return f"{row['samples']:,}", _epochs(row["epochs"]), f"{row['tokens']:,}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}"
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:.2f}" if epochs >= 0.1 or not epochs else f"{epochs:.1g}"

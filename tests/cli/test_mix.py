@@ -1,0 +1,96 @@
+"""`mhmoe data mix`: from a manifest alone, without Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.data.manifest import recipe
+from mhmoe_ray.spec import RunSpec, load_spec
+from tests.cli.conftest import write_spec
+from tests.cli.run import assert_one_line, mhmoe
+from tests.data.manifests import T, manifest_of
+
+SAMPLES = {"web/en": 5000, "web/de": 400, "web/sw": 12, "books/a": 300, "books/b": 10}
+SOURCES = {
+    "web": {"path": "web", "weight": 3, "alpha": 0, "max_epochs": 4},
+    "books": {"path": "books", "weight": 1},
+}
+SCHEDULE = [{"from_step": 20, "sources": {"web": {"weight": 0}, "books": {"shares": {"a": 1}}}}]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A spec of 30 steps of 8 samples whose data counts as prepared."""
+    spec = load_spec(write_spec(tmp_path, data={"sources": SOURCES}))
+    write_manifest(spec)
+    return tmp_path
+
+
+def write_manifest(spec: RunSpec) -> None:
+    spec.data.prepared.mkdir()
+    (spec.data.prepared / "manifest.json").write_text(manifest_of(SAMPLES, recipe(spec)).model_dump_json())
+
+
+def test_one_phase(project):
+    found = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()
+    [phase], whole = found["phases"], found["whole"]
+    assert sum(row["samples"] for row in whole["domains"].values()) == 30 * 8
+    assert whole["sources"]["web"]["samples"] == 180
+    assert whole["domains"]["web/sw"] | {"tokens_there": 0} == {
+        "share": 48 / 240,
+        "samples": 48,
+        "samples_there": 12,
+        "samples_at_most": 48,
+        "tokens_there": 0,
+        "tokens": 48 * T,
+        "epochs": 4,
+    }
+    assert phase["domains"]["web/sw"]["tempered"] == pytest.approx(0.25)
+    assert phase["domains"]["web/sw"]["by_size"] == pytest.approx(0.75 * 12 / 5412, rel=0.01)
+    text = mhmoe(project, "data", "mix", "spec.yaml").out
+    row = next(line.split() for line in text.splitlines() if line.startswith("  sw "))
+    assert row == ["sw", f"{12 * T + 1:,}", "12", "0.167", "25", "20", "48", "4.00", "4.00", "768"]
+    assert "…" not in text
+
+
+def test_phases(project):
+    set_ = ("--set", f"data.schedule={json.dumps(SCHEDULE)}")
+    found = mhmoe(project, "data", "mix", "spec.yaml", *set_, "--json").json()
+    first, second = found["phases"]
+    assert (first["from_step"], first["steps"], second["from_step"], second["steps"]) == (0, 20, 20, 10)
+    assert second["domains"]["books/a"]["share"] == 1
+    for name, row in found["whole"]["domains"].items():
+        assert row["samples"] == sum(phase["domains"][name]["samples"] for phase in (first, second))
+        assert row["epochs"] == row["samples"] / SAMPLES[name]
+    lines = mhmoe(project, "data", "mix", "spec.yaml", *set_).out.splitlines()
+    assert [line for line in lines if line.startswith(("from", "the whole"))] == [
+        "from step 0, 20 steps, shares in per cent",
+        "from step 20, 10 steps, shares in per cent",
+        "the whole training",
+    ]
+
+
+def test_a_picture(project):
+    set_ = ("--set", f"data.schedule={json.dumps(SCHEDULE)}", "--png", "mix.png")
+    assert "drawn in mix.png" in mhmoe(project, "data", "mix", "spec.yaml", *set_).out
+    assert (project / "mix.png").read_bytes().startswith(b"\x89PNG")
+    nowhere = mhmoe(project, "data", "mix", "spec.yaml", "--png", "nowhere/mix.png")
+    assert_one_line(nowhere, 4, "picture nowhere/mix.png", "No such file")
+
+
+def test_a_picture_without_matplotlib(project):
+    (project / "matplotlib.py").write_text("raise ImportError")
+    path = {"PYTHONPATH": f"{project}:{Path.cwd()}:{Path.cwd() / 'kernels'}"}
+    result = mhmoe(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)
+    assert_one_line(result, 4, "matplotlib is missing", "pip install 'mhmoe-ray[plots]'")
+
+
+def test_mistakes_are_one_line(project):
+    def mix(*overrides):
+        return mhmoe(project, "data", "mix", "spec.yaml", *(f"--set={o}" for o in overrides))
+
+    assert_one_line(mix("data.prepared=elsewhere"), 4, "it is not there", "mhmoe data prepare SPEC")
+    assert_one_line(mix("data.seq_len=8"), 4, "the spec says 8")
+    few = mix("data.sources.books.max_epochs=0.1", "data.sources.web.max_epochs=0.001")
+    assert_one_line(few, 4, "max_epochs allows 36 samples, and 240 are wanted", "set train.steps to 4")

@@ -1,0 +1,25 @@
+"""Manifests of prepared folders without the shards, for what needs counts alone."""
+
+from mhmoe_ray.data.manifest import Baselines, DataManifest, Domain
+
+T = 16
+
+
+def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
+    """Domains of so many samples of T + 1 tokens."""
+    domains = {
+        name: Domain(documents=n, validation_documents=1, tokens=n * T + 1, samples=n, unused_tokens=0, shards=[])
+        for name, n in samples.items()
+    }
+    nothing = Baselines(unigram_entropy=0, bigram=0, bigram_tokens=0)
+    return DataManifest(
+        recipe=recipe or {},
+        seq_len=T,
+        token_bytes=2,
+        tokenizer_sha256="",
+        domains=domains,
+        validation=[],
+        validation_tokens=0,
+        baselines=nothing,
+        bad_lines=0,
+    )
