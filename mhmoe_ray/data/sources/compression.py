@@ -21,6 +21,7 @@ _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x04\x22\
 
 OUTPUT = 1 << 20  # of gzip at a time
 MAX_BLOCK = 1 << 17  # of zstd, RFC 8878 section 3.1.1.2.4
+_CUT = "its zstd frame is cut off"
 
 
 def decompressed(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -161,7 +162,11 @@ def _unzstd(data: _Bytes) -> Iterator[bytes]:
             last, kind, size = bool(fields & 1), fields >> 1 & 3, fields >> 3
             if kind == 3 or size > MAX_BLOCK:
                 raise DamageError("its zstd frame is damaged: no such block")
-            yield _decode(frame, block + _all(data, 1 if kind == 1 else size))
+            length = 1 if kind == 1 else size
+            content = data.take(length)
+            yield _decode(frame, block + content)  # of a block that is cut off, what was stored uncompressed
+            if len(content) < length:
+                raise DamageError(_CUT)
         if has_checksum:
             yield _decode(frame, _all(data, 4))
 
@@ -169,7 +174,7 @@ def _unzstd(data: _Bytes) -> Iterator[bytes]:
 def _all(data: _Bytes, count: int) -> bytes:
     taken = data.take(count)
     if len(taken) < count:
-        raise DamageError("its zstd frame is cut off")
+        raise DamageError(_CUT)
     return taken
 
 
