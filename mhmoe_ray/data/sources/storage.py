@@ -50,7 +50,9 @@ class Storage:
         self._wild = re.compile(r"[*\[]")  # a question mark begins the query
         self._prefix = f"{scheme}://"
         try:
-            self._fs = _remote(scheme, self._pattern.partition("/")[0], query)
+            host, slash, below = self._pattern.partition("/")
+            self._fs, bucket = _remote(scheme, host, query)
+            self._pattern = bucket + slash + below  # without a user's name, which a host may have
         except (OSError, pa.ArrowException) as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
 
@@ -72,31 +74,13 @@ class Storage:
             raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
         if info.type == fs.FileType.File:
             return self._prefix + root.rpartition("/")[0], [Listed(self._prefix + root, info.size)]
-        found = self._local(root) if self._prefix == "" else self._objects(root)
+        found = _local(root) if self._prefix == "" else self._objects(root)
         if plain < len(parts):
             pattern = _translate(parts[plain:])
             found = (file for file in found if pattern.fullmatch(_below(root, file.path)))
         wanted = (file for file in found if not re.search(r"(^|/)[._]", _below(root, file.path)))
         ordered = sorted(wanted, key=lambda file: file.path.split("/"))
         return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
-
-    def _local(self, root: str) -> Iterator[Listed]:
-        """Follows links, since people keep their data elsewhere; a dangling one is a file that has vanished."""
-        for folder, below, names in os.walk(root, followlinks=True, onerror=_raise):
-            real = os.path.realpath(folder)
-            links = [name for name in below if Path(folder, name).is_symlink()]
-            for name in links:  # a link to a folder above would never end
-                if f"{real}/".startswith(f"{os.path.realpath(Path(folder, name))}/"):
-                    below.remove(name)
-            for name in names:
-                path = f"{folder.rstrip('/')}/{name}"
-                try:
-                    info = Path(path).stat()
-                except FileNotFoundError:
-                    yield Listed(path, 0)
-                    continue
-                if stat.S_ISREG(info.st_mode):
-                    yield Listed(path, info.st_size)
 
     def _objects(self, root: str) -> Iterator[Listed]:
         for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
@@ -146,9 +130,10 @@ def one_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=64)
-def _remote(scheme: str, bucket: str, query: str) -> fs.FileSystem:
-    """Kept within a process, since finding out a bucket's region takes a request."""
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))[0]
+def _remote(scheme: str, host: str, query: str) -> tuple[fs.FileSystem, str]:
+    """A file system and its bucket; kept within a process, since finding out a bucket's region takes a request."""
+    system, bucket = fs.FileSystem.from_uri(f"{scheme}://{host}" + (f"?{query}" if query else ""))
+    return system, bucket
 
 
 def _below(root: str, path: str) -> str:
@@ -172,5 +157,20 @@ def _translate(parts: list[str]) -> re.Pattern[str]:
     return re.compile(made)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]:
+    """Follows links, since people keep their data elsewhere: a dangling one is a file that has vanished, and one to a
+    folder `above` would never end."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for name in os.listdir(folder):
+        path = f"{folder.rstrip('/')}/{name}"
+        try:
+            info = Path(path).stat()
+        except FileNotFoundError:
+            yield Listed(path, 0)
+            continue
+        if stat.S_ISDIR(info.st_mode):
+            yield from _local(path, above | {real})
+        elif stat.S_ISREG(info.st_mode):
+            yield Listed(path, info.st_size)

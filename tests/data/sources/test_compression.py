@@ -36,7 +36,12 @@ def streamed(data: bytes) -> bytes:
     """A frame that does not say how long it is, flushed in the middle."""
     made = zstandard.ZstdCompressor().compressobj()
     half = len(data) // 2
-    return made.compress(data[:half]) + made.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + made.compress(data[half:]) + made.flush()
+    return (
+        made.compress(data[:half])
+        + made.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        + made.compress(data[half:])
+        + made.flush()
+    )
 
 
 HALF = len(CONTENT) // 2 + 11  # not at the end of a line
