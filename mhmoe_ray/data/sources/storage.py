@@ -163,14 +163,13 @@ def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]
     real = os.path.realpath(folder)
     if real in above:
         return
-    for name in os.listdir(folder):
-        path = f"{folder.rstrip('/')}/{name}"
+    for path in Path(folder).iterdir():
         try:
-            info = Path(path).stat()
+            info = path.stat()
         except FileNotFoundError:
-            yield Listed(path, 0)
+            yield Listed(str(path), 0)
             continue
         if stat.S_ISDIR(info.st_mode):
-            yield from _local(path, above | {real})
+            yield from _local(str(path), above | {real})
         elif stat.S_ISREG(info.st_mode):
-            yield Listed(path, info.st_size)
+            yield Listed(str(path), info.st_size)

@@ -50,21 +50,23 @@ class _Part:
     def __init__(self, path: str, limit: int) -> None:
         self._path, self._limit = path, limit
         self._lines: list[bytes] = []
-        self._length = 0
+        self._length = 0  # with a newline for each line
+        self._too_long = False
         self.first = 0
         """Number of its first line, 0 before there is one."""
 
     def add(self, number: int, line: bytes | None) -> None:
         self.first = self.first or number
-        self._length += self._limit + 1 if line is None else len(line) + 1
-        if line is None or self._length > self._limit:
+        self._length += len(line or b"") + 1
+        self._too_long = self._too_long or line is None or self._length - 1 > self._limit
+        if self._too_long:
             self._lines.clear()
         else:
             self._lines.append(line)
 
     def finish(self) -> Iterator[Document | BadLine]:
         """Nothing for a part that is blank: delimiters may follow one another."""
-        if self._length > self._limit:
+        if self._too_long:
             yield BadLine(self._path, self.first, Reason.TOO_LONG)
             return
         data = b"\n".join(line.removesuffix(b"\r") for line in self._lines)

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_files_are_found_by_domain_in_the_order_of_their_names(tmp_path):
     files = find_files(tiny_spec(tmp_path).data)
     assert [f.domain for f in files] == ["web/a", "web/a", "web/b", "web/c"]
     assert [f.path for f in files] == sorted(f.path for f in files)
-    assert all(f.size == os.stat(f.path).st_size for f in files)
+    assert all(f.size == Path(f.path).stat().st_size for f in files)
 
 
 def test_a_subfolder_is_a_domain_whatever_lies_deeper(tmp_path):
@@ -94,7 +95,7 @@ def test_missing_folders_and_domains_are_named(tmp_path):
     with pytest.raises(DataError, match="there is no file below"):
         find_files(tiny_spec(tmp_path).data)
     (tmp_path / "raw" / "x" / "f.warc").touch()
-    with pytest.raises(DataError, match="holds no file ending in .jsonl, "):
+    with pytest.raises(DataError, match=r"holds no file ending in \.jsonl, "):
         find_files(tiny_spec(tmp_path).data)
     write_documents(tmp_path / "raw" / "y" / "f.jsonl", ["text"])
     with pytest.raises(DataError, match=r"web/x: .* has no file of format jsonl for it"):

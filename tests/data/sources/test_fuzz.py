@@ -55,11 +55,11 @@ def jsonl(corpus: list[str], ascii: bool, newline: bytes = b"\n") -> list[bytes]
     return [json.dumps({"text": t, "meta": {"n": 1.5}}, ensure_ascii=ascii).encode() + newline for t in corpus]
 
 
-def expect_untouched(corpus: list[str], pieces: list[bytes], made: list[Edit], items) -> None:
+def expect_untouched(corpus: list[str], pieces: list[bytes], end: bytes, made: list[Edit], items) -> None:
     """The documents whose pieces of the file are as they were, are there, in their order."""
     start, kept = 0, []
     for text, piece in zip(corpus, pieces, strict=True):
-        if untouched(start, start + len(piece) - 1, made):
+        if untouched(start, start + len(piece) - 1, made) and len(piece) - len(end) <= LIMIT:
             kept.append(text)
         start += len(piece)
     wanted = set(kept)
@@ -75,7 +75,7 @@ def test_plain_json_lines(folder, corpus, ascii, data):
     after = damaged(content, made)
     assume(not after.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04", b"PAR1")))
     items = checked(folder, "f.jsonl", after)
-    expect_untouched(corpus, pieces, made, items)
+    expect_untouched(corpus, pieces, b"\n", made, items)
     lines = [line.removeprefix(b"\xef\xbb\xbf") for line in after.split(b"\n")]
     assert [i.line for i in items] == [n for n, line in enumerate(lines, start=1) if line.strip() or len(line) > LIMIT]
 
@@ -84,11 +84,12 @@ def test_plain_json_lines(folder, corpus, ascii, data):
 @given(corpus=corpora, data=st.data())
 def test_plain_text(folder, corpus, data):
     corpus = [" ".join(text.split()).replace("\0", "") for text in corpus]
-    pieces = [text.encode() + b"\n---\n" for text in corpus]
+    end = b"\n---\n"
+    pieces = [text.encode() + end for text in corpus]
     content = b"".join(pieces)
     made = data.draw(edits(len(content)))
     items = checked(folder, "f.txt", damaged(content, made), delimiter="---", format="text")
-    expect_untouched(corpus, pieces, made, items)
+    expect_untouched(corpus, pieces, end, made, items)
 
 
 def compress_zstd(content: bytes, draw) -> bytes:
@@ -111,15 +112,14 @@ def unzstd(data: bytes) -> tuple[bytes, bool]:
     out, at = b"", 0
     while at < len(data):
         frame = zstandard.ZstdDecompressor().decompressobj()
-        for at in range(at + 1, len(data) + 1):
+        while not frame.eof:
+            if at == len(data):
+                return out, False
+            at += 1
             try:
                 out += frame.decompress(data[at - 1 : at])
             except zstandard.ZstdError:
                 return out, False
-            if frame.eof:
-                break
-        if not frame.eof:
-            return out, False
     return out, True
 
 
@@ -167,7 +167,7 @@ def test_compressed_json_lines(folder, name, corpus, data):
     ]
     assert texts(items)[: len(expected)] == expected
     whole, is_whole = reference(after)
-    if not any(isinstance(i, BadLine) and i.reason is Reason.LOST for i in items):
+    if after[:4] == stored[:4] and not any(isinstance(i, BadLine) and i.reason is Reason.LOST for i in items):
         assert is_whole, "a file that is not whole passed for one"
         assert whole.count(b"\n") >= len(items) - 1
 

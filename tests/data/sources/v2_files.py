@@ -23,7 +23,7 @@ def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
 
     Each row has `text`, and may have `signals` (over FINE; a list is one score a line), `duplicate`, and `bands`.
     """
-    snapshot, shard, name = place.split("/")
+    snapshot, _, name = place.split("/")
     language, bucket = name.split("_")
     identifiers = [f"{place}.json.gz/{row}" for row in range(len(rows))]
     documents, signals = [], []
@@ -39,7 +39,7 @@ def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
                 **{"perplexity": 300.0, "bucket": bucket},
             }
         )
-        scores = {name: 0.0 for name in sorted(SIGNALS)} | FINE | row.get("signals", {})
+        scores = dict.fromkeys(sorted(SIGNALS), 0.0) | FINE | row.get("signals", {})
         spans = {
             name: [[i, i + 1, s] for i, s in enumerate(score)] if isinstance(score, list) else [[0, len(text), score]]
             for name, score in scores.items()
