@@ -48,7 +48,7 @@ def prepare(
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.data import SAYS
     from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.raw import find_files
+    from mhmoe_ray.data.sources import find_files
     from mhmoe_ray.errors import DataError
     from mhmoe_ray.spec import dump_spec
 

@@ -23,7 +23,7 @@ def submit(
     from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.mixture import training_order
-    from mhmoe_ray.data.raw import find_files
+    from mhmoe_ray.data.sources import find_files
     from mhmoe_ray.runs.layout import create_run
 
     resolved = read_spec(spec, set_)

@@ -1,6 +1,6 @@
 """From raw text to the micro-batches of a training step.
 
-raw.py -> tokenizer.py -> pack.py -> shards.py     made once by prepare.py, described by manifest.py
+sources/ -> tokenizer.py -> pack.py -> shards.py   made once by prepare.py, described by manifest.py
 mixture.py -> order.py -> stream.py                read in an order that is a pure function of (seed, position)
 
 mixture.py has the rules of the spec, apportion.py their rounding; order.py joins interleave.py, which domain comes

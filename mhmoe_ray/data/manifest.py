@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 
-FORMAT = 1
+FORMAT = 2
+_READING = {"format", "text_field", "delimiter", "filters"}
 
 
 class Shard(BaseModel):
@@ -28,6 +29,10 @@ class Shard(BaseModel):
 class Domain(BaseModel):
     documents: int
     validation_documents: int
+    quarantined: dict[str, int]
+    """Lines, rows, files or lost parts of files that could not be read, by reason."""
+    dropped: dict[str, int]
+    """Documents that the source's filters left out, by rule."""
     tokens: int
     """Of its training documents, one end-of-text token for each included."""
     samples: int
@@ -60,6 +65,7 @@ class DataManifest(BaseModel):
     """Predicted ones: padding of a last sample does not count."""
     baselines: Baselines
     bad_lines: int
+    """All in quarantine."""
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
@@ -69,6 +75,8 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         "format": FORMAT,
         "sources": {name: str(source.path) for name, source in data.sources.items()},
         "subfolders": {name: named for name in data.sources if (named := data.subfolders(name))},
+        "reading": {name: source.model_dump(mode="json", include=_READING) for name, source in data.sources.items()},
+        "max_document_mb": data.max_document_mb,
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
         "tokenizer": str(data.tokenizer) if data.tokenizer else None,

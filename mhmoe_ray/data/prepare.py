@@ -6,6 +6,7 @@ one rename, when it is whole.
 
 import errno
 import json
+import pickle
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data import SAYS
 from mhmoe_ray.data.baselines import baselines
+from mhmoe_ray.data.held_out import is_validation
 from mhmoe_ray.data.manifest import (
     Baselines,
     DataManifest,
@@ -33,13 +35,14 @@ from mhmoe_ray.data.manifest import (
     recipe,
 )
 from mhmoe_ray.data.pack import pack, pack_validation
-from mhmoe_ray.data.raw import BadLine, RawFile, find_files, is_validation, read_documents
+from mhmoe_ray.data.quarantine import FILE, Limit, entry
 from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
+from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import write_json
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import DataSpec, RunSpec
 
 DOCUMENTS_PER_CALL = 64
 BASELINE_TOKENS = 20_000_000
@@ -85,21 +88,29 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     parts = folder / "parts"
     parts.mkdir()
     print(f"{SAYS}tokenising {len(files)} files", flush=True)
-    rows = [{"number": i, "domain": f.domain, "path": f.path} for i, f in enumerate(files)]
+    limit = Limit(spec.data, sum(file.size for file in files))
+    rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
     tokenise = partial(
         _tokenise_file,
         parts=parts,
         tokenizer=folder / "tokenizer.json",
-        fraction=spec.data.validation_fraction,
-        max_bad=spec.data.max_bad_lines,
+        spec=spec.data,
+        limit=limit,
         token_bytes=token_bytes,
     )
-    done = sorted(
-        ray.data.from_items(rows, override_num_blocks=len(rows)).map(tokenise).take_all(), key=lambda r: r["number"]
-    )
-    bad = [BadLine(*line) for row in done for line in json.loads(row["bad"])]
-    _check_bad_lines(bad, spec)
-    (folder / "quarantine.jsonl").write_text("".join(json.dumps(line._asdict()) + "\n" for line in bad))
+    done, tally = [], Tally()
+    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(tokenise).iter_rows():
+        row["tally"] = pickle.loads(row["tally"])
+        done.append(row)
+        tally += row["tally"]
+        if row["stopped"] or limit.hopeless(tally):
+            raise limit.error(tally)
+    if limit.exceeded(tally):
+        raise limit.error(tally)
+    done.sort(key=lambda row: row["number"])
+    with (folder / FILE).open("wb") as out:
+        for row in done:
+            out.write(_part(parts, row["number"], "quarantine").read_bytes())
 
     by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in done:
@@ -110,8 +121,7 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
     packed = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_one).take_all()
     domains = {}
     for row in sorted(packed, key=lambda r: r["domain"]):
-        counts = {key: sum(r[key] for r in by_domain[row["domain"]]) for key in ("documents", "validation_documents")}
-        domains[row["domain"]] = Domain(**counts, **json.loads(row["packed"]))
+        domains[row["domain"]] = _domain(by_domain[row["domain"]], json.loads(row["packed"]))
     _check_not_empty(domains)
 
     validation, figures, predicted = ray.get(
@@ -127,10 +137,24 @@ def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
         validation=validation,
         validation_tokens=predicted,
         baselines=figures,
-        bad_lines=len(bad),
+        bad_lines=tally.bad.total(),
     )
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     return manifest
+
+
+def _domain(rows: list[dict[str, Any]], packed: dict[str, Any]) -> Domain:
+    tally = Tally()
+    for row in rows:
+        tally += row["tally"]
+    held_out = sum(row["validation_documents"] for row in rows)
+    return Domain(
+        documents=tally.documents - held_out,
+        validation_documents=held_out,
+        quarantined=dict(tally.bad),
+        dropped=dict(tally.dropped),
+        **packed,
+    )
 
 
 def _check_not_empty(domains: dict[str, Domain]) -> None:
@@ -149,58 +173,54 @@ def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
         shutil.copyfile(given, folder / "tokenizer.json")
         return
     train = ray.remote(train_tokenizer).options(num_cpus=1)
-    tokenizer: Tokenizer = ray.get(train.remote(files, vocab_size, spec.data.tokenizer_train_mb))
+    tokenizer: Tokenizer = ray.get(train.remote(files, spec.data, vocab_size))
     tokenizer.save(str(folder / "tokenizer.json"))
     load_tokenizer(folder / "tokenizer.json", vocab_size)
 
 
 def _tokenise_file(
-    row: dict[str, Any], *, parts: Path, tokenizer: Path, fraction: float, max_bad: int, token_bytes: int
+    row: dict[str, Any], *, parts: Path, tokenizer: Path, spec: DataSpec, limit: Limit, token_bytes: int
 ) -> dict[str, Any]:
-    """One raw file to two raw token streams, training and held out."""
+    """One raw file to two raw token streams, training and held out, and its quarantine."""
     encoder = Tokenizer.from_file(str(tokenizer))
     edges = boundaries(encoder)
     assert edges is not None, "checked where the tokenizer was made"
-    documents = [0, 0]
-    bad: list[BadLine] = []
+    number = row["number"]
+    reading = Reading(RawFile(*(row[name] for name in RawFile._fields)), spec)
+    held_out_documents, stopped = 0, False
 
     def texts() -> Iterator[str]:
-        for text in read_documents(row["path"]):
-            if isinstance(text, str):
-                yield text
-            else:
-                bad.append(text)
-                if len(bad) > max_bad:
+        nonlocal stopped
+        with _part(parts, number, "quarantine").open("w", encoding="utf-8") as quarantine:
+            for item in reading:
+                if isinstance(item, Document):
+                    yield item.text
+                    continue
+                quarantine.write(entry(row["domain"], item))
+                stopped = limit.hopeless(reading.tally)
+                if stopped:
                     return
 
-    streams = [_part(parts, row["number"], kind) for kind in ("train", "validation")]
+    streams = [_part(parts, number, kind) for kind in ("train", "validation")]
     with streams[0].open("wb") as train, streams[1].open("wb") as validation:
         readable = texts()
         while batch := list(islice(readable, DOCUMENTS_PER_CALL)):
             for text, encoding in zip(batch, encoder.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                held_out = is_validation(text, fraction)
-                documents[held_out] += 1
+                held_out = is_validation(text, spec.validation_fraction)
+                held_out_documents += held_out
                 out = validation if held_out else train
                 out.write(np.asarray([edges.start, *encoding.ids], token_dtype(token_bytes)).tobytes())
     return {
-        "number": row["number"],
+        "number": number,
         "domain": row["domain"],
-        "documents": documents[0],
-        "validation_documents": documents[1],
-        "bad": json.dumps(bad),
+        "validation_documents": held_out_documents,
+        "tally": pickle.dumps(reading.tally),
+        "stopped": stopped,
     }
 
 
 def _part(parts: Path, number: int, kind: str) -> Path:
     return parts / f"{number:06d}.{kind}"
-
-
-def _check_bad_lines(bad: list[BadLine], spec: RunSpec) -> None:
-    allowed = spec.data.max_bad_lines
-    if len(bad) > allowed:
-        first = bad[0]
-        why = f"{first.reason} ({len(bad)} unreadable so far, data.max_bad_lines is {allowed})"
-        raise DataError(f"{first.path} line {first.line}", why, "mend or remove the line, or raise data.max_bad_lines")
 
 
 def _pack_domain(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int) -> dict[str, Any]:

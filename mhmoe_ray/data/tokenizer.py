@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mhmoe_ray.data.raw import BadLine, RawFile, read_documents
+from mhmoe_ray.data.sources import Document, RawFile, Reading
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec
 
 END_OF_TEXT = "<|endoftext|>"
 BEGIN, END = "<s>", "</s>"
@@ -42,12 +43,12 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries | None:
     return None
 
 
-def train_tokenizer(files: Iterable[RawFile], vocab_size: int, budget_mb: float) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` entries, from at most `budget_mb` MB of text, an even part a domain."""
-    by_domain: dict[str, list[str]] = defaultdict(list)
+def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries, from text of `tokenizer_train_mb`, an even part a domain."""
+    by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
-        by_domain[file.domain].append(file.path)
-    each = int(budget_mb * 1e6 / len(by_domain))
+        by_domain[file.domain].append(file)
+    each = int(spec.tokenizer_train_mb * 1e6 / len(by_domain))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,17 +58,17 @@ def train_tokenizer(files: Iterable[RawFile], vocab_size: int, budget_mb: float)
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((t for paths in by_domain.values() for t in _texts(paths, each)), trainer)
+    tokenizer.train_from_iterator((t for part in by_domain.values() for t in _texts(part, spec, each)), trainer)
     return tokenizer
 
 
-def _texts(paths: list[str], characters: int) -> Iterable[str]:
-    for path in paths:
-        for text in read_documents(path):
-            if isinstance(text, BadLine):
+def _texts(files: list[RawFile], spec: DataSpec, characters: int) -> Iterable[str]:
+    for file in files:
+        for item in Reading(file, spec):
+            if not isinstance(item, Document):
                 continue  # counted where it matters, when the file is tokenised
-            yield text[:characters]
-            characters -= len(text)
+            yield item.text[:characters]
+            characters -= len(item.text)
             if characters <= 0:
                 return
 

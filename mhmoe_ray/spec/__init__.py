@@ -1,7 +1,8 @@
 """What a user writes: one YAML file that wholly describes a run. No torch, no ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import DataSpec, SourceSpec
+from mhmoe_ray.spec.data import DataSpec, Format, SourceSpec
+from mhmoe_ray.spec.filters import FilterSpec, SignalRule
 from mhmoe_ray.spec.load import checked, dump_spec, load_deploy_spec, load_spec, parse_overrides, read_tree
 from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
@@ -13,12 +14,15 @@ __all__ = [
     "ClusterSpec",
     "DataSpec",
     "DeploySpec",
+    "FilterSpec",
+    "Format",
     "MoESpec",
     "ModelSpec",
     "PhaseSpec",
     "ReferenceSpec",
     "RunSpec",
     "ServeSpec",
+    "SignalRule",
     "SourceMix",
     "SourceSpec",
     "TrainSpec",

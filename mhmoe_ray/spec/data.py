@@ -1,18 +1,31 @@
 """The `data` section: where raw text lies, how it is mixed, and where the prepared token shards go."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
+
+Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface"]
 
 
 class SourceSpec(Section):
-    """A folder with one subfolder per domain (RedPajama) or per language, each holding JSON-lines files."""
+    """Raw text: a folder with one subfolder per domain (RedPajama) or per language, or the files themselves."""
 
-    path: Path
+    path: str
+    """A folder, a file, or a pattern with * and **; local, or on s3:// or gs://, where a query may name the server as
+    pyarrow understands it: s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
+    format: Format | None = None
+    """Absent: told by the names of the files. `jsonl` is RedPajama-1T's and most others'."""
+    text_field: str | None = Field(default=None, min_length=1)
+    """Key or column that holds the text; absent: `raw_content` in redpajama-v2, `text` elsewhere."""
+    delimiter: str | None = None
+    """Of format text: a line of just this ends a document ("" is a blank line); absent: a file is a document."""
+    filters: FilterSpec | None = None
+    """Of format redpajama-v2: what is kept of it."""
     weight: Weight = 1.0
     """This folder's part of the mixture, relative to the other sources; 0 where only the schedule brings it in."""
     alpha: float = Field(default=1.0, ge=0, le=1)
@@ -29,12 +42,25 @@ class SourceSpec(Section):
     def _check(self) -> Self:
         if self.shares is not None and self.alpha != 1.0:
             raise ValueError("shares fix the mixture, so alpha would be ignored: give one of the two")
+        if self.format is not None:
+            self.check_format(self.format)
         return self
 
     @property
     def mix(self) -> SourceMix:
         """As the training begins."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
+
+    def check_format(self, format: Format) -> None:
+        """Raises:
+        ValueError: a key is set that this format has no use for.
+        """
+        if self.filters is not None and format != "redpajama-v2":
+            raise ValueError(f"filters go by RedPajama-V2's signals and tables, which format {format} does not have")
+        if self.delimiter is not None and format != "text":
+            raise ValueError(f"delimiter is for format text, and this is {format}")
+        if self.text_field is not None and format == "text":
+            raise ValueError("text_field is for records, and format text has none")
 
 
 class DataSpec(Section):
@@ -53,8 +79,14 @@ class DataSpec(Section):
     """Share of documents held out for validation, chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
     """At most this many held-out samples are kept, spread evenly over all of them."""
+    max_document_mb: PositiveFloat = 32.0
+    """A document that takes more MB as it is stored (its line, its text file, its value in a column) is quarantined."""
     max_bad_lines: NonNegativeInt = 0
-    """Lines that cannot be read are quarantined up to this number; one more stops the job."""
+    """Lines, rows or text files that cannot be read are quarantined up to this number; one more stops the job."""
+    max_bad_share: float = Field(default=0.0, ge=0, lt=1)
+    """Or up to this share of all of them, where that is more."""
+    max_bad_files: NonNegativeInt = 0
+    """Files of which a part is lost (cut off, damaged, vanished) before the job stops; what was read is used."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,3 +115,8 @@ class DataSpec(Section):
         """Those that some phase names in a source's shares; None if a phase takes all there are."""
         shares = [mixes[source].shares for mixes in self.mixes.values()]
         return sorted({sub for s in shares if s for sub in s}) if all(shares) else None
+
+
+def absolute(base: Path, path: str) -> str:
+    """The local path from `base`; a URI as it is."""
+    return path if "://" in path else str(base / path)

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import DataSpec
+from mhmoe_ray.spec.data import DataSpec, absolute
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
@@ -83,7 +83,7 @@ class RunSpec(Section):
     def with_absolute_paths(self, base: Path) -> Self:
         """The same spec with its relative paths taken from `base` (the directory the command was called in)."""
         data = self.data
-        sources = {n: s.model_copy(update={"path": base / s.path}) for n, s in data.sources.items()}
+        sources = {n: s.model_copy(update={"path": absolute(base, s.path)}) for n, s in data.sources.items()}
         update = {
             "sources": sources,
             "prepared": base / data.prepared,

@@ -58,8 +58,16 @@ def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
 
     allowed = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1", "--json").json()
     assert allowed["bad_lines"] == 1
+    assert allowed["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1}
+    assert not allowed["domains"]["web/b"]["quarantined"]
     [line] = (tmp_path / "prepared" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["line"] == 41
+    assert (json.loads(line)["domain"], json.loads(line)["line"]) == ("web/a", 41)
+
+    shutil.rmtree(tmp_path / "prepared")
+    shard = tmp_path / "raw" / "a" / "two.jsonl.zst"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    cut = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1")
+    assert_one_line(cut, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0")
 
 
 @pytest.mark.ray

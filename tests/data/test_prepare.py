@@ -10,8 +10,8 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.data.held_out import is_validation
 from mhmoe_ray.data.manifest import read_data_manifest
-from mhmoe_ray.data.raw import is_validation
 from mhmoe_ray.data.shards import ShardReader, padding_token
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer

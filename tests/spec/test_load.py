@@ -111,4 +111,4 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
 def test_relative_paths_are_taken_from_the_given_folder():
     spec = load_spec(QUICKSTART).with_absolute_paths(Path("/base"))
     assert spec.storage == Path("/base/runs")
-    assert spec.data.sources["redpajama"].path == Path("/base/data/sample/redpajama")
+    assert spec.data.sources["redpajama"].path == "/base/data/sample/redpajama"

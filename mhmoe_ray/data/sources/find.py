@@ -1,0 +1,152 @@
+"""The raw files of a spec: which ones a source has, of which format, and to which domain each belongs.
+
+A file's domain is the folder right below the source's path, in RedPajama-V2 its language; files that lie in the path
+itself are of the domain `all`.
+"""
+
+import json
+from collections.abc import Iterator
+
+from mhmoe_ray.data.sources.items import RawFile
+from mhmoe_ray.data.sources.redpajama_v2 import NAME, Beside
+from mhmoe_ray.data.sources.storage import Listed, Storage, one_line
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
+
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".txt.gz", ".txt.zst"),
+}
+WHOLE = "all"
+"""Domain of files that are in no subfolder."""
+
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+
+
+def find_files(spec: DataSpec) -> list[RawFile]:
+    """All raw files of a spec, in an order that depends on names only.
+
+    Raises:
+        DataError: a source or a named subfolder is missing or holds no file of a known format.
+    """
+    found = []
+    for name, source in spec.sources.items():
+        found += _of_source(name, source, spec.subfolders(name))
+    return found
+
+
+def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None) -> list[RawFile]:
+    """Args:
+    subfolders: only these; None means all that are there.
+    """
+    what = f"source {name}"
+    storage = Storage(source.path)
+    try:
+        root, listed = storage.files()
+    except FileNotFoundError as e:
+        fix = "correct data.sources, or make sample text: mhmoe data sample data/sample"
+        raise DataError(what, one_line(e), fix) from e
+    except OSError as e:
+        raise DataError(what, f"{source.path} cannot be listed: {one_line(e)}", "correct data.sources") from e
+    if not listed:
+        raise DataError(what, f"there is no file below {source.path}", "correct data.sources")
+    format = source.format or _detect(what, source, listed)
+    try:
+        source.check_format(format)
+    except ValueError as e:
+        raise DataError(what, str(e), f"take the key out of data.sources.{name}") from e
+    if format == "redpajama-v2":
+        found = _redpajama_v2(what, source.filters or FilterSpec(), listed)
+    elif format == "huggingface":
+        found = _huggingface(what, storage, root, listed)
+    else:
+        found = _by_suffix(source, root, format, listed)
+    files = [RawFile(f"{name}/{sub}", path, size, format) for sub, (path, size) in found]
+    if not files:
+        fix = "correct its path, format or filters, or name its files by a pattern with *"
+        raise DataError(what, f"nothing below {source.path} is a file of format {format}", fix)
+    expected = subfolders
+    if subfolders is None and format in SUFFIXES:
+        expected = sorted({_domain(root, path) for path, _ in listed} - {WHOLE})
+    filled = {file.domain for file in files}
+    for sub in expected or ():
+        if f"{name}/{sub}" not in filled:
+            fix = "remove the folder, or correct data.sources"
+            raise DataError(f"{what}/{sub}", f"{root} has no file of format {format} for it", fix)
+    return [file for file in files if subfolders is None or file.domain.partition("/")[2] in subfolders]
+
+
+def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:
+    names = {path.rpartition("/")[2] for path, _ in listed}
+    if any(NAME.search(path) for path, _ in listed):
+        return "redpajama-v2"
+    if names & {_STATE, _SPLITS}:
+        return "huggingface"
+    seen: list[Format] = [format for format, ends in SUFFIXES.items() if any(n.endswith(ends) for n in names)]
+    if len(seen) > 1 and "text" in seen:  # a README or a licence beside the data
+        seen.remove("text")
+    if len(seen) == 1:
+        return seen[0]
+    if seen:
+        why, fix = f"{source.path} holds files of formats {' and '.join(seen)}", "name one as its format"
+    else:
+        why = f"{source.path} holds no file ending in {', '.join(sum(SUFFIXES.values(), ()))}"
+        fix = "correct its path, or name its files by a pattern and their format"
+    raise DataError(what, why, fix)
+
+
+def _domain(root: str, path: str) -> str:
+    below = path.removeprefix(root.rstrip("/") + "/")
+    return below.partition("/")[0] if "/" in below else WHOLE
+
+
+def _by_suffix(source: SourceSpec, root: str, format: Format, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
+    """Files that a pattern or a path names one by one are taken whatever their names end in."""
+    named = source.format is not None and (len(listed) == 1 or "*" in source.path)
+    for file in listed:
+        if named or file.path.endswith(SUFFIXES[format]):
+            yield _domain(root, file.path), file
+
+
+def _huggingface(what: str, storage: Storage, root: str, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
+    """The data files that each `state.json` names; of a dictionary of splits those of `train`."""
+    sizes = dict(listed)
+    split_of = {path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_SPLITS}")}
+    datasets = sorted(path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_STATE}"))
+    for folder in split_of:
+        if f"{folder}/train" not in datasets:
+            fix = "let its path name the folder of one split"
+            raise DataError(what, f"{folder} has no split named train", fix)
+    for folder in datasets:
+        above = folder.rpartition("/")[0]
+        if above in split_of and folder != f"{above}/train":
+            continue
+        whole = above if above in split_of else folder
+        for name in _data_files(what, storage, f"{folder}/{_STATE}"):
+            yield _domain(root, f"{whole}/{name}"), Listed(f"{folder}/{name}", sizes.get(f"{folder}/{name}", 0))
+
+
+def _data_files(what: str, storage: Storage, path: str) -> list[str]:
+    try:
+        with storage.open(path) as stream:
+            state = json.loads(stream.read())
+        if state.get("_indices_data_files"):
+            raise DataError(what, f"{path} selects rows through an index", "save it after flatten_indices()")
+        return [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(what, f"{path} cannot be read", "save the dataset again with save_to_disk") from e
+
+
+def _redpajama_v2(what: str, filters: FilterSpec, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
+    there = {path for path, _ in listed}
+    missing = []
+    for file in listed:
+        match = NAME.search(file.path)
+        if match is None or match[3] not in filters.buckets or match[2] not in (filters.languages or [match[2]]):
+            continue
+        missing += [path for path in Beside.of(file.path).needed(filters) if path not in there]
+        yield match[2], file
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise DataError(what, f"{missing[0]} is not there{more}", "download it, or take out the filter that needs it")

@@ -1,0 +1,57 @@
+"""Reading one raw file of any format."""
+
+from collections.abc import Iterator
+
+from mhmoe_ray.data.sources.columns import read_parquet, read_stream
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
+from mhmoe_ray.data.sources.jsonl import read_jsonl
+from mhmoe_ray.data.sources.redpajama_v2 import TEXT_FIELD, read_redpajama_v2
+from mhmoe_ray.data.sources.storage import Storage
+from mhmoe_ray.data.sources.text import read_text
+from mhmoe_ray.spec import DataSpec, FilterSpec
+
+
+class Reading:
+    """Iterating it gives the documents of a file and what could not be read of it, one at a time and in their order; no
+    state of the file raises an error.
+
+    Args:
+        file: one of `find_files(spec)`.
+        spec: the data section it was found by.
+    """
+
+    def __init__(self, file: RawFile, spec: DataSpec) -> None:
+        self.tally = Tally()
+        """Of what was given so far."""
+        self._file = file
+        self._items = _items(file, spec, self.tally)
+
+    def __iter__(self) -> Iterator[Document | BadLine]:
+        tally = self.tally
+        for item in self._items:
+            if isinstance(item, Document):
+                tally.documents += 1
+            else:
+                tally.count_bad(item)
+            yield item
+        tally.files = 1
+        tally.damaged = int(any(reason.loses_lines for reason in tally.bad))
+        tally.bytes_read = self._file.size
+
+
+def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:
+    source = spec.sources[file.domain.partition("/")[0]]
+    storage = Storage(source.path)
+    limit = int(spec.max_document_mb * 1e6)
+    field = source.text_field or (TEXT_FIELD if file.format == "redpajama-v2" else "text")
+    match file.format:
+        case "jsonl":
+            return read_jsonl(storage, file, field, limit, tally)
+        case "text":
+            return read_text(storage, file, source.delimiter, limit, tally)
+        case "parquet":
+            return read_parquet(storage, file, field, limit, tally)
+        case "huggingface":
+            return read_stream(storage, file, field, limit, tally)
+        case "redpajama-v2":
+            return read_redpajama_v2(storage, file, field, source.filters or FilterSpec(), limit, tally)

@@ -1,0 +1,202 @@
+"""RedPajama-V2: documents, and beside them quality signals and tables of duplicates and MinHash signatures.
+
+    documents/<snapshot>/<shard>/<language>_<bucket>.json.gz               one object a line, the text is `raw_content`
+    quality_signals/<snapshot>/<shard>/<language>_<bucket>.signals.json.gz     in the same order; `id` ends in /<row>
+    duplicates/<snapshot>/<shard>/<language>_<bucket>.duplicates.parquet       `doc_id` ends in /<row>
+    minhash/<snapshot>/<shard>/<language>_<bucket>.minhash.parquet             `id` ends in /<row>
+
+A row counts lines of the documents' file from 0. Tables are joined by it, so that a line missing from one of them costs
+one document and not the alignment of all that follow.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mhmoe_ray.data.sources.columns import ERRORS, open_parquet
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
+from mhmoe_ray.data.sources.jsonl import Record, document_of, read_records
+from mhmoe_ray.data.sources.signals import Rule, rules_of
+from mhmoe_ray.data.sources.storage import Storage, one_line
+from mhmoe_ray.spec import FilterSpec
+
+TEXT_FIELD = "raw_content"
+NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz")
+"""Group 1 is a file's place in each of the four folders, 2 its language, 3 its bucket."""
+
+DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near duplicate in its file"
+
+
+class Beside(NamedTuple):
+    """The files beside a file of documents."""
+
+    signals: str
+    duplicates: str
+    minhash: str
+
+    @classmethod
+    def of(cls, documents: str) -> "Beside":
+        match = NAME.search(documents)
+        assert match is not None, "find.py takes no other file for RedPajama-V2's"
+        root, place = documents[: match.start()], match[1]
+        return cls(
+            f"{root}quality_signals/{place}.signals.json.gz",
+            f"{root}duplicates/{place}.duplicates.parquet",
+            f"{root}minhash/{place}.minhash.parquet",
+        )
+
+    def needed(self, filters: FilterSpec) -> list[str]:
+        """Those without which these filters cannot work."""
+        wanted = {
+            self.signals: filters.gopher or filters.signals,
+            self.duplicates: filters.deduplicate,
+            self.minhash: filters.near_duplicates,
+        }
+        return [path for path, is_wanted in wanted.items() if is_wanted]
+
+
+def read_redpajama_v2(
+    storage: Storage, file: RawFile, text_field: str, filters: FilterSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
+    """The documents that pass the filters; those that do not are counted in `tally.dropped`.
+
+    Args:
+        storage: where the file and those beside it are.
+        file: of documents.
+        text_field: the key that holds the text.
+        filters: what is kept.
+        limit: of a line, in bytes.
+        tally: whose `bytes_read` and `dropped` are kept up to date.
+    """
+    beside = Beside.of(file.path)
+    rules = rules_of(filters)
+    signals = _Signals(storage, beside.signals, limit) if rules else None
+    try:
+        duplicates = _listed_rows(storage, beside.duplicates) if filters.deduplicate else frozenset()
+        near = _NearDuplicates(storage, beside.minhash, filters.near_duplicates) if filters.near_duplicates else None
+        for record in read_records(storage, file, limit, tally):
+            document = record if isinstance(record, BadLine) else document_of(record, text_field, file.path)
+            row = document.line - 1
+            if isinstance(document, BadLine):
+                yield document
+                continue
+            if row in duplicates:
+                tally.dropped[DUPLICATE] += 1
+                continue
+            if signals is not None:
+                broken = signals.broken_rule(row, rules)
+                if isinstance(broken, _Unknown):
+                    yield BadLine(file.path, document.line, Reason.NO_SIGNALS, broken.why)
+                    continue
+                if broken is not None:
+                    tally.dropped[broken.name] += 1
+                    continue
+            if near is not None and near.seen(row):
+                tally.dropped[NEAR_DUPLICATE] += 1
+                continue
+            yield document
+    except _TableError as e:
+        yield BadLine(file.path, 1, Reason.LOST, str(e))
+
+
+class _TableError(Exception):
+    """A table beside the documents cannot be read, so that none of them can be judged."""
+
+
+class _Unknown(NamedTuple):
+    why: str
+
+
+class _Signals:
+    """The signals of one row after another, joined by the row that a record names."""
+
+    def __init__(self, storage: Storage, path: str, limit: int) -> None:
+        self._path = path
+        # Nobody counts the bytes or bad lines of this file: each costs the document it belongs to.
+        self._records = read_records(storage, RawFile("", path, 0, "jsonl"), limit, Tally())
+        self._row = -1
+        self._signals: Any = None
+        self._why = "no record"
+
+    def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _Unknown | None:
+        """The first rule that the document of this row breaks; rows come in ascending order."""
+        while self._row < row and self._next():
+            pass
+        if self._row != row:
+            return _Unknown(f"{self._why} in {self._path}")
+        self._why = "no record"
+        try:
+            return next((rule for rule in rules if not rule.holds(self._signals)), None)
+        except KeyError as e:
+            return _Unknown(f"no {e.args[0]} in {self._path}")
+        except (TypeError, ValueError):
+            return _Unknown(f"quality_signals of another form in {self._path}")
+
+    def _next(self) -> bool:
+        record = next(self._records, None)
+        if isinstance(record, Record):
+            fields = record.fields if isinstance(record.fields, dict) else {}
+            row = row_of(fields.get("id"))
+            if row is not None and row > self._row:
+                self._row, self._signals = row, fields.get("quality_signals")
+        elif isinstance(record, BadLine):
+            self._why = f"line {record.line}: {record.why}"
+        return record is not None
+
+
+def row_of(identifier: object) -> int | None:
+    """`2023-06/0000/en_head.json.gz/17` to 17."""
+    row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
+    return int(row) if row.isascii() and row.isdigit() else None
+
+
+def _listed_rows(storage: Storage, path: str) -> frozenset[int]:
+    """Rows in a duplicates table. The first of several copies is not listed, so all that are can go."""
+    return frozenset(row for row, _ in _table(storage, path, "doc_id", "doc_id"))
+
+
+class _NearDuplicates:
+    """Which rows share a band of their MinHash signature with an earlier row that was kept."""
+
+    def __init__(self, storage: Storage, path: str, similarity: float) -> None:
+        self._rows = _table(storage, path, "id", f"signature_sim{similarity}")
+        self._row = -1
+        self._bands: list[bytes] = []
+        self._seen: set[int] = set()
+
+    def seen(self, row: int) -> bool:
+        """Whether it is one; if not it counts as kept. Rows come in ascending order; one without a signature (of a text
+        too short for it) is no near duplicate."""
+        while self._row < row:
+            self._row, bands = next(self._rows, (1 << 62, None))
+            self._bands = bands or []
+        if self._row != row:
+            return False
+        # 64 bits of each band suffice: a file has far fewer than 2**32 of them.
+        bands = {hash((i, band)) for i, band in enumerate(self._bands)}
+        if not self._seen.isdisjoint(bands):
+            return True
+        self._seen |= bands
+        return False
+
+
+def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
+    """(row, value of a column) of each row of a table.
+
+    Raises:
+        _TableError: it is damaged or of another form.
+    """
+    try:
+        with open_parquet(storage, path) as table:
+            columns = list(dict.fromkeys([id_column, column]))
+            for batch in table.iter_batches(4096, columns=columns, use_threads=False):
+                for name in columns:
+                    batch.column(name).validate(full=True)
+                for identifier, value in zip(batch.column(id_column), batch.column(column), strict=True):
+                    row = row_of(identifier.as_py())
+                    if row is None:
+                        raise _TableError(f"{path}: {id_column} does not end in a row")
+                    yield row, value.as_py()
+    except ERRORS as e:
+        raise _TableError(f"{path}: {one_line(e)}") from e

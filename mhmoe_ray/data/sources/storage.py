@@ -1,0 +1,175 @@
+"""Where raw files lie: a local path, or s3:// and gs:// URIs, all through pyarrow's file systems.
+
+Credentials and regions are found as the vendors' own tools find them (environment, ~/.aws, the machine's role).
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+from pyarrow import fs
+
+from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
+from mhmoe_ray.errors import DataError
+
+SCHEMES = ("s3", "gs")
+CHUNK = 1 << 20  # a read; on object stores each one is a request
+_WILD = re.compile(r"[*?\[]")
+
+
+class Listed(NamedTuple):
+    path: str
+    """As `Storage.open` takes it and users read it."""
+    size: int
+
+
+class Storage:
+    """The files of one source.
+
+    Args:
+        path: as a spec gives it; the query of a URI says how to reach its server.
+
+    Raises:
+        DataError: a scheme that is not known, or a server that cannot be reached.
+    """
+
+    def __init__(self, path: str) -> None:
+        scheme, separator, rest = path.partition("://")
+        if not separator or scheme == "file":
+            self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", rest if separator else path
+            self._wild = _WILD
+            return
+        if scheme not in SCHEMES:
+            raise DataError(f"path {path}", f"{scheme}:// is not known", "use a local path, s3:// or gs://")
+        self._pattern, _, query = rest.partition("?")
+        self._wild = re.compile(r"[*\[]")  # a question mark begins the query
+        self._prefix = f"{scheme}://"
+        try:
+            host, slash, below = self._pattern.partition("/")
+            self._fs, bucket = _remote(scheme, host, query)
+            self._pattern = bucket + slash + below  # without a user's name, which a host may have
+        except (OSError, pa.ArrowException) as e:
+            raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
+
+    def files(self) -> tuple[str, list[Listed]]:
+        """All files, sorted by their names, and the folder that they are below: that before the first wildcard, or that
+        of a single file. Hidden ones (a leading dot or underscore) are left out.
+
+        Raises:
+            FileNotFoundError: there is nothing of this name.
+            OSError: it cannot be listed.
+        """
+        parts = self._pattern.rstrip("/").split("/")
+        plain = len(parts)
+        if self._wild.search(self._pattern) and not Path(self._pattern).exists():
+            plain = next(i for i, part in enumerate(parts) if self._wild.search(part))
+        root = "/".join(parts[:plain]) or "/"
+        info = self._fs.get_file_info(root)
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
+        if info.type == fs.FileType.File:
+            return self._prefix + root.rpartition("/")[0], [Listed(self._prefix + root, info.size)]
+        found = _local(root) if self._prefix == "" else self._objects(root)
+        if plain < len(parts):
+            pattern = _translate(parts[plain:])
+            found = (file for file in found if pattern.fullmatch(_below(root, file.path)))
+        wanted = (file for file in found if not re.search(r"(^|/)[._]", _below(root, file.path)))
+        ordered = sorted(wanted, key=lambda file: file.path.split("/"))
+        return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
+
+    def _objects(self, root: str) -> Iterator[Listed]:
+        for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
+            if info.type == fs.FileType.File:
+                yield Listed(info.path, info.size)
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A file to read from its start, as it is stored.
+
+        Raises:
+            OSError: there is no such file, or it cannot be reached.
+        """
+        return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
+
+    def open_anywhere(self, path: str) -> pa.NativeFile:
+        """A file to read at any place. Never mapped into memory: a mapped file that shrinks ends the process.
+
+        Raises:
+            OSError: there is no such file, or it cannot be reached.
+        """
+        return self._fs.open_input_file(path.removeprefix(self._prefix))
+
+    def chunks(self, file: RawFile, tally: Tally) -> Iterator[bytes]:
+        """The bytes of a file as they are stored.
+
+        Raises:
+            DamageError: it vanished, shrank, or cannot be read on.
+        """
+        read = 0
+        try:
+            with self.open(file.path) as stream:
+                while chunk := stream.read(CHUNK):
+                    read += len(chunk)
+                    tally.bytes_read += len(chunk)
+                    yield chunk
+        except FileNotFoundError as e:
+            raise DamageError("it is not there any more") from e
+        except OSError as e:
+            raise DamageError(one_line(e)) from e
+        if read < file.size:
+            raise DamageError(f"it ended after {read:,} bytes, and had {file.size:,} when it was listed")
+
+
+def one_line(error: Exception) -> str:
+    """What pyarrow says, without its stack and line breaks."""
+    return " ".join(str(error).split(". Detail:")[0].split())
+
+
+@lru_cache(maxsize=64)
+def _remote(scheme: str, host: str, query: str) -> tuple[fs.FileSystem, str]:
+    """A file system and its bucket; kept within a process, since finding out a bucket's region takes a request."""
+    system, bucket = fs.FileSystem.from_uri(f"{scheme}://{host}" + (f"?{query}" if query else ""))
+    return system, bucket
+
+
+def _below(root: str, path: str) -> str:
+    return path.removeprefix(root.rstrip("/") + "/")
+
+
+def _translate(parts: list[str]) -> re.Pattern[str]:
+    """A pattern's components as one expression: ** stands for any number of folders."""
+    made = ""
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if part == "**":
+            made += ".*" if last else "(?:.*/)?"
+            continue
+        for token in re.findall(r"\[[^]]+\]|.", part):
+            if token[0] == "[" and len(token) > 2:
+                made += "[^" + token[2:] if token[1] == "!" else token
+            else:
+                made += {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
+        made += "" if last else "/"
+    return re.compile(made)
+
+
+def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]:
+    """Follows links, since people keep their data elsewhere: a dangling one is a file that has vanished, and one to a
+    folder `above` would never end."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for path in Path(folder).iterdir():
+        try:
+            info = path.stat()
+        except FileNotFoundError:
+            yield Listed(str(path), 0)
+            continue
+        if stat.S_ISDIR(info.st_mode):
+            yield from _local(str(path), above | {real})
+        elif stat.S_ISREG(info.st_mode):
+            yield Listed(str(path), info.st_size)

@@ -1,0 +1,104 @@
+"""Which documents of a RedPajama-V2 source are kept: by language, bucket, quality signal and duplicate tables."""
+
+import difflib
+import operator
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mhmoe_ray.spec.base import Section
+
+Bucket = Literal["head", "middle", "tail"]
+
+_NAMES = """
+ccnet_bucket ccnet_language_score ccnet_length ccnet_nlines ccnet_original_length ccnet_original_nlines ccnet_perplexity
+rps_doc_books_importance rps_doc_openwebtext_importance rps_doc_wikipedia_importance
+rps_doc_books_importance_length_correction rps_doc_openwebtext_importance_length_correction
+rps_doc_wikipedia_importance_length_correction rps_doc_ml_wikiref_score rps_doc_ml_palm_score rps_doc_ml_wikipedia_score
+rps_doc_curly_bracket rps_doc_frac_all_caps_words rps_doc_frac_lines_end_with_ellipsis rps_doc_frac_no_alph_words
+rps_doc_lorem_ipsum rps_doc_mean_word_length rps_doc_stop_word_fraction rps_doc_symbol_to_word_ratio
+rps_doc_frac_unique_words rps_doc_unigram_entropy rps_doc_word_count rps_doc_num_sentences
+rps_lines_ending_with_terminal_punctution_mark rps_lines_javascript_counts rps_lines_num_words
+rps_lines_numerical_chars_fraction rps_lines_start_with_bulletpoint rps_lines_uppercase_letter_fraction
+rps_doc_frac_chars_dupe_5grams rps_doc_frac_chars_dupe_6grams rps_doc_frac_chars_dupe_7grams
+rps_doc_frac_chars_dupe_8grams rps_doc_frac_chars_dupe_9grams rps_doc_frac_chars_dupe_10grams
+rps_doc_frac_chars_top_2gram rps_doc_frac_chars_top_3gram rps_doc_frac_chars_top_4gram
+rps_doc_ldnoobw_words rps_doc_ut1_blacklist
+"""
+SIGNALS = frozenset(_NAMES.split())
+"""As published, misspellings included."""
+SIMILARITIES = (0.7, 0.8, 0.9, 1.0)
+"""For which there are MinHash signatures."""
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
+
+
+class SignalRule(NamedTuple):
+    """A document is kept if this holds; a document whose signal has no value is not."""
+
+    signal: str
+    comparison: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises:
+        ValueError: it is not `signal op number`, or there is no such signal.
+        """
+        match = _RULE.fullmatch(text)
+        if match is None:
+            raise ValueError("write a rule as `signal op number`, for example rps_doc_word_count >= 50")
+        signal, comparison, bound = match.groups()
+        if signal not in SIGNALS:
+            near = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=0.4)
+            raise ValueError(f"there is no signal {signal!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return cls(signal, comparison, float(bound))
+
+    def holds(self, value: float | None) -> bool:
+        return value is not None and _COMPARISONS[self.comparison](value, self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.signal} {self.comparison} {self.bound:g}"
+
+
+def _checked(rule: str) -> str:
+    return str(SignalRule.parse(rule))
+
+
+class FilterSpec(Section):
+    """Documents that do not pass are counted under the first rule they break; they are neither read nor quarantined."""
+
+    languages: list[str] | None = Field(default=None, min_length=1)
+    """Only these; absent: all that are there."""
+    buckets: list[Bucket] = Field(default=["head", "middle"], min_length=1)
+    """CCNet's thirds by perplexity. The tail was published without signals and tables."""
+    gopher: bool = False
+    """Gopher's rules of quality and repetition, as far as there are signals for them: sources/signals.py lists them."""
+    signals: list[Annotated[str, AfterValidator(_checked)]] = Field(default=[])
+    """Rules `signal op number` that a document must meet, such as `ccnet_perplexity < 500`. A signal of lines
+    (`rps_lines_...`) is averaged over them."""
+    deduplicate: bool = False
+    """Leave out what the duplicates table lists: exact copies of a document that is elsewhere in the whole data set."""
+    near_duplicates: float | None = None
+    """Leave out a document that shares a band of its MinHash signature of this similarity with an earlier kept document
+    of the same file. Near copies in other files stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.near_duplicates not in (None, *SIMILARITIES):
+            raise ValueError(f"near_duplicates can be {', '.join(map(str, SIMILARITIES))}")
+        if "tail" in self.buckets:
+            for name in ("gopher", "signals", "deduplicate", "near_duplicates"):
+                if getattr(self, name):
+                    raise ValueError(f"the tail has nothing that {name} could go by: take tail out of buckets")
+        return self

@@ -1,0 +1,32 @@
+"""Reading what a test wrote."""
+
+from pathlib import Path
+
+from mhmoe_ray.data.sources import BadLine, Document, Reading, Tally, find_files
+from mhmoe_ray.spec import DataSpec
+
+
+def data_spec(path, max_document_mb=32.0, **source) -> DataSpec:
+    tree = {"sources": {"web": {"path": str(path), **source}}, "prepared": "prepared", "seq_len": 8}
+    return DataSpec.model_validate(tree | {"max_document_mb": max_document_mb})
+
+
+def read(path: Path | str, **keys) -> tuple[list[Document | BadLine], Tally]:
+    """Everything a source gives, and the tally of all its files."""
+    spec, items, tally = data_spec(path, **keys), [], Tally()
+    for file in find_files(spec):
+        reading = Reading(file, spec)
+        items += reading
+        tally += reading.tally
+    assert tally.documents == sum(isinstance(i, Document) for i in items)
+    assert tally.bad.total() == len(items) - tally.documents
+    return items, tally
+
+
+def texts(items: list[Document | BadLine]) -> list[str]:
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def bad(items: list[Document | BadLine]) -> list[tuple[int, str]]:
+    """(line, reason) of what could not be read."""
+    return [(item.line, item.reason) for item in items if isinstance(item, BadLine)]

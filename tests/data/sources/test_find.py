@@ -1,0 +1,129 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.data.sources import Reason, find_files
+from mhmoe_ray.errors import DataError
+from tests.data.sources.read import bad, data_spec, read, texts
+from tests.data.texts import write_corpus, write_documents
+from tests.specs import tiny_spec
+
+
+def found(path, **source) -> list[tuple[str, str]]:
+    return [(f.domain, f.path.rpartition("/")[2]) for f in find_files(data_spec(path, **source))]
+
+
+def test_files_are_found_by_domain_in_the_order_of_their_names(tmp_path):
+    write_corpus(tmp_path / "raw")
+    files = find_files(tiny_spec(tmp_path).data)
+    assert [f.domain for f in files] == ["web/a", "web/a", "web/b", "web/c"]
+    assert [f.path for f in files] == sorted(f.path for f in files)
+    assert all(f.size == Path(f.path).stat().st_size for f in files)
+
+
+def test_a_subfolder_is_a_domain_whatever_lies_deeper(tmp_path):
+    for name in ("b/2023-06/x.jsonl", "a/z.jsonl", "a-b/y.jsonl", "top.jsonl", ".git/w.jsonl", "b/_tmp/v.jsonl"):
+        write_documents(tmp_path / name, ["text"])
+    (tmp_path / "a" / "README.txt").write_text("not data")
+    assert found(tmp_path) == [
+        *(("web/a", "z.jsonl"), ("web/a-b", "y.jsonl"), ("web/b", "x.jsonl"), ("web/all", "top.jsonl")),
+    ]
+    assert found(tmp_path, shares={"b": 1}) == [("web/b", "x.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*/part-0*.jsonl", ["a/part-00.jsonl", "a/part-01.jsonl", "b/part-00.jsonl"]),
+        ("a/part-0[!0].jsonl", ["all/part-01.jsonl"]),
+        ("a/part-?[01].jsonl", ["all/part-00.jsonl", "all/part-01.jsonl", "all/part-10.jsonl"]),
+        ("**/*.jsonl", ["a/part-00.jsonl", "a/part-01.jsonl", "a/part-10.jsonl", "b/deep.jsonl", "b/part-00.jsonl"]),
+        ("b/**", ["deep/deep.jsonl", "all/part-00.jsonl"]),
+        ("[a]/part-10.jsonl", ["a/part-10.jsonl"]),
+        ("b/part-00.jsonl", ["all/part-00.jsonl"]),
+    ],
+)
+def test_patterns_and_single_files(tmp_path, pattern, expected):
+    for name in ("a/part-00", "a/part-01", "a/part-10", "b/part-00", "b/deep/deep"):
+        write_documents(tmp_path / f"{name}.jsonl", ["text"])
+    files = [f"{domain.removeprefix('web/')}/{name}" for domain, name in found(tmp_path / pattern)]
+    assert files == expected
+
+
+def test_a_pattern_and_a_format_take_files_of_any_name(tmp_path):
+    write_documents(tmp_path / "a" / "shard-1", ["text"])
+    with pytest.raises(DataError, match="holds no file ending in"):
+        found(tmp_path)
+    assert texts(read(tmp_path / "a" / "shard-*", format="jsonl")[0]) == ["text"]
+    assert texts(read(tmp_path / "a" / "shard-1", format="jsonl")[0]) == ["text"]
+
+
+def test_a_folder_may_be_named_like_a_pattern(tmp_path):
+    write_documents(tmp_path / "[en]" / "f.jsonl", ["text"])
+    assert found(tmp_path / "[en]") == [("web/all", "f.jsonl")]
+
+
+def test_links_are_followed_and_a_circle_ends(tmp_path):
+    write_documents(tmp_path / "elsewhere" / "f.jsonl", ["linked"])
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "raw")
+    (tmp_path / "elsewhere" / "self").symlink_to(".")
+    assert texts(read(tmp_path / "raw")[0]) == ["linked"]
+
+
+def test_a_link_to_nothing_is_a_file_that_vanished(tmp_path):
+    write_documents(tmp_path / "a" / "f.jsonl", ["text"])
+    (tmp_path / "a" / "g.jsonl").symlink_to("nowhere")
+    items, tally = read(tmp_path)
+    assert (texts(items), bad(items)) == (["text"], [(1, Reason.LOST)])
+    assert "not there any more" in items[-1].detail
+    assert tally.damaged == 1
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    write_documents(tmp_path / "a" / "f.jsonl", ["text"])
+    os.mkfifo(tmp_path / "a" / "g.jsonl")
+    assert texts(read(tmp_path)[0]) == ["text"]
+
+
+def test_missing_folders_and_domains_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"source web: there is no folder .*/raw; .* mhmoe data sample"):
+        find_files(tiny_spec(tmp_path).data)
+    (tmp_path / "raw" / "x").mkdir(parents=True)
+    with pytest.raises(DataError, match="there is no file below"):
+        find_files(tiny_spec(tmp_path).data)
+    (tmp_path / "raw" / "x" / "f.warc").touch()
+    with pytest.raises(DataError, match=r"holds no file ending in \.jsonl, "):
+        find_files(tiny_spec(tmp_path).data)
+    write_documents(tmp_path / "raw" / "y" / "f.jsonl", ["text"])
+    with pytest.raises(DataError, match=r"web/x: .* has no file of format jsonl for it"):
+        find_files(tiny_spec(tmp_path).data)
+    shares = {"sources": {"web": {"path": "raw", "shares": {"nowhere": 1}}}}
+    with pytest.raises(DataError, match="web/nowhere"):
+        find_files(tiny_spec(tmp_path, data=shares).data)
+
+
+def test_what_cannot_be_told_by_its_name_must_be_named(tmp_path):
+    write_documents(tmp_path / "a" / "f.jsonl", ["text"])
+    (tmp_path / "a" / "g.parquet").touch()
+    with pytest.raises(DataError, match="formats jsonl and parquet; name one"):
+        found(tmp_path)
+    assert found(tmp_path, format="jsonl") == [("web/a", "f.jsonl")]
+    with pytest.raises(DataError, match="is a file of format text"):
+        found(tmp_path, format="text")
+    (tmp_path / "a" / "g.parquet").unlink()
+    with pytest.raises(DataError, match=r"filters go by .* take the key out of data\.sources\.web"):
+        found(tmp_path, filters={"gopher": True})
+
+
+@pytest.mark.parametrize("path", ["ftp://host/folder", "hdfs://host/folder"])
+def test_other_schemes_are_refused(path):
+    with pytest.raises(DataError, match="is not known; use a local path, s3:// or gs://"):
+        found(path)
+
+
+def test_a_local_path_may_be_a_uri(tmp_path):
+    write_documents(tmp_path / "f.jsonl", ["text"])
+    assert texts(read(f"file://{tmp_path}")[0]) == ["text"]

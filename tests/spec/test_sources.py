@@ -1,0 +1,58 @@
+"""What a source in a spec may say."""
+
+import pytest
+from pydantic import ValidationError
+
+from mhmoe_ray.spec import DataSpec, FilterSpec, SourceSpec
+from mhmoe_ray.spec.filters import SignalRule
+from tests.specs import tiny_spec
+
+
+def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
+    sources = {"a": {"path": "raw/*"}, "b": {"path": "s3://bucket/x?region=eu-west-1"}, "c": {"path": "/abs"}}
+    spec = tiny_spec(tmp_path, data={"sources": sources})
+    paths = [s.path for s in spec.data.sources.values()]
+    assert paths == [f"{tmp_path}/raw/*", "s3://bucket/x?region=eu-west-1", "/abs"]
+    assert DataSpec.model_validate(spec.data.model_dump(mode="json")) == spec.data
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"format": "json"}, "Input should be 'jsonl'"),
+        ({"format": "jsonl", "filters": {"gopher": True}}, "format jsonl does not have"),
+        ({"format": "parquet", "delimiter": ""}, "delimiter is for format text"),
+        ({"format": "text", "text_field": "body"}, "format text has none"),
+        ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
+        ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),
+        ({"filters": {"signals": ["ccnet_perplexity < many"]}}, "could not convert"),
+        ({"filters": {"buckets": ["head", "tail"], "gopher": True}}, "the tail has nothing that gopher could go by"),
+        ({"filters": {"near_duplicates": 0.75}}, "can be 0.7, 0.8, 0.9, 1.0"),
+    ],
+)
+def test_what_would_have_no_effect_or_is_misspelt_is_refused(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        SourceSpec.model_validate({"path": "x", **keys})
+
+
+@pytest.mark.parametrize(
+    ("text", "holds", "fails"),
+    [
+        ("ccnet_perplexity<500", 499.0, 500.0),
+        ("ccnet_perplexity  <= 5e2 ", 500.0, 500.1),
+        ("ccnet_perplexity > -1", 0.0, -1.0),
+        ("ccnet_perplexity >= 0.5", 0.5, 0.4),
+        ("ccnet_bucket == 0", 0.0, 1.0),
+        ("ccnet_bucket != 2", 1.0, 2.0),
+    ],
+)
+def test_rules_compare_and_never_hold_without_a_value(text, holds, fails):
+    rule = SignalRule.parse(text)
+    assert rule.holds(holds)
+    assert not rule.holds(fails)
+    assert not rule.holds(None)
+    assert SignalRule.parse(str(rule)) == rule
+
+
+def test_rules_are_kept_in_one_form():
+    assert FilterSpec(signals=["ccnet_perplexity<5e2"]).signals == ["ccnet_perplexity < 500"]
