@@ -42,14 +42,14 @@ def test_parquet_gives_its_column_in_order(tmp_path, kind, compression):
 
 
 def test_a_row_group_is_never_held_whole(tmp_path):
-    rows = [secrets.token_hex(5_000) for _ in range(3_000)]
+    rows = [secrets.token_hex(5_000) for _ in range(8_000)]
     pq.write_table(table(rows), tmp_path / "f.parquet", use_dictionary=False, compression="zstd")
-    assert (tmp_path / "f.parquet").stat().st_size > 14e6
+    assert (tmp_path / "f.parquet").stat().st_size > 38e6
     before, held = pa.total_allocated_bytes(), []
     for row, item in zip(rows, items_of(tmp_path), strict=True):
         assert item.text == row
         held.append(pa.total_allocated_bytes() - before)
-    assert max(held) < 8e6
+    assert max(held) < 20e6
 
 
 def test_a_row_without_a_usable_text_is_told(tmp_path):
