@@ -16,7 +16,7 @@ from mhmoe_ray.data.sources.jsonl import unusable
 from mhmoe_ray.data.sources.storage import Storage, one_line
 
 ROWS = 32  # decoded at a time
-_BUFFER = 1 << 20  # of a Parquet column, instead of all that a row group has of it
+_BUFFER = 1 << 20  # of a Parquet column
 _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 
 ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, IndexError)
@@ -60,7 +60,9 @@ def read_parquet(
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(storage.open_anywhere(path), buffer_size=_BUFFER, page_checksum_verification=True)
+    """To read page by page; pyarrow's default, pre_buffer, holds all that a row group has of a column."""
+    file = storage.open_anywhere(path)
+    return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
 def read_stream(storage: Storage, file: RawFile, column: str, limit: int, tally: Tally) -> Iterator[Document | BadLine]:

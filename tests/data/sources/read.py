@@ -1,5 +1,6 @@
 """Reading what a test wrote."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mhmoe_ray.data.sources import BadLine, Document, Reading, Tally, find_files
@@ -21,6 +22,13 @@ def read(path: Path | str, **keys) -> tuple[list[Document | BadLine], Tally]:
     assert tally.documents == sum(isinstance(i, Document) for i in items)
     assert tally.bad.total() == len(items) - tally.documents
     return items, tally
+
+
+def items_of(path: Path | str, **keys) -> Iterator[Document | BadLine]:
+    """Everything a source gives, one at a time."""
+    spec = data_spec(path, **keys)
+    for file in find_files(spec):
+        yield from Reading(file, spec)
 
 
 def texts(items: list[Document | BadLine]) -> list[str]:

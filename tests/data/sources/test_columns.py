@@ -1,12 +1,14 @@
 import json
+import secrets
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mhmoe_ray.data.sources import Reason
 from mhmoe_ray.errors import DataError
-from tests.data.sources.read import bad, read, texts
+from tests.data.sources.read import bad, items_of, read, texts
 from tests.data.texts import documents
 
 TEXTS = [*documents("row", 300), "größer 漢字", "NUL \0 is Unicode"]
@@ -37,6 +39,17 @@ def test_parquet_gives_its_column_in_order(tmp_path, kind, compression):
     assert texts(items) == TEXTS
     assert [i.line for i in items] == list(range(1, len(TEXTS) + 1))
     assert tally.bytes_read == (tmp_path / "f.parquet").stat().st_size
+
+
+def test_a_row_group_is_never_held_whole(tmp_path):
+    rows = [secrets.token_hex(5_000) for _ in range(8_000)]
+    pq.write_table(table(rows), tmp_path / "f.parquet", use_dictionary=False, compression="zstd")
+    assert (tmp_path / "f.parquet").stat().st_size > 38e6
+    before, held = pa.total_allocated_bytes(), []
+    for row, item in zip(rows, items_of(tmp_path), strict=True):
+        assert item.text == row
+        held.append(pa.total_allocated_bytes() - before)
+    assert max(held) < 20e6
 
 
 def test_a_row_without_a_usable_text_is_told(tmp_path):
@@ -120,6 +133,20 @@ def test_a_stream_cut_between_two_batches_does_not_pass_for_whole(tmp_path):
         items, _ = read(tmp_path)
         assert texts(items) == TEXTS[:there]
         assert bad(items) == [(there + 1, Reason.LOST)]
+
+
+@pytest.mark.parametrize("offsets", [[0, 1 << 30, 6, 9], [0, 3, -5, 9], [0, 3, 2, 9]])
+def test_offsets_that_point_outside_of_the_data_lose_a_batch_and_not_the_process(tmp_path, offsets):
+    buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"onetwosix")]
+    column = pa.Array.from_buffers(pa.string(), 3, buffers)
+    write_dataset(tmp_path, TEXTS[:4], files=1)
+    batches = [pa.record_batch([pa.array(TEXTS[:4])], ["text"]), pa.record_batch([column], ["text"])]
+    with pa.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", batches[0].schema) as out:
+        for batch in batches:
+            out.write_batch(batch)
+    items, _ = read(tmp_path)
+    assert texts(items) == TEXTS[:4]
+    assert bad(items) == [(5, Reason.LOST)]
 
 
 def test_a_data_file_that_is_missing_is_told(tmp_path):

@@ -84,6 +84,14 @@ def test_a_truncated_file_gives_all_that_can_be_decompressed_and_says_that_it_is
         assert there == len(TEXTS), "only the checksum is cut off"
 
 
+@pytest.mark.parametrize("compress", [ZSTD, gzip.compress])
+def test_a_last_line_without_its_newline_is_whole_even_if_the_checksum_is_cut(tmp_path, compress):
+    (tmp_path / "f.jsonl").write_bytes(compress(CONTENT[:-1])[:-3])
+    items, _ = read(tmp_path)
+    assert texts(items) == TEXTS
+    assert bad(items) == [(len(TEXTS) + 1, Reason.LOST)]
+
+
 @pytest.mark.parametrize("form", ["one frame", "member"])
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
 def test_all_before_a_damaged_byte_is_read(tmp_path, form, part):
