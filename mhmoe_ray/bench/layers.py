@@ -42,17 +42,17 @@ class Layer(NamedTuple):
     package: str | None = None
     """Whose it is, with its version; None: ours."""
 
-    @property
-    def masks(self) -> bool:
-        """Whether it has static routing's masks, which grow with the square of the rows."""
-        return self.moe is not None and self.moe.kernel == "capacity"
-
 
 class Absent(NamedTuple):
     """What was asked for and not measured."""
 
     name: str
     why: str
+
+
+def has_masks(moe: MoESpec | None) -> bool:
+    """Whether a layer has static routing's masks, which grow with the square of the rows."""
+    return moe is not None and moe.kernel == "capacity"
 
 
 class Case:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mhmoe_ray.bench.hardware import Hardware, clock
-from mhmoe_ray.bench.layers import Absent, Case, DTypeName, Layer, Shape, our_layers
+from mhmoe_ray.bench.layers import Absent, Case, DTypeName, Layer, Shape, has_masks, our_layers
 from mhmoe_ray.bench.memory import Footprint, footprint
 from mhmoe_ray.bench.peers import peer_layers
 from mhmoe_ray.bench.timing import interleaved
@@ -73,6 +73,8 @@ def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -
     for layer in layers:
         try:
             case = Case(layer, request.shape, request.dtype, device)
+            if device.type == "cuda":
+                case.run()  # kernels are compiled and chosen at their first call, which takes memory of its own
             footprints.append(footprint(case.module, case.forward, case.backward))
         except Exception as error:
             why = cannot(layer, error)
@@ -98,15 +100,19 @@ def wanted(request: Request, device: torch.device) -> tuple[list[Layer], list[Ab
     if request.peers:
         more, missing = peer_layers(shape)
         layers, absent = layers + more, absent + missing
-    many = {layer.name: rows for layer in layers if layer.masks and (rows := rows_of(layer, shape)) > STATIC_ROWS}
+    many = {
+        layer.name: rows
+        for layer in layers
+        if has_masks(layer.moe) and (rows := rows_of(layer.moe, shape)) > STATIC_ROWS
+    }
     why = f"its masks grow with the square of the rows; it is measured up to {STATIC_ROWS:,}"
     absent += [Absent(name, f"{rows:,} rows: {why}") for name, rows in many.items()]
     return [layer for layer in layers if layer.name not in many], absent
 
 
-def rows_of(layer: Layer | Figures, shape: Shape) -> int:
+def rows_of(moe: MoESpec | None, shape: Shape) -> int:
     """N: tokens, or sub-tokens."""
-    return shape.tokens * (layer.moe.heads if layer.moe else 1)
+    return shape.tokens * (moe.heads if moe else 1)
 
 
 def cannot(layer: Layer, error: Exception) -> str | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.layers import has_masks
 from mhmoe_ray.bench.measure import Figures, Request
 from mhmoe_ray.bench.sweep import AXES, Sweep
 
@@ -60,6 +61,8 @@ def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
         _draw(time, along, {at: f.median for at, f in along.items()}, styles[name], name)
         _draw(ratio, along, {at: f.median / dense[at] for at, f in along.items()}, styles[name])
         _draw(memory, along, {at: f.peak / 1e9 for at, f in along.items()}, styles[name])
+    dropless = [f.median / dense[at] for at, here in swept.points.items() for f in here if not has_masks(f.moe)]
+    ratio.set_ylim(min(dropless) / 1.15, max(dropless) * 1.15)  # static routing would flatten all others
     for axes, title in ((time, "time (s)"), (ratio, "time, ratio to dense"), (memory, "peak memory (GB)")):
         _finish(axes, swept, title)
     if AXES[swept.over].grows:
@@ -133,10 +136,12 @@ def _says(swept: Sweep, request: Request, hardware: Hardware) -> str:
     sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
     fixed = ", ".join([text for axis, text in sizes.items() if axis != swept.over] + [f"f {s.d_expert:,}"])
     drawn = any(f.extrapolated for figures in swept.points.values() for f in figures)
-    dashed = "; dashed: not measured, drawn on by the law of static routing's masks" if drawn else ""
+    static = any(has_masks(f.moe) for figures in swept.points.values() for f in figures)
+    remarks = "; static routing leaves the middle panel" * static
+    remarks += "; dashed: not measured, drawn on by the law of its masks" * drawn
     return (
         f"One layer, forward and backward; plain layer {fixed}; {request.dtype}; {hardware}\n"
-        f"medians of {request.rounds} interleaved rounds{dashed}"
+        f"medians of {request.rounds} interleaved rounds{remarks}"
     )
 
 

@@ -5,13 +5,13 @@ a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows wi
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mhmoe_ray.bench.hardware import Hardware
-from mhmoe_ray.bench.layers import Absent
+from mhmoe_ray.bench.layers import Absent, has_masks
 from mhmoe_ray.bench.measure import Figures, Request, measure, wanted
 
 Over = Literal["tokens", "experts", "top-k", "heads"]
@@ -88,7 +88,7 @@ def _at(request: Request, over: Over, at: int) -> Request:
 def drawn_on(swept: Sweep) -> Sweep:
     """Static routing's figures at the points beyond those where it was measured, by its law."""
     points = {at: list(figures) for at, figures in swept.points.items()}
-    static = {name: known for name, known in swept.series.items() if _has_masks(known)}
+    static = {name: known for name, known in swept.series.items() if has_masks(next(iter(known.values())).moe)}
     for known in static.values():
         last = known[max(known)]
         for at in (at for at in points if at > max(known)):
@@ -99,14 +99,14 @@ def drawn_on(swept: Sweep) -> Sweep:
     return swept._replace(points=points, absent=[a for a in swept.absent if a.name not in static])
 
 
-def _has_masks(known: dict[int, Figures]) -> bool:
-    moe = next(iter(known.values())).moe
-    return moe is not None and moe.kernel == "capacity"
+def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
+    """a T + b T^2 at T = `at`, with the a and b of least relative error; of one point b T^2.
 
-
-def by_law(known: Iterable[tuple[int, float]], at: int) -> float:
-    """a T + b T^2 at T = `at`, with the a and b of least relative error at the known points; of one point b T^2."""
-    t, y = (np.array(values, dtype=float) for values in zip(*known, strict=True))
+    Args:
+        known: pairs of T and value. The three of largest T count: at smaller ones other things weigh more.
+        at: T beyond them.
+    """
+    t, y = (np.array(values, dtype=float) for values in zip(*sorted(known)[-3:], strict=True))
     powers = [2] if len(t) == 1 else [1, 2]
     terms = np.stack([(t / at) ** power for power in powers], axis=1)
     factors, *_ = np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)

@@ -14,7 +14,7 @@ WHERE = hardware.find("cpu")
 
 
 @given(st.floats(0, 1e9), st.floats(1e-9, 1e3))
-def test_the_law_is_found_from_exact_points_and_noise_moves_it_little(a, b):
+def test_the_law_is_found_from_exact_points(a, b):
     def law(t):
         return a * t + b * t**2
 
@@ -23,6 +23,11 @@ def test_the_law_is_found_from_exact_points_and_noise_moves_it_little(a, b):
     assert by_law(known[:2], 65536) == pytest.approx(law(65536), rel=1e-6)
     # Proportional to what is known.
     assert by_law([(t, 3 * y) for t, y in known], 65536) == pytest.approx(3 * law(65536), rel=1e-6)
+
+
+def test_the_law_is_of_the_largest_points():
+    known = [(t, 5 * t + 2 * t**2) for t in (512, 1024, 2048)]
+    assert by_law([*known, (8, 1e9)], 4096) == pytest.approx(5 * 4096 + 2 * 4096**2)
 
 
 def test_one_point_is_taken_to_be_all_square():
