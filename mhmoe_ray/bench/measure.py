@@ -67,7 +67,7 @@ def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -
     """
     device = hardware.device
     layers, absent = wanted(request, device)
-    note(f"{request.shape.tokens} tokens: {len(layers)} layers, {request.rounds} rounds")
+    note(f"{len(layers)} layers, {request.rounds} rounds")
     cases: list[Case] = []
     footprints: list[Footprint] = []
     for layer in layers:

@@ -1,7 +1,7 @@
 """A sweep as a picture: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.layers import has_masks
@@ -23,7 +23,7 @@ MARKS = "osD^vPX<>*pd"
 
 KI = 1024
 
-FONT = {
+FONT: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -90,7 +90,7 @@ def styles_of(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
 def _draw(axes: "Axes", along: dict[int, Figures], values: dict[int, float], style: Style, label: str = "") -> None:
     measured = [at for at in along if not along[at].extrapolated]
     beyond = [at for at in along if along[at].extrapolated]
-    look = {
+    look: dict[str, Any] = {
         "color": style.colour,
         "marker": style.mark,
         "markersize": 5.5,

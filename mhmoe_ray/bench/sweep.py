@@ -6,6 +6,7 @@ a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows wi
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -70,13 +71,19 @@ def sweep(
     requests = {at: _at(request, over, at) for at in sorted(set(points))}
     for one in requests.values():
         wanted(one, hardware.device)  # so that sizes that cannot be are refused before any is measured
-    found = {at: measure(one, hardware, note) for at, one in requests.items()}
+    found = {}
+    for at, one in requests.items():
+        found[at] = measure(one, hardware, partial(_note_at, note, f"{over} {at:,}"))
     absent = list(dict.fromkeys(missing for measured in found.values() for missing in measured.absent))
     figures = {at: measured.figures for at, measured in found.items()}
     if over == "heads":  # one layer along the axis
         figures = {at: [f._replace(name=f.name.replace(f" h {at}", "")) for f in here] for at, here in figures.items()}
     swept = Sweep(over, figures, absent)
     return drawn_on(swept) if over == "tokens" else swept
+
+
+def _note_at(note: Callable[[str], None], point: str, line: str) -> None:
+    note(f"{point}: {line}")
 
 
 def _at(request: Request, over: Over, at: int) -> Request:

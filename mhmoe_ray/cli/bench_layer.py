@@ -1,12 +1,17 @@
 """`mhmoe bench layer`: what expert layers of equal work cost."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli.common import JsonOption, note, out, print_json
+
+if TYPE_CHECKING:
+    from mhmoe_ray.bench.hardware import Hardware
+    from mhmoe_ray.bench.measure import Request
+    from mhmoe_ray.bench.sweep import Over
 
 
 def layer(
@@ -62,12 +67,12 @@ def layer(
         raise SpecError("bench layer", why, "choose other sizes") from e
 
 
-def _one_shape(request: Any, where: Any, head: dict[str, Any], json: bool) -> None:
+def _one_shape(request: "Request", where: "Hardware", head: dict[str, Any], json: bool) -> None:
     from mhmoe_ray.bench.measure import as_json, measure
     from mhmoe_ray.bench.paper import beside
 
     figures, absent = measure(request, where, _say)
-    shown: list[Any] = [
+    shown: list[tables.Part] = [
         (_title(request, where), tables.one_shape(figures, request.shape.top_k, request.shape.d_expert))
     ]
     if request.static:
@@ -79,7 +84,13 @@ def _one_shape(request: Any, where: Any, head: dict[str, Any], json: bool) -> No
 
 
 def _sweep(
-    request: Any, over: Any, along: list[int], where: Any, head: dict[str, Any], png: Path | None, json: bool
+    request: "Request",
+    over: "Over",
+    along: list[int],
+    where: "Hardware",
+    head: dict[str, Any],
+    png: Path | None,
+    json: bool,
 ) -> None:
     from mhmoe_ray.bench.measure import as_json
     from mhmoe_ray.bench.sweep import AXES, sweep
@@ -97,7 +108,7 @@ def _sweep(
         print_json({**head, "over": over, "points": at, "growth": swept.growth, "not_measured": missing})
 
 
-def _title(request: Any, where: Any) -> str:
+def _title(request: "Request", where: "Hardware") -> str:
     return f"{where}, {request.dtype}; forward and backward, medians of {request.rounds} interleaved rounds"
 
 
@@ -105,11 +116,11 @@ def _say(line: str) -> None:
     note.print(line, soft_wrap=True)
 
 
-def _show(shown: list[Any], json: bool) -> None:
+def _show(shown: "list[tables.Part]", json: bool) -> None:
     tables.show(note if json else out, shown)
 
 
-def _points(over: Any, points: str | None, heads: list[int] | None) -> list[int]:
+def _points(over: "Over | None", points: str | None, heads: list[int] | None) -> list[int]:
     from mhmoe_ray.errors import SpecError
 
     if points is not None and over is None:
@@ -125,7 +136,7 @@ def _points(over: Any, points: str | None, heads: list[int] | None) -> list[int]
     return found
 
 
-def _check_png(png: Path, over: Any) -> None:
+def _check_png(png: Path, over: "Over | None") -> None:
     """Before minutes of measuring, not after."""
     from importlib.util import find_spec
 

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from mhmoe_ray.bench.measure import Figures
     from mhmoe_ray.bench.sweep import Sweep
 
+Part = str | tuple[str, Table]
+"""A text, or a table under its title."""
+
 WIDTH = 140
 """Of tables, also on narrower terminals: a cut number is worse than a long line."""
 
 
-def show(console: Console, tables: Iterable[tuple[str, Table] | str]) -> None:
-    """Tables, each under its title, and lines of text."""
+def show(console: Console, parts: Iterable[Part]) -> None:
+    """Each after an empty line."""
     console.width = max(console.width, WIDTH)
-    for i, one in enumerate(tables):
+    for i, one in enumerate(parts):
         if i:
             console.print()
         if isinstance(one, str):
@@ -44,7 +47,7 @@ def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
     return _table(columns, rows)
 
 
-def swept(sweep: "Sweep") -> Iterable[tuple[str, Table] | str]:
+def swept(sweep: "Sweep") -> Iterable[Part]:
     """Time and peak memory of each layer along the axis."""
     from mhmoe_ray.bench.sweep import AXES
 
@@ -62,7 +65,7 @@ def swept(sweep: "Sweep") -> Iterable[tuple[str, Table] | str]:
         yield "~ not measured: drawn on from fewer rows by the law of static routing's masks, a T + b T^2"
 
 
-def paper(figures: Sequence["Figures"]) -> tuple[str, Table]:
+def paper(figures: Sequence["Figures"]) -> Part:
     """Static and dropless routing beside the first paper's throughput."""
     from mhmoe_ray.bench.paper import beside
 

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 def test_every_layer_has_its_rounds_and_its_memory():
     said = []
     found = measure(Request(SMALL, [2], "float32", 3, static=True), hardware.find("cpu"), said.append)
-    assert said == ["16 tokens: 7 layers, 3 rounds"]
+    assert said == ["7 layers, 3 rounds"]
     assert not found.absent
     rows = as_json(found.figures)
     assert [row["layer"] for row in rows][:2] == ["dense", "SMoE"]

@@ -48,6 +48,7 @@ def test_tokens_static_routing_is_drawn_on_and_the_rest_measured(monkeypatch):
     monkeypatch.setattr(measure, "STATIC_ROWS", 256)
     said = []
     found = sweep(Request(TINY, [2], "float32", 1, static=True), "tokens", [512, 64, 128, 256], WHERE, said.append)
+    assert said[0] == "tokens 64: 7 layers, 1 rounds"
     assert len(said) == len(found.points) == 4
     assert list(found.points) == [64, 128, 256, 512]
     assert not found.absent
