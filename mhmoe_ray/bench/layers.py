@@ -1,11 +1,13 @@
 """A plain mixture of experts, others of equal multiply-adds and parameters, and a dense layer of the same work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mhmoe_kernels import BACKENDS, choose
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
@@ -13,6 +15,7 @@ from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.planner.match import MatchSpec, solve
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
+DTypeName = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,51 +28,123 @@ class Shape(NamedTuple):
     top_k: int = 2
     d_expert: int = 2048
 
+    @property
+    def plain(self) -> MoESpec:
+        return MoESpec(heads=1, experts=self.experts, top_k=self.top_k, d_expert=self.d_expert, every=1)
 
-class Case(NamedTuple):
+
+class Layer(NamedTuple):
     name: str
     moe: MoESpec | None
     """None: the dense layer."""
-    run: Callable[[], Tensor]
-    """One forward and backward pass; returns the output."""
-    kept: int
-    """Bytes that forward keeps for backward, weights aside."""
+    build: Callable[[], nn.Module]
+    """With weights, in float32 on the CPU."""
+    package: str | None = None
+    """Whose it is, with its version; None: ours."""
 
 
-def layer_cases(shape: Shape, heads: list[int], dtype: Literal["float32", "bfloat16"], static: bool) -> list[Case]:
-    """The dense layer first.
+class Absent(NamedTuple):
+    """What was asked for and not measured."""
+
+    name: str
+    why: str
+
+
+def has_masks(moe: MoESpec | None) -> bool:
+    """Whether a layer has static routing's masks, which grow with the square of the rows."""
+    return moe is not None and moe.kernel == "capacity"
+
+
+class Case:
+    """A layer with its weights and input in place: one pass can run, again and again."""
+
+    def __init__(self, layer: Layer, shape: Shape, dtype: DTypeName, device: torch.device) -> None:
+        self.layer = layer
+        self.module = layer.build().to(device, DTYPES[dtype])
+        x_BTM = torch.randn(1, shape.tokens, shape.d_model, generator=torch.Generator().manual_seed(0))
+        self.x_BTM = x_BTM.to(device, DTYPES[dtype]).requires_grad_()
+
+    def forward(self) -> Tensor:
+        y = self.module(self.x_BTM)
+        y_BTM: Tensor = y[0] if isinstance(y, tuple) else y  # routing, balance loss or counts come second
+        return y_BTM
+
+    def backward(self, y_BTM: Tensor) -> None:
+        """Gradients of the input and of all weights, which are then dropped."""
+        torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
+        for leaf in (self.x_BTM, *self.module.parameters()):
+            leaf.grad = None
+
+    def run(self) -> Tensor:
+        """One forward and backward pass; returns the output."""
+        y_BTM = self.forward()
+        self.backward(y_BTM)
+        return y_BTM.detach()
+
+
+def our_layers(
+    shape: Shape, heads: Sequence[int], static: bool, kernels: Sequence[str], device: torch.device
+) -> tuple[list[Layer], list[Absent]]:
+    """The dense layer first, then the plain one.
 
     Args:
         shape: of the plain layer.
         heads: h of the multi-head layers.
-        dtype: of weights and tokens.
-        static: also the plain layer with static routing and its masks.
+        static: also static routing with its masks, of the plain layer and of the one with the fewest heads.
+        kernels: names as in `MoESpec.kernel`; each layer once with each of those that can run on the device.
 
     Raises:
-        SpecError: a layer of these sizes cannot be made, or none of so many heads matches.
+        SpecError: a layer of these sizes cannot be made, or none of so many heads matches; no kernel can run.
     """
-    plain = MoESpec(heads=1, experts=shape.experts, top_k=shape.top_k, d_expert=shape.d_expert, every=1)
-    reference = _model(shape, plain)
-    made: dict[str, MoESpec] = {"SMoE": plain, "X-MoE": plain.model_copy(update={"router": "xmoe"})}
-    if static:
-        made["SMoE static"] = plain.model_copy(update={"capacity_factor": 1.0, "kernel": "capacity"})
-    for h in heads:
-        if shape.d_model % h:
-            raise SpecError(f"heads {h}", f"{shape.d_model} does not split into so many parts", "choose others")
-        start = plain.model_copy(update={"heads": h})
-        d_expert, experts = solve(_model(shape, start), reference, MatchSpec(to="SMoE", by="both"))
-        made[f"MH-MoE h {h}"] = start.model_copy(update={"d_expert": d_expert, "experts": experts})
+    plain = shape.plain
+    moes: dict[str, MoESpec] = {"SMoE": plain, "X-MoE": plain.model_copy(update={"router": "xmoe"})}
+    moes |= {f"MH-MoE h {h}": _multi_head(shape, plain, h) for h in heads}
     fine = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
-    made["fine-grained"] = plain.model_copy(update=fine)
-    dense = [_case("dense", None, _dense(shape), shape, DTYPES[dtype])]
-    return dense + [_case(name, moe, _layer(shape, moe), shape, DTYPES[dtype]) for name, moe in made.items()]
+    moes["fine-grained"] = plain.model_copy(update=fine)
+    can_run, absent = _usable(kernels, device)
+    found: dict[str, MoESpec] = {}
+    for name, moe in moes.items():
+        for kernel in can_run:
+            found[name if len(kernels) == 1 else f"{name}, {kernel}"] = moe.model_copy(update={"kernel": kernel})
+    if static:
+        for name in ["SMoE", *(f"MH-MoE h {h}" for h in sorted(heads)[:1])]:
+            static_routing = {"capacity_factor": 1.0, "kernel": "capacity"}
+            found[f"{name} static"] = moes[name].model_copy(update=static_routing)
+    dense = Layer("dense", None, partial(_dense, shape))
+    return [dense, *(Layer(name, moe, partial(mixture, shape, moe)) for name, moe in found.items())], absent
+
+
+def _multi_head(shape: Shape, plain: MoESpec, h: int) -> MoESpec:
+    if shape.d_model % h:
+        raise SpecError(f"heads {h}", f"{shape.d_model} does not split into so many parts", "choose others")
+    start = plain.model_copy(update={"heads": h})
+    d_expert, experts = solve(_model(shape, start), _model(shape, plain), MatchSpec(to="SMoE", by="both"))
+    return start.model_copy(update={"d_expert": d_expert, "experts": experts})
+
+
+def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], list[Absent]]:
+    can_run, absent = [], []
+    for kernel in kernels:
+        if kernel not in ("auto", *BACKENDS):
+            raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(BACKENDS)}")
+        if kernel == "capacity":
+            raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
+        _, why = choose(kernel, device, 0)
+        if why is None:
+            can_run.append(kernel)
+        else:
+            absent.append(Absent(f"kernel {kernel}", why))
+    if not can_run:
+        raise SpecError(absent[0].name, absent[0].why, "name one that can run here")
+    return can_run, absent
 
 
 def _model(shape: Shape, moe: MoESpec) -> ModelSpec:
     return ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, moe=moe)
 
 
-def _layer(shape: Shape, moe: MoESpec) -> nn.Module:
+def mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
+    """The expert layer of a model that has no other."""
     model = Decoder(_model(shape, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
@@ -82,37 +157,3 @@ def _dense(shape: Shape) -> nn.Module:
     model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=wide))
     init_weights(model, 0)
     return model.get_submodule("blocks.0.ffn")
-
-
-def _case(name: str, moe: MoESpec | None, layer: nn.Module, shape: Shape, dtype: torch.dtype) -> Case:
-    layer.to(dtype)
-    x_BTM = torch.randn(1, shape.tokens, shape.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x_BTM.requires_grad_()
-
-    def forward() -> Tensor:
-        y: Tensor = layer(x_BTM)[0] if isinstance(layer, MultiHeadMoE) else layer(x_BTM)
-        return y
-
-    def run() -> Tensor:
-        y = forward()
-        torch.autograd.backward(y, torch.ones_like(y))
-        for leaf in (x_BTM, *layer.parameters()):
-            leaf.grad = None
-        return y.detach()
-
-    return Case(name, moe, run, _kept(forward, layer))
-
-
-def _kept(forward: Callable[[], Tensor], layer: nn.Module) -> int:
-    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, Tensor] = {}  # held, so that no two share an address
-
-    def keep(t: Tensor) -> Tensor:
-        address = t.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        forward()
-    return sum(t.untyped_storage().nbytes() for t in kept.values())

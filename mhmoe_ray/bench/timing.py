@@ -16,17 +16,21 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    cases: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    cases: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
-    """Time each case once a round, every other round in reverse order; a first round, to warm up, is not counted.
+    """Time each case once a round, every other round in reverse order.
 
     Args:
         cases: what to time, by name.
         rounds: that are counted.
-        clock: seconds.
+        clock: seconds; on a GPU one that waits for it.
+        warm_up: a first round that is not counted; not needed for cases that have run before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(-1, rounds):
+    for turn in range(-1 if warm_up else 0, rounds):
         for name in _order(cases, turn):
             start = clock()
             cases[name]()

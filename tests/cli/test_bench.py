@@ -1,19 +1,77 @@
+import pytest
+import torch
+
+from mhmoe_ray.bench.peers import PEERS
+from mhmoe_ray.cli.bench_layer import layer
+from mhmoe_ray.errors import SpecError
 from tests.cli.run import assert_one_line, mhmoe
 
 SMALL = ("--tokens", "16", "--d-model", "48", "--experts", "4", "--d-expert", "96", "--rounds", "2")
 
 
-def test_bench_layer_shows_ratios_and_their_rounds(tmp_path):
-    found = mhmoe(tmp_path, "bench", "layer", *SMALL, "--heads", "3", "--json").json()
+def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
+    shown = mhmoe(
+        tmp_path, "bench", "layer", *SMALL, "--heads", "3", "--static", "--peers", "--json", OMP_NUM_THREADS="1"
+    )
+    found = shown.json()
     rows = {row["layer"]: row for row in found["layers"]}
-    assert list(rows) == ["dense", "SMoE", "X-MoE", "MH-MoE h 3", "fine-grained"]
+    ours = ["dense", "SMoE", "X-MoE", "MH-MoE h 3", "fine-grained", "SMoE static", "MH-MoE h 3 static"]
+    assert list(rows)[:7] == ours
     assert rows["dense"]["to_dense"] == rows["SMoE"]["to_smoe"] == 1
     assert all(len(row["seconds"]) == 2 for row in rows.values())
-    text = mhmoe(tmp_path, "bench", "layer", *SMALL, "--static").out
-    assert "MH-MoE h 4" in text
-    assert "SMoE static" in text
+    assert all(0 < row["kept_for_backward"] < row["peak"] for row in rows.values())
+    assert (found["device"], found["dtype"], found["rounds"]) == ("cpu", "bfloat16", 2)
+    # Every peer is measured or says why not.
+    missing = {row["name"]: row["why"] for row in found["not_measured"]}
+    assert {*rows, *missing} == {*ours, *(peer.name for peer in PEERS)}
+    assert all(rows[name]["package"] for name in rows if name not in ours)
+    assert [row["layer"] for row in found["paper"]] == ["SMoE", "MH-MoE h 3", "SMoE static", "MH-MoE h 3 static"]
+    # What it took minutes to measure is shown as well.
+    for part in ("peak memory", "the paper's model", "33.98", *(f"not measured: {name}: " for name in missing)):
+        assert part in shown.err
+
+
+def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
+    png = tmp_path / "a.png"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small layers would mostly wait for others
+    layer(d_model=48, experts=4, d_expert=96, over="tokens", points="16,32", rounds=1, png=png)
+    torch.set_num_threads(threads)
+    shown = capsys.readouterr()
+    for part in ("median time over tokens", "time ~ tokens^", "peak memory over tokens", "MH-MoE h 4"):
+        assert part in shown.out
+    assert f"wrote {png}" in shown.err
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
 def test_sizes_that_do_not_fit_are_one_line(tmp_path):
-    assert_one_line(mhmoe(tmp_path, "bench", "layer", *SMALL, "--top-k", "9"), 3, "there are only 4 experts")
     assert_one_line(mhmoe(tmp_path, "bench", "layer", *SMALL, "--heads", "5"), 3, "does not split")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"matplotlib is not installed; pip install 'mhmoe-ray\[plots\]'"):
+        layer(over="tokens", png=tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"points": "16"}, "give --over"),
+        ({"over": "tokens", "points": "16,many"}, "not whole numbers"),
+        ({"over": "tokens", "points": "0"}, "at least 1"),
+        ({"over": "heads", "heads": [2]}, "would be ignored"),
+        ({"top_k": 9}, "there are only 8 experts"),
+        ({"over": "top-k", "points": "1,9", "tokens": 4, "d_model": 16, "rounds": 1}, "there are only 8 experts"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options, why):
+    with pytest.raises(SpecError, match=why):
+        layer(**options)
+
+
+def test_a_plot_needs_an_axis_and_a_folder(tmp_path):
+    with pytest.raises(SpecError, match="give --over"):
+        layer(png=tmp_path / "a.png")
+    with pytest.raises(SpecError, match="no such folder"):
+        layer(over="tokens", png=tmp_path / "no" / "a.png")

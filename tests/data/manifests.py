@@ -8,7 +8,16 @@ T = 16
 def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
     """Domains of so many samples of T + 1 tokens."""
     domains = {
-        name: Domain(documents=n, validation_documents=1, tokens=n * T + 1, samples=n, unused_tokens=0, shards=[])
+        name: Domain(
+            documents=n,
+            validation_documents=1,
+            quarantined={},
+            dropped={},
+            tokens=n * T + 1,
+            samples=n,
+            unused_tokens=0,
+            shards=[],
+        )
         for name, n in samples.items()
     }
     nothing = Baselines(unigram_entropy=0, bigram=0, bigram_tokens=0)

@@ -1,0 +1,149 @@
+"""A sweep as a picture: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.layers import has_masks
+from mhmoe_ray.bench.measure import Figures, Request
+from mhmoe_ray.bench.sweep import AXES, Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
+BLACK, BLUE, SKY, VERMILION = "#000000", "#0072B2", "#56B4E9", "#D55E00"
+ORANGE, GREEN, PURPLE, GREY = "#E69F00", "#009E73", "#CC79A7", "#7F7F7F"
+
+COLOURS = {"dense": BLACK, "SMoE": BLUE, "X-MoE": SKY, "fine-grained": GREEN, "transformers": PURPLE, "DeepSpeed": GREY}
+OF_HEADS = (VERMILION, ORANGE)
+"""Of multi-head layers in their order, again from the first where there are more; marks tell these apart."""
+MARKS = "osD^vPX<>*pd"
+
+KI = 1024
+
+FONT: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+class Style(NamedTuple):
+    colour: str
+    mark: str
+    hollow: bool
+    """Static routing, and other packages."""
+
+
+def plot(swept: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
+    """Write a PNG. Needs matplotlib (extra `plots`)."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(FONT):
+        picture(swept, request, hardware).savefig(path, dpi=200, format="png")
+
+
+def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
+    """Three panels and a legend."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    time, ratio, memory = figure.subplots(1, 3)
+    dense = {at: figures[0].median for at, figures in swept.points.items()}
+    styles = styles_of(swept.series)
+    for name, along in swept.series.items():
+        _draw(time, along, {at: f.median for at, f in along.items()}, styles[name], name)
+        _draw(ratio, along, {at: f.median / dense[at] for at, f in along.items()}, styles[name])
+        _draw(memory, along, {at: f.peak / 1e9 for at, f in along.items()}, styles[name])
+    dropless = [f.median / dense[at] for at, here in swept.points.items() for f in here if not has_masks(f.moe)]
+    ratio.set_ylim(min(dropless) / 1.15, max(dropless) * 1.15)  # static routing would flatten all others
+    for axes, title in ((time, "time (s)"), (ratio, "time, ratio to dense"), (memory, "peak memory (GB)")):
+        _finish(axes, swept, title)
+    if AXES[swept.over].grows:
+        _guide(time, dense)
+    figure.legend(loc="outside right center", frameon=False, handlelength=2.4, labelspacing=0.7)
+    figure.suptitle(_says(swept, request, hardware), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def styles_of(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
+    """Colour by what a layer is, so that static routing and other kernels share it; marks by order."""
+    heads: dict[str, str] = {}
+    styles = {}
+    for i, (name, along) in enumerate(series.items()):
+        base = name.partition(",")[0].removesuffix(" static")
+        if base.startswith("MH-MoE"):
+            colour = heads.setdefault(base, OF_HEADS[len(heads) % len(OF_HEADS)])
+        else:
+            colour = COLOURS[base if base in COLOURS else base.partition(" ")[0]]
+        hollow = name.endswith(" static") or next(iter(along.values())).package is not None
+        styles[name] = Style(colour, MARKS[i % len(MARKS)], hollow)
+    return styles
+
+
+def _draw(axes: "Axes", along: dict[int, Figures], values: dict[int, float], style: Style, label: str = "") -> None:
+    measured = [at for at in along if not along[at].extrapolated]
+    beyond = [at for at in along if along[at].extrapolated]
+    look: dict[str, Any] = {
+        "color": style.colour,
+        "marker": style.mark,
+        "markersize": 5.5,
+        "linewidth": 1.1 if style.hollow else 1.6,
+        "markerfacecolor": "white" if style.hollow else style.colour,
+    }
+    axes.plot(measured, [values[at] for at in measured], label=label or "_", **look)
+    if beyond:
+        dashed = [*measured[-1:], *beyond]
+        axes.plot(dashed, [values[at] for at in dashed], linestyle=(0, (4, 2)), zorder=1.9, **look)
+
+
+def _finish(axes: "Axes", swept: Sweep, title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_title(title, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(swept.points), [_short(at) for at in swept.points])
+    thousands = any(at >= KI for at in swept.points)
+    axes.set_xlabel(AXES[swept.over].label + (f" (1K = {KI:,})" if thousands else ""))
+    low, high = axes.get_ylim()
+    within_decades = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high / low < 5 else (1, 2, 5)
+    axes.yaxis.set_major_locator(LogLocator(subs=within_decades if high / low < 200 else (1,), numticks=99))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.grid(True, linewidth=0.5, alpha=0.35)
+
+
+def _guide(axes: "Axes", dense: dict[int, float]) -> None:
+    """A line of slope 1 below all others."""
+    first, last = min(dense), max(dense)
+    at = {first: dense[first] / 2, last: dense[first] / 2 * last / first}
+    axes.plot(list(at), list(at.values()), color=GREY, linewidth=1, linestyle=":")
+    middle = (first * last) ** 0.5
+    place = (middle, at[first] * middle / first)
+    axes.annotate("slope 1", place, (8, -10), textcoords="offset points", color=GREY, fontsize=9)
+
+
+def _says(swept: Sweep, request: Request, hardware: Hardware) -> str:
+    s = request.shape
+    sizes = {"tokens": f"T {s.tokens:,}", "": f"d {s.d_model}", "experts": f"E {s.experts}", "top-k": f"k {s.top_k}"}
+    fixed = ", ".join([text for axis, text in sizes.items() if axis != swept.over] + [f"f {s.d_expert:,}"])
+    drawn = any(f.extrapolated for figures in swept.points.values() for f in figures)
+    static = any(has_masks(f.moe) for figures in swept.points.values() for f in figures)
+    remarks = "; static routing leaves the middle panel" * static
+    remarks += "; dashed: not measured, drawn on by the law of its masks" * drawn
+    return (
+        f"One layer, forward and backward; plain layer {fixed}; {request.dtype}; {hardware}\n"
+        f"medians of {request.rounds} interleaved rounds{remarks}"
+    )
+
+
+def _short(at: int) -> str:
+    return f"{at // KI}K" if at >= KI and at % KI == 0 else f"{at:,}"

@@ -1,0 +1,131 @@
+"""Layers along an axis: how their cost grows with tokens, experts, choices or heads.
+
+Static routing is measured up to `measure.STATIC_ROWS` rows. Along tokens it goes on from there by its law,
+a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows with T.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.layers import Absent, has_masks
+from mhmoe_ray.bench.measure import Figures, Request, measure, wanted
+
+Over = Literal["tokens", "experts", "top-k", "heads"]
+
+
+class Axis(NamedTuple):
+    label: str
+    points: tuple[int, ...]
+    """Unless others are asked for."""
+    grows: bool = True
+    """Whether work grows along it; else it should stay the same."""
+
+
+AXES: dict[Over, Axis] = {
+    "tokens": Axis("tokens T", (1024, 2048, 4096, 8192, 16384, 32768, 65536)),
+    "experts": Axis("experts E, multiply-adds unchanged", (8, 16, 32, 64), grows=False),
+    "top-k": Axis("experts k of a row", (1, 2, 4, 8)),
+    "heads": Axis("heads h, multiply-adds unchanged", (1, 2, 4, 8), grows=False),
+}
+
+
+class Sweep(NamedTuple):
+    over: Over
+    points: dict[int, list[Figures]]
+    """At each point of the axis, the dense layer first, then the plain one."""
+    absent: list[Absent]
+
+    @property
+    def series(self) -> dict[str, dict[int, Figures]]:
+        """Each layer's figures along the axis, layers in the order of the first point."""
+        names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
+        return {
+            name: {at: f for at, figures in self.points.items() for f in figures if f.name == name} for name in names
+        }
+
+    @property
+    def growth(self) -> dict[str, float]:
+        """Of each layer's measured time, from two points on: where work grows, its exponent (1 is linear); where it
+        stays the same, max / min - 1."""
+        grow = exponent if AXES[self.over].grows else spread
+        known = {
+            name: [(at, f.median) for at, f in along.items() if not f.extrapolated]
+            for name, along in self.series.items()
+        }
+        return {name: grow(pairs) for name, pairs in known.items() if len(pairs) > 1}
+
+
+def sweep(
+    request: Request, over: Over, points: Sequence[int], hardware: Hardware, note: Callable[[str], None]
+) -> Sweep:
+    """Measure every layer at every point, all layers interleaved at each.
+
+    Raises:
+        SpecError: as `measure`.
+    """
+    requests = {at: _at(request, over, at) for at in sorted(set(points))}
+    for one in requests.values():
+        wanted(one, hardware.device)  # so that sizes that cannot be are refused before any is measured
+    found = {}
+    for at, one in requests.items():
+        found[at] = measure(one, hardware, partial(_note_at, note, f"{over} {at:,}"))
+    absent = list(dict.fromkeys(missing for measured in found.values() for missing in measured.absent))
+    figures = {at: measured.figures for at, measured in found.items()}
+    if over == "heads":  # one layer along the axis
+        figures = {at: [f._replace(name=f.name.replace(f" h {at}", "")) for f in here] for at, here in figures.items()}
+    swept = Sweep(over, figures, absent)
+    return drawn_on(swept) if over == "tokens" else swept
+
+
+def _note_at(note: Callable[[str], None], point: str, line: str) -> None:
+    note(f"{point}: {line}")
+
+
+def _at(request: Request, over: Over, at: int) -> Request:
+    if over == "heads":
+        return request._replace(heads=[at])
+    return request._replace(shape=request.shape._replace(**{over.replace("-", "_"): at}))
+
+
+def drawn_on(swept: Sweep) -> Sweep:
+    """Static routing's figures at the points beyond those where it was measured, by its law."""
+    points = {at: list(figures) for at, figures in swept.points.items()}
+    static = {name: known for name, known in swept.series.items() if has_masks(next(iter(known.values())).moe)}
+    for known in static.values():
+        last = known[max(known)]
+        for at in (at for at in points if at > max(known)):
+            median = by_law([(t, f.median) for t, f in known.items()], at)
+            peak = round(by_law([(t, f.peak) for t, f in known.items()], at))
+            beyond = last._replace(median=median, seconds=[], peak=peak, kept=None, extrapolated=True)
+            points[at].append(beyond)
+    return swept._replace(points=points, absent=[a for a in swept.absent if a.name not in static])
+
+
+def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
+    """a T + b T^2 at T = `at`, with the a and b of least relative error; of one point b T^2.
+
+    Args:
+        known: pairs of T and value. The three of largest T count: at smaller ones other things weigh more.
+        at: T beyond them.
+    """
+    t, y = (np.array(values, dtype=float) for values in zip(*sorted(known)[-3:], strict=True))
+    powers = [2] if len(t) == 1 else [1, 2]
+    terms = np.stack([(t / at) ** power for power in powers], axis=1)
+    factors, *_ = np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)
+    return float(factors.sum())
+
+
+def exponent(known: Sequence[tuple[int, float]]) -> float:
+    """p of the y = c t^p that fits best on logarithmic axes."""
+    slope, _ = np.polyfit([math.log(t) for t, _ in known], [math.log(y) for _, y in known], 1)
+    return float(slope)
+
+
+def spread(known: Sequence[tuple[int, float]]) -> float:
+    """max / min - 1."""
+    return max(y for _, y in known) / min(y for _, y in known) - 1

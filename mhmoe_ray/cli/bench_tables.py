@@ -1,0 +1,110 @@
+"""The tables of `mhmoe bench layer`."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from mhmoe_ray.cli.common import in_bytes
+
+if TYPE_CHECKING:
+    from mhmoe_ray.bench.layers import Absent
+    from mhmoe_ray.bench.measure import Figures
+    from mhmoe_ray.bench.sweep import Sweep
+
+Part = str | tuple[str, Table]
+"""A text, or a table under its title."""
+
+WIDTH = 140
+"""Of tables, also on narrower terminals: a cut number is worse than a long line."""
+
+
+def show(console: Console, parts: Iterable[Part]) -> None:
+    """Each after an empty line."""
+    console.width = max(console.width, WIDTH)
+    for i, one in enumerate(parts):
+        if i:
+            console.print()
+        if isinstance(one, str):
+            console.print(one, soft_wrap=True)
+            continue
+        title, table = one
+        console.print(title, soft_wrap=True)
+        console.print(table)
+
+
+def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
+    """All layers at one shape; k and f are of the plain one, from which the dense one follows."""
+    dense, plain = (f.median for f in figures[:2])
+    rows = []
+    for f in figures:
+        sizes = (f.moe.experts, f.moe.top_k, f.moe.d_expert) if f.moe else ("", "", top_k * d_expert)
+        ratios = (f"{f.median / dense:.2f}", f"{f.median / plain:.2f}")
+        kept = "" if f.kept is None else in_bytes(f.kept)
+        rows.append((f.name, *map(str, sizes), in_seconds(f.median), *ratios, in_bytes(f.peak), kept))
+    columns = ("layer", "E", "k", "f", "median", "to dense", "to SMoE", "peak memory", "kept for backward")
+    return _table(columns, rows)
+
+
+def swept(sweep: "Sweep") -> Iterable[Part]:
+    """Time and peak memory of each layer along the axis."""
+    from mhmoe_ray.bench.sweep import AXES
+
+    growth = f"time ~ {sweep.over}^" if AXES[sweep.over].grows else "max / min - 1"
+    points = [f"{at:,}" for at in sweep.points]
+    times, peaks = [], []
+    for name, along in sweep.series.items():
+        cells = [along.get(at) for at in sweep.points]
+        grown = f"{sweep.growth[name]:.2f}" if name in sweep.growth else ""
+        times.append((name, *(_mark(f, f and in_seconds(f.median)) for f in cells), grown))
+        peaks.append((name, *(_mark(f, f and in_bytes(f.peak)) for f in cells)))
+    yield f"median time over {sweep.over}", _table([sweep.over, *points, growth], times)
+    yield f"peak memory over {sweep.over}", _table([sweep.over, *points], peaks)
+    if any(f.extrapolated for figures in sweep.points.values() for f in figures):
+        yield "~ not measured: drawn on from fewer rows by the law of static routing's masks, a T + b T^2"
+
+
+def paper(figures: Sequence["Figures"]) -> Part:
+    """Static and dropless routing beside the first paper's throughput."""
+    from mhmoe_ray.bench.paper import beside
+
+    rows = [
+        (b.layer, b.paper, f"{b.tokens_a_second:.2f}", f"{b.papers_ratio:.2f}", f"{b.our_ratio:.2f}")
+        for b in beside(figures)
+    ]
+    columns = ("layer", "the paper's model", "its tokens/s", "time to its SMoE dynamic", "ours: time to SMoE")
+    title = (
+        "Beside the first paper's own throughput. Its figures are of whole models in training on 8 RTX 3090, its h is\n"
+        "not stated; ours are of one layer here, so that all beside the layer, which evens ratios out, is not in them."
+    )
+    return title, _table(columns, rows)
+
+
+def not_measured(absent: Sequence["Absent"]) -> Iterable[str]:
+    if absent:
+        yield "\n".join(f"not measured: {a.name}: {a.why}" for a in absent)
+
+
+def in_seconds(seconds: float) -> str:
+    """Three digits and a unit: 48.1 ms."""
+    if seconds < 0.9995:
+        milli = seconds * 1e3
+        return f"{milli:.0f} ms" if milli >= 99.95 else f"{milli:.3g} ms"
+    return f"{seconds:.3g} s"
+
+
+def _mark(figures: "Figures | None", text: str | None) -> str:
+    if figures is None or text is None:
+        return ""
+    return f"~{text}" if figures.extrapolated else text
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    texts = ("layer", "the paper's model")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 or column in texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
