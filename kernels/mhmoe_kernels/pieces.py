@@ -2,8 +2,8 @@
 
 On a CPU a product of a new number of rows costs up to half of its time more: its kernel is compiled for the shape, and
 kept among the last 1,024 that were. Experts get other numbers of rows in each step, so these shapes would never end.
-So a piece runs on a window of rows that is rounded up, by 3 per cent at most where experts have 512 rows or more, and
-reaches into the rows of the next expert; near the end of all rows, where there is no next one, it is cut in two.
+So a piece runs on a window of rows that is rounded up, by 3 per cent at most, and reaches into the rows of the next
+expert; near the end of all rows, where there is no next one, it is cut in two.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from typing import NamedTuple
 PIECE = 1024
 """Rows that go through an expert at a time where the hidden layer is not kept."""
 
-STEP = 16
-"""Numbers of rows are multiples of this, or of 1/32 of the power of two below them where that is more."""
+STEPS = 32
+"""Numbers of rows that a window may have from one power of two to the next."""
 
 
 class Piece(NamedTuple):
@@ -52,13 +52,9 @@ def _pieces(counts: list[int], kept: int, rounded: bool) -> Iterator[Piece]:
         while start < end:
             keep = start < kept
             rows = min(end, kept if keep else start + PIECE) - start
-            room = _round_up(rows) if rounded else rows
+            step = max(1, (1 << rows.bit_length() - 1) // STEPS) if rounded else 1
+            room = -(-rows // step) * step
             if start + room > total:
-                rows = room = rows // STEP * STEP or rows
+                rows = room = rows // step * step
             yield Piece(expert, start, rows, room, start == begin, keep)
             start += rows
-
-
-def _round_up(rows: int) -> int:
-    step = max(STEP, (1 << rows.bit_length() - 1) // 32)
-    return -(-rows // step) * step

@@ -35,10 +35,10 @@ def test_reference_is_the_formula():
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([swiglu, gelu_subln]),
-    recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), step=st.sampled_from([1, 4, 16]),
+    recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), steps=st.sampled_from([1, 4, 32]),
 )  # fmt: skip
 def test_grouped_agrees_with_reference_with_empty_experts_among_them(
-    seed, n, e, data, dtype, function, recompute, piece, step
+    seed, n, e, data, dtype, function, recompute, piece, steps
 ):
     only = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, only), label="k")
@@ -46,7 +46,7 @@ def test_grouped_agrees_with_reference_with_empty_experts_among_them(
     tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}[dtype]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", piece)
-        patch.setattr(pieces, "STEP", step)
+        patch.setattr(pieces, "STEPS", steps)
         found = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
     for ours, oracle in zip(found, outputs_and_gradients("reference", *routes, weights), strict=True):
         assert ours.dtype == oracle.dtype == dtype
@@ -75,7 +75,7 @@ def test_numbers_of_rows_are_few():
     """For each, a CPU compiles kernels."""
     shapes = {p.room for n in range(700, 1400) for p in pieces.pieces([n, 5000], 0, rounded=True)[:1]}
     assert len(shapes) <= 33
-    assert all(p.room <= 1.04 * n for n in range(512, 9000) for p in pieces.pieces([n, n], 0, rounded=True)[:1])
+    assert all(p.room <= 1.04 * n for n in range(1, 9000) for p in pieces.pieces([n, n], 0, rounded=True)[:1])
 
 
 def test_grouped_in_bfloat16_is_near_float32():
