@@ -34,7 +34,7 @@ def seen_in_a_step(spec):
     trainer = trainer_of(spec)
     with Collectives() as seen:
         sums = trainer.accumulate(batches(spec, 0, trainer))
-    return {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sent": sums.sent}
+    return {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sent": sums.sent, "least": sums.least_sent}
 
 
 @pytest.mark.parametrize(("workers", "ep", "precision"), [(2, 2, "bfloat16"), (2, 1, "float32"), (4, 2, "float32")])
@@ -49,8 +49,9 @@ def test_exchanges_are_those_of_a_real_step(workers, ep, precision):
         assert found["bytes"]["allreduce"] == sum(e.payload for e in reduced)
         assert found["bytes"].get("alltoall", 0) == sum(found["sent"])
         assert found["sent"].counts == sum(e.times * e.payload for e in to_all if e.name == "counts per expert")
-    # Routing is near uniform at the start.
     rows = sum(found["sent"].rows for found in ranks)
+    assert rows == sum(found["least"] for found in ranks)
+    # Routing is near uniform at the start.
     assert rows == pytest.approx(workers * sum(e.times * e.payload for e in to_all if "counts" not in e.name), rel=0.1)
 
 
