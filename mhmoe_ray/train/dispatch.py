@@ -38,7 +38,7 @@ class Sent(NamedTuple):
 
 def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
     """Bytes of rows that must leave ranks for the sake of this rank's tokens: each kept route of an expert elsewhere
-    goes there and back, forward and backward.
+    goes there and back, forward and backward, as a row of its own even where two go to one rank.
 
     Args:
         count_LE: kept routes of this rank's tokens.
