@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhmoe_kernels import megablocks, triton
 from mhmoe_kernels.capacity import capacity
-from mhmoe_kernels.grouped import grouped
+from mhmoe_kernels.grouped import grouped, run_sorted
 from mhmoe_kernels.reference import reference
 from mhmoe_kernels.weights import ExpertWeights
 
@@ -71,3 +71,24 @@ def run_experts(
     run = BACKENDS[backend].run
     more = {"places": places} if backend == "capacity" else {}
     return run(x_ND, expert_NK, gate_NK, weights, **more)
+
+
+def run_sorted_experts(backend: str, x_RD: Tensor, count_E: list[int], weights: ExpertWeights) -> Tensor:
+    """Each row through its one expert, for rows that are sorted by expert.
+
+    Args:
+        backend: a key of `BACKENDS`.
+        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
+        count_E: rows per expert, adding up to R.
+        weights: the E experts.
+
+    Returns:
+        y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
+    """
+    if backend == "grouped":
+        return run_sorted(x_RD, count_E, weights)
+    # The others take routes and sort them again. For `triton` these are R numbers: it reads rows where they lie.
+    expert_E = torch.arange(len(count_E), device=x_RD.device)
+    expert_R = expert_E.repeat_interleave(torch.tensor(count_E, device=x_RD.device), output_size=len(x_RD))
+    one_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
+    return run_experts(backend, x_RD, expert_R[:, None], one_R1, weights)

@@ -4,7 +4,7 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, out, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, in_bytes, out, print_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -96,6 +96,11 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
     if last and "balance" in last:
         least = f"the least used expert has {last['least_expert']:.2f} of its share"
         rows["balance"] = f"{last['balance']:.3f} (1 is uniform); {least}"
+    if last and last.get("rows_least"):
+        rows["exchange"] = (
+            f"{in_bytes(last['rows_sent'])} of rows between ranks in a step, "
+            f"{last['rows_sent'] / last['rows_least']:.2f} times the least; {in_bytes(last['counts_sent'])} of counts"
+        )
     if rate and last:
         rows["speed"] = f"{rate:,.0f} tokens/s, waiting for data {last['data_wait']:.1%}"
         if found["state"] == "running":

@@ -60,7 +60,7 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
     if model.d_ff is not None:
         layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
     if moe is not None:
-        layers += model.moe_layers * _moe(model, moe, size, spec.cluster.ep > 1)
+        layers += model.moe_layers * _moe(model, moe, size)
     layers += _dropout(model, size) if model.dropout else 0
     return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64  # ids and targets
 
@@ -126,14 +126,12 @@ def _router(moe: MoESpec) -> int:
     return FLOAT32 * scores
 
 
-def _moe(model: ModelSpec, moe: MoESpec, size: int, exchanged: bool) -> int:
+def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
     d, routes = model.d_model, moe.heads * moe.top_k
     rows = routes * d // moe.heads * size
     kept = 0
     if moe.kernel != "capacity":
         kept += rows + routes * _hidden_of_expert(model, moe.d_expert, size) + rows + routes * FLOAT32
-    if exchanged:
-        kept += rows  # the outputs, at their expert and at home
     # The head projection's result as the router's input, and the merge projection's operand.
     kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
     # Probabilities and logits; choice and mask of each route.

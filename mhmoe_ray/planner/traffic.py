@@ -14,10 +14,10 @@ class Exchange(NamedTuple):
     ranks: int
     """In its group."""
     payload: int
-    """Bytes of the tensor that the rank brings, at a time; of rows it got from others, as many as uniform routing
-    gives it."""
+    """Bytes of the tensor that the rank brings, at a time; to an all-to-all, where its own rows stay out, as many as
+    uniform routing gives it."""
     sent: int
-    """Bytes of it that leave the rank: of an all-to-all under uniform routing, of an all-reduce in a ring."""
+    """Bytes of it that leave the rank: all of an all-to-all's, of an all-reduce's those of a ring."""
     times: int
     """In a step."""
 
@@ -45,8 +45,9 @@ def exchanges(spec: RunSpec) -> list[Exchange]:
     return [exchange for exchange in result if exchange.ranks > 1]
 
 
-def _all_to_all(name: str, ranks: int, payload: int, times: int) -> Exchange:
-    return Exchange(name, ranks, payload, payload * (ranks - 1) // ranks, times)
+def _all_to_all(name: str, ranks: int, size: int, times: int) -> Exchange:
+    away = size * (ranks - 1) // ranks
+    return Exchange(name, ranks, away, away, times)
 
 
 def _all_reduce(name: str, ranks: int, payload: int) -> Exchange:

@@ -18,6 +18,9 @@ DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited
 STREAM = "stream"  # digest of the step's samples, in order
 DROPPED = "dropped"  # share of routes that found no place
 LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
+ROWS_SENT = "rows_sent"  # bytes of routed rows, outputs and gradients that left their rank, over all ranks
+ROWS_LEAST = "rows_least"  # below which that cannot be, for the routes of the step
+COUNTS_SENT = "counts_sent"  # bytes of rows per expert that left their rank, over all ranks
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"
 

@@ -16,8 +16,9 @@ from mhmoe_ray.model.balance import moved_bias
 from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.units import compute_bytes
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.dispatch import ExpertParallelDispatch
+from mhmoe_ray.train.dispatch import ExpertParallelDispatch, Sent, least_sent
 from mhmoe_ray.train.gradients import clip_gradients, reduce_expert_gradients, replicate
 from mhmoe_ray.train.mesh import Mesh
 from mhmoe_ray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -34,6 +35,10 @@ class RankSums(NamedTuple):
     """Routes that found no place, over all layers."""
     count_LE: Tensor
     """Kept routes per layer and expert, int64."""
+    sent: Sent = Sent()
+    """Bytes that expert-parallel dispatch sent to other ranks."""
+    least_sent: int = 0
+    """Below which `sent.rows`, summed over ranks, cannot be; bytes."""
 
 
 class Trainer:
@@ -49,10 +54,10 @@ class Trainer:
         self.model = Decoder(spec.model, mesh.held(moe.experts) if moe else None)
         init_weights(self.model, spec.seed)
         self.model.to(device)
-        if mesh.ep > 1:
-            dispatch = ExpertParallelDispatch(mesh.group("ep"))
+        self._dispatch = ExpertParallelDispatch(mesh.group("ep")) if mesh.ep > 1 else None
+        if self._dispatch:
             for layer in self.model.moe_layers():
-                layer.dispatch = dispatch
+                layer.dispatch = self._dispatch
         self.replica: nn.Module = replicate(self.model, mesh)
         self.optimizer = build_optimizer(self.model, spec.train)
         self.step = 0
@@ -67,6 +72,8 @@ class Trainer:
         here = m // self.mesh.world
         moe = spec.model.moe
         sums = RankSums(0.0, 0.0, 0, self.zero_counts())
+        if self._dispatch:
+            self._dispatch.sent = Sent()
         for i, token_BT in enumerate(batches, start=1):
             with self._synchronise_on(i == here):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
@@ -87,6 +94,10 @@ class Trainer:
         reduce_expert_gradients(self.model, self.mesh)
         if moe and moe.bias_rate:
             self._move_biases(sums.count_LE, moe.bias_rate)
+        if moe and self._dispatch:
+            row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
+            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
+            sums = sums._replace(sent=self._dispatch.sent, least_sent=least)
         return sums
 
     def zero_counts(self) -> Tensor:

@@ -130,11 +130,12 @@ class Worker:
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
-        scalars = [sums.loss, sums.balance, sums.dropped, batches.waited / seconds, stop]
+        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts]
+        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, stop]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, dropped = every[:, :3].sum(0)
-        wait, stops = every[:, 3:5].max(0).values
+        loss, balance, dropped, rows, least, counts = every[:, :6].sum(0)
+        wait, stops = every[:, 6:8].max(0).values
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
         digests = every[:, digests_at:counts_at]
         count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
@@ -157,6 +158,8 @@ class Worker:
             line[metrics.BALANCE] = float(balance) / spec.train.micro_batches / spec.model.moe_layers
             share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
             line[metrics.LEAST_EXPERT] = float(share_LE.min())
+        if trainer.mesh.ep > 1:
+            line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
         return line, count_LE, bool(stops)
 
     def _save(self, count_LE: torch.Tensor) -> None:

@@ -44,6 +44,14 @@ def test_a_run_whose_cluster_does_not_answer_is_not_called_running(tmp_path, run
     assert mhmoe(tmp_path, "status").out.startswith(f"{run.id}: unknown")
 
 
+def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
+    assert "exchange" not in mhmoe(tmp_path, "status").out
+    sent = {metrics.ROWS_SENT: 3_000_000, metrics.ROWS_LEAST: 2_000_000, metrics.COUNTS_SENT: 320}
+    metrics.append(run, {**metrics.last(run), metrics.STEP: 8, **sent})
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in shown
+
+
 def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):
     assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "--force")
     assert len(events.events(run)) == 2

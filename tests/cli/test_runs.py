@@ -60,7 +60,7 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
     assert status["checkpoint"]["name"] == "step_00000030.1"
     assert status["baselines"]["unigram_entropy"] > 0
     shown = mhmoe(corpus, "status", run.id[:7]).out
-    for part in ("30 of 30", "validation loss", "unigram entropy", "bigram", "dp 1 x ep 2"):
+    for part in ("30 of 30", "validation loss", "unigram entropy", "bigram", "dp 1 x ep 2", "1.00 times the least"):
         assert part in shown
     assert [r["run"] for r in mhmoe(corpus, "list", "--json").json()] == [run.id]
     assert run.id in mhmoe(corpus, "list").out

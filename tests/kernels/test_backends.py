@@ -14,9 +14,10 @@ from mhmoe_kernels import (
     pieces,
     plan_routes,
     run_experts,
+    run_sorted_experts,
     swiglu,
 )
-from tests.kernels.problems import outputs_and_gradients, problem
+from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
 
 def test_reference_is_the_formula():
@@ -76,6 +77,17 @@ def test_numbers_of_rows_are_few():
     shapes = {p.room for n in range(700, 1400) for p in pieces.pieces([n, 5000], 0, rounded=True)[:1]}
     assert len(shapes) <= 33
     assert all(p.room <= 1.04 * n for n in range(1, 9000) for p in pieces.pieces([n, n], 0, rounded=True)[:1])
+
+
+@pytest.mark.parametrize("backend", ["grouped", "reference"])
+@pytest.mark.parametrize("count_E", [[3, 0, 4, 1], [0, 0, 0, 2], [0, 0, 0, 0]])
+def test_sorted_rows_go_through_the_experts_they_are_counted_for(backend, count_E):
+    x, _, _, w = problem(4, n=sum(count_E), d=6, f=5, e=4, k=1)
+    experts = (tuple(t[e] for t in w.stacked) for e in range(4))
+    expected = torch.cat([swiglu(rows, *expert) for rows, expert in zip(x.split(count_E), experts, strict=True)])
+    found = run_sorted_experts(backend, x, count_E, w)
+    for ours, oracle in zip(with_gradients(found, w.stacked), with_gradients(expected, w.stacked), strict=True):
+        torch.testing.assert_close(ours, oracle)
 
 
 def test_grouped_in_bfloat16_is_near_float32():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
@@ -51,8 +50,6 @@ class Kept:
         self._kept: dict[int, torch.Tensor] = {}  # held, so that no two share an address
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
-        if isinstance(t, AsyncCollectiveTensor):  # rows on their way from another rank
-            t = t.trigger_wait()
         address = t.untyped_storage().data_ptr()
         if address not in self._weights:
             self._kept[address] = t
@@ -131,6 +128,5 @@ def test_expert_parallelism_spreads_experts_and_nothing_else():
     experts = 4 * sizes(tiny_spec().model).expert_parameters
     assert alone.weights - spread.weights == experts * 3 // 4
     assert spread.moments == 2 * spread.weights
-    rows = 2 * 16 * 2 * 32 * 4  # tokens, k, d, float32: outputs kept at their expert and at home
-    assert spread.activations - alone.activations == rows
+    assert spread.activations == alone.activations
     assert spread.logits == alone.logits

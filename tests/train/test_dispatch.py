@@ -1,0 +1,201 @@
+"""Rows that cross between processes to their experts, against all of them in one process."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.moe import dispatch_locally
+from mhmoe_ray.model.router import Routing
+from mhmoe_ray.train import dispatch
+from mhmoe_ray.train.dispatch import ExpertParallelDispatch, Sent, least_sent
+from tests.ranks import run_ranks
+from tests.specs import tiny_spec
+
+WIDTH, RANKS, HELD = 16, 3, 2
+EXPERTS = RANKS * HELD
+
+
+class Case(NamedTuple):
+    rows: tuple[int, ...] = (11, 7, 9)
+    """Of each rank."""
+    only: tuple[int, ...] = tuple(range(EXPERTS))
+    """The experts that routes go to; of rank r, r times HELD further if `own`."""
+    own: bool = False
+    dropped: bool = False
+    top_k: int = 2
+    dtype: torch.dtype = torch.float64
+    autocast: bool = False
+    model: tuple[tuple[str, object], ...] = ()
+    kernel: str = "auto"
+
+
+CASES = {
+    "swiglu": Case(),
+    "gelu": Case(model=(("backbone", "subln"),)),
+    "recomputed": Case(kernel="grouped", model=(("recompute", True),)),
+    "kernel without sorted rows": Case(kernel="reference"),
+    "many choices": Case(top_k=5),
+    "no row at a rank": Case(rows=(11, 0, 9)),
+    "no row anywhere": Case(rows=(0, 0, 0)),
+    "an expert without rows": Case(only=(0, 1, 2, 4, 5)),
+    "all rows to one rank": Case(only=(2, 3)),
+    "all rows of a gelu to one rank": Case(only=(2, 3), model=(("backbone", "subln"),)),
+    "every row at home": Case(only=(0, 1), own=True),
+    "some routes dropped": Case(dropped=True),
+    "all in bfloat16": Case(dtype=torch.bfloat16),
+    "autocast": Case(dtype=torch.float32, autocast=True),
+    "autocast of a gelu": Case(dtype=torch.float32, autocast=True, model=(("backbone", "subln"),)),
+}
+
+
+def made(case, held, only_rank=None):
+    """Rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
+    g = torch.Generator().manual_seed(5)
+    moe = {"heads": 1, "experts": EXPERTS, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
+    model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
+    recompute = model.pop("recompute", None)
+    experts = Experts(tiny_spec(model=model).model, held).double()
+    for p in experts.parameters():
+        whole = torch.randn(EXPERTS, *p.shape[1:], generator=g, dtype=torch.float64) / 4
+        p.data.copy_(whole[held.start : held.stop])
+    experts.recompute = bool(recompute)
+    parts = []
+    for rank, n in enumerate(case.rows):
+        only = torch.tensor(case.only) + (rank * HELD if case.own else 0)
+        expert_NK = only[torch.rand(n, len(only), generator=g).topk(case.top_k).indices]
+        gate_NK = torch.rand(n, case.top_k, generator=g, dtype=torch.float64) + 0.1
+        kept_NK = torch.rand(n, case.top_k, generator=g) < (0.6 if case.dropped else 2)
+        x_ND, dy_ND = torch.randn(2, n, WIDTH, generator=g, dtype=torch.float64)
+        if only_rank in (None, rank):
+            parts.append((x_ND, expert_NK, gate_NK, kept_NK, dy_ND))
+    x_ND, *routes, dy_ND = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return experts.to(case.dtype), x_ND.to(case.dtype), *routes, dy_ND
+
+
+def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
+    x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
+    count_E = torch.bincount(expert_NK[kept_NK], minlength=EXPERTS)
+    routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+        y_ND = through(x_ND, routing, experts)
+    inputs = (x_ND, gate_NK, *experts.parameters())
+    gradients = torch.autograd.grad(y_ND, inputs, dy_ND.to(y_ND.dtype), materialize_grads=True)
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+    return [y_ND.detach(), *gradients], routing
+
+
+def on_a_rank():
+    """Of each case: outputs and gradients, outputs without gradients, what was sent, and what was kept meanwhile."""
+    rank, results = dist.get_rank(), {}
+    held = range(rank * HELD, (rank + 1) * HELD)
+    for name, case in CASES.items():
+        through = ExpertParallelDispatch(dist.group.WORLD)
+        experts, *problem = made(case, held, rank)
+        tensors, routing = outputs_and_gradients(case, through, experts, *problem)
+        sent, through.sent = through.sent, Sent()
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t)
+        with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+            alone = through(problem[0], routing, experts)
+        row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
+        results[name] = {
+            "tensors": tensors,
+            "without gradients": (alone, alone.requires_grad, len(kept), through.sent),
+            "sent": sent,
+            "least": least_sent(routing.count_E[None], held, row_bytes),
+        }
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(RANKS, on_a_rank)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_one_process(ranks, name):
+    case = CASES[name]
+    exact = case._replace(dtype=torch.float64, autocast=False)
+    expected, _ = outputs_and_gradients(exact, dispatch_locally, *made(exact, range(EXPERTS)))
+    found = [rank[name]["tensors"] for rank in ranks]
+    assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in found)
+    # Rows are split over ranks in order, and so are experts.
+    for i, oracle in enumerate(expected):
+        ours = torch.cat([tensors[i] for tensors in found])
+        assert ours.shape == oracle.shape
+        rounding = 1e-12 if case.dtype == torch.float64 else 0.05
+        assert (ours - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_gradients_it_gives_the_same_and_keeps_nothing(ranks, name):
+    for rank in ranks:
+        y_ND, differentiable, kept, sent = rank[name]["without gradients"]
+        assert torch.equal(y_ND, rank[name]["tensors"][0])
+        assert (differentiable, kept) == (False, 0)
+        assert sent.counts == rank[name]["sent"].counts
+    forward = sum(rank[name]["without gradients"][3].rows for rank in ranks)
+    assert sum(rank[name]["sent"].rows for rank in ranks) == 2 * forward
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_row_travels_that_need_not(ranks, name):
+    assert sum(rank[name]["sent"].rows for rank in ranks) == sum(rank[name]["least"] for rank in ranks)
+    assert all(rank[name]["sent"].counts == (RANKS - 1) * HELD * 8 for rank in ranks)
+    crossing = sum(CASES[name].rows) and not CASES[name].own
+    assert (sum(rank[name]["least"] for rank in ranks) > 0) == bool(crossing)
+
+
+def test_what_must_be_sent_is_a_row_for_each_route_elsewhere_four_times():
+    count_LE = torch.tensor([[5, 3, 2, 1], [0, 7, 0, 4]])
+    assert least_sent(count_LE, range(1, 3), row_bytes=10) == 4 * (5 + 1 + 0 + 4) * 10
+
+
+def a_peer_that_lags(path):
+    """Rank 1 starts each exchange only when rank 0 has done what should need nothing of it; returns who did what."""
+    rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
+    store = dist.FileStore(str(path), 2)
+    start, permute, run = dist.all_to_all_single, dispatch.permute, dispatch.run_sorted_experts
+    before = iter(
+        ["permuted", "own rows, forward", "their rows, forward", "own rows, backward", "their rows, backward"]
+    )
+
+    def done(step):
+        steps.append(step)
+        if rank == 0:
+            store.set(step, "")
+
+    def started(*args, **kwargs):
+        step = next(before)
+        # What goes back needs the rows of the other rank first.
+        if rank == 1 and "their" not in step:
+            store.wait([step], timedelta(seconds=60))
+        return start(*args, **kwargs)
+
+    def permuted(*args):
+        result = permute(*args)
+        done("permuted")
+        return result
+
+    def ran(backend, x_RD, counts, weights):
+        y_RD = run(backend, x_RD, counts, weights)
+        whose = "own" if len(steps) == 1 else "their"
+        done(f"{whose} rows, forward")
+        x_RD.register_hook(lambda _: done(f"{whose} rows, backward"))
+        return y_RD
+
+    dist.all_to_all_single, dispatch.permute, dispatch.run_sorted_experts = started, permuted, ran
+    experts, *problem = made(case, range(rank * 3, rank * 3 + 3), rank)
+    outputs_and_gradients(case, ExpertParallelDispatch(dist.group.WORLD), experts, *problem)
+    return steps
+
+
+def test_a_rank_works_on_its_own_rows_while_the_others_rows_are_not_there(tmp_path):
+    """It would wait forever otherwise, and the other rank's wait would end in an error."""
+    for steps in run_ranks(2, a_peer_that_lags, tmp_path / "store"):
+        own, their = "own rows, {}", "their rows, {}"
+        assert steps == ["permuted", *(text.format(way) for way in ("forward", "backward") for text in (own, their))]
