@@ -180,9 +180,11 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        dx_RD = ctx.crossing(dy_RD.contiguous(), ctx.own.backward, ctx.theirs.backward)
-        pairs = zip(ctx.own.dweights, ctx.theirs.dweights, strict=True)
-        return dx_RD, None, None, None, None, *(own.add_(theirs) for own, theirs in pairs)
+        own, theirs = ctx.own, ctx.theirs
+        del ctx.own, ctx.theirs  # ctx lives as long as the loss does
+        dx_RD = ctx.crossing(dy_RD.contiguous(), own.backward, theirs.backward)
+        dstacked = (a.add_(b) for a, b in zip(own.dstacked, theirs.dstacked, strict=True))
+        return dx_RD, None, None, None, None, *dstacked
 
 
 class _Part:
@@ -190,7 +192,7 @@ class _Part:
 
     def __init__(self, backend: str, count_X: list[int], weights: ExpertWeights) -> None:
         self._backend, self._count_X, self._weights = backend, count_X, weights
-        self.dweights: tuple[Tensor, ...] = ()
+        self.dstacked: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         differentiable = self._weights.stacked[0].requires_grad
@@ -204,7 +206,6 @@ class _Part:
 
     def backward(self, dy: Tensor) -> Tensor:
         inputs = (self._x, *self._weights.stacked)
-        dx, *dweights = torch.autograd.grad(self._edge, inputs, dy, materialize_grads=True)
-        del self._x, self._edge
-        self.dweights = tuple(dweights)
+        dx, *dstacked = torch.autograd.grad(self._edge, inputs, dy, materialize_grads=True)
+        self.dstacked = tuple(dstacked)
         return dx

@@ -1,5 +1,6 @@
 """Rows that cross between processes to their experts, against all of them in one process."""
 
+import gc
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept
 
 
 def on_a_rank():
-    """Of each case: outputs and gradients, outputs without gradients, what was sent, and what was kept meanwhile."""
+    """Of each case: outputs and gradients, outputs without gradients, and what was sent; of the last, what is kept."""
     rank, results = dist.get_rank(), {}
     held = range(rank * HELD, (rank + 1) * HELD)
     for name, case in CASES.items():
@@ -108,7 +109,13 @@ def on_a_rank():
             "sent": sent,
             "least": least_sent(routing.count_E[None], held, row_bytes),
         }
+    y_ND = through(problem[0], routing, experts)
+    results["parts"] = [parts_alive(), torch.autograd.grad(y_ND.sum(), experts.fc2_EDF), parts_alive()]
     return results
+
+
+def parts_alive():
+    return sum(isinstance(o, dispatch._Part) for o in gc.get_objects() if type(o).__module__ == dispatch.__name__)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,13 @@ def test_no_row_travels_that_need_not(ranks, name):
     assert all(rank[name]["sent"].counts == (RANKS - 1) * HELD * 8 for rank in ranks)
     crossing = sum(CASES[name].rows) and not CASES[name].own
     assert (sum(rank[name]["least"] for rank in ranks) > 0) == bool(crossing)
+
+
+def test_the_backward_frees_what_it_used_while_the_loss_lives(ranks):
+    for rank in ranks:
+        before, gradient, after = rank["parts"]
+        assert (before, after) == (2, 0)
+        assert gradient[0].any()
 
 
 def test_what_must_be_sent_is_a_row_for_each_route_elsewhere_four_times():
