@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test explore test-gpu check clean
+.PHONY: help quickstart test test-full explore test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
+	@echo "make test-full    those too that are slow"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
@@ -22,6 +23,9 @@ test: check
 
 explore: .venv/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu"
+
+test-full: check
+	$(BIN)/python -m pytest -m ""
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu
