@@ -115,7 +115,7 @@ def our_layers(
 
 
 def _multi_head(shape: Shape, plain: MoESpec, h: int) -> MoESpec:
-    if shape.d_model % h:
+    if h < 1 or shape.d_model % h:
         raise SpecError(f"heads {h}", f"{shape.d_model} does not split into so many parts", "choose others")
     start = plain.model_copy(update={"heads": h})
     d_expert, experts = solve(_model(shape, start), _model(shape, plain), MatchSpec(to="SMoE", by="both"))

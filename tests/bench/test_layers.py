@@ -46,6 +46,7 @@ def test_each_kernel_that_can_run_computes_each_layer_and_the_others_say_why_not
     ("heads", "kernels", "why"),
     [
         ([5], ["auto"], "does not split"),
+        ([0], ["auto"], "does not split"),
         ([2], ["quick"], "none of that name"),
         ([2], ["capacity"], "--static"),
         ([2], ["megablocks"], "needs CUDA"),
