@@ -28,7 +28,7 @@ SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
 """In slots, as above."""
 
 MAX_WEIGHT = 2**50
-"""Of a root: a product with a ratio, in float64, is then less than one off."""
+"""Of a root. Slots up to twice that, times a ratio of at most a half, are less than one off in float64."""
 
 
 class Interleaver:
@@ -73,7 +73,7 @@ class Interleaver:
 
         Args:
             tree: number of the tree.
-            slot: from 0 to the tree's whole weight - 1.
+            slot: from 0 to less than twice the tree's whole weight.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
         at, node, visitor = np.arange(len(slot)), np.asarray(self._roots).take(tree), slot
@@ -104,7 +104,7 @@ class Interleaver:
         return self._children.take(2 * node + goes_right), np.where(goes_right, visitor - before, before)
 
     def before(self, tree: int, slot: int) -> list[int]:
-        """How many of a tree's first `slot` slots (at most its weight) each domain has."""
+        """How many of a tree's first `slot` slots each domain has."""
         counts = [0] * self.domains
         walk = [(self._roots[tree], slot)]
         while walk:

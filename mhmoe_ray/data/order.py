@@ -13,7 +13,7 @@ mixture reads the same domain in the same order.
 Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,16 +39,6 @@ class Phase(NamedTuple):
     """Of each domain, 0 for none; together at least the positions of the phase and at most 2^50."""
 
 
-class _Stretch(NamedTuple):
-    """Positions from `start` on take the slots from `slot` on of the tree of this number."""
-
-    start: int
-    tree: int
-    slot: int
-    base: list[int]
-    """What to add to a slot's number in the tree to get its number in the training, by domain."""
-
-
 class Order:
     def __init__(self, seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase]) -> None:
         """Args:
@@ -59,26 +49,24 @@ class Order:
         assert phases[0].start == 0
         self._deal = Interleaver([d.source for d in domains], [p.weights for p in phases])
         self._permutations = Permutations([d.samples for d in domains], [seeded(seed, d.name) for d in domains])
-        self._stretches: list[_Stretch] = []
+        self._start: list[int] = []
+        self._slot: list[int] = []
+        """The tree's slot that a phase begins at."""
+        self._base: list[list[int]] = []
+        """What to add to a slot's number in the tree to get its number in the training, by phase and domain."""
         self.end = 0
         """Positions there are."""
         for number, phase in enumerate(phases):
             given = self.counts(phase.start)
             period = sum(phase.weights)
-            slot = seeded(seed, f"phase {number}") % period
             self.end = phases[number + 1].start if number + 1 < len(phases) else phase.start + period
-            assert phase.start < self.end <= phase.start + period
-            base = [g - b for g, b in zip(given, self._deal.before(number, slot), strict=True)]
-            self._stretches.append(_Stretch(phase.start, number, slot, base))
-            repeats = phase.start + period - slot
-            if repeats < self.end:
-                base = [b + w for b, w in zip(base, phase.weights, strict=True)]
-                self._stretches.append(_Stretch(repeats, number, 0, base))
-        assert self.end <= MAX_PLACE
-        self._start = np.array([s.start for s in self._stretches])
-        self._tree = np.array([s.tree for s in self._stretches])
-        self._to_slot = np.array([s.slot - s.start for s in self._stretches])
-        self._base = np.array([s.base for s in self._stretches])
+            assert phase.start < self.end <= min(phase.start + period, MAX_PLACE)
+            slot = seeded(seed, f"phase {number}") % period
+            self._start.append(phase.start)
+            self._slot.append(slot)
+            self._base.append([g - b for g, b in zip(given, self._deal.before(number, slot), strict=True)])
+        self._to_slot = np.subtract(self._slot, self._start)
+        self._bases = np.array(self._base)
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
         """Positions (n,) to (domain, sample of that domain), each (n,)."""
@@ -90,14 +78,14 @@ class Order:
         return domain, sample
 
     def _read(self, position: I64) -> tuple[I64, I64]:
-        stretch = np.searchsorted(self._start, position, side="right") - 1
-        domain, rank = self._deal(self._tree.take(stretch), position + self._to_slot.take(stretch))
-        return domain, self._permutations(domain, rank + self._base[stretch, domain])
+        phase = np.searchsorted(self._start, position, side="right") - 1
+        domain, rank = self._deal(phase, position + self._to_slot.take(phase))
+        return domain, self._permutations(domain, rank + self._bases[phase, domain])
 
     def counts(self, position: int) -> list[int]:
         """Samples of each domain among the first `position` ones."""
         if not position:
             return [0] * self._deal.domains
-        stretch = self._stretches[bisect_right(self._stretches, position - 1, key=lambda s: s.start) - 1]
-        rank = self._deal.before(stretch.tree, position - stretch.start + stretch.slot)
-        return [b + r for b, r in zip(stretch.base, rank, strict=True)]
+        phase = bisect_left(self._start, position) - 1
+        rank = self._deal.before(phase, position - self._start[phase] + self._slot[phase])
+        return [b + r for b, r in zip(self._base[phase], rank, strict=True)]
