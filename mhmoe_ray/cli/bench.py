@@ -2,14 +2,10 @@
 
 import typer
 
-from mhmoe_ray.cli import bench_layer
+from mhmoe_ray.cli import bench_layer, bench_train
 
 app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `layer` a verb of its own while it is the only one."""
-
-
 app.command("layer")(bench_layer.layer)
+app.command("train")(bench_train.train)

@@ -1,4 +1,4 @@
-"""The tables of `mhmoe bench layer`."""
+"""The tables of `mhmoe bench`."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from rich.table import Table
 from mhmoe_ray.cli.common import in_bytes
 
 if TYPE_CHECKING:
+    from mhmoe_ray.bench import steps as steps_
     from mhmoe_ray.bench.layers import Absent
     from mhmoe_ray.bench.measure import Figures
     from mhmoe_ray.bench.sweep import Sweep
@@ -44,6 +45,19 @@ def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
         kept = "" if f.kept is None else in_bytes(f.kept)
         rows.append((f.name, *map(str, sizes), in_seconds(f.median), *ratios, in_bytes(f.peak), kept))
     columns = ("layer", "E", "k", "f", "median", "to dense", "to SMoE", "peak memory", "kept for backward")
+    return _table(columns, rows)
+
+
+def steps(figures: Sequence["steps_.Figures"]) -> Table:
+    """Whole training steps."""
+    columns = ("model", "E", "k", "f", "parameters", "median", "tokens/s", "time to SMoE", "the paper's")
+    rows = []
+    for f in figures:
+        moe = f.spec.model.moe
+        assert moe is not None
+        size = (*map(str, (moe.experts, moe.top_k, moe.d_expert)), f"{f.parameters:,}")
+        speed = (in_seconds(f.median), f"{f.tokens_a_second:,.0f}")
+        rows.append((f.name, *size, *speed, f"{f.to_smoe:.3f}", f"{f.paper:.3f}"))
     return _table(columns, rows)
 
 

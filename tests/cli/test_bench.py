@@ -75,3 +75,13 @@ def test_a_plot_needs_an_axis_and_a_folder(tmp_path):
         layer(png=tmp_path / "a.png")
     with pytest.raises(SpecError, match="no such folder"):
         layer(over="tokens", png=tmp_path / "no" / "a.png")
+
+
+def test_bench_train_shows_steps_of_matched_models(tmp_path):
+    sizes = ("--d-model", "48", "--layers", "2", "--seq-len", "8", "--micro-batch-size", "2", "--rounds", "2")
+    shown = mhmoe(tmp_path, "bench", "train", *sizes, "--heads", "3", "--json", OMP_NUM_THREADS="1")
+    found = shown.json()
+    assert [row["model"] for row in found["models"]] == ["SMoE", "MH-MoE h 3"]
+    assert all(len(row["seconds"]) == 2 for row in found["models"])
+    assert "the paper's" in shown.err
+    assert_one_line(mhmoe(tmp_path, "bench", "train", *sizes, "--heads", "5"), 3, "48 does not split")

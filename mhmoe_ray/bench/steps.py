@@ -1,0 +1,130 @@
+"""A whole training step of a plain mixture of experts and of multi-head ones that the follow-up paper (P2) would put
+beside it: h sub-tokens with k = h, of equal multiply-adds and parameters.
+
+It is training's own step: M micro-batches forward, loss and backward, then clipping and AdamW. At half of P2's width
+the solver finds P2's own numbers of experts, 40 for h 2 and 96 for h 3, at half their width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mhmoe_ray.bench.hardware import Hardware, clock
+from mhmoe_ray.bench.paper import TOKENS_A_SECOND
+from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.families import FAMILIES, Size
+from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.step import Trainer
+
+SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
+"""About a second a step on two CPU cores. 384 is the nearest to the families' `small` that splits in 2 and in 3."""
+
+
+class Figures(NamedTuple):
+    """Of one model."""
+
+    name: str
+    spec: RunSpec
+    seconds: list[float]
+    """Of a step, one for each round."""
+    median: float
+    to_smoe: float
+    """Ratio of median times."""
+    paper: float
+    """That ratio in the first paper's own throughput, of dynamic routing, whatever its h was."""
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.spec.tokens_per_step / self.median
+
+    @property
+    def parameters(self) -> int:
+        return sizes(self.spec.model).parameters
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "moe": self.spec.model.model_dump(mode="json")["moe"],
+            "parameters": self.parameters,
+            "seconds": self.seconds,
+            "median": self.median,
+            "tokens_a_second": self.tokens_a_second,
+            "to_smoe": self.to_smoe,
+            "papers_ratio": self.paper,
+        }
+
+
+class Case:
+    """A model in training, with the micro-batches of a step in place."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device)
+        shape = (spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len + 1)
+        token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
+        self.batches = list(token_MBT.to(device))
+
+    def step(self) -> float:
+        """One step; returns its mean loss in nats per token."""
+        sums = self.trainer.accumulate(self.batches)
+        self.trainer.update()
+        return sums.loss / self.spec.tokens_per_step
+
+
+def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[Figures]:
+    """Steps of every model in turn, the plain one first.
+
+    Raises:
+        SpecError: as `matched_models`.
+    """
+    specs = matched_models(size, heads)
+    cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
+    found = interleaved(cases, rounds, clock(hardware.device))
+    plain, papers = found["SMoE"].median, TOKENS_A_SECOND["SMoE", "dynamic"]
+    return [
+        Figures(
+            name,
+            specs[name],
+            timing.seconds,
+            timing.median,
+            timing.median / plain,
+            papers / TOKENS_A_SECOND["SMoE" if name == "SMoE" else "MH-MoE", "dynamic"],
+        )
+        for name, timing in found.items()
+    ]
+
+
+def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
+    """The plain model first.
+
+    Args:
+        size: of all of them.
+        heads: h of the multi-head ones.
+
+    Raises:
+        SpecError: the width does not split into so many heads, or none of so many matches.
+    """
+    trunk = size.trunk
+    plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
+    models = {"SMoE": plain}
+    for h in heads:
+        if size.d_model % h:
+            raise SpecError(f"heads {h}", f"{size.d_model} does not split into so many parts", "choose others")
+        start = ModelSpec.model_validate({**trunk, "moe": {"heads": h, "top_k": h, "experts": 1 << 20, "d_expert": 8}})
+        assert start.moe is not None
+        d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both"))
+        models[f"MH-MoE h {h}"] = start.with_moe(
+            start.moe.model_copy(update={"d_expert": d_expert, "experts": experts})
+        )
+    return {name: _run(model, size) for name, model in models.items()}
+
+
+def _run(model: ModelSpec, size: Size) -> RunSpec:
+    """Its text is never read: a step's time does not depend on what tokens say."""
+    data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
+    return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
