@@ -111,6 +111,7 @@ def test_readmes_commands_run_in_the_order_it_gives_them(home, first):
         home.run(*command(*words))
 
 
+@pytest.mark.slow
 def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(home, first):
     printed = home.quickstart("train.steps=10")
     assert "finished" in printed

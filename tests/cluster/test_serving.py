@@ -45,6 +45,7 @@ def test_port_that_is_taken(connection):
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
 
 
+@pytest.mark.slow
 def test_two_applications(connection, port):
     serving.deploy(connection, _app("a", "first"), HOST, port)
     serving.wait_until_running(connection, "a", 60)

@@ -164,6 +164,7 @@ def _load_spread(checkpoint):
     return model.tensors()
 
 
+@pytest.mark.slow
 def test_imported_weights_load_where_experts_are_spread(tmp_path, mixtral_folder):
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
     checkpoint = newest_checkpoint(run, ("weights",))[0]

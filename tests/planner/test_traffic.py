@@ -37,7 +37,10 @@ def seen_in_a_step(spec):
     return {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sent": sums.sent, "least": sums.least_sent}
 
 
-@pytest.mark.parametrize(("workers", "ep", "precision"), [(2, 2, "bfloat16"), (2, 1, "float32"), (4, 2, "float32")])
+@pytest.mark.parametrize(
+    ("workers", "ep", "precision"),
+    [(2, 2, "bfloat16"), (2, 1, "float32"), pytest.param(4, 2, "float32", marks=pytest.mark.slow)],
+)
 def test_exchanges_are_those_of_a_real_step(workers, ep, precision):
     spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train={"precision": precision})
     expected = exchanges(spec)

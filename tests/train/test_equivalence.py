@@ -21,8 +21,13 @@ def alone():
 
 @pytest.mark.parametrize(
     ("workers", "ep", "nodes"),
-    [(2, 2, None), (2, 1, None), (4, 2, None), (4, 2, ["a", "b", "b", "a"]), (4, 4, None)],
-    ids=["world2-ep2", "world2-ep1", "world4-ep2", "world4-ep2-regrouped-by-node", "world4-ep4"],
+    [
+        pytest.param(2, 2, None, id="world2-ep2"),
+        pytest.param(2, 1, None, id="world2-ep1"),
+        pytest.param(4, 2, None, id="world4-ep2", marks=pytest.mark.slow),
+        pytest.param(4, 2, ["a", "b", "b", "a"], id="world4-ep2-regrouped-by-node"),
+        pytest.param(4, 4, None, id="world4-ep4"),
+    ],
 )
 def test_any_spread_of_experts_trains_alike(alone, workers, ep, nodes):
     for found in run_ranks(workers, jobs.gradients_then_losses, spread(workers, ep), STEPS, nodes):
