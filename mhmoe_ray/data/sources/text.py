@@ -58,8 +58,8 @@ class _Part:
     def add(self, number: int, line: bytes | None) -> None:
         self.first = self.first or number
         self._length += len(line or b"") + 1
-        self._too_long = self._too_long or line is None or self._length - 1 > self._limit
-        if self._too_long:
+        if line is None or self._too_long or self._length - 1 > self._limit:
+            self._too_long = True
             self._lines.clear()
         else:
             self._lines.append(line)
