@@ -20,7 +20,7 @@ app.command("mix")(mix.mix)
 @app.command()
 def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], json: JsonOption = False) -> None:
     """Write real text in RedPajama's layout, and one folder per language, from installed packages."""
-    from mhmoe_ray.data.sample import write_sample
+    from mhmoe_ray.data.corpus.small import write_sample
 
     written = write_sample(folder)
     if json:
@@ -30,7 +30,7 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], j
 
 
 def _failure(log: str) -> "DataError | None":
-    """The job's own last error, as mhmoe_ray.data.job prints it."""
+    """The job's own last error, as mhmoe_ray.data.prepare.job prints it."""
     from mhmoe_ray.errors import DataError
 
     told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
@@ -47,7 +47,7 @@ def prepare(
     """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done."""
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.data import SAYS
-    from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
     from mhmoe_ray.errors import DataError
     from mhmoe_ray.spec import dump_spec
@@ -63,7 +63,7 @@ def prepare(
         environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(resolved)}
         jobs.submit(
             connection,
-            jobs.request(["-m", "mhmoe_ray.data.job"], job, local=connection.local, runtime_env=environment),
+            jobs.request(["-m", "mhmoe_ray.data.prepare.job"], job, local=connection.local, runtime_env=environment),
         )
         for line in jobs.follow_logs(connection, job):
             if line.startswith(SAYS):

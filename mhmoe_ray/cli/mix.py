@@ -9,7 +9,7 @@ import typer
 from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, number_table, out, print_json, print_whole, read_spec
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.manifest import DataManifest
+    from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
 
 
@@ -24,7 +24,7 @@ def mix(
     Shares by size follow the sources' weights and the tokens there are; tempered ones are after alpha; the last ones
     after max_epochs. Samples read are exact, counted by the order itself. Needs prepared data.
     """
-    from mhmoe_ray.data.manifest import check_recipe, require_data_manifest
+    from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
 
     resolved = read_spec(spec, set_)
     manifest = require_data_manifest(resolved.data.prepared)
@@ -44,7 +44,7 @@ def mix(
 
 def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     """The mixture by phase and in all; in each, rows by domain and by source."""
-    from mhmoe_ray.data.mixture import mixture
+    from mhmoe_ray.data.order.mixture import mixture
 
     mixed = mixture(spec, manifest)
     names, sources = [d.name for d in mixed.domains], [d.source for d in mixed.domains]

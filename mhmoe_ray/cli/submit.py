@@ -21,8 +21,8 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     """
     from mhmoe_ray.cluster.connect import is_local
-    from mhmoe_ray.data.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.mixture import training_order
+    from mhmoe_ray.data.order.mixture import training_order
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
     from mhmoe_ray.runs.layout import create_run
 

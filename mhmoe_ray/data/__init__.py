@@ -1,10 +1,12 @@
 """From raw text to the micro-batches of a training step.
 
-sources/ -> tokenizer.py -> pack.py -> shards.py   made once by prepare.py, described by manifest.py
-mixture.py -> order.py -> stream.py                read in an order that is a pure function of (seed, position)
-
-mixture.py has the rules of the spec, apportion.py their rounding; order.py joins interleave.py, which domain comes
-next, and permutation.py, which of its samples.
+    corpus/      real text for a first run
+    sources/     raw text of any format, one document at a time
+    tokenizer/   text to token ids
+    prepare/     sources -> tokenizer -> packed samples, once, as a job
+    shards/      what that made: a folder of samples and its manifest
+    order/       which sample comes when: a pure function of (seed, position)
+    stream.py    shards in that order, to the workers of a training
 """
 
 SAYS = "prepare: "

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from mhmoe_ray.data.manifest import DataManifest, require_data_manifest
-from mhmoe_ray.data.mixture import training_order
-from mhmoe_ray.data.shards import Samples, ShardReader, padding_token
+from mhmoe_ray.data.order.mixture import training_order
+from mhmoe_ray.data.shards.files import Samples, ShardReader, padding_token
+from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
 MICRO_BATCHES_PER_TASK = 32

@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.data.manifest import require_data_manifest
+from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics

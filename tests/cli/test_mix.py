@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.manifest import recipe
+from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.spec import RunSpec, load_spec
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
-from tests.data.manifests import T, manifest_of
+from tests.data.shards.manifests import T, manifest_of
 
 SAMPLES = {"web/en": 5000, "web/de": 400, "web/sw": 12, "books/a": 300, "books/b": 10}
 SOURCES = {

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mhmoe_ray.data.permutation import I64
+from mhmoe_ray.data.order.permutation import I64
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
 """In slots, as above."""

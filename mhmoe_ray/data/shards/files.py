@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mhmoe_ray.data.manifest import DataManifest, Shard
+from mhmoe_ray.data.shards.manifest import DataManifest, Shard
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mhmoe_ray.data.manifest import Baselines
+from mhmoe_ray.data.shards.manifest import Baselines
 
 
 def baselines(train: np.ndarray, validation: np.ndarray, vocab_size: int, padding: int) -> Baselines:

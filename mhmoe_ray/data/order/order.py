@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.interleave import Interleaver
-from mhmoe_ray.data.permutation import I64, MAX_PLACE, Permutations, seeded
+from mhmoe_ray.data.order.interleave import Interleaver
+from mhmoe_ray.data.order.permutation import I64, MAX_PLACE, Permutations, seeded
 
 _AT_ONCE = 32_768  # positions: enough that a level of few of them costs little, few enough for a core's cache
 

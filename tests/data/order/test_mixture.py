@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.interleave import DOMAIN_ERROR
-from mhmoe_ray.data.mixture import mixture
+from mhmoe_ray.data.order.interleave import DOMAIN_ERROR
+from mhmoe_ray.data.order.mixture import mixture
 from mhmoe_ray.errors import DataError
-from tests.data.manifests import T, manifest_of
+from tests.data.shards.manifests import T, manifest_of
 from tests.specs import tiny_spec
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.data.held_out import is_validation
-from mhmoe_ray.data.manifest import read_data_manifest
-from mhmoe_ray.data.shards import ShardReader, padding_token
+from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.shards.files import ShardReader, padding_token
+from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, SourceMix, dump_spec
@@ -42,7 +42,7 @@ def prepared(local_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     texts = write_corpus(folder / "raw")
     spec = tiny_spec(folder, data=ALPHA, train=TRAIN)
-    on_cluster(local_cluster, "mhmoe_ray.data.job", MHMOE_SPEC=dump_spec(spec))
+    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(spec))
     return spec, texts
 
 
@@ -77,7 +77,7 @@ def test_the_result_does_not_depend_on_parallelism(prepared, local_cluster, tmp_
     spec, _ = prepared
     again = spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": tmp_path / "again"})})
     # One task at a time instead of eight.
-    on_cluster(local_cluster, "tests.data.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
     names = sorted(str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file())
     assert len(names) == 7, names
     _, mismatch, errors = filecmp.cmpfiles(spec.data.prepared, tmp_path / "again", names, shallow=False)

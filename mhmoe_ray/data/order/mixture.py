@@ -20,11 +20,11 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from math import fsum
 
-from mhmoe_ray.data.apportion import apportion
-from mhmoe_ray.data.interleave import MAX_WEIGHT
-from mhmoe_ray.data.manifest import DataManifest
-from mhmoe_ray.data.order import Order, OrderedDomain, Phase
-from mhmoe_ray.data.permutation import seeded
+from mhmoe_ray.data.order.apportion import apportion
+from mhmoe_ray.data.order.interleave import MAX_WEIGHT
+from mhmoe_ray.data.order.order import Order, OrderedDomain, Phase
+from mhmoe_ray.data.order.permutation import seeded
+from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec, SourceMix
 

@@ -23,9 +23,12 @@ import ray.data
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data import SAYS
-from mhmoe_ray.data.baselines import baselines
-from mhmoe_ray.data.held_out import is_validation
-from mhmoe_ray.data.manifest import (
+from mhmoe_ray.data.prepare.baselines import baselines
+from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.pack import pack, pack_validation
+from mhmoe_ray.data.prepare.quarantine import FILE, Limit, entry
+from mhmoe_ray.data.shards.files import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
+from mhmoe_ray.data.shards.manifest import (
     Baselines,
     DataManifest,
     Domain,
@@ -34,9 +37,6 @@ from mhmoe_ray.data.manifest import (
     read_data_manifest,
     recipe,
 )
-from mhmoe_ray.data.pack import pack, pack_validation
-from mhmoe_ray.data.quarantine import FILE, Limit, entry
-from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
 from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError

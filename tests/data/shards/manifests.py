@@ -1,6 +1,6 @@
 """Manifests of prepared folders without the shards, for what needs counts alone."""
 
-from mhmoe_ray.data.manifest import Baselines, DataManifest, Domain
+from mhmoe_ray.data.shards.manifest import Baselines, DataManifest, Domain
 
 T = 16
 

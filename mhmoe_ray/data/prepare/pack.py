@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.manifest import Shard
-from mhmoe_ray.data.shards import ShardWriter, padding_token, token_dtype
+from mhmoe_ray.data.shards.files import ShardWriter, padding_token, token_dtype
+from mhmoe_ray.data.shards.manifest import Shard
 
 CHUNK = 1 << 24  # tokens in memory at a time
 

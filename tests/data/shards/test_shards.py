@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data import shards
-from mhmoe_ray.data.baselines import baselines
-from mhmoe_ray.data.pack import pack, pack_validation
-from mhmoe_ray.data.shards import ShardReader, ShardWriter, padding_token, token_bytes_for
+from mhmoe_ray.data.prepare.baselines import baselines
+from mhmoe_ray.data.prepare.pack import pack, pack_validation
+from mhmoe_ray.data.shards import files as shards
+from mhmoe_ray.data.shards.files import ShardReader, ShardWriter, padding_token, token_bytes_for
 
 
 @settings(max_examples=30)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from mhmoe_ray.data.order import OrderedDomain, Phase
-from mhmoe_ray.data.permutation import seeded
+from mhmoe_ray.data.order.order import OrderedDomain, Phase
+from mhmoe_ray.data.order.permutation import seeded
 
 
 class Leaf:

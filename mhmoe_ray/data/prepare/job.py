@@ -6,7 +6,7 @@ import sys
 import ray
 import yaml
 
-from mhmoe_ray.data.prepare import prepare
+from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.spec import RunSpec
 

@@ -1,8 +1,8 @@
-"""mhmoe_ray.data.job with one task at a time."""
+"""mhmoe_ray.data.prepare.job with one task at a time."""
 
 import ray.data
 
-from mhmoe_ray.data.job import main
+from mhmoe_ray.data.prepare.job import main
 
 if __name__ == "__main__":
     limits = ray.data.ExecutionResources(cpu=1)

@@ -1,0 +1,1 @@
+"""Real text for a first run, from packages that install by name."""

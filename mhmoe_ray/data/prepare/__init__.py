@@ -1,0 +1,1 @@
+"""Raw text to packed shards, as a job of the cluster."""
