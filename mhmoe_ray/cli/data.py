@@ -1,19 +1,15 @@
 """`mhmoe data`: sample text, preparing raw text for training, and the mixture that training reads."""
 
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from mhmoe_ray.cli import launch, mix
-from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, note, out, print_json, read_spec
-
-if TYPE_CHECKING:
-    from mhmoe_ray.errors import DataError
+from mhmoe_ray.cli import mix, prepare
+from mhmoe_ray.cli.common import JsonOption, out, print_json
 
 app = typer.Typer(help="Make and prepare training text.", no_args_is_help=True)
+app.command("prepare")(prepare.prepare)
 app.command("mix")(mix.mix)
 
 
@@ -27,63 +23,3 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], j
         print_json(written)
         return
     out.print(f"{sum(written.values())} documents in {len(written)} domains and languages below {folder}")
-
-
-def _failure(log: str) -> "DataError | None":
-    """The job's own last error, as mhmoe_ray.data.prepare.job prints it."""
-    from mhmoe_ray.errors import DataError
-
-    told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-    return DataError.parse(told[-1]) if told else None
-
-
-@app.command()
-def prepare(
-    spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
-    address: AddressOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done."""
-    from mhmoe_ray.cluster import jobs
-    from mhmoe_ray.data import SAYS
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.sources import find_files
-    from mhmoe_ray.errors import DataError
-    from mhmoe_ray.spec import dump_spec
-
-    resolved = read_spec(spec, set_)
-    folder = resolved.data.prepared
-    manifest = read_data_manifest(folder)
-    if manifest is None:
-        find_files(resolved.data)
-        connection = launch.cluster_for(resolved.cluster, resolved.storage, resolved.cluster.cpus, address)
-        job = f"prepare-{folder.name}-{secrets.token_hex(3)}"
-        environment = dict(resolved.cluster.runtime_env)
-        environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(resolved)}
-        jobs.submit(
-            connection,
-            jobs.request(["-m", "mhmoe_ray.data.prepare.job"], job, local=connection.local, runtime_env=environment),
-        )
-        for line in jobs.follow_logs(connection, job):
-            if line.startswith(SAYS):
-                note.print(line, soft_wrap=True)
-        manifest = read_data_manifest(folder)
-        if manifest is None:
-            # The whole log: a stream of it may end before the last lines of a job that fails.
-            raise _failure(jobs.logs(connection, job)) or DataError(
-                f"prepared data {folder}", jobs.message(connection, job), "see the job in the dashboard"
-            )
-    check_recipe(folder, manifest, resolved)
-    if json:
-        print_json(manifest.model_dump())
-        return
-    table = Table("domain", "documents", "tokens", "samples", box=None, pad_edge=False)
-    for name, d in manifest.domains.items():
-        table.add_row(name, f"{d.documents:,}", f"{d.tokens:,}", f"{d.samples:,}")
-    out.print(table)
-    out.print(
-        f"{manifest.validation_tokens:,} held-out tokens: unigram entropy {manifest.baselines.unigram_entropy:.4f}, "
-        f"bigram model {manifest.baselines.bigram:.4f} nats per token"
-    )
-    out.print(f"in {folder}", soft_wrap=True)

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from mhmoe_ray.cli.common import note, out
 from mhmoe_ray.cli.launch import name_of
+from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -84,18 +85,21 @@ def _bar() -> Progress:
 
 class _View:
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
+        from mhmoe_ray.data.prepare.work import work_folder
         from mhmoe_ray.runs.jsonl import Tail
 
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)
         self._events = Tail(run.events_file, from_now=from_now)
+        self._preparing = PreparingView(work_folder(run.spec()), progress)
 
     def refresh(self) -> None:
         from mhmoe_ray.runs import metrics
 
         for event in self._events.new():
             self._say(event)
+        self._preparing.refresh()
         for line in self._metrics.new():
             figures = f"loss {line[metrics.LOSS]:.3f}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
             if metrics.BALANCE in line:

@@ -81,4 +81,4 @@ def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, n
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     tokens = reader.read(np.arange(len(reader)))
     real = tokens != padding_token(manifest.token_bytes)
-    return np.where(real, tokens, 0), real[:, 1:]
+    return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]

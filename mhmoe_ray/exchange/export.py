@@ -14,8 +14,8 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.exchange.config import CONFIG, to_config
 from mhmoe_ray.exchange.files import INDEX, write_files
 from mhmoe_ray.exchange.names import Entry, entries
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
-from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.runs.tensors import load_tensors, stored_dtypes
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_spec
 
 
@@ -63,9 +64,7 @@ class RunDir:
 
     def write_spec(self, spec: RunSpec) -> None:
         """In one step: it is the run's only description."""
-        partial = self.spec_file.with_suffix(".partial")
-        partial.write_text(dump_spec(spec), encoding="utf-8")
-        partial.replace(self.spec_file)
+        replace_file(self.spec_file, dump_spec(spec).encode())
 
     def created(self) -> float:
         """When its first attempt or its import was, in seconds since the epoch."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import write_json
 from mhmoe_ray.spec import ModelSpec
 
 MANIFEST = "manifest.json"

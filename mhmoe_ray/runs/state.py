@@ -1,13 +1,11 @@
 """run.json: which cluster and job belong to each attempt (a submit or a resume) of a run, or when it was imported."""
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 from mhmoe_ray.errors import RunError
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 
 
@@ -50,13 +48,3 @@ def add_attempt(run: RunDir, attempt: Attempt) -> int:
 def mark_imported(run: RunDir) -> None:
     """From now on it counts as a run."""
     write_json(run.state_file, {"id": run.id, "attempts": [], "imported": time.time()})
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a file in one step: a reader sees the old one or the new one, also after a crash."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)

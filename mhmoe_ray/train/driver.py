@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.files import verify_shards
+from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events

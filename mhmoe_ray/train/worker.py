@@ -19,9 +19,10 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, newest_checkpoint
-from mhmoe_ray.runs.state import read_attempts, write_json
+from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.mesh import build_mesh

@@ -1,33 +1,37 @@
-"""Raw text to packed shards as two Ray Data passes: tokenise file by file, then pack domain by domain.
+"""Raw text to packed shards, with Ray Data:
 
-The result depends on the files and the settings only, never on how many tasks ran at once. It appears under its name in
-one rename, when it is whole.
+    files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
+    parts, domain by domain      -> shards (packed samples)   packing.py, concat.py, best_fit.py, validation.py
+
+Reading, tokenising and packing run in parallel, within a large file too, in memory for a few chunks or one shard a
+task. The result depends on the files and the settings only, never on how many tasks ran at once or whether a job was
+killed in between. It appears under its name in one rename, when it is whole.
 """
 
-import errno
-import json
 import pickle
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data import SAYS
-from mhmoe_ray.data.prepare.baselines import baselines
-from mhmoe_ray.data.prepare.held_out import is_validation
-from mhmoe_ray.data.prepare.pack import pack, pack_validation
-from mhmoe_ray.data.prepare.quarantine import FILE, Limit, entry
-from mhmoe_ray.data.shards.files import ShardReader, ShardWriter, padding_token, token_bytes_for, token_dtype
+from mhmoe_ray.data.prepare.baselines import Pairs, baselines, pairs
+from mhmoe_ray.data.prepare.chunks import CHUNK, quarantine_file, read_chunks
+from mhmoe_ray.data.prepare.packing import Made, make_shard, plan
+from mhmoe_ray.data.prepare.parts import PartRef, Stream
+from mhmoe_ray.data.prepare.progress import Report
+from mhmoe_ray.data.prepare.quarantine import FILE, Limit
+from mhmoe_ray.data.prepare.tokenise import Encoder, Tokenised
+from mhmoe_ray.data.prepare.validation import Chosen, choose
+from mhmoe_ray.data.prepare.work import publish, work_folder
+from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import (
     Baselines,
     DataManifest,
@@ -36,15 +40,18 @@ from mhmoe_ray.data.shards.manifest import (
     check_recipe,
     read_data_manifest,
     recipe,
+    require_data_manifest,
 )
-from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally, find_files
+from mhmoe_ray.data.sources import Tally, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.manifest import describe_file
-from mhmoe_ray.runs.state import write_json
-from mhmoe_ray.spec import DataSpec, RunSpec
+from mhmoe_ray.spec import RunSpec
 
-DOCUMENTS_PER_CALL = 64
+CPUS_PER_READER = 8
+"""One core reads as fast as this many tokenise, and more; they wait for each other, so readers take no CPU of Ray's."""
+
 BASELINE_TOKENS = 20_000_000
 
 
@@ -52,203 +59,227 @@ def prepare(spec: RunSpec) -> DataManifest:
     """The prepared folder of a spec, made if it is missing. Needs a running Ray.
 
     Raises:
-        DataError: sources are missing, more lines are bad than allowed, or the folder was made with other settings.
+        DataError: sources are missing, more is bad than allowed, or the folder was made with other settings.
     """
     folder = spec.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
-        partial_folder = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:6]}")
-        partial_folder.mkdir(parents=True)
         try:
-            manifest = _prepare_into(partial_folder, spec)
-            manifest = _publish(partial_folder, folder) or manifest
-        finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)
+            work = work_folder(spec)
+            publish(work, folder, _Preparation(spec, work).run())
+        except OSError:
+            if not folder.exists():  # else another job was first and has taken the work folder away
+                raise
+        manifest = require_data_manifest(folder)
     check_recipe(folder, manifest, spec)
     return manifest
 
 
-def _publish(made: Path, folder: Path) -> DataManifest | None:
-    """Give the folder its name; if another job was first, what that one made."""
-    try:
-        made.rename(folder)
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return read_data_manifest(folder)
-    return None
+class _Preparation:
+    def __init__(self, spec: RunSpec, work: Path) -> None:
+        self._spec, self._data, self._work, self._parts = spec, spec.data, work, work / "parts"
+        self._token_bytes = token_bytes_for(spec.model.vocab_size)
+        self._files = find_files(spec.data)
+        self._limit = Limit(spec.data, sum(file.size for file in self._files))
+        work.mkdir(parents=True, exist_ok=True)
+        self._report = Report(work, sum(file.size for file in self._files))
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # A block a chunk: what one task tokenises.
+        context.target_max_block_size = CHUNK
+
+    def run(self) -> DataManifest:
+        """All stages; the work folder then holds the result, among other things."""
+        self._say(f"tokenizer for {len(self._files)} files")
+        self._report.enter("tokenizer")
+        start = self._make_tokenizer()
+        self._say(f"tokenising {len(self._files)} files")
+        self._report.enter("tokenising")
+        tokenised = self._tokenise()
+        by_domain: dict[str, list[Tokenised]] = defaultdict(list)
+        for chunk in tokenised:
+            by_domain[self._files[chunk.file].domain].append(chunk)
+        self._check_not_empty(by_domain)
+        self._say(f"packing {len(by_domain)} domains and languages")
+        made = self._pack(by_domain, start)
+        self._report.enter("finishing")
+        held_out = {name: self._held_out(chunks) for name, chunks in sorted(by_domain.items())}
+        shards = {name: [m.shard for m in made[name]] for name in by_domain}
+        finish = ray.remote(_finish).options(num_cpus=1)
+        chosen, figures = ray.get(finish.remote(self._work, held_out, shards, self._spec, self._token_bytes))
+        manifest = DataManifest(
+            recipe=recipe(self._spec),
+            seq_len=self._data.seq_len,
+            token_bytes=self._token_bytes,
+            tokenizer_sha256=describe_file(self._work / "tokenizer.json").sha256,
+            domains={
+                name: _domain(by_domain[name], made[name], chosen.samples[name], self._data.seq_len)
+                for name in sorted(by_domain)
+            },
+            validation=chosen.shards,
+            validation_tokens=chosen.targets,
+            baselines=figures,
+            bad_lines=sum(chunk.tally.bad.total() for chunk in tokenised),
+        )
+        write_json(self._work / "manifest.json", manifest.model_dump(mode="json"))
+        return manifest
+
+    def _say(self, text: str) -> None:
+        print(f"prepare: {text}", flush=True)
+
+    def _make_tokenizer(self) -> int:
+        """Write tokenizer.json; returns the token that each document begins with."""
+        path, given, vocab_size = self._work / "tokenizer.json", self._data.tokenizer, self._spec.model.vocab_size
+        if given is not None:
+            load_tokenizer(given, vocab_size)
+            shutil.copyfile(given, path)
+        else:
+            train = ray.remote(train_tokenizer).options(num_cpus=1)
+            tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data, vocab_size))
+            tokenizer.save(str(path))
+        edges = boundaries(load_tokenizer(path, vocab_size))
+        assert edges is not None, "checked by load_tokenizer"
+        return edges.start
+
+    def _tokenise(self) -> list[Tokenised]:
+        """All chunks, by file and number; and the quarantine file.
+
+        Raises:
+            DataError: more is bad than the spec allows.
+        """
+        rows = [{"number": i, **file._asdict()} for i, file in enumerate(self._files)]
+        quarantine = self._work / "quarantine"
+        read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine)
+        tokenise = partial(
+            _tokenise,
+            tokenizer=self._work / "tokenizer.json",
+            parts=self._parts,
+            validation_fraction=self._data.validation_fraction,
+            token_bytes=self._token_bytes,
+        )
+        readers = ceil(ray.cluster_resources()["CPU"] / CPUS_PER_READER)
+        files = ray.data.from_items(rows, override_num_blocks=len(rows))
+        chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
+        done, tally, report = [], Tally(), self._report
+        for row in chunks.map_batches(tokenise, batch_format="pyarrow", batch_size=1).iter_rows():
+            chunk = Tokenised.of_row(row)
+            done.append(chunk)
+            tally += chunk.tally
+            if chunk.stopped or self._limit.hopeless(tally):
+                raise self._limit.error(tally)
+            tokens = chunk.counts.tokens + chunk.counts.held_out_tokens
+            report.done_bytes = tally.bytes_read
+            report.documents, report.tokens = tally.documents, report.tokens + tokens
+            if chunk.found:
+                report.found_bytes += chunk.tally.bytes_read
+                report.found_tokens += tokens
+            report.refresh()
+        if self._limit.exceeded(tally):
+            raise self._limit.error(tally)
+        done.sort(key=lambda chunk: (chunk.file, chunk.chunk))
+        with (self._work / FILE).open("wb") as out:
+            for chunk in done:
+                if chunk.tally.bad:
+                    out.write(quarantine_file(quarantine, chunk.file, chunk.chunk).read_bytes())
+        return done
+
+    def _check_not_empty(self, by_domain: dict[str, list[Tokenised]]) -> None:
+        """Here and not in a task, since Ray would wrap the error in a traceback."""
+        chunks = [chunk for own in by_domain.values() for chunk in own]
+        if not any(chunk.counts.held_out_documents for chunk in chunks):
+            fix = "raise data.validation_fraction or add documents"
+            raise DataError("validation", "no document fell into the held-out share", fix)
+        needed = 1 if self._data.packing == "best_fit" else self._data.seq_len + 1
+        if all(sum(chunk.counts.tokens for chunk in own) < needed for own in by_domain.values()):
+            raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
+
+    def _training(self, chunks: list[Tokenised]) -> Stream:
+        parts = [PartRef(c.part, 0, c.counts.tokens) for c in chunks if c.counts.tokens]
+        return Stream(self._parts, parts, self._token_bytes)
+
+    def _held_out(self, chunks: list[Tokenised]) -> Stream:
+        counted = [(c.part, c.counts) for c in chunks if c.counts.held_out_tokens]
+        parts = [PartRef(part, n.tokens, n.tokens + n.held_out_tokens) for part, n in counted]
+        return Stream(self._parts, parts, self._token_bytes)
+
+    def _pack(self, by_domain: dict[str, list[Tokenised]], start: int) -> dict[str, list[Made]]:
+        """The shards of each domain, in order."""
+        plans = [
+            p
+            for name, chunks in by_domain.items()
+            for p in plan(name, self._training(chunks), self._data, self._token_bytes)
+        ]
+        self._report.shards, self._report.total_shards = 0, len(plans)
+        self._report.enter("packing")
+        task = partial(
+            make_shard, folder=self._work, seq_len=self._data.seq_len, token_bytes=self._token_bytes, start=start
+        )
+        made: dict[str, list[Made]] = {name: [] for name in by_domain}
+        rows = [{"plan": pickle.dumps(p)} for p in plans]
+        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(task).iter_rows():
+            shard: Made = pickle.loads(row["made"])
+            made[shard.domain].append(shard)
+            self._report.shards += 1
+            self._report.refresh()
+        return {name: sorted(shards, key=lambda m: m.number) for name, shards in made.items()}
 
 
-def _prepare_into(folder: Path, spec: RunSpec) -> DataManifest:
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    files = find_files(spec.data)
-    print(f"{SAYS}tokenizer for {len(files)} files", flush=True)
-    _make_tokenizer(folder, files, spec)
-    token_bytes = token_bytes_for(spec.model.vocab_size)
-    parts = folder / "parts"
-    parts.mkdir()
-    print(f"{SAYS}tokenising {len(files)} files", flush=True)
-    limit = Limit(spec.data, sum(file.size for file in files))
-    rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
-    tokenise = partial(
-        _tokenise_file,
-        parts=parts,
-        tokenizer=folder / "tokenizer.json",
-        spec=spec.data,
-        limit=limit,
-        token_bytes=token_bytes,
-    )
-    done, tally = [], Tally()
-    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(tokenise).iter_rows():
-        row["tally"] = pickle.loads(row["tally"])
-        done.append(row)
-        tally += row["tally"]
-        if row["stopped"] or limit.hopeless(tally):
-            raise limit.error(tally)
-    if limit.exceeded(tally):
-        raise limit.error(tally)
-    done.sort(key=lambda row: row["number"])
-    with (folder / FILE).open("wb") as out:
-        for row in done:
-            out.write(_part(parts, row["number"], "quarantine").read_bytes())
-
-    by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in done:
-        by_domain[row["domain"]].append(row)
-    print(f"{SAYS}packing {len(by_domain)} domains and languages", flush=True)
-    pack_one = partial(_pack_domain, folder=folder, seq_len=spec.data.seq_len, token_bytes=token_bytes)
-    items = [{"domain": d, "numbers": [r["number"] for r in rows]} for d, rows in by_domain.items()]
-    packed = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_one).take_all()
-    domains = {}
-    for row in sorted(packed, key=lambda r: r["domain"]):
-        domains[row["domain"]] = _domain(by_domain[row["domain"]], json.loads(row["packed"]))
-    _check_not_empty(domains)
-
-    validation, figures, predicted = ray.get(
-        ray.remote(_finish_validation).options(num_cpus=1).remote(folder, sorted(domains), domains, spec)
-    )
-    shutil.rmtree(parts)
-    manifest = DataManifest(
-        recipe=recipe(spec),
-        seq_len=spec.data.seq_len,
-        token_bytes=token_bytes,
-        tokenizer_sha256=describe_file(folder / "tokenizer.json").sha256,
-        domains=domains,
-        validation=validation,
-        validation_tokens=predicted,
-        baselines=figures,
-        bad_lines=tally.bad.total(),
-    )
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
-    return manifest
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Path, parts: Path, validation_fraction: float, token_bytes: int, _written: int) -> Encoder:
+    return Encoder(tokenizer, parts, validation_fraction, token_bytes)
 
 
-def _domain(rows: list[dict[str, Any]], packed: dict[str, Any]) -> Domain:
+def _tokenise(
+    table: pa.Table, *, tokenizer: Path, parts: Path, validation_fraction: float, token_bytes: int
+) -> dict[str, Any]:
+    written = tokenizer.stat().st_mtime_ns
+    return _encoder(tokenizer, parts, validation_fraction, token_bytes, written)(table)
+
+
+def _domain(chunks: list[Tokenised], made: list[Made], validation_samples: int, seq_len: int) -> Domain:
     tally = Tally()
-    for row in rows:
-        tally += row["tally"]
-    held_out = sum(row["validation_documents"] for row in rows)
+    for chunk in chunks:
+        tally += chunk.tally
+    counts = [chunk.counts for chunk in chunks]
+    documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
+    samples, padding = sum(m.shard.rows for m in made), sum(m.padding for m in made)
+    # Best fit makes each token and each document's end a target; concatenation each token but the first.
+    targets = samples * seq_len - padding
     return Domain(
-        documents=tally.documents - held_out,
-        validation_documents=held_out,
+        documents=documents,
+        validation_documents=sum(c.held_out_documents for c in counts),
         quarantined=dict(tally.bad),
         dropped=dict(tally.dropped),
-        **packed,
+        text_bytes=sum(c.text_bytes for c in counts),
+        tokens=tokens,
+        validation_tokens=sum(c.held_out_tokens for c in counts),
+        samples=samples,
+        validation_samples=validation_samples,
+        unused_tokens=max(0, tokens - 1 - targets),
+        padding=padding,
+        cut_documents=documents - sum(m.whole_documents for m in made),
+        shards=[m.shard for m in made],
     )
 
 
-def _check_not_empty(domains: dict[str, Domain]) -> None:
-    """Here and not in a task, since Ray would wrap the error in a traceback."""
-    if not any(d.validation_documents for d in domains.values()):
-        fix = "raise data.validation_fraction or add documents"
-        raise DataError("validation", "no document fell into the held-out share", fix)
-    if not any(d.samples for d in domains.values()):
-        raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
+class _Finished(NamedTuple):
+    chosen: Chosen
+    figures: Baselines
 
 
-def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
-    given, vocab_size = spec.data.tokenizer, spec.model.vocab_size
-    if given is not None:
-        load_tokenizer(given, vocab_size)
-        shutil.copyfile(given, folder / "tokenizer.json")
-        return
-    train = ray.remote(train_tokenizer).options(num_cpus=1)
-    tokenizer: Tokenizer = ray.get(train.remote(files, spec.data, vocab_size))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    load_tokenizer(folder / "tokenizer.json", vocab_size)
-
-
-def _tokenise_file(
-    row: dict[str, Any], *, parts: Path, tokenizer: Path, spec: DataSpec, limit: Limit, token_bytes: int
-) -> dict[str, Any]:
-    """One raw file to two raw token streams, training and held out, and its quarantine."""
-    encoder = Tokenizer.from_file(str(tokenizer))
-    edges = boundaries(encoder)
-    assert edges is not None, "checked where the tokenizer was made"
-    number = row["number"]
-    reading = Reading(RawFile(*(row[name] for name in RawFile._fields)), spec)
-    held_out_documents, stopped = 0, False
-
-    def texts() -> Iterator[str]:
-        nonlocal stopped
-        with _part(parts, number, "quarantine").open("w", encoding="utf-8") as quarantine:
-            for item in reading:
-                if isinstance(item, Document):
-                    yield item.text
-                    continue
-                quarantine.write(entry(row["domain"], item))
-                stopped = limit.hopeless(reading.tally)
-                if stopped:
-                    return
-
-    streams = [_part(parts, number, kind) for kind in ("train", "validation")]
-    with streams[0].open("wb") as train, streams[1].open("wb") as validation:
-        readable = texts()
-        while batch := list(islice(readable, DOCUMENTS_PER_CALL)):
-            for text, encoding in zip(batch, encoder.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                held_out = is_validation(text, spec.validation_fraction)
-                held_out_documents += held_out
-                out = validation if held_out else train
-                out.write(np.asarray([edges.start, *encoding.ids], token_dtype(token_bytes)).tobytes())
-    return {
-        "number": number,
-        "domain": row["domain"],
-        "validation_documents": held_out_documents,
-        "tally": pickle.dumps(reading.tally),
-        "stopped": stopped,
-    }
-
-
-def _part(parts: Path, number: int, kind: str) -> Path:
-    return parts / f"{number:06d}.{kind}"
-
-
-def _pack_domain(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int) -> dict[str, Any]:
-    parts = folder / "parts"
-    numbers = [int(n) for n in row["numbers"]]
-    writer = ShardWriter(folder, f"train/{row['domain']}", seq_len, token_bytes)
-    packed = pack([_part(parts, n, "train") for n in numbers], writer, seq_len, token_bytes)
-    held_out = pack_validation([_part(parts, n, "validation") for n in numbers], seq_len, token_bytes)
-    np.save(parts / f"{row['domain'].replace('/', '.')}.npy", held_out)
-    fields = packed._asdict() | {"shards": [s.model_dump() for s in packed.shards]}
-    return {"domain": row["domain"], "packed": json.dumps(fields)}
-
-
-def _finish_validation(
-    folder: Path, names: list[str], domains: dict[str, Domain], spec: RunSpec
-) -> tuple[list[Shard], Baselines, int]:
-    """Choose the validation samples evenly from all held-out ones, write them, and count the baselines."""
-    token_bytes, vocab_size = token_bytes_for(spec.model.vocab_size), spec.model.vocab_size
-    every = np.concatenate([np.load(folder / "parts" / f"{name.replace('/', '.')}.npy") for name in names])
-    chosen = every[np.unique(np.linspace(0, len(every) - 1, spec.data.validation_samples).round().astype(int))]
-    writer = ShardWriter(folder, "validation", spec.data.seq_len, token_bytes)
-    writer.write(chosen)
-    part = min(1.0, BASELINE_TOKENS / sum(domain.tokens for domain in domains.values()))
-    counted = []
-    for name in names:
-        if domains[name].samples:
-            reader = ShardReader(folder, domains[name].shards, token_bytes)
-            counted.append(reader.read(np.arange(ceil(part * len(reader)))))
+def _finish(
+    work: Path, held_out: dict[str, Stream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
+) -> _Finished:
+    """The validation samples and the baselines."""
+    chosen = choose(work, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes)
     padding = padding_token(token_bytes)
-    figures = baselines(np.concatenate(counted), chosen, vocab_size, padding)
-    return writer.close(), figures, int((chosen[:, 1:] != padding).sum())
+    readers = [ShardReader(work, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
+    part = min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
+    counted = [pairs(reader.read(np.arange(ceil(part * len(reader)))), padding) for reader in readers]
+    validation = ShardReader(work, chosen.shards, token_bytes)
+    figures = baselines(
+        Pairs(*map(np.concatenate, zip(*counted, strict=True))),
+        pairs(validation.read(np.arange(len(validation))), padding),
+        spec.model.vocab_size,
+    )
+    return _Finished(chosen, figures)

@@ -1,8 +1,8 @@
 """What a folder of prepared shards is: written last, its presence says that the folder is whole.
 
 <prepared>/
-  train/<domain>/00000.parquet ...   packed samples, one column `tokens` (see shards.py)
-  validation/00000.parquet           the held-out samples
+  train/<domain>/00000.arrow ...   packed samples, one column `tokens` (see files.py)
+  validation/00000.arrow           the held-out samples, domain by domain
   tokenizer.json  quarantine.jsonl  manifest.json
 """
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 
-FORMAT = 2
+FORMAT = 3
 _READING = {"format", "text_field", "delimiter", "filters"}
 
 
@@ -28,16 +28,28 @@ class Shard(BaseModel):
 
 class Domain(BaseModel):
     documents: int
+    """For training."""
     validation_documents: int
+    """Held out."""
     quarantined: dict[str, int]
     """Lines, rows, files or lost parts of files that could not be read, by reason."""
     dropped: dict[str, int]
     """Documents that the source's filters left out, by rule."""
+    text_bytes: int
+    """UTF-8, of all these documents."""
     tokens: int
-    """Of its training documents, one end-of-text token for each included."""
+    """Of its training documents, one start token for each included."""
+    validation_tokens: int
+    """Of its held-out documents, likewise."""
     samples: int
+    validation_samples: int
+    """Held-out samples that were kept."""
     unused_tokens: int
-    """Of its last, unfilled sample; always fewer than a sample has."""
+    """Of its last, unfilled sample when documents are cut; always fewer than a sample has."""
+    padding: int
+    """Targets that do not count, of samples filled up because no document fits."""
+    cut_documents: int
+    """Of its training documents, those that no sample holds whole."""
     shards: list[Shard]
 
 
@@ -79,6 +91,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         "max_document_mb": data.max_document_mb,
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
+        "packing": data.packing,
         "tokenizer": str(data.tokenizer) if data.tokenizer else None,
         "tokenizer_train_mb": data.tokenizer_train_mb,
         "validation_fraction": data.validation_fraction,

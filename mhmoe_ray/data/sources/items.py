@@ -99,6 +99,21 @@ class Tally:
     def lines(self) -> int:
         return self.documents + self.bad_lines + self.dropped.total()
 
+    def since(self, before: "Tally") -> "Tally":
+        """What was counted after `before`, an earlier state of this tally."""
+        return Tally(
+            self.files - before.files,
+            self.damaged - before.damaged,
+            self.bytes_read - before.bytes_read,
+            self.documents - before.documents,
+            self.bad - before.bad,
+            self.dropped - before.dropped,
+            {reason: bad for reason, bad in self.first.items() if reason not in before.first},
+        )
+
+    def copy(self) -> "Tally":
+        return Tally().__iadd__(self)
+
     def __iadd__(self, other: "Tally") -> "Tally":
         self.files += other.files
         self.damaged += other.damaged

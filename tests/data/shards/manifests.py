@@ -13,9 +13,14 @@ def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None
             validation_documents=1,
             quarantined={},
             dropped={},
+            text_bytes=4 * n * T,
             tokens=n * T + 1,
+            validation_tokens=T,
             samples=n,
+            validation_samples=1,
             unused_tokens=0,
+            padding=0,
+            cut_documents=0,
             shards=[],
         )
         for name, n in samples.items()

@@ -1,0 +1,98 @@
+"""The documents of raw files in chunks: what one task tokenises, and what a restart finds done or not.
+
+A chunk ends with the document that fills it, so chunks depend on the file alone. The last one of a file may hold none.
+"""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from mhmoe_ray.data.prepare.quarantine import Limit, entry
+from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally
+from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.spec import DataSpec
+
+CHUNK = 4 << 20
+"""Characters of text: seconds of work for one core."""
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.int64()),
+        ("chunk", pa.int64()),
+        ("texts", pa.list_(pa.large_string())),
+        ("tally", pa.binary()),
+        ("stopped", pa.bool_()),
+    ]
+)
+
+
+class Chunk(NamedTuple):
+    """Some documents of a file, in their order."""
+
+    file: int
+    """The file's number among all of the spec."""
+    number: int
+    """Within the file, from 0."""
+    texts: list[str]
+    tally: Tally
+    """Of what was read since the chunk before."""
+    stopped: bool
+    """Reading ended here, since more is bad than the spec allows."""
+
+    def as_table(self) -> pa.Table:
+        row = self._asdict() | {"chunk": self.number, "tally": pickle.dumps(self.tally)}
+        return pa.Table.from_pylist([row], SCHEMA)
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Chunk":
+        """Of a table of one row."""
+        file, number, texts, tally, stopped = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
+        return cls(file, number, texts, pickle.loads(tally), stopped)
+
+
+def read_chunks(table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Path) -> Iterator[pa.Table]:
+    """The chunks of raw files, one a table.
+
+    Args:
+        table: rows of `number` and the fields of `RawFile`.
+        spec: the data section they were found by.
+        limit: past which reading a file ends.
+        quarantine: folder that gets what cannot be read, a file for each chunk that has such.
+    """
+    for row in table.to_pylist():
+        file = RawFile(*(row[name] for name in RawFile._fields))
+        for chunk in _chunks(row["number"], file, spec, limit, quarantine):
+            yield chunk.as_table()
+
+
+def _chunks(number: int, file: RawFile, spec: DataSpec, limit: Limit, quarantine: Path) -> Iterator[Chunk]:
+    reading = Reading(file, spec)
+    before, texts, bad, size, count, stopped = Tally(), list[str](), list[str](), 0, 0, False
+
+    def finish() -> Chunk:
+        nonlocal before, texts, bad, size, count
+        if bad:
+            replace_file(quarantine_file(quarantine, number, count), "".join(bad).encode())
+        chunk = Chunk(number, count, texts, reading.tally.since(before), stopped)
+        before, texts, bad, size, count = reading.tally.copy(), [], [], 0, count + 1
+        return chunk
+
+    for item in reading:
+        if isinstance(item, Document):
+            texts.append(item.text)
+            size += len(item.text)
+            if size >= CHUNK:
+                yield finish()
+            continue
+        bad.append(entry(file.domain, item))
+        stopped = limit.hopeless(reading.tally)
+        if stopped:
+            break
+    yield finish()
+
+
+def quarantine_file(folder: Path, file: int, chunk: int) -> Path:
+    return folder / f"{file:07d}-{chunk:07d}.jsonl"

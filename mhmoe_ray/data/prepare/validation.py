@@ -1,0 +1,53 @@
+"""The held-out samples: evenly chosen from all held-out text, cut like `concat`, whatever training's packing is."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.data.prepare.parts import Stream
+from mhmoe_ray.data.shards.files import Samples, padding_token, rows_per_shard, token_dtype, write_shard
+from mhmoe_ray.data.shards.manifest import Shard
+
+
+class Chosen(NamedTuple):
+    shards: list[Shard]
+    samples: dict[str, int]
+    """Of each domain, which is their order in the shards."""
+    targets: int
+    """That count: not the padding of a domain's last sample."""
+
+
+def choose(folder: Path, streams: dict[str, Stream], most: int, seq_len: int, token_bytes: int) -> Chosen:
+    """Write the validation shards.
+
+    Args:
+        folder: of the prepared data.
+        streams: held-out tokens by domain.
+        most: samples at most.
+        seq_len: T.
+        token_bytes: 2 or 4.
+    """
+    there = [-(-max(0, len(stream) - 1) // seq_len) for stream in streams.values()]
+    ends = np.cumsum([0, *there])
+    wanted = np.unique(np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(int))
+    rows, counts = [], {}
+    for (name, stream), start, end in zip(streams.items(), ends, ends[1:], strict=False):
+        own = wanted[(wanted >= start) & (wanted < end)] - start
+        counts[name] = len(own)
+        rows += [_sample(stream, int(i), seq_len, token_bytes) for i in own]
+    samples = np.stack(rows)
+    per_shard = rows_per_shard(seq_len, token_bytes)
+    shards = [
+        write_shard(folder, f"validation/{number:05d}.arrow", samples[first : first + per_shard])
+        for number, first in enumerate(range(0, len(samples), per_shard))
+    ]
+    return Chosen(shards, counts, int((samples[:, 1:] != padding_token(token_bytes)).sum()))
+
+
+def _sample(stream: Stream, number: int, seq_len: int, token_bytes: int) -> Samples:
+    start = number * seq_len
+    tokens = stream.part(start, min(len(stream), start + seq_len + 1)).read()
+    row: Samples = np.full(seq_len + 1, padding_token(token_bytes), token_dtype(token_bytes))
+    row[: len(tokens)] = tokens
+    return row

@@ -1,0 +1,25 @@
+"""Writing files so that a reader sees the old one or the new one, whole, also after a crash."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file in one step, its folder too where that is missing. Several may write at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(value, indent=1).encode())
