@@ -82,8 +82,6 @@ class ShardReader:
         shard_of = np.searchsorted(self._starts, index, side="right") - 1
         row_of = index - self._starts[shard_of]
         shards = np.unique(shard_of)
-        if len(shards) == 1:
-            return _mapped(self._paths[shards[0]], self._token_bytes)[row_of]
         first = _mapped(self._paths[shards[0]], self._token_bytes)
         rows = np.empty((len(index), first.shape[1]), first.dtype)
         for shard in shards:
