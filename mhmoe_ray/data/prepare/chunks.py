@@ -53,7 +53,9 @@ class Chunk(NamedTuple):
         return cls(file, number, texts, pickle.loads(tally), stopped)
 
 
-def read_chunks(table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Path) -> Iterator[pa.Table]:
+def read_chunks(
+    table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Path, characters: int
+) -> Iterator[pa.Table]:
     """The chunks of raw files, one a table.
 
     Args:
@@ -61,14 +63,17 @@ def read_chunks(table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Pa
         spec: the data section they were found by.
         limit: past which reading a file ends.
         quarantine: folder that gets what cannot be read, a file for each chunk that has such.
+        characters: of text that fill a chunk.
     """
     for row in table.to_pylist():
         file = RawFile(*(row[name] for name in RawFile._fields))
-        for chunk in _chunks(row["number"], file, spec, limit, quarantine):
+        for chunk in _chunks(row["number"], file, spec, limit, quarantine, characters):
             yield chunk.as_table()
 
 
-def _chunks(number: int, file: RawFile, spec: DataSpec, limit: Limit, quarantine: Path) -> Iterator[Chunk]:
+def _chunks(
+    number: int, file: RawFile, spec: DataSpec, limit: Limit, quarantine: Path, characters: int
+) -> Iterator[Chunk]:
     reading = Reading(file, spec)
     before, texts, bad, size, count, stopped = Tally(), list[str](), list[str](), 0, 0, False
 
@@ -84,7 +89,7 @@ def _chunks(number: int, file: RawFile, spec: DataSpec, limit: Limit, quarantine
         if isinstance(item, Document):
             texts.append(item.text)
             size += len(item.text)
-            if size >= CHUNK:
+            if size >= characters:
                 yield finish()
             continue
         bad.append(entry(file.domain, item))

@@ -149,7 +149,7 @@ class _Preparation:
         """
         rows = [{"number": i, **file._asdict()} for i, file in enumerate(self._files)]
         quarantine = self._work / "quarantine"
-        read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine)
+        read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine, characters=CHUNK)
         tokenise = partial(
             _tokenise,
             tokenizer=self._work / "tokenizer.json",
@@ -176,6 +176,8 @@ class _Preparation:
             report.refresh()
         if self._limit.exceeded(tally):
             raise self._limit.error(tally)
+        before = f", {report.found_tokens:,} of them from before" if report.found_tokens else ""
+        self._say(f"{report.documents:,} documents have {report.tokens:,} tokens{before}")
         done.sort(key=lambda chunk: (chunk.file, chunk.chunk))
         with (self._work / FILE).open("wb") as out:
             for chunk in done:

@@ -1,10 +1,17 @@
-"""mhmoe_ray.data.prepare.job with one task at a time."""
+"""mhmoe_ray.data.prepare.job with one task at a time, in chunks of a few documents."""
 
 import ray.data
 
+from mhmoe_ray.data.prepare import pipeline
 from mhmoe_ray.data.prepare.job import main
 
+
+def in_small_chunks() -> None:
+    pipeline.CHUNK = 2_000
+
+
 if __name__ == "__main__":
+    in_small_chunks()
     limits = ray.data.ExecutionResources(cpu=1)
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
     main()

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import re
 import secrets
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.progress import read_progress
 from mhmoe_ray.data.shards.files import ShardReader, padding_token
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
@@ -26,14 +28,26 @@ ALPHA = {"sources": {"web": {"path": "raw", "alpha": 0.5}}, "validation_fraction
 TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
 
 
-def on_cluster(cluster, *args, **env):
+def on_cluster(cluster, *args, ends="SUCCEEDED", **env):
     """Run a module of this Python as a job of the cluster, its working directory ours; returns its lines."""
     connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
     jobs.submit(connection, jobs.request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
     lines = list(jobs.follow_logs(connection, job))
-    assert jobs.status(connection, job) == "SUCCEEDED", "\n".join(lines)
+    assert jobs.status(connection, job) == ends, "\n".join(lines)
     return lines
+
+
+def in_folder(spec, folder, **data):
+    """The same preparation with another result."""
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": folder, **data})})
+
+
+def assert_same_files(one, other):
+    names = sorted(str(p.relative_to(one)) for p in one.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+    assert len(names) == 7, names
+    assert filecmp.cmpfiles(one, other, names, shallow=False)[1:] == ([], [])
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +74,14 @@ def test_every_document_is_once_in_training_or_validation(prepared):
         assert entry.tokens == len(stream) == 1 + entry.samples * 16 + entry.unused_tokens
         read = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
         assert np.array_equal(read[:, 1:].ravel(), stream[1 : 1 + entry.samples * 16])
+        assert entry.text_bytes == sum(len(t.encode()) for t in documents)
+        assert (entry.padding, entry.cut_documents) == (0, len(expected))  # none is of 16 tokens
         held = [1 + len(tokenizer.encode(t).ids) for t in documents if is_validation(t, 0.2)]
+        assert entry.validation_tokens == sum(held)
         held_out_tokens += sum(held) - bool(held)  # a domain's first token is nobody's target
     tokens, counts = validation_samples(folder, manifest)
     assert int(counts.sum()) == manifest.validation_tokens == held_out_tokens
+    assert sum(d.validation_samples for d in manifest.domains.values()) == len(tokens)
     assert tokens.max() < padding_token(manifest.token_bytes)
     assert tokenizer.decode([int(t) for t in tokens[0]], skip_special_tokens=False).startswith(END_OF_TEXT)
 
@@ -75,13 +93,48 @@ def test_baselines_are_sensible(prepared):
 
 def test_the_result_does_not_depend_on_parallelism(prepared, local_cluster, tmp_path):
     spec, _ = prepared
-    again = spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": tmp_path / "again"})})
-    # One task at a time instead of eight.
+    again = in_folder(spec, tmp_path / "again")
+    # One task at a time instead of eight, and many chunks of a file instead of one.
     on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
-    names = sorted(str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*") if p.is_file())
-    assert len(names) == 7, names
-    _, mismatch, errors = filecmp.cmpfiles(spec.data.prepared, tmp_path / "again", names, shallow=False)
-    assert (mismatch, errors) == ([], [])
+    assert_same_files(spec.data.prepared, tmp_path / "again")
+
+
+def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(prepared, local_cluster, tmp_path):
+    spec, _ = prepared
+    again = in_folder(spec, tmp_path / "again")
+    killed = "tests.data.prepare.prepare_and_die"
+    on_cluster(local_cluster, killed, 3, ends="FAILED", MHMOE_SPEC=dump_spec(again))
+    assert not again.data.prepared.exists()
+    [work] = tmp_path.iterdir()
+    assert read_progress(work).stage == "tokenising"
+    left = len(list(work.glob("parts/*/*.json")))
+    lines = on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    told = re.search(r"([\d,]+) tokens, ([\d,]+) of them from before", "\n".join(lines)).groups()
+    every, before = (int(figure.replace(",", "")) for figure in told)
+    assert left >= 3
+    assert 0 < before < every
+    assert_same_files(spec.data.prepared, again.data.prepared)
+    assert list(tmp_path.iterdir()) == [again.data.prepared]
+
+
+def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_cluster, tmp_path):
+    spec, texts = prepared
+    fitted = in_folder(spec, tmp_path / "fitted", packing="best_fit", seq_len=300)
+    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(fitted))
+    folder, manifest = fitted.data.prepared, read_data_manifest(fitted.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)
+    start, padding = tokenizer.token_to_id(END_OF_TEXT), padding_token(manifest.token_bytes)
+    for domain, documents in texts.items():
+        entry = manifest.domains[domain]
+        expected = [[start, *tokenizer.encode(t).ids, start] for t in documents if not is_validation(t, 0.2)]
+        assert entry.cut_documents == sum(len(d) - 1 > 300 for d in expected) < len(expected)
+        read = ShardReader(folder, entry.shards, manifest.token_bytes).read(np.arange(entry.samples))
+        assert entry.tokens == entry.samples * 300 - entry.padding == int((read[:, 1:] != padding).sum())
+        rows = ["".join(map(chr, row)) for row in read]
+        for document in expected:
+            if len(document) - 1 <= 300:
+                assert any("".join(map(chr, document)) in row for row in rows)
+        assert entry.unused_tokens == 0
 
 
 def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_cluster, tmp_path):
