@@ -38,7 +38,7 @@ from mhmoe_ray.data.shards.manifest import (
     recipe,
 )
 from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally, find_files
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import document_encoder, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import write_json
@@ -167,10 +167,9 @@ def _check_not_empty(domains: dict[str, Domain]) -> None:
 
 
 def _make_tokenizer(folder: Path, files: list[RawFile], spec: RunSpec) -> None:
-    given, vocab_size = spec.data.tokenizer, spec.model.vocab_size
-    if given is not None:
-        load_tokenizer(given, vocab_size)
-        shutil.copyfile(given, folder / "tokenizer.json")
+    vocab_size = spec.model.vocab_size
+    if spec.data.tokenizer is not None:
+        store_given(spec.data, vocab_size, folder / "tokenizer.json")
         return
     train = ray.remote(train_tokenizer).options(num_cpus=1)
     tokenizer: Tokenizer = ray.get(train.remote(files, spec.data, vocab_size))
@@ -182,9 +181,7 @@ def _tokenise_file(
     row: dict[str, Any], *, parts: Path, tokenizer: Path, spec: DataSpec, limit: Limit, token_bytes: int
 ) -> dict[str, Any]:
     """One raw file to two raw token streams, training and held out, and its quarantine."""
-    encoder = Tokenizer.from_file(str(tokenizer))
-    edges = boundaries(encoder)
-    assert edges is not None, "checked where the tokenizer was made"
+    encoder = document_encoder(tokenizer)
     number = row["number"]
     reading = Reading(RawFile(*(row[name] for name in RawFile._fields)), spec)
     held_out_documents, stopped = 0, False
@@ -205,11 +202,11 @@ def _tokenise_file(
     with streams[0].open("wb") as train, streams[1].open("wb") as validation:
         readable = texts()
         while batch := list(islice(readable, DOCUMENTS_PER_CALL)):
-            for text, encoding in zip(batch, encoder.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            for text, ids in zip(batch, encoder.encode(batch), strict=True):
                 held_out = is_validation(text, spec.validation_fraction)
                 held_out_documents += held_out
                 out = validation if held_out else train
-                out.write(np.asarray([edges.start, *encoding.ids], token_dtype(token_bytes)).tobytes())
+                out.write(np.asarray(ids, token_dtype(token_bytes)).tobytes())
     return {
         "number": number,
         "domain": row["domain"],

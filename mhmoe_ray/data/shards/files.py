@@ -123,17 +123,19 @@ class ShardReader:
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Every shard is there with the content it was written with.
+    """Every shard and the tokenizer are there with the content they were written with.
 
     Raises:
         DataError: one is missing or damaged.
     """
-    for shard in [s for d in manifest.domains.values() for s in d.shards] + manifest.validation:
-        path = folder / shard.file
+    written = {s.file: s.sha256 for s in [s for d in manifest.domains.values() for s in d.shards] + manifest.validation}
+    for name, sha256 in {"tokenizer.json": manifest.tokenizer_sha256, **written}.items():
+        path = folder / name
         why = None
         if not path.is_file():
             why = "it is missing"
-        elif describe_file(path).sha256 != shard.sha256:
+        elif describe_file(path).sha256 != sha256:
             why = "its content is not what was written"
         if why:
-            raise DataError(f"shard {path}", why, f"remove {folder} and prepare again")
+            what = "shard" if name in written else "tokenizer"
+            raise DataError(f"{what} {path}", why, f"remove {folder} and prepare again")
