@@ -2,7 +2,8 @@
 
     budgets      domains by the mixture of the first phase that reads them, never more than they have; then a domain's
                  files by size. Sizes are those of the stored files; what is compressed counts as three times that.
-    files        all of a domain's, or as many, evenly spread, as leave each of them MIN_FILE characters
+    files        evenly spread, as many as leave each one MIN_FILE characters to give and hold four times the budget;
+                 all of them, where these are not enough
     documents    those of the smallest hashes among the first REACH budgets of a file
 
 So the sample depends on names, sizes and texts alone, a file up to REACH times its budget is sampled from beginning to
@@ -39,8 +40,12 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
     budgets = domain_budgets({name: sum(map(_size, own)) for name, own in by_domain.items()}, spec)
     result = []
     for name, own in by_domain.items():
-        count = min(len(own), max(1, budgets[name] // MIN_FILE))
-        chosen = [own[i * len(own) // count] for i in range(count)]
+        count, chosen = max(1, budgets[name] // MIN_FILE), own
+        while count < len(own):
+            chosen = [own[i * len(own) // count] for i in range(count)]
+            if sum(map(_size, chosen)) >= 4 * budgets[name]:
+                break
+            count, chosen = 2 * count, own
         sizes = [_size(file) for file in chosen]
         total = min(budgets[name], sum(sizes))
         parts = apportion(total, sizes, sizes, 0.5) if total else []

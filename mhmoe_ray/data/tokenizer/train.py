@@ -3,7 +3,7 @@ any text comes back as it was; the result depends on the files and settings alon
 
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -14,6 +14,7 @@ from mhmoe_ray.spec import DataSpec
 
 MAX_PIECE = 32
 """Bytes of a Unigram piece; a letter has up to 4."""
+_SPACE = "\u2581"  # SentencePiece's, which no letter of the byte-level alphabet is
 _THREADS = 16
 """SentencePiece adds up each thread's share of the counts, so that another number gives other last digits. Any machine
 runs that many."""
@@ -63,11 +64,11 @@ def _unigram_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"{word}\t{count}" for word, count in sorted(words.items())),
+        sentence_iterator=_lines(words),
         input_format="tsv",
         model_writer=model,
         model_type="unigram",
-        vocab_size=size + 1,  # it insists on an unknown token
+        vocab_size=size + 2,  # it insists on an unknown token, and SPACE is one of its letters
         hard_vocab_limit=False,
         unk_id=0,
         bos_id=-1,
@@ -84,10 +85,19 @@ def _unigram_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
         remove_extra_whitespaces=False,
         split_by_unicode_script=False,
         split_by_number=False,
-        split_by_whitespace=False,
     )
     made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [(made.id_to_piece(i), made.get_score(i)) for i in range(1, made.get_piece_size())]
+    pieces = [(made.id_to_piece(i), made.get_score(i)) for i in range(1, made.get_piece_size())]
+    return [(piece, score) for piece, score in pieces if piece != _SPACE]
+
+
+def _lines(words: Counter[str]) -> Iterator[str]:
+    """Each word and its count, once by itself and once before a space, at which SentencePiece splits it off again: only
+    what stands before two different characters can become a piece, and so each word that occurs twice can."""
+    for word, count in sorted(words.items()):
+        yield f"{word}{_SPACE}\t1"
+        if count > 1:
+            yield f"{word}\t{count - 1}"
 
 
 def _byte_level(model: models.Model) -> Tokenizer:
