@@ -77,7 +77,8 @@ class DataSpec(Section):
     """Of a vocabulary in tiktoken's format: how text is split before its ranks apply, as gpt2, cl100k, o200k or qwen2,
     or as a regular expression."""
     tokenizer_model: Literal["bpe", "unigram"] | None = None
-    """The kind that is trained, byte-level either way; bpe unless it says otherwise."""
+    """The kind that is trained, byte-level either way; bpe unless it says otherwise. unigram takes several times as
+    long to train."""
     tokenizer_train_mb: PositiveFloat | None = None
     """Text that it is trained on, in millions of characters, 20 unless it says otherwise: a sample of all domains in
     the proportions of the mixture."""

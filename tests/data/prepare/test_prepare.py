@@ -106,7 +106,11 @@ def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_clust
 
 
 @pytest.mark.parametrize(
-    "keys", [{"tokenizer": "ranks", "tokenizer_pattern": "cl100k"}, {"tokenizer_model": "unigram"}]
+    "keys",
+    [
+        {"tokenizer": "ranks", "tokenizer_pattern": "cl100k"},
+        pytest.param({"tokenizer_model": "unigram"}, marks=pytest.mark.slow),
+    ],
 )
 def test_documents_that_spell_the_end_of_text_have_one_start_each(local_cluster, tmp_path, keys):
     texts = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
