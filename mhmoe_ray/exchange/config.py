@@ -1,6 +1,6 @@
 """config.json: of a Mixtral where the model is one, and always with our own `model` section, which says all.
 
-    {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048}}
+    {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048, "tokenizer_sha256": "..."}}
 
 Tools that know Mixtral read its fields and pass over ours; a folder that never was ours has no `mhmoe`, and its fields
 become a `model` section. Where both are there they must agree.
@@ -26,9 +26,13 @@ class MhmoeConfig(BaseModel):
 
     model: ModelSpec
     seq_len: PositiveInt
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer.json beside it; absent in folders that were never ours."""
 
 
-def to_config(model: ModelSpec, seq_len: int, dtype: torch.dtype, edges: tuple[int, list[int]]) -> dict[str, Any]:
+def to_config(
+    model: ModelSpec, seq_len: int, dtype: torch.dtype, edges: tuple[int, list[int]], tokenizer_sha256: str
+) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
@@ -36,8 +40,10 @@ def to_config(model: ModelSpec, seq_len: int, dtype: torch.dtype, edges: tuple[i
         seq_len: tokens that it sees at once.
         dtype: of its weights.
         edges: token ids that start and that end a text.
+        tokenizer_sha256: of its tokenizer.json.
     """
-    ours = {OURS: MhmoeConfig(model=model, seq_len=seq_len).model_dump(mode="json")}
+    section = MhmoeConfig(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
+    ours = {OURS: section.model_dump(mode="json")}
     common = {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": edges[0], "eos_token_id": edges[1]}
     if not is_mixtral(model):
         return {"model_type": "mhmoe", **common, **ours}

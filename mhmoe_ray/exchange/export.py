@@ -60,7 +60,9 @@ def _write(folder: Path, checkpoint: Path, manifest: Manifest, tokenizer: Path) 
     edges = boundaries(load_tokenizer(tokenizer, manifest.model.vocab_size))
     assert edges is not None
     main = dtypes["embedding.weight"]
-    config = to_config(manifest.model, manifest.seq_len, main, (edges.start, sorted(edges.ends)))
+    config = to_config(
+        manifest.model, manifest.seq_len, main, (edges.start, sorted(edges.ends)), manifest.tokenizer_sha256
+    )
     write_json(folder / CONFIG, config)
     total = sum(dtypes[e.ours].itemsize * torch.Size(e.shape).numel() for group in groups for e in group)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})

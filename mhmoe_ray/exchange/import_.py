@@ -40,6 +40,9 @@ def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | 
     if not tokenizer.is_file():
         why = "it has no tokenizer.json, which serving needs"
         raise CheckpointError(f"folder {source}", why, "add the one the model was trained with")
+    if config.tokenizer_sha256 not in (None, describe_file(tokenizer).sha256):
+        why = "its tokenizer.json is not the one the model was trained with"
+        raise CheckpointError(f"folder {source}", why, "restore that file")
     load_tokenizer(tokenizer, config.model.vocab_size)
     with open_stored(source) as stored:
         groups = entries(config.model)

@@ -75,9 +75,16 @@ class DataSpec(Section):
     """concat: documents one after another, cut wherever a sample ends. best_fit: documents that fit into a sample stay
     whole; samples are filled up with padding, whose targets do not count."""
     tokenizer: Path | None = None
-    """A tokenizer.json; absent: a byte-level BPE is trained on the sources."""
-    tokenizer_train_mb: PositiveFloat = 20.0
-    """Text used to train that BPE, in MB, taken evenly from all domains and languages."""
+    """A tokenizer.json, or a vocabulary in tiktoken's format; absent: one is trained on the sources."""
+    tokenizer_pattern: str | None = Field(default=None, min_length=1)
+    """Of a vocabulary in tiktoken's format: how text is split before its ranks apply, as gpt2, cl100k, o200k or qwen2,
+    or as a regular expression."""
+    tokenizer_model: Literal["bpe", "unigram"] | None = None
+    """The kind that is trained, byte-level either way; bpe unless it says otherwise. unigram takes several times as
+    long to train."""
+    tokenizer_train_mb: PositiveFloat | None = None
+    """Text that it is trained on, in millions of characters, 20 unless it says otherwise: a sample of all domains in
+    the proportions of the mixture."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents held out for validation, chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
@@ -102,7 +109,17 @@ class DataSpec(Section):
         for step, mixes in self.mixes.items():
             if not any(mix.weight for mix in mixes.values()):
                 raise ValueError(f"every source has weight 0 from step {step} on")
+        if self.tokenizer is None and self.tokenizer_pattern is not None:
+            raise ValueError("tokenizer_pattern is for a given vocabulary in tiktoken's format: give tokenizer as well")
+        for key in ("tokenizer_model", "tokenizer_train_mb"):
+            if self.tokenizer is not None and getattr(self, key) is not None:
+                raise ValueError(f"a tokenizer is given and none is trained, so {key} would be ignored")
         return self
+
+    @property
+    def train_mb(self) -> float:
+        """Millions of characters that a tokenizer is trained on."""
+        return self.tokenizer_train_mb or 20.0
 
     @property
     def mixes(self) -> dict[int, dict[str, SourceMix]]:

@@ -274,6 +274,14 @@ def test_a_config_of_two_minds_is_refused(tmp_path):
         import_folder(tmp_path / "out", None, tmp_path / "runs", None)
 
 
+def test_an_export_with_another_tokenizer_is_refused(tmp_path):
+    exported(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
+    tokenizer = tmp_path / "out" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
+        import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+
+
 def test_an_export_never_writes_into_what_is_there(tmp_path):
     run = make_run(tmp_path, MODELS["dense"])
     (tmp_path / "full").mkdir()

@@ -2,15 +2,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mhmoe_ray.data.tokenizer.train import train_unigram
 from mhmoe_ray.serve.text import TextDecoder, TextStream
 from tests.llama_tokenizer import llama_tokenizer
 
 from .conftest import TEXT, build_tokenizer
 
 TOKENIZER = build_tokenizer()
+UNIGRAM = train_unigram(TEXT * 2, 330)
 LLAMA = llama_tokenizer(TEXT[:2] * 4, 320)  # its vocabulary lacks Japanese and foxes, which become bytes
-DECODERS = {"bytes": TextDecoder(TOKENIZER), "fallback": TextDecoder(LLAMA)}
-SIZES = {"bytes": TOKENIZER.get_vocab_size(), "fallback": LLAMA.get_vocab_size()}
+TOKENIZERS = {"bytes": TOKENIZER, "unigram": UNIGRAM, "fallback": LLAMA}
+DECODERS = {kind: TextDecoder(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
+SIZES = {kind: tokenizer.get_vocab_size() for kind, tokenizer in TOKENIZERS.items()}
 kinds = st.sampled_from(sorted(DECODERS))
 
 texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "é", "\ufffd"})), max_size=16)
@@ -20,7 +23,7 @@ texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "�
 def answers(draw):
     """A tokenizer, and any tokens at all (bytes that are no UTF-8 among them) or tokens of real text."""
     kind = draw(kinds)
-    tokenizer = {"bytes": TOKENIZER, "fallback": LLAMA}[kind]
+    tokenizer = TOKENIZERS[kind]
     any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=24)
     return DECODERS[kind], draw(st.one_of(any_ids, texts.map(lambda text: tokenizer.encode(text).ids)))
 
@@ -70,7 +73,8 @@ def test_what_is_sent_is_never_taken_back(answer):
 @settings(max_examples=200)
 @given(texts)
 def test_whole_characters_are_decoded_as_the_library_does(text):
-    for tokenizer, decode in ((TOKENIZER, DECODERS["bytes"]), (LLAMA, DECODERS["fallback"])):
+    for kind, tokenizer in TOKENIZERS.items():
+        decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
         assert decode(ids) == tokenizer.decode(ids) == text
 
@@ -79,7 +83,8 @@ def test_whole_characters_are_decoded_as_the_library_does(text):
 @given(texts.map(lambda text: text.replace("\ufffd", "")), st.integers(0, 16))
 def test_an_answer_goes_on_where_the_prompt_ends(text, cut):
     """However a text is cut into prompt and answer, in front of a space too: joined they are the text."""
-    for tokenizer, decode in ((TOKENIZER, DECODERS["bytes"]), (LLAMA, DECODERS["fallback"])):
+    for kind, tokenizer in TOKENIZERS.items():
+        decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
         while "\ufffd" in decode(ids[:cut]):  # prompts end with a whole character
             cut += 1
@@ -95,7 +100,7 @@ def test_a_first_space_stays_where_there_was_a_prompt():
     assert "".join(push_all(answer, [], DECODERS["fallback"], [begin])[0]) == "fox jumps"
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, LLAMA])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 def test_a_character_of_several_tokens_comes_at_once(tokenizer):
     """Also after others of the kind, which byte fallback would spoil while the next is not whole."""
     ids = tokenizer.encode("🧭🧭🧭").ids

@@ -56,6 +56,8 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
             "data.schedule=[{from_step: 5, sources: {redpajama: {}}}, {from_step: 5, sources: {redpajama: {}}}]",
             "schedule must be by from_step, each once, and has 5, 5",
         ),
+        ("data.tokenizer_model=wordpiece", "'data.tokenizer_model': Input should be 'bpe' or 'unigram'"),
+        ("data.tokenizer_pattern=gpt2", "tokenizer_pattern is for a given vocabulary in tiktoken's format"),
         ("name.x=3", "name is a value, not a section"),
         ("train", "it is not key=value"),
         ("train.steps=[", "the value is not YAML"),
@@ -67,6 +69,17 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
         load_spec(QUICKSTART, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
+def test_what_a_given_tokenizer_has_no_use_for_is_refused(tmp_path, key, value):
+    """Their defaults too, where they are written out; but a spec that says nothing of them reads back."""
+    with pytest.raises(SpecError, match=f"so {key} would be ignored"):
+        load_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
+    spec = load_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    assert load_spec(tmp_path / "spec.yaml") == spec
+    assert load_spec(QUICKSTART, [f"data.{key}={value}"]).data.train_mb == 20
 
 
 def test_a_schedule_changes_key_by_key():

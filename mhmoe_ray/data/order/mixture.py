@@ -74,8 +74,8 @@ def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     by_size, tempered = [], []
     for step in begins:
         mixes = spec.data.mixes[step]
-        by_size.append(_shares(mixes, domains, tokens, flat=False))
-        tempered.append(_shares(mixes, domains, tokens, flat=True))
+        by_size.append(phase_shares(mixes, domains, tokens, flat=False))
+        tempered.append(phase_shares(mixes, domains, tokens, flat=True))
     steps = [to - at for at, to in pairwise([*begins, spec.train.steps])]
     if any(limit is not None for limit in limits):
         positions = [n * spec.samples_per_step for n in steps]
@@ -126,7 +126,7 @@ def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDoma
     return limits
 
 
-def _shares(
+def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, flat: bool
 ) -> list[float]:
     """Share of each domain before limits, adding up to 1; `flat`: with temperature."""

@@ -9,15 +9,13 @@ killed in between. It appears under its name in one rename, when it is whole.
 """
 
 import pickle
-import shutil
 from collections import defaultdict
-from functools import lru_cache, partial
+from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 from tokenizers import Tokenizer
@@ -28,7 +26,7 @@ from mhmoe_ray.data.prepare.packing import Made, make_shard, plan
 from mhmoe_ray.data.prepare.parts import PartRef, Stream
 from mhmoe_ray.data.prepare.progress import Report
 from mhmoe_ray.data.prepare.quarantine import FILE, Limit
-from mhmoe_ray.data.prepare.tokenise import Encoder, Tokenised
+from mhmoe_ray.data.prepare.tokenise import Tokenised, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import Chosen, choose
 from mhmoe_ray.data.prepare.work import publish, work_folder
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
@@ -43,7 +41,7 @@ from mhmoe_ray.data.shards.manifest import (
     require_data_manifest,
 )
 from mhmoe_ray.data.sources import Tally, find_files
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, train_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.manifest import describe_file
@@ -129,10 +127,9 @@ class _Preparation:
 
     def _make_tokenizer(self) -> int:
         """Write tokenizer.json; returns the token that each document begins with."""
-        path, given, vocab_size = self._work / "tokenizer.json", self._data.tokenizer, self._spec.model.vocab_size
-        if given is not None:
-            load_tokenizer(given, vocab_size)
-            shutil.copyfile(given, path)
+        path, vocab_size = self._work / "tokenizer.json", self._spec.model.vocab_size
+        if self._data.tokenizer is not None:
+            store_given(self._data, vocab_size, path)
         else:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
             tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data, vocab_size))
@@ -151,7 +148,7 @@ class _Preparation:
         quarantine = self._work / "quarantine"
         read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine, characters=CHUNK)
         tokenise = partial(
-            _tokenise,
+            tokenise_chunk,
             tokenizer=self._work / "tokenizer.json",
             parts=self._parts,
             validation_fraction=self._data.validation_fraction,
@@ -224,18 +221,6 @@ class _Preparation:
             self._report.shards += 1
             self._report.refresh()
         return {name: sorted(shards, key=lambda m: m.number) for name, shards in made.items()}
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, parts: Path, validation_fraction: float, token_bytes: int, _written: int) -> Encoder:
-    return Encoder(tokenizer, parts, validation_fraction, token_bytes)
-
-
-def _tokenise(
-    table: pa.Table, *, tokenizer: Path, parts: Path, validation_fraction: float, token_bytes: int
-) -> dict[str, Any]:
-    written = tokenizer.stat().st_mtime_ns
-    return _encoder(tokenizer, parts, validation_fraction, token_bytes, written)(table)
 
 
 def _domain(chunks: list[Tokenised], made: list[Made], validation_samples: int, seq_len: int) -> Domain:

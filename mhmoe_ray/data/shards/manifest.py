@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.spec import RunSpec
 
 FORMAT = 3
@@ -81,7 +82,12 @@ class DataManifest(BaseModel):
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
-    """The settings that determine a prepared folder; the mixture is not among them, since it acts when reading."""
+    """The settings that determine a prepared folder. The mixture is not among them, since it acts when reading; a
+    tokenizer trained for one mixture stays when that changes.
+
+    Raises:
+        DataError: the given tokenizer cannot be read.
+    """
     data = spec.data
     return {
         "format": FORMAT,
@@ -92,11 +98,21 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
         "packing": data.packing,
-        "tokenizer": str(data.tokenizer) if data.tokenizer else None,
-        "tokenizer_train_mb": data.tokenizer_train_mb,
+        "tokenizer": _given_tokenizer(data.tokenizer) if data.tokenizer else None,
+        "tokenizer_pattern": data.tokenizer_pattern,
+        "tokenizer_model": None if data.tokenizer else data.tokenizer_model or "bpe",
+        "tokenizer_train_mb": None if data.tokenizer else data.train_mb,
         "validation_fraction": data.validation_fraction,
         "validation_samples": data.validation_samples,
     }
+
+
+def _given_tokenizer(path: Path) -> str:
+    """By its content: another file under the same name is another tokenizer, and the same one elsewhere is not."""
+    try:
+        return f"a file of SHA-256 {describe_file(path).sha256}"
+    except OSError as e:
+        raise DataError(f"tokenizer {path}", e.strerror or str(e), "restore it, or correct data.tokenizer") from e
 
 
 def read_data_manifest(folder: Path) -> DataManifest | None:

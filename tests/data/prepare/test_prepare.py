@@ -1,5 +1,6 @@
 """The data pipeline on a real cluster."""
 
+import base64
 import filecmp
 import json
 import re
@@ -17,9 +18,10 @@ from mhmoe_ray.data.shards.files import ShardReader, padding_token
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
+from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.spec import PhaseSpec, SourceMix, dump_spec
 from mhmoe_ray.train.digest import sample_digest
-from tests.data.texts import write_corpus
+from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec
 
 pytestmark = pytest.mark.ray
@@ -154,3 +156,30 @@ def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_clust
         for rank, batches in enumerate(workers):
             assert [p for p, _ in batches] == positions[rank::world].tolist()
             assert [d for _, d in batches] == [sample_digest(t) for t in tokens[rank::world]]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tokenizer": "ranks", "tokenizer_pattern": "cl100k"},
+        pytest.param({"tokenizer_model": "unigram"}, marks=pytest.mark.slow),
+    ],
+)
+def test_documents_that_spell_the_end_of_text_have_one_start_each(local_cluster, tmp_path, keys):
+    texts = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
+    write_documents(tmp_path / "raw/a/one.jsonl", texts)
+    lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    (tmp_path / "ranks").write_bytes(b"".join(lines))
+    spec = tiny_spec(tmp_path, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
+    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(spec))
+    manifest = read_data_manifest(spec.data.prepared)
+    tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
+    assert manifest.tokenizer_sha256 == describe_file(spec.data.prepared / "tokenizer.json").sha256
+    domain = manifest.domains["web/a"]
+    rows = ShardReader(spec.data.prepared, domain.shards, manifest.token_bytes).read(np.arange(domain.samples))
+    stream = np.append(rows[:, :-1].ravel(), rows[-1, -1])
+    parts = tokenizer.decode(stream.tolist(), skip_special_tokens=False).split(END_OF_TEXT)
+    read = np.split(stream, np.flatnonzero(stream == tokenizer.token_to_id(END_OF_TEXT)))[1:]
+    kept = [text for text in texts if not is_validation(text, 0.2)]
+    assert [tokenizer.decode(ids[1:].tolist()) for ids in read[:-1]] == kept[: len(read) - 1]
+    assert len(kept) - 1 <= len(read) <= len(kept) < len(parts)

@@ -1,0 +1,71 @@
+"""Tokenizers that a user gives, and those that lie in runs and prepared folders."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries
+from mhmoe_ray.data.tokenizer.tiktoken import from_tiktoken, is_tiktoken
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import DataSpec
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer.json that fits a model of `vocab_size` rows. It neither cuts nor pads, whatever the file says.
+
+    Raises:
+        DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
+        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _check(tokenizer, path, vocab_size)
+    return tokenizer
+
+
+def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
+    """Write the tokenizer that a spec names as a tokenizer.json: a copy, or what tiktoken's format comes to.
+
+    Args:
+        spec: with a `tokenizer`.
+        vocab_size: rows of the model.
+        to: the file to write.
+
+    Raises:
+        DataError: as `load_tokenizer`; or `tokenizer_pattern` is missing, wrong, or of no use.
+    """
+    path, pattern = spec.tokenizer, spec.tokenizer_pattern
+    assert path is not None
+    what = f"tokenizer {path}"
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise DataError(what, e.strerror or str(e), "correct data.tokenizer") from e
+    if is_tiktoken(content):
+        if pattern is None:
+            why = "a file in tiktoken's format does not say how text is split before its ranks apply"
+            raise DataError(what, why, "set data.tokenizer_pattern to gpt2, cl100k, o200k, qwen2 or an expression")
+        tokenizer = from_tiktoken(content, pattern, what)
+        _check(tokenizer, path, vocab_size)
+        tokenizer.save(str(to))
+        return
+    load_tokenizer(path, vocab_size)
+    if pattern is not None:
+        why = "a tokenizer.json has a pattern of its own, so data.tokenizer_pattern would be ignored"
+        raise DataError(what, why, "take that key out")
+    to.write_bytes(content)
+
+
+def _check(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    # Ids may have gaps, so that the highest can be above the number of entries.
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > vocab_size:
+        fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
+        raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
+    if boundaries(tokenizer) is None:
+        why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
+        raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")
