@@ -1,19 +1,17 @@
-"""`mhmoe data`: sample text, preparing raw text for training, and the mixture that training reads."""
+"""`mhmoe data`: sample text, looking at raw text, preparing it for training, and the mixture that training reads."""
 
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli import launch, mix
-from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, note, out, print_json, read_spec
+from mhmoe_ray.cli import inspect, job, launch, lint, mix
+from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, out, print_json, read_spec
 
-if TYPE_CHECKING:
-    from mhmoe_ray.errors import DataError
-
-app = typer.Typer(help="Make and prepare training text.", no_args_is_help=True)
+app = typer.Typer(help="Make, inspect and prepare training text.", no_args_is_help=True)
+app.command("inspect")(inspect.inspect)
+app.command("lint")(lint.lint)
 app.command("mix")(mix.mix)
 
 
@@ -29,14 +27,6 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], j
     out.print(f"{sum(written.values())} documents in {len(written)} domains and languages below {folder}")
 
 
-def _failure(log: str) -> "DataError | None":
-    """The job's own last error, as mhmoe_ray.data.prepare.job prints it."""
-    from mhmoe_ray.errors import DataError
-
-    told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-    return DataError.parse(told[-1]) if told else None
-
-
 @app.command()
 def prepare(
     spec: SpecArg,
@@ -45,11 +35,9 @@ def prepare(
     json: JsonOption = False,
 ) -> None:
     """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done."""
-    from mhmoe_ray.cluster import jobs
     from mhmoe_ray.data import SAYS
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
-    from mhmoe_ray.errors import DataError
     from mhmoe_ray.spec import dump_spec
 
     resolved = read_spec(spec, set_)
@@ -58,22 +46,17 @@ def prepare(
     if manifest is None:
         find_files(resolved.data)
         connection = launch.cluster_for(resolved.cluster, resolved.storage, resolved.cluster.cpus, address)
-        job = f"prepare-{folder.name}-{secrets.token_hex(3)}"
-        environment = dict(resolved.cluster.runtime_env)
-        environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(resolved)}
-        jobs.submit(
+        ended = job.run(
             connection,
-            jobs.request(["-m", "mhmoe_ray.data.prepare.job"], job, local=connection.local, runtime_env=environment),
+            resolved.cluster,
+            "mhmoe_ray.data.prepare.job",
+            f"prepare-{folder.name}",
+            {"MHMOE_SPEC": dump_spec(resolved)},
+            SAYS,
         )
-        for line in jobs.follow_logs(connection, job):
-            if line.startswith(SAYS):
-                note.print(line, soft_wrap=True)
         manifest = read_data_manifest(folder)
         if manifest is None:
-            # The whole log: a stream of it may end before the last lines of a job that fails.
-            raise _failure(jobs.logs(connection, job)) or DataError(
-                f"prepared data {folder}", jobs.message(connection, job), "see the job in the dashboard"
-            )
+            raise ended.error(f"prepared data {folder}")
     check_recipe(folder, manifest, resolved)
     if json:
         print_json(manifest.model_dump())

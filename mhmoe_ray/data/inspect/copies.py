@@ -111,6 +111,6 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
     by_path = np.argsort(np.argsort(np.array(paths), kind="stable"))[entries["file"][begin]]
     for t in np.lexsort((entries["line"][begin], by_path, -count))[:EXAMPLES]:
         if count[t] > 1:
-            first_two = (Place(paths[e["file"]], int(e["line"])) for e in entries[begin[t] : begin[t] + 2])
-            result.most.append((int(count[t]), *first_two))
+            one, other = (Place(paths[e["file"]], int(e["line"])) for e in entries[begin[t] : begin[t] + 2])
+            result.most.append((int(count[t]), one, other))
     return result

@@ -1,4 +1,4 @@
-"""The job of `mhmoe data inspect` and `lint`; the request comes as JSON in MHMOE_REQUEST, the survey goes to the log."""
+"""The job of `mhmoe data inspect` and `lint`: the request comes as JSON in MHMOE_REQUEST, the survey is in its log."""
 
 import os
 import sys

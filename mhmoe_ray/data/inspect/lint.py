@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mhmoe_ray.data.inspect import textrules
-from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Place
+from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Finding
 from mhmoe_ray.data.inspect.result import Survey
 from mhmoe_ray.data.order.mixture import mixture
 from mhmoe_ray.data.prepare.quarantine import Limit
@@ -39,7 +39,7 @@ class Problem:
     fix: str
     count: int
     """Of documents, files or whatever it says."""
-    examples: list[tuple[Place | str, str]]
+    examples: list[tuple[str, str]]
     """Some of them: where, and what was seen there."""
 
 
@@ -69,14 +69,18 @@ def _unreadable(data: Data) -> Iterator[Problem]:
     fix = "mend or remove it" + (", or raise data.max_bad_lines, max_bad_share or max_bad_files" if stops else "")
     for name, domain in data.survey.domains.items():
         for reason, count in sorted(domain.quarantined.items()):
-            yield Problem("unreadable", stops, name, reason, fix, count, [*domain.findings[reason].examples])
+            yield Problem("unreadable", stops, name, reason, fix, count, _seen(domain.findings[reason]))
 
 
 def _texts(data: Data) -> Iterator[Problem]:
     for name, rule in textrules.RULES.items():
         for domain, survey in data.survey.domains.items():
             if found := survey.findings.get(name):
-                yield Problem(name, rule.severe, domain, rule.says, rule.fix, found.count, [*found.examples])
+                yield Problem(name, rule.severe, domain, rule.says, rule.fix, found.count, _seen(found))
+
+
+def _seen(finding: Finding) -> list[tuple[str, str]]:
+    return [(str(place), saw) for place, saw in finding.examples]
 
 
 def _unread_files(data: Data) -> Iterator[Problem]:
@@ -88,8 +92,8 @@ def _unread_files(data: Data) -> Iterator[Problem]:
             continue
         root, listed = Storage(source.path).files()
         chosen = data.data.subfolders(name)
-        below = lambda path, root=root: path.removeprefix(root.rstrip("/") + "/").partition("/")[0]  # noqa: E731
-        left = [f.path for f in listed if f.path not in read and (chosen is None or below(f.path) in chosen)]
+        below = {path: path.removeprefix(root.rstrip("/") + "/").partition("/")[0] for path, _ in listed}
+        left = [path for path, sub in below.items() if path not in read and (chosen is None or sub in chosen)]
         if left:
             says = f"files that are not of format {formats[name]} are not read"
             fix = "move them elsewhere, or name the files by a pattern and their format"
@@ -108,7 +112,7 @@ def _copies(data: Data) -> Iterator[Problem]:
             mine = [(pair, f"{n:,} texts in both") for pair, n in others if name in pair.split(" and ")]
             says = f"over {COPIES:.0%} of its texts are in other domains too"
             fix = "keep each in one, or mean it: they are read more often than the mixture says"
-            yield Problem("shared-texts", False, name, says, fix, copies.elsewhere, [*mine[:EXAMPLES]])
+            yield Problem("shared-texts", False, name, says, fix, copies.elsewhere, mine[:EXAMPLES])
 
 
 def _too_small(data: Data) -> Iterator[Problem]:
@@ -154,7 +158,7 @@ def _epochs(data: Data) -> Iterator[Problem]:
         if epochs > EPOCHS:
             says, fix = f"training reads it more than {EPOCHS} times", "set max_epochs, lower its share, or add text"
             seen = [(domain.name, f"{epochs:.1f} epochs of {domain.samples:,} samples")]
-            yield Problem("epochs", False, domain.name, says, fix, 1, [*seen])
+            yield Problem("epochs", False, domain.name, says, fix, 1, seen)
 
 
 def _fertility(data: Data) -> Iterator[Problem]:

@@ -1,5 +1,7 @@
-"""What the job is asked for and what it finds. The survey comes back as JSON in lines of the job's log, which is there on
-any cluster: raw text that is only looked at has no folder to leave a file in.
+"""What the job is asked for and what it finds.
+
+The survey comes back as JSON in lines of the job's log, which is there on any cluster: raw text that is only looked at
+has no folder to leave a file in.
 """
 
 from collections.abc import Iterator

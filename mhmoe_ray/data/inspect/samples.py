@@ -1,6 +1,7 @@
 """Packed training samples as text: what the model sees, in the order in which it sees it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def decoded(spec: RunSpec, start: int, count: int) -> list[Shown]:
         starts = [at for at, token in enumerate(real) if token == edges.start]
         cuts = sorted({0, *starts, len(real)})
         parts = []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             begins = real[a] == edges.start
             text = tokenizer.decode(real[a + begins : b], skip_special_tokens=False)
             parts.append(Part(begins, b - a, text))

@@ -1,7 +1,7 @@
 """All raw files of a spec, read in parallel by Ray Data and added up.
 
-The result depends on the files only, not on how many tasks ran at once. Entries of documents stay in Ray's object store,
-which spills them to disk; the driver holds sums.
+The result depends on the files only, not on how many tasks ran at once. Entries of documents stay in Ray's object
+store, which spills them to disk; the driver holds sums.
 """
 
 import pickle
@@ -25,7 +25,7 @@ from mhmoe_ray.data.sources import RawFile, find_files
 PARTITION_BYTES = 4 << 30
 """Of raw files, a partition of entries; of documents of 500 stored bytes that is 8 million, 160 MB."""
 MOST_PARTITIONS = 4096
-STEPS = 20
+STEPS = 10
 """Lines at most that tell how far reading is."""
 
 
