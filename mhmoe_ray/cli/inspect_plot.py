@@ -27,6 +27,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, min(MOST_INCHES, 2.4 + ROW_INCHES * rows)), layout="constrained")
     panels = 3 if found["tokenized"] else 2
     axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
+    for axis in axes:
+        axis.xaxis.tick_top()
     _lengths(figure, axes[0], found)
     languages = {name or "(not named)": row for name, row in found["languages"].items()}
     if found["tokenized"]:
@@ -34,6 +36,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _bars(axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", "C1")
     else:
         _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", "C0")
+    for axis in axes:  # rows of one height, whether there are more domains or more languages
+        axis.set_ylim(rows - 0.5, -0.5)
     try:
         figure.savefig(path, format="png")
     except OSError as e:
@@ -74,7 +78,6 @@ def _bars(axis: Any, values: dict[str, float | None], title: str, color: str) ->
     """One bar a language; none where there is no figure."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
-    axis.set_ylim(len(values) - 0.5, -0.5)
     axis.set_title(f"{title} by language")
     axis.grid(axis="x", alpha=0.3)
 

@@ -36,6 +36,7 @@ class DomainCopies:
     extra: int = 0
     """Documents without which each of them would be there once."""
     extra_bytes: int = 0
+    """Of those, if the longest of each stays: white space may differ."""
     elsewhere: int = 0
     """Different texts that another domain has too."""
 
@@ -88,11 +89,13 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
     new_text = np.diff(entries["hash"], prepend=entries["hash"][:1] + np.uint64(1)) != 0
     size = entries["bytes"].astype(np.int64)
     result.distinct, result.extra = int(new_text.sum()), int((~new_text).sum())
-    result.extra_bytes = int(size[~new_text].sum())
+    begin = np.flatnonzero(new_text)
+    result.extra_bytes = int(size.sum() - np.maximum.reduceat(size, begin).sum()) if len(size) else 0
 
     text = np.cumsum(new_text) - 1
     pair = text * len(names) + domain
-    _, first = np.unique(pair, return_index=True)
+    longest_first = np.lexsort((-size, pair))
+    first = longest_first[np.unique(pair[longest_first], return_index=True)[1]]
     again = np.ones(len(entries), bool)
     again[first] = False
     domains_of_text = np.bincount(text[first], minlength=result.distinct)
@@ -106,7 +109,6 @@ def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[st
     for group in np.split(domain[first][shared], np.flatnonzero(np.diff(text[first][shared])) + 1):
         result.pairs.update(f"{names[a]}, {names[b]}" for a, b in combinations(sorted(group), 2))
 
-    begin = np.flatnonzero(new_text)
     count = np.diff(begin, append=len(entries))
     by_path = np.argsort(np.argsort(np.array(paths), kind="stable"))[entries["file"][begin]]
     for t in np.lexsort((entries["line"][begin], by_path, -count))[:EXAMPLES]:
