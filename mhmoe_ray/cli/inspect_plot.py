@@ -60,7 +60,7 @@ def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
     ]
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
-    step = max(1, len(powers) // 8)
+    step = -(-len(powers) // 8)
     axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [_short(1 << p) for p in powers[::step]])
     axis.set_title(f"length of documents in {unit}")
     figure.colorbar(
@@ -78,7 +78,7 @@ def _bars(axis: Any, values: dict[str, float | None], title: str, color: str) ->
     """One bar a language; none where there is no figure."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
-    axis.set_title(f"{title} by language")
+    axis.set_title(title)
     axis.grid(axis="x", alpha=0.3)
 
 
