@@ -63,7 +63,7 @@ def _show(problems: "list[Problem]") -> None:
         kind = "error" if severe else "warning"
         out.print(f"{kind} {rule}: {says}", style="bold red" if severe else "bold yellow", soft_wrap=True)
         named = ", ".join(f"{p.where} {p.count:,}" for p in same[:WHERE])
-        more = f" and {len(same) - WHERE:,} domains more" if len(same) > WHERE else ""
+        more = f" and {len(same) - WHERE:,} more" if len(same) > WHERE else ""
         out.print(f"  in {named}{more}", soft_wrap=True)
         for place, saw in [example for p in same[:WHERE] for example in p.examples[: 1 if len(same) > 1 else 3]]:
             out.print(f"  {place}" + (f"  {saw}" if saw else ""), soft_wrap=True)

@@ -99,12 +99,16 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
         DataError: as the job's own.
         ClusterError, JobError: as other jobs.
     """
+    from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.data.inspect import SAYS
     from mhmoe_ray.data.inspect.result import Request, survey_in
     from mhmoe_ray.data.sources import find_files
 
     find_files(what.data)
-    connection = launch.cluster_for(what.cluster, what.storage, what.cluster.cpus, address)
+    # A local cluster of any size will do; one that is started now should do for training afterwards.
+    running = find_local()
+    cpus = running.cpus if running else max(launch.LOCAL_CPUS, what.cluster.cpus)
+    connection = launch.cluster_for(what.cluster, what.storage, cpus, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     ended = job.run(
         connection,

@@ -1,5 +1,6 @@
 """Figures of documents. All of them add up, in any order and grouping, so that no split of the work shows in them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,9 +11,17 @@ from mhmoe_ray.data.sources import Tally
 
 EXAMPLES = 3
 """Kept of each finding."""
-SPACED = 12
-"""Characters a word at most, on average, where words are set apart by spaces: Finnish has 9, source code too, Chinese
-more than 13."""
+UNSPACED = 0.3
+"""Share of a text's characters in scripts without spaces between words, from which on counting words says nothing."""
+_UNSPACED = re.compile(
+    "["
+    "\u0e00-\u0fff"  # Thai, Lao, Tibetan
+    "\u1000-\u109f"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u3040-\u30ff"  # kana
+    "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "]+"
+)
 
 
 class Place(NamedTuple):
@@ -46,6 +55,8 @@ class Figures:
     characters: int = 0
     words: int = 0
     """Runs of characters without white space: `str.split`, as Gopher counts them."""
+    unspaced: int = 0
+    """Characters of scripts that set no spaces between words."""
     held_out: int = 0
     """Documents that are kept for validation."""
     tokens: int = 0
@@ -75,6 +86,7 @@ class Figures:
         self.bytes += size
         self.characters += characters
         self.words += words
+        self.unspaced += 0 if text.isascii() else sum(map(len, _UNSPACED.findall(text)))
         self.held_out += held_out
         self.lengths[bin_of(characters)] += 1
         if tokens is not None:
@@ -83,7 +95,7 @@ class Figures:
         self._lengthen(characters, place)
 
     def __iadd__(self, other: "Figures") -> "Figures":
-        for name in ("documents", "bytes", "characters", "words", "held_out", "tokens", "unknown"):
+        for name in ("documents", "bytes", "characters", "words", "unspaced", "held_out", "tokens", "unknown"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths += other.lengths
         self.token_lengths += other.token_lengths
@@ -107,7 +119,7 @@ class Figures:
     @property
     def tokens_per_word(self) -> float | None:
         """The usual fertility; None where words are not set apart by spaces."""
-        spaced = self.characters <= SPACED * self.words
+        spaced = self.unspaced < UNSPACED * self.characters
         return self.tokens / self.words if self.tokens and spaced else None
 
 

@@ -32,13 +32,14 @@ za zha zhuang|zh zho chinese|zu zul zulu
 """
 CODES = {name: row.split()[0] for line in _TABLE.split("\n") for row in line.split("|") for name in row.split()}
 CODES |= {"nb": "no", "nn": "no", "nob": "no", "nno": "no", "cmn": "zh", "arb": "ar", "swh": "sw", "zsm": "ms"}
+CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "or", "valencian": "ca"}
 """Code by code or name; written forms and standard varieties of a language are the same one."""
 
 UNNAMED = ""
 """Of documents whose language nobody names."""
 OTHER = "other"
 
-_TAG = re.compile(r"([a-z]{2,8})([-_][a-z0-9]{1,8})*", re.ASCII)
+_TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 
 @lru_cache(maxsize=4096)

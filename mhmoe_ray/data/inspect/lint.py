@@ -124,11 +124,13 @@ def _too_small(data: Data) -> Iterator[Problem]:
         if not _fills_a_sample(name, domain, data):
             shares = data.data.sources[source].shares or {}
             says, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
-            yield Problem("too-small", subfolder in shares, name, says, fix, 1, [(name, _size(domain, data))])
+            where = [(name, _size(domain, data))]
+            yield Problem("too-small", subfolder in shares, name, says, fix, domain.whole.documents, where)
         if not domain.whole.held_out:
             says = "none of its documents is held out, so that validation says nothing of it"
             fix = "raise data.validation_fraction or add documents"
-            yield Problem("no-validation", False, name, says, fix, 1, [(name, _size(domain, data))])
+            where = [(name, _size(domain, data))]
+            yield Problem("no-validation", False, name, says, fix, domain.whole.documents, where)
 
 
 def _fills_a_sample(name: str, domain: DomainSurvey, data: Data) -> bool:

@@ -64,8 +64,13 @@ def _replaced(seen: Seen) -> str | None:
     return _around(seen.text, re.search("\ufffd", seen.text))
 
 
-# A byte of UTF-8 that goes on, as Latin-1 and as Windows-1252 show it.
-_ON = "\x80-\xbf" + "".join(bytes([b]).decode("cp1252", "ignore") for b in range(0x80, 0xA0))
+# A byte of UTF-8 that goes on, as Latin-1 and as Windows-1252 show it; without letters, which do follow one another.
+_ON = "".join(
+    character
+    for byte in range(0x80, 0xC0)
+    for character in {chr(byte), bytes([byte]).decode("cp1252", "ignore")}
+    if not character.isalpha()
+)
 # First bytes of letters of Latin, Greek, Cyrillic, Hebrew and Arabic; and, of three bytes, of the rest.
 _MOJIBAKE = re.compile(f"[\xc2-\xc5\xce-\xd1\xd7-\xdb][{_ON}]|[\xe0-\xef][{_ON}][{_ON}]|\xf0[{_ON}][{_ON}][{_ON}]")
 

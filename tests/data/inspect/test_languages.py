@@ -5,7 +5,16 @@ from mhmoe_ray.data.inspect.languages import CODES, OTHER, UNNAMED, of_folder, o
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("de", "de"), ("deu", "de"), ("german", "de"), ("pt_BR", "pt"), ("zh-Hant-TW", "zh"), ("nb", "no"), ("EN", "en")],
+    [
+        ("de", "de"),
+        ("deu", "de"),
+        ("german", "de"),
+        ("pt_BR", "pt"),
+        ("zh-Hant-TW", "zh"),
+        ("Indonesian", "id"),
+        ("nb", "no"),
+        ("EN", "en"),
+    ],
 )
 def test_a_language_by_any_of_its_names(name, code):
     assert of_folder(name) == of_record(name) == code

@@ -1,3 +1,5 @@
+# ruff: noqa: RUF001 - characters of many scripts
+
 """Figures against plain counting, whatever the files that documents are in."""
 
 import json
@@ -123,9 +125,29 @@ def test_unknown_tokens(tmp_path):
 def test_fertility():
     spaced = Figures(documents=1, bytes=120, characters=100, words=20, tokens=30)
     assert (spaced.bytes_per_token, spaced.tokens_per_character, spaced.tokens_per_word) == (4, 0.3, 1.5)
-    unspaced = Figures(documents=1, bytes=300, characters=100, words=4, tokens=60)
+    unspaced = Figures(documents=1, bytes=300, characters=100, words=4, unspaced=90, tokens=60)
     assert (unspaced.tokens_per_character, unspaced.tokens_per_word) == (0.6, None)
     assert Figures(documents=1, bytes=9, characters=9, words=2).bytes_per_token is None
+
+
+@pytest.mark.parametrize(
+    ("text", "spaced"),
+    [
+        ("The moon rises over a quiet sea.", True),
+        ("Der Mond über dem Meer – 漢字", True),
+        ("달이 바다 위로 떠오른다", True),
+        ("चाँद समुद्र के ऊपर उगता है", True),
+        ("月は静かな海の上に昇る", False),
+        ("月亮从海上升起 over the sea", False),
+        ("ดวงจันทร์ขึ้นเหนือทะเล", False),
+        ("ព្រះចន្ទរះលើសមុទ្រ", False),
+        ("ཟླ་བ་མཚོ་ལས་ཤར", False),
+    ],
+)
+def test_scripts_without_spaces_between_words(text, spaced):
+    figures = Figures()
+    figures.count(text, len(text.encode()), len(text.split()), 7, False, Place("/x", 1))
+    assert figures.tokens_per_word == (7 / len(text.split()) if spaced else None)
 
 
 def test_a_survey_comes_back_from_a_log(tmp_path, tokenizer):
