@@ -58,7 +58,7 @@ def test_raw_text_beside_raw_text(project, tmp_path):
     assert "no tokens" in lines[1]
     tables = {line.split(",")[0].split(":")[0] for line in lines if line and not line.startswith(" ")}
     assert {"by domain", "by language", "exact copies of other documents"} <= tables
-    assert next(line.split() for line in lines if line.startswith("  b "))[3] == "30"
+    assert next(line for line in lines if line.startswith("  b ")).split("B ")[1].split()[0] == "30"
     assert next(line.split() for line in lines if line.startswith("de "))[1] == "3"
     assert f"2 times: {tmp_path}/more/de/x.jsonl:1, {tmp_path}/more/de/x.jsonl:3" in lines
     assert "…" not in result.out

@@ -32,7 +32,8 @@ def request_and_expected(tmp_path_factory):
     [
         ["mhmoe_ray.data.inspect.job"],
         ["tests.data.inspect.survey_otherwise", "serially"],
-        ["tests.data.inspect.survey_otherwise", "in-partitions"],
+        # Starts a shuffle's actors.
+        pytest.param(["tests.data.inspect.survey_otherwise", "in-partitions"], marks=pytest.mark.slow),
     ],
     ids=["in-parallel", "serially", "in-partitions"],
 )
