@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli.common import JsonOption, facts, out, print_json
+from mhmoe_ray.cli.launch import LOCAL_CPUS
 
 app = typer.Typer(help="Start, see and stop a Ray cluster on this machine.", no_args_is_help=True)
 
 
 @app.command()
-def up(cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = 8) -> None:
+def up(
+    cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = LOCAL_CPUS,
+) -> None:
     """Start it, unless it runs. It is open to you alone: it has a token and listens on loopback."""
     from mhmoe_ray.cluster.local import start_local
 

@@ -1,14 +1,16 @@
-"""`mhmoe data`: sample text, preparing raw text for training, and the mixture that training reads."""
+"""`mhmoe data`: sample text, looking at raw text, preparing it for training, and the mixture that training reads."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli import mix, prepare
+from mhmoe_ray.cli import inspect, lint, mix, prepare
 from mhmoe_ray.cli.common import JsonOption, out, print_json
 
-app = typer.Typer(help="Make and prepare training text.", no_args_is_help=True)
+app = typer.Typer(help="Make, inspect and prepare training text.", no_args_is_help=True)
+app.command("inspect")(inspect.inspect)
+app.command("lint")(lint.lint)
 app.command("prepare")(prepare.prepare)
 app.command("mix")(mix.mix)
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import ClusterSpec, RunSpec
 
+LOCAL_CPUS = 8
+"""Logical CPUs of a local cluster that is not started for a certain run."""
+
 
 def cluster_for(section: "ClusterSpec", storage: Path, cpus: int, address: str | None) -> "Connection":
     """The cluster to run on; a local one is started where none is named.

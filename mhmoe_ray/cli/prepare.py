@@ -1,6 +1,5 @@
 """`mhmoe data prepare`: raw text to packed shards, as a job on the cluster."""
 
-import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -20,12 +19,12 @@ from mhmoe_ray.cli.common import (
     print_whole,
     read_spec,
 )
+from mhmoe_ray.cli.job import Job
 from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.data.shards.manifest import DataManifest
-    from mhmoe_ray.errors import DataError
     from mhmoe_ray.spec import RunSpec
 
 POLL_SECONDS = 0.5
@@ -65,38 +64,22 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     Raises:
         DataError: it failed.
     """
-    from mhmoe_ray.cluster import jobs
     from mhmoe_ray.data.prepare.work import work_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
-    from mhmoe_ray.errors import DataError
     from mhmoe_ray.spec import dump_spec
 
-    folder = spec.data.prepared
-    job = f"prepare-{folder.name}-{secrets.token_hex(3)}"
-    environment = dict(spec.cluster.runtime_env)
-    environment["env_vars"] = {**environment.get("env_vars", {}), "MHMOE_SPEC": dump_spec(spec)}
-    request = jobs.request(["-m", "mhmoe_ray.data.prepare.job"], job, local=connection.local, runtime_env=environment)
-    jobs.submit(connection, request)
+    folder, env = spec.data.prepared, {"MHMOE_SPEC": dump_spec(spec)}
+    job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar:
         view = PreparingView(work_folder(spec), bar)
-        while jobs.status(connection, job) in ("PENDING", "RUNNING"):
+        while job.is_running:
             view.refresh()
             time.sleep(POLL_SECONDS)
     manifest = read_data_manifest(folder)
     if manifest is None:
-        raise _failure(jobs.logs(connection, job)) or DataError(
-            f"prepared data {folder}", jobs.message(connection, job), "see the job in the dashboard"
-        )
+        raise job.error(f"prepared data {folder}")
     return manifest
-
-
-def _failure(log: str) -> "DataError | None":
-    """The job's own last error, as mhmoe_ray.data.prepare.job prints it."""
-    from mhmoe_ray.errors import DataError
-
-    told = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-    return DataError.parse(told[-1]) if told else None
 
 
 def _show(manifest: "DataManifest") -> None:

@@ -2,6 +2,7 @@
 
 corpus/      real text for a first run
 sources/     raw text of any format, one document at a time
+inspect/     what is in raw text, and what is wrong with it
 tokenizer/   text to token ids
 prepare/     sources -> tokenizer -> packed samples, once, as a job
 shards/      what that made: a folder of samples and its manifest

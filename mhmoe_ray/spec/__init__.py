@@ -3,7 +3,15 @@
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, Format, SourceSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
-from mhmoe_ray.spec.load import checked, dump_spec, load_deploy_spec, load_spec, parse_overrides, read_tree
+from mhmoe_ray.spec.load import (
+    checked,
+    dump_spec,
+    load_deploy_spec,
+    load_spec,
+    overridden,
+    parse_overrides,
+    read_tree,
+)
 from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
@@ -30,6 +38,7 @@ __all__ = [
     "dump_spec",
     "load_deploy_spec",
     "load_spec",
+    "overridden",
     "parse_overrides",
     "read_tree",
 ]

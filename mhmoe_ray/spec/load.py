@@ -50,9 +50,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise SpecError(f"spec {path}", f"{where}{getattr(e, 'problem', None) or e}", "correct the YAML") from e
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
-    for keys, value in parse_overrides(overrides):
-        _set(tree, keys, value)
-    return tree
+    return overridden(tree, overrides)
 
 
 def load_deploy_spec(path: Path | None, overrides: Sequence[str] = ()) -> DeploySpec:
@@ -63,8 +61,7 @@ def load_deploy_spec(path: Path | None, overrides: Sequence[str] = ()) -> Deploy
     """
     whole = read_tree(path) if path else {}
     tree = {name: whole[name] for name in DeploySpec.model_fields if name in whole}
-    for keys, value in parse_overrides(overrides):
-        _set(tree, keys, value)
+    overridden(tree, overrides)
     return checked(DeploySpec, tree, f"spec {path}" if path else "the overrides")
 
 
@@ -104,6 +101,17 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
         except yaml.YAMLError as e:
             raise SpecError(f"override {override!r}", "the value is not YAML", "quote it as YAML needs") from e
     return parsed
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The same tree, changed by `key.path=value` strings.
+
+    Raises:
+        SpecError: one is malformed, or goes through a value.
+    """
+    for keys, value in parse_overrides(overrides):
+        _set(tree, keys, value)
+    return tree
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -35,7 +35,9 @@ def assert_one_line(result: Result, code: int, *parts: str) -> None:
     assert result.code == code, result
     *progress, last = result.err.splitlines()
     assert last.startswith("error: ")
-    assert all(line.startswith(("prepare: ", "starting ", "exporting ", "importing ")) for line in progress)
+    assert all(
+        line.startswith(("prepare: ", "inspect: ", "starting ", "exporting ", "importing ")) for line in progress
+    )
     assert "Traceback" not in result.out + result.err
     for part in parts:
         assert part in last

@@ -1,0 +1,91 @@
+"""The picture of `mhmoe data inspect`: how long documents are by domain, and fertility by language."""
+
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.errors import DataError
+
+ROW_INCHES, MOST_INCHES = 0.22, 300.0  # of a picture of a thousand domains
+BAR_INCHES = 0.2  # of the scale of shades
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw a survey.
+
+    Args:
+        found: as `mhmoe data inspect --json` prints it.
+        path: of a PNG file.
+
+    Raises:
+        DataError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise DataError(f"picture {path}", "matplotlib is missing", "pip install 'mhmoe-ray[plots]'") from e
+    rows = max(len(found["domains"]), len(found["languages"]))
+    figure = Figure(figsize=(13, min(MOST_INCHES, 2.4 + ROW_INCHES * rows)), layout="constrained")
+    panels = 3 if found["tokenized"] else 2
+    axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
+    for axis in axes:
+        axis.xaxis.tick_top()
+    _lengths(figure, axes[0], found)
+    languages = {name or "(not named)": row for name, row in found["languages"].items()}
+    if found["tokenized"]:
+        _bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", "C0")
+        _bars(axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", "C1")
+    else:
+        _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", "C0")
+    for axis in axes:  # rows of one height, whether there are more domains or more languages
+        axis.set_ylim(rows - 0.5, -0.5)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as e:
+        raise DataError(f"picture {path}", e.strerror or str(e), "name a file you can write") from e
+
+
+def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
+    """A row of shades for each domain: its share of documents in each octave."""
+    key, unit = ("lengths_in_tokens", "tokens") if found["tokenized"] else ("lengths_in_characters", "characters")
+    by_domain = {
+        name: {int(octave): n for octave, n in row[key]["octaves"].items()}
+        for name, row in found["domains"].items()
+        if row[key]
+    }
+    every = [octave for counts in by_domain.values() for octave in counts if octave]
+    powers = range(min(every, default=1).bit_length() - 1, max(every, default=1).bit_length())
+    shares = [
+        [100 * counts.get(1 << power, 0) / max(1, sum(counts.values())) for power in powers]
+        for counts in by_domain.values()
+    ]
+    image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
+    axis.set_yticks(range(len(by_domain)), by_domain)
+    step = -(-len(powers) // 8)
+    axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [_short(1 << p) for p in powers[::step]])
+    axis.set_title(f"length of documents in {unit}")
+    figure.colorbar(
+        image,
+        ax=axis,
+        label="per cent of a domain's documents",
+        location="bottom",
+        fraction=BAR_INCHES / figure.get_figheight(),
+        pad=BAR_INCHES / figure.get_figheight() / 2,
+        aspect=40,
+    )
+
+
+def _bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
+    """One bar a language; none where there is no figure."""
+    axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
+    axis.set_yticks(range(len(values)), values)
+    axis.set_title(title)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _short(number: int) -> str:
+    """1024 to 1k."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1024:
+            return f"{number}{unit}"
+        number //= 1024
+    return f"{number}T"

@@ -1,0 +1,65 @@
+"""A module of ours that runs as a job of the cluster."""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.errors import DataError
+    from mhmoe_ray.spec import ClusterSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    connection: "Connection"
+    name: str
+
+    @classmethod
+    def start(
+        cls, connection: "Connection", section: "ClusterSpec", module: str, name: str, env: Mapping[str, str]
+    ) -> "Job":
+        """Args:
+        connection: of the cluster.
+        section: whose runtime environment the job gets.
+        module: it runs.
+        name: it begins with on the cluster.
+        env: environment variables of its own.
+        """
+        from mhmoe_ray.cluster import jobs
+
+        job = cls(connection, f"{name}-{secrets.token_hex(3)}")
+        environment = dict(section.runtime_env)
+        environment["env_vars"] = {**environment.get("env_vars", {}), **env}
+        jobs.submit(connection, jobs.request(["-m", module], job.name, local=connection.local, runtime_env=environment))
+        return job
+
+    def lines(self) -> Iterator[str]:
+        """Its log's, as they come, to its end; the last ones of a job that fails may be missing."""
+        from mhmoe_ray.cluster import jobs
+
+        return jobs.follow_logs(self.connection, self.name)
+
+    @property
+    def is_running(self) -> bool:
+        from mhmoe_ray.cluster import jobs
+
+        return jobs.status(self.connection, self.name) in ("PENDING", "RUNNING")
+
+    @property
+    def log(self) -> str:
+        """All of it."""
+        from mhmoe_ray.cluster import jobs
+
+        return jobs.logs(self.connection, self.name)
+
+    def error(self, what: str) -> "DataError":
+        """Its own last error; without one, Ray's remark on it, said of `what`."""
+        from mhmoe_ray.cluster import jobs
+        from mhmoe_ray.errors import DataError
+
+        told = [line.removeprefix("error: ") for line in self.log.splitlines() if line.startswith("error: ")]
+        if told:
+            return DataError.parse(told[-1])
+        return DataError(what, jobs.message(self.connection, self.name), "see the job in the dashboard")

@@ -1,0 +1,118 @@
+"""Texts that are there more than once, exactly but for white space.
+
+A document is an entry of 20 bytes: 64 bits of a hash of its text, and its place. Entries are dealt into partitions by
+their hash, so that copies of a text are in the same one and a partition is counted by itself. Two different texts of a
+hundred million have one hash with a chance of 3 in 10,000.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from mhmoe_ray.data.inspect.figures import EXAMPLES, Place
+
+ENTRY = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("bytes", "<u4")])
+
+
+def hash_of(words: Iterable[str]) -> int:
+    """Of a text, by its words alone."""
+    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
+
+
+def deal(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
+    """Entries by partition, empty ones left out."""
+    number = entries["hash"] % np.uint64(partitions)
+    return [(int(p), entries[number == p]) for p in np.unique(number)]
+
+
+@dataclass
+class DomainCopies:
+    distinct: int = 0
+    """Different texts."""
+    extra: int = 0
+    """Documents without which each of them would be there once."""
+    extra_bytes: int = 0
+    """Of those, if the longest of each stays: white space may differ."""
+    elsewhere: int = 0
+    """Different texts that another domain has too."""
+
+    def __iadd__(self, other: "DomainCopies") -> "DomainCopies":
+        self.distinct += other.distinct
+        self.extra += other.extra
+        self.extra_bytes += other.extra_bytes
+        self.elsewhere += other.elsewhere
+        return self
+
+
+@dataclass
+class Copies:
+    """What partitions tell; adds up."""
+
+    distinct: int = 0
+    """Different texts of all domains together."""
+    extra: int = 0
+    extra_bytes: int = 0
+    domains: dict[str, DomainCopies] = field(default_factory=dict)
+    pairs: Counter[str] = field(default_factory=Counter)
+    """Different texts that two domains share, by "one, other"."""
+    most: list[tuple[int, Place, Place]] = field(default_factory=list)
+    """The texts with most copies: how many there are, the first and the second of them."""
+
+    def __iadd__(self, other: "Copies") -> "Copies":
+        self.distinct += other.distinct
+        self.extra += other.extra
+        self.extra_bytes += other.extra_bytes
+        for name, copies in other.domains.items():
+            self.domains.setdefault(name, DomainCopies())
+            self.domains[name] += copies
+        self.pairs += other.pairs
+        self.most = sorted([*self.most, *other.most], key=lambda m: (-m[0], *m[1:]))[:EXAMPLES]
+        return self
+
+
+def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[str]) -> Copies:
+    """Those of one partition.
+
+    Args:
+        entries: (documents,) of `ENTRY`, in any order.
+        domains: of each file.
+        paths: of each file.
+    """
+    names, domain_of_file = np.unique(np.array(domains), return_inverse=True)
+    entries = entries[np.lexsort((entries["line"], entries["file"], entries["hash"]))]
+    domain = domain_of_file[entries["file"]]
+    result = Copies()
+    new_text = np.diff(entries["hash"], prepend=entries["hash"][:1] + np.uint64(1)) != 0
+    size = entries["bytes"].astype(np.int64)
+    result.distinct, result.extra = int(new_text.sum()), int((~new_text).sum())
+    begin = np.flatnonzero(new_text)
+    result.extra_bytes = int(size.sum() - np.maximum.reduceat(size, begin).sum()) if len(size) else 0
+
+    text = np.cumsum(new_text) - 1
+    pair = text * len(names) + domain
+    longest_first = np.lexsort((-size, pair))
+    first = longest_first[np.unique(pair[longest_first], return_index=True)[1]]
+    again = np.ones(len(entries), bool)
+    again[first] = False
+    domains_of_text = np.bincount(text[first], minlength=result.distinct)
+    shared = domains_of_text[text[first]] > 1
+    for d in np.unique(domain):
+        extra = again & (domain == d)
+        mine = domain[first] == d
+        result.domains[str(names[d])] = DomainCopies(
+            int(mine.sum()), int(extra.sum()), int(size[extra].sum()), int((mine & shared).sum())
+        )
+    for group in np.split(domain[first][shared], np.flatnonzero(np.diff(text[first][shared])) + 1):
+        result.pairs.update(f"{names[a]}, {names[b]}" for a, b in combinations(sorted(group), 2))
+
+    count = np.diff(begin, append=len(entries))
+    by_path = np.argsort(np.argsort(np.array(paths), kind="stable"))[entries["file"][begin]]
+    for t in np.lexsort((entries["line"][begin], by_path, -count))[:EXAMPLES]:
+        if count[t] > 1:
+            one, other = (Place(paths[e["file"]], int(e["line"])) for e in entries[begin[t] : begin[t] + 2])
+            result.most.append((int(count[t]), one, other))
+    return result

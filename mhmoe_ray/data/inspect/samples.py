@@ -1,0 +1,78 @@
+"""Packed training samples as text: what the model sees, in the order in which it sees it."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from mhmoe_ray.data.order.mixture import training_order
+from mhmoe_ray.data.shards.files import padding_token
+from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec import RunSpec
+
+
+@dataclass
+class Part:
+    """A document, or what of it is in the sample."""
+
+    begins: bool
+    """With the document's start; else it goes on from the sample before."""
+    tokens: int
+    text: str
+
+
+@dataclass
+class Shown:
+    position: int
+    """In the whole training."""
+    step: int
+    domain: str
+    sample: int
+    """Of that domain."""
+    parts: list[Part]
+    padding: int
+    """Tokens at its end that are none."""
+
+
+def decoded(spec: RunSpec, start: int, count: int) -> list[Shown]:
+    """Samples start .. start + count - 1 of a training; the last token of each is a target only.
+
+    Raises:
+        DataError: the data are not prepared, or the training has no such positions.
+    """
+    manifest = require_data_manifest(spec.data.prepared)
+    there = spec.train.steps * spec.samples_per_step
+    if not 0 <= start <= start + count <= there:
+        fix = f"ask for positions from 0 to {there - 1:,}"
+        raise DataError(f"samples {start:,} to {start + count - 1:,}", f"the training has {there:,}", fix)
+    names, order = training_order(spec, manifest)
+    positions = np.arange(start, start + count)
+    domain, sample = order(positions)
+    tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
+    edges = boundaries(tokenizer)
+    assert edges is not None, "load_tokenizer has seen to it"
+    shown = []
+    for i, row in enumerate(TrainingSamples(spec).read(positions)):
+        real = row[row != padding_token(manifest.token_bytes)].tolist()
+        starts = [at for at, token in enumerate(real) if token == edges.start]
+        cuts = sorted({0, *starts, len(real)})
+        parts = []
+        for a, b in pairwise(cuts):
+            begins = real[a] == edges.start
+            text = tokenizer.decode(real[a + begins : b], skip_special_tokens=False)
+            parts.append(Part(begins, b - a, text))
+        place = int(positions[i])
+        shown.append(
+            Shown(
+                place,
+                place // spec.samples_per_step,
+                names[domain[i]],
+                int(sample[i]),
+                parts,
+                len(row) - len(real),
+            )
+        )
+    return shown

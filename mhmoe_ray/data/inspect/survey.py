@@ -1,0 +1,107 @@
+"""All raw files of a spec, read in parallel by Ray Data and added up.
+
+The result depends on the files only, not on how many tasks ran at once. Entries of documents stay in Ray's object
+store, which spills them to disk; the driver holds sums.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from mhmoe_ray.data.inspect import SAYS
+from mhmoe_ray.data.inspect.copies import ENTRY, Copies, count_copies, deal
+from mhmoe_ray.data.inspect.figures import DomainSurvey
+from mhmoe_ray.data.inspect.reading import Whole, open_encoder, survey_file
+from mhmoe_ray.data.inspect.result import Request, Survey
+from mhmoe_ray.data.sources import RawFile, find_files
+
+PARTITION_BYTES = 4 << 30
+"""Of raw files, a partition of entries; of documents of 500 stored bytes that is 8 million, 160 MB."""
+MOST_PARTITIONS = 4096
+STEPS = 10
+"""Lines at most that tell how far reading is."""
+
+
+def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
+    """Needs a running Ray.
+
+    Raises:
+        DataError: sources are missing, or the tokenizer cannot be read.
+    """
+    if request.tokenizer:
+        open_encoder(request.tokenizer)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    files = find_files(request.data)
+    size = sum(file.size for file in files)
+    partitions = min(MOST_PARTITIONS, 1 + size // partition_bytes)
+    print(f"{SAYS}reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
+    rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
+    read = partial(_read_file, request=request, partitions=partitions)
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(read)
+
+    result, held, done = Survey(tokenized=request.tokenizer is not None), [], 0
+    for bundle in blocks.iter_internal_ref_bundles():
+        for ref in bundle.block_refs:
+            held.append(ref)
+            for row in _only(ray.get(ref), _WHOLE).to_pylist():
+                one = pickle.loads(row["data"])
+                result.domains.setdefault(row["domain"], DomainSurvey())
+                result.domains[row["domain"]] += one
+                done += 1
+                if done == len(files) or done * STEPS // len(files) > (done - 1) * STEPS // len(files):
+                    print(f"{SAYS}read {done:,} of {len(files):,} files", flush=True)
+    documents = sum(domain.whole.documents for domain in result.domains.values())
+    print(f"{SAYS}looking for copies among {documents:,} documents", flush=True)
+    for copies in _count(held, partitions, files):
+        result.copies += copies
+    result.domains = dict(sorted(result.domains.items()))
+    return result
+
+
+_WHOLE = -1
+"""In place of a partition: the row of a whole file."""
+
+
+def _read_file(row: dict[str, Any], *, request: Request, partitions: int) -> Iterator[dict[str, Any]]:
+    """Rows `partition`, `domain` and `data`: entries as bytes, or a pickled DomainSurvey."""
+    file = RawFile(*(row[name] for name in RawFile._fields))
+    for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):
+        if isinstance(item, Whole):
+            yield {"partition": _WHOLE, "domain": file.domain, "data": pickle.dumps(item.survey)}
+        else:
+            for partition, entries in deal(item, partitions):
+                yield {"partition": partition, "domain": file.domain, "data": entries.tobytes()}
+
+
+def _only(block: pa.Table, partition: int) -> pa.Table:
+    return block.filter(pc.equal(block["partition"], partition))
+
+
+def _count(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
+    """Copies by partition. A single one needs no shuffle, whose start takes longer than counting it."""
+    count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
+    if partitions == 1:
+        alone = ray.remote(_count_alone).options(num_cpus=1)
+        counted = ray.get(alone.remote(count, *blocks))["data"].to_pylist()
+    else:
+        entries = ray.data.from_arrow_refs(blocks).filter(expr=f"partition != {_WHOLE}")
+        grouped = entries.groupby("partition", num_partitions=partitions)
+        counted = [row["data"] for row in grouped.map_groups(count, batch_format="pyarrow").iter_rows()]
+    return map(pickle.loads, counted)
+
+
+def _count_alone(count: Callable[[pa.Table], pa.Table], *blocks: pa.Table) -> pa.Table:
+    return count(pa.concat_tables(_only(block, 0) for block in blocks))
+
+
+def _count_partition(rows: pa.Table, *, domains: list[str], paths: list[str]) -> pa.Table:
+    """All rows of one partition to one of a pickled Copies."""
+    entries = np.frombuffer(b"".join(rows["data"].to_pylist()), ENTRY)
+    return pa.table({"data": [pickle.dumps(count_copies(entries, domains, paths))]})

@@ -1,0 +1,115 @@
+"""`mhmoe data inspect` and `lint` as processes, on a real cluster."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.data.prepare.held_out import is_validation
+from tests.cli.conftest import write_spec
+from tests.cli.run import assert_one_line, mhmoe
+from tests.data.texts import write_corpus, write_documents
+
+TEXTS = {"web/a": 65, "web/b": 30, "web/c": 12}
+
+
+@pytest.fixture(scope="module")
+def project(local_cluster, tmp_path_factory) -> Path:
+    """A spec whose data are prepared."""
+    folder = tmp_path_factory.mktemp("project")
+    write_corpus(folder / "raw")
+    write_spec(folder)
+    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
+    return folder
+
+
+@pytest.mark.ray
+def test_prepared_data(project):
+    result = mhmoe(project, "data", "inspect", "spec.yaml", "--json", "--png", "picture.png")
+    found = result.json()
+    assert "inspect: read 4 of 4 files" in result.err
+    assert {name: row["documents"] for name, row in found["domains"].items()} == TEXTS
+    for name, row in found["domains"].items():
+        made = found["prepared"]["domains"][name]
+        assert row["held_out"] == made["validation_documents"] == row["documents"] - made["documents"]
+        assert sum(row["lengths_in_tokens"]["octaves"].values()) == row["documents"]
+    # Prepared ones are of training documents, with a start token each.
+    texts = write_corpus(project / "again")["web/b"]
+    shutil.rmtree(project / "again")
+    from mhmoe_ray.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(project / "prepared/tokenizer.json", 300)
+    lengths = [len(tokenizer.encode(text).ids) for text in texts]
+    assert found["domains"]["web/b"]["tokens"] == sum(lengths)
+    assert found["prepared"]["domains"]["web/b"]["tokens"] == sum(
+        n + 1 for n, text in zip(lengths, texts, strict=True) if not is_validation(text, 0.2)
+    )
+    assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_raw_text_beside_raw_text(project, tmp_path):
+    write_documents(tmp_path / "more" / "de" / "x.jsonl", ["Ein Text.", "Noch ein Text.", "Ein Text."])
+    result = mhmoe(project, "data", "inspect", "raw", str(tmp_path / "more"))
+    assert result.code == 0, result
+    lines = result.out.splitlines()
+    assert lines[0] == "raw, more: 110 documents, 36 kB of text"
+    assert "no tokens" in lines[1]
+    tables = {line.split(",")[0].split(":")[0] for line in lines if line and not line.startswith(" ")}
+    assert {"by domain", "by language", "exact copies of other documents"} <= tables
+    assert next(line for line in lines if line.startswith("  b ")).split("B ")[1].split()[0] == "30"
+    assert next(line.split() for line in lines if line.startswith("de "))[1] == "3"
+    assert f"2 times: {tmp_path}/more/de/x.jsonl:1, {tmp_path}/more/de/x.jsonl:3" in lines
+    assert "…" not in result.out
+
+
+@pytest.mark.ray
+def test_packed_samples(project):
+    shown = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "3", "--at", "7", "--json").json()
+    assert [sample["position"] for sample in shown] == [7, 8, 9]
+    assert all(sum(part["tokens"] for part in sample["parts"]) == 17 for sample in shown)
+    text = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "7").out
+    assert text.startswith(f"position 7 (step 0): {shown[0]['domain']}, its sample {shown[0]['sample']}")
+    for part in shown[0]["parts"]:
+        assert f", {part['tokens']} tokens\n{part['text']}" in text
+    beyond = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "240")
+    assert_one_line(beyond, 4, "the training has 240")
+
+
+@pytest.mark.ray
+def test_lint(project, tmp_path):
+    shutil.copytree(project / "raw", tmp_path / "raw")
+    (tmp_path / "raw" / "notes.md").write_text("about")
+    result = mhmoe(tmp_path, "data", "lint", "raw")
+    assert result.code == 0
+    assert result.out.splitlines()[0] == "warning unread-files: files that are not of format jsonl are not read"
+    assert "1 warning in 107 documents of 3 domains" in result.out
+    with (tmp_path / "raw" / "b" / "bad.jsonl").open("w") as out:
+        out.write('{"text": "a <|endoftext|> b"}\n{torn\n')
+    failed = mhmoe(tmp_path, "data", "lint", "raw")
+    assert_one_line(failed, 4, "data of raw: 2 errors and 1 warning")
+    assert f"{tmp_path}/raw/b/bad.jsonl:1  'a <|endoftext|> b'" in failed.out
+    assert f"{tmp_path}/raw/b/bad.jsonl:2" in failed.out
+
+
+@pytest.mark.ray
+def test_lint_of_a_spec_strictly(project):
+    often = ("--set", "train.steps=2000")
+    result = mhmoe(project, "data", "lint", "spec.yaml", *often, "--strict", "--json")
+    problems = json.loads(result.out)
+    assert {(problem["rule"], problem["severe"]) for problem in problems} == {("epochs", False)}
+    assert_one_line(result, 4, "data of tiny: 1 warning")
+
+
+def test_mistakes_are_one_line(tmp_path):
+    write_corpus(tmp_path / "raw")
+    write_spec(tmp_path)
+    for verb in ("inspect", "lint"):
+        assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no folder")
+        assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "stands beside other data")
+        wrong = mhmoe(tmp_path, "data", verb, "raw", "--set", "data.seqlen=3")
+        assert_one_line(wrong, 3, "text raw", "unknown key 'data.seqlen'")
+    assert_one_line(mhmoe(tmp_path, "data", "inspect", "raw", "--samples", "1"), 3, "only a spec has training samples")
+    unprepared = mhmoe(tmp_path, "data", "inspect", "spec.yaml", "--samples", "1")
+    assert_one_line(unprepared, 4, "it is not there", "mhmoe data prepare SPEC")

@@ -1,0 +1,24 @@
+"""Surveys without Ray, file after file."""
+
+import numpy as np
+
+from mhmoe_ray.data.inspect.copies import ENTRY, count_copies
+from mhmoe_ray.data.inspect.figures import DomainSurvey
+from mhmoe_ray.data.inspect.reading import Whole, survey_file
+from mhmoe_ray.data.inspect.result import Survey
+from mhmoe_ray.data.sources import find_files
+
+
+def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
+    files, entries = find_files(spec), [np.empty(0, ENTRY)]
+    result = Survey(tokenized=tokenizer is not None)
+    for number, file in enumerate(files):
+        for item in survey_file(number, file, spec, tokenizer, rules):
+            if isinstance(item, Whole):
+                result.domains.setdefault(file.domain, DomainSurvey())
+                result.domains[file.domain] += item.survey
+            else:
+                entries.append(item)
+    result.copies = count_copies(np.concatenate(entries), [f.domain for f in files], [f.path for f in files])
+    result.domains = dict(sorted(result.domains.items()))
+    return result
