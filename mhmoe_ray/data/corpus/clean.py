@@ -41,20 +41,25 @@ class Cleaner:
         for i, paragraph in enumerate(map(normalise, document.paragraphs)):
             key, is_title = _digest(paragraph), i == 0 and len(document.paragraphs) > 1
             before += len(paragraph)
-            if translated and (key in self._english or is_english(paragraph)):
+            if translated and (self._known_in_english(paragraph) or is_english(paragraph)):
                 continue
             if len(paragraph) >= SHORT_PARAGRAPH:
                 if key in new or (key in seen and not is_title):  # links to it may have named a title before
                     continue
                 new.add(key)
             if not translated:
-                self._english.add(key)
+                self._english.update(map(_digest, paragraph.splitlines()))
             kept.append(paragraph)
         text = "\n".join(kept)
         if len(text.encode()) < SHORTEST or 2 * len(text) < before:
             return None
         seen |= new
         return text
+
+    def _known_in_english(self, paragraph: str) -> bool:
+        """By most of its lines: of a listing, a translator may have changed some comments only."""
+        lines = paragraph.splitlines()
+        return 2 * sum(_digest(line) in self._english for line in lines) > len(lines)
 
 
 def normalise(text: str) -> str:

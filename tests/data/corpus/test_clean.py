@@ -45,6 +45,15 @@ def test_english_left_in_a_translation_is_dropped():
     assert clean(cleaner, german[0], WORDS[1], newer, "See also", *german[1:], domain="de", translated=True) == german
 
 
+def test_a_listing_with_a_few_words_translated_is_english():
+    cleaner = Cleaner()
+    listing = "Sub Main\n  Print Adjacent  ' the length\n  Print Angle\nEnd Sub"
+    assert clean(cleaner, listing, *WORDS)
+    german = [f"Absatz {i} sagt etwas, das lang genug ist, um verglichen zu werden" for i in range(12)]
+    translated = listing.replace("the length", "die Länge")
+    assert clean(cleaner, translated, *german, domain="de", translated=True) == german
+
+
 @pytest.mark.parametrize(
     "text",
     [

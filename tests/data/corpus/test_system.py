@@ -1,4 +1,4 @@
-"""The large sample as a user builds it: some 130 MB of packages are downloaded."""
+"""The large sample as a user builds it: some 180 MB of packages are downloaded."""
 
 import json
 
@@ -19,14 +19,9 @@ def test_the_large_sample(tmp_path):
     assert sum(written["bytes"].values()) >= 100_000_000
     assert sum(size >= 1_000_000 for name, size in written["bytes"].items() if "multilingual" in name) >= 20
     assert {p.name for p in (out / "redpajama").iterdir()} >= {"book", "c4", "common_crawl", "github", "wikipedia"}
-    # The cache serves a second time, and the same packages give the same text.
-    again = mhmoe(tmp_path, "data", "sample", "again", "--large", "--json", "--cache", "out/.cache").json()
-    assert again == written | {"downloaded": 0}
     licensed = {p.stem for p in (out / "licenses").iterdir() if p.stat().st_size > 200}
     documents = 0
     for path in sorted(out.rglob("*.jsonl.zst")):
-        data = path.read_bytes()
-        assert data == (tmp_path / "again" / path.relative_to(out)).read_bytes()
         for line in pa.input_stream(str(path)).read().splitlines():
             meta = json.loads(line)["meta"]
             documents += 1

@@ -12,7 +12,7 @@ MALLARD = Vocabulary(
     | {"table", "tr", "desc", "synopsis", "listing"},
     preformatted={"screen"},
     skipped={"info", "links", "comment", "media", "revision", "credit"},
-    cells={"td"},
+    cells={"td", "key"},
 )
 
 
