@@ -59,10 +59,7 @@ _DOC = "usr/share/doc/"
 _LIBREOFFICE_LANGUAGES = (
     "en-us ca cs da de el es et eu fi fr gl hu id it ja km ko nl om pl pt pt-br ru sl sv tr vi zh-cn zh-tw"
 )
-_LIBREOFFICE_NO_TEXT = "|".join(
-    f"//*[{test}]"
-    for test in ("@class='relatedtopics'", "@class='howtoget'", "@class='MAC'", "contains(@class,'codesnippet')")
-)
+_LIBREOFFICE_NO_TEXT = "//*[@class='relatedtopics' or @class='howtoget' or @class='MAC']"
 
 PACKAGES: tuple[Package, ...] = (
     # Manuals and their translations. What is English in a package, or in one before it, is read before the rest.
@@ -172,5 +169,7 @@ PACKAGES: tuple[Package, ...] = (
     _debian("librust-cargo-dev", "MIT OR Apache-2.0", "github", r"usr/share/cargo/registry/.*\.rs", read_code),
     _debian("libabsl-dev", "Apache-2.0", "github", r"usr/include/absl/.*\.h", read_code),
     _debian("ruby-activerecord", "MIT", "github", r"usr/share/.*\.rb", read_code),
-    _debian("libjs-three", "MIT", "github", r"usr/share/(javascript|nodejs)/three/(?!.*\.min\.).*\.js", read_code),
+    _debian(
+        "libjs-three", "MIT", "github", r"usr/share/(javascript|nodejs)/three/(?!.*(\.min\.|/libs/)).*\.js", read_code
+    ),
 )
