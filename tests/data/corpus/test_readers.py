@@ -1,0 +1,114 @@
+import hypothesis.strategies as st
+import lxml.html
+from hypothesis import given
+
+from mhmoe_ray.data.corpus.readers.blocks import read_blocks
+from mhmoe_ray.data.corpus.readers.code import read_code, worth_reading
+from mhmoe_ray.data.corpus.readers.dictionary import read_dictionary
+from mhmoe_ray.data.corpus.readers.html import HTML, pages, questions
+from mhmoe_ray.data.corpus.readers.mallard import read_mallard
+
+PAGE = """<!DOCTYPE html><html><head><title>2.1. Ports</title><style>p {}</style></head><body>
+<div id="nav">Home | Next</div>
+<div id="text"><h1>Binding  to
+ ports<a class="link">#</a></h1><!-- no text -->
+<p>Both <code>80</code> and&nbsp;<b>443</b> work.<br>Others too.</p><script>x()</script>
+<ul><li>one</li><li><p>two</p>and more</li></ul>
+<pre>if a:
+    b()
+
+c()
+</pre><table><tr><th>Name</th><td>é</td></tr></table><user@example.com>mail</div>
+<div>Footer</div></body></html>"""
+
+
+def test_a_page_becomes_its_paragraphs():
+    (document,) = pages("//*[@id='text']", "//a[@class='link']")(PAGE.encode())
+    assert document.title == "Ports"
+    assert document.paragraphs == [
+        "Binding to ports",
+        "Both 80 and 443 work.",
+        "Others too.",
+        "one",
+        "two",
+        "and more",
+        "if a:\n    b()\n\nc()",
+        "Name é",
+        "mail",
+    ]
+
+
+def test_a_page_without_the_text_gives_nothing():
+    assert list(pages("//*[@id='else']")(PAGE.encode())) == []
+    assert list(pages("//body")(b"")) == []
+
+
+def test_a_page_declares_its_encoding():
+    page = '<html><head><meta charset="iso-8859-1"></head><body>Stra\xdfe</body></html>'.encode("latin-1")
+    (document,) = pages("//body")(page)
+    assert document.paragraphs == ["Straße"]
+
+
+@given(st.recursive(st.text("ab "), lambda inner: st.lists(inner, max_size=4) | st.tuples(inner), max_leaves=40))
+def test_no_letter_is_lost_however_elements_nest(tree):
+    def markup(node) -> str:
+        if isinstance(node, str):
+            return node
+        name = "p" if isinstance(node, list) and len(node) % 2 else "div" if isinstance(node, list) else "b"
+        return f"<{name}>{''.join(map(markup, node))}tail</{name}>"
+
+    root = lxml.html.fragment_fromstring(f"<div>{markup(tree)}</div>")
+    read = "".join(block.text for block in read_blocks(root, HTML))
+    assert read.replace(" ", "") == root.text_content().replace(" ", "")
+
+
+def test_deep_nesting_is_read():
+    (document,) = pages("//body")(b"<html><body>" + b"<i>" * 200 + b"deep" + b"</i>" * 200 + b"</body></html>")
+    assert document.paragraphs == ["deep"]
+
+
+def test_headings_that_ask_become_questions_and_answers():
+    page = "<html><head><title>Why?</title></head><body><p>Because.</p><h2>B.2 What is it?</h2><p>This.</p><p>That.</p>"
+    page += "<h2>About</h2><p>Nothing.</p><h3>Unanswered?</h3></body></html>"
+    assert [d.paragraphs for d in questions("//body")(page.encode())] == [
+        ["Q: Why?", "A: Because."],
+        ["Q: What is it?", "A: This.", "That."],
+    ]
+
+
+def test_mallard():
+    page = """<page xmlns="http://projectmallard.org/1.0/"><info><desc>About</desc><credit><name>N</name></credit></info>
+    <title>Tasten</title><p>Ein <em>Wort</em> <gui>Start</gui>,
+       dann.</p><steps><item><p>Eins</p></item></steps><screen>$ ls
+  -l</screen><links type="topic"/></page>"""
+    (document,) = read_mallard(page.encode())
+    assert document.title == "Tasten"
+    assert document.paragraphs == ["Tasten", "Ein Wort Start, dann.", "Eins", "$ ls\n  -l"]
+
+
+def test_code_loses_the_notice_of_its_rights_only():
+    body = "\n".join(f"int add_{i}(int a) {{ return a + {i}; }}" for i in range(20))
+    for notice in (
+        "/* Copyright A\n * Licence B */\n",
+        "// Copyright A\n// more\n\n",
+        "# SPDX-License-Identifier: MIT\n",
+    ):
+        assert [d.paragraphs for d in read_code((notice + body).encode())] == [[body]]
+    (document,) = read_code(f"/* Adds. */\n{body}".encode())
+    assert document.paragraphs[0].startswith("/* Adds. */")
+
+
+def test_code_that_is_no_text():
+    assert list(read_code(b"\xff\xfe" * 200)) == []
+    assert worth_reading("a = 1\n" * 50)
+    for text in ("a = 1\n", "x" * 1001 + "\na" * 50, ("x" * 101 + "\n") * 5, "+-*/()\n" * 50):
+        assert not worth_reading(text)
+
+
+def test_a_dictionary():
+    text = "00-database-info\n   About it.\n\nword\n\n   <kind> A {unit} of\n   text.\n\n   (2001-02-03)\n\n"
+    text += "zebra\n\n   Striped.\n"
+    assert [d.paragraphs for d in read_dictionary(text.encode())] == [
+        ["word", "<kind> A unit of text."],
+        ["zebra", "Striped."],
+    ]
