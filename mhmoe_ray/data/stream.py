@@ -13,7 +13,7 @@ import numpy as np
 import ray.data
 
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import Samples, ShardReader, padding_token
+from mhmoe_ray.data.shards.files import Samples, ShardReader, split_padding
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
@@ -58,7 +58,7 @@ class TrainingSamples:
         return _open(spec.model_dump_json())
 
     def read(self, position: np.ndarray) -> np.ndarray:
-        """(positions, T + 1) token ids, unsigned."""
+        """(positions, T + 1) token ids as stored, unsigned; `split_padding` is for them."""
         domain, sample = self._order(position)
         rows: np.ndarray | None = None
         for d in np.unique(domain):
@@ -79,6 +79,4 @@ def _open(spec_json: str) -> TrainingSamples:
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
     """All held-out samples (samples, T + 1), padding as token 0; and the targets that count, a mask (samples, T)."""
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
-    tokens = reader.read(np.arange(len(reader)))
-    real = tokens != padding_token(manifest.token_bytes)
-    return np.where(real, tokens, 0), real[:, 1:]
+    return split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)

@@ -71,6 +71,9 @@ class DataSpec(Section):
     """Folder for the packed token shards; made once by `data prepare`, then only read."""
     seq_len: PositiveInt
     """T: tokens a model sees at once; a stored sample has T + 1, its last T are the targets."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: documents one after another, cut wherever a sample is full. best_fit: documents that fit into a sample
+    are not cut, and what remains free in it is padding, which is not learnt."""
     tokenizer: Path | None = None
     """A tokenizer.json; absent: a byte-level BPE is trained on the sources."""
     tokenizer_train_mb: PositiveFloat = 20.0

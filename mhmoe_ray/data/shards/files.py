@@ -35,8 +35,15 @@ def token_bytes_for(vocab_size: int) -> int:
 
 
 def padding_token(token_bytes: int) -> int:
-    """Marks targets of a validation sample that do not count."""
+    """Marks what fills up a sample; as a target it does not count."""
     return int(np.iinfo(token_dtype(token_bytes)).max)
+
+
+def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.ndarray]:
+    """Stored samples (samples, T + 1) as a model takes them: padding as token 0; and the targets that count, a mask
+    (samples, T)."""
+    real = tokens != padding_token(token_bytes)
+    return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]
 
 
 class ShardWriter:

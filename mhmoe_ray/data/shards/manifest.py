@@ -79,6 +79,7 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
         "max_document_mb": data.max_document_mb,
         "vocab_size": spec.model.vocab_size,
         "seq_len": data.seq_len,
+        "packing": data.packing,
         "tokenizer": str(data.tokenizer) if data.tokenizer else None,
         "tokenizer_train_mb": data.tokenizer_train_mb,
         "validation_fraction": data.validation_fraction,

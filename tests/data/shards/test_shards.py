@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mhmoe_ray.data.prepare.baselines import baselines
 from mhmoe_ray.data.prepare.pack import pack, pack_validation
 from mhmoe_ray.data.shards import files as shards
-from mhmoe_ray.data.shards.files import ShardReader, ShardWriter, padding_token, token_bytes_for
+from mhmoe_ray.data.shards.files import ShardReader, ShardWriter, padding_token, split_padding, token_bytes_for
 
 
 @settings(max_examples=30)
@@ -49,6 +49,16 @@ def test_a_vocabulary_leaves_room_for_the_padding_mark():
     assert token_bytes_for(65_535) == 2
     assert token_bytes_for(65_536) == 4
     assert padding_token(2) == 65_535
+
+
+@pytest.mark.parametrize("token_bytes", [2, 4])
+def test_padding_is_token_0_to_a_model_and_counts_as_no_target(token_bytes):
+    padding = padding_token(token_bytes)
+    stored = np.array([[5, 0, 7, 8], [5, 9, padding, padding]], f"<u{token_bytes}")
+    tokens, counts = split_padding(stored, token_bytes)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == [[5, 0, 7, 8], [5, 9, 0, 0]]
+    assert counts.tolist() == [[True, True, True], [True, False, False]]
 
 
 def test_baselines_are_those_of_a_count_by_hand():
