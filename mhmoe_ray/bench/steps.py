@@ -19,7 +19,7 @@ from mhmoe_ray.planner.match import MatchSpec, solve
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 from mhmoe_ray.train.mesh import build_mesh
-from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.step import MicroBatch, Trainer
 
 SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
 """About a second a step on two CPU cores. 384 is the nearest to the families' `small` that splits in 2 and in 3."""
@@ -67,13 +67,14 @@ class Case:
         self.trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device)
         shape = (spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len + 1)
         token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
-        self.batches = list(token_MBT.to(device))
+        counts_BT = torch.ones(token_MBT[0, :, 1:].shape, dtype=torch.bool, device=device)
+        self.batches = [MicroBatch(token_BT, counts_BT) for token_BT in token_MBT.to(device)]
 
     def step(self) -> float:
         """One step; returns its mean loss in nats per token."""
         sums = self.trainer.accumulate(self.batches)
         self.trainer.update()
-        return sums.loss / self.spec.tokens_per_step
+        return sums.loss / self.trainer.targets
 
 
 def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[Figures]:

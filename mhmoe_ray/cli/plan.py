@@ -85,6 +85,7 @@ def show(spec: "RunSpec") -> None:
             f"{compared['parameters'].ratio:.3f} of its parameters, "
             f"{compared['multiply-adds per token'].ratio:.3f} of its multiply-adds ({spec.reference.name})"
         )
+    most = "at most " if spec.data.packing == "best_fit" else ""  # padding is among them
     checkpoint = 3 * FLOAT32 * size.parameters  # weights and two moments
     rows = {
         "preset": f"{spec.origin}: {about(spec.origin)}" if spec.origin else None,
@@ -95,7 +96,7 @@ def show(spec: "RunSpec") -> None:
         "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
         "to its reference": ratios,
-        "tokens": f"{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
+        "tokens": f"{most}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "checkpoints": f"{spec.train.steps // spec.train.checkpoint_every:,}, one every "
         f"{spec.train.checkpoint_every:,} steps, {in_bytes(checkpoint)} each",

@@ -68,11 +68,13 @@ def _mean_rate(history: list[dict[str, Any]]) -> float | None:
     """Tokens per second over the steps so far; the first step of a worker group, which warms up, is left out."""
     from mhmoe_ray.runs import metrics
 
-    warm = [b for a, b in pairwise(history) if a[metrics.GROUP] == b[metrics.GROUP]]
-    if not warm:
-        return None
-    per_step = warm[0][metrics.TOKENS] / warm[0][metrics.STEP]
-    return float(len(warm) * per_step / sum(per_step / line[metrics.TOKENS_PER_S] for line in warm))
+    warm = [
+        (b[metrics.TOKENS] - a[metrics.TOKENS], b[metrics.TOKENS_PER_S])
+        for a, b in pairwise(history)
+        if a[metrics.GROUP] == b[metrics.GROUP]
+    ]
+    seconds = sum(tokens / rate for tokens, rate in warm if tokens)
+    return float(sum(tokens for tokens, _ in warm) / seconds) if seconds else None
 
 
 def _rows(found: dict[str, Any]) -> dict[str, str | None]:

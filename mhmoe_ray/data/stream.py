@@ -1,45 +1,79 @@
 """Training samples as a Ray Dataset in the order of order.py, and the fixed validation micro-batches.
 
-Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. This holds for Ray's
-`streaming_split(equal=True)` when blocks have exactly b rows and order is preserved; every row carries its position, so
-that a worker can tell at once if it did not.
+Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. Ray's
+`streaming_split(equal=True)` deals blocks to ranks in turn when order is preserved and blocks are of equal size. So a
+block holds the next n micro-batches of one rank, since a block costs Ray some milliseconds whatever it holds:
+
+    w = 2, n = 3     | 0 2 4 | 1 3 5 | 6 8 10 | 7 9 11 | ...
+
+Every row carries its position, so that a worker can tell at once if a rank got another's.
 """
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray.data
 
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import Samples, ShardReader, padding_token
+from mhmoe_ray.data.shards.files import Samples, ShardReader, split_padding
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
-MICRO_BATCHES_PER_TASK = 32
+BLOCK_BYTES = 1 << 20
+MOST_IN_A_BLOCK = 32
+"""Micro-batches. More would not be faster, and the first step waits for a block of each rank."""
+BLOCKS_PER_TASK = 16
 MAX_TASKS = 2_000  # Ray makes them all at the start; a longer run has longer ones, which yield as they go
 
 
-def training_stream(spec: RunSpec, start: int) -> ray.data.Dataset:
-    """Samples `start` .. steps * M * b - 1 in blocks of one micro-batch.
+class Deal(NamedTuple):
+    """How a stream's rows, in the order of its blocks, are samples of the training."""
+
+    world: int
+    micro_batch: int
+    """b, in samples."""
+    in_block: int
+    """n, in micro-batches."""
+
+    @property
+    def block_rows(self) -> int:
+        return self.in_block * self.micro_batch
+
+    def position(self, row: np.ndarray) -> np.ndarray:
+        """Of rows, counted from where the stream starts."""
+        turn, within = np.divmod(row, self.block_rows)
+        number, sample = np.divmod(within, self.micro_batch)
+        round_, rank = np.divmod(turn, self.world)
+        return ((round_ * self.in_block + number) * self.world + rank) * self.micro_batch + sample
+
+
+def training_stream(spec: RunSpec, start: int, world: int) -> ray.data.Dataset:
+    """Samples `start` .. steps * M * b - 1 for `world` ranks; each rank's last block may go on past that.
 
     Columns: `position` int64, `tokens` (T + 1) unsigned integers. Read it with `preserve_order`.
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
-    per_task = MICRO_BATCHES_PER_TASK * b
-    blocks = min(MAX_TASKS, -(-rows // per_task))
-    read = partial(_read_positions, spec=spec, start=start)
-    positions = ray.data.range(rows, override_num_blocks=blocks)
-    stream = positions.map_batches(read, batch_size=per_task).repartition(target_num_rows_per_block=b, strict=True)
+    # Four bytes a token at most.
+    in_block = max(1, min(MOST_IN_A_BLOCK, BLOCK_BYTES // (4 * b * (spec.data.seq_len + 1)), rows // (b * world)))
+    deal = Deal(world, b, in_block)
+    rounds = -(-rows // (deal.block_rows * world))
+    per_task = BLOCKS_PER_TASK * deal.block_rows
+    whole = rounds * world * deal.block_rows
+    positions = ray.data.range(whole, override_num_blocks=min(MAX_TASKS, -(-whole // per_task)))
+    read = partial(_read_rows, spec=spec, deal=deal, start=start, end=start + rows)
+    blocks = positions.map_batches(read, batch_size=per_task)
+    stream = blocks.repartition(target_num_rows_per_block=deal.block_rows, strict=True)
     stream.context.enable_progress_bars = False  # they would fill the job's log
     return stream
 
 
-def _read_positions(batch: dict[str, np.ndarray], *, spec: RunSpec, start: int) -> dict[str, Any]:
-    position = batch["id"] + start
-    return {"position": position, "tokens": TrainingSamples.open(spec).read(position)}
+def _read_rows(batch: dict[str, np.ndarray], *, spec: RunSpec, deal: Deal, start: int, end: int) -> dict[str, Any]:
+    position = start + deal.position(batch["id"])
+    # Past the end no rank reads; any sample will do.
+    return {"position": position, "tokens": TrainingSamples.open(spec).read(np.minimum(position, end - 1))}
 
 
 class TrainingSamples:
@@ -58,7 +92,7 @@ class TrainingSamples:
         return _open(spec.model_dump_json())
 
     def read(self, position: np.ndarray) -> np.ndarray:
-        """(positions, T + 1) token ids, unsigned."""
+        """(positions, T + 1) token ids as stored, unsigned; `split_padding` is for them."""
         domain, sample = self._order(position)
         rows: np.ndarray | None = None
         for d in np.unique(domain):
@@ -79,6 +113,4 @@ def _open(spec_json: str) -> TrainingSamples:
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
     """All held-out samples (samples, T + 1), padding as token 0; and the targets that count, a mask (samples, T)."""
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
-    tokens = reader.read(np.arange(len(reader)))
-    real = tokens != padding_token(manifest.token_bytes)
-    return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]
+    return split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)

@@ -112,7 +112,7 @@ class MixtralConfig(BaseModel):
 
 
 def is_mixtral(model: ModelSpec) -> bool:
-    """Whether it computes exactly what Mixtral does."""
+    """Whether it computes exactly what Mixtral does of one text; masks between documents matter in training alone."""
     moe = model.moe
     if moe is None or model.backbone != "llama" or model.moe_layers != model.layers:
         return False

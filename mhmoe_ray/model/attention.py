@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions, and the key-value cache that generation uses."""
+"""Causal self-attention with rotary positions, masks between documents, and the key-value cache of generation."""
 
 from typing import NamedTuple
 
@@ -53,6 +53,21 @@ def rotary(spec: ModelSpec, start: int, stop: int, device: torch.device) -> Rota
     return Rotary((cos * fade).float(), (sin * fade).float(), (cos / fade).float(), (sin / fade).float())
 
 
+def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores: 0 where the later token may look at the earlier one, -inf elsewhere.
+
+    Positions are not counted anew in each document: RoPE and xPos depend on the distance of two tokens alone, which is
+    the same wherever their document begins.
+
+    Args:
+        document_BT: which document each token belongs to, int.
+        dtype: that of queries. A mask of booleans would be turned into one like this in every layer, and each layer
+            would keep its own for the backward.
+    """
+    visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+    return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
+
+
 def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     first, second = x_BHTC.chunk(2, dim=-1)
     return (x_BHTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
@@ -70,26 +85,33 @@ class Attention(nn.Module):
         self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
     def forward(
-        self, x_BTM: Tensor, at: Rotary, cache: KVCache | None = None, generator: torch.Generator | None = None
+        self,
+        x_BTM: Tensor,
+        at: Rotary,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+        mask_B1TT: Tensor | None = None,
     ) -> Tensor:
-        """Attend to this and all earlier tokens.
+        """Attend to this and all earlier tokens, or to those that a mask shows.
 
         Args:
             x_BTM: the newest T tokens; with a cache, those that follow what it holds.
             at: `rotary` of these T positions.
             cache: extended in place.
             generator: source of dropout on the attention weights; none in evaluation.
+            mask_B1TT: `document_mask`, not beside a cache.
         """
         B, T, M = x_BTM.shape
         heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = heads_BHTC.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = _rotate(q, at.q_cos_TC, at.q_sin_TC), _rotate(k, at.k_cos_TC, at.k_sin_TC)
-        past = 0
+        past, visible = 0, mask_B1TT
         if cache is not None:
             past = cache.length
             k, v = cache.extend(k, v)
         grouped = self.kv_heads != self.heads
-        visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past) if past else None
+        if past:
+            visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
         rate = self.dropout if generator is not None else 0.0
         with default_draws_from(generator if rate else None):
             y = F.scaled_dot_product_attention(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_ray.model.attention import Attention, KVCache, Rotary, rotary
+from mhmoe_ray.model.attention import Attention, KVCache, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
@@ -30,9 +30,14 @@ class Block(nn.Module):
             self.ffn = FeedForward(spec, spec.d_ff)
 
     def forward(
-        self, x_BTM: Tensor, at: Rotary, cache: KVCache | None, generator: torch.Generator | None
+        self,
+        x_BTM: Tensor,
+        at: Rotary,
+        cache: KVCache | None,
+        generator: torch.Generator | None,
+        mask_B1TT: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, generator)
+        y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, generator, mask_B1TT)
         x_BTM = x_BTM + dropout(y_BTM, self.dropout, generator)
         y_BTM = self.ffn_norm(x_BTM)
         if hasattr(self, "moe"):
@@ -62,26 +67,36 @@ class Decoder(nn.Module):
         self.norm = make_norm(spec)
         self.output = None if spec.tied_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
-    def forward(self, token_BT: Tensor, caches: list[KVCache] | None = None, noise: Noise | None = None) -> Output:
+    def forward(
+        self,
+        token_BT: Tensor,
+        caches: list[KVCache] | None = None,
+        noise: Noise | None = None,
+        document_BT: Tensor | None = None,
+    ) -> Output:
         """Next-token logits.
 
         Args:
             token_BT: int64 ids; with caches, the tokens that follow what they hold.
             caches: one per block (`new_caches`), extended in place.
             noise: randomness of a training step, where the spec asks for some.
+            document_BT: int, which document each token belongs to, where the spec has `document_masks`. Not with
+                caches: a prompt is one document.
         """
+        assert (document_BT is not None) == (self.spec.document_masks and caches is None)
         start = caches[0].length if caches else 0
         at = rotary(self.spec, start, start + token_BT.shape[1], token_BT.device)
         x_BTM = self.embedding(token_BT)
         if self.spec.backbone == "subln":
             x_BTM = x_BTM * self.spec.d_model**0.5
+        mask_B1TT = None if document_BT is None else document_mask(document_BT, _compute_dtype(x_BTM))
         routings = []
         draws = noise if self.spec.is_random else None
         if draws:
             x_BTM = dropout(x_BTM, self.spec.dropout, draws.generator(EMBEDDING, token_BT.device))
         for i, block in enumerate(self.blocks):
             generator = draws.generator(i, token_BT.device) if draws else None
-            x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator)
+            x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator, mask_B1TT)
             if routing is not None:
                 routings.append(routing)
         output = self.embedding if self.output is None else self.output
@@ -97,6 +112,12 @@ class Decoder(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint's `weights` holds, by name: parameters and the routers' selection biases."""
         return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:

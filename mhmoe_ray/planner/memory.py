@@ -1,7 +1,8 @@
 """Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
 
 Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; and
-what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout on a CPU).
+what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout on a CPU). Padding is
+computed like any token, so what there is of it changes nothing.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,7 @@ def memory(spec: RunSpec) -> Memory:
         gradients=held,
         moments=2 * held,
         copies=_copies(spec, found) if size < FLOAT32 else 0,
-        activations=tokens * _kept_per_token(spec, size) + _rotations(spec) + _static_layout(model, tokens, size),
+        activations=tokens * _kept_per_token(spec, size) + _shared(spec, size) + _static_layout(model, tokens, size),
         logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
     )
 
@@ -75,9 +76,11 @@ def _dropout(model: ModelSpec, size: int) -> int:
     return masks + model.moe_layers * (outputs * (1 + size) + shared)
 
 
-def _rotations(spec: RunSpec) -> int:
-    """Cosines and sines for queries and for keys, which all layers share."""
-    return 4 * FLOAT32 * spec.data.seq_len * spec.model.head_width
+def _shared(spec: RunSpec, size: int) -> int:
+    """What attention of all layers shares: cosines and sines for queries and for keys, and the mask of documents."""
+    T = spec.data.seq_len
+    mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
+    return 4 * FLOAT32 * T * spec.model.head_width + mask
 
 
 def _attention(model: ModelSpec, size: int) -> int:

@@ -99,7 +99,8 @@ class Flops(NamedTuple):
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
-    """All matrix products, attention's scores and weighted values included: (T + 1) / 2 keys for a token on average."""
+    """All matrix products, attention's scores and weighted values included: (T + 1) / 2 keys for a token on average.
+    Masks between documents spare none of them."""
     scores = spec.layers * spec.d_model * (seq_len + 1)
     forward = 2 * (sizes(spec).macs_per_token + scores)
     return Flops(forward, 3 * forward)

@@ -34,7 +34,7 @@ class Manifest(BaseModel):
     step: int
     """Optimizer steps done."""
     tokens: int
-    """Tokens predicted so far."""
+    """Tokens predicted so far; padding is not among them."""
     position: int
     """Samples read so far: the place in the stream where training goes on."""
     seed: int | None

@@ -152,6 +152,8 @@ class ModelSpec(Section):
     """In training, on the embedding and the outputs of attention, dense layers and each expert (P1 ran 0.1)."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     """In training, on the attention weights (P1 ran 0.1)."""
+    document_masks: bool = False
+    """In training and validation, a token attends only to its own document, not to others in the same sample."""
     moe: MoESpec | None = None
     """Absent: every layer is dense."""
 

@@ -77,7 +77,7 @@ class RunSpec(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """M x b x T predicted tokens."""
+        """M x b x T predicted tokens; with best-fit packing less the padding among them."""
         return self.samples_per_step * self.data.seq_len
 
     def with_absolute_paths(self, base: Path) -> Self:

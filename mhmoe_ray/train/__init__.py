@@ -14,5 +14,12 @@ How each tensor is held and its gradient made whole, for world = dp x ep:
     | all the others | replicated                 | plain, written once            | mean over dp x ep (torch's DDP) |
 
 Every rank reads data of its own, expert-parallel ranks too; a rank's loss is scaled so that these means are the
-gradient of the mean loss over all M micro-batches of the step.
+gradient of the step's loss, whose parts are reduced over the M micro-batches like this:
+
+    | loss           | over a step                                                                                  |
+    | -------------- | -------------------------------------------------------------------------------------------- |
+    | of tokens      | sum over targets that count, divided by their number; with best-fit packing ranks sum that   |
+    |                | number before their first backward, else it is M * b * T                                     |
+    | of routing     | mean over micro-batches, each over all its rows, padding included                            |
+    | in validation  | sum over held-out targets that count, divided by their number                                |
 """

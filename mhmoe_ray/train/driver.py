@@ -129,7 +129,7 @@ def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
 
 def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
     newest = newest_checkpoint(run)
-    return training_stream(spec, newest[1].position if newest else 0)
+    return training_stream(spec, newest[1].position if newest else 0, spec.cluster.workers)
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:

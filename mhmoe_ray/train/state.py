@@ -36,7 +36,7 @@ def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
     if mesh.rank == 0:
         manifest = Manifest(
             step=trainer.step,
-            tokens=trainer.step * spec.tokens_per_step,
+            tokens=trainer.tokens,
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,
             world=mesh.world,
@@ -54,7 +54,7 @@ def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
 
 
 def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
-    """Weights, moments and step of a checkpoint written at any world size. Collective."""
+    """Weights, moments, step and tokens of a checkpoint written at any world size. Collective."""
     for parameter in trainer.model.parameters():
         trainer.optimizer.state[parameter] = {
             "step": torch.tensor(float(manifest.step), device=parameter.device),
@@ -62,7 +62,7 @@ def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
         }
     load_tensors(checkpoint / "weights", _weights(trainer))
     load_tensors(checkpoint / "optim", _moments(trainer))
-    trainer.step = manifest.step
+    trainer.step, trainer.tokens = manifest.step, manifest.tokens
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -24,11 +24,18 @@ from mhmoe_ray.train.mesh import Mesh
 from mhmoe_ray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 
+class MicroBatch(NamedTuple):
+    token_BT: Tensor
+    """int64 ids, T + 1 of each sample: T inputs, and T targets one further on."""
+    counts_BT: Tensor
+    """bool: which of the T targets count; the others are padding."""
+
+
 class RankSums(NamedTuple):
     """What this rank's micro-batches of a step add up to."""
 
     loss: float
-    """Nats, summed over tokens."""
+    """Nats, summed over targets that count."""
     balance: float
     """Balance loss summed over micro-batches and layers."""
     dropped: int
@@ -44,8 +51,15 @@ class RankSums(NamedTuple):
 class Trainer:
     """Model, optimizer and mesh of one rank."""
 
-    def __init__(self, spec: RunSpec, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, spec: RunSpec, mesh: Mesh, device: torch.device, start_token: int | None = None) -> None:
+        """Args:
+        spec: of the run.
+        mesh: of this rank.
+        device: of this rank.
+        start_token: the token that precedes every document; needed where the model has `document_masks`.
+        """
         self.spec, self.mesh, self.device = spec, mesh, device
+        self._start_token = start_token
         moe = spec.model.moe
         if moe:
             _, reason = choose(moe.kernel, device, spec.model.d_model // moe.heads)
@@ -61,12 +75,20 @@ class Trainer:
         self.replica: nn.Module = replicate(self.model, mesh)
         self.optimizer = build_optimizer(self.model, spec.train)
         self.step = 0
+        self.tokens = 0
+        """Targets that counted in the steps so far, over all ranks."""
+        self.targets = 0
+        """Those of the newest step."""
 
-    def accumulate(self, batches: Iterable[Tensor]) -> RankSums:
+    def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
         """Add the gradients of this rank's micro-batches and make them whole over ranks, unclipped.
 
+        Every target that counts weighs the same in the step's loss, however full its micro-batch is. Padding is
+        routed like any token, so balance loss, capacity and counts of routes include it: they belong to the rows that
+        experts work on.
+
         Args:
-            batches: M / world tensors of token ids, (b, T + 1) int64 on the device.
+            batches: M / world of them, on the device.
         """
         spec, m = self.spec, self.spec.train.micro_batches
         here = m // self.mesh.world
@@ -74,12 +96,14 @@ class Trainer:
         sums = RankSums(0.0, 0.0, 0, self.zero_counts())
         if self._dispatch:
             self._dispatch.sent = Sent()
-        for i, token_BT in enumerate(batches, start=1):
+        batches, self.targets = self._with_targets(batches)
+        for i, (token_BT, counts_BT) in enumerate(batches, start=1):
             with self._synchronise_on(i == here):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
                 output = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
-                loss_BT = token_losses(output.logits_BTV, token_BT[:, 1:])
-                objective = loss_BT.mean()
+                loss = (token_losses(output.logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
+                # What it adds to the mean over all targets, times M, since the mean over micro-batches is to come.
+                objective = loss / (max(1, self.targets) / m)
                 balance, dropped = 0.0, 0
                 if moe:
                     objective = objective + routing_loss(spec.model, output.routing)
@@ -89,7 +113,7 @@ class Trainer:
                 # DDP and `reduce_expert_gradients` divide by the world; the mean wanted is over the step's M.
                 torch.autograd.backward(objective * (self.mesh.world / m))
             sums = sums._replace(
-                loss=sums.loss + loss_BT.sum().item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
+                loss=sums.loss + loss.item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
             )
         reduce_expert_gradients(self.model, self.mesh)
         if moe and moe.bias_rate:
@@ -99,6 +123,17 @@ class Trainer:
             least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
             sums = sums._replace(sent=self._dispatch.sent, least_sent=least)
         return sums
+
+    def _with_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
+        """The micro-batches, and how many targets count in those of all ranks: known beforehand where there is no
+        padding, and else only when every rank has its own."""
+        if self.spec.data.packing == "concat":
+            return batches, self.spec.tokens_per_step
+        batches = list(batches)
+        count = torch.stack([counts_BT.sum() for _, counts_BT in batches]).sum()
+        if self.mesh.world > 1:
+            dist.all_reduce(count)
+        return batches, int(count)
 
     def zero_counts(self) -> Tensor:
         """count_LE without any route."""
@@ -124,6 +159,7 @@ class Trainer:
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
             raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
         self.step += 1
+        self.tokens += self.targets
         lr = learning_rate(self.spec.train, self.step)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -133,8 +169,14 @@ class Trainer:
     def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:
         dtype = torch.bfloat16
         enabled = self.spec.train.precision == "bfloat16"
+        document_BT = None
+        if self.spec.model.document_masks:
+            assert self._start_token is not None
+            # Padding, as token 0, may look like starts of documents: of some at the end, which no target asks about.
+            document_BT = token_BT.eq(self._start_token).cumsum(1)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
-            output: Output = (self.replica if torch.is_grad_enabled() else self.model)(token_BT, noise=noise)
+            model = self.replica if torch.is_grad_enabled() else self.model
+            output: Output = model(token_BT, noise=noise, document_BT=document_BT)
         return output
 
     @torch.no_grad()

@@ -15,8 +15,10 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.files import write_json
@@ -27,7 +29,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.state import restore, save_checkpoint
-from mhmoe_ray.train.step import RankSums, Trainer
+from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -55,7 +57,10 @@ class Worker:
         node = ray.get_runtime_context().get_node_id()
         places = _gather(Place(rank, os.getpid(), socket.gethostname(), node))
         mesh = build_mesh(spec.cluster, [p.node for p in places], device.type)
-        self.trainer = Trainer(spec, mesh, device)
+        edges = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
+        assert edges is not None
+        self.trainer = Trainer(spec, mesh, device, edges.start)
+        self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
         self.group, restored = self._agree()
         if restored:
@@ -74,7 +79,7 @@ class Worker:
         stop = False
         while trainer.step < spec.train.steps and not stop:
             began = time.monotonic()
-            batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world)
+            batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
             norm, lr = trainer.update()
             line, step_counts_LE, stop = self._line(sums, batches, norm, lr, began)
@@ -105,12 +110,11 @@ class Worker:
         return agreed
 
     def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        folder = self.spec.data.prepared
-        tokens, counts = validation_samples(folder, require_data_manifest(folder))
+        tokens, counts = validation_samples(self.spec.data.prepared, self.data)
         return torch.from_numpy(tokens), torch.from_numpy(counts)
 
-    def _stream(self) -> Iterator[torch.Tensor]:
-        """This rank's micro-batches; each is checked to be the one that the order says."""
+    def _stream(self) -> Iterator[np.ndarray]:
+        """This rank's micro-batches as they are stored; each is checked to be the one that the order says."""
         spec, world = self.spec, self.trainer.mesh.world
         b = spec.train.micro_batch_size
         shard = ray.train.get_dataset_shard("train")
@@ -120,7 +124,7 @@ class Worker:
             if not np.array_equal(batch["position"], expected):
                 why = f"rank {self.rank} got positions from {batch['position'][0]} on, not from {expected[0]} on"
                 raise DataError("training stream", why, "this is a defect; the run can be resumed")
-            yield torch.from_numpy(batch["tokens"].astype(np.int64))
+            yield batch["tokens"]
 
     def _line(
         self, sums: RankSums, batches: "_Timed", norm: float, lr: float, began: float
@@ -145,11 +149,11 @@ class Worker:
             metrics.STEP: trainer.step,
             metrics.GROUP: self.group,
             metrics.TIME: time.time(),
-            metrics.LOSS: float(loss) / spec.tokens_per_step,
+            metrics.LOSS: float(loss) / max(1, trainer.targets),
             metrics.GRAD_NORM: norm,
             metrics.LR: lr,
-            metrics.TOKENS: trainer.step * spec.tokens_per_step,
-            metrics.TOKENS_PER_S: spec.tokens_per_step / seconds,
+            metrics.TOKENS: trainer.tokens,
+            metrics.TOKENS_PER_S: trainer.targets / seconds,
             metrics.DATA_WAIT: float(wait),
             # Rank r's j-th micro-batch is number j * world + r of the step.
             metrics.STREAM: combine_digests(int(d) for d in digests.T.flatten()),
@@ -174,19 +178,20 @@ class Worker:
 class _Timed:
     """The next `count` micro-batches of a stream, the time spent waiting for them, and a digest of each."""
 
-    def __init__(self, stream: Iterator[torch.Tensor], count: int) -> None:
-        self._stream, self._left = stream, count
+    def __init__(self, stream: Iterator[np.ndarray], count: int, token_bytes: int) -> None:
+        self._stream, self._left, self._token_bytes = stream, count, token_bytes
         self.waited = 0.0
         self.digests: list[int] = []
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         while self._left:
             asked = time.monotonic()
-            batch = next(self._stream)
+            stored = next(self._stream)
             self.waited += time.monotonic() - asked
             self._left -= 1
-            self.digests.append(sample_digest(batch.numpy()))
-            yield batch.to(ray.train.torch.get_device())
+            self.digests.append(sample_digest(stored))
+            parts = split_padding(stored, self._token_bytes)
+            yield MicroBatch(*(torch.from_numpy(part).to(ray.train.torch.get_device()) for part in parts))
 
 
 def _gather(value: Any) -> list[Any]:

@@ -52,6 +52,14 @@ def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
     assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in shown
 
 
+def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
+    assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] is None
+    for step, tokens, rate in ((8, 80, 10.0), (9, 140, 20.0)):  # in 1 and in 3 seconds
+        steps = {metrics.STEP: step, metrics.TOKENS: tokens, metrics.TOKENS_PER_S: rate}
+        metrics.append(run, {**metrics.last(run), **steps})
+    assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] == 70 / 4
+
+
 def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):
     assert_one_line(mhmoe(tmp_path, "resume"), 7, "its cluster does not answer", "wrote something", "--force")
     assert len(events.events(run)) == 2

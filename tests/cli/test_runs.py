@@ -133,7 +133,8 @@ def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster)
 
 
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):
-    write_spec(corpus, train={"steps": 300, "validate_every": 100, "checkpoint_every": 100})
+    schedule = {"steps": 300, "validate_every": 100, "checkpoint_every": 100}
+    write_spec(corpus, model={"document_masks": True}, train=schedule)
     follower = subprocess.Popen(
         command("submit", "spec.yaml"),
         cwd=corpus,
@@ -160,6 +161,7 @@ def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local
     assert resumed.code == 0, resumed.err
     assert f"training from step {at} on 1 workers, dp 1 x ep 1" in resumed.err
     assert_read_as_ordered(run)
+    assert metrics.last(run)[metrics.TOKENS] == 300 * run.spec().tokens_per_step
 
 
 def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):

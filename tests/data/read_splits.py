@@ -17,7 +17,7 @@ from mhmoe_ray.train.digest import sample_digest
 
 
 def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[int], int]]]:
-    stream = training_stream(spec, start)
+    stream = training_stream(spec, start, world)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     found: list[list[tuple[list[int], int]]] = [[] for _ in range(world)]
 

@@ -25,6 +25,7 @@ MIXTRAL = ModelSpec(
     kv_heads=2,
     tied_embeddings=False,
     rope_theta=1e6,
+    document_masks=True,  # which a single document does not show
     moe=MoESpec(heads=1, experts=4, d_expert=24, every=1, normalize_gates=True, z_weight=0.1, jitter=0.01),
 )
 EVERYTHING = {"d_expert": 24, "d_shared": 16, "projection_layers": 3, "bias_rate": 0.1, "capacity_factor": 2.0}

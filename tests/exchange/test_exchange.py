@@ -40,7 +40,7 @@ def tensors_of(folder):
 @torch.no_grad()
 def our_logits(run: RunDir) -> torch.Tensor:
     model, _ = load_model(newest_checkpoint(run, ("weights",))[0])
-    return model(TOKENS).logits_BTV
+    return model(TOKENS, model.new_caches(*TOKENS.shape)).logits_BTV  # as serving does
 
 
 @torch.no_grad()

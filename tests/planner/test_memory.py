@@ -12,7 +12,7 @@ from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import Trainer
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
-from tests.train.jobs import trainer_of
+from tests.train.jobs import micro_batches, trainer_of
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
@@ -20,6 +20,7 @@ KINDS = {
     "subln": {"backbone": "subln"},
     "grouped-queries": {"kv_heads": 2, "tied_embeddings": False},
     "dropout": {"backbone": "subln", "dropout": 0.1},
+    "masks": {"document_masks": True},
 }
 EXPERTS = {
     "dense": None,
@@ -39,7 +40,8 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
     model = {**TRUNK, **KINDS[kind], "moe": EXPERTS[experts]}
     if experts == "plain":
         model["d_ff"] = None
-    return tiny_spec(model=model, data={"seq_len": 64}, train=train)
+    seq_len = 192 if kind == "masks" else 64  # at which the mask is more than what the test lets pass
+    return tiny_spec(model=model, data={"seq_len": seq_len}, train=train)
 
 
 class Kept:
@@ -68,7 +70,8 @@ def kept_by_autograd(spec: RunSpec) -> int:
     bfloat16 = spec.train.precision == "bfloat16"
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            output = model(token_BT[:, :-1], noise=Noise(0, 0))
+            document_BT = (token_BT[:, :-1] < 20).cumsum(1) if spec.model.document_masks else None
+            output = model(token_BT[:, :-1], noise=Noise(0, 0), document_BT=document_BT)
         loss = token_losses(output.logits_BTV, token_BT[:, 1:]).mean()
         if spec.model.moe:
             loss = loss + routing_loss(spec.model, output.routing)
@@ -89,8 +92,7 @@ def test_activations_are_those_that_a_micro_batch_keeps(kind, experts, precision
 def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
     spec = spec_of("llama", experts)
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
-    token = torch.randint(500, (spec.train.micro_batches, 2, 65), generator=torch.Generator().manual_seed(0))
-    trainer.accumulate(iter(token))
+    trainer.accumulate(micro_batches(spec, 0))
     parameters = list(trainer.model.parameters())
     gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     trainer.update()

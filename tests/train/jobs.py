@@ -12,23 +12,42 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.state import restore, save_checkpoint
-from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.step import MicroBatch, Trainer
+
+START = 0  # the token that begins a document; as with tokenizers of ours, padding looks the same to a model
 
 
 def trainer_of(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
     mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers, "cpu")
-    return Trainer(spec, mesh, torch.device("cpu"))
+    return Trainer(spec, mesh, torch.device("cpu"), START)
 
 
-def batches(spec: RunSpec, step: int, trainer: Trainer) -> list[torch.Tensor]:
-    """This rank's micro-batches of a step; tokens depend on the step alone and each follows from the one before."""
+def batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:
+    """This rank's micro-batches of a step."""
+    return micro_batches(spec, step)[trainer.mesh.rank :: trainer.mesh.world]
+
+
+def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
+    """All of a step. Tokens depend on the step alone, and each follows from the one before. With best-fit packing there
+    are documents of all lengths, and padding of all lengths: the first micro-batch has nothing else, the second a
+    single target."""
     m, b, t = spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len
     g = torch.Generator().manual_seed(1000 + step)
     chain = [torch.randint(40, (m, b), generator=g)]
     for _ in range(t):
         chain.append((chain[-1] * 7 + 3) % 40)
-    token = torch.stack(chain, dim=-1)
-    return list(token[trainer.mesh.rank :: trainer.mesh.world])
+    token_MBT = torch.stack(chain, dim=-1)
+    counts_MBT = torch.ones(m, b, t, dtype=torch.bool)
+    if spec.data.packing == "best_fit":
+        starts_MBT = torch.rand(m, b, t + 1, generator=g) < 0.25
+        starts_MBT[..., 0] = True
+        targets_MB = torch.randint(t + 1, (m, b), generator=g)
+        targets_MB[:2] = 0
+        targets_MB[1, 0] = 1
+        counts_MBT = torch.arange(t) < targets_MB[..., None]
+        token_MBT = token_MBT.where(~starts_MBT, START)
+        token_MBT[..., 1:] *= counts_MBT
+    return [MicroBatch(token, counts) for token, counts in zip(token_MBT, counts_MBT, strict=True)]
 
 
 def whole(trainer: Trainer, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -58,9 +77,9 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
-        losses.append(float(total) / spec.tokens_per_step)
+        losses.append(float(total) / trainer.targets)
     weights = whole(trainer, trainer.model.tensors())
-    return {"gradients": first, "losses": losses, "norms": norms, "weights": weights}
+    return {"gradients": first, "losses": losses, "norms": norms, "weights": weights, "tokens": trainer.tokens}
 
 
 def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
@@ -75,7 +94,7 @@ def load_and_describe(spec: RunSpec, checkpoint: Path) -> dict[str, Any]:
     """Weights and moments as this world loads them."""
     trainer = trainer_of(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
-    result: dict[str, Any] = {"step": trainer.step}
+    result: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
     result["weights"] = whole(trainer, trainer.model.tensors())
     for moment in ("exp_avg", "exp_avg_sq"):
         state = {n: trainer.optimizer.state[p][moment] for n, p in trainer.model.named_parameters()}
@@ -90,7 +109,7 @@ def load_and_go_on(spec: RunSpec, checkpoint: Path, steps: int) -> list[float]:
     for step in range(trainer.step, trainer.step + steps):
         sums = trainer.accumulate(batches(spec, step, trainer))
         trainer.update()
-        losses.append(sums.loss / spec.tokens_per_step)
+        losses.append(sums.loss / trainer.targets)
     return losses
 
 

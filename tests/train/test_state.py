@@ -34,7 +34,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_any_number(saved, workers, ep):
     checkpoint, expected = saved
     spec = tiny_spec(cluster={"workers": workers, "ep": ep})
     for found in run_ranks(workers, jobs.load_and_describe, spec, checkpoint):
-        assert found["step"] == STEPS
+        assert (found["step"], found["tokens"]) == (STEPS, STEPS * 8 * 16)
         for part in ("weights", "exp_avg", "exp_avg_sq"):
             assert found[part].keys() == expected[part].keys()
             for name, tensor in expected[part].items():

@@ -39,6 +39,13 @@ def padding_token(token_bytes: int) -> int:
     return int(np.iinfo(token_dtype(token_bytes)).max)
 
 
+def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.ndarray]:
+    """Stored samples (samples, T + 1) as a model takes them: padding as token 0; and the targets that count, a mask
+    (samples, T)."""
+    real = tokens != padding_token(token_bytes)
+    return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]
+
+
 def rows_per_shard(seq_len: int, token_bytes: int) -> int:
     return max(1, SHARD_BYTES // ((seq_len + 1) * token_bytes))
 

@@ -2,7 +2,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mhmoe_ray.data.shards.files import ShardReader, padding_token, rows_per_shard, token_bytes_for, write_shard
+from mhmoe_ray.data.shards.files import (
+    ShardReader,
+    padding_token,
+    rows_per_shard,
+    split_padding,
+    token_bytes_for,
+    write_shard,
+)
 
 
 @pytest.mark.parametrize("token_bytes", [2, 4])
@@ -37,3 +44,13 @@ def test_a_vocabulary_leaves_room_for_the_padding_mark():
 def test_a_shard_has_a_sample_however_long_it_is():
     assert rows_per_shard(2048, 2) == (64 << 20) // 4098
     assert rows_per_shard(100_000_000, 4) == 1
+
+
+@pytest.mark.parametrize("token_bytes", [2, 4])
+def test_padding_is_token_0_to_a_model_and_counts_as_no_target(token_bytes):
+    padding = padding_token(token_bytes)
+    stored = np.array([[5, 0, 7, 8], [5, 9, padding, padding]], f"<u{token_bytes}")
+    tokens, counts = split_padding(stored, token_bytes)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == [[5, 0, 7, 8], [5, 9, 0, 0]]
+    assert counts.tolist() == [[True, True, True], [True, False, False]]

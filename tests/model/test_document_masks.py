@@ -1,0 +1,68 @@
+"""Documents packed into one sample, each as if it were alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhmoe_ray.model.attention import document_mask
+
+from .test_decoder import KINDS, build, tokens
+
+LENGTHS = [[7, 1, 12], [13, 7], [20]]
+"""Of the documents in each sample of a batch."""
+
+
+def documents() -> torch.Tensor:
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_packed_document_has_the_logits_it_has_alone(heads, kind):
+    model, x = build(heads, document_masks=True, **kind), tokens(3, 20)
+    plain = build(heads, **kind)
+    packed, unmasked = model(x, document_BT=documents()).logits_BTV, plain(x).logits_BTV
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for length in lengths:
+            part = slice(start, start + length)
+            alone = plain(x[row : row + 1, part]).logits_BTV[0]
+            # Cosines and sines are float32, and those of other positions.
+            torch.testing.assert_close(packed[row, part], alone, atol=1e-5, rtol=1e-5)
+            seen = (unmasked[row, part] - alone).abs().amax() > 1e-3
+            assert seen == (start > 0), "without masks earlier documents must show, or the test could not fail"
+            start += length
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_a_token_sees_itself_and_what_is_before_it_in_its_document(ids):
+    mask = document_mask(torch.tensor(ids), torch.float32)
+    assert mask.shape == (len(ids), 1, 6, 6)
+    for b, row in enumerate(ids):
+        for late in range(6):
+            for early in range(6):
+                sees = early <= late and row[early] == row[late]
+                assert mask[b, 0, late, early].item() == (0 if sees else float("-inf"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_generation_is_that_of_one_document(kind):
+    model, x = build(document_masks=True, **kind), tokens(2, 17)
+    whole = model(x, document_BT=torch.zeros_like(x)).logits_BTV
+    caches = model.new_caches(batch=2, capacity=17)
+    parts = [model(part, caches).logits_BTV for part in x.split([5, 1, 11], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_document_ids_are_given_exactly_where_they_are_needed():
+    x = tokens(1, 4)
+    masked = build(document_masks=True)
+    with pytest.raises(AssertionError):
+        masked(x)
+    with pytest.raises(AssertionError):
+        masked(x, masked.new_caches(1, 4), document_BT=torch.zeros_like(x))
+    with pytest.raises(AssertionError):
+        build()(x, document_BT=torch.zeros_like(x))
