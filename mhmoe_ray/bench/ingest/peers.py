@@ -1,0 +1,105 @@
+"""What users have without us: Hugging Face's datasets to prepare text, MosaicML's streaming to read it in training."""
+
+import os
+import time
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhmoe_ray.bench.ingest.processes import Peak
+from mhmoe_ray.data.shards.files import ShardReader
+from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.sources import find_files
+from mhmoe_ray.data.tokenizer import document_encoder
+from mhmoe_ray.spec import RunSpec
+
+FEW = 10
+"""Domains that are loaded one by one, since their records differ; more of a source are taken to be alike."""
+
+
+def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
+    """`load_dataset("json")`, then `map` with our encoder of documents, then `map` to samples of T + 1 tokens.
+
+    Args:
+        spec: whose sources are read, with a given tokenizer.
+        folder: empty, for what it writes.
+        processes: of each `map`, and of loading.
+    """
+    os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import datasets
+
+    datasets.disable_progress_bars()
+    tokenizer, length = spec.data.tokenizer, spec.data.seq_len
+    assert tokenizer is not None
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        return {"ids": document_encoder(tokenizer).encode(batch["text"])}
+
+    def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        ids = list(chain.from_iterable(batch["ids"]))
+        return {"ids": [ids[i : i + length + 1] for i in range(0, len(ids) - length, length)]}
+
+    samples = 0
+    with Peak() as peak:
+        began = time.perf_counter()
+        for files in _groups(spec):
+            loaded = datasets.load_dataset(
+                "json", data_files=files, split="train", cache_dir=str(folder), num_proc=min(processes, len(files))
+            )
+            common = {"batched": True, "num_proc": processes}
+            tokenised = loaded.map(tokenise, remove_columns=loaded.column_names, **common)
+            samples += len(tokenised.map(pack, remove_columns=["ids"], **common))
+        seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "tokens": samples * length,
+        "peak_bytes": peak.resident,
+        "own_bytes": peak.own,
+    }
+
+
+def _groups(spec: RunSpec) -> list[list[str]]:
+    by_domain: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for file in find_files(spec.data):
+        by_domain[file.domain.partition("/")[0]][file.domain].append(file.path)
+    groups = list[list[str]]()
+    for domains in by_domain.values():
+        files = list(domains.values())
+        groups += files if len(files) <= FEW else [list(chain.from_iterable(files))]
+    return groups
+
+
+def stream_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
+    """The same samples from MDS shards, shuffled, through torch's DataLoader. Writing the shards is not timed.
+
+    Args:
+        spec: of a training whose data are prepared.
+        folder: empty, for what it writes.
+        processes: of the loader.
+    """
+    from streaming import MDSWriter, StreamingDataset
+    from torch.utils.data import DataLoader
+
+    b, wanted = spec.train.micro_batch_size, spec.train.steps * spec.train.micro_batches
+    manifest = require_data_manifest(spec.data.prepared)
+    columns = {"tokens": f"ndarray:uint{8 * manifest.token_bytes}:{spec.data.seq_len + 1}"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for domain in manifest.domains.values():
+            reader = ShardReader(spec.data.prepared, domain.shards, manifest.token_bytes)
+            for start in range(0, len(reader), 1024):
+                for sample in reader.read(np.arange(start, min(start + 1024, len(reader)))):
+                    writer.write({"tokens": sample})
+    dataset = StreamingDataset(local=str(folder), batch_size=b, shuffle=True, shuffle_seed=spec.seed)
+    loader = DataLoader(dataset, batch_size=b, num_workers=processes, drop_last=True)
+    number, began = 0, 0.0
+    while number < wanted:
+        for _ in loader:
+            if number == 0:
+                began = time.perf_counter()
+            number += 1
+            if number == wanted:
+                break
+    return {"seconds": time.perf_counter() - began, "micro_batches": wanted - 1}
