@@ -1,6 +1,6 @@
 """`mhmoe data mix`: the mixture that a spec will produce, from its prepared counts; nothing is read or started."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,8 @@ def mix(
     """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.
 
     Shares by size follow the sources' weights and the tokens there are; tempered ones are after alpha; the last ones
-    after max_epochs. Samples read are exact, counted by the order itself. Needs prepared data.
+    after max_epochs. Samples read are exact, counted by the order itself; tokens are without padding, and on average
+    where there is some. Needs prepared data.
     """
     from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
 
@@ -49,36 +50,33 @@ def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     mixed = mixture(spec, manifest)
     names, sources = [d.name for d in mixed.domains], [d.source for d in mixed.domains]
     there = [d.samples for d in mixed.domains]
+    # Of a sample, on average: padding is not read.
+    targets = [spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, there, strict=True)]
 
-    def rows(values: dict[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
+    def rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
         """Sums of values by key; epochs from samples read and there."""
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
                 result[key][name] += value[i]
         for row in result.values():
-            row |= {"tokens": int(row["samples"] * spec.data.seq_len), "epochs": row["samples"] / row["samples_there"]}
+            row |= {"tokens": round(row["tokens"]), "epochs": row["samples"] / row["samples_there"]}
         return result
 
-    def both(values: dict[str, Sequence[float]]) -> dict[str, Any]:
+    def both(shares: Mapping[str, Sequence[float]], read: Sequence[int]) -> dict[str, Any]:
+        tokens = [n * t for n, t in zip(read, targets, strict=True)]
+        values = {**shares, "samples": read, "samples_there": there, "tokens": tokens}
         return {"domains": rows(values, names), "sources": rows(values, sources)}
 
     phases = []
     for phase in mixed.phases:
         read = mixed.read(phase.from_step, phase.from_step + phase.steps)
         shares = {"by_size": phase.by_size, "tempered": phase.tempered, "share": phase.shares}
-        table = both({**shares, "samples": read, "samples_there": there})
-        phases.append({"from_step": phase.from_step, "steps": phase.steps, **table})
+        phases.append({"from_step": phase.from_step, "steps": phase.steps, **both(shares, read)})
     steps = spec.train.steps
     read = mixed.read(0, steps)
-    whole = both(
-        {
-            "share": [n / (steps * spec.samples_per_step) for n in read],
-            "samples": read,
-            "samples_there": there,
-            "tokens_there": [manifest.domains[name].tokens for name in names],
-        }
-    )
+    share = [n / (steps * spec.samples_per_step) for n in read]
+    whole = both({"share": share, "tokens_there": [manifest.domains[name].tokens for name in names]}, read)
     for name, limit in zip(names, mixed.limits, strict=True):
         whole["domains"][name]["samples_at_most"] = limit
     return {
@@ -93,9 +91,10 @@ def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     samples = found["steps"] * found["samples_per_step"]
+    tokens = sum(row["tokens"] for row in found["whole"]["sources"].values())
     out.print(
         f"{found['name']}: {found['steps']:,} steps of {found['samples_per_step']:,} samples: {samples:,} samples, "
-        f"{samples * found['seq_len']:,} tokens",
+        f"{tokens:,} tokens",
         soft_wrap=True,
     )
     several = len(found["phases"]) > 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import recipe
+from mhmoe_ray.data.shards.manifest import DataManifest, recipe
 from mhmoe_ray.spec import RunSpec, load_spec
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
@@ -52,6 +52,19 @@ def test_one_phase(project):
     row = next(line.split() for line in text.splitlines() if line.startswith("  sw "))
     assert row == ["sw", f"{12 * T + 1:,}", "12", "0.167", "25", "20", "48", "4.00", "4.00", "768"]
     assert "…" not in text
+
+
+def test_padding_is_no_token(project):
+    path = project / "prepared/manifest.json"
+    manifest = DataManifest.model_validate_json(path.read_text())
+    manifest.domains["web/sw"].padding = 12 * 4  # 4 of the 16 of each sample
+    path.write_text(manifest.model_dump_json())
+    found = mhmoe(project, "data", "mix", "spec.yaml", "--json").json()["whole"]
+    assert found["domains"]["web/sw"]["tokens"] == 48 * 12
+    assert found["domains"]["web/de"]["tokens"] == found["domains"]["web/de"]["samples"] * T
+    tokens = sum(row["tokens"] for row in found["sources"].values())
+    assert tokens == 240 * T - 48 * 4
+    assert f"240 samples, {tokens:,} tokens" in mhmoe(project, "data", "mix", "spec.yaml").out
 
 
 def test_phases(project):

@@ -1,6 +1,8 @@
 """Preparing and streaming by several packages in turn, each time in a process and a folder of its own."""
 
 import json
+import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -9,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.ingest import ours, peers
@@ -77,15 +80,24 @@ def missing(name: str) -> str | None:
 def _in_a_process(name: str, spec: RunSpec, processes: int) -> dict[str, Any]:
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     request = json.dumps({"name": name, "spec": spec.model_dump_json(), "folder": folder, "processes": processes})
+    # A Ray of its own, which listens on loopback only and has a token, as that of `mhmoe cluster up`.
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    command = [sys.executable, "-m", __name__]
     try:
-        done = subprocess.run([sys.executable, "-m", __name__], input=request, text=True, capture_output=True)
+        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray)
     finally:
         shutil.rmtree(folder)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise JobError(f"bench ingest, {name}", lines[-1], "leave it out, or mend its package")
+        raise JobError(f"bench ingest, {name}", _why(done), "mend that, or leave out --peers")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    """The first error of a traceback, which caused the others."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return next(iter(errors or lines[-1:]), f"exit code {done.returncode}")
 
 
 def main() -> None:

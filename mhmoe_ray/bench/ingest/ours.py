@@ -23,7 +23,7 @@ def prepare_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
         processes: that tokenise at a time.
     """
     data = spec.data.model_copy(update={"prepared": folder / "prepared"})
-    ray.init(num_cpus=processes, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     with Peak() as peak:
         began = time.perf_counter()
         manifest = prepare(spec.model_copy(update={"data": data}))
@@ -46,7 +46,7 @@ def stream_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
         folder: not used.
         processes: logical CPUs of Ray.
     """
-    ray.init(num_cpus=processes, log_to_driver=False, include_dashboard=False)
+    ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     stream = training_stream(spec, 0, 1)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     [split] = stream.streaming_split(1, equal=True)

@@ -24,7 +24,7 @@ def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
     """`load_dataset("json")`, then `map` with our encoder of documents, then `map` to samples of T + 1 tokens.
 
     Args:
-        spec: whose sources are read, with a given tokenizer.
+        spec: whose data are prepared: it reads their sources, with their tokenizer.json.
         folder: empty, for what it writes.
         processes: of each `map`, and of loading.
     """
@@ -32,8 +32,7 @@ def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
     import datasets
 
     datasets.disable_progress_bars()
-    tokenizer, length = spec.data.tokenizer, spec.data.seq_len
-    assert tokenizer is not None
+    tokenizer, length = spec.data.prepared / "tokenizer.json", spec.data.seq_len
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         return {"ids": document_encoder(tokenizer).encode(batch["text"])}

@@ -139,25 +139,31 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_c
         assert entry.unused_tokens == 0
 
 
-def test_workers_read_the_order_micro_batch_by_micro_batch(prepared, local_cluster, tmp_path):
+def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(
+    prepared, local_cluster, tmp_path
+):
+    """1, 2 and 4 workers from the start; 2 that go on alone, and 4 that go on from 2, at a step in the middle."""
     spec, _ = prepared
-    schedule = [PhaseSpec(from_step=30, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"schedule": schedule})})
+    steps, middle = 1000, 8 * 437
+    schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
+    data = spec.data.model_copy(update={"schedule": schedule})
+    spec = spec.model_copy(update={"data": data, "train": spec.train.model_copy(update={"steps": steps})})
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
-    middle = 8 * 37
-    asked = ["1:0", "2:0", "4:0", f"2:{middle}"]
+    asked = ["1:0", "2:0", "4:0", f"2:{middle}", f"4:{middle}"]
     lines = on_cluster(local_cluster, "tests.data.read_splits", tmp_path / "spec.yaml", *asked)
     found = json.loads(next(line for line in lines if line.startswith("{")))
     assert list(found) == asked
+    positions = np.arange(steps * 8).reshape(-1, 2)
+    tokens = TrainingSamples(spec).read(positions.ravel()).reshape(len(positions), 2, -1)
+    expected = [[row.tolist(), sample_digest(t)] for row, t in zip(positions, tokens, strict=True)]
     for pair, workers in found.items():
         world, start = map(int, pair.split(":"))
-        positions = np.arange(start, 60 * 8).reshape(-1, 2)
-        tokens = TrainingSamples(spec).read(positions.ravel()).reshape(len(positions), 2, -1)
+        wanted = expected[start // 2 :]
+        assert len(workers) == world
         for rank, batches in enumerate(workers):
-            wanted = len(positions) // world
-            assert [p for p, _ in batches[:wanted]] == positions[rank::world].tolist()
-            assert [d for _, d in batches[:wanted]] == [sample_digest(t) for t in tokens[rank::world]]
-            assert all(p[0] >= 60 * 8 for p, _ in batches[wanted:])
+            assert batches[: len(wanted) // world] == wanted[rank::world]
+            # What a last block holds beyond the end belongs to nobody.
+            assert all(p[0] >= steps * 8 for p, _ in batches[len(wanted) // world :])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""`mhmoe bench ingest` on data that the command itself prepared."""
+
+import base64
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.bench.ingest.contest import CONTESTANTS
+from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.spec import dump_spec, load_spec
+from tests.cli.run import assert_one_line, mhmoe
+from tests.data.texts import write_corpus
+from tests.specs import tiny_spec
+
+PEERS = ["prepare: datasets", "stream: mosaicml-streaming"]
+
+
+@pytest.fixture(scope="module")
+def project(local_cluster, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_corpus(folder / "raw")
+    (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
+    (folder / "spec.yaml").write_text(dump_spec(tiny_spec(folder, data=data)))
+    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
+    return folder
+
+
+@pytest.mark.ray
+def test_both_tasks_are_done_anew_and_whole(project):
+    before = sorted(project.rglob("*"))
+    shown = mhmoe(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "2", "--json")
+    found = shown.json()["figures"]
+    domains = read_data_manifest(project / "prepared").domains.values()
+    tokens, text = sum(d.tokens + d.validation_tokens for d in domains), sum(d.text_bytes for d in domains)
+    for prepared in found["prepare: mhmoe"]["rounds"]:
+        assert (prepared["tokens"], prepared["text_bytes"]) == (tokens, text)
+        assert prepared["seconds"] > 0
+        assert 0 < prepared["own_bytes"] <= prepared["peak_bytes"]
+    for streamed in found["stream: mhmoe"]["rounds"]:
+        assert streamed["micro_batches"] == 20 * 4 - 1  # of 20 steps; the first starts the clock
+    assert [len(f["rounds"]) for f in found.values()] == [2] * len(found)
+    missing = [name for name in PEERS if find_spec(CONTESTANTS[name].package) is None]
+    assert set(found) == set(CONTESTANTS) - set(missing)
+    for name in missing:
+        assert f"{name} is left out: {CONTESTANTS[name].package} is not installed" in shown.err
+    turns = [line.split(" took")[0] for line in shown.err.splitlines() if line.startswith("round")]
+    assert turns[len(found) :] == [turn.replace("1", "2", 1) for turn in reversed(turns[: len(found)])]
+    for part in ("tokens/s", "micro-batches/s", "time to ours", "2 rounds in turn"):
+        assert part in shown.err
+    assert sorted(project.rglob("*")) == before
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
+def test_datasets_makes_the_same_samples_but_for_ends(project):
+    spec = load_spec(project / "spec.yaml")
+    found = mhmoe(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
+    ours, theirs = (found[name]["rounds"][0]["tokens"] for name in ("prepare: mhmoe", "prepare: datasets"))
+    ends = 4 * spec.data.seq_len * 2  # of each of two processes' share of each domain
+    assert ours - ends <= theirs <= ours
+
+
+@pytest.mark.ray
+def test_what_fails_is_one_line_with_its_cause(project):
+    (project / "raw/a/one.jsonl").rename(project / "one")
+    (project / "raw/a/one.jsonl").write_text("no json\n")
+    shown = mhmoe(project, "bench", "ingest", "spec.yaml", "--rounds", "1")
+    (project / "one").rename(project / "raw/a/one.jsonl")
+    assert_one_line(shown, 9, "bench ingest, prepare: mhmoe", "DataError")
+
+
+def test_it_needs_a_given_tokenizer_and_prepared_data(tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(dump_spec(tiny_spec(tmp_path)))
+    assert_one_line(mhmoe(tmp_path, "bench", "ingest", "spec.yaml"), 3, "the spec has no data.tokenizer")
+    spec.write_text(dump_spec(tiny_spec(tmp_path, data={"tokenizer": "tokenizer.json"})))
+    assert_one_line(mhmoe(tmp_path, "bench", "ingest", "spec.yaml"), 4, "it is not there", "mhmoe data prepare SPEC")
