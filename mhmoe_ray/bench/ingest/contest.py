@@ -29,6 +29,7 @@ class Contestant(NamedTuple):
 CONTESTANTS = {
     "prepare: mhmoe": Contestant("prepare", "ray", ours.prepare_ours),
     "prepare: datasets": Contestant("prepare", "datasets", peers.prepare_datasets),
+    "prepare: datasets, our encoder": Contestant("prepare", "datasets", peers.prepare_datasets_with_ours),
     "stream: mhmoe": Contestant("stream", "ray", ours.stream_ours),
     "stream: mosaicml-streaming": Contestant("stream", "streaming", peers.stream_mosaicml),
 }

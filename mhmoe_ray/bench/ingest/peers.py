@@ -2,22 +2,24 @@
 
 import os
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from mhmoe_ray.bench.ingest.processes import Peak
 from mhmoe_ray.data.shards.files import ShardReader
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.sources import find_files
-from mhmoe_ray.data.tokenizer import document_encoder
+from mhmoe_ray.data.tokenizer import boundaries, document_encoder
 from mhmoe_ray.spec import RunSpec
 
 
 def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """`load_dataset("json")`, then `map` with our encoder of documents, then `map` to samples of T + 1 tokens, all
+    """`load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens; all
     domains in one, which is less work than to keep them apart.
 
     Args:
@@ -25,14 +27,34 @@ def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
         folder: empty, for what it writes.
         processes: of each `map`, and of loading.
     """
+    file = spec.data.prepared / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    edges = boundaries(tokenizer)
+    assert edges is not None, "checked when the data were prepared"
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[edges.start, *encoding.ids] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    return _prepare_datasets(spec, folder, processes, encode)
+
+
+def prepare_datasets_with_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
+    """The same with our encoder of documents."""
+    file = spec.data.prepared / "tokenizer.json"
+    return _prepare_datasets(spec, folder, processes, lambda texts: document_encoder(file).encode(texts))
+
+
+def _prepare_datasets(
+    spec: RunSpec, folder: Path, processes: int, encode: Callable[[list[str]], list[list[int]]]
+) -> dict[str, Any]:
     os.environ |= {"HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import datasets
 
     datasets.disable_progress_bars()
-    tokenizer, length = spec.data.prepared / "tokenizer.json", spec.data.seq_len
+    length = spec.data.seq_len
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        return {"ids": document_encoder(tokenizer).encode(batch["text"])}
+        return {"ids": encode(batch["text"])}
 
     def pack(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         ids = list(chain.from_iterable(batch["ids"]))

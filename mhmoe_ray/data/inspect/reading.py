@@ -16,8 +16,7 @@ from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading
-from mhmoe_ray.data.tokenizer import END_OF_TEXT
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, read_tokenizer
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -40,11 +39,7 @@ def open_encoder(path: Path) -> Encoder:
     Raises:
         DataError: it cannot be read.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises bare Exception
-        fix = "use a tokenizer.json of the tokenizers library"
-        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
+    tokenizer = read_tokenizer(path)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     model = orjson.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token", model.get("unk_id"))

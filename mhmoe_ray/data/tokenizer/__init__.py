@@ -16,6 +16,7 @@ encoded as these letters, never as the token. A prompt is not: it may name speci
 
     edges.py       the table above
     documents.py   the encoder of documents
+    fast.py        tiktoken in the place of the library, where both give the same
     load.py        a given tokenizer, checked
     tiktoken.py    tiktoken's format to the tokenizers library, exactly
     train.py       a byte-level BPE or Unigram model of its own
@@ -24,7 +25,7 @@ encoded as these letters, never as the token. A prompt is not: it may name speci
 
 from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, document_encoder
 from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, Boundaries, boundaries
-from mhmoe_ray.data.tokenizer.load import load_tokenizer, store_given
+from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "boundaries",
     "document_encoder",
     "load_tokenizer",
+    "read_tokenizer",
     "store_given",
     "train_tokenizer",
 ]

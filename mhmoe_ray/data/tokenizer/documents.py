@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries
+from mhmoe_ray.data.tokenizer.fast import can_encode, fast_encoding
 
 
 class DocumentEncoder:
@@ -23,11 +24,16 @@ class DocumentEncoder:
         edges = boundaries(tokenizer)
         assert edges is not None, "checked where the tokenizer was loaded"
         self._start = edges.start
-        self._text = _of_text_alone(tokenizer)
+        content = _of_text_alone(tokenizer)
+        self._library = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+        self._fast = fast_encoding(content)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, its start token first."""
-        encodings = self._text.encode_batch_fast(list(texts), add_special_tokens=False)
+        fast = self._fast if all(map(can_encode, texts)) else None
+        if fast:
+            return [[self._start, *fast.encode_ordinary(text)] for text in texts]
+        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[self._start, *encoding.ids] for encoding in encodings]
 
 
@@ -38,8 +44,8 @@ def document_encoder(path: Path) -> DocumentEncoder:
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
-def _of_text_alone(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, which gives no special token for any text.
+def _of_text_alone(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives no special token for any text, and else the same tokens.
 
     The library's own `encode_special_tokens` only stops it from looking for them before the model sees the text: a
     Unigram or word model that has "<s>" among its pieces, as they do, still finds it. So here they have names that no
@@ -66,4 +72,4 @@ def _of_text_alone(tokenizer: Tokenizer) -> Tokenizer:
     # It would put in special tokens, by their old names.
     content["post_processor"] = None
     content["truncation"] = content["padding"] = None
-    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+    return content

@@ -16,15 +16,24 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises:
         DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises bare Exception
-        fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
-        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
+    tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check(tokenizer, path, vocab_size)
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json as it is.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
+        raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
 
 
 def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:

@@ -34,6 +34,17 @@ PATTERNS = {
 }
 """How text is split into pieces first, by the names of vocabularies. Llama 3 splits as cl100k does."""
 
+
+def _byte_letters() -> dict[int, int]:
+    themselves = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in themselves]
+    return {byte: byte for byte in themselves} | {byte: 0x100 + i for i, byte in enumerate(others)}
+
+
+LETTERS = _byte_letters()
+"""The printable character by which byte-level models write each byte (GPT-2's table)."""
+BYTE_OF_LETTER = {chr(letter): byte for byte, letter in LETTERS.items()}
+
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
@@ -61,8 +72,7 @@ def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
     except Exception as e:  # the library raises bare Exception
         why = f"data.tokenizer_pattern is no regular expression: {str(e).splitlines()[0]}"
         raise DataError(what, why, f"correct it, or name one of {', '.join(PATTERNS)}") from e
-    letters = _byte_letters()
-    text = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    text = {token: token.decode("latin-1").translate(LETTERS) for token in ranks}
     merges = [
         (text[token[:at]], text[token[at:]])
         for token in ranks
@@ -107,10 +117,3 @@ def _ranks(content: bytes, what: str) -> dict[bytes, int]:
     if list(ordered.values()) != list(range(len(ordered))):
         raise DataError(what, f"its {len(ordered)} ranks are not 0 to {len(ordered) - 1}, each once", fix)
     return ordered
-
-
-def _byte_letters() -> dict[int, int]:
-    """The printable character by which byte-level models write each byte (GPT-2's table)."""
-    themselves = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in themselves]
-    return {byte: byte for byte in themselves} | {byte: 0x100 + i for i, byte in enumerate(others)}

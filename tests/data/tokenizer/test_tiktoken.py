@@ -9,12 +9,11 @@ import tiktoken
 from hypothesis import given, settings
 from tokenizers import pre_tokenizers
 
-from mhmoe_ray.data.tokenizer.tiktoken import PATTERNS, _byte_letters, from_tiktoken, is_tiktoken
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, LETTERS, PATTERNS, from_tiktoken, is_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe
 
 from .texts import SCRIPTS, texts
 
-LETTERS = _byte_letters()
 CODE = Path(__file__).read_text()
 
 
@@ -31,9 +30,8 @@ def both(ranks, pattern):
 def trained_ranks():
     """Ranks of the usual kind: bytes, then what BPE joined."""
     made = train_bpe([*SCRIPTS, CODE] * 2, 1200)
-    back = {chr(letter): byte for byte, letter in LETTERS.items()}
     tokens = sorted((i, t) for t, i in made.get_vocab().items() if i)
-    return {bytes(back[c] for c in token): i - 1 for i, token in tokens}
+    return {bytes(BYTE_OF_LETTER[c] for c in token): i - 1 for i, token in tokens}
 
 
 RANKS = trained_ranks()

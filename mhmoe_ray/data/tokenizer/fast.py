@@ -1,0 +1,102 @@
+"""Byte-level BPE of the tokenizers library, encoded by tiktoken, which is several times as fast.
+
+Only where the two encode every text alike. They differ in what joins two neighbours: there the rank of their pair, here
+the rank of the token that they make. Both give the same if, in the order of its merges, each token
+
+- has every way to cut it in two among them, as a vocabulary in tiktoken's format has (see tiktoken.py); or
+- comes out when its own bytes are encoded, and tokens are made of earlier ones only, as training makes them. Then, when
+  its turn comes, a stretch of these bytes that no join has crossed is always in the same two parts, whatever is around
+  it, and these are a pair of the list.
+
+tiktoken looks a piece up before it joins anything. Where the library does not (`ignore_merges` is false), each token
+must come out of its own bytes.
+"""
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import models
+
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS
+
+if TYPE_CHECKING:
+    import tiktoken
+
+LONGEST_SPACE = 5_000
+"""Characters. tiktoken's expressions go back over white space by recursion and break where it is endless."""
+
+
+def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
+    """What encodes every text as a tokenizer does, for texts that it `can_encode`; None if that cannot be told.
+
+    Args:
+        content: of a tokenizer.json.
+    """
+    import tiktoken  # here, since serving does without it
+
+    if content["normalizer"] is not None or not all(token["special"] for token in content["added_tokens"]):
+        return None
+    pattern, ranks = _pattern(content["pre_tokenizer"]), _ranks(content["model"])
+    if pattern is None or ranks is None:
+        return None
+    return tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def can_encode(text: str) -> bool:
+    """Whether it has no stretch of white space of twice `LONGEST_SPACE` characters: that would fill a whole window."""
+    return not any(text[at : at + LONGEST_SPACE].isspace() for at in range(0, len(text) - LONGEST_SPACE, LONGEST_SPACE))
+
+
+def _pattern(split: dict[str, Any] | None) -> str | None:
+    """How text is split, if that is a pattern which both libraries, each with an engine of its own, read alike."""
+    kind = split and split["type"]
+    if split is None or kind not in ("ByteLevel", "Sequence"):
+        return None
+    first, last = (None, split) if kind == "ByteLevel" else (split["pretokenizers"][0], split["pretokenizers"][-1])
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (first is None):
+        return None
+    if first is None:
+        return PATTERNS["gpt2"]
+    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
+    if len(split["pretokenizers"]) != 2 or {**first, "pattern": None} != {**isolated, "pattern": None}:
+        return None
+    pattern: str | None = first["pattern"].get("Regex")
+    return pattern if pattern in PATTERNS.values() else None
+
+
+def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+    """The tokens that text can become, with their ids."""
+    unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model["type"] != "BPE" or any(model[key] for key in unusual):
+        return None
+    # A token with other letters comes of no text.
+    ranks = {_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        return None
+    cuts: dict[bytes, set[int]] = defaultdict(set)
+    order = []
+    for left, right in (map(_bytes, pair) for pair in model["merges"]):
+        cuts[left + right].add(len(left))
+        order.append(ranks[left + right])
+    if any(after < before for before, after in pairwise(order)):
+        return None
+    long = [token for token in ranks if len(token) > 1]
+    some = [t for t in long if cuts[t] != {i for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks}]
+    by_itself = some if model["ignore_merges"] else long
+    if some and any(max(_rank_of_parts(t, cuts[t], ranks), default=-1) >= ranks[t] for t in long):
+        return None
+    letters = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
+    plain = models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    comes_out = all(len(plain.tokenize("".join(map(letters.__getitem__, token)))) == 1 for token in by_itself)
+    return ranks if comes_out else None
+
+
+def _bytes(token: str) -> bytes:
+    return bytes(BYTE_OF_LETTER[letter] for letter in token)
+
+
+def _rank_of_parts(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
+    """Of the parts that are themselves joined."""
+    parts = (part for at in cuts for part in (token[:at], token[at:]) if len(part) > 1)
+    return [ranks[part] for part in parts]

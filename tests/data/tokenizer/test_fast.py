@@ -1,0 +1,184 @@
+"""tiktoken in the place of the tokenizers library: the same tokens for every text, or it is not taken."""
+
+import base64
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, _of_text_alone
+from mhmoe_ray.data.tokenizer.fast import LONGEST_SPACE, can_encode, fast_encoding
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS, from_tiktoken
+from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
+from tests.llama_tokenizer import llama_tokenizer
+
+from .texts import SCRIPTS, texts
+
+CODE = Path(__file__).read_text()
+TRAINED = train_bpe([*SCRIPTS, CODE] * 2, 1200)
+LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
+
+
+def fast(tokenizer):
+    return fast_encoding(_of_text_alone(tokenizer))
+
+
+def spelled(token: str) -> str:
+    return "".join(LETTER_OF_BYTE[byte] for byte in token.encode())
+
+
+def made(tokens, merges, ignore_merges=False):
+    """Byte-level BPE with these tokens after the bytes; merges in the order given."""
+    vocab = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
+    for token in tokens:
+        vocab.setdefault(spelled(token), len(vocab))
+    pairs = [(spelled(a), spelled(b)) for a, b in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+@settings(max_examples=300)
+@given(text=texts.filter(lambda text: "<|endoftext|>" not in text))
+def test_any_text_of_a_trained_tokenizer(text):
+    assert ENCODING.encode_ordinary(text) == TRAINED.encode(text).ids
+
+
+ENCODING = fast(TRAINED)
+
+
+@settings(max_examples=60)
+@given(
+    corpus=st.lists(st.text("abc", min_size=1, max_size=30), min_size=1, max_size=8),
+    size=st.integers(257, 320),
+    words=st.lists(st.text("abcd", min_size=1, max_size=60), min_size=1, max_size=8),
+)
+def test_what_training_makes_is_taken(corpus, size, words):
+    trained = train_bpe(corpus, size)
+    for word in words:
+        assert fast(trained).encode_ordinary(word) == trained.encode(word).ids
+
+
+@settings(max_examples=600)
+@given(data=st.data())
+def test_what_no_training_made_is_the_same_or_not_taken(data):
+    tokens = data.draw(st.lists(st.text("ab", min_size=2, max_size=6), unique=True, min_size=1, max_size=14))
+    known = {"a", "b", *tokens}
+    ways = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= known]
+    kept = [way for way in ways if data.draw(st.integers(0, 3))]
+    tokenizer = made(tokens, kept, ignore_merges=data.draw(st.booleans()))
+    encoding = fast(tokenizer)
+    for word in data.draw(st.lists(st.text("ab", min_size=1, max_size=40), min_size=1, max_size=5)):
+        assert encoding is None or encoding.encode_ordinary(word) == tokenizer.encode(word).ids
+
+
+@pytest.mark.parametrize(
+    ("tokens", "merges", "ignore_merges", "taken"),
+    [
+        (["ab", "abc"], [("a", "b"), ("ab", "c")], False, True),
+        # Another way to make abc, which no text ever shows.
+        (["bc", "ab", "abc"], [("b", "c"), ("a", "b"), ("a", "bc")], False, True),
+        # abc does not come out of its own bytes: they are ab and c first.
+        (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], False, False),
+        (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], True, False),
+        # It is looked up as a whole, and made of ab and c too.
+        (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], True, True),
+        # Nothing makes it.
+        (["ab"], [], False, False),
+        # A merge that comes before its token's turn.
+        (["ab", "cd"], [("c", "d"), ("a", "b")], False, False),
+        # A token of later ones, with each way to make it, and without one.
+        (["abc", "ab", "bc"], [("a", "bc"), ("ab", "c"), ("a", "b"), ("b", "c")], False, True),
+        (["abc", "ab", "bc"], [("ab", "c"), ("a", "b"), ("b", "c")], False, False),
+    ],
+)
+def test_which_vocabularies_are_taken(tokens, merges, ignore_merges, taken):
+    assert (fast(made(tokens, merges, ignore_merges)) is not None) is taken
+
+
+def pairs_of_bytes(pattern: str) -> Tokenizer:
+    """Tokens of two bytes, first those of an ASCII letter and another byte: any split of a text shows in its tokens."""
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    pairs.sort(key=lambda pair: (pair[0] < 128) == (pair[1] < 128))
+    tokens = [*(bytes([byte]) for byte in range(256)), *pairs]
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    return from_tiktoken(lines, pattern, "pairs")
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_character_is_of_the_same_kind_to_both(name, step):
+    """Two engines read the pattern, each with its own tables of Unicode."""
+    library = pairs_of_bytes(name)
+    encoding = fast(library)
+    codes = [c for c in [*range(0x3000), *range(0x3000, 0x110000, step)] if not 0xD800 <= c < 0xE000]
+    for start in range(0, len(codes), 1024):
+        around = [f"a{c}b {c} 1{c}2'{c}s\n{c}.{c}A{c}{c}\t{c}" for c in map(chr, codes[start : start + 1024])]
+        encoded = library.encode_batch_fast(around, add_special_tokens=False)
+        assert [e.ids for e in encoded] == [encoding.encode_ordinary(text) for text in around]
+
+
+def with_(tokenizer, **attributes) -> Tokenizer:
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    for name, value in attributes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def with_added(token) -> Tokenizer:
+    changed = Tokenizer.from_str(TRAINED.to_str())
+    changed.add_tokens([token])
+    return changed
+
+
+def split_by(pattern, **options) -> pre_tokenizers.PreTokenizer:
+    first = pre_tokenizers.Split(pattern, **{"behavior": "isolated", **options})
+    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+CL100K = Regex(PATTERNS["cl100k"])
+NOT_TAKEN = {
+    "unigram": train_unigram([*SCRIPTS, CODE], 400),
+    "llama": llama_tokenizer([*SCRIPTS, CODE], 600),
+    "normalizer": with_(TRAINED, normalizer=normalizers.NFC()),
+    "added token": with_added("moon rises"),
+    "prefix space": with_(TRAINED, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "not split": with_(TRAINED, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+    "no bytes": with_(TRAINED, pre_tokenizer=pre_tokenizers.Whitespace()),
+    "nothing": with_(TRAINED, pre_tokenizer=None),
+    "own pattern": with_(TRAINED, pre_tokenizer=split_by(Regex(r"\d|\D+"))),
+    "no pattern": with_(TRAINED, pre_tokenizer=split_by(PATTERNS["cl100k"])),
+    "joined": with_(TRAINED, pre_tokenizer=split_by(CL100K, behavior="merged_with_next")),
+    "inverted": with_(TRAINED, pre_tokenizer=split_by(CL100K, invert=True)),
+    "dropout": with_(TRAINED, model=models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)),
+    "a few bytes": with_(TRAINED, model=models.BPE(vocab={"a": 0}, merges=[])),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_other_tokenizers_are_not_taken(name):
+    assert fast(NOT_TAKEN[name]) is None
+
+
+def test_a_published_tokenizers_split_is_taken():
+    """As Llama 3's tokenizer.json has it."""
+    assert fast(with_(TRAINED, pre_tokenizer=split_by(CL100K))) is not None
+
+
+@given(before=st.integers(0, 2 * LONGEST_SPACE), run=st.integers(1, 3 * LONGEST_SPACE), after=st.integers(0, 9_000))
+def test_long_white_space_is_seen(before, run, after):
+    text = "x" * before + "\u3000" * run + "x" * after
+    assert can_encode(text) or run >= LONGEST_SPACE
+    assert not can_encode(text) or run < 2 * LONGEST_SPACE
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \t", "\u2028", "\u3000"])
+def test_text_that_would_break_tiktoken_is_encoded_by_the_library(space):
+    text = "so far" + space * 200_000 + "away"
+    near = "so far" + space * (LONGEST_SPACE // len(space)) + "away"
+    encoder = DocumentEncoder(TRAINED)
+    assert [ids[1:] for ids in encoder.encode([near, text])] == [TRAINED.encode(t).ids for t in (near, text)]
+    [ids] = encoder.encode([near])
+    assert ids[1:] == TRAINED.encode(near).ids
