@@ -1,5 +1,6 @@
 """What counting alone predicts: the figures a validation loss is held against."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from mhmoe_ray.data.shards.manifest import Baselines
 
 
 class Pairs(NamedTuple):
-    """Neighbouring tokens (left, right), each (n,) int64."""
+    """Neighbouring tokens (left, right), each (n,) uint32."""
 
     left: np.ndarray
     right: np.ndarray
@@ -18,7 +19,12 @@ class Pairs(NamedTuple):
 def pairs(samples: Samples, padding: int) -> Pairs:
     """Of samples (n, T + 1): each target that counts, with the token before it."""
     counts = samples[:, 1:] != padding
-    return Pairs(samples[:, :-1][counts].astype(np.int64), samples[:, 1:][counts].astype(np.int64))
+    return Pairs(samples[:, :-1][counts].astype(np.uint32), samples[:, 1:][counts].astype(np.uint32))
+
+
+def joined(parts: Iterable[Pairs]) -> Pairs:
+    left, right = zip(*parts, strict=True)
+    return Pairs(np.concatenate(left), np.concatenate(right))
 
 
 def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
@@ -41,14 +47,28 @@ def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
 def _bigram(train: Pairs, validation: Pairs, vocab_size: int) -> float:
     """Witten-Bell: p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) counts the different successors of a and
     p(b) is the add-one unigram."""
-    both, count = np.unique(train.left * vocab_size + train.right, return_counts=True)
+    both, count = _counted(_keys(train, vocab_size))
     total = np.bincount(train.left, minlength=vocab_size)
     successors = np.bincount(both // vocab_size, minlength=vocab_size)
     unigram = (np.bincount(train.right, minlength=vocab_size) + 1) / (len(train.right) + vocab_size)
-    wanted = validation.left * vocab_size + validation.right
+    wanted = _keys(validation, vocab_size)
     place = np.minimum(np.searchsorted(both, wanted), len(both) - 1)
     joint = np.where(both[place] == wanted, count[place], 0)
     # A token never seen on the left has no successors: back off to the unigram alone.
     back_off = np.maximum(successors[validation.left], 1)
     probability = (joint + back_off * unigram[validation.right]) / (total[validation.left] + back_off)
     return float(-np.log(probability).mean())
+
+
+def _keys(of: Pairs, vocab_size: int) -> np.ndarray:
+    keys = of.left.astype(np.int64)
+    keys *= vocab_size
+    keys += of.right
+    return keys
+
+
+def _counted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As np.unique does, which takes three times the memory; `keys` are sorted."""
+    keys.sort()
+    first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    return keys[first], np.diff(first, append=len(keys))

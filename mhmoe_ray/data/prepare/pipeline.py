@@ -20,7 +20,7 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.prepare.baselines import Pairs, baselines, pairs
+from mhmoe_ray.data.prepare.baselines import baselines, joined, pairs
 from mhmoe_ray.data.prepare.chunks import CHUNK, quarantine_file, read_chunks
 from mhmoe_ray.data.prepare.packing import Made, make_shard, plan
 from mhmoe_ray.data.prepare.parts import PartRef, Stream
@@ -262,10 +262,10 @@ def _finish(
     padding = padding_token(token_bytes)
     readers = [ShardReader(work, shards[name], token_bytes) for name in sorted(shards) if shards[name]]
     part = min(1.0, BASELINE_TOKENS / (sum(len(reader) for reader in readers) * spec.data.seq_len))
-    counted = [pairs(reader.read(np.arange(ceil(part * len(reader)))), padding) for reader in readers]
+    counted = (pairs(reader.read(np.arange(ceil(part * len(reader)))), padding) for reader in readers)
     validation = ShardReader(work, chosen.shards, token_bytes)
     figures = baselines(
-        Pairs(*map(np.concatenate, zip(*counted, strict=True))),
+        joined(counted),
         pairs(validation.read(np.arange(len(validation))), padding),
         spec.model.vocab_size,
     )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.data.prepare.baselines import baselines, pairs
+from mhmoe_ray.data.prepare.baselines import baselines, joined, pairs
 
 
 def test_baselines_are_those_of_a_count_by_hand():
@@ -37,3 +37,10 @@ def test_padding_of_training_samples_is_not_counted():
     found = baselines(pairs(padded, 9), validation, 4)
     assert found.bigram_tokens == 6
     assert found != baselines(pairs(whole, 9), validation, 4)
+
+
+def test_domains_count_together():
+    one, other = np.array([[0, 1, 2, 1]]), np.array([[1, 0, 1, 1]])
+    validation = pairs(np.array([[0, 1, 1, 9]]), 9)
+    apart = joined([pairs(one, 9), pairs(other, 9)])
+    assert baselines(apart, validation, 4) == baselines(pairs(np.vstack([one, other]), 9), validation, 4)
