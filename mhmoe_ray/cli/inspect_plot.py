@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.cli.picture import ROW_INCHES, new_figure, save
 
-ROW_INCHES, MOST_INCHES = 0.22, 300.0  # of a picture of a thousand domains
 BAR_INCHES = 0.2  # of the scale of shades
 
 
@@ -19,12 +18,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DataError(f"picture {path}", "matplotlib is missing", "pip install 'mhmoe-ray[plots]'") from e
     rows = max(len(found["domains"]), len(found["languages"]))
-    figure = Figure(figsize=(13, min(MOST_INCHES, 2.4 + ROW_INCHES * rows)), layout="constrained")
+    figure = new_figure(13, 2.4 + ROW_INCHES * rows, path)
     panels = 3 if found["tokenized"] else 2
     axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
     for axis in axes:
@@ -38,10 +33,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", "C0")
     for axis in axes:  # rows of one height, whether there are more domains or more languages
         axis.set_ylim(rows - 0.5, -0.5)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as e:
-        raise DataError(f"picture {path}", e.strerror or str(e), "name a file you can write") from e
+    save(figure, path)
 
 
 def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:

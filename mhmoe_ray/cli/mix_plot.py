@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.cli.picture import ROW_INCHES, new_figure, save
 
 STAGES = {"by_size": ("by size", "o"), "tempered": ("tempered", "s"), "share": ("after limits", "x")}
-ROW_INCHES, MOST_INCHES = 0.22, 300.0  # of a picture of a thousand domains
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -19,15 +18,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DataError(f"picture {path}", "matplotlib is missing", "pip install 'mhmoe-ray[plots]'") from e
     names, phases = list(found["whole"]["domains"]), found["phases"]
     rows = range(len(names))
-    height = min(MOST_INCHES, 1.5 + ROW_INCHES * len(names))
-    width = min(MOST_INCHES, 4 + 3.5 * (len(phases) + 1))
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(4 + 3.5 * (len(phases) + 1), 1.5 + ROW_INCHES * len(names), path)
     axes = figure.subplots(1, len(phases) + 1, sharey=True)
     for axis, phase in zip(axes, phases, strict=False):
         for stage, (label, marker) in STAGES.items():
@@ -53,7 +46,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     more_handles, more_labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles + more_handles, labels + more_labels, loc="outside upper center", ncols=6)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as e:
-        raise DataError(f"picture {path}", e.strerror or str(e), "name a file you can write") from e
+    save(figure, path)
