@@ -43,6 +43,9 @@ def show_sample(sample: "Shown") -> None:
         soft_wrap=True,
     )
     for part in sample.parts:
+        if part is sample.parts[-1] and part.begins and not part.text:  # a target only
+            out.print("--- the document ends", style="cyan")
+            continue
         how = "a document begins" if part.begins else "it goes on from the sample before"
         out.print(f"--- {how}, {part.tokens:,} tokens", style="cyan")
         out.print(part.text, soft_wrap=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.cli.inspect_tables import show_sample
+from mhmoe_ray.data.inspect.samples import Part, Shown
 from mhmoe_ray.data.prepare.held_out import is_validation
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
@@ -75,6 +77,20 @@ def test_packed_samples(project):
         assert f", {part['tokens']} tokens\n{part['text']}" in text
     beyond = mhmoe(project, "data", "inspect", "spec.yaml", "--samples", "1", "--at", "240")
     assert_one_line(beyond, 4, "the training has 240")
+
+
+def test_a_last_start_token_is_shown_as_the_end_of_the_document_before(capsys):
+    parts = [Part(False, 3, "so far"), Part(True, 4, "and on"), Part(True, 1, "")]
+    show_sample(Shown(position=5, step=1, domain="web/a", sample=2, parts=parts, padding=9))
+    assert capsys.readouterr().out.splitlines() == [
+        "position 5 (step 1): web/a, its sample 2, 9 tokens of padding",
+        "--- it goes on from the sample before, 3 tokens",
+        "so far",
+        "--- a document begins, 4 tokens",
+        "and on",
+        "--- the document ends",
+        "",
+    ]
 
 
 @pytest.mark.ray

@@ -3,7 +3,7 @@ import pytest
 
 from mhmoe_ray.data.inspect.samples import decoded
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import ShardWriter, padding_token
+from mhmoe_ray.data.shards.files import padding_token, write_shard
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, train_tokenizer
 from mhmoe_ray.errors import DataError
@@ -28,9 +28,7 @@ def prepared(tmp_path_factory):
         rows[name] = stream[np.arange(count)[:, None] * 24 + np.arange(25)]
         if name == "web/c":
             rows[name][:, 20:] = padding_token(2)
-        writer = ShardWriter(spec.data.prepared, f"train/{name}", 24, 2)
-        writer.write(rows[name])
-        shards[name] = writer.close()
+        shards[name] = [write_shard(spec.data.prepared, f"train/{name}/00000.arrow", rows[name].astype(np.uint16))]
     manifest = manifest_of({name: len(mine) for name, mine in rows.items()})
     manifest = manifest.model_copy(
         update={"domains": {n: d.model_copy(update={"shards": shards[n]}) for n, d in manifest.domains.items()}}
