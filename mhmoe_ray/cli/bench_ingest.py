@@ -37,7 +37,7 @@ def ingest(
 
     resolved = read_spec(spec, set_)
     if resolved.data.tokenizer is None:
-        fix = f"set data.tokenizer={resolved.data.prepared / 'tokenizer.json'} once that is prepared"
+        fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
     check_recipe(resolved.data.prepared, require_data_manifest(resolved.data.prepared), resolved)
     names = [name for name in CONTESTANTS if name in OURS or (peers and missing(name) is None)]

@@ -85,14 +85,14 @@ def _bar() -> Progress:
 
 class _View:
     def __init__(self, run: "RunDir", progress: Progress, from_now: bool) -> None:
-        from mhmoe_ray.data.prepare.work import work_folder
+        from mhmoe_ray.data.prepare.work import shared_folder
         from mhmoe_ray.runs.jsonl import Tail
 
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)
         self._events = Tail(run.events_file, from_now=from_now)
-        self._preparing = PreparingView(work_folder(run.spec()), progress)
+        self._preparing = PreparingView(shared_folder(run.spec()), progress)
 
     def refresh(self) -> None:
         from mhmoe_ray.runs import metrics

@@ -64,7 +64,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     Raises:
         DataError: it failed.
     """
-    from mhmoe_ray.data.prepare.work import work_folder
+    from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.spec import dump_spec
 
@@ -72,7 +72,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar:
-        view = PreparingView(work_folder(spec), bar)
+        view = PreparingView(shared_folder(spec), bar)
         while job.is_running:
             view.refresh()
             time.sleep(POLL_SECONDS)

@@ -17,7 +17,7 @@ import numpy as np
 import ray.data
 
 from mhmoe_ray.data.order.mixture import training_order
-from mhmoe_ray.data.shards.files import Samples, ShardReader, split_padding
+from mhmoe_ray.data.shards.files import Samples, ShardReader, split_padding, token_dtype
 from mhmoe_ray.data.shards.manifest import DataManifest, require_data_manifest
 from mhmoe_ray.spec import RunSpec
 
@@ -84,7 +84,7 @@ class TrainingSamples:
         manifest = require_data_manifest(folder)
         names, self._order = training_order(spec, manifest)
         self._readers = [ShardReader(folder, manifest.domains[n].shards, manifest.token_bytes) for n in names]
-        self._dtype = np.dtype(f"u{manifest.token_bytes}")
+        self._dtype = token_dtype(manifest.token_bytes)
 
     @staticmethod
     def open(spec: RunSpec) -> "TrainingSamples":

@@ -1,9 +1,16 @@
 """Layers here are so small that threads would mostly wait for each other, on a busy machine for seconds."""
 
+import base64
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from mhmoe_ray.spec import dump_spec
+from tests.cli.run import mhmoe
+from tests.data.texts import write_corpus
+from tests.specs import tiny_spec
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +19,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def project(local_cluster, tmp_path_factory) -> Path:
+    """A spec of 20 steps with a given tokenizer, prepared."""
+    folder = tmp_path_factory.mktemp("bench")
+    write_corpus(folder / "raw")
+    (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
+    (folder / "spec.yaml").write_text(dump_spec(tiny_spec(folder, data=data)))
+    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
+    return folder

@@ -54,12 +54,14 @@ def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
     write_spec(tmp_path)
     result = mhmoe(tmp_path, "data", "prepare", "spec.yaml")
     assert_one_line(result, 4, "one.jsonl line 41", "it is not JSON", "data.max_bad_lines")
-    assert not list(tmp_path.glob("prepared*")), "nothing half-made is left"
+    [left] = tmp_path.glob("prepared*")
+    assert {p.name for p in left.iterdir()} == {"parts", "progress.json"}, "nothing half-made is left"
 
     allowed = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1", "--json").json()
     assert allowed["bad_lines"] == 1
     assert allowed["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1}
     assert not allowed["domains"]["web/b"]["quarantined"]
+    assert list(tmp_path.glob("prepared*")) == [tmp_path / "prepared"]
     [line] = (tmp_path / "prepared" / "quarantine.jsonl").read_text().splitlines()
     assert (json.loads(line)["domain"], json.loads(line)["line"]) == ("web/a", 41)
 
@@ -85,7 +87,7 @@ def test_a_damaged_prepared_shard(corpus, local_cluster, tmp_path):
     shutil.copytree(corpus / "raw", tmp_path / "raw")
     write_spec(tmp_path)
     assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
-    shard = next((tmp_path / "prepared" / "train").rglob("*.parquet"))
+    shard = next((tmp_path / "prepared" / "train").rglob("*.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

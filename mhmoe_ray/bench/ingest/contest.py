@@ -1,21 +1,12 @@
 """Preparing and streaming by several packages in turn, each time in a process and a folder of its own."""
 
-import json
-import os
-import re
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
-from secrets import token_hex
 from typing import Any, NamedTuple
 
+from mhmoe_ray.bench.apart import Measurement, run_apart
 from mhmoe_ray.bench.ingest import ours, peers
-from mhmoe_ray.errors import JobError
 from mhmoe_ray.spec import RunSpec
 
 
@@ -23,7 +14,7 @@ class Contestant(NamedTuple):
     task: str
     package: str
     """That must be installed."""
-    run: Callable[[RunSpec, Path, int], dict[str, Any]]
+    run: Measurement
 
 
 CONTESTANTS = {
@@ -63,7 +54,7 @@ def contest(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            result = _in_a_process(name, spec, processes)
+            result = run_apart(CONTESTANTS[name].run, spec, processes, f"bench ingest, {name}")
             tell(f"round {turn + 1}: {name} took {result['seconds']:.1f} s")
             found[name].append(result)
     for name, results in found.items():
@@ -76,37 +67,3 @@ def missing(name: str) -> str | None:
     """The package that it needs and that is not installed."""
     package = CONTESTANTS[name].package
     return package if find_spec(package) is None else None
-
-
-def _in_a_process(name: str, spec: RunSpec, processes: int) -> dict[str, Any]:
-    folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
-    request = json.dumps({"name": name, "spec": spec.model_dump_json(), "folder": folder, "processes": processes})
-    # A Ray of its own, which listens on loopback only and has a token, as that of `mhmoe cluster up`.
-    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    command = [sys.executable, "-m", __name__]
-    try:
-        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray)
-    finally:
-        shutil.rmtree(folder)
-    if done.returncode:
-        raise JobError(f"bench ingest, {name}", _why(done), "mend that, or leave out --peers")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def _why(done: subprocess.CompletedProcess[str]) -> str:
-    """The first error of a traceback, which caused the others."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return next(iter(errors or lines[-1:]), f"exit code {done.returncode}")
-
-
-def main() -> None:
-    request = json.load(sys.stdin)
-    spec = RunSpec.model_validate_json(request["spec"])
-    result = CONTESTANTS[request["name"]].run(spec, Path(request["folder"]), request["processes"])
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

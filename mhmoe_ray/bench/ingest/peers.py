@@ -104,10 +104,13 @@ def stream_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, An
     loader = DataLoader(dataset, batch_size=b, num_workers=processes, drop_last=True)
     number, began = 0, 0.0
     while number < wanted:
+        before = number
         for _ in loader:
             if number == 0:
                 began = time.perf_counter()
             number += 1
             if number == wanted:
                 break
+        if number == before:
+            raise ValueError(f"the samples do not fill a micro-batch of {b} in any of {processes} processes")
     return {"seconds": time.perf_counter() - began, "micro_batches": wanted - 1}

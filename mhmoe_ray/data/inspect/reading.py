@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import orjson
 from tokenizers import Encoding, Tokenizer
 
 from mhmoe_ray.data.inspect import languages
@@ -16,7 +15,7 @@ from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, read_tokenizer
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, read_tokenizer, unknown_token
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -41,9 +40,7 @@ def open_encoder(path: Path) -> Encoder:
     """
     tokenizer = read_tokenizer(path)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    model = orjson.loads(tokenizer.to_str())["model"]
-    unknown = model.get("unk_token", model.get("unk_id"))
-    return Encoder(tokenizer, special, tokenizer.token_to_id(unknown) if isinstance(unknown, str) else unknown)
+    return Encoder(tokenizer, special, unknown_token(tokenizer))
 
 
 class Whole(NamedTuple):

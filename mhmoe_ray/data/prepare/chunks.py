@@ -16,7 +16,7 @@ from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import DataSpec
 
 CHUNK = 4 << 20
-"""Characters of text: seconds of work for one core."""
+"""Characters of text: a part of a second for one core, or seconds where the tokenizers library encodes."""
 
 SCHEMA = pa.schema(
     [

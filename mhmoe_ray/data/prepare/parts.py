@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mhmoe_ray.data.shards.files import token_dtype
+from mhmoe_ray.errors import DataError
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 
@@ -58,7 +59,11 @@ class Stream:
     def _each(self) -> Iterator[Tokens]:
         for part in self.parts:
             where = part_file(self._folder, part.name)
-            yield np.fromfile(where, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
+            tokens = np.fromfile(where, self._dtype, part.tokens, offset=part.start * self._dtype.itemsize)
+            if len(tokens) < part.tokens:
+                why = f"it has {len(tokens):,} tokens of {part.tokens:,} from {part.start:,} on"
+                raise DataError(f"part {where}", why, "remove that folder of parts and prepare again")
+            yield tokens
 
 
 def part_file(folder: Path, name: str) -> Path:

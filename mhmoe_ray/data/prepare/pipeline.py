@@ -3,13 +3,16 @@
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
     parts, domain by domain      -> shards (packed samples)   packing.py, concat.py, best_fit.py, validation.py
 
-Reading, tokenising and packing run in parallel, within a large file too, in memory for a few chunks or one shard a
-task. The result depends on the files and the settings only, never on how many tasks ran at once or whether a job was
-killed in between. It appears under its name in one rename, when it is whole.
+Files are read, chunks tokenised and shards packed in parallel, in memory for a few chunks or one shard a task. The
+result depends on the files and the settings only, never on how many tasks ran at once or whether a job was killed in
+between. It appears under its name in one rename, when it is whole.
 """
 
 import pickle
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -28,7 +31,7 @@ from mhmoe_ray.data.prepare.progress import Report
 from mhmoe_ray.data.prepare.quarantine import FILE, Limit
 from mhmoe_ray.data.prepare.tokenise import Tokenised, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import Chosen, choose
-from mhmoe_ray.data.prepare.work import publish, work_folder
+from mhmoe_ray.data.prepare.work import Workplace, clear, make_workplace, publish
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import (
     Baselines,
@@ -62,32 +65,46 @@ def prepare(spec: RunSpec) -> DataManifest:
     folder = spec.data.prepared
     manifest = read_data_manifest(folder)
     if manifest is None:
+        place = make_workplace(spec)
         try:
-            work = work_folder(spec)
-            publish(work, folder, _Preparation(spec, work).run())
-        except OSError:
-            if not folder.exists():  # else another job was first and has taken the work folder away
+            with _chunks_as_blocks():
+                _Preparation(spec, place).run()
+            publish(place.result, folder)
+        except Exception:
+            if read_data_manifest(folder) is None:
                 raise
+            # Another job was first and has taken the parts away.
+        finally:
+            shutil.rmtree(place.own, ignore_errors=True)
+        clear(folder)
         manifest = require_data_manifest(folder)
     check_recipe(folder, manifest, spec)
     return manifest
 
 
+@contextmanager
+def _chunks_as_blocks() -> Iterator[None]:
+    """One task of Ray Data tokenises a block, so that a block is a chunk; also, no bars fill the job's log."""
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size, context.enable_progress_bars
+    context.target_max_block_size, context.enable_progress_bars = CHUNK, False
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.enable_progress_bars = before
+
+
 class _Preparation:
-    def __init__(self, spec: RunSpec, work: Path) -> None:
-        self._spec, self._data, self._work, self._parts = spec, spec.data, work, work / "parts"
+    def __init__(self, spec: RunSpec, place: Workplace) -> None:
+        self._spec, self._data, self._place = spec, spec.data, place
+        self._tokenizer = place.result / "tokenizer.json"
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         self._files = find_files(spec.data)
         self._limit = Limit(spec.data, sum(file.size for file in self._files))
-        work.mkdir(parents=True, exist_ok=True)
-        self._report = Report(work, sum(file.size for file in self._files))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        # A block a chunk: what one task tokenises.
-        context.target_max_block_size = CHUNK
+        self._report = Report(place.shared, sum(file.size for file in self._files))
 
-    def run(self) -> DataManifest:
-        """All stages; the work folder then holds the result, among other things."""
+    def run(self) -> None:
+        """All stages; the workplace then has the whole result."""
         self._say(f"tokenizer for {len(self._files)} files")
         self._report.enter("tokenizer")
         start = self._make_tokenizer()
@@ -104,12 +121,12 @@ class _Preparation:
         held_out = {name: self._held_out(chunks) for name, chunks in sorted(by_domain.items())}
         shards = {name: [m.shard for m in made[name]] for name in by_domain}
         finish = ray.remote(_finish).options(num_cpus=1)
-        chosen, figures = ray.get(finish.remote(self._work, held_out, shards, self._spec, self._token_bytes))
+        chosen, figures = ray.get(finish.remote(self._place.result, held_out, shards, self._spec, self._token_bytes))
         manifest = DataManifest(
             recipe=recipe(self._spec),
             seq_len=self._data.seq_len,
             token_bytes=self._token_bytes,
-            tokenizer_sha256=describe_file(self._work / "tokenizer.json").sha256,
+            tokenizer_sha256=describe_file(self._tokenizer).sha256,
             domains={
                 name: _domain(by_domain[name], made[name], chosen.samples[name], self._data.seq_len)
                 for name in sorted(by_domain)
@@ -119,15 +136,14 @@ class _Preparation:
             baselines=figures,
             bad_lines=sum(chunk.tally.bad.total() for chunk in tokenised),
         )
-        write_json(self._work / "manifest.json", manifest.model_dump(mode="json"))
-        return manifest
+        write_json(self._place.result / "manifest.json", manifest.model_dump(mode="json"))
 
     def _say(self, text: str) -> None:
         print(f"prepare: {text}", flush=True)
 
     def _make_tokenizer(self) -> int:
         """Write tokenizer.json; returns the token that each document begins with."""
-        path, vocab_size = self._work / "tokenizer.json", self._spec.model.vocab_size
+        path, vocab_size = self._tokenizer, self._spec.model.vocab_size
         if self._data.tokenizer is not None:
             store_given(self._data, vocab_size, path)
         else:
@@ -145,12 +161,13 @@ class _Preparation:
             DataError: more is bad than the spec allows.
         """
         rows = [{"number": i, **file._asdict()} for i, file in enumerate(self._files)]
-        quarantine = self._work / "quarantine"
+        quarantine = self._place.quarantine
         read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine, characters=CHUNK)
         tokenise = partial(
             tokenise_chunk,
-            tokenizer=self._work / "tokenizer.json",
-            parts=self._parts,
+            tokenizer=self._tokenizer,
+            tokenizer_sha256=describe_file(self._tokenizer).sha256,
+            parts=self._place.parts,
             validation_fraction=self._data.validation_fraction,
             token_bytes=self._token_bytes,
         )
@@ -176,7 +193,7 @@ class _Preparation:
         before = f", {report.found_tokens:,} of them from before" if report.found_tokens else ""
         self._say(f"{report.documents:,} documents have {report.tokens:,} tokens{before}")
         done.sort(key=lambda chunk: (chunk.file, chunk.chunk))
-        with (self._work / FILE).open("wb") as out:
+        with (self._place.result / FILE).open("wb") as out:
             for chunk in done:
                 if chunk.tally.bad:
                     out.write(quarantine_file(quarantine, chunk.file, chunk.chunk).read_bytes())
@@ -194,12 +211,12 @@ class _Preparation:
 
     def _training(self, chunks: list[Tokenised]) -> Stream:
         parts = [PartRef(c.part, 0, c.counts.tokens) for c in chunks if c.counts.tokens]
-        return Stream(self._parts, parts, self._token_bytes)
+        return Stream(self._place.parts, parts, self._token_bytes)
 
     def _held_out(self, chunks: list[Tokenised]) -> Stream:
         counted = [(c.part, c.counts) for c in chunks if c.counts.held_out_tokens]
         parts = [PartRef(part, n.tokens, n.tokens + n.held_out_tokens) for part, n in counted]
-        return Stream(self._parts, parts, self._token_bytes)
+        return Stream(self._place.parts, parts, self._token_bytes)
 
     def _pack(self, by_domain: dict[str, list[Tokenised]], start: int) -> dict[str, list[Made]]:
         """The shards of each domain, in order."""
@@ -211,7 +228,11 @@ class _Preparation:
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter("packing")
         task = partial(
-            make_shard, folder=self._work, seq_len=self._data.seq_len, token_bytes=self._token_bytes, start=start
+            make_shard,
+            folder=self._place.result,
+            seq_len=self._data.seq_len,
+            token_bytes=self._token_bytes,
+            start=start,
         )
         made: dict[str, list[Made]] = {name: [] for name in by_domain}
         rows = [{"plan": pickle.dumps(p)} for p in plans]

@@ -64,13 +64,20 @@ class Tokenised(NamedTuple):
 
 
 def tokenise_chunk(
-    table: pa.Table, *, tokenizer: Path, parts: Path, validation_fraction: float, token_bytes: int
+    table: pa.Table,
+    *,
+    tokenizer: Path,
+    tokenizer_sha256: str,
+    parts: Path,
+    validation_fraction: float,
+    token_bytes: int,
 ) -> dict[str, Any]:
     """A task of Ray Data: a table of one `Chunk` to a batch of one `Tokenised`.
 
     Args:
         table: as `read_chunks` makes them.
-        tokenizer: a tokenizer.json.
+        tokenizer: a tokenizer.json, which never changes.
+        tokenizer_sha256: of that file.
         parts: folder of the parts.
         validation_fraction: share of the documents that is held out.
         token_bytes: 2 or 4.
@@ -79,26 +86,38 @@ def tokenise_chunk(
     chunk = Chunk.of_table(table)
     name, counts, found = "", PartCounts(), False
     if chunk.texts:
-        name = _name(chunk.texts, tokenizer, validation_fraction, token_bytes)
-        described = part_file(parts, name).with_suffix(".json")
-        found = described.exists()
-        if found:
-            counts = PartCounts.model_validate_json(described.read_bytes())
-        else:
+        name = _name(chunk.texts, tokenizer_sha256, validation_fraction, token_bytes)
+        there = _find(part_file(parts, name), token_bytes)
+        found, counts = there is not None, there or counts
+        if not found:
             tokens, counts = _encode(chunk.texts, document_encoder(tokenizer), validation_fraction, token_bytes)
             replace_file(part_file(parts, name), tokens.tobytes())
-            replace_file(described, counts.model_dump_json().encode())
+            replace_file(_described(part_file(parts, name)), counts.model_dump_json().encode())
     tokenised = Tokenised(chunk.file, chunk.number, name, counts, chunk.tally, chunk.stopped, found)
     return {key: [value] for key, value in tokenised.as_row().items()}
 
 
-def _name(texts: Iterable[str], tokenizer: Path, validation_fraction: float, token_bytes: int) -> str:
-    digest = hashlib.sha256(tokenizer.read_bytes() + f"{validation_fraction} {token_bytes}".encode())
+def _name(texts: Iterable[str], tokenizer_sha256: str, validation_fraction: float, token_bytes: int) -> str:
+    digest = hashlib.sha256(f"{tokenizer_sha256} {validation_fraction} {token_bytes}".encode())
     for text in texts:
         data = text.encode()
         digest.update(len(data).to_bytes(8))
         digest.update(data)
     return digest.hexdigest()[:40]
+
+
+def _described(part: Path) -> Path:
+    return part.with_suffix(".json")
+
+
+def _find(part: Path, token_bytes: int) -> PartCounts | None:
+    """The counts of a part that is there whole."""
+    try:
+        counts = PartCounts.model_validate_json(_described(part).read_bytes())
+        size = part.stat().st_size
+    except FileNotFoundError:
+        return None
+    return counts if size == (counts.tokens + counts.held_out_tokens) * token_bytes else None
 
 
 def _encode(

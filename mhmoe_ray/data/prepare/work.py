@@ -1,41 +1,66 @@
-"""The folder that a preparation works in until it is whole, and giving it its name.
+"""The folders that a preparation works in until it is whole, and giving the result its name.
 
-It lies beside the prepared folder and is named by the settings, so that a job that was killed finds what it had made,
-and other settings do not. Two jobs may work in it at once: all that they write is the same, each file in one step.
+    <prepared>.partial-<hash of the settings>/
+      parts/           tokens of chunks, named by content: what an earlier job left, this one does not make again
+      progress.json
+      <a job's own>/   quarantine of each file; prepared/, the result
+
+Jobs may work here at once: parts are all they share, each is written in one step, and two of one name are the same. The
+first to have a whole result gives it the name and takes the rest away; the others find that and use it.
 """
 
 import errno
 import hashlib
 import json
+import secrets
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from mhmoe_ray.data.shards.manifest import DataManifest, recipe
+from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.spec import RunSpec
 
-KEPT = {"tokenizer.json", "quarantine.jsonl", "manifest.json"}
-"""Beside the shards, what a prepared folder has."""
+
+class Workplace(NamedTuple):
+    shared: Path
+    """Of all jobs with these settings."""
+    own: Path
+    """Of this job."""
+
+    @property
+    def parts(self) -> Path:
+        return self.shared / "parts"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.own / "quarantine"
+
+    @property
+    def result(self) -> Path:
+        return self.own / "prepared"
 
 
-def work_folder(spec: RunSpec) -> Path:
+def shared_folder(spec: RunSpec) -> Path:
     digest = hashlib.sha256(json.dumps(recipe(spec), sort_keys=True).encode()).hexdigest()
     return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
 
 
-def publish(work: Path, folder: Path, manifest: DataManifest) -> None:
-    """Rid the work folder of all but the result and give it its name, unless another job was first."""
-    shards = {s.file for d in manifest.domains.values() for s in d.shards} | {s.file for s in manifest.validation}
-    for path in sorted(work.rglob("*"), reverse=True):
-        name = str(path.relative_to(work))
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif name not in shards | KEPT:
-            path.unlink()
+def make_workplace(spec: RunSpec) -> Workplace:
+    place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
+    place.result.mkdir(parents=True)
+    return place
+
+
+def publish(result: Path, folder: Path) -> None:
+    """Give a whole result its name, unless another job was first."""
     try:
-        work.rename(folder)
+        result.rename(folder)
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+
+
+def clear(folder: Path) -> None:
+    """Take away what jobs have left beside a prepared folder, with whatever settings."""
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)  # another job may do the same, or still be at it

@@ -5,6 +5,7 @@ do not count. A file is an Arrow file of one batch and one column, a fixed-size 
 mapped into memory, and any sample read by its place without reading its neighbours. Training reads in random order.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,6 @@ import pyarrow as pa
 
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.runs.files import replace_file
-from mhmoe_ray.runs.manifest import describe_file
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
 """(samples, T + 1) token ids."""
@@ -65,8 +65,9 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
     batch = pa.record_batch([column], schema=pa.schema([pa.field("tokens", pa.binary(width), nullable=False)]))
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    replace_file(folder / file, memoryview(sink.getvalue()))
-    return Shard(file=file, rows=len(samples), sha256=describe_file(folder / file).sha256)
+    content = memoryview(sink.getvalue())
+    replace_file(folder / file, content)
+    return Shard(file=file, rows=len(samples), sha256=hashlib.sha256(content).hexdigest())
 
 
 class ShardReader:

@@ -100,7 +100,8 @@ class Tally:
         return self.documents + self.bad_lines + self.dropped.total()
 
     def since(self, before: "Tally") -> "Tally":
-        """What was counted after `before`, an earlier state of this tally."""
+        """What was counted after `before`, an earlier state of this tally; with all that there is to show, since nobody
+        knows which of them is added up first."""
         return Tally(
             self.files - before.files,
             self.damaged - before.damaged,
@@ -108,7 +109,7 @@ class Tally:
             self.documents - before.documents,
             self.bad - before.bad,
             self.dropped - before.dropped,
-            {reason: bad for reason, bad in self.first.items() if reason not in before.first},
+            dict(self.first),
         )
 
     def copy(self) -> "Tally":

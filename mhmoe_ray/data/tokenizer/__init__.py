@@ -24,7 +24,7 @@ encoded as these letters, never as the token. A prompt is not: it may name speci
 """
 
 from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, document_encoder
-from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, Boundaries, boundaries
+from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, Boundaries, boundaries, unknown_token
 from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
 
@@ -40,4 +40,5 @@ __all__ = [
     "read_tokenizer",
     "store_given",
     "train_tokenizer",
+    "unknown_token",
 ]

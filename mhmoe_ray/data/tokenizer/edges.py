@@ -1,5 +1,6 @@
 """The tokens between documents."""
 
+import json
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -15,6 +16,13 @@ class Boundaries(NamedTuple):
     """Precedes each one."""
     ends: frozenset[int]
     """Any of these says that it is over."""
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The id of its token for what it does not know, if it has one."""
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_token", model.get("unk_id"))
+    return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else unknown
 
 
 def boundaries(tokenizer: Tokenizer) -> Boundaries | None:

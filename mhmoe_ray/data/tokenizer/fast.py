@@ -16,12 +16,15 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import models
+from tokenizers import Regex, models, pre_tokenizers
 
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS
 
 if TYPE_CHECKING:
     import tiktoken
+
+NEWEST = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
+"""Letters of Unicode 15, 15.1, 16 and 17."""
 
 LONGEST_SPACE = 5_000
 """Characters. tiktoken's expressions go back over white space by recursion and break where it is endless."""
@@ -37,7 +40,8 @@ def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
 
     if content["normalizer"] is not None or not all(token["special"] for token in content["added_tokens"]):
         return None
-    pattern, ranks = _pattern(content["pre_tokenizer"]), _ranks(content["model"])
+    pattern = _pattern(content["pre_tokenizer"])
+    ranks = _ranks(content["model"]) if pattern and _newest_letters_agree(pattern) else None
     if pattern is None or ranks is None:
         return None
     return tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -53,16 +57,32 @@ def _pattern(split: dict[str, Any] | None) -> str | None:
     kind = split and split["type"]
     if split is None or kind not in ("ByteLevel", "Sequence"):
         return None
-    first, last = (None, split) if kind == "ByteLevel" else (split["pretokenizers"][0], split["pretokenizers"][-1])
+    parts: list[Any] = [None, split] if kind == "ByteLevel" else split["pretokenizers"]
+    if len(parts) != 2:
+        return None
+    first, last = parts
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] is not (first is None):
         return None
     if first is None:
         return PATTERNS["gpt2"]
     isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
-    if len(split["pretokenizers"]) != 2 or {**first, "pattern": None} != {**isolated, "pattern": None}:
+    if {**first, "pattern": None} != {**isolated, "pattern": None}:
         return None
     pattern: str | None = first["pattern"].get("Regex")
     return pattern if pattern in PATTERNS.values() else None
+
+
+def _newest_letters_agree(pattern: str) -> bool:
+    """Whether the two engines, each with its own tables, know the same of the characters that were added last."""
+    import tiktoken
+
+    library = pre_tokenizers.Split(Regex(pattern), "isolated")
+    text = {c: f"a{c}" for c in NEWEST}
+    tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(t.encode()[:2] for t in text.values())]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    fast = tiktoken.Encoding("newest", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # In one piece, the a and the first byte of the character become one token.
+    return all((len(library.pre_tokenize_str(t)) == 1) == (fast.encode_ordinary(t)[0] > 255) for t in text.values())
 
 
 def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
@@ -72,7 +92,8 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
         return None
     # A token with other letters comes of no text.
     ranks = {_bytes(token): rank for token, rank in model["vocab"].items() if BYTE_OF_LETTER.keys() >= set(token)}
-    if not all(bytes([byte]) in ranks for byte in range(256)):
+    bytes_only = all(BYTE_OF_LETTER.keys() >= set(left + right) for left, right in model["merges"])
+    if not bytes_only or not all(bytes([byte]) in ranks for byte in range(256)):
         return None
     cuts: dict[bytes, set[int]] = defaultdict(set)
     order = []

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries
-from mhmoe_ray.data.tokenizer.tiktoken import from_tiktoken, is_tiktoken
+from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries, unknown_token
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 
@@ -14,7 +14,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """A tokenizer.json that fits a model of `vocab_size` rows. It neither cuts nor pads, whatever the file says.
 
     Raises:
-        DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document.
+        DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document that
+            stand for nothing else.
     """
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
@@ -75,6 +76,14 @@ def _check(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
     if size > vocab_size:
         fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
         raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
-    if boundaries(tokenizer) is None:
+    edges = boundaries(tokenizer)
+    if edges is None:
         why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
         raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")
+    if unknown_token(tokenizer) in edges.ends | {edges.start} and not _knows_all_bytes(tokenizer):
+        why = "its token for what it does not know is the one at the edge of documents"
+        raise DataError(f"tokenizer {path}", why, "give it an unknown token of its own")
+
+
+def _knows_all_bytes(tokenizer: Tokenizer) -> bool:
+    return tokenizer.get_vocab().keys() >= BYTE_OF_LETTER.keys()

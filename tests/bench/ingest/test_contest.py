@@ -1,8 +1,6 @@
 """`mhmoe bench ingest` on data that the command itself prepared."""
 
-import base64
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -10,21 +8,9 @@ from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.spec import dump_spec, load_spec
 from tests.cli.run import assert_one_line, mhmoe
-from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
 
 PEERS = [name for name in CONTESTANTS if name not in OURS]
-
-
-@pytest.fixture(scope="module")
-def project(local_cluster, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    write_corpus(folder / "raw")
-    (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
-    data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
-    (folder / "spec.yaml").write_text(dump_spec(tiny_spec(folder, data=data)))
-    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
-    return folder
 
 
 @pytest.mark.ray
@@ -54,7 +40,7 @@ def test_both_tasks_are_done_anew_and_whole(project):
 
 @pytest.mark.ray
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
-def test_datasets_makes_the_same_samples_but_for_ends(project):
+def test_datasets_makes_as_many_samples_but_for_ends(project):
     spec = load_spec(project / "spec.yaml")
     found = mhmoe(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
     ours, *theirs = (f["rounds"][0]["tokens"] for name, f in found.items() if name.startswith("prepare"))

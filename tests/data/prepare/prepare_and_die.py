@@ -9,13 +9,13 @@ import time
 import yaml
 
 from mhmoe_ray.data.prepare.job import main
-from mhmoe_ray.data.prepare.work import work_folder
+from mhmoe_ray.data.prepare.work import shared_folder
 from mhmoe_ray.spec import RunSpec
 from tests.data.prepare.prepare_serially import in_small_chunks
 
 
 def die_at(parts: int) -> None:
-    work = work_folder(RunSpec.model_validate(yaml.safe_load(os.environ["MHMOE_SPEC"])))
+    work = shared_folder(RunSpec.model_validate(yaml.safe_load(os.environ["MHMOE_SPEC"])))
     while len(list(work.glob("parts/*/*.json"))) < parts:
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)

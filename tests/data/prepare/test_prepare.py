@@ -5,6 +5,8 @@ import filecmp
 import json
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,17 @@ def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(prepared, loca
     assert list(tmp_path.iterdir()) == [again.data.prepared]
 
 
+def test_two_jobs_at_once_make_the_same_and_leave_nothing(prepared, local_cluster, tmp_path):
+    spec, _ = prepared
+    again = in_folder(spec, tmp_path / "again")
+    run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    with ThreadPoolExecutor(3) as pool:
+        for job in [pool.submit(run) for _ in range(3)]:
+            job.result()
+    assert_same_files(spec.data.prepared, again.data.prepared)
+    assert list(tmp_path.iterdir()) == [again.data.prepared]
+
+
 def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_cluster, tmp_path):
     spec, texts = prepared
     fitted = in_folder(spec, tmp_path / "fitted", packing="best_fit", seq_len=300)
@@ -137,6 +150,9 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_c
             if len(document) - 1 <= 300:
                 assert any("".join(map(chr, document)) in row for row in rows)
         assert entry.unused_tokens == 0
+    again = in_folder(fitted, tmp_path / "again")
+    on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    assert_same_files(folder, again.data.prepared)
 
 
 def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(

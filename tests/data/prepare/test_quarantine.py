@@ -81,3 +81,16 @@ def test_an_entry_says_where_and_why():
         **{"domain": "web/a", "path": "f.jsonl", "line": 7},
         **{"reason": "it has no text", "detail": "'text' is null"},
     }
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_the_reason_can_be_told_whichever_part_of_a_file_is_added_up_first(damaged):
+    """Parts come as tasks end; the one that is over the limit may come before the one with the first bad line."""
+    whole = tally(5, bad_lines=1)
+    before = whole.copy()
+    whole += tally(5, bad_lines=3, damaged=damaged)
+    last = whole.since(before)
+    assert limit(max_bad_lines=2).exceeded(last)
+    assert ("damaged files" in str(limit(max_bad_lines=2).error(last))) is bool(damaged)
+    end = whole.copy().since(whole)
+    assert {bad.reason for bad in end.first.values()} == {Reason.NOT_JSON, *[Reason.LOST] * damaged}

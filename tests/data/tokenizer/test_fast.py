@@ -1,6 +1,7 @@
 """tiktoken in the place of the tokenizers library: the same tokens for every text, or it is not taken."""
 
 import base64
+import json
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, _of_text_alone
-from mhmoe_ray.data.tokenizer.fast import LONGEST_SPACE, can_encode, fast_encoding
+from mhmoe_ray.data.tokenizer.fast import LONGEST_SPACE, NEWEST, _newest_letters_agree, can_encode, fast_encoding
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS, from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.llama_tokenizer import llama_tokenizer
@@ -120,6 +121,13 @@ def test_every_character_is_of_the_same_kind_to_both(name, step):
         assert [e.ids for e in encoded] == [encoding.encode_ordinary(text) for text in around]
 
 
+def test_the_newest_letters_are_told_apart_by_the_pattern():
+    """The check that is made of every tokenizer: it sees letters where they are, and their absence."""
+    assert all(map(_newest_letters_agree, PATTERNS.values()))
+    as_ever = Regex(r"a|\p{L}+|[^\p{L}]+")
+    assert not any(len(pre_tokenizers.Split(as_ever, "isolated").pre_tokenize_str(f"a{c}")) == 1 for c in NEWEST)
+
+
 def with_(tokenizer, **attributes) -> Tokenizer:
     changed = Tokenizer.from_str(tokenizer.to_str())
     for name, value in attributes.items():
@@ -138,6 +146,13 @@ def split_by(pattern, **options) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def with_a_merge_of_other_letters() -> Tokenizer:
+    content = json.loads(TRAINED.to_str())
+    content["model"]["vocab"] |= {"月": 1200, "a月": 1201}
+    content["model"]["merges"].append(["a", "月"])
+    return Tokenizer.from_str(json.dumps(content))
+
+
 CL100K = Regex(PATTERNS["cl100k"])
 NOT_TAKEN = {
     "unigram": train_unigram([*SCRIPTS, CODE], 400),
@@ -153,6 +168,9 @@ NOT_TAKEN = {
     "joined": with_(TRAINED, pre_tokenizer=split_by(CL100K, behavior="merged_with_next")),
     "inverted": with_(TRAINED, pre_tokenizer=split_by(CL100K, invert=True)),
     "dropout": with_(TRAINED, model=models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)),
+    "two splits": with_(TRAINED, pre_tokenizer=pre_tokenizers.Sequence([split_by(CL100K), pre_tokenizers.Digits()])),
+    "other letters": with_a_merge_of_other_letters(),
+    "no splits": with_(TRAINED, pre_tokenizer=pre_tokenizers.Sequence([])),
     "a few bytes": with_(TRAINED, model=models.BPE(vocab={"a": 0}, merges=[])),
 }
 
@@ -177,7 +195,7 @@ def test_long_white_space_is_seen(before, run, after):
 @pytest.mark.parametrize("space", [" ", "\n", " \t", "\u2028", "\u3000"])
 def test_text_that_would_break_tiktoken_is_encoded_by_the_library(space):
     text = "so far" + space * 200_000 + "away"
-    near = "so far" + space * (LONGEST_SPACE // len(space)) + "away"
+    near = "so far" + space * ((2 * LONGEST_SPACE - 1) // len(space)) + "away"
     encoder = DocumentEncoder(TRAINED)
     assert [ids[1:] for ids in encoder.encode([near, text])] == [TRAINED.encode(t).ids for t in (near, text)]
     [ids] = encoder.encode([near])

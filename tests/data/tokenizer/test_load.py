@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import load_tokenizer, store_given
+from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.errors import DataError
 from tests.specs import tiny_spec
 
@@ -30,6 +31,16 @@ def test_what_a_file_says_of_cutting_and_padding_is_not_done(tmp_path):
     loaded = load_tokenizer(tmp_path / "t.json", 3)
     assert loaded.encode(["a", "a"], is_pretokenized=True).ids == [0, 0]
     assert (loaded.truncation, loaded.padding) == (None, None)
+
+
+def test_a_token_at_the_edge_of_documents_stands_for_nothing_else(tmp_path):
+    words("<s>", "</s>", "a").save(str(tmp_path / "t.json"))  # the first is the unknown one
+    with pytest.raises(DataError, match="give it an unknown token of its own"):
+        load_tokenizer(tmp_path / "t.json", 3)
+    made = train_bpe(["a boat"], 300)
+    made.model.unk_token = "<|endoftext|>"  # as some of GPT-2's kind, which know all bytes
+    made.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(tmp_path / "t.json", 300).encode("\x00é").ids
 
 
 def store(folder, content, vocab_size=300, **keys):

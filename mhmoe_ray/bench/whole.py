@@ -1,0 +1,108 @@
+"""What a run costs beside its steps: a whole training by Ray Train and the stream, and the same steps in a bare loop.
+
+Both train the same model on the same samples from the same start, so that they end with the same loss, to the last bit.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+
+from mhmoe_ray.bench.apart import Measurement, run_apart
+from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.errors import JobError, SpecError
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.driver import drive
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.step import MicroBatch, Trainer
+
+WARM_UP = 10
+"""Steps that are not timed: the first ones wait for the stream, and for kernels to be compiled."""
+
+
+class Figures(NamedTuple):
+    run: list[dict[str, Any]]
+    """Each round's `seconds` of the timed steps and `loss` of the last one; of a run also `data_wait`, a share."""
+    loop: list[dict[str, Any]]
+    kept: float
+    """Of the loop's tokens per second, by the run: the median over rounds."""
+
+
+def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None]) -> Figures:
+    """Each in turn, the other one first in every other round.
+
+    Args:
+        spec: whose data are prepared.
+        threads: of the one worker, and of the loop.
+        rounds: of both.
+        tell: gets a line after each.
+
+    Raises:
+        SpecError: the spec has too few steps.
+        JobError: one of them failed, or they did not train the same.
+    """
+    steps = spec.train.steps
+    if steps <= WARM_UP:
+        raise SpecError("bench run", f"train.steps is {steps}, and {WARM_UP} are not timed", "set more train.steps")
+    # Nothing but steps between the first one and the last.
+    rare = {"validate_every": steps, "checkpoint_every": steps}
+    one = {"workers": 1, "ep": 1, "cpus_per_worker": threads}
+    changed = {"train": spec.train.model_copy(update=rare), "cluster": spec.cluster.model_copy(update=one)}
+    spec = spec.model_copy(update=changed)
+    ways: dict[str, Measurement] = {"run": a_run, "loop": a_loop}
+    found: dict[str, list[dict[str, Any]]] = {"run": [], "loop": []}
+    for turn in range(rounds):
+        for name in ways if turn % 2 == 0 else reversed(ways):
+            result = run_apart(ways[name], spec, threads, f"bench run, the {name}")
+            tell(f"round {turn + 1}: the {name} took {result['seconds']:.1f} s")
+            found[name].append(result)
+    if len(losses := {result["loss"] for results in found.values() for result in results}) > 1:
+        raise JobError("bench run", f"losses differ: {losses}", "this is a defect; their steps are not the same")
+    kept = [loop["seconds"] / run["seconds"] for run, loop in zip(found["run"], found["loop"], strict=True)]
+    return Figures(found["run"], found["loop"], statistics.median(kept))
+
+
+def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
+    """The job of a run, as `mhmoe submit` starts it."""
+    ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
+    run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
+    drive(run, 0)
+    lines = metrics.history(run)
+    timed = lines[WARM_UP:]
+    return {
+        "seconds": timed[-1][metrics.TIME] - lines[WARM_UP - 1][metrics.TIME],
+        "loss": lines[-1][metrics.LOSS],
+        "data_wait": statistics.mean(line[metrics.DATA_WAIT] for line in timed),
+    }
+
+
+def a_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
+    """The same steps of the same samples, which are in memory before they are timed."""
+    torch.set_num_threads(threads)
+    folder = spec.data.prepared
+    token_bytes = require_data_manifest(folder).token_bytes
+    edges = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size))
+    assert edges is not None, "checked when the data were prepared"
+    device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
+    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, edges.start)
+    positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
+    steps = [split_padding(TrainingSamples.open(spec).read(row), token_bytes) for row in positions]
+    b, loss = spec.train.micro_batch_size, 0.0
+    for number, (token_ST, counts_ST) in enumerate(steps):
+        if number == WARM_UP:
+            began = time.perf_counter()
+        parts = (torch.from_numpy(whole).to(device).view(-1, b, whole.shape[1]) for whole in (token_ST, counts_ST))
+        sums = trainer.accumulate([MicroBatch(*pair) for pair in zip(*parts, strict=True)])
+        trainer.update()
+        loss = sums.loss / max(1, trainer.targets)
+    return {"seconds": time.perf_counter() - began, "loss": loss}

@@ -1,0 +1,43 @@
+"""`mhmoe bench run`: what a run costs beside its training steps."""
+
+from typing import Annotated
+
+import typer
+
+from mhmoe_ray.cli import bench_tables as tables
+from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, note, number_table, out, print_json, read_spec
+
+
+def run(
+    spec: SpecArg,
+    set_: SetOption = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(min=1, help="Of the worker, and of the loop.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Of both, in turn.")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Time a spec's whole training by one worker, as a run, beside the same steps in a bare loop without Ray.
+
+    Both train on the spec's prepared data from the same start and end with the same loss, which is checked. With --json
+    the table goes to stderr.
+    """
+    from mhmoe_ray.bench.whole import WARM_UP, measure
+    from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
+
+    resolved = read_spec(spec, set_)
+    check_recipe(resolved.data.prepared, require_data_manifest(resolved.data.prepared), resolved)
+    figures = measure(resolved, threads, rounds, lambda line: note.print(line))
+    steps = resolved.train.steps - WARM_UP
+    tokens = steps * resolved.tokens_per_step
+    rows = []
+    for name, results in (("run", figures.run), ("loop", figures.loop)):
+        seconds = sorted(result["seconds"] for result in results)[len(results) // 2]
+        wait = f"{max(result['data_wait'] for result in results):.2%}" if name == "run" else ""
+        rows.append([name, f"{1e3 * seconds / steps:.1f} ms", f"{tokens / seconds:,.0f}", wait])
+    table = number_table(["", "a step", "tokens/s", "waits for data"], rows)
+    kept = (
+        f"a run keeps {figures.kept:.3f} of the loop's tokens a second; both end at loss {figures.run[0]['loss']:.4f}"
+    )
+    title = f"{threads} threads, {steps:,} steps of {resolved.tokens_per_step:,} tokens; {rounds} rounds in turn"
+    tables.show(note if json else out, [(title, table), kept])
+    if json:
+        print_json({"threads": threads, "steps": steps, "tokens": tokens, **figures._asdict()})
