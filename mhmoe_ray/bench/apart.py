@@ -43,7 +43,7 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str) -
     finally:
         shutil.rmtree(folder)
     if done.returncode:
-        raise JobError(what, _why(done), "mend that, or leave it out")
+        raise JobError(what, _why(done), "mend that and measure again")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -20,7 +20,7 @@ from mhmoe_ray.cli.common import (
 
 def ingest(
     spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     peers: Annotated[bool, typer.Option("--peers", help="Beside datasets and mosaicml-streaming.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Of each, in turn.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Of each.")] = 2,
@@ -32,14 +32,14 @@ def ingest(
     is of the spec's own prepared data, all of its train.steps. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS, contest, missing
-    from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
+    from mhmoe_ray.data.shards.manifest import prepared_for
     from mhmoe_ray.errors import SpecError
 
     resolved = read_spec(spec, set_)
     if resolved.data.tokenizer is None:
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
-    check_recipe(resolved.data.prepared, require_data_manifest(resolved.data.prepared), resolved)
+    prepared_for(resolved)
     names = [name for name in CONTESTANTS if name in OURS or (peers and missing(name) is None)]
     for name in CONTESTANTS:
         if peers and missing(name):

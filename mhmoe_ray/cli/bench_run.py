@@ -1,5 +1,6 @@
 """`mhmoe bench run`: what a run costs beside its training steps."""
 
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, note, number_ta
 
 def run(
     spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     threads: Annotated[int, typer.Option(min=1, help="Of the worker, and of the loop.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Of both, in turn.")] = 3,
     json: JsonOption = False,
@@ -20,17 +21,17 @@ def run(
     Both train on the spec's prepared data from the same start and end with the same loss, which is checked. With --json
     the table goes to stderr.
     """
-    from mhmoe_ray.bench.whole import WARM_UP, measure
-    from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
+    from mhmoe_ray.bench.run import WARM_UP, measure
+    from mhmoe_ray.data.shards.manifest import prepared_for
 
     resolved = read_spec(spec, set_)
-    check_recipe(resolved.data.prepared, require_data_manifest(resolved.data.prepared), resolved)
+    prepared_for(resolved)
     figures = measure(resolved, threads, rounds, lambda line: note.print(line))
     steps = resolved.train.steps - WARM_UP
     tokens = steps * resolved.tokens_per_step
     rows = []
     for name, results in (("run", figures.run), ("loop", figures.loop)):
-        seconds = sorted(result["seconds"] for result in results)[len(results) // 2]
+        seconds = median(result["seconds"] for result in results)
         wait = f"{max(result['data_wait'] for result in results):.2%}" if name == "run" else ""
         rows.append([name, f"{1e3 * seconds / steps:.1f} ms", f"{tokens / seconds:,.0f}", wait])
     table = number_table(["", "a step", "tokens/s", "waits for data"], rows)

@@ -18,7 +18,7 @@ QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
 
 def inspect(
     what: survey.WhatArg,
-    set_: survey.SetOption = [],  # noqa: B006
+    set_: survey.SetOption = [],  # noqa: B006 - typer needs the list
     samples: Annotated[
         int, typer.Option(min=0, help="Show so many packed training samples as text, and read no raw text.")
     ] = 0,

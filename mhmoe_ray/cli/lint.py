@@ -18,7 +18,7 @@ WHERE = 5
 
 def lint(
     what: survey.WhatArg,
-    set_: survey.SetOption = [],  # noqa: B006
+    set_: survey.SetOption = [],  # noqa: B006 - typer needs the list
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
     address: AddressOption = None,
     json: JsonOption = False,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def mix(
     spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     json: JsonOption = False,
     png: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
 ) -> None:
@@ -25,12 +25,10 @@ def mix(
     after max_epochs. Samples read are exact, counted by the order itself; tokens are without padding, and on average
     where there is some. Needs prepared data.
     """
-    from mhmoe_ray.data.shards.manifest import check_recipe, require_data_manifest
+    from mhmoe_ray.data.shards.manifest import prepared_for
 
     resolved = read_spec(spec, set_)
-    manifest = require_data_manifest(resolved.data.prepared)
-    check_recipe(resolved.data.prepared, manifest, resolved)
-    found = as_dict(resolved, manifest)
+    found = as_dict(resolved, prepared_for(resolved))
     if png:
         from mhmoe_ray.cli.mix_plot import draw
 

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.5
 
 def prepare(
     spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:

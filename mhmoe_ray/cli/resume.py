@@ -19,7 +19,7 @@ QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer
 
 def resume(
     run: RunArg = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     detach: DetachOption = False,

@@ -27,7 +27,7 @@ SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluste
 @app.command()
 def deploy(
     run: RunArg = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,

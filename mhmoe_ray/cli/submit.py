@@ -11,7 +11,7 @@ from mhmoe_ray.cli.follow import follow
 
 def submit(
     spec: SpecArg,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
     address: AddressOption = None,
     detach: DetachOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job request and start nothing.")] = False,

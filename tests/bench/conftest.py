@@ -1,4 +1,4 @@
-"""Layers here are so small that threads would mostly wait for each other, on a busy machine for seconds."""
+"""Measurements at sizes that tell nothing."""
 
 import base64
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    """Layers here are so small that threads would mostly wait for each other, on a busy machine for seconds."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -38,7 +38,7 @@ from mhmoe_ray.data.shards.manifest import (
     DataManifest,
     Domain,
     Shard,
-    check_recipe,
+    prepared_for,
     read_data_manifest,
     recipe,
     require_data_manifest,
@@ -63,8 +63,7 @@ def prepare(spec: RunSpec) -> DataManifest:
         DataError: sources are missing, more is bad than allowed, or the folder was made with other settings.
     """
     folder = spec.data.prepared
-    manifest = read_data_manifest(folder)
-    if manifest is None:
+    if read_data_manifest(folder) is None:
         place = make_workplace(spec)
         try:
             with _chunks_as_blocks():
@@ -76,10 +75,9 @@ def prepare(spec: RunSpec) -> DataManifest:
             # Another job was first and has taken the parts away.
         finally:
             shutil.rmtree(place.own, ignore_errors=True)
+        require_data_manifest(folder)  # else something that is no job's lies there, and the parts are kept
         clear(folder)
-        manifest = require_data_manifest(folder)
-    check_recipe(folder, manifest, spec)
-    return manifest
+    return prepared_for(spec)
 
 
 @contextmanager

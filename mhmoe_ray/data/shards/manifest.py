@@ -139,6 +139,17 @@ def require_data_manifest(folder: Path) -> DataManifest:
     return manifest
 
 
+def prepared_for(spec: RunSpec) -> DataManifest:
+    """The manifest of a spec's prepared folder.
+
+    Raises:
+        DataError: there is none, or it was made with other settings than the spec's.
+    """
+    manifest = require_data_manifest(spec.data.prepared)
+    check_recipe(spec.data.prepared, manifest, spec)
+    return manifest
+
+
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
     """The folder was made with the settings of this spec.
 

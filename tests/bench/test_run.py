@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.bench import whole
+from mhmoe_ray.bench import run as bench
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import assert_one_line, mhmoe
@@ -18,7 +18,7 @@ def test_a_run_and_a_loop_end_with_the_same_loss(project):
     assert run["loss"] == loop["loss"] > 0
     assert found["kept"] == loop["seconds"] / run["seconds"]
     assert 0 <= run["data_wait"] < 1
-    assert (found["steps"], found["tokens"]) == (20 - whole.WARM_UP, (20 - whole.WARM_UP) * 4 * 2 * 16)
+    assert (found["steps"], found["tokens"]) == (20 - bench.WARM_UP, (20 - bench.WARM_UP) * 4 * 2 * 16)
     for part in ("a run keeps 0.", "tokens/s", "waits for data", f"both end at loss {run['loss']:.4f}"):
         assert part in shown.err
     assert sorted(project.rglob("*")) == before
@@ -26,14 +26,14 @@ def test_a_run_and_a_loop_end_with_the_same_loss(project):
 
 def test_losses_that_differ_are_an_error(monkeypatch):
     results = iter([{"seconds": 1.0, "loss": 2.0}, {"seconds": 1.0, "loss": 2.5}])
-    monkeypatch.setattr(whole, "run_apart", lambda *_: next(results))
+    monkeypatch.setattr(bench, "run_apart", lambda *_: next(results))
     with pytest.raises(JobError, match="losses differ"):
-        whole.measure(tiny_spec(), 1, 1, lambda _: None)
+        bench.measure(tiny_spec(), 1, 1, lambda _: None)
 
 
 def test_a_training_of_a_few_steps_is_refused():
     with pytest.raises(SpecError, match=r"train\.steps is 10, and 10 are not timed"):
-        whole.measure(tiny_spec(train={"steps": whole.WARM_UP}), 1, 1, lambda _: None)
+        bench.measure(tiny_spec(train={"steps": bench.WARM_UP}), 1, 1, lambda _: None)
 
 
 def test_it_needs_prepared_data(tmp_path):
