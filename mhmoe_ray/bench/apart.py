@@ -20,7 +20,7 @@ Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
 """Of a spec, in an empty folder, with so many processes or threads; returns figures that JSON can hold."""
 
 
-def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str) -> dict[str, Any]:
+def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, **more: str) -> dict[str, Any]:
     """What it returns.
 
     Args:
@@ -28,6 +28,7 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str) -
         spec: its first argument.
         number: its last.
         what: names it in an error.
+        more: variables of its environment.
 
     Raises:
         JobError: it failed.
@@ -39,7 +40,7 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str) -
     ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     command = [sys.executable, "-m", __name__]
     try:
-        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray)
+        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray | more)
     finally:
         shutil.rmtree(folder)
     if done.returncode:

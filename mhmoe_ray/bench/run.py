@@ -1,8 +1,10 @@
 """What a run costs beside its steps: a whole training by Ray Train and the stream, and the same steps in a bare loop.
 
-Both train the same model on the same samples from the same start, so that they end with the same loss, to the last bit.
+All train the same model on the same samples from the same start, so that they end with the same loss, to the last bit.
+The loop takes turns as Python starts it and with the settings of memory that a run's workers get (train/memory.py).
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train import memory
 from mhmoe_ray.train.driver import drive
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import MicroBatch, Trainer
@@ -34,17 +37,32 @@ class Figures(NamedTuple):
     run: list[dict[str, Any]]
     """Each round's `seconds` of the timed steps and `loss` of the last one; of a run also `data_wait`, a share."""
     loop: list[dict[str, Any]]
-    kept: float
-    """Of the loop's tokens per second, by the run: the median over rounds."""
+    """As Python starts it."""
+    settled: list[dict[str, Any]]
+    """With the workers' settings of memory."""
+
+    @property
+    def kept(self) -> float:
+        """Of the loop's tokens per second, by the run: the median over rounds."""
+        return _kept(self.run, self.loop)
+
+    @property
+    def kept_of_settled(self) -> float:
+        return _kept(self.run, self.settled)
+
+
+def _kept(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
+    ratios: list[float] = [b["seconds"] / a["seconds"] for a, b in zip(run, loop, strict=True)]
+    return statistics.median(ratios)
 
 
 def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None]) -> Figures:
-    """Each in turn, the other one first in every other round.
+    """Each in turn, in reverse order in every other round.
 
     Args:
         spec: whose data are prepared.
         threads: of the one worker, and of the loop.
-        rounds: of both.
+        rounds: of each.
         tell: gets a line after each.
 
     Raises:
@@ -59,17 +77,19 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
     one = {"workers": 1, "ep": 1, "cpus_per_worker": threads}
     changed = {"train": spec.train.model_copy(update=rare), "cluster": spec.cluster.model_copy(update=one)}
     spec = spec.model_copy(update=changed)
-    ways: dict[str, Measurement] = {"run": a_run, "loop": a_loop}
-    found: dict[str, list[dict[str, Any]]] = {"run": [], "loop": []}
+    settings = memory.settings(os.environ)
+    ways: dict[str, tuple[Measurement, dict[str, str]]]
+    ways = {"run": (a_run, {}), "loop": (a_loop, {}), "settled": (a_loop, settings)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in ways if turn % 2 == 0 else reversed(ways):
-            result = run_apart(ways[name], spec, threads, f"bench run, the {name}")
-            tell(f"round {turn + 1}: the {name} took {result['seconds']:.1f} s")
+            way, environment = ways[name]
+            result = run_apart(way, spec, threads, f"bench run, {name}", **environment)
+            tell(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
             found[name].append(result)
     if len(losses := {result["loss"] for results in found.values() for result in results}) > 1:
         raise JobError("bench run", f"losses differ: {losses}", "this is a defect; their steps are not the same")
-    kept = [loop["seconds"] / run["seconds"] for run, loop in zip(found["run"], found["loop"], strict=True)]
-    return Figures(found["run"], found["loop"], statistics.median(kept))
+    return Figures(**found)
 
 
 def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:

@@ -1,10 +1,22 @@
 """`mhmoe bench`: measurements, side by side in one run."""
 
+import os
+import sys
+
 import typer
 
 from mhmoe_ray.cli import bench_ingest, bench_layer, bench_run, bench_train
+from mhmoe_ray.train import memory
 
 app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
+
+
+@app.callback()
+def as_a_worker(context: typer.Context) -> None:
+    """Measure, side by side."""
+    # Layers and steps are to take the time that they take in a run: settings of memory are read at a process's start.
+    if context.invoked_subcommand in ("layer", "train") and (settings := memory.settings(os.environ)):
+        os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 
 app.command("layer")(bench_layer.layer)

@@ -2,6 +2,7 @@
 
     driver.py       the job: prepare data, start workers, say how it ended
     worker.py       one rank: restore, train, validate, save
+    memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     mesh.py dispatch.py gradients.py    dp x ep: groups, exchange of rows, reduction and clipping
     state.py        the tensors of a checkpoint, saved and restored

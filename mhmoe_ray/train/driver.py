@@ -3,6 +3,7 @@
 Run by Ray Jobs as `python -m mhmoe_ray.train.driver RUN_DIR`.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, describe_file, newest_checkpoint
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train import memory
 from mhmoe_ray.train.worker import train_worker
 
 
@@ -91,6 +93,7 @@ def drive(run: RunDir, attempt: int) -> None:
             storage_path=str(run.ray),
             failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": memory.settings(os.environ)},
         ),
     )
     try:

@@ -14,19 +14,20 @@ def test_a_run_and_a_loop_end_with_the_same_loss(project):
     before = sorted(project.rglob("*"))
     shown = mhmoe(project, "bench", "run", "spec.yaml", "--threads", "1", "--rounds", "1", "--json")
     found = shown.json()
-    [run], [loop] = found["run"], found["loop"]
-    assert run["loss"] == loop["loss"] > 0
+    [run], [loop], [settled] = found["run"], found["loop"], found["settled"]
+    assert run["loss"] == loop["loss"] == settled["loss"] > 0
     assert found["kept"] == loop["seconds"] / run["seconds"]
+    assert found["kept_of_settled"] == settled["seconds"] / run["seconds"]
     assert 0 <= run["data_wait"] < 1
     assert (found["steps"], found["tokens"]) == (20 - bench.WARM_UP, (20 - bench.WARM_UP) * 4 * 2 * 16)
-    for part in ("a run keeps 0.", "tokens/s", "waits for data", f"both end at loss {run['loss']:.4f}"):
+    for part in ("a run keeps 0.", "tokens/s", "waits for data", f"all end at loss {run['loss']:.4f}"):
         assert part in shown.err
     assert sorted(project.rglob("*")) == before
 
 
 def test_losses_that_differ_are_an_error(monkeypatch):
-    results = iter([{"seconds": 1.0, "loss": 2.0}, {"seconds": 1.0, "loss": 2.5}])
-    monkeypatch.setattr(bench, "run_apart", lambda *_: next(results))
+    results = iter([{"seconds": 1.0, "loss": loss} for loss in (2.0, 2.0, 2.5)])
+    monkeypatch.setattr(bench, "run_apart", lambda *_, **__: next(results))
     with pytest.raises(JobError, match="losses differ"):
         bench.measure(tiny_spec(), 1, 1, lambda _: None)
 

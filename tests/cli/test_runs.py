@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import torch
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, list_runs
 from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.train import memory
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -115,13 +117,21 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
     return tokenizer.decode(ids[start:])
 
 
+def _environment(pid: int) -> dict[str, str]:
+    """Of a process, as it was started."""
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if pair)
+
+
 def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster):
     write_spec(corpus, train={"steps": 150, "validate_every": 50, "checkpoint_every": 20})
     assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
     run = newest(corpus)
     wait_until(lambda: step_of(run) >= 30)
     [started] = [e for e in events.events(run) if e["event"] == "started"]
-    os.kill(started["workers"][1]["pid"], signal.SIGKILL)
+    pid = started["workers"][1]["pid"]
+    assert set(memory.settings({}).items()) <= _environment(pid).items()
+    os.kill(pid, signal.SIGKILL)
     wait_until(lambda: events.is_over(events.state(events.events(run))))
     happened = events.events(run)
     assert events.state(happened) == "finished", happened
