@@ -8,7 +8,7 @@ Shape suffixes, here and in mhmoe_ray.model:
 """
 
 from mhmoe_kernels.permute import RoutePlan, combine, permute, plan_routes
-from mhmoe_kernels.seam import BACKENDS, choose, run_experts, run_sorted_experts
+from mhmoe_kernels.seam import BACKENDS, choose, run_experts, run_sorted_experts, why_not
 from mhmoe_kernels.weights import ExpertWeights, gelu_subln, swiglu
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "run_experts",
     "run_sorted_experts",
     "swiglu",
+    "why_not",
 ]

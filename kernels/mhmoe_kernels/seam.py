@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_kernels import megablocks, triton
+from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import grouped, run_sorted
 from mhmoe_kernels.reference import reference
@@ -27,6 +27,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
     "grouped": Backend(grouped),
+    "cpp": Backend(cpp.run, cpp.why_not),
     "capacity": Backend(capacity),
     "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),
@@ -37,18 +38,25 @@ FUSED_UP_TO = 256
 not yet measured."""
 
 
-def choose(name: str, device: torch.device, width: int) -> tuple[str, str | None]:
-    """The backend that a name means, and why it cannot run, if so.
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device here, in one line; None where it can, as `auto` always does."""
+    return None if name == "auto" else BACKENDS[name].why_not(device)
+
+
+def choose(name: str, x_ND: Tensor, weights: ExpertWeights) -> str:
+    """The backend that a name means: a key of `BACKENDS`, or `auto` for what should be fastest here.
 
     Args:
-        name: a key of `BACKENDS`, or `auto` for what should be fastest, which can always run.
-        device: where the experts are.
-        width: D of their rows.
+        name: as in `MoESpec.kernel`.
+        x_ND: rows, in the dtype that experts get them in.
+        weights: the experts.
     """
     if name != "auto":
-        return name, BACKENDS[name].why_not(device)
-    fused = device.type == "cuda" and width <= FUSED_UP_TO and BACKENDS["triton"].why_not(device) is None
-    return ("triton" if fused else "grouped"), None
+        return name
+    if x_ND.device.type == "cuda":
+        fused = x_ND.shape[1] <= FUSED_UP_TO and triton.why_not(x_ND.device) is None
+        return "triton" if fused else "grouped"
+    return "cpp" if cpp.is_ahead(x_ND, weights) else "grouped"
 
 
 def run_experts(
@@ -85,8 +93,8 @@ def run_sorted_experts(backend: str, x_RD: Tensor, count_E: list[int], weights: 
     Returns:
         y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
     """
-    if backend == "grouped":
-        return run_sorted(x_RD, count_E, weights)
+    if backend in (sort_first := {"grouped": run_sorted, "cpp": cpp.run_sorted}):
+        return sort_first[backend](x_RD, count_E, weights)
     # The others take routes and sort them again. For `triton` these are R numbers: it reads rows where they lie.
     expert_E = torch.arange(len(count_E), device=x_RD.device)
     expert_R = expert_E.repeat_interleave(torch.tensor(count_E, device=x_RD.device), output_size=len(x_RD))

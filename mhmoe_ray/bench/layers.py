@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import BACKENDS, choose
+from mhmoe_kernels import BACKENDS, why_not
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
@@ -129,7 +129,7 @@ def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], li
             raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(BACKENDS)}")
         if kernel == "capacity":
             raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
-        _, why = choose(kernel, device, 0)
+        why = why_not(kernel, device)
         if why is None:
             can_run.append(kernel)
         else:

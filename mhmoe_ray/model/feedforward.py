@@ -74,15 +74,14 @@ class Experts(nn.Module):
             x_ND, expert_NK, gate_NK: as `mhmoe_kernels.run_experts`.
             places: rows that an expert takes at most; None where nothing is dropped, as in serving.
         """
-        backend = self.backend(x_ND, places)
         x_ND, weights = self.cast(x_ND)
-        return run_experts(backend, x_ND, expert_NK, gate_NK, weights, places)
+        return run_experts(self.backend(x_ND, weights, places), x_ND, expert_NK, gate_NK, weights, places)
 
-    def backend(self, x_ND: Tensor, places: int | None = None) -> str:
-        """The kernel that rows like `x_ND` go through."""
+    def backend(self, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
+        """The kernel that rows like `x_ND`, which are cast, go through."""
         # Without a limit there is no static layout.
         kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
-        return choose(kernel, x_ND.device, x_ND.shape[1])[0]
+        return choose(kernel, x_ND, weights)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and the experts held here, in autocast's dtype where it is on."""

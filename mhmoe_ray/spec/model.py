@@ -67,7 +67,7 @@ class MoESpec(Section):
     """Balance without a loss: after each step, a bias that only the choice sees moves by this much for each expert, up
     where it got less than its share, down where it got more."""
 
-    kernel: Literal["auto", "grouped", "triton", "megablocks", "capacity", "reference"] = "auto"
+    kernel: Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"] = "auto"
     """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs.
     capacity: the papers' static layout with its N x E x C masks, for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)

@@ -65,8 +65,8 @@ class ExpertParallelDispatch:
         count_PX = plan.count_E.view(-1, held)  # of this rank, then of the others
         counts = self._send(count_PX[1:], torch.empty_like(count_PX[1:]), [1] * others, [1] * others)
         self.sent = self.sent._replace(counts=self.sent.counts + count_PX[1:].nbytes)
-        backend = experts.backend(x_ND)
         x_ND, weights = experts.cast(x_ND)
+        backend = experts.backend(x_ND, weights)
         x_RD = permute(x_ND, plan)
         # The one place where the host waits for the device: splits must be numbers.
         own_X, *rest = torch.cat([count_PX, counts.wait()]).tolist()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mhmoe_kernels import choose
+from mhmoe_kernels import why_not
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.balance import moved_bias
 from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
@@ -61,10 +61,8 @@ class Trainer:
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token = start_token
         moe = spec.model.moe
-        if moe:
-            _, reason = choose(moe.kernel, device, spec.model.d_model // moe.heads)
-            if reason:
-                raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
+        if moe and (reason := why_not(moe.kernel, device)):
+            raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
         self.model = Decoder(spec.model, mesh.held(moe.experts) if moe else None)
         init_weights(self.model, spec.seed)
         self.model.to(device)

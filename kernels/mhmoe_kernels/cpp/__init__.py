@@ -1,0 +1,69 @@
+"""SwiGLU experts in bfloat16 as one fused kernel for CPUs, in C++: the hidden layer stays in the cache, both ways.
+
+Compiled where it first runs, in two seconds, if there is a compiler. No part of the base install needs it.
+"""
+
+import torch
+from torch import Tensor
+
+from mhmoe_kernels.cpp.build import BuildError, library
+from mhmoe_kernels.permute import combine, permute, plan_routes
+from mhmoe_kernels.weights import ExpertWeights, swiglu
+
+
+def why_not(device: torch.device) -> str | None:
+    """One line on why `run` cannot run on `device`; None when it can."""
+    if device.type != "cpu":
+        return f"kernel cpp is for CPUs, and this is {device.type}"
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
+    """Whether rows go through these experts faster so than by `grouped` (measured: kernels/README.md): on AMX, if it
+    computes them at all."""
+    amx = x_ND.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return amx and _refusal(x_ND, weights) is None and why_not(x_ND.device) is None
+
+
+def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """See `mhmoe_kernels.run_experts`, and `run_sorted` for what it raises."""
+    plan = plan_routes(expert_NK, len(weights.stacked[0]))
+    return combine(run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights), gate_NK, plan)
+
+
+def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
+    """Rows sorted by expert through their experts.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        weights: len(counts) experts.
+
+    Raises:
+        ValueError: for sizes or a function that it does not compute.
+        TypeError: for a dtype.
+        RuntimeError: where `why_not` has a reason.
+    """
+    if reason := why_not(x_RD.device):
+        raise RuntimeError(reason)
+    if error := _refusal(x_RD, weights):
+        raise error
+    from mhmoe_kernels.cpp.autograd import swiglu_sorted
+
+    gate_EFD, up_EFD, down_EDF = weights.stacked
+    return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF)
+
+
+def _refusal(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
+    if weights.function is not swiglu:
+        return ValueError("kernel cpp computes SwiGLU experts only")
+    if {x_ND.dtype, *(w.dtype for w in weights.stacked)} != {torch.bfloat16}:
+        return TypeError("kernel cpp computes in bfloat16 only")
+    _, F, D = weights.stacked[0].shape
+    if D % 2 or F % 2:
+        return ValueError(f"kernel cpp takes even sizes only: rows are {D} wide, experts {F}")
+    return None

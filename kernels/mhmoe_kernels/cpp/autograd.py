@@ -1,0 +1,63 @@
+"""The compiled SwiGLU experts as a function of torch."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.cpp.build import library
+
+
+def swiglu_sorted(x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of each row's expert; all in bfloat16, D and F even.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        gate_EFD, up_EFD, down_EDF: weights of E experts.
+    """
+    result: Tensor = _SwiGLU.apply(x_RD, counts, gate_EFD, up_EFD, down_EDF)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], *stacked: Tensor) -> Tensor:
+        count_E = torch.tensor(counts, dtype=torch.int64)
+        x_RD, *weights = (t.contiguous() for t in (x_RD, *stacked))
+        y_RD = torch.empty_like(x_RD)
+        sizes = _sizes(weights[0])
+        work = _work(library().forward_bytes, *sizes[1:])
+        library().forward(*_pointers(x_RD, *weights, y_RD, work, count_E), *sizes)
+        ctx.save_for_backward(x_RD, *weights)
+        ctx.count_E = count_E
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, *weights = ctx.saved_tensors
+        dx_RD, *gradients = (torch.empty_like(t) for t in (x_RD, *weights))
+        sizes = _sizes(weights[0])
+        work = _work(library().backward_bytes, *_pointers(ctx.count_E), *sizes)
+        tensors = (x_RD, *weights, dy_RD.contiguous(), dx_RD, *gradients, work, ctx.count_E)
+        library().backward(*_pointers(*tensors), *sizes)
+        return dx_RD, None, *gradients
+
+
+def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:
+    """E, D, F and the number of threads, as the kernels take them."""
+    E, F, D = gate_EFD.shape
+    return *(ctypes.c_int64(n) for n in (E, D, F)), ctypes.c_int(torch.get_num_threads())
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+
+def _work(size: Any, *arguments: Any) -> Tensor:
+    """Memory to work in, from torch's allocator, so that it is counted with the rest."""
+    size.restype = ctypes.c_int64
+    return torch.empty(size(*arguments), dtype=torch.uint8)
