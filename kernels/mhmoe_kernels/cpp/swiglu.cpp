@@ -39,16 +39,19 @@ i64 units(i64 D, i64 F, int threads) {
   return std::max<i64>(2, std::min(best, up_to((F + threads - 1) / threads, 2)));
 }
 
+// From one row to the next of what lies here: of a power of two, all rows would meet in a few lines of a cache, which
+// made products of D 256 take 1.7 times as long.
+i64 pitch(i64 n) { return n + 32; }
+
 // c [m][n] (+)= a [m][k] b [k][n]
-void multiply(i64 m, i64 n, i64 k, const half* a, const half* b, float* c, bool add) {
-  at::native::cpublas::brgemm(
-      m, n, k, k, n, n, add, reinterpret_cast<const Bf16*>(a), reinterpret_cast<const Bf16*>(b), c);
+void multiply(i64 m, i64 n, i64 k, const half* a, i64 pitch_a, const half* b, float* c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, pitch_a, pitch(n), pitch(n), add, reinterpret_cast<const Bf16*>(a),
+                              reinterpret_cast<const Bf16*>(b), c);
 }
 
-void multiply(i64 m, i64 n, i64 k, const half* a, i64 pitch, const half* b, float* c, bool add) {
-  at::native::cpublas::brgemm(
-      m, n, k, pitch, n, n, add, reinterpret_cast<const Bf16*>(a), reinterpret_cast<const Bf16*>(b), c);
-}
+// Of values in all blocks of an expert's rows.
+i64 block_values(i64 most, i64 D) { return pitch(std::min(ROWS, most)) * pitch(D); }
+i64 n_blocks(i64 rows) { return (rows + ROWS - 1) / ROWS; }
 
 // Hands out parts of a piece of memory; of none, it only counts.
 struct Room {
@@ -62,97 +65,92 @@ struct Room {
   }
 };
 
+// Each of a thread, in the forward; [..] as in the table above.
 struct ForwardRoom {
   half *xt, *hidden;
   float *gate, *up, *yt;
   ForwardRoom(Room& room, i64 D, i64 units) {
-    xt = room.take<half>(FORWARD_ROWS * D), hidden = room.take<half>(units * FORWARD_ROWS);
-    gate = room.take<float>(units * FORWARD_ROWS), up = room.take<float>(units * FORWARD_ROWS), yt = room.take<float>(D * FORWARD_ROWS);
+    xt = room.take<half>(D * pitch(FORWARD_ROWS)), hidden = room.take<half>(units * pitch(FORWARD_ROWS));
+    gate = room.take<float>(units * pitch(FORWARD_ROWS)), up = room.take<float>(units * pitch(FORWARD_ROWS));
+    yt = room.take<float>(D * pitch(FORWARD_ROWS));
   }
 };
 
-// Of a thread.
+// Each of a thread, in the backward.
 struct BackwardRoom {
-  half *gate_up, *down_t, *gate_up_t;     // weights of a block of hidden units
-  half *hidden, *dgate_up, *dgate_up_paired;
-  float *gate_up_out, *dhidden;
-  float *dgate_up_sum, *ddown_sum, *dxt;  // gradients
+  half *gate_up, *down_t, *gate_up_t;          // weights of a block of hidden units
+  float *gate_up_out, *dhidden;                // a block of rows in it, as products left it,
+  half *hidden, *dgate_up, *dgate_up_paired;   // and as they go on
+  float *dgate_up_sum, *ddown_sum, *dxt;       // gradients; the latter of all rows of an expert
   BackwardRoom(Room& room, i64 most, i64 D, i64 units) {
-    gate_up = room.take<half>(2 * units * D), down_t = room.take<half>(units * D);
-    gate_up_t = room.take<half>(2 * units * D), hidden = room.take<half>(units * ROWS);
-    dgate_up = room.take<half>(2 * units * ROWS), dgate_up_paired = room.take<half>(2 * units * ROWS);
-    gate_up_out = room.take<float>(2 * units * ROWS), dhidden = room.take<float>(units * ROWS);
-    dgate_up_sum = room.take<float>(2 * units * D), ddown_sum = room.take<float>(units * D);
-    dxt = room.take<float>(most * D);
+    const i64 weights = units * pitch(D), rows = units * pitch(ROWS);
+    gate_up = room.take<half>(2 * weights), down_t = room.take<half>(weights);
+    gate_up_t = room.take<half>(D * pitch(2 * units));
+    gate_up_out = room.take<float>(2 * rows), dhidden = room.take<float>(rows);
+    hidden = room.take<half>(rows), dgate_up = room.take<half>(2 * rows), dgate_up_paired = room.take<half>(2 * rows);
+    dgate_up_sum = room.take<float>(2 * weights), ddown_sum = room.take<float>(weights);
+    dxt = room.take<float>(n_blocks(most) * block_values(most, D));
   }
 };
 
-// Of an expert: its rows and their gradients, both ways.
+// Of an expert: its rows and their gradients, both ways, paired.
 struct RowsRoom {
   half *xt, *x, *dyt, *dy;
   RowsRoom(Room& room, i64 most, i64 D) {
-    xt = room.take<half>(most * D), x = room.take<half>(most * D);
-    dyt = room.take<half>(most * D), dy = room.take<half>(most * D);
+    const i64 values = n_blocks(most) * block_values(most, D);
+    xt = room.take<half>(values), x = room.take<half>(values);
+    dyt = room.take<half>(values), dy = room.take<half>(values);
   }
 };
 
 i64 most_rows(const i64* counts, i64 E) { return E ? up_to(*std::max_element(counts, counts + E), ROUNDED) : 0; }
 
-// e^x to 2 units in the last place of float32. What is not a number stays so.
-__m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(100.f), _mm512_max_ps(_mm512_set1_ps(-100.f), x));
-  __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;  // x - n ln 2, in two parts
-  __m512 p = r * (1.f / 5040) + 1.f / 720;                // Taylor: |r| is below 0.35
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  return _mm512_scalef_ps(p, n);
-}
-
+// 1 / (1 + e^-x), to 3e-6. What is not a number stays so.
 __m512 sigmoid(__m512 x) {
-  __m512 d = exponential(-x) + 1.f, about = _mm512_rcp14_ps(d);
+  __m512 t = _mm512_min_ps(_mm512_set1_ps(126.f), x * -1.44269504f);  // e^-x = 2^t
+  __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT);           // t less its nearest integer
+  __m512 p = r * 1.33335581e-3f + 9.61812911e-3f;                      // Taylor of 2^r: |r| is at most 1/2
+  p = p * r + 5.55041087e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147181e-1f;
+  p = p * r + 1.f;
+  __m512 d = _mm512_scalef_ps(p, t - r) + 1.f, about = _mm512_rcp14_ps(d);
   return about * (2.f - d * about);
 }
 
 // hidden, paired, of gate and up [f][n]
-void activate(i64 f, i64 n, const float* gate, const float* up, half* hidden_paired) {
-  auto hidden = [=](i64 at) {
-    __m512 g = _mm512_loadu_ps(gate + at);
-    return narrow(g * sigmoid(g) * _mm512_loadu_ps(up + at));
+void activate(i64 f, i64 n, const ForwardRoom& my) {
+  auto hidden = [&](i64 at) {
+    __m512 gate = _mm512_loadu_ps(my.gate + at);
+    return gate * sigmoid(gate) * _mm512_loadu_ps(my.up + at);
   };
   for (i64 i = 0; i < f; i += 2)
     for (i64 r = 0; r < n; r += 16) {
-      Words both = pair(hidden(i * n + r), hidden((i + 1) * n + r));
-      std::memcpy(hidden_paired + i * n + 2 * r, &both, 64);
+      i64 at = i * pitch(n) + r;
+      Rounded both(hidden(at), hidden(at + pitch(n)));
+      both.store_paired(my.hidden + at + r);
     }
 }
 
 // hidden, dgate and dup [f][n], the latter two also paired, of gate, up and dhidden [f][n]
 void activate_backward(i64 f, i64 n, const BackwardRoom& my) {
-  const float *gate = my.gate_up_out, *up = gate + f * n, *dhidden = my.dhidden;
-  half *dgate = my.dgate_up, *dup = dgate + f * n;
-  half *dgate_paired = my.dgate_up_paired, *dup_paired = dgate_paired + f * n;
+  const i64 ups = f * pitch(n);  // lie behind gates
   for (i64 i = 0; i < f; i += 2)
     for (i64 r = 0; r < n; r += 16) {
-      Halves of_gate[2], of_up[2];
-      for (int k = 0; k < 2; k++) {
-        i64 at = (i + k) * n + r;
-        __m512 g = _mm512_loadu_ps(gate + at), u = _mm512_loadu_ps(up + at), d = _mm512_loadu_ps(dhidden + at);
-        __m512 s = sigmoid(g), silu = g * s;
-        Halves hidden = narrow(silu * u);
-        of_gate[k] = narrow(d * u * (s + silu * (1.f - s)));
-        of_up[k] = narrow(d * silu);
-        std::memcpy(my.hidden + at, &hidden, 32);
-        std::memcpy(dgate + at, &of_gate[k], 32);
-        std::memcpy(dup + at, &of_up[k], 32);
+      const i64 at = i * pitch(n) + r;
+      __m512 hidden[2], dgate[2], dup[2];
+      for (i64 k = 0; k < 2; k++) {
+        const i64 here = at + k * pitch(n);
+        __m512 gate = _mm512_loadu_ps(my.gate_up_out + here), up = _mm512_loadu_ps(my.gate_up_out + ups + here);
+        __m512 dhidden = _mm512_loadu_ps(my.dhidden + here), s = sigmoid(gate), silu = gate * s;
+        hidden[k] = silu * up;
+        dgate[k] = dhidden * up * (s + silu * (1.f - s));
+        dup[k] = dhidden * silu;
       }
-      Words gates = pair(of_gate[0], of_gate[1]), ups = pair(of_up[0], of_up[1]);
-      std::memcpy(dgate_paired + i * n + 2 * r, &gates, 64);
-      std::memcpy(dup_paired + i * n + 2 * r, &ups, 64);
+      Rounded(hidden[0], hidden[1]).store(my.hidden + at, pitch(n));
+      Rounded dgates(dgate[0], dgate[1]), dups(dup[0], dup[1]);
+      dgates.store(my.dgate_up + at, pitch(n)), dgates.store_paired(my.dgate_up_paired + at + r);
+      dups.store(my.dgate_up + ups + at, pitch(n)), dups.store_paired(my.dgate_up_paired + ups + at + r);
     }
 }
 
@@ -183,25 +181,25 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
   std::vector<Block> blocks;
   for (i64 e = 0, start = 0; e < E; start += counts[e++])
     for (i64 at = 0; at < counts[e]; at += FORWARD_ROWS) blocks.push_back({e, start + at, std::min(FORWARD_ROWS, counts[e] - at)});
-  const i64 step = units(D, F, threads), each = forward_bytes(D, F, threads) / threads, n_blocks = blocks.size();
+  const i64 step = units(D, F, threads), each = forward_bytes(D, F, threads) / threads, number = blocks.size();
 #pragma omp parallel num_threads(threads)
   {
     Room room{work + omp_get_thread_num() * each};
     ForwardRoom my(room, D, step);
 #pragma omp for schedule(dynamic)
-    for (i64 b = 0; b < n_blocks; b++) {
+    for (i64 b = 0; b < number; b++) {
       auto [e, start, rows] = blocks[b];
       const half *gate_e = gate + e * F * D, *up_e = up + e * F * D, *down_e = down + e * D * F;
       i64 n = up_to(rows, ROUNDED);
-      turn_paired(x + start * D, rows, n, D, my.xt);
+      turn_paired(x + start * D, rows, n, D, my.xt, pitch(n));
       for (i64 at = 0; at < F; at += step) {
         i64 f = std::min(step, F - at);
-        multiply(f, n, D, gate_e + at * D, my.xt, my.gate, false);
-        multiply(f, n, D, up_e + at * D, my.xt, my.up, false);
-        activate(f, n, my.gate, my.up, my.hidden);
+        multiply(f, n, D, gate_e + at * D, D, my.xt, my.gate, false);
+        multiply(f, n, D, up_e + at * D, D, my.xt, my.up, false);
+        activate(f, n, my);
         multiply(D, n, f, down_e + at, F, my.hidden, my.yt, at > 0);
       }
-      turn_rounded(my.yt, D, rows, n, y + start * D, D);
+      turn_rounded(my.yt, D, rows, pitch(n), y + start * D, D);
     }
     at::native::cpublas::brgemm_release();
   }
@@ -211,6 +209,7 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
 void backward(const half* x, const half* gate, const half* up, const half* down, const half* dy, half* dx, half* dgate,
               half* dup, half* ddown, char* work, const i64* counts, i64 E, i64 D, i64 F, int threads) {
   const i64 most = most_rows(counts, E), step = units(D, F, threads), n_steps = (F + step - 1) / step;
+  const i64 apart = block_values(most, D);
   Room room{work};
   RowsRoom rows_of(room, most, D);
   std::vector<BackwardRoom> of;
@@ -221,51 +220,51 @@ void backward(const half* x, const half* gate, const half* up, const half* down,
     const int me = omp_get_thread_num();
     const BackwardRoom& my = of[me];
     for (i64 e = 0, start = 0; e < E; start += counts[e++]) {
-      const i64 R = counts[e], n_blocks = (R + ROWS - 1) / ROWS, weights = e * F * D;
-      const half *gate_e = gate + weights, *up_e = up + weights, *down_e = down + weights;
+      const i64 R = counts[e], weights = e * F * D;
       has_dx[me] = false;
 #pragma omp for schedule(static)
-      for (i64 b = 0; b < n_blocks; b++) {
-        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * ROWS * D, from = start * D + at;
-        turn_paired(x + from, rows, n, D, rows_of.xt + at);
-        pair_rows(x + from, rows, n, D, rows_of.x + at);
-        turn_paired(dy + from, rows, n, D, rows_of.dyt + at);
-        pair_rows(dy + from, rows, n, D, rows_of.dy + at);
+      for (i64 b = 0; b < n_blocks(R); b++) {
+        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * apart;
+        i64 from = (start + b * ROWS) * D;
+        turn_paired(x + from, rows, n, D, rows_of.xt + at, pitch(n));
+        pair_rows(x + from, rows, n, D, rows_of.x + at, pitch(D));
+        turn_paired(dy + from, rows, n, D, rows_of.dyt + at, pitch(n));
+        pair_rows(dy + from, rows, n, D, rows_of.dy + at, pitch(D));
       }
 #pragma omp for schedule(static)
       for (i64 s = 0; s < n_steps; s++) {
         i64 first = s * step, f = std::min(step, F - first), here = weights + first * D;
         if (R == 0) {
-          std::fill_n(my.dgate_up_sum, 2 * f * D, 0.f);
-          std::fill_n(my.ddown_sum, f * D, 0.f);
-        } else {
-          std::copy_n(gate_e + first * D, f * D, my.gate_up);
-          std::copy_n(up_e + first * D, f * D, my.gate_up + f * D);
-          turn(down_e + first, D, f, F, my.down_t, D);
-          turn(my.gate_up, 2 * f, D, D, my.gate_up_t, 2 * f);
+          for (half* gradient : {dgate, dup}) std::fill_n(gradient + here, f * D, 0);
+          for (i64 d = 0; d < D; d++) std::fill_n(ddown + weights + d * F + first, f, 0);
+          continue;
         }
-        for (i64 b = 0; b < n_blocks; b++) {
-          i64 n = up_to(std::min(ROWS, R - b * ROWS), ROUNDED), at = b * ROWS * D;
-          multiply(2 * f, n, D, my.gate_up, rows_of.xt + at, my.gate_up_out, false);
-          multiply(f, n, D, my.down_t, rows_of.dyt + at, my.dhidden, false);
+        copy(gate + here, f, D, my.gate_up, pitch(D));
+        copy(up + here, f, D, my.gate_up + f * pitch(D), pitch(D));
+        turn(my.gate_up, 2 * f, D, pitch(D), my.gate_up_t, pitch(2 * f));
+        turn(down + weights + first, D, f, F, my.down_t, pitch(D));
+        for (i64 b = 0; b < n_blocks(R); b++) {
+          i64 n = up_to(std::min(ROWS, R - b * ROWS), ROUNDED), at = b * apart;
+          multiply(2 * f, n, D, my.gate_up, pitch(D), rows_of.xt + at, my.gate_up_out, false);
+          multiply(f, n, D, my.down_t, pitch(D), rows_of.dyt + at, my.dhidden, false);
           activate_backward(f, n, my);
-          multiply(2 * f, D, n, my.dgate_up, rows_of.x + at, my.dgate_up_sum, b > 0);
-          multiply(f, D, n, my.hidden, rows_of.dy + at, my.ddown_sum, b > 0);
-          multiply(D, n, 2 * f, my.gate_up_t, my.dgate_up_paired, my.dxt + at, has_dx[me]);
+          multiply(2 * f, D, n, my.dgate_up, pitch(n), rows_of.x + at, my.dgate_up_sum, b > 0);
+          multiply(f, D, n, my.hidden, pitch(n), rows_of.dy + at, my.ddown_sum, b > 0);
+          multiply(D, n, 2 * f, my.gate_up_t, pitch(2 * f), my.dgate_up_paired, my.dxt + at, has_dx[me]);
         }
         has_dx[me] = true;
-        round_all(my.dgate_up_sum, f * D, dgate + here);
-        round_all(my.dgate_up_sum + f * D, f * D, dup + here);
-        turn_rounded(my.ddown_sum, f, D, D, ddown + weights + first, F);
+        round_all(my.dgate_up_sum, f, D, pitch(D), dgate + here);
+        round_all(my.dgate_up_sum + f * pitch(D), f, D, pitch(D), dup + here);
+        turn_rounded(my.ddown_sum, f, D, pitch(D), ddown + weights + first, F);
       }
 #pragma omp for schedule(static)
-      for (i64 b = 0; b < n_blocks; b++) {
-        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * ROWS * D;
-        float* sum = of[0].dxt + at;  // schedule(static) gives thread 0 the first step
+      for (i64 b = 0; b < n_blocks(R); b++) {
+        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * apart;
+        float* sum = of[0].dxt + at;  // the first of the hidden units are thread 0's
         for (int t = 1; t < threads; t++)
           if (has_dx[t])
-            for (i64 i = 0; i < D * n; i++) sum[i] += of[t].dxt[at + i];
-        turn_rounded(sum, D, rows, n, dx + start * D + at, D);
+            for (i64 i = 0; i < D * pitch(n); i++) sum[i] += of[t].dxt[at + i];
+        turn_rounded(sum, D, rows, pitch(n), dx + (start + b * ROWS) * D, D);
       }
     }
     at::native::cpublas::brgemm_release();

@@ -36,12 +36,24 @@ inline void store(word* to, Words v, i64 n) {
   else if (n > 0) std::memcpy(to, &v, n * 4);
 }
 
-inline Halves narrow(__m512 v) { return (Halves)_mm512_cvtneps_pbh(v); }  // to nearest, ties to even
+// Two rows of 16 values as bfloat16, rounded to nearest, ties to even.
+struct Rounded {
+  __m512i both;
+  Rounded(__m512 a, __m512 b) : both((__m512i)_mm512_cvtne2ps_pbh(b, a)) {}
 
-// Words of two rows: those of lower halves `a` and upper halves `b`.
-inline Words pair(Halves a, Halves b) {
-  return __builtin_convertvector(a, Words) | __builtin_convertvector(b, Words) << 16;
-}
+  void store(half* to, i64 pitch) const {
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(to + pitch), _mm512_extracti64x4_epi64(both, 1));
+  }
+
+  void store_paired(half* to) const {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+  }
+};
+
+inline Halves narrow(Words v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
 
 // Rows that lie S apart exchange the words of the other's half.
 template <int S>
@@ -62,6 +74,10 @@ inline void exchange_all(Words* row) {
     if (!(i & S)) exchange<S>(row[i], row[i + S]);
 }
 
+inline void turn_block(Words* row) {
+  exchange_all<8>(row), exchange_all<4>(row), exchange_all<2>(row), exchange_all<1>(row);
+}
+
 // take(row, column) gives 16 words of a matrix of rows x columns; put(column, row, words) gets 16 of the turned one.
 // Both are asked beyond the edges too, up to a multiple of 16.
 template <class Take, class Put>
@@ -70,27 +86,27 @@ inline void turn_words(i64 rows, i64 columns, Take take, Put put) {
     for (i64 j = 0; j < columns; j += 16) {
       Words block[16];
       for (int k = 0; k < 16; k++) block[k] = take(i + k, j);
-      exchange_all<8>(block), exchange_all<4>(block), exchange_all<2>(block), exchange_all<1>(block);
+      turn_block(block);
       for (int k = 0; k < 16; k++) put(j + k, i, block[k]);
     }
 }
 
 // x [rows][columns] -> paired [columns/2][room][2]: the turned matrix. Rows from `rows` to `room` are zero.
-inline void turn_paired(const half* x, i64 rows, i64 room, i64 columns, half* to_paired) {
+inline void turn_paired(const half* x, i64 rows, i64 room, i64 columns, half* to_paired, i64 to_pitch) {
   auto from = reinterpret_cast<const word*>(x);
   auto to = reinterpret_cast<word*>(to_paired);
   i64 words = columns / 2;
   turn_words(
       room, words, [=](i64 i, i64 j) { return i < rows ? load(from + i * words + j, words - j) : Words{}; },
       [=](i64 j, i64 i, Words v) {
-        if (j < words) store(to + j * room + i, v, room - i);
+        if (j < words) store(to + j * to_pitch + i, v, room - i);
       });
 }
 
 // x [rows][columns] -> paired [room/2][columns][2], as it is. Rows from `rows` to `room` are zero.
-inline void pair_rows(const half* x, i64 rows, i64 room, i64 columns, half* to_paired) {
+inline void pair_rows(const half* x, i64 rows, i64 room, i64 columns, half* to_paired, i64 to_pitch) {
   auto to = reinterpret_cast<word*>(to_paired);
-  for (i64 i = 0; i < room; i += 2, to += columns)
+  for (i64 i = 0; i < room; i += 2, to += to_pitch)
     for (i64 j = 0; j < columns; j += 16) {
       Words v{};
       if (i < rows) v = widen(x + i * columns + j, columns - j);
@@ -116,19 +132,30 @@ inline void turn(const half* x, i64 rows, i64 columns, i64 pitch, half* to, i64 
 
 // x [rows][columns of a pitch] -> its rounded values [columns][rows].
 inline void turn_rounded(const float* x, i64 rows, i64 columns, i64 pitch, half* to, i64 to_pitch) {
-  auto from = reinterpret_cast<const word*>(x);
-  turn_words(
-      rows, columns, [=](i64 i, i64 j) { return i < rows ? load(from + i * pitch + j, columns - j) : Words{}; },
-      [=](i64 j, i64 i, Words v) {
-        if (j >= columns) return;
-        Halves rounded = narrow((__m512)v);
-        std::memcpy(to + j * to_pitch + i, &rounded, 2 * std::min<i64>(16, rows - i));
-      });
+  auto take = [=](i64 i, i64 j) {
+    return i < rows ? load(reinterpret_cast<const word*>(x + i * pitch + j), columns - j) : Words{};
+  };
+  for (i64 j = 0; j < columns; j += 16)
+    for (i64 i = 0; i < rows; i += 32) {  // what is written goes to memory: by whole lines of 64 bytes
+      Words a[16], b[16];
+      for (int k = 0; k < 16; k++) a[k] = take(i + k, j), b[k] = take(i + 16 + k, j);
+      turn_block(a), turn_block(b);
+      for (i64 k = 0; k < std::min<i64>(16, columns - j); k++) {
+        Rounded line((__m512)a[k], (__m512)b[k]);
+        std::memcpy(to + (j + k) * to_pitch + i, &line.both, 2 * std::min<i64>(32, rows - i));
+      }
+    }
 }
 
-inline void round_all(const float* x, i64 n, half* to) {
-  for (i64 i = 0; i < n; i += 16) {
-    Halves rounded = narrow((__m512)load(reinterpret_cast<const word*>(x + i), n - i));
-    std::memcpy(to + i, &rounded, 2 * std::min<i64>(16, n - i));
-  }
+// x [rows][columns of a pitch] -> its rounded values [rows][columns], dense.
+inline void round_all(const float* x, i64 rows, i64 columns, i64 pitch, half* to) {
+  for (i64 i = 0; i < rows; i++, x += pitch, to += columns)
+    for (i64 j = 0; j < columns; j += 16) {
+      Halves rounded = narrow(load(reinterpret_cast<const word*>(x + j), columns - j));
+      std::memcpy(to + j, &rounded, 2 * std::min<i64>(16, columns - j));
+    }
+}
+
+inline void copy(const half* x, i64 rows, i64 columns, half* to, i64 to_pitch) {
+  for (i64 i = 0; i < rows; i++) std::copy_n(x + i * columns, columns, to + i * to_pitch);
 }
