@@ -26,16 +26,16 @@ namespace {
 
 using Bf16 = at::BFloat16;
 
-constexpr i64 FORWARD_ROWS = 256;  // of a block; the more blocks, the more threads have work
-constexpr i64 ROWS = 512;          // of a block in the backward, over which its sums are kept
 constexpr i64 ROUNDED = 32;        // numbers of rows are rounded up to these, so that few kernels are compiled
+constexpr i64 FORWARD_ROWS = 256;  // of a block; the more blocks, the more threads have work
 
 i64 up_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Hidden units of a block. What a backward sums up, 12 D bytes for each, stays in the cache of a core (measured at
-// D 128 to 512 with 2 MB); each thread gets some.
-i64 units(i64 D, i64 F, int threads) {
-  i64 best = D >= 384 ? 256 : 96;
+// In the backward, rows and hidden units of a block: the fastest of 35 pairs at D 128, 256 and 512, with 2 MB of cache a
+// core. Each thread gets some of the units.
+i64 rows_of_block(i64 D) { return D < 384 ? 256 : 512; }
+i64 units_of_block(i64 D, i64 F, int threads) {
+  i64 best = D < 384 ? 192 : 256;
   return std::max<i64>(2, std::min(best, up_to((F + threads - 1) / threads, 2)));
 }
 
@@ -50,8 +50,8 @@ void multiply(i64 m, i64 n, i64 k, const half* a, i64 pitch_a, const half* b, fl
 }
 
 // Of values in all blocks of an expert's rows.
-i64 block_values(i64 most, i64 D) { return pitch(std::min(ROWS, most)) * pitch(D); }
-i64 n_blocks(i64 rows) { return (rows + ROWS - 1) / ROWS; }
+i64 block_values(i64 most, i64 D) { return pitch(std::min(rows_of_block(D), most)) * pitch(D); }
+i64 n_blocks(i64 rows, i64 D) { return (rows + rows_of_block(D) - 1) / rows_of_block(D); }
 
 // Hands out parts of a piece of memory; of none, it only counts.
 struct Room {
@@ -83,13 +83,13 @@ struct BackwardRoom {
   half *hidden, *dgate_up, *dgate_up_paired;   // and as they go on
   float *dgate_up_sum, *ddown_sum, *dxt;       // gradients; the latter of all rows of an expert
   BackwardRoom(Room& room, i64 most, i64 D, i64 units) {
-    const i64 weights = units * pitch(D), rows = units * pitch(ROWS);
+    const i64 weights = units * pitch(D), rows = units * pitch(std::min(rows_of_block(D), most));
     gate_up = room.take<half>(2 * weights), down_t = room.take<half>(weights);
     gate_up_t = room.take<half>(D * pitch(2 * units));
     gate_up_out = room.take<float>(2 * rows), dhidden = room.take<float>(rows);
     hidden = room.take<half>(rows), dgate_up = room.take<half>(2 * rows), dgate_up_paired = room.take<half>(2 * rows);
     dgate_up_sum = room.take<float>(2 * weights), ddown_sum = room.take<float>(weights);
-    dxt = room.take<float>(n_blocks(most) * block_values(most, D));
+    dxt = room.take<float>(n_blocks(most, D) * block_values(most, D));
   }
 };
 
@@ -97,7 +97,7 @@ struct BackwardRoom {
 struct RowsRoom {
   half *xt, *x, *dyt, *dy;
   RowsRoom(Room& room, i64 most, i64 D) {
-    const i64 values = n_blocks(most) * block_values(most, D);
+    const i64 values = n_blocks(most, D) * block_values(most, D);
     xt = room.take<half>(values), x = room.take<half>(values);
     dyt = room.take<half>(values), dy = room.take<half>(values);
   }
@@ -161,14 +161,14 @@ extern "C" {
 // Bytes that forward, or backward, works in.
 i64 forward_bytes(i64 D, i64 F, int threads) {
   Room room{nullptr};
-  ForwardRoom(room, D, units(D, F, threads));
+  ForwardRoom(room, D, units_of_block(D, F, threads));
   return threads * room.used;
 }
 
 i64 backward_bytes(const i64* counts, i64 E, i64 D, i64 F, int threads) {
   Room shared{nullptr}, own{nullptr};
   RowsRoom(shared, most_rows(counts, E), D);
-  BackwardRoom(own, most_rows(counts, E), D, units(D, F, threads));
+  BackwardRoom(own, most_rows(counts, E), D, units_of_block(D, F, threads));
   return shared.used + threads * own.used;
 }
 
@@ -181,7 +181,7 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
   std::vector<Block> blocks;
   for (i64 e = 0, start = 0; e < E; start += counts[e++])
     for (i64 at = 0; at < counts[e]; at += FORWARD_ROWS) blocks.push_back({e, start + at, std::min(FORWARD_ROWS, counts[e] - at)});
-  const i64 step = units(D, F, threads), each = forward_bytes(D, F, threads) / threads, number = blocks.size();
+  const i64 step = units_of_block(D, F, threads), each = forward_bytes(D, F, threads) / threads, number = blocks.size();
 #pragma omp parallel num_threads(threads)
   {
     Room room{work + omp_get_thread_num() * each};
@@ -208,8 +208,8 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
 // Gradients of x and weights, for dy of y. Those of weights without rows are zero.
 void backward(const half* x, const half* gate, const half* up, const half* down, const half* dy, half* dx, half* dgate,
               half* dup, half* ddown, char* work, const i64* counts, i64 E, i64 D, i64 F, int threads) {
-  const i64 most = most_rows(counts, E), step = units(D, F, threads), n_steps = (F + step - 1) / step;
-  const i64 apart = block_values(most, D);
+  const i64 most = most_rows(counts, E), step = units_of_block(D, F, threads), n_steps = (F + step - 1) / step;
+  const i64 most_of_block = rows_of_block(D), apart = block_values(most, D);
   Room room{work};
   RowsRoom rows_of(room, most, D);
   std::vector<BackwardRoom> of;
@@ -220,12 +220,12 @@ void backward(const half* x, const half* gate, const half* up, const half* down,
     const int me = omp_get_thread_num();
     const BackwardRoom& my = of[me];
     for (i64 e = 0, start = 0; e < E; start += counts[e++]) {
-      const i64 R = counts[e], weights = e * F * D;
+      const i64 R = counts[e], blocks = n_blocks(R, D), weights = e * F * D;
       has_dx[me] = false;
 #pragma omp for schedule(static)
-      for (i64 b = 0; b < n_blocks(R); b++) {
-        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * apart;
-        i64 from = (start + b * ROWS) * D;
+      for (i64 b = 0; b < blocks; b++) {
+        i64 rows = std::min(most_of_block, R - b * most_of_block), n = up_to(rows, ROUNDED), at = b * apart;
+        i64 from = (start + b * most_of_block) * D;
         turn_paired(x + from, rows, n, D, rows_of.xt + at, pitch(n));
         pair_rows(x + from, rows, n, D, rows_of.x + at, pitch(D));
         turn_paired(dy + from, rows, n, D, rows_of.dyt + at, pitch(n));
@@ -243,8 +243,8 @@ void backward(const half* x, const half* gate, const half* up, const half* down,
         copy(up + here, f, D, my.gate_up + f * pitch(D), pitch(D));
         turn(my.gate_up, 2 * f, D, pitch(D), my.gate_up_t, pitch(2 * f));
         turn(down + weights + first, D, f, F, my.down_t, pitch(D));
-        for (i64 b = 0; b < n_blocks(R); b++) {
-          i64 n = up_to(std::min(ROWS, R - b * ROWS), ROUNDED), at = b * apart;
+        for (i64 b = 0; b < blocks; b++) {
+          i64 n = up_to(std::min(most_of_block, R - b * most_of_block), ROUNDED), at = b * apart;
           multiply(2 * f, n, D, my.gate_up, pitch(D), rows_of.xt + at, my.gate_up_out, false);
           multiply(f, n, D, my.down_t, pitch(D), rows_of.dyt + at, my.dhidden, false);
           activate_backward(f, n, my);
@@ -258,13 +258,13 @@ void backward(const half* x, const half* gate, const half* up, const half* down,
         turn_rounded(my.ddown_sum, f, D, pitch(D), ddown + weights + first, F);
       }
 #pragma omp for schedule(static)
-      for (i64 b = 0; b < n_blocks(R); b++) {
-        i64 rows = std::min(ROWS, R - b * ROWS), n = up_to(rows, ROUNDED), at = b * apart;
+      for (i64 b = 0; b < blocks; b++) {
+        i64 rows = std::min(most_of_block, R - b * most_of_block), n = up_to(rows, ROUNDED), at = b * apart;
         float* sum = of[0].dxt + at;  // the first of the hidden units are thread 0's
         for (int t = 1; t < threads; t++)
           if (has_dx[t])
             for (i64 i = 0; i < D * pitch(n); i++) sum[i] += of[t].dxt[at + i];
-        turn_rounded(sum, D, rows, pitch(n), dx + (start + b * ROWS) * D, D);
+        turn_rounded(sum, D, rows, pitch(n), dx + (start + b * most_of_block) * D, D);
       }
     }
     at::native::cpublas::brgemm_release();
