@@ -114,7 +114,7 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def _hidden_of_expert(model: ModelSpec, hidden: int, size: int) -> int:
-    """On average, as the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone."""
+    """On average, as the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone; `cpp` keeps none of it."""
     full = 2 * hidden * size if model.backbone == "llama" else _hidden(model, hidden, size)
     return round((1 - model.recomputes) * full)
 

@@ -68,12 +68,12 @@ class MoESpec(Section):
     where it got less than its share, down where it got more."""
 
     kernel: Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"] = "auto"
-    """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs.
-    capacity: the papers' static layout with its N x E x C masks, for comparison."""
+    """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs. cpp is
+    compiled for the CPU there. capacity: the papers' static layout with its N x E x C masks, for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
     """Share of the routes whose hidden rows the backward computes anew rather than keeps. By default 0.6 where an
     expert is at least 8 times as wide as a row, which keeps a layer of 4 heads near the memory of a plain one of the
-    same work (kernels/README.md), and else 0. For kernels grouped and auto."""
+    same work (kernels/README.md), and else 0. For kernels grouped, and auto where it picks that; others keep none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -195,6 +195,8 @@ class ModelSpec(Section):
         moe = self.moe
         if moe is None:
             return 0.0
+        if moe.kernel == "cpp":
+            return 1.0
         if moe.recompute is not None:
             return moe.recompute
         return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0

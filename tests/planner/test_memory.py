@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mhmoe_kernels import cpp
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
@@ -24,14 +25,14 @@ KINDS = {
 }
 EXPERTS = {
     "dense": None,
-    "plain": {"heads": 1, "experts": 5, "top_k": 1, "d_expert": 100, "d_shared": 60, "every": 1},
-    "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40},
-    "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe"},
-    "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200},
-    "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0},
-    "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1},
+    "plain": {"heads": 1, "experts": 5, "top_k": 1, "d_expert": 100, "d_shared": 60, "every": 1, "kernel": "grouped"},
+    "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "kernel": "grouped"},
+    "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe", "kernel": "grouped"},
+    "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "kernel": "grouped"},
+    "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0, "kernel": "grouped"},
+    "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1, "kernel": "grouped"},
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
-    "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale"},
+    "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale", "kernel": "grouped"},
 }
 
 
@@ -86,6 +87,17 @@ def test_activations_are_those_that_a_micro_batch_keeps(kind, experts, precision
     spec = spec_of(kind, experts, precision)
     found = memory(spec)
     assert found.activations + found.copies == pytest.approx(kept_by_autograd(spec), rel=0.01)
+
+
+@pytest.mark.skipif(cpp.why_not(torch.device("cpu")) is not None, reason="kernel cpp cannot be compiled here")
+def test_activations_of_compiled_experts():
+    spec = spec_of("llama", "multi-head", "bfloat16")
+    assert spec.model.moe is not None
+    compiled = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "cpp"}))
+    found = memory(spec.model_copy(update={"model": compiled}))
+    kept = kept_by_autograd(spec.model_copy(update={"model": compiled}))
+    assert found.activations + found.copies == pytest.approx(kept, rel=0.01)
+    assert found.activations < memory(spec).activations
 
 
 @pytest.mark.parametrize("experts", EXPERTS)

@@ -31,8 +31,8 @@ constexpr i64 FORWARD_ROWS = 256;  // of a block; the more blocks, the more thre
 
 i64 up_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// In the backward, rows and hidden units of a block: the fastest of 35 pairs at D 128, 256 and 512, with 2 MB of cache a
-// core. Each thread gets some of the units.
+// In the backward, rows and hidden units of a block: the fastest of 35 pairs at D 128, 256 and 512, on cores with 2 MB
+// of cache. Each thread gets some of the units.
 i64 rows_of_block(i64 D) { return D < 384 ? 256 : 512; }
 i64 units_of_block(i64 D, i64 F, int threads) {
   i64 best = D < 384 ? 192 : 256;
@@ -180,7 +180,8 @@ void forward(const half* x, const half* gate, const half* up, const half* down, 
   };
   std::vector<Block> blocks;
   for (i64 e = 0, start = 0; e < E; start += counts[e++])
-    for (i64 at = 0; at < counts[e]; at += FORWARD_ROWS) blocks.push_back({e, start + at, std::min(FORWARD_ROWS, counts[e] - at)});
+    for (i64 at = 0; at < counts[e]; at += FORWARD_ROWS)
+      blocks.push_back({e, start + at, std::min(FORWARD_ROWS, counts[e] - at)});
   const i64 step = units_of_block(D, F, threads), each = forward_bytes(D, F, threads) / threads, number = blocks.size();
 #pragma omp parallel num_threads(threads)
   {

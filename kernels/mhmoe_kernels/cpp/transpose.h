@@ -1,7 +1,7 @@
 // Matrices turned, and laid out as a CPU's matrix unit reads them.
 //
-// A product's second operand, K x N, is read in pairs of rows: [K/2][N][2], "paired" here. So everything moves 32-bit
-// words, which hold two bfloat16 or one float32, 16 x 16 of them at a time in registers. Matrices are row-major; a pitch
+// A product's second operand, K x N, is read in pairs of rows: [K/2][N][2], "paired" here. So what moves is words of 32
+// bits, which hold two bfloat16 or one float32, 16 x 16 of them at a time in registers. Matrices are row-major; a pitch
 // is the distance from one row to the next, in elements.
 #pragma once
 
