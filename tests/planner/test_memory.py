@@ -32,7 +32,14 @@ EXPERTS = {
     "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0, "kernel": "grouped"},
     "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1, "kernel": "grouped"},
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
-    "torchscale": {"heads": 4, "experts": 8, "top_k": 2, "d_expert": 80, "router": "xmoe_torchscale", "kernel": "grouped"},
+    "torchscale": {
+        "heads": 4,
+        "experts": 8,
+        "top_k": 2,
+        "d_expert": 80,
+        "router": "xmoe_torchscale",
+        "kernel": "grouped",
+    },
 }
 
 
