@@ -7,7 +7,7 @@ a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows wi
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -107,16 +107,21 @@ def drawn_on(swept: Sweep) -> Sweep:
 
 
 def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
-    """a T + b T^2 at T = `at`, with the a and b of least relative error; of one point b T^2.
+    """a T + b T^2 at T = `at`, with the a and b >= 0 of least relative error; of one point b T^2.
 
     Args:
         known: pairs of T and value. The three of largest T count: at smaller ones other things weigh more.
         at: T beyond them.
     """
     t, y = (np.array(values, dtype=float) for values in zip(*sorted(known)[-3:], strict=True))
-    powers = [2] if len(t) == 1 else [1, 2]
-    terms = np.stack([(t / at) ** power for power in powers], axis=1)
-    factors, *_ = np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)
+
+    def fitted(powers: list[int]) -> Any:
+        terms = np.stack([(t / at) ** power for power in powers], axis=1)
+        return np.linalg.lstsq(terms / y[:, None], np.ones(len(t)), rcond=None)[0]
+
+    factors = fitted([2] if len(t) == 1 else [1, 2])
+    if (factors < 0).any():  # neither part can be; noise, or cost that does not grow, made it so
+        factors = fitted([2] if factors[0] < 0 else [1])
     return float(factors.sum())
 
 

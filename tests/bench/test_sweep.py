@@ -34,6 +34,14 @@ def test_one_point_is_taken_to_be_all_square():
     assert by_law([(10, 7.0)], 40) == pytest.approx(7 * 16)
 
 
+@pytest.mark.parametrize(("growth", "power"), [(1.5, 1), (6, 2)])
+def test_neither_part_of_the_law_is_negative(growth, power):
+    """Twice the tokens cost less than twice as much, or more than four times."""
+    exactly = [(1024, 1.0), (2048, growth)]
+    low, high = sorted((1.0, growth / 2**power))
+    assert low * 64**power <= by_law(exactly, 65536) <= high * 64**power
+
+
 @given(st.floats(0.1, 3), st.floats(1e-6, 1e3))
 def test_exponent_of_a_power(p, c):
     points = [(t, c * t**p) for t in (8, 16, 64, 1024)]
