@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mhmoe_ray.model.attention import Attention, KVCache, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
@@ -62,6 +63,8 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.spec = spec
+        self.recompute = False
+        """Whether training keeps of each block its input alone, and computes the rest anew in the backward."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, held) for i in range(spec.layers))
         self.norm = make_norm(spec)
@@ -94,9 +97,20 @@ class Decoder(nn.Module):
         draws = noise if self.spec.is_random else None
         if draws:
             x_BTM = dropout(x_BTM, self.spec.dropout, draws.generator(EMBEDDING, token_BT.device))
-        for i, block in enumerate(self.blocks):
-            generator = draws.generator(i, token_BT.device) if draws else None
-            x_BTM, routing = block(x_BTM, at, caches[i] if caches else None, generator, mask_B1TT)
+
+        def through(i: int, x_BTM: Tensor) -> tuple[Tensor, Routing | None]:
+            generator = draws.generator(i, x_BTM.device) if draws else None  # the same when a block is computed anew
+            result: tuple[Tensor, Routing | None] = self.blocks[i](
+                x_BTM, at, caches[i] if caches else None, generator, mask_B1TT
+            )
+            return result
+
+        for i in range(len(self.blocks)):
+            if self.recompute and torch.is_grad_enabled():
+                # Draws come from generators of their own; the default one's state need not be kept.
+                x_BTM, routing = checkpoint(through, i, x_BTM, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTM, routing = through(i, x_BTM)
             if routing is not None:
                 routings.append(routing)
         output = self.embedding if self.output is None else self.output

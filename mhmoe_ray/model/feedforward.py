@@ -5,9 +5,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import ExpertWeights, choose, gelu_subln, run_experts, swiglu
+from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
+
+
+Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
+"""Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
 
 
 def make_norm(spec: ModelSpec) -> nn.Module:
@@ -67,8 +73,13 @@ class Experts(nn.Module):
             self.fc2_EDF = nn.Parameter(torch.empty(E, D, F))
             self.fc2_bias_ED = nn.Parameter(torch.empty(E, D))
 
-    def forward(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, places: int | None = None) -> Tensor:
-        """Experts are numbered from 0 within those held here.
+    def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
+        """Rows through all experts of the layer, wherever they are. A forward pass of this module, so that training can
+        bring its parameters together for as long as it lasts."""
+        return dispatch(x_ND, routing, self)
+
+    def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, places: int | None = None) -> Tensor:
+        """Rows through the experts held here, which are numbered from 0.
 
         Args:
             x_ND, expert_NK, gate_NK: as `mhmoe_kernels.run_experts`.
@@ -85,7 +96,9 @@ class Experts(nn.Module):
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and the experts held here, in autocast's dtype where it is on."""
-        x_ND, *stacked = _for_autocast(x_ND, tuple(self.parameters()))
+        # Where training slices experts over ranks, these are DTensors of what this rank holds.
+        held = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters())
+        x_ND, *stacked = _for_autocast(x_ND, tuple(held))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 

@@ -12,24 +12,17 @@ layer's output as a whole. Masks are drawn where the sub-token lives, in the ord
 where its expert happens to be.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from mhmoe_ray.model.feedforward import Experts, FeedForward
+from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
-Dispatch = Callable[[Tensor, Routing, Experts], Tensor]
-"""Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
-
-
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts are here."""
-    y_ND: Tensor = experts(x_ND, routing.expert_NK, routing.gate_NK, routing.places)
-    return y_ND
+    return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.places)
 
 
 def _projection(width: int, layers: int) -> nn.Module:
@@ -75,14 +68,15 @@ class MultiHeadMoE(nn.Module):
 
     def _through_experts(self, x_ND: Tensor, routing: Routing, generator: torch.Generator | None) -> Tensor:
         if not self.dropout or generator is None:
-            return self.dispatch(x_ND, routing, self.experts)
+            y_ND: Tensor = self.experts(x_ND, routing, self.dispatch)
+            return y_ND
         # Backends and dispatch give back weighted sums. So each route goes as a row of its own with weight 1, and is
         # weighted after its dropout; the rows that experts see, and ranks exchange, are as many as before.
         top_k = routing.expert_NK.shape[1]
         x_RD = x_ND[:, None].expand(-1, top_k, -1).flatten(0, 1)
         gate_R1 = (routing.gate_NK != 0).to(routing.gate_NK).view(-1, 1)  # a dropped route stays dropped
         routes = routing._replace(expert_NK=routing.expert_NK.view(-1, 1), gate_NK=gate_R1)
-        out_NKD = dropout(self.dispatch(x_RD, routes, self.experts), self.dropout, generator).view(
+        out_NKD = dropout(self.experts(x_RD, routes, self.dispatch), self.dropout, generator).view(
             -1, top_k, x_ND.shape[1]
         )
         return (out_NKD * routing.gate_NK[..., None]).sum(1).to(out_NKD.dtype)

@@ -1,6 +1,7 @@
 """Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
 
-Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; and
+Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; the
+whole tensors that a rank puts together of slices while a block computes; and
 what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout on a CPU). Padding is
 computed like any token, so what there is of it changes nothing.
 """
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, parts, sizes
 from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
-from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
 
 class Memory(NamedTuple):
@@ -32,17 +33,35 @@ class Memory(NamedTuple):
 def memory(spec: RunSpec) -> Memory:
     """Of one rank, whose experts get the rows that uniform routing brings."""
     model, found = spec.model, sizes(spec.model)
-    held = FLOAT32 * (found.parameters - found.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
+    weights, gradients, moments = _held(spec.cluster, found)
     tokens = spec.train.micro_batch_size * spec.data.seq_len
     size = compute_bytes(spec)
     return Memory(
-        weights=held,
-        gradients=held,
-        moments=2 * held,
+        weights=weights,
+        gradients=gradients,
+        moments=moments,
         copies=_copies(spec, found) if size < FLOAT32 else 0,
         activations=tokens * _kept_per_token(spec, size) + _shared(spec, size) + _static_layout(model, tokens, size),
         logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
     )
+
+
+def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp ranks
+    that hold the same ones, all else over all ranks. ZeRO updates slices of its own, from which weights are copied."""
+    strategy, world = cluster.strategy if cluster.workers > 1 else "ddp", cluster.workers
+    experts = FLOAT32 * found.expert_parameters / cluster.ep
+    others = FLOAT32 * (found.parameters - found.expert_parameters)
+    sliced = others / world + (experts / cluster.dp if strategy != "fsdp" or cluster.shard_experts else experts)
+    whole = others + experts
+    weights, gradients, moments = {
+        "ddp": (whole, whole, whole),
+        "fsdp": (sliced, sliced, sliced),
+        "zero1": (whole + sliced, whole, sliced),
+        "zero2": (whole + sliced, sliced, sliced),
+        "zero3": (2 * sliced, sliced, sliced),
+    }[strategy]
+    return round(weights), round(gradients), round(2 * moments)
 
 
 def _copies(spec: RunSpec, found: Sizes) -> int:
@@ -57,12 +76,14 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
     llama = model.backbone == "llama"
     # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
     norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
-    layers = model.layers * (norm + _attention(model, size) + norm)
-    if model.d_ff is not None:
-        layers += (model.layers - model.moe_layers) * _hidden(model, model.d_ff, size)
-    if moe is not None:
-        layers += model.moe_layers * _moe(model, moe, size)
-    layers += _dropout(model, size) if model.dropout else 0
+    around = norm + _attention(model, size) + norm
+    dense = around + (_hidden(model, model.d_ff, size) if model.d_ff is not None else 0)
+    mixture = around + (_moe(model, moe, size) if moe is not None else 0)
+    noise = _dropout(model, size) if model.dropout else 0
+    if spec.train.recompute:  # the input of each block, and all of one, which is computed anew
+        layers = model.layers * model.d_model * FLOAT32 + max(dense, mixture) + noise // model.layers
+    else:
+        layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise
     return layers + norm + FLOAT32 * model.vocab_size + 2 * INT64  # ids and targets
 
 

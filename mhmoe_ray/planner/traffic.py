@@ -17,7 +17,7 @@ class Exchange(NamedTuple):
     """Bytes of the tensor that the rank brings, at a time; to an all-to-all, where its own rows stay out, as many as
     uniform routing gives it."""
     sent: int
-    """Bytes of it that leave the rank: all of an all-to-all's, of an all-reduce's those of a ring."""
+    """Bytes that leave the rank for it: all of an all-to-all's, of the others those of a ring."""
     times: int
     """In a step."""
 
@@ -27,22 +27,43 @@ class Exchange(NamedTuple):
 
 
 def exchanges(spec: RunSpec) -> list[Exchange]:
-    """All of a step: rows to experts and back in each layer and micro-batch, gradients once. None on a single rank."""
+    """All of a step: rows to experts and back in each layer and micro-batch; gradients; weights, where ranks hold slices.
+    None on a single rank."""
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     found = sizes(model)
-    passes = model.moe_layers * spec.train.micro_batches // cluster.workers
+    micro_batches = spec.train.micro_batches // cluster.workers
     result = []
     if moe is not None and cluster.ep > 1:
+        passes = model.moe_layers * micro_batches
         rows = spec.train.micro_batch_size * spec.data.seq_len * moe.top_k * model.d_model * compute_bytes(spec)
-        result.append(_all_to_all("counts per expert", cluster.ep, INT64 * moe.experts, passes))
-        for name in ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back"):
+        forward = passes * (2 if spec.train.recompute else 1)
+        result.append(_all_to_all("counts per expert", cluster.ep, INT64 * moe.experts, forward))
+        result += [_all_to_all(name, cluster.ep, rows, forward) for name in ("rows to experts", "outputs back")]
+        for name in ("gradients of outputs to experts", "gradients of rows back"):
             result.append(_all_to_all(name, cluster.ep, rows, passes))
-    experts = FLOAT32 * found.expert_parameters // cluster.ep
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
-    result.append(_all_reduce("gradients of all but experts", cluster.workers, shared))
+    result += _made_whole(cluster.strategy, "all but experts", cluster.workers, shared, micro_batches)
     if moe is not None:
-        result.append(_all_reduce("gradients of experts", cluster.dp, experts))
+        slices = cluster.strategy != "fsdp" or cluster.shard_experts
+        experts = FLOAT32 * found.expert_parameters // cluster.ep
+        result += _made_whole(cluster.strategy if slices else "ddp", "experts", cluster.dp, experts, micro_batches)
     return [exchange for exchange in result if exchange.ranks > 1]
+
+
+def _made_whole(strategy: str, what: str, ranks: int, size: int, micro_batches: int) -> list[Exchange]:
+    """Of so many bytes of weights: gradients, and weights where ranks hold slices. Those are put together for each forward
+    and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3 reduce gradients in each backward, as they
+    keep no whole ones; the others in the last."""
+    gradients, weights = f"gradients of {what}", f"weights of {what}"
+    if strategy == "ddp":
+        return [_all_reduce(gradients, ranks, size)]
+    gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
+    reductions = micro_batches if strategy in ("zero2", "zero3") else 1
+    away = size * (ranks - 1) // ranks
+    return [
+        Exchange(weights, ranks, size // ranks, away, gathers),
+        Exchange(gradients, ranks, size, away, reductions),
+    ]
 
 
 def _all_to_all(name: str, ranks: int, size: int, times: int) -> Exchange:

@@ -1,6 +1,6 @@
 """The `cluster` section: how many workers, what each gets, and how experts are spread over them."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -13,6 +13,12 @@ class ClusterSpec(Section):
     workers: PositiveInt = 1
     ep: PositiveInt = 1
     """Expert parallelism: ranks that share one set of experts. workers = dp x ep."""
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """How workers hold what they all need, that is all but the experts. ddp: each has all of it. fsdp: each has a slice,
+    by torch's FSDP2. zero1, zero2, zero3: DeepSpeed's ZeRO, which slices the optimizer's state, gradients too, weights
+    too (extra `deepspeed`)."""
+    shard_experts: bool = False
+    """With fsdp, slice experts too, over the dp workers that hold the same ones."""
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3
@@ -26,6 +32,13 @@ class ClusterSpec(Section):
     def _check(self) -> Self:
         if self.workers % self.ep:
             raise ValueError(f"workers ({self.workers}) must be a multiple of ep ({self.ep})")
+        if self.strategy == "zero3" and self.ep > 1:
+            raise ValueError(
+                "DeepSpeed's ZeRO 3 knows no expert parallelism but its own layers': set ep to 1, or strategy to fsdp with "
+                "shard_experts, which slices weights too"
+            )
+        if self.shard_experts and self.strategy != "fsdp":
+            raise ValueError(f"strategy {self.strategy} leaves experts whole, so shard_experts would be ignored")
         return self
 
     @property

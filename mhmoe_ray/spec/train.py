@@ -15,6 +15,9 @@ class TrainSpec(Section):
     """b: sequences in one micro-batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast for matrix products; weights, router and loss stay float32."""
+    recompute: bool = False
+    """Keep of each block its input alone and compute the rest anew in the backward: less memory, some third more time.
+    Exchanges of rows between ranks are then done once more too."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     warmup_steps: NonNegativeInt = 375

@@ -5,14 +5,27 @@
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     mesh.py dispatch.py gradients.py    dp x ep: groups, exchange of rows, reduction and clipping
+    strategies/     how what all ranks need is held: whole, or in slices
     state.py        the tensors of a checkpoint, saved and restored
 
-How each tensor is held and its gradient made whole, for world = dp x ep:
+How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):
 
-    | tensor         | held as                    | in a checkpoint                | gradient                        |
-    | -------------- | -------------------------- | ------------------------------ | ------------------------------- |
-    | experts        | this rank's E / ep experts | DTensor over E, Shard(0) on ep | sum over dp, divided by dp * ep |
-    | all the others | replicated                 | plain, written once            | mean over dp x ep (torch's DDP) |
+    | tensor         | strategy      | held as                       | in a checkpoint                     |
+    | -------------- | ------------- | ----------------------------- | ----------------------------------- |
+    | experts        | all           | this rank's E / ep experts    | DTensor over E, Shard(0) on ep      |
+    |                | shard_experts | and of each a slice over dp   | DTensor over E, sharded on dp, ep   |
+    | all the others | ddp           | whole                         | plain, written once                 |
+    |                | fsdp          | a slice over all ranks        | DTensor, Shard(0) over all          |
+    |                | zero1, zero2  | whole; moments (zero2: and    | plain, put together by DeepSpeed    |
+    |                |               | gradients) in slices          |                                     |
+    |                | zero3         | a slice, all of it            | the same                            |
+
+    | gradient       | is                         | made whole by                                                     |
+    | -------------- | -------------------------- | ----------------------------------------------------------------- |
+    | of experts     | sum over dp, over dp * ep  | an all-reduce of ours, FSDP with a sum, or ZeRO's expert groups   |
+    | of the others  | mean over dp x ep          | DDP, FSDP or ZeRO                                                 |
+
+A checkpoint written by any of them is read by any other, at any number of ranks.
 
 Every rank reads data of its own, expert-parallel ranks too; a rank's loss is scaled so that these means are the
 gradient of the step's loss, whose parts are reduced over the M micro-batches like this:

@@ -36,21 +36,22 @@ class Sent(NamedTuple):
     """Rows per expert, once a layer."""
 
 
-def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
+def least_sent(count_LE: Tensor, held: range, row_bytes: int, passes: int = 2) -> int:
     """Bytes of rows that must leave ranks for the sake of this rank's tokens: each kept route of an expert elsewhere
-    goes there and back, forward and backward, as a row of its own even where two go to one rank.
+    goes there and back in each pass, as a row of its own even where two go to one rank.
 
     Args:
         count_LE: kept routes of this rank's tokens.
         held: the experts that it holds.
         row_bytes: of one row as it travels.
+        passes: forward and backward; and forward once more where it is recomputed.
     """
     elsewhere = count_LE.sum() - count_LE[:, held.start : held.stop].sum()
-    return 4 * int(elsewhere) * row_bytes
+    return 2 * passes * int(elsewhere) * row_bytes
 
 
 class ExpertParallelDispatch:
-    """A `model.moe.Dispatch` over a process group whose rank p holds experts p * E/P .. (p + 1) * E/P - 1.
+    """A `model.feedforward.Dispatch` over a process group whose rank p holds experts p * E/P .. (p + 1) * E/P - 1.
 
     `sent` adds up what all calls and their backward passes send.
     """

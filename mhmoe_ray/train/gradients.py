@@ -1,11 +1,9 @@
 """Making gradients whole over ranks, and clipping them by their global norm."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
@@ -22,15 +20,6 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     }
 
 
-def replicate(model: Decoder, mesh: Mesh) -> nn.Module:
-    """DDP around everything but the experts, whose gradients `reduce_expert_gradients` makes whole."""
-    if mesh.world == 1:
-        return model
-    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(model, list(expert_parameters(model)))  # type: ignore[no-untyped-call]
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
 def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
     """Sum over dp, divide by dp * ep: a rank's experts already hold what all ep ranks of its group sent them."""
     if mesh.world == 1:
@@ -38,6 +27,8 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
     for parameter in expert_parameters(model).values():
         if parameter.grad is None:  # no row in any micro-batch of the step
             parameter.grad = torch.zeros_like(parameter)
+        if isinstance(parameter, DTensor):
+            continue  # FSDP did so
         if mesh.dp > 1:
             dist.all_reduce(parameter.grad, group=mesh.group("dp"))
         parameter.grad /= mesh.world
@@ -49,19 +40,30 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     Returns the norm before clipping; the same number on every rank.
     """
     experts = expert_parameters(model)
-    others = [p for name, p in model.named_parameters() if name not in experts]
-    square = _square_sum(experts.values(), like=others[0])
+    everywhere: list[Tensor] = []  # the same on every rank
+    by_ep: list[Tensor] = []  # other ep ranks have others, dp ranks the same
+    sliced: list[Tensor] = []  # each rank has its own
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        if isinstance(parameter.grad, DTensor):
+            sliced.append(parameter.grad.to_local())
+        else:
+            (by_ep if name in experts else everywhere).append(parameter.grad)
+    device = next(model.parameters()).device
+    squares = torch.stack([_square_sum(grads, device) for grads in (everywhere, by_ep, sliced)])
     if mesh.ep > 1:
-        dist.all_reduce(square, group=mesh.group("ep"))
-    norm = float((square + _square_sum(others, like=others[0])).sqrt())
+        dist.all_reduce(squares[1], group=mesh.group("ep"))
+    if sliced:
+        dist.all_reduce(squares[2])
+    norm = float(squares.sum().sqrt())
     # Scaling cannot mend a norm that is not finite; the caller must look.
     if clip_norm < norm < float("inf"):
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], clip_norm / norm)
+        torch._foreach_mul_(everywhere + by_ep + sliced, clip_norm / norm)
     return norm
 
 
-def _square_sum(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
-    grads = [p.grad for p in parameters if p.grad is not None]
+def _square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
     if not grads:
-        return torch.zeros((), dtype=torch.float64, device=like.device)
+        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(grads)).double().square().sum()

@@ -2,17 +2,12 @@
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import FileEntry, Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.tensors import load_tensors, save_tensors
-from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.step import Trainer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
@@ -22,8 +17,8 @@ def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
     """
     spec, mesh = trainer.spec, trainer.mesh
     checkpoint = run.checkpoints / checkpoint_name(trainer.step, group)
-    save_tensors(checkpoint / "weights", _weights(trainer))
-    save_tensors(checkpoint / "optim", _moments(trainer))
+    save_tensors(checkpoint / "weights", trainer.strategy.weights())
+    save_tensors(checkpoint / "optim", trainer.strategy.moments())
     # torch names files by rank, so each rank describes its own.
     mine = {
         str(p.relative_to(checkpoint)): describe_file(p)
@@ -54,30 +49,11 @@ def save_checkpoint(run: RunDir, trainer: Trainer, group: int) -> Path:
 
 
 def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
-    """Weights, moments, step and tokens of a checkpoint written at any world size. Collective."""
-    for parameter in trainer.model.parameters():
-        trainer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(manifest.step), device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-        }
-    load_tensors(checkpoint / "weights", _weights(trainer))
-    load_tensors(checkpoint / "optim", _moments(trainer))
+    """Weights, moments, step and tokens of a checkpoint written at any world size and by any strategy. Collective."""
+    strategy = trainer.strategy
+    strategy.begin_at(manifest.step)
+    weights, moments = strategy.weights(), strategy.moments()
+    load_tensors(checkpoint / "weights", weights)
+    load_tensors(checkpoint / "optim", moments)
+    strategy.loaded(weights, moments)
     trainer.step, trainer.tokens = manifest.step, manifest.tokens
-
-
-def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    return _as_global(trainer, trainer.model.tensors())
-
-
-def _moments(trainer: Trainer) -> dict[str, Tensor]:
-    state, named = trainer.optimizer.state, list(trainer.model.named_parameters())
-    by_moment = [_as_global(trainer, {name: state[p][moment] for name, p in named}) for moment in MOMENTS]
-    return {
-        f"{moment}.{name}": t for moment, tensors in zip(MOMENTS, by_moment, strict=True) for name, t in tensors.items()
-    }
-
-
-def _as_global(trainer: Trainer, local: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts as views of the global [E, ...]; views, not copies, so that loading fills the tensors themselves."""
-    experts = expert_parameters(trainer.model)
-    return {name: trainer.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from mhmoe_kernels import why_not
 from mhmoe_ray.errors import JobError, SpecError
@@ -19,9 +17,9 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.units import compute_bytes
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.dispatch import ExpertParallelDispatch, Sent, least_sent
-from mhmoe_ray.train.gradients import clip_gradients, reduce_expert_gradients, replicate
 from mhmoe_ray.train.mesh import Mesh
-from mhmoe_ray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from mhmoe_ray.train.optimizer import learning_rate
+from mhmoe_ray.train.strategies import build_strategy
 
 
 class MicroBatch(NamedTuple):
@@ -64,14 +62,14 @@ class Trainer:
         if moe and (reason := why_not(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
         self.model = Decoder(spec.model, mesh.held(moe.experts) if moe else None)
+        self.model.recompute = spec.train.recompute
         init_weights(self.model, spec.seed)
         self.model.to(device)
         self._dispatch = ExpertParallelDispatch(mesh.group("ep")) if mesh.ep > 1 else None
         if self._dispatch:
             for layer in self.model.moe_layers():
                 layer.dispatch = self._dispatch
-        self.replica: nn.Module = replicate(self.model, mesh)
-        self.optimizer = build_optimizer(self.model, spec.train)
+        self.strategy = build_strategy(self.model, mesh, spec)
         self.step = 0
         self.tokens = 0
         """Targets that counted in the steps so far, over all ranks."""
@@ -96,7 +94,7 @@ class Trainer:
             self._dispatch.sent = Sent()
         batches, self.targets = self._with_targets(batches)
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
-            with self._synchronise_on(i == here):
+            with self.strategy.micro_batch(last=i == here):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
                 output = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
                 loss = (token_losses(output.logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
@@ -108,17 +106,18 @@ class Trainer:
                     balance = sum(r.balance_loss.item() for r in output.routing)
                     dropped = sum(int(r.dropped) for r in output.routing)
                     sums.count_LE.add_(torch.stack([r.count_E for r in output.routing]).cpu())
-                # DDP and `reduce_expert_gradients` divide by the world; the mean wanted is over the step's M.
-                torch.autograd.backward(objective * (self.mesh.world / m))
+                # Strategies divide by the world; the mean wanted is over the step's M.
+                self.strategy.backward(objective * (self.mesh.world / m))
             sums = sums._replace(
                 loss=sums.loss + loss.item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
             )
-        reduce_expert_gradients(self.model, self.mesh)
+        self.strategy.finish()
         if moe and moe.bias_rate:
             self._move_biases(sums.count_LE, moe.bias_rate)
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
-            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
+            passes = 3 if spec.train.recompute else 2
+            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes, passes)
             sums = sums._replace(sent=self._dispatch.sent, least_sent=least)
         return sums
 
@@ -150,18 +149,15 @@ class Trainer:
         """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate).
 
         Raises:
-            JobError: the norm is not finite, on all ranks alike; nothing is applied.
+            JobError: the norm is not finite, on all ranks alike; the model is spoilt and must not be saved.
         """
-        norm = clip_gradients(self.model, self.mesh, self.spec.train.clip_norm)
+        lr = learning_rate(self.spec.train, self.step + 1)
+        norm = self.strategy.apply(lr)
         if not math.isfinite(norm):
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
             raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
         self.step += 1
         self.tokens += self.targets
-        lr = learning_rate(self.spec.train, self.step)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return norm, lr
 
     def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:
@@ -173,7 +169,7 @@ class Trainer:
             # Padding, as token 0, may look like starts of documents: of some at the end, which no target asks about.
             document_BT = token_BT.eq(self._start_token).cumsum(1)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
-            model = self.replica if torch.is_grad_enabled() else self.model
+            model = self.strategy.module if torch.is_grad_enabled() else self.model
             output: Output = model(token_BT, noise=noise, document_BT=document_BT)
         return output
 
@@ -201,9 +197,3 @@ class Trainer:
         if world > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1]), int(total[1])
-
-    def _synchronise_on(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, in the backward pass of the last micro-batch."""
-        if isinstance(self.replica, DistributedDataParallel) and not last:
-            return self.replica.no_sync()
-        return nullcontext()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import cpp
+from mhmoe_ray.bench.memory import peak_bytes
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
@@ -115,7 +117,7 @@ def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
     parameters = list(trainer.model.parameters())
     gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     trainer.update()
-    states = trainer.optimizer.state.values()
+    states = trainer.strategy.optimizer.state.values()
     moments = sum(s[key].nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
     found = memory(spec)
     assert found.weights == sum(p.nbytes for p in parameters)
@@ -151,3 +153,72 @@ def test_expert_parallelism_spreads_experts_and_nothing_else():
     assert spread.moments == 2 * spread.weights
     assert spread.activations == alone.activations
     assert spread.logits == alone.logits
+
+
+def held_by_a_rank(spec):
+    """Bytes of weights, gradients after a step's last backward, and moments."""
+    trainer = trainer_of(spec)
+    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
+    parameters = list(trainer.model.parameters())
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    weights = sum(local(p).nbytes for p in parameters)
+    held = sum(g.nbytes for g in gradients)
+    trainer.update()
+    states = trainer.strategy.optimizer.state.values()
+    return weights, held, sum(local(s[key]).nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy", "shard_experts"),
+    [(2, 2, "fsdp", False), (2, 1, "fsdp", True), (2, 2, "zero2", False)],
+)
+def test_slices_are_those_that_ranks_hold(workers, ep, strategy, shard_experts):
+    cluster = {"workers": workers, "ep": ep, "strategy": strategy, "shard_experts": shard_experts}
+    spec = tiny_spec(cluster=cluster)
+    ranks = run_ranks(workers, held_by_a_rank, spec)
+    weights, gradients, moments = (sum(part) / workers for part in zip(*ranks, strict=True))
+    found = memory(spec)
+    assert found.moments == pytest.approx(moments, rel=0.01)  # slices are padded to whole numbers of values
+    if strategy == "fsdp":
+        assert found.weights == weights
+        assert found.gradients == gradients
+
+
+def test_strategies_hold_ever_less():
+    of = {
+        s: memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s}))
+        for s in ("ddp", "zero1", "zero2", "zero3")
+    }
+    totals = [m.weights + m.gradients + m.moments for m in of.values()]
+    assert totals == sorted(totals, reverse=True)
+    sliced = memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": "fsdp", "shard_experts": True}))
+    assert 4 * sliced.weights == of["ddp"].weights
+    assert of["zero3"].moments == sliced.moments
+    alone = tiny_spec(cluster={"workers": 1, "strategy": "fsdp"})
+    assert memory(alone) == memory(tiny_spec(cluster={"workers": 1}))
+
+
+@pytest.mark.parametrize("experts", ["dense", "multi-head"])
+def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts):
+    """Against the most that a forward and backward pass has allocated beside gradients and the loss' own."""
+
+    def peak(recompute):
+        spec = spec_of("llama", experts)
+        model = {**spec.model.model_dump(), "layers": 8, "vocab_size": 50}
+        spec = tiny_spec(
+            model=model, data={"seq_len": 256}, train={"micro_batch_size": 8, "recompute": recompute}
+        )
+        trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
+        batch = micro_batches(spec, 0)[:1]
+        trainer.accumulate(batch)  # so that gradients are there
+        return memory(spec).activations, peak_bytes(lambda: trainer.accumulate(batch), torch.device("cpu"))
+
+    whole, most = peak(False)
+    less, then = peak(True)
+    assert less < whole / 3
+    # What a backward has beside what was kept is the same in both, or less.
+    assert most - then == pytest.approx(whole - less, rel=0.15)

@@ -81,7 +81,7 @@ def test_bytes_of_the_expert_step_are_those_of_its_matrix_products(model):
     expert_NK = (torch.arange(rows)[:, None] + torch.arange(spec.model.moe.top_k)) % spec.model.moe.experts
     x_ND = torch.randn(rows, spec.model.d_model // spec.model.moe.heads)
     with MatrixProducts() as seen:
-        layer.experts(x_ND, expert_NK, torch.ones(expert_NK.shape))
+        layer.experts.compute(x_ND, expert_NK, torch.ones(expert_NK.shape))
     assert step.bytes == seen.bytes
     assert step.rows == 2 * 16 * spec.model.moe.heads * spec.model.moe.top_k
 

@@ -38,11 +38,16 @@ def seen_in_a_step(spec):
 
 
 @pytest.mark.parametrize(
-    ("workers", "ep", "precision"),
-    [(2, 2, "bfloat16"), (2, 1, "float32"), pytest.param(4, 2, "float32", marks=pytest.mark.slow)],
+    ("workers", "ep", "train"),
+    [
+        (2, 2, {"precision": "bfloat16"}),
+        (2, 1, {}),
+        (2, 2, {"recompute": True}),
+        pytest.param(4, 2, {}, marks=pytest.mark.slow),
+    ],
 )
-def test_exchanges_are_those_of_a_real_step(workers, ep, precision):
-    spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train={"precision": precision})
+def test_exchanges_are_those_of_a_real_step(workers, ep, train):
+    spec = tiny_spec(cluster={"workers": workers, "ep": ep}, train=train)
     expected = exchanges(spec)
     to_all = [e for e in expected if not e.name.startswith("gradients of all") and e.name != "gradients of experts"]
     reduced = [e for e in expected if e not in to_all]
@@ -78,3 +83,27 @@ def test_what_leaves_a_rank_and_how_often():
         exchanges(tiny_spec(cluster={"workers": 4, "ep": 2}, model={**spec.model.model_dump(), "moe": moe}))[1]
         == rows[0]
     )
+
+
+@pytest.mark.parametrize("shard_experts", [False, True])
+def test_slices_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
+    spec = tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": "fsdp", "shard_experts": shard_experts})
+    expected = exchanges(spec)
+    gathered = sum(e.payload * e.times for e in expected if e.name.startswith("weights"))
+    scattered = sum(e.payload * e.times for e in expected if e.name.startswith("gradients of all"))
+    experts = sum(e.payload * e.times for e in expected if e.name == "gradients of experts")
+    for found in run_ranks(2, seen_in_a_step, spec):
+        # A block's tensors go together, each padded to a whole number of rows.
+        assert found["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
+        whole = found["bytes"].get("allreduce", 0), found["bytes"]["reduce_scatter_base"]
+        assert whole == ((0, scattered + experts) if shard_experts else (experts, scattered))
+
+
+def test_strategies_send_what_they_save_in_memory_as_bytes():
+    def sent(strategy, **cluster):
+        spec = tiny_spec(cluster={"workers": 4, "strategy": strategy, **cluster}, train={"micro_batches": 8})
+        return sum(e.sent_per_step for e in exchanges(spec))
+
+    assert sent("ddp") == sent("zero1")  # a reduction to slices and a gathering are what an all-reduce is
+    assert sent("zero1") < sent("zero2") < sent("zero3")
+    assert sent("fsdp", shard_experts=True) == 2.5 * sent("ddp")  # 2 micro-batches: 4 gatherings and a reduction for 2

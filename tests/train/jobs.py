@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.state import restore, save_checkpoint
 from mhmoe_ray.train.step import MicroBatch, Trainer
@@ -50,36 +50,41 @@ def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
     return [MicroBatch(token, counts) for token, counts in zip(token_MBT, counts_MBT, strict=True)]
 
 
-def whole(trainer: Trainer, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor with the experts of all ranks, by global id."""
-    experts = expert_parameters(trainer.model)
-    result = {}
-    for name, tensor in named.items():
-        if name in experts and trainer.mesh.ep > 1:
-            group = trainer.mesh.group("ep")
-            parts = [torch.empty_like(tensor) for _ in range(trainer.mesh.ep)]
-            dist.all_gather(parts, tensor.contiguous(), group=group)
-            tensor = torch.cat(parts)
-        result[name] = tensor.clone()
-    return result
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor with what other ranks hold of it, experts by global id. Collective."""
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
+
+
+def held_out(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples that do not divide evenly, some of whose targets do not count."""
+    g = torch.Generator().manual_seed(0)
+    token_NT = torch.randint(300, (7, spec.data.seq_len + 1), generator=g)
+    return token_NT, torch.rand(token_NT[:, 1:].shape, generator=g) < 0.8
 
 
 def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
-    """Unclipped gradients of the first step, then the loss of each step and the weights after the last."""
+    """Unclipped gradients of the first step, then the loss of each step, and weights, moments and validation after the
+    last."""
     trainer = trainer_of(spec, nodes)
     losses, norms, first = [], [], {}
     for step in range(steps):
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
-            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainer.model.named_parameters()}
-            first = whole(trainer, grads)
+            first = whole(trainer.strategy.gradients())
         norms.append(trainer.update()[0])
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
         losses.append(float(total) / trainer.targets)
-    weights = whole(trainer, trainer.model.tensors())
-    return {"gradients": first, "losses": losses, "norms": norms, "weights": weights, "tokens": trainer.tokens}
+    return {
+        "gradients": first,
+        "losses": losses,
+        "norms": norms,
+        "weights": whole(trainer.strategy.weights()),
+        "moments": whole(trainer.strategy.moments()),
+        "tokens": trainer.tokens,
+        "validation": trainer.validate(*held_out(spec)),
+    }
 
 
 def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
@@ -90,27 +95,25 @@ def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
     save_checkpoint(RunDir(run), trainer, group=1)
 
 
-def load_and_describe(spec: RunSpec, checkpoint: Path) -> dict[str, Any]:
-    """Weights and moments as this world loads them."""
+def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[str, Any]:
+    """Weights and moments as this world loads them, then the losses of some steps."""
     trainer = trainer_of(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     result: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
-    result["weights"] = whole(trainer, trainer.model.tensors())
-    for moment in ("exp_avg", "exp_avg_sq"):
-        state = {n: trainer.optimizer.state[p][moment] for n, p in trainer.model.named_parameters()}
-        result[moment] = whole(trainer, state)
+    result["weights"] = whole(trainer.strategy.weights())
+    result["moments"] = whole(trainer.strategy.moments())
+    result["losses"] = [_step(spec, step, trainer) for step in range(trainer.step, trainer.step + steps)]
     return result
 
 
-def load_and_go_on(spec: RunSpec, checkpoint: Path, steps: int) -> list[float]:
-    trainer = trainer_of(spec)
-    restore(trainer, checkpoint, read_manifest(checkpoint))
-    losses = []
-    for step in range(trainer.step, trainer.step + steps):
-        sums = trainer.accumulate(batches(spec, step, trainer))
-        trainer.update()
-        losses.append(sums.loss / trainer.targets)
-    return losses
+def _step(spec: RunSpec, step: int, trainer: Trainer) -> float:
+    """The mean loss of a step, over all ranks."""
+    sums = trainer.accumulate(batches(spec, step, trainer))
+    trainer.update()
+    total = torch.tensor(sums.loss, dtype=torch.float64)
+    if trainer.mesh.world > 1:
+        dist.all_reduce(total)
+    return float(total) / trainer.targets
 
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:

@@ -35,7 +35,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_any_number(saved, workers, ep):
     spec = tiny_spec(cluster={"workers": workers, "ep": ep})
     for found in run_ranks(workers, jobs.load_and_describe, spec, checkpoint):
         assert (found["step"], found["tokens"]) == (STEPS, STEPS * 8 * 16)
-        for part in ("weights", "exp_avg", "exp_avg_sq"):
+        for part in ("weights", "moments"):
             assert found[part].keys() == expected[part].keys()
             for name, tensor in expected[part].items():
                 assert torch.equal(found[part][name], tensor), f"{part} of {name}"
@@ -50,10 +50,62 @@ def test_what_was_saved_is_what_training_held(saved):
     assert {"weights", "optim", "manifest.json"} == {p.name for p in checkpoint.iterdir()}
 
 
-def test_training_goes_on_exactly_where_it_was_saved(saved):
-    checkpoint, _ = saved
-    uninterrupted = run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS + 5)[0]["losses"][STEPS:]
-    assert run_ranks(1, jobs.load_and_go_on, tiny_spec(), checkpoint, 5)[0] == pytest.approx(uninterrupted, rel=1e-4)
+WAYS = {
+    "alone": {"workers": 1, "ep": 1},
+    "ddp": {"workers": 2, "ep": 2},
+    "fsdp": {"workers": 2, "ep": 1, "strategy": "fsdp"},
+    "fsdp-experts": {"workers": 4, "ep": 2, "strategy": "fsdp", "shard_experts": True},
+    "zero1": {"workers": 2, "ep": 2, "strategy": "zero1"},
+    "zero2": {"workers": 4, "ep": 2, "strategy": "zero2"},
+    "zero3": {"workers": 2, "ep": 1, "strategy": "zero3"},
+}
+ALWAYS = {("alone", "zero3"), ("fsdp-experts", "alone"), ("zero2", "fsdp-experts"), ("zero3", "zero1"), ("ddp", "fsdp")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS + 3)[0]["losses"][STEPS:]
+
+
+@pytest.fixture(scope="module")
+def saved_by(tmp_path_factory):
+    """A checkpoint of each way, and what those who wrote it read of it."""
+    found = {}
+
+    def of(way):
+        if way not in found:
+            spec = tiny_spec(tmp_path_factory.mktemp(way), cluster=WAYS[way])
+            run = create_run(spec)
+            run.tokenizer_file.write_text("{}")
+            spec.data.prepared.mkdir()
+            (spec.data.prepared / "manifest.json").write_text("{}")
+            run_ranks(WAYS[way]["workers"], jobs.train_and_save, spec, run.path, STEPS)
+            found[way] = newest_checkpoint(run)[0]
+        return found[way]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [
+        pytest.param(a, b, marks=[] if (a, b) in ALWAYS else [pytest.mark.slow])
+        for a in WAYS
+        for b in WAYS
+    ],
+)
+def test_a_checkpoint_of_any_strategy_goes_on_exactly_by_any_other(saved_by, uninterrupted, saver, loader):
+    if "zero" in saver + loader:
+        pytest.importorskip("deepspeed")
+    checkpoint = saved_by(saver)
+    [expected] = run_ranks(1, jobs.load_and_describe, tiny_spec(), checkpoint)
+    spec = tiny_spec(cluster=WAYS[loader])
+    for found in run_ranks(WAYS[loader]["workers"], jobs.load_and_describe, spec, checkpoint, 3):
+        for part in ("weights", "moments"):
+            assert found[part].keys() == expected[part].keys()
+            for name, tensor in expected[part].items():
+                assert torch.equal(found[part][name], tensor), f"{part} of {name}"
+        assert found["losses"] == pytest.approx(uninterrupted, rel=1e-4)
 
 
 def test_serving_loads_the_same_weights_without_moments(saved):

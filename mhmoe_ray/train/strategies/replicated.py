@@ -1,0 +1,90 @@
+"""Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import TrainSpec
+from mhmoe_ray.train.gradients import clip_gradients, expert_parameters, reduce_expert_gradients
+from mhmoe_ray.train.mesh import Mesh
+from mhmoe_ray.train.optimizer import build_optimizer, set_learning_rate
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Strategy:
+    """And what the others have in common with it."""
+
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec) -> None:
+        self.model, self.mesh, self.spec = model, mesh, spec
+        self.module: nn.Module = self._wrapped()
+        """What a forward pass that will have a backward is called on."""
+        self.optimizer = build_optimizer(model, spec)
+
+    def _wrapped(self) -> nn.Module:
+        if self.mesh.world == 1:
+            return self.model
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self.model, list(expert_parameters(self.model)))  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of each micro-batch; `last` of this rank's step, in which ranks exchange."""
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
+
+    def backward(self, objective: Tensor) -> None:
+        """Add this micro-batch's gradients, which are to be averaged over ranks."""
+        torch.autograd.backward(objective)
+
+    def finish(self) -> None:
+        """Make the step's gradients whole over ranks, after the last backward."""
+        reduce_expert_gradients(self.model, self.mesh)
+
+    def apply(self, lr: float) -> float:
+        """Clip by the global norm and update; returns the norm before clipping, the same on every rank. Where that is
+        not finite, the caller must not go on: gradients may have been applied."""
+        norm = clip_gradients(self.model, self.mesh, self.spec.clip_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that a checkpoint's `weights` holds, by the model's names: experts as slices of the global [E, ...], and
+        what is shared out as slices of the whole. Views: to fill them is to load."""
+        return self._as_global(self.model.tensors())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the step, between `finish` and `apply`, in the same way."""
+        named = self.model.named_parameters()
+        return self._as_global({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named})
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; zero before the first step."""
+        state = self.optimizer.state
+        found: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            named = {name: state[p][moment] for name, p in self.model.named_parameters()}
+            found |= {f"{moment}.{name}": t for name, t in self._as_global(named).items()}
+        return found
+
+    def begin_at(self, step: int) -> None:
+        """Make room for moments after `step` updates, so that `moments` can be filled."""
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+
+    def loaded(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Called when what `weights` and `moments` gave has been filled."""
+
+    def _as_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views, not copies."""
+        experts = expert_parameters(self.model)
+        return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

@@ -1,0 +1,170 @@
+"""DeepSpeed's ZeRO, on the process groups that are there: 1 slices the optimizer's state over ranks, 2 gradients too, 3
+weights too.
+
+Experts that expert parallelism spreads are an optimizer group of their own, sliced over the dp ranks that hold the same
+ones. DeepSpeed knows experts by the class of their layer and by two attributes of each parameter, and their process
+groups by name; its sums over a smaller group are divided by the size of the whole world, which is what experts need.
+
+Tensors of a checkpoint are put together for it and taken apart when loaded, by DeepSpeed's own functions.
+"""
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import TrainSpec
+from mhmoe_ray.train.gradients import expert_parameters
+from mhmoe_ray.train.mesh import Mesh
+from mhmoe_ray.train.optimizer import build_optimizer, set_learning_rate
+from mhmoe_ray.train.strategies.replicated import MOMENTS, Strategy
+
+
+class Zero(Strategy):
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, stage: int) -> None:
+        """Args:
+        stage: of ZeRO, 1 to 3.
+        """
+        try:
+            import deepspeed
+        except ImportError as error:
+            why = f"DeepSpeed is not installed ({error})"
+            raise SpecError(f"cluster.strategy zero{stage}", why, "pip install 'mhmoe-ray[deepspeed]'") from error
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        os.environ.setdefault("LOCAL_RANK", "0")  # which it wants from a launcher; devices are chosen already
+        self.model, self.mesh, self.spec = model, mesh, spec
+        self._stage = stage
+        self._experts = expert_parameters(model) if mesh.ep > 1 else {}
+        module: nn.Module = model
+        if self._experts:
+            self._introduce_experts()
+            module = _with_marker(model)
+        self.optimizer = build_optimizer(model, spec)
+        for group in self.optimizer.param_groups:
+            mine = {id(p) for p in self._experts.values()}
+            if any(id(p) in mine for p in group["params"]):
+                group |= {"moe": True, "name": self._group_name}
+        config = {
+            "train_micro_batch_size_per_gpu": spec.micro_batch_size,
+            "gradient_accumulation_steps": spec.micro_batches // mesh.world,
+            "gradient_clipping": spec.clip_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True},
+        }
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        self.module = self.engine
+        self._make_moments()
+
+    @property
+    def _group_name(self) -> str:
+        return f"ep_size_{self.mesh.ep}"
+
+    def _introduce_experts(self) -> None:
+        from deepspeed.utils import groups
+
+        ep_groups = self.mesh.groups
+        for parameter in self._experts.values():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self._group_name  # type: ignore[attr-defined]
+        mine = next(g for g in ep_groups if self.mesh.rank in g)
+        groups._EXPERT_PARALLEL_GROUP[self._group_name] = self.mesh.group("ep")
+        groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = mine
+        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = self.mesh.group("dp")
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = [g[self.mesh.ep_rank] for g in ep_groups]
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, objective: Tensor) -> None:
+        self.engine.backward(objective, scale_wrt_gas=False)
+
+    def finish(self) -> None:
+        """DeepSpeed has done so."""
+
+    def apply(self, lr: float) -> float:
+        set_learning_rate(self.optimizer, lr)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().weights()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = {n: safe_get_full_fp32_param(p) for n, p in self.model.named_parameters()}
+        return self._as_global({**named, **{n: t.detach() for n, t in self.model.named_buffers()}})
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return self._as_global({n: safe_get_full_grad(p) for n, p in self.model.named_parameters()})
+
+    def moments(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            named = {n: safe_get_full_optimizer_state(p, moment) for n, p in self.model.named_parameters()}
+            found |= {f"{moment}.{name}": t for name, t in self._as_global(named).items()}
+        return found
+
+    def begin_at(self, step: int) -> None:
+        """Moments are there since the start, and linked to the parameters that they are of: they stay the same tensors."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(step))
+
+    def _make_moments(self) -> None:
+        """Before the first step, in which DeepSpeed links moments of all groups when it has made those of the first."""
+        zero = self.engine.optimizer
+        slices = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        for flat in slices:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        if self._stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def loaded(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.model.named_parameters():
+            weight = _local(weights[name])
+            if self._stage == 3:  # what forward reads and what the optimizer updates are two copies there
+                with GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(weight)
+            safe_set_full_fp32_param(parameter, weight)
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, _local(moments[f"{moment}.{name}"]), moment)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _with_marker(model: Decoder) -> nn.Module:
+    """The model, with an empty layer by whose class DeepSpeed knows that there are experts."""
+    from deepspeed.moe.layer import MoE
+
+    class Marker(MoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = 1
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """Groups are there."""
+
+    class WithExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.marker = model, Marker()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+    return WithExperts()
