@@ -11,7 +11,6 @@ from mhmoe_kernels import ExpertWeights, choose, gelu_subln, run_experts, swiglu
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
-
 Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
 """Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
 

@@ -20,6 +20,7 @@ from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router, Routing
 from mhmoe_ray.spec import ModelSpec
 
+
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts are here."""
     return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.places)

@@ -1,9 +1,9 @@
 """Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
 
 Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; the
-whole tensors that a rank puts together of slices while a block computes; and
-what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout on a CPU). Padding is
-computed like any token, so what there is of it changes nothing.
+whole tensors that a rank puts together of slices while a block computes; and what attention keeps of its T x T weights
+where it has no fused kernel (with attention_dropout on a CPU). Padding is computed like any token, so what there is of
+it changes nothing.
 """
 
 from typing import NamedTuple
@@ -47,8 +47,9 @@ def memory(spec: RunSpec) -> Memory:
 
 
 def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp ranks
-    that hold the same ones, all else over all ranks. ZeRO updates slices of its own, from which weights are copied."""
+    """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp
+    ranks that hold the same ones, all else over all ranks. ZeRO updates slices of its own, which weights are copied
+    from."""
     strategy, world = cluster.strategy if cluster.workers > 1 else "ddp", cluster.workers
     experts = FLOAT32 * found.expert_parameters / cluster.ep
     others = FLOAT32 * (found.parameters - found.expert_parameters)

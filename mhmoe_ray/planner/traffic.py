@@ -27,8 +27,8 @@ class Exchange(NamedTuple):
 
 
 def exchanges(spec: RunSpec) -> list[Exchange]:
-    """All of a step: rows to experts and back in each layer and micro-batch; gradients; weights, where ranks hold slices.
-    None on a single rank."""
+    """All of a step: rows to experts and back in each layer and micro-batch; gradients; weights, where ranks hold
+    slices. None on a single rank."""
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     found = sizes(model)
     micro_batches = spec.train.micro_batches // cluster.workers
@@ -51,9 +51,11 @@ def exchanges(spec: RunSpec) -> list[Exchange]:
 
 
 def _made_whole(strategy: str, what: str, ranks: int, size: int, micro_batches: int) -> list[Exchange]:
-    """Of so many bytes of weights: gradients, and weights where ranks hold slices. Those are put together for each forward
-    and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3 reduce gradients in each backward, as they
-    keep no whole ones; the others in the last."""
+    """Of so many bytes of weights: gradients, and weights where ranks hold slices.
+
+    Those are put together for each forward and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3
+    reduce gradients in each backward, as they keep no whole ones; the others in the last.
+    """
     gradients, weights = f"gradients of {what}", f"weights of {what}"
     if strategy == "ddp":
         return [_all_reduce(gradients, ranks, size)]

@@ -14,9 +14,9 @@ class ClusterSpec(Section):
     ep: PositiveInt = 1
     """Expert parallelism: ranks that share one set of experts. workers = dp x ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    """How workers hold what they all need, that is all but the experts. ddp: each has all of it. fsdp: each has a slice,
-    by torch's FSDP2. zero1, zero2, zero3: DeepSpeed's ZeRO, which slices the optimizer's state, gradients too, weights
-    too (extra `deepspeed`)."""
+    """How workers hold what they all need, that is all but the experts. ddp: each has all of it. fsdp: each has a
+    slice, by torch's FSDP2. zero1, zero2, zero3: DeepSpeed's ZeRO, which slices the optimizer's state, gradients too,
+    weights too (extra `deepspeed`)."""
     shard_experts: bool = False
     """With fsdp, slice experts too, over the dp workers that hold the same ones."""
     cpus_per_worker: PositiveInt = 1
@@ -34,8 +34,8 @@ class ClusterSpec(Section):
             raise ValueError(f"workers ({self.workers}) must be a multiple of ep ({self.ep})")
         if self.strategy == "zero3" and self.ep > 1:
             raise ValueError(
-                "DeepSpeed's ZeRO 3 knows no expert parallelism but its own layers': set ep to 1, or strategy to fsdp with "
-                "shard_experts, which slices weights too"
+                "DeepSpeed's ZeRO 3 knows no expert parallelism but its own layers': set ep to 1, or strategy to fsdp "
+                "with shard_experts, which slices weights too"
             )
         if self.shard_experts and self.strategy != "fsdp":
             raise ValueError(f"strategy {self.strategy} leaves experts whole, so shard_experts would be ignored")

@@ -9,8 +9,11 @@ from mhmoe_ray.train.gradients import expert_parameters
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
-    """Weight decay for matrices and experts; none for norms and biases. Experts have groups of their own, since they are
-    spread over ranks in another way: as whole tensors beside slices of tensors, or as slices over fewer ranks."""
+    """Weight decay for matrices and experts; none for norms and biases.
+
+    Experts have groups of their own, since they are spread over ranks in another way: as whole tensors beside slices of
+    tensors, or as slices over fewer ranks.
+    """
     experts = set(expert_parameters(model))
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

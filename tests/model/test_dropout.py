@@ -51,7 +51,8 @@ def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
     x_ND = torch.randn(1, 8, dtype=torch.float64, generator=generator()).expand(4000, 8)
     routing = layer.router(x_ND)
     [first, second] = (
-        layer.experts.compute(x_ND[:1], routing.expert_NK[:1, k : k + 1], routing.gate_NK[:1, k : k + 1]) for k in (0, 1)
+        layer.experts.compute(x_ND[:1], routing.expert_NK[:1, k : k + 1], routing.gate_NK[:1, k : k + 1])
+        for k in (0, 1)
     )
     found = layer._through_experts(x_ND, routing, generator())
     sums = torch.stack([0 * first, 2 * first, 2 * second, 2 * (first + second)])

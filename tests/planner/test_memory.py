@@ -190,8 +190,7 @@ def test_slices_are_those_that_ranks_hold(workers, ep, strategy, shard_experts):
 
 def test_strategies_hold_ever_less():
     of = {
-        s: memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s}))
-        for s in ("ddp", "zero1", "zero2", "zero3")
+        s: memory(tiny_spec(cluster={"workers": 4, "ep": 1, "strategy": s})) for s in ("ddp", "zero1", "zero2", "zero3")
     }
     totals = [m.weights + m.gradients + m.moments for m in of.values()]
     assert totals == sorted(totals, reverse=True)
@@ -209,9 +208,7 @@ def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts):
     def peak(recompute):
         spec = spec_of("llama", experts)
         model = {**spec.model.model_dump(), "layers": 8, "vocab_size": 50}
-        spec = tiny_spec(
-            model=model, data={"seq_len": 256}, train={"micro_batch_size": 8, "recompute": recompute}
-        )
+        spec = tiny_spec(model=model, data={"seq_len": 256}, train={"micro_batch_size": 8, "recompute": recompute})
         trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
         batch = micro_batches(spec, 0)[:1]
         trainer.accumulate(batch)  # so that gradients are there

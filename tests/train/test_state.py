@@ -88,11 +88,7 @@ def saved_by(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("saver", "loader"),
-    [
-        pytest.param(a, b, marks=[] if (a, b) in ALWAYS else [pytest.mark.slow])
-        for a in WAYS
-        for b in WAYS
-    ],
+    [pytest.param(a, b, marks=[] if (a, b) in ALWAYS else [pytest.mark.slow]) for a in WAYS for b in WAYS],
 )
 def test_a_checkpoint_of_any_strategy_goes_on_exactly_by_any_other(saved_by, uninterrupted, saver, loader):
     if "zero" in saver + loader:

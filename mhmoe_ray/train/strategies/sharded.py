@@ -38,7 +38,8 @@ class Sharded(Strategy):
         for block in self.model.blocks:
             fully_shard(block, mesh=everyone, ignored_params=apart)
         # Also the root's own tensors after each forward, so that what is read between steps is slices always.
-        return fully_shard(self.model, mesh=everyone, reshard_after_forward=True, ignored_params=apart)
+        fully_shard(self.model, mesh=everyone, reshard_after_forward=True, ignored_params=apart)
+        return self.model
 
     def _slice_experts(self, module: Experts) -> None:
         assert self.mesh.devices is not None

@@ -115,7 +115,7 @@ class Zero(Strategy):
         return found
 
     def begin_at(self, step: int) -> None:
-        """Moments are there since the start, and linked to the parameters that they are of: they stay the same tensors."""
+        """Moments are there since the start, linked to the parameters that they are of; they stay the same tensors."""
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
