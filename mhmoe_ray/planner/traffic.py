@@ -36,10 +36,8 @@ def exchanges(spec: RunSpec) -> list[Exchange]:
     if moe is not None and cluster.ep > 1:
         passes = model.moe_layers * micro_batches
         rows = spec.train.micro_batch_size * spec.data.seq_len * moe.top_k * model.d_model * compute_bytes(spec)
-        forward = passes * (2 if spec.train.recompute else 1)
-        result.append(_all_to_all("counts per expert", cluster.ep, INT64 * moe.experts, forward))
-        result += [_all_to_all(name, cluster.ep, rows, forward) for name in ("rows to experts", "outputs back")]
-        for name in ("gradients of outputs to experts", "gradients of rows back"):
+        result.append(_all_to_all("counts per expert", cluster.ep, INT64 * moe.experts, passes))
+        for name in ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back"):
             result.append(_all_to_all(name, cluster.ep, rows, passes))
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
     result += _made_whole(cluster.strategy, "all but experts", cluster.workers, shared, micro_batches)

@@ -58,6 +58,11 @@ class RunSpec(Section):
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
             )
+        if self.train.recompute and self.cluster.ep > 1:
+            raise ValueError(
+                f"train.recompute would exchange rows between experts' workers again and again: set it to false, or "
+                f"cluster.ep ({self.cluster.ep}) to 1"
+            )
         if self.train.micro_batches % workers:
             raise ValueError(
                 f"train.micro_batches ({self.train.micro_batches}) must be a multiple of cluster.workers ({workers}), "

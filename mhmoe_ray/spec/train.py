@@ -17,7 +17,7 @@ class TrainSpec(Section):
     """bfloat16: autocast for matrix products; weights, router and loss stay float32."""
     recompute: bool = False
     """Keep of each block its input alone and compute the rest anew in the backward: less memory, some third more time.
-    Exchanges of rows between ranks are then done once more too."""
+    Not with expert parallelism, whose exchanges would be done three times more."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     warmup_steps: NonNegativeInt = 375

@@ -36,18 +36,17 @@ class Sent(NamedTuple):
     """Rows per expert, once a layer."""
 
 
-def least_sent(count_LE: Tensor, held: range, row_bytes: int, passes: int = 2) -> int:
+def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
     """Bytes of rows that must leave ranks for the sake of this rank's tokens: each kept route of an expert elsewhere
-    goes there and back in each pass, as a row of its own even where two go to one rank.
+    goes there and back, forward and backward, as a row of its own even where two go to one rank.
 
     Args:
         count_LE: kept routes of this rank's tokens.
         held: the experts that it holds.
         row_bytes: of one row as it travels.
-        passes: forward and backward; and forward once more where it is recomputed.
     """
     elsewhere = count_LE.sum() - count_LE[:, held.start : held.stop].sum()
-    return 2 * passes * int(elsewhere) * row_bytes
+    return 4 * int(elsewhere) * row_bytes
 
 
 class ExpertParallelDispatch:

@@ -116,8 +116,7 @@ class Trainer:
             self._move_biases(sums.count_LE, moe.bias_rate)
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
-            passes = 3 if spec.train.recompute else 2
-            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes, passes)
+            least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
             sums = sums._replace(sent=self._dispatch.sent, least_sent=least)
         return sums
 

@@ -58,7 +58,7 @@ def table():
                 yield pytest.param(*case, id=f"world{workers}-ep{ep}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("workers", "ep", "strategy", "shard_experts", "static"), table())
+@pytest.mark.parametrize(("workers", "ep", "strategy", "shard_experts", "static"), list(table()))
 def test_any_spread_and_strategy_trains_alike(request, workers, ep, strategy, shard_experts, static):
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -88,16 +88,6 @@ def assert_alike(found, expected):
     assert found["validation"] == pytest.approx(expected["validation"], rel=1e-4)
 
 
-def test_recomputing_changes_nothing(alone):
-    """Bit for bit on one process; and by slices, whose whole tensors are put together once more."""
-    recomputed = {"train": {"recompute": True}}
-    [found] = run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **recomputed), STEPS)
-    assert found["losses"] == alone["losses"]
-    assert all(torch.equal(found["weights"][name], t) for name, t in alone["weights"].items())
-    for found in run_ranks(2, jobs.gradients_then_losses, spread(2, 1, "fsdp", True, **recomputed), STEPS):
-        assert_alike(found, alone)
-
-
 FIRST_PAPER = {
     "backbone": "subln",
     "dropout": 0.1,
@@ -122,13 +112,33 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("model", "recompute"), [(FIRST_PAPER, True), (OTHERS, False)], ids=["first-paper", "others"])
-def test_routing_with_drops_noise_and_biases_is_the_same_on_any_number_of_ranks(model, recompute):
-    """Capacity, draws and balance belong to a micro-batch, wherever it is computed; a bias to the whole step."""
+def merged_with(model):
     base = tiny_spec().model.model_dump()
-    merged = {"model": {**base, **model, "moe": {**base["moe"], **model["moe"]}}, "train": {"recompute": recompute}}
-    once = {**merged, "train": {}}
-    [alone] = run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **once), 8)
+    return {"model": {**base, **model, "moe": {**base["moe"], **model["moe"]}}}
+
+
+@pytest.mark.parametrize("model", [{"moe": {}}, FIRST_PAPER, OTHERS], ids=["plain", "first-paper", "others"])
+def test_recomputing_changes_no_bit_whatever_is_drawn(model):
+    expected, found = (
+        jobs.gradients_then_losses(spread(1, 1, train={"recompute": recompute}, **merged_with(model)), 5)
+        for recompute in (False, True)
+    )
+    assert found["losses"] == expected["losses"]
+    for part in ("gradients", "weights", "moments"):
+        assert all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items())
+
+
+def test_recomputing_puts_slices_together_once_more(alone):
+    spec = spread(2, 1, "fsdp", True, train={"recompute": True})
+    for found in run_ranks(2, jobs.gradients_then_losses, spec, STEPS):
+        assert_alike(found, alone)
+
+
+@pytest.mark.parametrize("model", [FIRST_PAPER, OTHERS], ids=["first-paper", "others"])
+def test_routing_with_drops_noise_and_biases_is_the_same_on_any_number_of_ranks(model):
+    """Capacity, draws and balance belong to a micro-batch, wherever it is computed; a bias to the whole step."""
+    merged = merged_with(model)
+    [alone] = run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **merged), 8)
     for found in run_ranks(2, jobs.gradients_then_losses, spread(2, 2, **merged), 8):
         for name, expected in alone["gradients"].items():
             assert (found["gradients"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name

@@ -59,7 +59,7 @@ WAYS = {
     "zero2": {"workers": 4, "ep": 2, "strategy": "zero2"},
     "zero3": {"workers": 2, "ep": 1, "strategy": "zero3"},
 }
-ALWAYS = {("alone", "zero3"), ("fsdp-experts", "alone"), ("zero2", "fsdp-experts"), ("zero3", "zero1"), ("ddp", "fsdp")}
+ALWAYS = {("fsdp-experts", "zero3"), ("zero1", "fsdp-experts"), ("zero3", "alone")}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_any_strategy_goes_on_exactly_by_any_other(saved_by, uni
     if "zero" in saver + loader:
         pytest.importorskip("deepspeed")
     checkpoint = saved_by(saver)
-    [expected] = run_ranks(1, jobs.load_and_describe, tiny_spec(), checkpoint)
+    expected = jobs.load_and_describe(tiny_spec(), checkpoint)  # one process: this one
     spec = tiny_spec(cluster=WAYS[loader])
     for found in run_ranks(WAYS[loader]["workers"], jobs.load_and_describe, spec, checkpoint, 3):
         for part in ("weights", "moments"):
