@@ -1,13 +1,91 @@
-"""`mhmoe ckpt`: checkpoints to and from folders that other tools read and write."""
+"""`mhmoe ckpt`: what a run's checkpoints hold, and whether they are whole; to and from other tools' folders."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, CheckpointOption, RunArg, StorageOption, note, out, pick_checkpoint
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    CheckpointOption,
+    JsonOption,
+    RunArg,
+    StorageOption,
+    facts,
+    in_bytes,
+    note,
+    number_table,
+    out,
+    pick_checkpoint,
+    print_json,
+)
 
-app = typer.Typer(help="Export and import checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
+
+
+@app.command()
+def inspect(
+    run: RunArg = None,
+    checkpoint: CheckpointOption = None,
+    storage: StorageOption = STORAGE,
+    json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint holds: where in training and in the data it is, who wrote it, its files."""
+    from mhmoe_ray.planner.sizes import sizes
+    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.manifest import PARTS
+
+    found = find_run(run, storage)
+    path, manifest = pick_checkpoint(found, checkpoint)
+    if json:
+        print_json({"run": found.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
+        return
+    parts = {p: [f.size for name, f in manifest.files.items() if name.startswith(f"{p}/")] for p in PARTS}
+    moe, size = manifest.model.moe, sizes(manifest.model)
+    experts = f", {moe.experts} experts in each of {manifest.model.moe_layers} layers" if moe else ""
+    rows: dict[str, str | None] = {
+        "step": f"{manifest.step:,}",
+        "tokens": f"{manifest.tokens:,}",
+        "goes on at sample": f"{manifest.position:,}",
+        "written by": f"{manifest.world} workers, ep {manifest.ep}; any other number may read it",
+        "model": f"{size.parameters:,} parameters{experts}",
+        **{part: f"{in_bytes(sum(found))} in {len(found)} files" for part, found in parts.items() if found},
+        "path": str(path),
+    }
+    out.print(facts(rows, f"{path.name} of {found.id}"))
+
+
+@app.command()
+def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
+    """Read all of a run's checkpoints and compare names, sizes and hashes of their files with their manifests.
+
+    Exit code 8 if one is damaged. One without a manifest was never finished, which is no damage: it does not count.
+    """
+    from mhmoe_ray.errors import CheckpointError
+    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.manifest import committed, read_manifest
+
+    found = find_run(run, storage)
+    problems: dict[str, str | None] = {}
+    for path in committed(found):
+        try:
+            read_manifest(path)
+        except CheckpointError as error:
+            problems[path.name] = error.why
+        else:
+            problems[path.name] = None
+    unfinished = sorted({p.name for p in found.checkpoints.glob("step_*")} - problems.keys())
+    damaged = [name for name, why in problems.items() if why]
+    if json:
+        checkpoints = [{"name": name, "whole": not why, "why": why} for name, why in problems.items()]
+        print_json({"run": found.id, "checkpoints": checkpoints, "unfinished": unfinished})
+    else:
+        rows = [[name, why or "whole"] for name, why in problems.items()]
+        out.print(number_table(["checkpoint", found.id], rows + [[name, "unfinished"] for name in unfinished]))
+    if damaged:
+        raise CheckpointError(
+            f"run {found.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"
+        )
 
 
 @app.command()

@@ -119,6 +119,11 @@ def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
     return path
 
 
+def committed(run: RunDir) -> list[Path]:
+    """The checkpoints of a run that were committed, oldest first; whether they are whole, nobody has looked."""
+    return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=_age_key)
+
+
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS
 ) -> tuple[Path, Manifest, list[CheckpointError]] | None:
@@ -127,8 +132,7 @@ def newest_checkpoint(
     A directory without a manifest was never committed; it is passed over without a word.
     """
     skipped: list[CheckpointError] = []
-    committed = [p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")]
-    for checkpoint in sorted(committed, key=_age_key, reverse=True):
+    for checkpoint in reversed(committed(run)):
         try:
             return checkpoint, read_manifest(checkpoint, parts), skipped
         except CheckpointError as e:

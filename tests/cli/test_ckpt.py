@@ -1,6 +1,7 @@
 """Exported and imported checkpoints on the command line, with no cluster."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -88,3 +89,37 @@ def test_serve_deploy_takes_serve_keys_alone(project):
     result = mhmoe(folder, "serve", "deploy", "--set", "serve.prot=1")
     assert_one_line(result, 3, "the overrides: unknown key 'serve.prot'", "did you mean 'port'?")
     assert_one_line(mhmoe(folder, "serve", "deploy", "--set", "train.lr=1"), 3, "serving does not use it")
+
+
+def test_inspect_shows_where_a_checkpoint_is_and_what_it_holds(project):
+    folder, run, _ = project
+    found = mhmoe(folder, "ckpt", "inspect", run.id, "--json").json()
+    assert (found["run"], found["name"], found["step"], found["tokens"]) == (run.id, "step_00000007.1", 7, 448)
+    assert found["files"].keys() == {
+        str(p.relative_to(found["path"])) for p in run.checkpoints.glob("step_00000007.1/*/*")
+    }
+    shown = mhmoe(folder, "ckpt", "inspect", run.id, COLUMNS="200").out
+    size = sum(entry["size"] for entry in found["files"].values())
+    for part in (f"step_00000007.1 of {run.id}", "448", "1 workers, ep 1", f"{size / 1e3:.3g} kB in 1 files"):
+        assert part in shown
+
+
+def test_verify_names_what_is_damaged_and_what_was_never_finished(tmp_path):
+    run = make_run(tmp_path, MIXTRAL)
+    whole = mhmoe(tmp_path, "ckpt", "verify")
+    assert whole.code == 0
+    assert [line.split() for line in whole.out.splitlines()[1:]] == [["step_00000007.1", "whole"]]
+    torn = run.checkpoints / "step_00000009.1"
+    shutil.copytree(run.checkpoints / "step_00000007.1", torn)
+    [file] = torn.glob("weights/*")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (run.checkpoints / "step_00000011.2" / "weights").mkdir(parents=True)
+    found = mhmoe(tmp_path, "ckpt", "verify", "--json")
+    assert found.code == 8
+    checkpoints = {c["name"]: c["why"] for c in json.loads(found.out)["checkpoints"]}
+    why = f"weights/{file.name} does not have the hash it was written with"
+    assert checkpoints == {"step_00000007.1": None, "step_00000009.1": why}
+    assert json.loads(found.out)["unfinished"] == ["step_00000011.2"]
+    assert_one_line(mhmoe(tmp_path, "ckpt", "verify"), 8, f"run {run.id}: 1 of 2 checkpoints are damaged")
