@@ -14,7 +14,6 @@ from mhmoe_ray.cli.common import (
     facts,
     in_bytes,
     note,
-    number_table,
     out,
     pick_checkpoint,
     print_json,
@@ -80,8 +79,8 @@ def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
         checkpoints = [{"name": name, "whole": not why, "why": why} for name, why in problems.items()]
         print_json({"run": found.id, "checkpoints": checkpoints, "unfinished": unfinished})
     else:
-        rows = [[name, why or "whole"] for name, why in problems.items()]
-        out.print(number_table(["checkpoint", found.id], rows + [[name, "unfinished"] for name in unfinished]))
+        states: dict[str, str | None] = {name: why or "whole" for name, why in problems.items()}
+        out.print(facts(states | dict.fromkeys(unfinished, "unfinished"), found.id))
     if damaged:
         raise CheckpointError(
             f"run {found.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"

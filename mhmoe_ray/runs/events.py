@@ -13,6 +13,7 @@ Kind = Literal[
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups, workers: [{rank, pid, host, node}]
     "checkpoint",  # step, name
     "skipped_checkpoint",  # name, reason
+    "dropped_checkpoint",  # name
     "finished",  # step
     "stopped",  # step, or reason
     "failed",  # reason

@@ -30,6 +30,8 @@ class TrainSpec(Section):
     """Upper bound of the global gradient norm, over all ranks and experts."""
     validate_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt | None = None
+    """How many of the newest checkpoints stay, beside the one of the lowest validation loss; by default all do."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

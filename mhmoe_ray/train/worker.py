@@ -24,6 +24,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, newest_checkpoint
+from mhmoe_ray.runs.retention import drop, surplus
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
@@ -173,6 +174,10 @@ class Worker:
             counts = {"step": self.trainer.step, "routes_per_layer_and_expert": count_LE.tolist()}
             write_json(self.run.routing / f"{checkpoint.name}.json", counts)
             events.record(self.run, "checkpoint", step=self.trainer.step, name=checkpoint.name)
+            keep = self.spec.train.keep_checkpoints
+            for old in surplus(self.run, keep) if keep else []:
+                drop(old)
+                events.record(self.run, "dropped_checkpoint", name=old.name)
 
 
 class _Timed:

@@ -13,6 +13,7 @@ import torch
 
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.serve.load import load_model
 from mhmoe_ray.train import memory
 from tests.cli.audit import assert_read_as_ordered
@@ -124,7 +125,7 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster):
-    write_spec(corpus, train={"steps": 150, "validate_every": 50, "checkpoint_every": 20})
+    write_spec(corpus, train={"steps": 150, "validate_every": 50, "checkpoint_every": 20, "keep_checkpoints": 2})
     assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
     run = newest(corpus)
     wait_until(lambda: step_of(run) >= 30)
@@ -140,6 +141,11 @@ def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster)
     assert 20 <= second["step"] < 150
     assert second["step"] % 20 == 0
     assert_read_as_ordered(run)
+    saved, dropped = ([e["name"] for e in happened if e["event"] == f"{what}checkpoint"] for what in ("", "dropped_"))
+    kept = [path.name for path in committed(run)]
+    assert kept[-2:] == ["step_00000140.2", "step_00000150.2"]
+    assert len(kept) <= 3  # the best may be an older one
+    assert sorted(kept + dropped) == sorted(saved)
 
 
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):

@@ -1,0 +1,30 @@
+"""Which checkpoints of a run stay, where not all do."""
+
+import shutil
+from pathlib import Path
+
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import MANIFEST, committed
+
+
+def surplus(run: RunDir, keep: int) -> list[Path]:
+    """All but the newest `keep` and the best, oldest first.
+
+    The best is the one of the lowest validation loss among those of a step that was validated.
+    """
+    found = committed(run)
+    losses = {line[metrics.STEP]: line[metrics.VAL_LOSS] for line in metrics.history(run) if metrics.VAL_LOSS in line}
+    validated = [path for path in found if _step(path) in losses]
+    best = min(validated, key=lambda path: losses[_step(path)], default=None)
+    return [path for path in found[:-keep] if path != best]
+
+
+def drop(checkpoint: Path) -> None:
+    """Its manifest goes first: should the rest stay, for whatever reason, it no longer counts."""
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_").partition(".")[0])

@@ -1,0 +1,53 @@
+"""Which checkpoints stay."""
+
+import pytest
+
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.manifest import MANIFEST, committed
+from mhmoe_ray.runs.retention import drop, surplus
+from tests.specs import tiny_spec
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoints of steps 10 to 50, one more of step 30 by a second group, and one of 60 that was never finished."""
+    run = create_run(tiny_spec(tmp_path))
+    for name in ("10.1", "20.1", "30.1", "30.2", "40.2", "50.2"):
+        step, group = name.split(".")
+        folder = run.checkpoints / f"step_{int(step):08d}.{group}"
+        (folder / "weights").mkdir(parents=True)
+        (folder / MANIFEST).write_text("{}")
+    (run.checkpoints / "step_00000060.2" / "weights").mkdir(parents=True)
+    return run
+
+
+def names(paths):
+    return [path.name.removeprefix("step_000000") for path in paths]
+
+
+def test_the_newest_stay_and_the_rest_goes_oldest_first(run):
+    assert names(surplus(run, 2)) == ["10.1", "20.1", "30.1", "30.2"]
+    assert surplus(run, 6) == surplus(run, 9) == []
+
+
+def test_the_best_stays_too(run):
+    for step, loss in ((10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0)):  # of step 25 there is no checkpoint
+        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    assert names(surplus(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert names(surplus(run, 2)) == ["10.1", "30.1", "30.2"]
+
+
+def test_a_loss_that_was_gone_back_behind_does_not_count(run):
+    """A restart repeats steps, and what it finds then is what the run's history has."""
+    lines = ((10, 5.0), (20, 1.0), (20, 6.0))
+    for step, loss in lines:
+        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
+
+
+def test_dropped_is_gone_and_others_are_not(run):
+    drop(surplus(run, 2)[0])
+    assert names(committed(run)) == ["20.1", "30.1", "30.2", "40.2", "50.2"]
+    assert not (run.checkpoints / "step_00000010.1").exists()
+    assert (run.checkpoints / "step_00000060.2").exists()
