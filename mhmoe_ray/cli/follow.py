@@ -110,6 +110,8 @@ class _View:
                 note.print(f"step {line[metrics.STEP]}: validation loss {loss:.4f}, {figures}", soft_wrap=True)
 
     def _say(self, event: dict[str, Any]) -> None:
+        from mhmoe_ray.runs import events
+
         kind = event["event"]
         self._progress.update(self._task, description=kind)
         if kind == "preparing":
@@ -118,7 +120,7 @@ class _View:
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
             places = f"{len(event['workers'])} workers, dp {event['dp']} x ep {event['ep']}"
             note.print(f"training from step {event['step']} on {places}{again}")
-            if event["straddling_groups"]:
-                note.print(f"warning: {event['straddling_groups']} expert-parallel groups lie on more than one node")
+            if warning := events.straddling(event):
+                note.print(f"warning: {warning}")
         elif kind == "skipped_checkpoint":
             note.print(f"warning: {event['name']}: {event['reason']}; the one before is used", soft_wrap=True)

@@ -114,8 +114,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
             f"{len(started['workers'])} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
             f"; started {found['worker_starts']} times in {found['attempts']} attempts"
         )
-        if started["straddling_groups"]:
-            rows["warning"] = f"{started['straddling_groups']} expert-parallel groups lie on more than one node"
+        rows["warning"] = events.straddling(started)
     if checkpoint:
         said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
         damaged = len(set(found["skipped_checkpoints"]))

@@ -1,6 +1,6 @@
-"""Expert-parallel groups, filled node by node, so that the exchange of rows stays inside a node where it can."""
+"""Expert-parallel groups, filled node by node, then domain by domain: rows are exchanged over the fastest links."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -9,23 +9,45 @@ class Groups(NamedTuple):
     """dp groups of ep ranks each; place (i, j) holds expert shard j of replica i."""
     straddling: list[int]
     """Groups whose ranks are on more than one node."""
+    apart: list[int]
+    """Those of them whose nodes are in more than one domain."""
 
 
-def expert_groups(nodes: Sequence[str], ep: int) -> Groups:
-    """Groups for ranks 0..world-1 of which `nodes[rank]` names the node; world must be a multiple of ep.
+def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None = None) -> Groups:
+    """Groups for ranks 0..world-1; world must be a multiple of ep.
 
-    Each node gives as many whole groups as it can, in the order in which nodes first appear; what remains of the nodes
-    is joined in the same order.
+    Each node gives as many whole groups as it can; what remains of the nodes of a domain is joined to whole groups; and
+    what remains of the domains is joined. All in the order in which nodes and domains first appear.
+
+    Args:
+        nodes: for each rank, the name of its node.
+        ep: ranks of a group.
+        domains: for each rank, the name of the domain (a rack, an NVLink domain) that its node is in; by default all
+            are in one.
     """
     assert len(nodes) % ep == 0
-    by_node: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        by_node.setdefault(node, []).append(rank)
+    domains = domains or [""] * len(nodes)
+    groups: list[list[int]] = []
+    left = list(range(len(nodes)))
+    for places in (list(zip(domains, nodes, strict=True)), list(domains), [""] * len(nodes)):
+        whole, left = _filled(left, places, ep)
+        groups += whole
+    return Groups(groups, _on_several(groups, nodes), _on_several(groups, domains))
+
+
+def _filled(ranks: Iterable[int], places: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:
+    """Whole groups of ranks in one place each, and the ranks that remain, place by place."""
+    by_place: dict[object, list[int]] = {}
+    for rank in ranks:
+        by_place.setdefault(places[rank], []).append(rank)
     groups: list[list[int]] = []
     left: list[int] = []
-    for ranks in by_node.values():
-        whole = len(ranks) // ep * ep
-        groups += [ranks[i : i + ep] for i in range(0, whole, ep)]
-        left += ranks[whole:]
-    groups += [left[i : i + ep] for i in range(0, len(left), ep)]
-    return Groups(groups, [i for i, group in enumerate(groups) if len({nodes[r] for r in group}) > 1])
+    for there in by_place.values():
+        whole = len(there) // ep * ep
+        groups += [there[i : i + ep] for i in range(0, whole, ep)]
+        left += there[whole:]
+    return groups, left
+
+
+def _on_several(groups: list[list[int]], places: Sequence[str]) -> list[int]:
+    return [i for i, group in enumerate(groups) if len({places[rank] for rank in group}) > 1]

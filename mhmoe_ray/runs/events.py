@@ -10,7 +10,8 @@ Kind = Literal[
     "submitted",  # attempt, job, address
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
-    "started",  # group, step, dp, ep, groups (ranks), straddling_groups, workers: [{rank, pid, host, node}]
+    "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
+    # workers: [{rank, pid, host, node}]
     "checkpoint",  # step, name
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
@@ -50,3 +51,13 @@ def state(happened: list[dict[str, Any]]) -> State:
 
 def is_over(current: State) -> bool:
     return current in ("finished", "stopped", "failed", "imported")
+
+
+def straddling(started: dict[str, Any]) -> str | None:
+    """A sentence on the expert-parallel groups that lie on several nodes, by a "started" event; None without any."""
+    if not (groups := started["straddling_groups"]):
+        return None
+    apart = started.get("groups_apart", 0)  # events of before have none
+    return f"{groups} expert-parallel groups lie on more than one node" + (
+        f", {apart} of them in more than one domain" if apart else ""
+    )

@@ -19,6 +19,11 @@ class ClusterSpec(Section):
     weights too (extra `deepspeed`)."""
     shard_experts: bool = False
     """With fsdp, slice experts too, over the dp workers that hold the same ones."""
+    straddling: Literal["warn", "refuse"] = "warn"
+    """What to do where an expert-parallel group must lie on more than one node."""
+    domain_label: str | None = None
+    """Label of Ray's nodes whose value names what a faster network joins, a rack or an NVLink domain: a group that must
+    lie on several nodes lies within one such domain where it can."""
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3

@@ -26,6 +26,8 @@ class Mesh:
     """Ranks of each expert-parallel group."""
     straddling: int
     """Expert-parallel groups that lie on more than one node."""
+    apart: int
+    """Those of them that lie in more than one domain."""
 
     @property
     def dp(self) -> int:
@@ -49,20 +51,27 @@ class Mesh:
         return DTensor.from_local(local, self.devices, placements, run_check=False)
 
 
-def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str) -> Mesh:
+def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
     """The mesh of the default process group, or of a single process if there is none.
 
     Args:
         spec: its `workers` must be the size of the group.
         nodes: for each rank, a name of the node it is on.
         device_type: "cpu" or "cuda".
+        domains: for each rank, a name of the domain that its node is in; by default all are in one.
+
+    Raises:
+        ClusterError: a group lies farther apart than `spec.straddling` allows, or the worker group has another size.
     """
-    groups = expert_groups(nodes, spec.ep)
+    groups = expert_groups(nodes, spec.ep, domains)
+    if spec.straddling == "refuse" and groups.straddling:
+        why = f"{len(groups.straddling)} of {len(groups.ranks)} expert-parallel groups would lie on more than one node"
+        raise ClusterError("placement", why, "free whole nodes, lower cluster.ep, or set cluster.straddling to warn")
     if not dist.is_initialized():
-        return Mesh(1, 0, 1, 0, None, groups.ranks, 0)
+        return Mesh(1, 0, 1, 0, None, groups.ranks, 0, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
     if world != spec.workers:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
     devices = DeviceMesh(device_type, torch.tensor(groups.ranks), mesh_dim_names=("dp", "ep"))
     ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)
-    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, len(groups.straddling))
+    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, len(groups.straddling), len(groups.apart))

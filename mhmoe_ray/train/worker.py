@@ -57,7 +57,7 @@ class Worker:
         rank = dist.get_rank() if dist.is_initialized() else 0
         node = ray.get_runtime_context().get_node_id()
         places = _gather(Place(rank, os.getpid(), socket.gethostname(), node))
-        mesh = build_mesh(spec.cluster, [p.node for p in places], device.type)
+        mesh = build_mesh(spec.cluster, [p.node for p in places], device.type, _domains(spec, places))
         edges = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         assert edges is not None
         self.trainer = Trainer(spec, mesh, device, edges.start)
@@ -69,7 +69,8 @@ class Worker:
         self.start = self.trainer.step
         if rank == 0:
             workers = [vars(p) for p in places]
-            where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups, "straddling_groups": mesh.straddling}
+            where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
+            where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
             events.record(run, "started", group=self.group, step=self.start, workers=workers, **where)
 
     def train(self) -> None:
@@ -178,6 +179,15 @@ class Worker:
             for old in surplus(self.run, keep) if keep else []:
                 drop(old)
                 events.record(self.run, "dropped_checkpoint", name=old.name)
+
+
+def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:
+    """Of each rank's node, by its label; nodes without one are one domain."""
+    label = spec.cluster.domain_label
+    if label is None:
+        return None
+    labels = {node["NodeID"]: node["Labels"] for node in ray.nodes()}
+    return [labels[place.node].get(label, "") for place in places]
 
 
 class _Timed:

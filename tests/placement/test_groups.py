@@ -18,7 +18,43 @@ def test_six_and_two_free_gpus_give_one_straddling_group_at_most():
     groups = expert_groups(["a"] * 6 + ["b"] * 2, 4)
     assert groups.ranks == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert groups.straddling == [1]
+    assert groups.apart == []
 
 
 def test_interleaved_ranks_are_regrouped_by_node():
-    assert expert_groups(["a", "b", "a", "b"], 2) == ([[0, 2], [1, 3]], [])
+    assert expert_groups(["a", "b", "a", "b"], 2) == ([[0, 2], [1, 3]], [], [])
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=60), st.integers(1, 8))
+def test_domains_are_filled_before_groups_lie_in_several(places, ep):
+    places = places[: len(places) // ep * ep]
+    domains, nodes = [d for d, _ in places], [d + n for d, n in places]
+    groups = expert_groups(nodes, ep, domains)
+    assert sorted(rank for group in groups.ranks for rank in group) == list(range(len(nodes)))
+    of_nodes = sum(nodes.count(node) // ep for node in set(nodes))
+    of_domains = sum(domains.count(domain) // ep for domain in set(domains))
+    assert len(groups.ranks) - len(groups.straddling) >= of_nodes
+    assert len(groups.ranks) - len(groups.apart) == of_domains
+    assert set(groups.apart) <= set(groups.straddling)
+
+
+def test_leftovers_of_a_rack_stay_in_it():
+    """Two racks of two nodes with 6 free GPUs each, in groups of 4."""
+    nodes = [f"node{n}" for n in range(4) for _ in range(6)]
+    domains = ["rack0"] * 12 + ["rack1"] * 12
+    groups = expert_groups(nodes, 4, domains)
+    assert [len(groups.straddling), len(groups.apart)] == [2, 0]
+    assert [4, 5, 10, 11] in groups.ranks
+    shuffled = [nodes[i * 7 % 24] for i in range(24)], [domains[i * 7 % 24] for i in range(24)]
+    assert [len(part) for part in expert_groups(shuffled[0], 4, shuffled[1])[1:]] == [2, 0]
+
+
+def test_a_thousand_nodes():
+    """8 GPUs each, 16 nodes a rack, groups of 64: 8 nodes, of which each rack has two."""
+    nodes = [f"node{n}" for n in range(1024) for _ in range(8)]
+    domains = [f"rack{n // 16}" for n in range(1024) for _ in range(8)]
+    groups = expert_groups(nodes, 64, domains)
+    assert len(groups.ranks) == 128
+    assert groups.apart == []
+    whole = expert_groups(nodes, 8, domains)
+    assert whole.straddling == []
