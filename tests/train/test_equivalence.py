@@ -42,7 +42,7 @@ ALWAYS = {
     (2, 2, "zero2", False, False),
     (4, 2, "fsdp", True, True),
     (4, 4, "fsdp", False, False),
-    (4, 1, "zero1", False, False),
+    (2, 1, "zero1", False, False),
 }
 
 
