@@ -121,7 +121,7 @@ def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
 
 def committed(run: RunDir) -> list[Path]:
     """The checkpoints of a run that were committed, oldest first; whether they are whole, nobody has looked."""
-    return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=_age_key)
+    return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=step_and_group)
 
 
 def newest_checkpoint(
@@ -142,6 +142,7 @@ def newest_checkpoint(
     return None
 
 
-def _age_key(checkpoint: Path) -> tuple[int, int]:
+def step_and_group(checkpoint: Path) -> tuple[int, int]:
+    """What its name says; the larger, the newer."""
     step, _, group = checkpoint.name.removeprefix("step_").partition(".")
     return int(step), int(group)

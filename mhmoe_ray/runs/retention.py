@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import MANIFEST, committed
+from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
 
 
 def surplus(run: RunDir, keep: int) -> list[Path]:
@@ -15,8 +15,8 @@ def surplus(run: RunDir, keep: int) -> list[Path]:
     """
     found = committed(run)
     losses = {line[metrics.STEP]: line[metrics.VAL_LOSS] for line in metrics.history(run) if metrics.VAL_LOSS in line}
-    validated = [path for path in found if _step(path) in losses]
-    best = min(validated, key=lambda path: losses[_step(path)], default=None)
+    validated = [path for path in found if step_and_group(path)[0] in losses]
+    best = min(validated, key=lambda path: losses[step_and_group(path)[0]], default=None)
     return [path for path in found[:-keep] if path != best]
 
 
@@ -24,7 +24,3 @@ def drop(checkpoint: Path) -> None:
     """Its manifest goes first: should the rest stay, for whatever reason, it no longer counts."""
     (checkpoint / MANIFEST).unlink()
     shutil.rmtree(checkpoint)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_").partition(".")[0])

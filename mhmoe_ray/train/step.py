@@ -148,7 +148,7 @@ class Trainer:
         """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate).
 
         Raises:
-            JobError: the norm is not finite, on all ranks alike; the model is spoilt and must not be saved.
+            JobError: the norm is not finite, on all ranks alike. Nothing is applied, but by ZeRO: do not save it.
         """
         lr = learning_rate(self.spec.train, self.step + 1)
         norm = self.strategy.apply(lr)

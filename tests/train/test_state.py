@@ -14,15 +14,21 @@ from tests.train import jobs
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run saved by two workers with ep 2, and what they held."""
-    spec = tiny_spec(tmp_path_factory.mktemp("run"), cluster={"workers": 2, "ep": 2})
+def trained(folder, cluster):
+    """A run below the folder, with a checkpoint after some steps."""
+    spec = tiny_spec(folder, cluster=cluster)
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
     spec.data.prepared.mkdir()
     (spec.data.prepared / "manifest.json").write_text("{}")
-    run_ranks(2, jobs.train_and_save, spec, run.path, STEPS)
+    run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS)
+    return spec, run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run saved by two workers with ep 2, and what they held."""
+    spec, run = trained(tmp_path_factory.mktemp("run"), {"workers": 2, "ep": 2})
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert skipped == []
     assert (manifest.step, manifest.position, manifest.tokens) == (STEPS, STEPS * 8, STEPS * 8 * 16)
@@ -74,12 +80,7 @@ def saved_by(tmp_path_factory):
 
     def of(way):
         if way not in found:
-            spec = tiny_spec(tmp_path_factory.mktemp(way), cluster=WAYS[way])
-            run = create_run(spec)
-            run.tokenizer_file.write_text("{}")
-            spec.data.prepared.mkdir()
-            (spec.data.prepared / "manifest.json").write_text("{}")
-            run_ranks(WAYS[way]["workers"], jobs.train_and_save, spec, run.path, STEPS)
+            _, run = trained(tmp_path_factory.mktemp(way), WAYS[way])
             found[way] = newest_checkpoint(run)[0]
         return found[way]
 

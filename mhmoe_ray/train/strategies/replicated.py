@@ -1,5 +1,6 @@
 """Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -47,8 +48,10 @@ class Strategy:
 
     def apply(self, lr: float) -> float:
         """Clip by the global norm and update; returns the norm before clipping, the same on every rank. Where that is
-        not finite, the caller must not go on: gradients may have been applied."""
+        not finite, nothing is applied (but by DeepSpeed), and the caller must not go on."""
         norm = clip_gradients(self.model, self.mesh, self.spec.clip_norm)
+        if not math.isfinite(norm):
+            return norm
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -34,7 +34,7 @@ class Sharded(Strategy):
                 self._slice_experts(module)
         apart = set() if self._experts else set(expert_parameters(self.model).values())
         # In one dimension, rank by rank: which rank holds which slice is nobody's concern.
-        everyone = self.mesh.devices._flatten("world") if self.mesh.devices.ndim > 1 else self.mesh.devices
+        everyone = self.mesh.devices._flatten("world")
         for block in self.model.blocks:
             fully_shard(block, mesh=everyone, ignored_params=apart)
         # Also the root's own tensors after each forward, so that what is read between steps is slices always.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
@@ -45,8 +46,8 @@ class Zero(Strategy):
             self._introduce_experts()
             module = _with_marker(model)
         self.optimizer = build_optimizer(model, spec)
+        mine = {id(p) for p in self._experts.values()}
         for group in self.optimizer.param_groups:
-            mine = {id(p) for p in self._experts.values()}
             if any(id(p) in mine for p in group["params"]):
                 group |= {"moe": True, "name": self._group_name}
         config = {
@@ -144,7 +145,7 @@ class Zero(Strategy):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _with_marker(model: Decoder) -> nn.Module:
