@@ -62,7 +62,7 @@ def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
     """
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.manifest import committed, read_manifest
+    from mhmoe_ray.runs.manifest import committed, read_manifest, unfinished
 
     found = find_run(run, storage)
     problems: dict[str, str | None] = {}
@@ -73,14 +73,14 @@ def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
             problems[path.name] = error.why
         else:
             problems[path.name] = None
-    unfinished = sorted({p.name for p in found.checkpoints.glob("step_*")} - problems.keys())
+    never_done = [path.name for path in unfinished(found)]
     damaged = [name for name, why in problems.items() if why]
     if json:
         checkpoints = [{"name": name, "whole": not why, "why": why} for name, why in problems.items()]
-        print_json({"run": found.id, "checkpoints": checkpoints, "unfinished": unfinished})
+        print_json({"run": found.id, "checkpoints": checkpoints, "unfinished": never_done})
     else:
         states: dict[str, str | None] = {name: why or "whole" for name, why in problems.items()}
-        out.print(facts(states | dict.fromkeys(unfinished, "unfinished"), found.id))
+        out.print(facts(states | dict.fromkeys(never_done, "unfinished"), found.id))
     if damaged:
         raise CheckpointError(
             f"run {found.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"

@@ -96,6 +96,11 @@ def print_whole(table: Table) -> None:
     Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
 
 
+def nats(value: float | None) -> str:
+    """A loss in a few digits."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def in_bytes(count: int) -> str:
     """Three digits and a unit: 1.21 GB."""
     size = float(count)

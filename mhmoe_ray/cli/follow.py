@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from mhmoe_ray.cli.common import note, out
+from mhmoe_ray.cli.common import nats, note, out
 from mhmoe_ray.cli.launch import name_of
 from mhmoe_ray.cli.preparing import PreparingView
 
@@ -32,7 +32,7 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
         ClusterError: the cluster does not answer any more.
     """
     from mhmoe_ray.errors import JobError
-    from mhmoe_ray.runs.manifest import newest_checkpoint
+    from mhmoe_ray.runs.manifest import committed, step_and_group
 
     try:
         with _bar() as progress:
@@ -47,8 +47,8 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
     if over.state == "failed":
         name = name_of(run)
         raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
-    reached = newest_checkpoint(run)
-    out.print(f"run {run.id} {over.state} at step {reached[1].step if reached else 0}")
+    step = max((step_and_group(path)[0] for path in committed(run)), default=0)
+    out.print(f"run {run.id} {over.state} at step {step}")
 
 
 def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
@@ -101,13 +101,15 @@ class _View:
             self._say(event)
         self._preparing.refresh()
         for line in self._metrics.new():
-            figures = f"loss {line[metrics.LOSS]:.3f}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
+            figures = f"loss {nats(line[metrics.LOSS])}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
             if metrics.BALANCE in line:
                 figures += f"  balance {line[metrics.BALANCE]:.2f}"
             self._progress.update(self._task, completed=line[metrics.STEP], figures=figures, description="training")
             if metrics.VAL_LOSS in line:
-                loss = line[metrics.VAL_LOSS]
-                note.print(f"step {line[metrics.STEP]}: validation loss {loss:.4f}, {figures}", soft_wrap=True)
+                loss = nats(line[metrics.VAL_LOSS])
+                note.print(f"step {line[metrics.STEP]}: validation loss {loss}, {figures}", soft_wrap=True)
+            if metrics.SKIPPED in line:
+                note.print(f"warning: step {line[metrics.STEP]} updated nothing: its gradient was not finite")
 
     def _say(self, event: dict[str, Any]) -> None:
         from mhmoe_ray.runs import events
@@ -122,5 +124,7 @@ class _View:
             note.print(f"training from step {event['step']} on {places}{again}")
             if warning := events.straddling(event):
                 note.print(f"warning: {warning}")
+        elif kind == "hung":
+            note.print(f"warning: {events.hung(event)}", soft_wrap=True)
         elif kind == "skipped_checkpoint":
             note.print(f"warning: {event['name']}: {event['reason']}; the one before is used", soft_wrap=True)

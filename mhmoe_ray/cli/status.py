@@ -4,7 +4,7 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, in_bytes, out, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, facts, in_bytes, nats, out, print_json
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -58,6 +58,8 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
         "validation": next((line for line in reversed(history) if metrics.VAL_LOSS in line), None),
         "baselines": next((e for e in reversed(happened) if e["event"] == "prepared"), None),
         "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
+        "hung": [e for e in happened if e["event"] == "hung"],
+        "skipped_steps": sum(metrics.SKIPPED in line for line in history),
         "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
         "checkpoint": next((e for e in reversed(happened) if e["event"] in ("checkpoint", "imported")), None),
         "tokens_per_s": _mean_rate(history),
@@ -87,9 +89,9 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
         rows["imported from"] = found["source"]
     if last:
         rows["step"] = f"{last['step']} of {found['steps']}"
-        rows["loss"] = f"{last['loss']:.4f} nats per token"
+        rows["loss"] = f"{nats(last['loss'])} nats per token"
     if validation:
-        rows["validation loss"] = f"{validation['val_loss']:.4f} at step {validation['step']}"
+        rows["validation loss"] = f"{nats(validation['val_loss'])} at step {validation['step']}"
     if base:
         rows["  to beat"] = (
             f"{base['unigram_entropy']:.4f} unigram entropy of that text, "
@@ -115,6 +117,11 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
             f"; started {found['worker_starts']} times in {found['attempts']} attempts"
         )
         rows["warning"] = events.straddling(started)
+    if found["hung"]:
+        again = f" ({len(found['hung'])} such)" if len(found["hung"]) > 1 else ""
+        rows["hung"] = events.hung(found["hung"][-1]) + again
+    if found["skipped_steps"]:
+        rows["skipped steps"] = f"{found['skipped_steps']}, whose gradient was not finite"
     if checkpoint:
         said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
         damaged = len(set(found["skipped_checkpoints"]))

@@ -10,9 +10,11 @@ Kind = Literal[
     "submitted",  # attempt, job, address
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
+    "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # workers: [{rank, pid, host, node}]
-    "checkpoint",  # step, name
+    "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
+    "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
     "finished",  # step
@@ -51,6 +53,13 @@ def state(happened: list[dict[str, Any]]) -> State:
 
 def is_over(current: State) -> bool:
     return current in ("finished", "stopped", "failed", "imported")
+
+
+def hung(event: dict[str, Any]) -> str:
+    """A sentence on a rank that hung, by its event."""
+    how = "gave no sign of life" if event["silent"] else "made no progress"
+    where = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
+    return f"{where} {how} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was ended"
 
 
 def straddling(started: dict[str, Any]) -> str | None:

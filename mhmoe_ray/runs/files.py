@@ -3,8 +3,10 @@
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -23,3 +25,16 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     replace_file(path, json.dumps(value, indent=1).encode())
+
+
+@contextmanager
+def create_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, its folder made too; on the disk when the context ends.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as f:
+        yield f
+        os.fsync(f.fileno())

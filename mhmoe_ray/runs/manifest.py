@@ -12,6 +12,7 @@ folder load as a silent mix. For the same reason a folder must hold exactly the 
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -23,6 +24,8 @@ from mhmoe_ray.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
+_READERS = 8  # files that are read at a time: storage that many nodes share is faster so
+_FIX = "use another checkpoint of the run"
 
 
 class FileEntry(BaseModel):
@@ -32,7 +35,9 @@ class FileEntry(BaseModel):
 
 class Manifest(BaseModel):
     step: int
-    """Optimizer steps done."""
+    """Steps done."""
+    skipped: int = 0
+    """Those of them that updated nothing, since their gradient was not finite."""
     tokens: int
     """Tokens predicted so far; padding is not among them."""
     position: int
@@ -69,22 +74,30 @@ def commit(checkpoint: Path, manifest: Manifest) -> None:
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
+def stored_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint, whose files nobody looks at.
+
+    Raises:
+        CheckpointError: it is uncommitted, or its manifest is damaged.
+    """
+    try:
+        return Manifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", _FIX) from e
+    except (ValueError, ValidationError) as e:
+        raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", _FIX) from e
+
+
 def read_manifest(checkpoint: Path, parts: tuple[str, ...] = PARTS) -> Manifest:
     """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
 
     Raises:
         CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
     """
-    fix = "use another checkpoint of the run"
-    try:
-        manifest = Manifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
-    except OSError as e:
-        raise CheckpointError(f"checkpoint {checkpoint}", f"it has no readable {MANIFEST}", fix) from e
-    except (ValueError, ValidationError) as e:
-        raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", fix) from e
+    manifest = stored_manifest(checkpoint)
     problem = next(_problems(checkpoint, manifest, parts), None)
     if problem:
-        raise CheckpointError(f"checkpoint {checkpoint}", problem, fix)
+        raise CheckpointError(f"checkpoint {checkpoint}", problem, _FIX)
     return manifest
 
 
@@ -97,8 +110,10 @@ def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> I
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
-        elif describe_file(checkpoint / name).sha256 != expected.sha256:
-            yield f"{name} does not have the hash it was written with"
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, found in zip(files, pool.map(lambda name: describe_file(checkpoint / name), files), strict=True):
+            if found.sha256 != files[name].sha256:
+                yield f"{name} does not have the hash it was written with"
 
 
 def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
@@ -117,6 +132,11 @@ def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
     if found != manifest.tokenizer_sha256:
         raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
     return path
+
+
+def unfinished(run: RunDir) -> list[Path]:
+    """Folders of checkpoints that were never committed: being written, or left by a process that was killed."""
+    return sorted(p for p in run.checkpoints.glob("step_*") if not (p / MANIFEST).exists())
 
 
 def committed(run: RunDir) -> list[Path]:

@@ -1,5 +1,6 @@
 """Names of the metrics and the history of a run. Every other part takes the names from here."""
 
+import math
 from typing import Any
 
 from mhmoe_ray.runs import jsonl
@@ -21,12 +22,15 @@ LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, ti
 ROWS_SENT = "rows_sent"  # bytes of routed rows, outputs and gradients that left their rank, over all ranks
 ROWS_LEAST = "rows_least"  # below which that cannot be, for the routes of the step
 COUNTS_SENT = "counts_sent"  # bytes of rows per expert that left their rank, over all ranks
+SKIPPED = "skipped"  # true where the step updated nothing, since its gradient was not finite
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    jsonl.append(run.metrics_file, line)
+    """A number that is not finite, for which JSON has no word, becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    jsonl.append(run.metrics_file, finite)
 
 
 def history(run: RunDir) -> list[dict[str, Any]]:

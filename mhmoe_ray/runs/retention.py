@@ -11,10 +11,12 @@ from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
 def surplus(run: RunDir, keep: int) -> list[Path]:
     """All but the newest `keep` and the best, oldest first.
 
-    The best is the one of the lowest validation loss among those of a step that was validated.
+    The best is the one of the lowest validation loss among those of a step that was validated; a loss that is not
+    finite is none.
     """
     found = committed(run)
-    losses = {line[metrics.STEP]: line[metrics.VAL_LOSS] for line in metrics.history(run) if metrics.VAL_LOSS in line}
+    validated_at = (line for line in metrics.history(run) if line.get(metrics.VAL_LOSS) is not None)
+    losses = {line[metrics.STEP]: line[metrics.VAL_LOSS] for line in validated_at}
     validated = [path for path in found if step_and_group(path)[0] in losses]
     best = min(validated, key=lambda path: losses[step_and_group(path)[0]], default=None)
     return [path for path in found[:-keep] if path != best]

@@ -1,71 +1,119 @@
-"""Named tensors to and from a checkpoint folder, as safetensors through torch.distributed.checkpoint.
+"""Named tensors to and from a checkpoint folder.
 
-Each rank writes one file with its own slices; a reader of any world size assembles what it needs. Only tensors may be
-given: torch's writer stores any other value as a pickle under a .safetensors name.
+Each rank writes one file with slices of its own; a reader of any world size takes what it needs from all of them. No
+rank waits for another, neither to write nor to read.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Replicate
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.files import create_file
+from mhmoe_ray.runs.manifest import FileEntry
+from mhmoe_ray.runs.slices import SUFFIX, Slice, StoredSlice, read_into, slice_of, stored_slices, write_slices
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (DTensors by slices, plain ones once) of all ranks to a folder that does not exist yet.
+class Shares:
+    """Which of the ranks that hold the same writes it: the one that has least to write so far.
 
-    Collective: every rank of the default group calls it. Alone, a process needs no group.
+    Every rank finds the same answer by itself, if all ask for the same tensors in the same order.
     """
-    _only_tensors(tensors)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone_is_fine():
-        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+
+    def __init__(self) -> None:
+        world, self._rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        self._load = [0] * world
+
+    def is_mine(self, tensor: Tensor) -> bool:
+        """Whether this rank writes its part of a DTensor, or the whole of any other tensor."""
+        ours = [self._writer(holders, tensor.numel()) for holders in self._holders(tensor)]
+        return self._rank in ours
+
+    def _writer(self, holders: list[int], size: int) -> int:
+        least = min(holders, key=self._load.__getitem__)
+        self._load[least] += size
+        return least
+
+    def _holders(self, tensor: Tensor) -> list[list[int]]:
+        """For each of its slices, the ranks that hold it."""
+        if not isinstance(tensor, DTensor):
+            return [list(range(len(self._load)))]
+        mesh = tensor.device_mesh.mesh
+        alike = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+        apart = [dim for dim in range(mesh.ndim) if dim not in alike]
+        slices = mesh.permute(*apart, *alike).reshape(-1, *(mesh.shape[dim] for dim in alike))
+        return [holders.flatten().tolist() for holders in slices]
 
 
-def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
-    """Fill the given tensors in place, each in its own dtype, from whatever slices the folder has.
+def save_slices(folder: Path, slices: Mapping[str, Slice], rank: int) -> FileEntry:
+    """Write slices, which are in CPU memory, as one file; one without any has no bytes of data.
 
     Raises:
-        CheckpointError: a tensor is missing there or has another shape.
+        OSError: the file is there already, or cannot be written.
     """
-    _only_tensors(into)
-    reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
-    for name, tensor in into.items():
-        there = stored.get(name)
-        why = None
-        if not isinstance(there, TensorStorageMetadata):
-            why = f"{name} is not in it"
-        elif there.size != tensor.shape:
-            why = f"{name} has shape {tuple(there.size)} there and {tuple(tensor.shape)} in the model"
-        if why:
-            raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
-    with _alone_is_fine():
-        load(into, storage_reader=reader, no_dist=not dist.is_initialized())
+    with create_file(folder / file_name(rank)) as file:
+        return write_slices(file, slices)
+
+
+def file_name(rank: int) -> str:
+    """Of a rank's file in each folder of a checkpoint."""
+    return f"rank_{rank:05d}{SUFFIX}"
+
+
+def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
+    folder has.
+
+    Raises:
+        CheckpointError: a tensor is missing there, wholly or in part, or has another shape.
+    """
+    stored = _stored(folder)
+    every = {s.file for slices in stored.values() for s in slices}
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in every}
+        for name, tensor in into.items():
+            target, there = slice_of(tensor), stored.get(name, [])
+            shape = _shape(there)
+            why = None
+            if not there:
+                why = f"{name} is not in it"
+            elif shape != target.shape:
+                why = f"{name} has shape {shape} there and {target.shape} in the model"
+            elif sum(read_into(target, s, files[s.file]) for s in there) < target.local.numel():
+                why = f"a part of {name} is not in it"
+            if why:
+                raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each tensor of a folder, by name."""
-    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: there.properties.dtype for name, there in stored.items() if isinstance(there, TensorStorageMetadata)}
+    return {name: slices[0].dtype for name, slices in _stored(folder).items()}
 
 
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """torch warns a process without a group that it works alone, which is what we asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        yield
+def _stored(folder: Path) -> dict[str, list[StoredSlice]]:
+    """All slices in the folder's files, by the names of their tensors.
+
+    Raises:
+        CheckpointError: a file is no safetensors file.
+    """
+    found: dict[str, list[StoredSlice]] = {}
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            slices = stored_slices(file)
+        except (ValueError, KeyError) as e:
+            why = f"{file.name} cannot be read ({e})"
+            raise CheckpointError(f"checkpoint {folder.parent}", why, "use another checkpoint of the run") from e
+        for name, stored in slices.items():
+            found.setdefault(name, []).append(stored)
+    return found
 
 
-def _only_tensors(tensors: dict[str, Tensor]) -> None:
-    assert all(isinstance(t, Tensor) for t in tensors.values())
+def _shape(slices: list[StoredSlice]) -> tuple[int, ...]:
+    """Of the whole that they are slices of."""
+    ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
+    return tuple(max(dim) for dim in zip(*ends, strict=True))

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 
@@ -28,6 +28,9 @@ class ClusterSpec(Section):
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3
     """Times a failed or killed worker group is started again from the last checkpoint."""
+    hang_seconds: PositiveFloat = 600
+    """Without a sign of life from a worker, or without progress of any: then the one that stands still is ended, and
+    the group is started again."""
     shared_filesystem: bool = False
     """Paths of this spec mean the same files on the machine of the command line and on every node."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)

@@ -21,10 +21,18 @@ from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, newest_checkpoint
+from mhmoe_ray.runs.manifest import (
+    Manifest,
+    committed,
+    describe_file,
+    newest_checkpoint,
+    step_and_group,
+    unfinished,
+)
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
+from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
 
 
@@ -73,9 +81,10 @@ def drive(run: RunDir, attempt: int) -> None:
     if newest and newest[1].step >= spec.train.steps:
         events.record(run, "finished", step=newest[1].step)
         return
+    watchdog = Watchdog.start(run, spec.cluster.hang_seconds)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"run": str(run.path), "attempt": attempt},
+        train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
         # A callable: Ray Train calls it at every start of the worker group, so the stream begins where the newest
         # checkpoint ends. A plain dataset would begin where the job began.
         datasets={"train": lambda: _stream_from_newest(run, spec)},
@@ -100,9 +109,7 @@ def drive(run: RunDir, attempt: int) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
         raise _explain(run, e) from e
-    reached = newest_checkpoint(run)
-    assert reached, "workers end with a checkpoint"
-    step = reached[1].step
+    step, _ = step_and_group(committed(run)[-1])  # workers end with a checkpoint
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
 
 
@@ -131,8 +138,16 @@ def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
 
 
 def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
+    """Called when no worker runs. What it chooses is recorded for them, so that they start where the stream does."""
     newest = newest_checkpoint(run)
-    return training_stream(spec, newest[1].position if newest else 0, spec.cluster.workers)
+    for error in newest[2] if newest else []:
+        print(f"warning: {error}")
+        events.record(run, "skipped_checkpoint", name=error.what, reason=error.why)
+    for folder in unfinished(run):
+        shutil.rmtree(folder)
+    name, step, position = (newest[0].name, newest[1].step, newest[1].position) if newest else (None, 0, 0)
+    events.record(run, "restoring", name=name, step=step)
+    return training_stream(spec, position, spec.cluster.workers)
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One optimizer step: M micro-batches over all ranks, one update. Knows nothing of Ray or of files."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,18 +46,38 @@ class RankSums(NamedTuple):
     """Below which `sent.rows`, summed over ranks, cannot be; bytes."""
 
 
+class Update(NamedTuple):
+    norm: float
+    """Of the whole gradient, before clipping."""
+    lr: float
+    applied: bool
+    """False where the norm is not finite and the spec says to skip such a step."""
+
+
+MOST_SKIPPED = 10
+"""Steps in a row whose updates may be skipped: more are no accident."""
+
+
 class Trainer:
     """Model, optimizer and mesh of one rank."""
 
-    def __init__(self, spec: RunSpec, mesh: Mesh, device: torch.device, start_token: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        mesh: Mesh,
+        device: torch.device,
+        start_token: int | None = None,
+        on_micro_batch: Callable[[], None] = lambda: None,
+    ) -> None:
         """Args:
         spec: of the run.
         mesh: of this rank.
         device: of this rank.
         start_token: the token that precedes every document; needed where the model has `document_masks`.
+        on_micro_batch: called after each, in training and validation.
         """
         self.spec, self.mesh, self.device = spec, mesh, device
-        self._start_token = start_token
+        self._start_token, self._on_micro_batch = start_token, on_micro_batch
         moe = spec.model.moe
         if moe and (reason := why_not(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
@@ -75,6 +95,9 @@ class Trainer:
         """Targets that counted in the steps so far, over all ranks."""
         self.targets = 0
         """Those of the newest step."""
+        self.skipped = 0
+        """Steps so far whose updates were not applied."""
+        self._in_a_row = 0
 
     def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
         """Add the gradients of this rank's micro-batches and make them whole over ranks, unclipped.
@@ -111,6 +134,7 @@ class Trainer:
             sums = sums._replace(
                 loss=sums.loss + loss.item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
             )
+            self._on_micro_batch()
         self.strategy.finish()
         if moe and moe.bias_rate:
             self._move_biases(sums.count_LE, moe.bias_rate)
@@ -144,20 +168,25 @@ class Trainer:
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
             layer.router.bias_E.copy_(moved_bias(layer.router.bias_E, count_E, rate))
 
-    def update(self) -> tuple[float, float]:
-        """Clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate).
+    def update(self) -> Update:
+        """Clip the accumulated gradients and apply them, unless their norm is not finite.
 
         Raises:
-            JobError: the norm is not finite, on all ranks alike. Nothing is applied, but by ZeRO: do not save it.
+            JobError: it is not, on all ranks alike, and the spec does not skip such steps, or skipped too many.
         """
         lr = learning_rate(self.spec.train, self.step + 1)
         norm = self.strategy.apply(lr)
-        if not math.isfinite(norm):
+        applied = math.isfinite(norm)
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        if not applied and (self.spec.train.on_nonfinite == "stop" or self._in_a_row > MOST_SKIPPED):
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
+            if self._in_a_row > 1:
+                why += f", as those of the {self._in_a_row - 1} steps before it were not"
             raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
+        self.skipped += not applied
         self.step += 1
         self.tokens += self.targets
-        return norm, lr
+        return Update(norm, lr, applied)
 
     def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:
         dtype = torch.bfloat16
@@ -193,6 +222,7 @@ class Trainer:
             weight_BT = weight_BT.to(self.device)
             loss_BT = token_losses(self.forward(token_BT[:, :-1]).logits_BTV, token_BT[:, 1:])
             total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])
+            self._on_micro_batch()
         if world > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1]), int(total[1])

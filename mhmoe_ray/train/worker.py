@@ -1,10 +1,7 @@
 """One rank of a training run: restore, then step, validate and save until done or asked to stop."""
 
-import os
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +18,44 @@ from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, newest_checkpoint
-from mhmoe_ray.runs.retention import drop, surplus
+from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.mesh import build_mesh
-from mhmoe_ray.train.state import restore, save_checkpoint
-from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer
+from mhmoe_ray.train.saver import Saver
+from mhmoe_ray.train.state import restore
+from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
+from mhmoe_ray.train.watchdog import Place, Pulse
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory, and `attempt`."""
+    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory; `attempt`; and `watchdog`,
+    the actor of that name."""
     run = RunDir(Path(config["run"]))
-    Worker(run, run.spec(), config["attempt"]).train()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process a rank is, for the record and for whoever must find it."""
-
-    rank: int
-    pid: int
-    host: str
-    node: str
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with Pulse(config["watchdog"], Place.here(rank)) as pulse:
+        Worker(run, run.spec(), config["attempt"], pulse).train()
 
 
 class Worker:
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: int) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, pulse: Pulse) -> None:
         torch.set_num_threads(spec.cluster.cpus_per_worker)  # Ray leaves one thread to a worker, whatever its CPUs
-        self.run, self.spec, self.attempt = run, spec, attempt
+        self.run, self.spec, self.attempt, self.pulse = run, spec, attempt, pulse
         device = ray.train.torch.get_device()
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        node = ray.get_runtime_context().get_node_id()
-        places = _gather(Place(rank, os.getpid(), socket.gethostname(), node))
+        rank = pulse.place.rank
+        places = _gather(pulse.place)
         mesh = build_mesh(spec.cluster, [p.node for p in places], device.type, _domains(spec, places))
         edges = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         assert edges is not None
-        self.trainer = Trainer(spec, mesh, device, edges.start)
+        self.trainer = Trainer(spec, mesh, device, edges.start, on_micro_batch=pulse.beat)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
         self.group, restored = self._agree()
         if restored:
             restore(self.trainer, *restored)
+        self.saver = Saver(run, self.trainer, self.group)
         self.start = self.trainer.step
         if rank == 0:
             workers = [vars(p) for p in places]
@@ -81,33 +71,37 @@ class Worker:
         stop = False
         while trainer.step < spec.train.steps and not stop:
             began = time.monotonic()
+            self.pulse.at(trainer.step, "training")
             batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
-            norm, lr = trainer.update()
-            line, step_counts_LE, stop = self._line(sums, batches, norm, lr, began)
+            update = trainer.update()
+            line, step_counts_LE, stop = self._line(sums, batches, update, began)
             counts_LE += step_counts_LE
             last = trainer.step == spec.train.steps or stop
             if last or trainer.step % spec.train.validate_every == 0:
+                self.pulse.at(trainer.step, "validating")
                 loss, tokens = trainer.validate(*held_out)
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
             if self.rank == 0:
                 metrics.append(self.run, line)
             if last or trainer.step % spec.train.checkpoint_every == 0:
-                self._save(counts_LE)
+                self.pulse.at(trainer.step, "saving")
+                self.saver.save(counts_LE)
                 counts_LE.zero_()
             if metrics.VAL_LOSS in line:
                 ray.train.report(line)
+        self.saver.wait()
 
     def _agree(self) -> tuple[int, tuple[Path, Manifest] | None]:
-        """The number of this start of the worker group and the checkpoint to go on from, as rank 0 finds them."""
+        """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream
+        begins at, which the driver chose."""
         found: tuple[int, tuple[Path, Manifest] | None] | None = None
         if self.rank == 0:
-            group = 1 + sum(e["event"] == "started" for e in events.events(self.run))
-            newest = newest_checkpoint(self.run)
-            for error in newest[2] if newest else []:
-                print(f"warning: {error}")
-                events.record(self.run, "skipped_checkpoint", name=error.what, reason=error.why)
-            found = group, newest[:2] if newest else None
+            happened = events.events(self.run)
+            group = 1 + sum(e["event"] == "started" for e in happened)
+            name = next(e["name"] for e in reversed(happened) if e["event"] == "restoring")
+            checkpoint = self.run.checkpoints / name if name else None
+            found = group, (checkpoint, stored_manifest(checkpoint)) if checkpoint else None
         agreed: tuple[int, tuple[Path, Manifest] | None] = _gather(found)[0]
         return agreed
 
@@ -129,7 +123,7 @@ class Worker:
             yield batch["tokens"]
 
     def _line(
-        self, sums: RankSums, batches: "_Timed", norm: float, lr: float, began: float
+        self, sums: RankSums, batches: "_Timed", update: Update, began: float
     ) -> tuple[dict[str, Any], torch.Tensor, bool]:
         """The step's metrics over all ranks, its routes per expert, and whether to stop."""
         spec, trainer, moe = self.spec, self.trainer, self.spec.model.moe
@@ -138,11 +132,13 @@ class Worker:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
         exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts]
-        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, stop]
+        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, stop, self.saver.failed]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
         loss, balance, dropped, rows, least, counts = every[:, :6].sum(0)
-        wait, stops = every[:, 6:8].max(0).values
+        wait, stops, failures = every[:, 6:9].max(0).values
+        if failures:
+            self.saver.wait()  # raises, on all ranks at the same step
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
         digests = every[:, digests_at:counts_at]
         count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
@@ -152,8 +148,8 @@ class Worker:
             metrics.GROUP: self.group,
             metrics.TIME: time.time(),
             metrics.LOSS: float(loss) / max(1, trainer.targets),
-            metrics.GRAD_NORM: norm,
-            metrics.LR: lr,
+            metrics.GRAD_NORM: update.norm,
+            metrics.LR: update.lr,
             metrics.TOKENS: trainer.tokens,
             metrics.TOKENS_PER_S: trainer.targets / seconds,
             metrics.DATA_WAIT: float(wait),
@@ -165,20 +161,11 @@ class Worker:
             line[metrics.BALANCE] = float(balance) / spec.train.micro_batches / spec.model.moe_layers
             share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
             line[metrics.LEAST_EXPERT] = float(share_LE.min())
+        if not update.applied:
+            line[metrics.SKIPPED] = True
         if trainer.mesh.ep > 1:
             line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
         return line, count_LE, bool(stops)
-
-    def _save(self, count_LE: torch.Tensor) -> None:
-        checkpoint = save_checkpoint(self.run, self.trainer, self.group)
-        if self.rank == 0:
-            counts = {"step": self.trainer.step, "routes_per_layer_and_expert": count_LE.tolist()}
-            write_json(self.run.routing / f"{checkpoint.name}.json", counts)
-            events.record(self.run, "checkpoint", step=self.trainer.step, name=checkpoint.name)
-            keep = self.spec.train.keep_checkpoints
-            for old in surplus(self.run, keep) if keep else []:
-                drop(old)
-                events.record(self.run, "dropped_checkpoint", name=old.name)
 
 
 def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:

@@ -11,9 +11,9 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.state import Attempt, add_attempt
-from mhmoe_ray.runs.tensors import save_tensors
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.llama_tokenizer import llama_tokenizer
+from tests.saved import save_tensors
 from tests.specs import tiny_spec
 
 SEQ_LEN = 64

@@ -15,9 +15,9 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.runs.tensors import save_tensors
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.saved import save_tensors
 
 SEQ_LEN = 64
 # More rows than the tokenizer has tokens, as when a small corpus gives fewer merges than asked for.

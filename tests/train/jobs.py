@@ -11,7 +11,8 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.mesh import build_mesh
-from mhmoe_ray.train.state import restore, save_checkpoint
+from mhmoe_ray.train.saver import Saver
+from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 START = 0  # the token that begins a document; as with tokenizers of ours, padding looks the same to a model
@@ -71,7 +72,7 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
             first = whole(trainer.strategy.gradients())
-        norms.append(trainer.update()[0])
+        norms.append(trainer.update().norm)
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
@@ -89,10 +90,20 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
 
 def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
     trainer = trainer_of(spec)
-    for step in range(steps):
+    train(spec, trainer, steps)
+    save(RunDir(run), trainer)
+
+
+def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
+    for step in range(trainer.step, trainer.step + steps):
         trainer.accumulate(batches(spec, step, trainer))
         trainer.update()
-    save_checkpoint(RunDir(run), trainer, group=1)
+
+
+def save(run: RunDir, trainer: Trainer) -> None:
+    saver = Saver(run, trainer, group=1)
+    saver.save(trainer.zero_counts())
+    saver.wait()
 
 
 def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[str, Any]:

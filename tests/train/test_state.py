@@ -14,13 +14,19 @@ from tests.train import jobs
 STEPS = 3
 
 
-def trained(folder, cluster):
-    """A run below the folder, with a checkpoint after some steps."""
+def new_run(folder, cluster):
+    """A run below the folder, without data."""
     spec = tiny_spec(folder, cluster=cluster)
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
     spec.data.prepared.mkdir()
     (spec.data.prepared / "manifest.json").write_text("{}")
+    return spec, run
+
+
+def trained(folder, cluster):
+    """A run with a checkpoint after some steps."""
+    spec, run = new_run(folder, cluster)
     run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS)
     return spec, run
 

@@ -1,11 +1,14 @@
 """One optimizer step."""
 
+import math
+
 import pytest
 import torch
 
 from mhmoe_ray.errors import JobError
+from tests.ranks import run_ranks
 from tests.specs import tiny_spec
-from tests.train.jobs import batches, trainer_of
+from tests.train.jobs import batches, trainer_of, whole
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -18,3 +21,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
         trainer.update()
     assert trainer.step == 0
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.strategy.weights().items())
+
+
+def skipping(spec):
+    """Six steps, the third of which has an infinite gradient on the last rank; what is left and what was applied."""
+    trainer = trainer_of(spec)
+    updates, held = [], {}
+    for step in range(6):
+        trainer.accumulate(batches(spec, step, trainer))
+        if step == 2:
+            spoil(trainer)
+            held = whole(trainer.strategy.weights())
+        updates.append(trainer.update())
+        if step == 2:
+            assert all(torch.equal(t, held[name]) for name, t in whole(trainer.strategy.weights()).items())
+    return [u.applied for u in updates], trainer.skipped, [math.isfinite(u.norm) for u in updates]
+
+
+def spoil(trainer):
+    """An infinite value in the gradient that the optimizer will read."""
+    if trainer.spec.cluster.strategy == "zero2":
+        [first, *_] = trainer.strategy.engine.optimizer.averaged_gradients[0]
+        first.view(-1)[0] = torch.inf
+        return
+    gradient = next(p.grad for p in trainer.model.parameters() if p.grad is not None)
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    local.view(-1)[0] = torch.inf
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "zero2")])
+def test_a_step_whose_gradient_is_not_finite_is_skipped_where_the_spec_says_so(workers, strategy):
+    spec = tiny_spec(cluster={"workers": workers, "ep": 1, "strategy": strategy}, train={"on_nonfinite": "skip"})
+    for applied, skipped, finite in run_ranks(workers, skipping, spec):
+        assert applied == finite == [True, True, False, True, True, True]
+        assert skipped == 1
+
+
+def test_more_than_ten_skipped_in_a_row_stop_the_run():
+    spec = tiny_spec(train={"on_nonfinite": "skip"})
+    trainer = trainer_of(spec)
+    for _ in range(10):
+        trainer.accumulate(batches(spec, 0, trainer))
+        spoil(trainer)
+        trainer.update()
+    trainer.accumulate(batches(spec, 0, trainer))
+    spoil(trainer)
+    with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, as those of the 10 steps before it"):
+        trainer.update()

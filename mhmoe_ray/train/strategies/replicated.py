@@ -1,6 +1,7 @@
 """Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step."""
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,12 +49,11 @@ class Strategy:
 
     def apply(self, lr: float) -> float:
         """Clip by the global norm and update; returns the norm before clipping, the same on every rank. Where that is
-        not finite, nothing is applied (but by DeepSpeed), and the caller must not go on."""
+        not finite, the gradients are dropped and nothing changes."""
         norm = clip_gradients(self.model, self.mesh, self.spec.clip_norm)
-        if not math.isfinite(norm):
-            return norm
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
@@ -75,6 +75,11 @@ class Strategy:
             named = {name: state[p][moment] for name, p in self.model.named_parameters()}
             found |= {f"{moment}.{name}": t for name, t in self._as_global(named).items()}
         return found
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Part, name and tensor of all that a checkpoint holds, in the same order on all ranks. Collective."""
+        yield from (("weights", name, t) for name, t in self.weights().items())
+        yield from (("optim", name, t) for name, t in self.moments().items())
 
     def begin_at(self, step: int) -> None:
         """Make room for moments after `step` updates, so that `moments` can be filled."""

@@ -10,6 +10,7 @@ Tensors of a checkpoint are put together for it and taken apart when loaded, by 
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -94,12 +95,7 @@ class Zero(Strategy):
         return float(self.engine.get_global_grad_norm())
 
     def weights(self) -> dict[str, Tensor]:
-        if self._stage < 3:
-            return super().weights()
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        named = {n: safe_get_full_fp32_param(p) for n, p in self.model.named_parameters()}
-        return self._as_global({**named, **{n: t.detach() for n, t in self.model.named_buffers()}})
+        return dict(self._weights())
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -107,13 +103,30 @@ class Zero(Strategy):
         return self._as_global({n: safe_get_full_grad(p) for n, p in self.model.named_parameters()})
 
     def moments(self) -> dict[str, Tensor]:
+        return dict(self._moments())
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """One at a time: what slices are put together to is gone when the next one is asked for."""
+        yield from (("weights", name, t) for name, t in self._weights())
+        yield from (("optim", name, t) for name, t in self._moments())
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self._stage < 3:
+            yield from super().weights().items()
+            return
+        for name, parameter in self.model.named_parameters():
+            yield from self._as_global({name: safe_get_full_fp32_param(parameter)}).items()
+        yield from ((name, t.detach()) for name, t in self.model.named_buffers())
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: dict[str, Tensor] = {}
         for moment in MOMENTS:
-            named = {n: safe_get_full_optimizer_state(p, moment) for n, p in self.model.named_parameters()}
-            found |= {f"{moment}.{name}": t for name, t in self._as_global(named).items()}
-        return found
+            for name, parameter in self.model.named_parameters():
+                [(_, t)] = self._as_global({name: safe_get_full_optimizer_state(parameter, moment)}).items()
+                yield f"{moment}.{name}", t
 
     def begin_at(self, step: int) -> None:
         """Moments are there since the start, linked to the parameters that they are of; they stay the same tensors."""

@@ -1,0 +1,159 @@
+"""Slices of tensors in safetensors files, read at any place and written without a second copy in memory.
+
+The layout is torch's own (`torch.distributed.checkpoint.hf_storage`): where a slice begins in its whole tensor is in
+the file's metadata, so that torch's reader reads our files and we read torch's. Files without it hold whole tensors.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mhmoe_ray.runs.manifest import FileEntry
+
+SUFFIX = ".safetensors"
+PIECE = 16 << 20  # bytes in memory at a time
+_OFFSETS, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Slice(NamedTuple):
+    """What a process holds of a tensor."""
+
+    local: Tensor
+    offset: tuple[int, ...]
+    """Where it begins in the whole."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+
+def slice_of(tensor: Tensor) -> Slice:
+    """A view of this rank's part of a DTensor, or of the whole of any other tensor."""
+    if isinstance(tensor, DTensor):
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return Slice(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape))
+    return Slice(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
+
+
+def write_slices(file: BinaryIO, slices: Mapping[str, Slice]) -> FileEntry:
+    """Write a whole safetensors file of tensors in CPU memory; returns its size and hash, found on the way."""
+    header: dict[str, Any] = {
+        "__metadata__": {
+            _OFFSETS: json.dumps({name: {"saved_offsets": list(s.offset)} for name, s in slices.items()}),
+            _VERSION: "1.0",
+        }
+    }
+    end = 0
+    for name, s in slices.items():
+        start, end = end, end + s.local.nbytes
+        header[name] = {"dtype": _NAMES[s.local.dtype], "shape": list(s.local.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    for piece in _pieces([len(text).to_bytes(8, "little") + text], (s.local for s in slices.values())):
+        file.write(piece)
+        digest.update(piece)
+        size += len(piece)
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def _pieces(first: Iterable[bytes], tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield from first
+    for tensor in tensors:
+        whole = _bytes_of(tensor.contiguous())
+        yield from (whole[i : i + PIECE] for i in range(0, len(whole), PIECE))
+
+
+def _bytes_of(contiguous: Tensor) -> memoryview:
+    return contiguous.view(-1).view(torch.uint8).numpy().data
+
+
+class StoredSlice(NamedTuple):
+    """A slice as it lies in a file."""
+
+    file: Path
+    start: int
+    """Its first byte."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the slice."""
+    offset: tuple[int, ...]
+
+
+def stored_slices(file: Path) -> dict[str, StoredSlice]:
+    """All slices of a file, by the names of their tensors.
+
+    Raises:
+        ValueError: it is no safetensors file, or one of dtypes that no model has.
+    """
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("it is no safetensors file")
+        header = json.loads(f.read(length))
+    offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
+    found = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} is of dtype {entry['dtype']}")
+        shape = tuple(entry["shape"])
+        offset = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
+        start = 8 + length + entry["data_offsets"][0]
+        found[name] = StoredSlice(file, start, _DTYPES[entry["dtype"]], shape, offset)
+    return found
+
+
+def read_into(target: Slice, stored: StoredSlice, file: BinaryIO) -> int:
+    """Fill what the two have in common, in the target's dtype; returns the number of values that are.
+
+    Args:
+        target: to fill.
+        stored: of the same tensor.
+        file: `stored.file`, open.
+    """
+    local = target.local if target.local.ndim else target.local.view(1)
+    shape, there, here = stored.shape or (1,), stored.offset or (0,), target.offset or (0,)
+    first = [max(a, b) for a, b in zip(here, there, strict=True)]
+    last = [min(a + n, b + m) for a, n, b, m in zip(here, local.shape, there, shape, strict=True)]
+    if any(b <= a for a, b in zip(first, last, strict=True)):
+        return 0
+    wanted = local[tuple(slice(a - o, b - o) for a, b, o in zip(first, last, here, strict=True))]
+    inner = tuple(slice(a - o, b - o) for a, b, o in zip(first[1:], last[1:], there[1:], strict=True))
+    row = math.prod(shape[1:]) * stored.dtype.itemsize
+    rows = max(1, PIECE // max(1, row))
+    direct = wanted.dtype == stored.dtype and wanted.device.type == "cpu" and wanted[0].shape == shape[1:]
+    for i in range(0, len(wanted), rows):
+        part = wanted[i : i + rows]
+        into = part
+        if not (direct and part.is_contiguous()):
+            into = torch.empty(len(part), *shape[1:], dtype=stored.dtype)
+        file.seek(stored.start + (first[0] - there[0] + i) * row)
+        _fill(file, _bytes_of(into))
+        if into is not part:
+            part.copy_(into[:, *inner])
+    return wanted.numel()
+
+
+def _fill(file: BinaryIO, into: memoryview) -> None:
+    while into:
+        count = file.readinto(into)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError("it ends too early")
+        into = into[count:]

@@ -1,0 +1,190 @@
+"""Who hangs: an actor beside the workers hears from each rank once a second, names the one that stands still, and ends
+its process, so that Ray Train starts the workers again from the newest checkpoint.
+
+It is outside all of them: a rank that was stopped, or whose node swaps, cannot tell by itself, and the others wait for
+it in an exchange without an error. Ray's own health check sees a process that is dead, not one that hangs.
+"""
+
+import asyncio
+import importlib
+import os
+import socket
+import time
+from collections.abc import Awaitable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+
+BEAT_SECONDS = 1.0
+Doing = Literal["restoring", "training", "validating", "saving"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process a rank is, for the record and for whoever must find it."""
+
+    rank: int
+    pid: int
+    began: float
+    """When the process did, since a pid may be another's later."""
+    host: str
+    node: str
+
+    @classmethod
+    def here(cls, rank: int) -> "Place":
+        began = _psutil().Process().create_time()
+        return cls(rank, os.getpid(), began, socket.gethostname(), ray.get_runtime_context().get_node_id())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rank is."""
+
+    place: Place
+    beats: int = 0
+    """Grows with whatever it gets done."""
+    step: int = 0
+    doing: Doing = "restoring"
+
+
+class Pulse(AbstractContextManager["Pulse"]):
+    """Tells the watchdog how far this rank is, from a thread of its own, until the context ends."""
+
+    def __init__(self, watchdog: Any, place: Place) -> None:
+        """Args:
+        watchdog: the actor.
+        place: of this rank.
+        """
+        self.place = place
+        self._watchdog, self._progress, self._over = watchdog, Progress(place), Event()
+        self._thread = Thread(target=self._tell, name="pulse", daemon=True)
+
+    def at(self, step: int, doing: Doing) -> None:
+        """Args:
+        step: the last that is done.
+        doing: what comes now.
+        """
+        self._progress = replace(self._progress, step=step, doing=doing, beats=self._progress.beats + 1)
+
+    def beat(self) -> None:
+        """Something got done."""
+        self._progress = replace(self._progress, beats=self._progress.beats + 1)
+
+    def __enter__(self) -> "Pulse":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        while True:
+            self._watchdog.hear.remote(self._progress)
+            if self._over.wait(BEAT_SECONDS):
+                self._watchdog.forget.remote(self.place)
+                return
+
+
+@dataclass
+class _Heard:
+    progress: Progress
+    heard: float
+    moved: float
+
+
+class Watchdog:
+    """The actor's class; `start` makes one."""
+
+    def __init__(self, run: str, patience: float) -> None:
+        """Args:
+        run: path of the run directory, for events.
+        patience: seconds without progress, or without a word, after which a rank counts as hung.
+        """
+        self._run, self._patience = RunDir(Path(run)), patience
+        self._ranks: dict[Place, _Heard] = {}
+
+    @classmethod
+    def start(cls, run: RunDir, patience: float) -> Any:
+        """An actor beside this process, which ends with its job."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=here).remote(str(run.path), patience)
+        actor.watch.remote()
+        return actor
+
+    async def hear(self, progress: Progress) -> None:
+        now = time.monotonic()
+        before = self._ranks.get(progress.place)
+        moved = now if before is None or progress.beats > before.progress.beats else before.moved
+        self._ranks[progress.place] = _Heard(progress, now, moved)
+
+    async def forget(self, place: Place) -> None:
+        self._ranks.pop(place, None)
+
+    async def watch(self) -> None:
+        """For ever."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            now = time.monotonic()
+            if now - looked > BEAT_SECONDS + self._patience / 2:
+                # This process itself stood still, or its whole machine did: nobody could be heard.
+                for heard in self._ranks.values():
+                    heard.heard = heard.moved = now
+            looked = now
+            for culprit in self._culprits(now):
+                await self._end(culprit, now)
+
+    def _culprits(self, now: float) -> list[_Heard]:
+        """Those that are silent; else, where nobody gets on, those that are behind the others or, in an exchange that
+        none of them leaves, all."""
+        ranks = list(self._ranks.values())
+        silent = [r for r in ranks if now - r.heard > self._patience]
+        if silent or not ranks or any(now - r.moved <= self._patience for r in ranks):
+            return silent
+        behind = min((r.progress.step, r.progress.beats) for r in ranks)
+        return [r for r in ranks if (r.progress.step, r.progress.beats) == behind]
+
+    async def _end(self, hung: _Heard, now: float) -> None:
+        """Kill the process, if it is there still: ranks of a group that Ray ended are silent too."""
+        progress, place = hung.progress, hung.progress.place
+        self._ranks.pop(place, None)
+        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        try:
+            killing: Awaitable[bool] = _kill.options(scheduling_strategy=there).remote(place.pid, place.began)
+            was_there = await killing
+        except ray.exceptions.RayError as e:  # its node is gone, which Ray sees by itself
+            print(f"watchdog: rank {place.rank} on {place.host} cannot be ended: {e}")
+            return
+        if was_there:
+            silent = now - hung.heard > self._patience
+            seconds = round(now - (hung.heard if silent else hung.moved), 1)
+            told = {"rank": place.rank, "host": place.host, "pid": place.pid, "step": progress.step}
+            events.record(self._run, "hung", **told, doing=progress.doing, seconds=seconds, silent=silent)
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's have no types for us
+def _kill(pid: int, began: float) -> bool:
+    """Whether this process of this node was there to be killed."""
+    psutil = _psutil()
+    try:
+        process = psutil.Process(pid)
+        if process.create_time() != began or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _psutil() -> Any:
+    """Ray brings one of its own, which can be imported once Ray is."""
+    return importlib.import_module("psutil")

@@ -1,0 +1,125 @@
+"""Our files beside torch's own reader and writer, and slices of any kind against whole tensors."""
+
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs import slices as slices_module
+from mhmoe_ray.runs.manifest import describe_file
+from mhmoe_ray.runs.slices import Slice, read_into, stored_slices, write_slices
+from mhmoe_ray.runs.tensors import load_tensors, save_slices, stored_dtypes
+from tests.saved import save_tensors
+
+TENSORS = {
+    "matrix": torch.arange(24.0).view(4, 6),
+    "transposed": torch.arange(24.0).view(6, 4).T,
+    "experts": torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),
+    "scalar": torch.tensor(3.5),
+    "half": torch.arange(7).bfloat16(),
+    "count": torch.arange(5),
+    "none": torch.empty(0, 3),
+}
+
+
+def like(tensors):
+    return {name: torch.full_like(t, -1) for name, t in tensors.items()}
+
+
+def assert_same(found, expected):
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_torch_reads_our_files(tmp_path):
+    save_tensors(tmp_path / "weights", TENSORS)
+    found = like({name: t for name, t in TENSORS.items() if t.ndim})  # of a scalar it takes a slice, and fails
+    dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path / "weights")), no_dist=True)
+    assert_same(found, {name: TENSORS[name] for name in found})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_we_read_torchs_files(tmp_path):
+    writer = HuggingFaceStorageWriter(str(tmp_path / "weights"), save_distributed=True)
+    dcp.save({name: t.contiguous() for name, t in TENSORS.items()}, storage_writer=writer, no_dist=True)
+    found = like(TENSORS)
+    load_tensors(tmp_path / "weights", found)
+    assert_same(found, TENSORS)
+    assert stored_dtypes(tmp_path / "weights")["half"] == torch.bfloat16
+
+
+def test_what_is_written_is_what_is_described(tmp_path):
+    with (tmp_path / "x").open("wb") as file:
+        entry = write_slices(file, {name: Slice(t, (0,) * t.ndim, tuple(t.shape)) for name, t in TENSORS.items()})
+    assert entry == describe_file(tmp_path / "x")
+
+
+def cuts(length, draw):
+    inner = draw(st.lists(st.integers(0, length), max_size=3))
+    return sorted({0, length, *inner})
+
+
+@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 20]))
+def test_any_part_is_put_together_of_any_others(data, shape, piece):
+    """Cut a tensor into blocks along all dimensions, each in a file; fill any box of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices_module, "PIECE", piece)
+        whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        edges = [cuts(n, data.draw) for n in shape]
+        boxes = [[]]
+        for own in edges:
+            boxes = [[*box, span] for box in boxes for span in pairwise(own)]
+        files = []
+        for box in boxes:
+            file = io.BytesIO()
+            local = whole[tuple(slice(a, b) for a, b in box)]
+            write_slices(file, {"t": Slice(local, tuple(a for a, _ in box), tuple(shape))})
+            files.append(file)
+        want = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+        target = torch.full(
+            [b - a for a, b in want], -1.0, dtype=data.draw(st.sampled_from([torch.float32, torch.float64]))
+        )
+        filled = 0
+        for file in files:
+            filled += read_into(Slice(target, tuple(a for a, _ in want), tuple(shape)), stored_in(file), file)
+        assert filled == target.numel()
+        assert torch.equal(target.float(), whole[tuple(slice(a, b) for a, b in want)])
+
+
+def stored_in(file):
+    class Opened(io.BytesIO):
+        """A path to what is in memory."""
+
+        def open(self, _mode):
+            return io.BytesIO(file.getvalue())
+
+        def stat(self):
+            return type("Stat", (), {"st_size": len(file.getvalue())})
+
+    return stored_slices(Opened())["t"]
+
+
+def test_a_tensor_of_which_a_part_is_missing_is_refused(tmp_path):
+    save_slices(tmp_path / "weights", {"t": Slice(torch.zeros(2, 3), (0, 0), (4, 3))}, 0)
+    save_slices(tmp_path / "weights", {"t": Slice(torch.zeros(1, 3), (3, 0), (4, 3))}, 1)
+    with pytest.raises(CheckpointError, match="a part of t is not in it"):
+        load_tensors(tmp_path / "weights", {"t": torch.empty(4, 3)})
+
+
+@pytest.mark.parametrize("content", [b"", b"no header", b"\xff" * 64, (2).to_bytes(8, "little") + b"{]"])
+def test_what_is_no_safetensors_file_is_said(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read"):
+        load_tensors(tmp_path, {"t": torch.empty(1)})
+
+
+def test_a_file_is_never_written_twice(tmp_path):
+    save_tensors(tmp_path / "weights", TENSORS)
+    with pytest.raises(FileExistsError):
+        save_tensors(tmp_path / "weights", TENSORS)

@@ -1,0 +1,90 @@
+"""Writing checkpoints while training goes on."""
+
+import resource
+import signal
+
+import pytest
+import torch
+
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest, unfinished
+from mhmoe_ray.train.saver import Saver
+from tests.ranks import run_ranks
+from tests.train import jobs
+from tests.train.test_state import new_run
+
+
+def saved_while_training(spec, path):
+    """What the state was when a checkpoint began, and what was loaded from it after more steps."""
+    run, trainer = RunDir(path), jobs.trainer_of(spec)
+    jobs.train(spec, trainer, 2)
+    saver = Saver(run, trainer, group=1)
+    kept = []
+    for _ in range(3):
+        kept.append({name: t.clone() for name, t in jobs.whole(trainer.strategy.weights()).items()})
+        saver.save(trainer.zero_counts())
+        jobs.train(spec, trainer, 1)  # while it is written
+    saver.wait()
+    return kept
+
+
+@pytest.mark.parametrize(("workers", "ep", "strategy"), [(1, 1, "ddp"), (2, 2, "fsdp"), (2, 2, "zero1")])
+def test_a_checkpoint_holds_the_state_of_its_own_step(tmp_path, workers, ep, strategy):
+    spec, run = new_run(tmp_path, {"workers": workers, "ep": ep, "strategy": strategy})
+    [expected, *_] = run_ranks(workers, saved_while_training, spec, run.path)
+    for step, weights in zip((2, 3, 4), expected, strict=True):
+        checkpoint = run.checkpoints / f"step_{step:08d}.1"
+        assert read_manifest(checkpoint).step == step
+        found = jobs.load_and_describe(spec.model_copy(update={"cluster": type(spec.cluster)()}), checkpoint)
+        assert all(torch.equal(found["weights"][name], t) for name, t in weights.items())
+    assert [e["step"] for e in events.events(run) if e["event"] == "checkpoint"] == [2, 3, 4]
+
+
+def refused(spec, path):
+    """A second checkpoint, for which rank 1 may not write files as large as it must."""
+    run, trainer = RunDir(path), jobs.trainer_of(spec)
+    jobs.train(spec, trainer, 1)
+    saver = Saver(run, trainer, group=1)
+    saver.save(trainer.zero_counts())
+    saver.wait()
+    jobs.train(spec, trainer, 1)
+    if trainer.mesh.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    saver.save(trainer.zero_counts())
+    try:
+        saver.wait()
+    except CheckpointError as e:
+        assert saver.failed
+        return str(e)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return None
+
+
+def test_what_one_rank_cannot_write_all_refuse_and_the_checkpoint_before_stays(tmp_path):
+    spec, run = new_run(tmp_path, {"workers": 2, "ep": 2})
+    for told in run_ranks(2, refused, spec, run.path):
+        assert "step_00000002.1: rank 1 cannot write it: File too large; make room" in told
+    checkpoint, manifest, skipped = newest_checkpoint(run)
+    assert (checkpoint.name, manifest.step, skipped) == ("step_00000001.1", 1, [])
+    assert [path.name for path in unfinished(run)] == ["step_00000002.1"]
+
+
+def shares(spec, path):
+    trainer = jobs.trainer_of(spec)
+    jobs.train(spec, trainer, 1)
+    jobs.save(RunDir(path), trainer)
+
+
+def test_ranks_share_out_what_they_all_hold(tmp_path):
+    """No rank writes more than its even share and one tensor."""
+    spec, run = new_run(tmp_path, {"workers": 4, "ep": 2})
+    run_ranks(4, shares, spec, run.path)
+    files = newest_checkpoint(run)[1].files
+    sizes = [sum(entry.size for name, entry in files.items() if f"_{rank:05d}." in name) for rank in range(4)]
+    largest = 300 * 32 * 4
+    assert len(files) == 8
+    assert max(sizes) - min(sizes) < largest
