@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test test-full test-system explore test-gpu check clean
+.PHONY: help quickstart test test-full test-system soak-train explore test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -11,6 +11,7 @@ help:
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-full    those too that are slow"
 	@echo "make test-system  those that download: the large sample, about 180 MB of packages"
+	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
@@ -23,13 +24,16 @@ test: check
 	$(BIN)/python -m pytest
 
 explore: .venv/installed-dev
-	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system"
+	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system and not soak"
 
 test-full: check
-	$(BIN)/python -m pytest -m "not system"
+	$(BIN)/python -m pytest -m "not system and not soak"
 
 test-system: .venv/installed-dev
 	$(BIN)/python -m pytest -m system
+
+soak-train: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak -s --timeout 3000 tests/faults
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu

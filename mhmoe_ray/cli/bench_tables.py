@@ -1,6 +1,7 @@
 """The tables of `mhmoe bench`."""
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 from mhmoe_ray.cli.common import in_bytes
 
 if TYPE_CHECKING:
+    from mhmoe_ray.bench import checkpoints as checkpoints_
     from mhmoe_ray.bench import steps as steps_
     from mhmoe_ray.bench.layers import Absent
     from mhmoe_ray.bench.measure import Figures
@@ -59,6 +61,21 @@ def steps(figures: Sequence["steps_.Figures"]) -> Table:
         speed = (in_seconds(f.median), f"{f.tokens_a_second:,.0f}")
         rows.append((f.name, *size, *speed, f"{f.to_smoe:.3f}", f"{f.paper:.3f}"))
     return _table(columns, rows)
+
+
+def checkpoints(figures: "checkpoints_.Figures") -> Table:
+    """Saving, beside torch.save of the same."""
+    whole = median(figures.torch_save)
+    named = {
+        "torch.save, training waits": figures.torch_save,
+        "checkpoint: training waits": figures.pauses,
+        "checkpoint: until it counts": figures.committed,
+        "a training step": figures.steps,
+    }
+    rows = [(name, in_seconds(median(found)), f"{median(found) / whole:.3f}") for name, found in named.items()]
+    if figures.extra is not None and figures.extra_to_state is not None:
+        rows.append(("memory, of the state's", in_bytes(figures.extra), f"{figures.extra_to_state:.3f}"))
+    return _table(("", "median", "to torch.save"), rows)
 
 
 def swept(sweep: "Sweep") -> Iterable[Part]:

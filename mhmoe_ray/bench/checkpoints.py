@@ -1,0 +1,117 @@
+"""How long a checkpoint holds training up, beside `torch.save` of the same state, and what memory it takes."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.manifest import committed
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.saver import Saver
+
+
+class Figures(NamedTuple):
+    """Seconds, one for each round but the first, in which buffers are made."""
+
+    state: int
+    """Bytes of weights and moments."""
+    steps: list[float]
+    """Training steps while nothing is written."""
+    torch_save: list[float]
+    """Of all of it, to a file; not forced onto the disk."""
+    pauses: list[float]
+    """Until training goes on."""
+    committed: list[float]
+    """Until the checkpoint counts: on the disk, with hashes; training goes on beside it."""
+    extra: int | None
+    """Bytes of resident memory that the first checkpoint took beyond training's own; where the system tells it."""
+
+    @property
+    def pause_to_torch_save(self) -> float:
+        return statistics.median(self.pauses) / statistics.median(self.torch_save)
+
+    @property
+    def extra_to_state(self) -> float | None:
+        return None if self.extra is None else self.extra / self.state
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self._asdict(),
+            "pause_to_torch_save": self.pause_to_torch_save,
+            "extra_to_state": self.extra_to_state,
+        }
+
+
+def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Figures:
+    """Both ways in each round, in turn the one or the other first.
+
+    Args:
+        spec: what is trained.
+        rounds: that are counted.
+        folder: on the disk to write to; empty.
+        hardware: to train on.
+    """
+    spec = _placed(spec, folder)
+    run = create_run(spec)
+    run.tokenizer_file.touch()
+    case = Case(spec, hardware.device)
+    case.step()
+    saver, file = Saver(run, case.trainer, group=1), folder / "torch.pt"
+    state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.state()]
+    found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], None)
+
+    def synchronous() -> None:
+        found.torch_save.append(_timed(lambda: torch.save(dict(state), file)))
+        file.unlink()
+
+    def asynchronous() -> None:
+        began = time.perf_counter()
+        found.pauses.append(_timed(lambda: saver.save(case.trainer.zero_counts())))
+        case.step()
+        saver.wait()
+        found.committed.append(time.perf_counter() - began)
+        shutil.rmtree(committed(run)[-1])
+
+    training, saving = _peak_resident(case.step), _peak_resident(asynchronous)
+    if training and saving:
+        found = found._replace(extra=saving - training)
+    synchronous()
+    for warm_up in (found.pauses, found.committed, found.torch_save):
+        warm_up.clear()
+    for turn in range(rounds):
+        found.steps.append(_timed(case.step))
+        for way in (synchronous, asynchronous) if turn % 2 else (asynchronous, synchronous):
+            way()
+    return found
+
+
+def _placed(spec: RunSpec, folder: Path) -> RunSpec:
+    """With a run directory there, and the manifest of data that a checkpoint names."""
+    prepared = folder / "prepared"
+    prepared.mkdir()
+    (prepared / "manifest.json").touch()
+    data = spec.data.model_copy(update={"prepared": prepared})
+    return spec.model_copy(update={"storage": folder / "runs", "data": data})
+
+
+def _timed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def _peak_resident(action: Callable[[], object]) -> int | None:
+    """The most memory that this process has in use while it runs, in bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    action()
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)

@@ -1,0 +1,116 @@
+"""Processes that are killed, stopped, or can open no file any more."""
+
+import os
+import signal
+
+import pytest
+
+from mhmoe_ray.cluster.local import find_local, start_local
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.manifest import MANIFEST, committed, unfinished
+from tests.cli.run import mhmoe
+from tests.faults import harness
+
+pytestmark = pytest.mark.ray
+
+
+def hurt(project, steps=120):
+    harness.spec_in(project, train={"steps": steps})
+    return harness.submit(project)
+
+
+def test_three_random_kills_change_nothing(project, reference):
+    run = hurt(project)
+    harness.soak(project, run, kills=3, seed=0)
+    harness.wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+def test_a_rank_that_hangs_is_named_ended_and_costs_nothing(project, reference):
+    """Stopped, so that it lives but neither computes nor answers; the other waits for it in an exchange."""
+    run = hurt(project)
+    stopped = harness.workers(run, 1)[1]
+    assert harness.kill(stopped["pid"], signal.SIGSTOP)
+    at = harness.step_of(run)
+    [hung] = harness.wait_until(lambda: harness.of_kind(run, "hung"), "the watchdog's word")
+    assert (hung["rank"], hung["pid"], hung["silent"]) == (1, stopped["pid"], True)
+    assert at - 1 <= hung["step"] <= at + 1
+    harness.wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+    assert "rank 1 (process" in mhmoe(project, "status", run.id).out
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_a_checkpoint_is_written_costs_no_other_checkpoint(project, reference):
+    run = hurt(project)
+    victim = harness.workers(run, 1)[1]["pid"]
+
+    def caught():
+        """Whether rank 1 was stopped while a checkpoint lacked its manifest."""
+        for folder in unfinished(run):
+            harness.kill(victim, signal.SIGSTOP)
+            if not (folder / MANIFEST).exists():
+                return folder
+            harness.kill(victim, signal.SIGCONT)
+        return None
+
+    folder = harness.wait_until(caught, "a checkpoint that is being written")
+    assert harness.kill(victim)
+    harness.wait_for_the_end(run)
+    assert not folder.exists()  # it was cleared away, and its step saved by another start of the workers
+    assert all(not path.name.endswith(".1") or path.name < folder.name for path in committed(run))
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_in_mid_step_costs_nothing(project, reference, rank):
+    run = hurt(project)
+    pid = harness.workers(run, 1)[rank]["pid"]
+    at = harness.step_of(run)
+    harness.wait_until(lambda: harness.step_of(run) > at, "the next step")
+    assert harness.kill(pid)
+    harness.wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_whole_cluster(project, reference):
+    run = hurt(project)
+    harness.workers(run, 1)
+    harness.wait_until(lambda: harness.step_of(run) >= 10, "ten steps")
+    cluster = find_local()
+    os.killpg(cluster.pid, signal.SIGKILL)
+    start_local(8)
+    resumed = mhmoe(project, "resume", run.id)
+    assert resumed.code == 0, resumed.err
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+@pytest.mark.slow
+def test_a_worker_that_can_open_no_file_costs_nothing(project, reference):
+    """It fails at its next checkpoint at the latest, and says so."""
+    import resource
+
+    run = hurt(project)
+    pid = harness.workers(run, 1)[1]["pid"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+    harness.wait_until(lambda: harness.is_over(run) or len(harness.of_kind(run, "started")) > 1, "its end")
+    if harness.outcome(project, run) == "failed":
+        assert "Too many open files" in mhmoe(project, "status", run.id).out.replace("\n", " ")
+        assert mhmoe(project, "resume", run.id).code == 0
+    harness.wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+@pytest.mark.soak
+def test_fifty_random_kills_change_nothing(project):
+    seed, kills, steps = int(os.environ.get("SOAK_SEED", "1")), int(os.environ.get("SOAK_KILLS", "50")), 3000
+    harness.spec_in(project, train={"steps": steps})
+    undisturbed = harness.submit(project)
+    harness.wait_for_the_end(undisturbed)
+    run = hurt(project, steps)
+    harness.soak(project, run, kills, seed)
+    harness.wait_for_the_end(run)
+    assert len(metrics.history(run)) == steps
+    harness.assert_as_if_nothing_had_happened(run, undisturbed)
