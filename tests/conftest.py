@@ -11,6 +11,9 @@ import torch
 
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
+from tests.s3 import s3
+
+__all__ = ["local_cluster", "s3"]
 
 _OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 

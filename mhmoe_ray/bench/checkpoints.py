@@ -1,6 +1,5 @@
 """How long a checkpoint holds training up, beside `torch.save` of the same state, and what memory it takes."""
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 
 from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.spec import RunSpec
@@ -77,7 +77,7 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
         case.step()
         saver.wait()
         found.committed.append(time.perf_counter() - began)
-        shutil.rmtree(committed(run)[-1])
+        remove_tree(committed(run)[-1])
 
     training, saving = _peak_resident(case.step), _peak_resident(asynchronous)
     if training and saving:

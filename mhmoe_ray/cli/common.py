@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mhmoe_ray.location import Location
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.runs.manifest import Manifest
     from mhmoe_ray.spec import RunSpec
@@ -29,11 +30,11 @@ AddressOption = Annotated[
     typer.Option(help="Dashboard of a Ray cluster, http://host:8265; else RAY_API_SERVER_ADDRESS, else a local one."),
 ]
 StorageOption = Annotated[
-    Path, typer.Option(help="Folder that holds run directories.", envvar="MHMOE_STORAGE", show_default="runs")
+    str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
 ]
 CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
-STORAGE = Path("runs")
+STORAGE = "runs"
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
@@ -43,7 +44,7 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
-def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Path, Manifest]":
+def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Location, Manifest]":
     """A run's checkpoint of this name, else its newest whole one, after checking its weights.
 
     Raises:

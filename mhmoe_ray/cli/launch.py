@@ -1,5 +1,6 @@
 """Starting an attempt of a run, which `submit` and `resume` share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ from mhmoe_ray.cli.common import STORAGE, note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.location import Location
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import ClusterSpec, RunSpec
 
@@ -14,12 +16,12 @@ LOCAL_CPUS = 8
 """Logical CPUs of a local cluster that is not started for a certain run."""
 
 
-def cluster_for(section: "ClusterSpec", storage: Path, cpus: int, address: str | None) -> "Connection":
+def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
     """The cluster to run on; a local one is started where none is named.
 
     Args:
         section: of the spec.
-        storage: folder that holds the run directory.
+        needed: what its nodes read and write.
         cpus: logical CPUs that are needed.
         address: the one asked for.
 
@@ -38,8 +40,9 @@ def cluster_for(section: "ClusterSpec", storage: Path, cpus: int, address: str |
     if local and local.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
         raise ClusterError("local cluster", f"it has {local.cpus} CPUs and {cpus} are needed", fix)
-    if not connection.is_local_machine and not section.shared_filesystem:
-        why = f"the nodes of {connection.address} cannot be expected to see {storage} of this machine"
+    own = next((place for place in needed if isinstance(place, Path)), None)
+    if own and not connection.is_local_machine and not section.shared_filesystem:
+        why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"
         fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
         raise SpecError("storage", why, fix)
     return connection
@@ -50,7 +53,7 @@ def name_of(run: "RunDir") -> str:
     return run.id if run.path.parent == Path.cwd() / STORAGE else str(run.path)
 
 
-def job_request(run: Path, attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:
+def job_request(run: "Location", attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:
     """What Ray Jobs is asked for; `submit --dry-run` prints it."""
     from mhmoe_ray.cluster import jobs
 

@@ -48,7 +48,7 @@ def prepare(
     manifest = read_data_manifest(folder)
     if manifest is None:
         find_files(resolved.data)
-        connection = launch.cluster_for(resolved.cluster, resolved.storage, resolved.cluster.cpus, address)
+        connection = launch.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run(resolved, connection)
     check_recipe(folder, manifest, resolved)
     if json:

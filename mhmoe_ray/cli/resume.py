@@ -48,7 +48,7 @@ def resume(
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
     spec = load_spec(found.spec_file, set_)
     address = address or (None if before.local else before.address)
-    connection = launch.cluster_for(spec.cluster, spec.storage, spec.cluster.cpus, address)
+    connection = launch.cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
     found.write_spec(spec)
     found.stop_file.unlink(missing_ok=True)
     launch.start(found, spec, connection)
@@ -66,6 +66,7 @@ def _ended(run: "RunDir", force: bool) -> "Outcome | None":
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.watch import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
+    from mhmoe_ray.runs import jsonl
     from mhmoe_ray.runs.state import last_attempt
 
     over = recorded_outcome(run)
@@ -76,7 +77,7 @@ def _ended(run: "RunDir", force: bool) -> "Outcome | None":
     except TokenError:
         raise
     except ClusterError as e:
-        quiet = time.time() - max(f.stat().st_mtime for f in (run.events_file, run.metrics_file) if f.exists())
+        quiet = time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
         if quiet < QUIET_SECONDS and not force:
             why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
             fix = "make sure that no job of it runs any more, then wait, or use --force"

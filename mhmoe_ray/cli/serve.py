@@ -47,7 +47,7 @@ def deploy(
     spec = load_deploy_spec(None if found.is_imported else found.spec_file, set_)
     path, _ = pick_checkpoint(found, checkpoint)
     cpus = spec.serve.replicas * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = launch.cluster_for(spec.cluster, found.path.parent, cpus, address)
+    connection = launch.cluster_for(spec.cluster, [found.path], cpus, address)
     config = application_config(APPLICATION, path, spec.serve, found.id)
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")

@@ -39,7 +39,9 @@ def submit(
     else:
         find_files(resolved.data)
     plan.show(resolved)
-    connection = launch.cluster_for(resolved.cluster, resolved.storage, resolved.cluster.cpus, address)
+    connection = launch.cluster_for(
+        resolved.cluster, [resolved.storage, resolved.data.prepared], resolved.cluster.cpus, address
+    )
     run_dir = create_run(resolved)
     launch.start(run_dir, resolved, connection)
     if not detach:

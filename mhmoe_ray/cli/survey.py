@@ -33,7 +33,8 @@ class What:
     name: str
     data: "DataSpec"
     cluster: "ClusterSpec"
-    storage: Path
+    needed: list[Path]
+    """What the nodes must see of this machine's."""
     spec: "RunSpec | None"
     """None for raw text."""
     manifest: "DataManifest | None"
@@ -62,7 +63,7 @@ def what_is_meant(what: list[str], overrides: list[str]) -> What:
     manifest = read_data_manifest(spec.data.prepared)
     if manifest is not None:
         check_recipe(spec.data.prepared, manifest, spec)
-    return What(spec.name, spec.data, spec.cluster, spec.storage, spec, manifest)
+    return What(spec.name, spec.data, spec.cluster, [spec.data.prepared], spec, manifest)
 
 
 def _raw(what: list[str], overrides: list[str]) -> What:
@@ -83,9 +84,8 @@ def _raw(what: list[str], overrides: list[str]) -> What:
     data, cluster = checked(DataSpec, tree["data"], named, "data."), checked(ClusterSpec, tree["cluster"], named)
     if data.tokenizer:
         data = data.model_copy(update={"tokenizer": Path.cwd() / data.tokenizer})
-    if all("://" in source.path for source in data.sources.values()):  # what nodes see is not this machine's
-        cluster = cluster.model_copy(update={"shared_filesystem": True})
-    return What(", ".join(data.sources), data, cluster, Path.cwd(), None, None)
+    needed = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
+    return What(", ".join(data.sources), data, cluster, needed, None, None)
 
 
 def make(what: What, address: str | None, *, rules: bool) -> "Survey":
@@ -109,7 +109,7 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     # A local cluster of any size will do; one that is started now should do for training afterwards.
     running = find_local()
     cpus = running.cpus if running else max(launch.LOCAL_CPUS, what.cluster.cpus)
-    connection = launch.cluster_for(what.cluster, what.storage, cpus, address)
+    connection = launch.cluster_for(what.cluster, what.needed, cpus, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     env = {"MHMOE_REQUEST": request.model_dump_json()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)

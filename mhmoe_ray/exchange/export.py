@@ -14,7 +14,8 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.exchange.config import CONFIG, to_config
 from mhmoe_ray.exchange.files import INDEX, write_files
 from mhmoe_ray.exchange.names import Entry, entries
-from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.location import Location
+from mhmoe_ray.runs.files import copy_file, write_json
 from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors, stored_dtypes
 
@@ -25,7 +26,7 @@ class Exported(NamedTuple):
     bytes: int
 
 
-def export(checkpoint: Path, manifest: Manifest, to: Path) -> Exported:
+def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
     """Write safetensors with their index, config.json and tokenizer.json; one layer at a time is in memory.
 
     Args:
@@ -53,10 +54,10 @@ def export(checkpoint: Path, manifest: Manifest, to: Path) -> Exported:
     return done
 
 
-def _write(folder: Path, checkpoint: Path, manifest: Manifest, tokenizer: Path) -> Exported:
+def _write(folder: Path, checkpoint: Location, manifest: Manifest, tokenizer: Location) -> Exported:
     groups, dtypes = entries(manifest.model), stored_dtypes(checkpoint / "weights")
     names = write_files(folder, _exported(checkpoint / "weights", groups, dtypes), len(groups))
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    copy_file(tokenizer, folder / "tokenizer.json")
     edges = boundaries(load_tokenizer(tokenizer, manifest.model.vocab_size))
     assert edges is not None
     main = dtypes["embedding.weight"]
@@ -69,7 +70,9 @@ def _write(folder: Path, checkpoint: Path, manifest: Manifest, tokenizer: Path) 
     return Exported(config["model_type"], len(names), total)
 
 
-def _exported(weights: Path, groups: list[list[Entry]], dtypes: dict[str, torch.dtype]) -> Iterator[dict[str, Tensor]]:
+def _exported(
+    weights: Location, groups: list[list[Entry]], dtypes: dict[str, torch.dtype]
+) -> Iterator[dict[str, Tensor]]:
     for group in groups:
         # A tensor that is not there has no dtype; loading says so.
         ours = {e.ours: torch.empty(e.shape, dtype=dtypes.get(e.ours)) for e in group}

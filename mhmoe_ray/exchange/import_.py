@@ -12,7 +12,9 @@ from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.exchange.config import read_config
 from mhmoe_ray.exchange.files import Stored, open_stored, write_files
 from mhmoe_ray.exchange.names import Entry, entries
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir, new_directory
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.state import mark_imported
@@ -20,7 +22,7 @@ from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME
 
 
-def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | None) -> RunDir:
+def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
     """Make a run of a model that was trained elsewhere; one layer at a time is in memory, in the dtype it is stored in.
 
     Args:
@@ -34,7 +36,9 @@ def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | 
         DataError: its tokenizer does not fit.
         SpecError: the name will not do, or the storage folder cannot be written.
     """
-    name = _name(source, name)
+    name, root = _name(source, name), location(storage)
+    if not isinstance(root, Path):
+        raise SpecError(f"storage {storage}", "an import is written to a local folder", "name one with --storage")
     kind, config = read_config(source, seq_len)
     tokenizer = source / "tokenizer.json"
     if not tokenizer.is_file():
@@ -47,15 +51,16 @@ def import_folder(source: Path, name: str | None, storage: Path, seq_len: int | 
     with open_stored(source) as stored:
         groups = entries(config.model)
         _check_tensors(source, stored, groups)
-        run = new_directory(storage.absolute(), name)
+        run = new_directory(root.absolute(), name)
+        folder = root.absolute() / run.id
         try:
-            shutil.copyfile(tokenizer, run.tokenizer_file)
-            checkpoint = run.checkpoints / checkpoint_name(0, 0)
+            copy_file(tokenizer, run.tokenizer_file)
+            checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
             commit(checkpoint, _manifest(run, checkpoint, config.model, config.seq_len))
         except BaseException as e:
-            shutil.rmtree(run.path, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError):
                 why, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
                 raise SpecError(f"storage {storage}", why, fix) from e

@@ -1,15 +1,41 @@
-"""Append-only files of JSON lines that survive a writer killed in mid-line."""
+"""Append-only files of JSON lines that survive a writer killed in mid-line.
 
+An object store cannot append: there such a file is a folder of segments, in the order of time. A line is a segment of
+its own; or, where lines come fast and from one process, gathered with others to one that is put anew once a second.
+"""
+
+import atexit
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.location import Location, ObjectPath
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line in one write; after a torn last line, start a fresh one."""
+SEGMENT_BYTES = 1 << 18
+PUT_SECONDS = 1.0
+
+
+def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> None:
+    """Add one line in one write; after a torn last line, start a fresh one.
+
+    Args:
+        path: of the file.
+        record: what JSON can hold.
+        at_once: on an object store too. Otherwise it may be there a second later, `flush` ends the wait, and no other
+            process may append at that time.
+    """
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    if isinstance(path, ObjectPath):
+        if at_once:
+            (path / _segment_name()).write_bytes(line)
+        else:
+            _gathered(path).append(line)
+        return
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(fd).st_size
@@ -20,49 +46,104 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def flush(path: Location) -> None:
+    """Return when all that this process appended can be read."""
+    if isinstance(path, ObjectPath):
+        _gathered(path).put()
+
+
+def _segment_name() -> str:
+    return f"{time.time_ns():020d}-{secrets.token_hex(3)}.jsonl"
+
+
+class _Gathered:
+    """Lines of this process that make a segment."""
+
+    def __init__(self, folder: ObjectPath) -> None:
+        self._folder, self._lines, self._waiting, self._put = folder, b"", False, 0.0
+        self._name = ""
+        atexit.register(self.put)
+
+    def append(self, line: bytes) -> None:
+        if not self._lines:
+            self._name = _segment_name()
+        self._lines += line
+        self._waiting = True
+        if time.monotonic() - self._put >= PUT_SECONDS:
+            self.put()
+
+    def put(self) -> None:
+        if not self._waiting:
+            return
+        (self._folder / self._name).write_bytes(self._lines)
+        self._waiting, self._put = False, time.monotonic()
+        if len(self._lines) > SEGMENT_BYTES:
+            self._lines = b""
+
+
+@lru_cache(maxsize=16)
+def _gathered(path: ObjectPath) -> _Gathered:
+    return _Gathered(path)
+
+
+def _parts(path: Location) -> list[Location]:
+    if isinstance(path, ObjectPath):
+        return list(path.iterdir())
+    return [path] if path.exists() else []
+
+
+def read(path: Location) -> Iterator[dict[str, Any]]:
     """All whole lines, in order; none if there is no file. A torn line, left by a killed writer, is passed over."""
-    if not path.exists():
-        return
-    with path.open("rb") as f:
-        for line in f:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+    for part in _parts(path):
+        if isinstance(part, Path):
+            with part.open("rb") as f:
+                yield from _records(f)
+        else:
+            yield from _records(part.read_bytes().splitlines())
 
 
-def last(path: Path, window: int = 1 << 16) -> dict[str, Any] | None:
-    """The last whole line, if it lies within the file's last `window` bytes."""
-    if not path.exists():
-        return None
-    with path.open("rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - window))
-        lines = f.read().split(b"\n")
-    for line in reversed(lines):
+def _records(lines: Any) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
-            found: dict[str, Any] = json.loads(line)
+            yield json.loads(line)
         except ValueError:
             continue
-        return found
+
+
+def last(path: Location, window: int = 1 << 16) -> dict[str, Any] | None:
+    """The last whole line, if it lies within the last `window` bytes of the file, or of its last segment."""
+    for part in _parts(path)[-1:]:
+        with part.open("rb") as f:
+            f.seek(max(0, part.stat().st_size - window))
+            lines = f.read().split(b"\n")
+        return next(_records(reversed(lines)), None)
     return None
+
+
+def modified(path: Location) -> float:
+    """When the last line was written, in seconds since the epoch; 0 without any."""
+    return max((part.stat().st_mtime for part in _parts(path)[-1:]), default=0.0)
 
 
 class Tail:
     """The whole lines that were added to a file since the last look, or, at first, since this was made."""
 
-    def __init__(self, path: Path, *, from_now: bool = False) -> None:
-        self._path, self._offset = path, path.stat().st_size if from_now and path.exists() else 0
+    def __init__(self, path: Location, *, from_now: bool = False) -> None:
+        self._path, self._read = path, dict[str, int]()
+        if from_now:
+            for part in _parts(path):
+                self._read[part.name] = part.stat().st_size
 
     def new(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as f:
-            f.seek(self._offset)
-            while (line := f.readline()).endswith(b"\n"):
-                self._offset += len(line)
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+        # What lies before the newest segment that was read does not grow any more.
+        newest = max(self._read, default="")
+        for part in _parts(self._path):
+            if part.name < newest:
+                continue
+            seen = self._read.get(part.name, 0)
+            with part.open("rb") as f:
+                f.seek(seen)
+                added = f.read()
+            whole = added[: added.rfind(b"\n") + 1]
+            self._read[part.name] = seen + len(whole)
+            yield from _records(whole.splitlines())

@@ -3,55 +3,55 @@
 import json
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_spec
 
 
 @dataclass(frozen=True)
 class RunDir:
-    path: Path
+    path: Location
 
     @property
     def id(self) -> str:
         return self.path.name
 
     @property
-    def spec_file(self) -> Path:
+    def spec_file(self) -> Location:
         return self.path / "spec.yaml"
 
     @property
-    def state_file(self) -> Path:
+    def state_file(self) -> Location:
         return self.path / "run.json"
 
     @property
-    def events_file(self) -> Path:
+    def events_file(self) -> Location:
         return self.path / "events.jsonl"
 
     @property
-    def metrics_file(self) -> Path:
+    def metrics_file(self) -> Location:
         return self.path / "metrics.jsonl"
 
     @property
-    def routing(self) -> Path:
+    def routing(self) -> Location:
         return self.path / "routing"
 
     @property
-    def tokenizer_file(self) -> Path:
+    def tokenizer_file(self) -> Location:
         return self.path / "tokenizer.json"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Location:
         return self.path / "checkpoints"
 
     @property
-    def stop_file(self) -> Path:
+    def stop_file(self) -> Location:
         return self.path / "stop"
 
     @property
-    def ray(self) -> Path:
+    def ray(self) -> Location:
         return self.path / "ray"
 
     @property
@@ -84,7 +84,7 @@ def create_run(spec: RunSpec) -> RunDir:
     return run
 
 
-def new_directory(storage: Path, name: str) -> RunDir:
+def new_directory(storage: Location, name: str) -> RunDir:
     """An empty run directory, readable by its owner only, with an id that no other run has.
 
     Raises:
@@ -101,13 +101,13 @@ def new_directory(storage: Path, name: str) -> RunDir:
     return run
 
 
-def list_runs(storage: Path) -> list[RunDir]:
+def list_runs(storage: Location | str) -> list[RunDir]:
     """Runs below `storage`, oldest first."""
-    found = [RunDir(p.parent) for p in storage.absolute().glob("*/run.json")]
+    found = [RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")]
     return sorted(found, key=RunDir.created)
 
 
-def find_run(name: str | None, storage: Path, *, with_job: bool = False) -> RunDir:
+def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:
     """The run of this id, unique prefix of an id, or path; without a name the newest one.
 
     Args:
@@ -118,8 +118,8 @@ def find_run(name: str | None, storage: Path, *, with_job: bool = False) -> RunD
     Raises:
         RunError: there is none, or the prefix fits several.
     """
-    if name is not None and RunDir(Path(name)).state_file.is_file():
-        return RunDir(Path(name).resolve())
+    if name is not None and RunDir(location(name)).state_file.is_file():
+        return RunDir(location(name).absolute())
     runs = list_runs(storage)
     if name is None:
         runs = [r for r in runs if not (with_job and r.is_imported)]

@@ -13,11 +13,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import ModelSpec
@@ -61,7 +61,7 @@ def checkpoint_name(step: int, group: int) -> str:
     return f"step_{step:08d}.{group}"
 
 
-def describe_file(path: Path) -> FileEntry:
+def describe_file(path: Location) -> FileEntry:
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -69,12 +69,12 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def commit(checkpoint: Path, manifest: Manifest) -> None:
+def commit(checkpoint: Location, manifest: Manifest) -> None:
     """Make the checkpoint count."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def stored_manifest(checkpoint: Path) -> Manifest:
+def stored_manifest(checkpoint: Location) -> Manifest:
     """The manifest of a checkpoint, whose files nobody looks at.
 
     Raises:
@@ -88,7 +88,7 @@ def stored_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", _FIX) from e
 
 
-def read_manifest(checkpoint: Path, parts: tuple[str, ...] = PARTS) -> Manifest:
+def read_manifest(checkpoint: Location, parts: tuple[str, ...] = PARTS) -> Manifest:
     """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
 
     Raises:
@@ -101,8 +101,8 @@ def read_manifest(checkpoint: Path, parts: tuple[str, ...] = PARTS) -> Manifest:
     return manifest
 
 
-def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> Iterator[str]:
-    present = {str(p.relative_to(checkpoint)) for part in parts for p in checkpoint.glob(f"{part}/*")}
+def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...]) -> Iterator[str]:
+    present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
     yield from (f"{name} does not belong to it" for name in sorted(present - files.keys()))
@@ -116,7 +116,7 @@ def _problems(checkpoint: Path, manifest: Manifest, parts: tuple[str, ...]) -> I
                 yield f"{name} does not have the hash it was written with"
 
 
-def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
+def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
     """The tokenizer.json of the run that the checkpoint lies in.
 
     Raises:
@@ -134,19 +134,19 @@ def run_tokenizer(checkpoint: Path, manifest: Manifest) -> Path:
     return path
 
 
-def unfinished(run: RunDir) -> list[Path]:
+def unfinished(run: RunDir) -> list[Location]:
     """Folders of checkpoints that were never committed: being written, or left by a process that was killed."""
     return sorted(p for p in run.checkpoints.glob("step_*") if not (p / MANIFEST).exists())
 
 
-def committed(run: RunDir) -> list[Path]:
+def committed(run: RunDir) -> list[Location]:
     """The checkpoints of a run that were committed, oldest first; whether they are whole, nobody has looked."""
     return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=step_and_group)
 
 
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS
-) -> tuple[Path, Manifest, list[CheckpointError]] | None:
+) -> tuple[Location, Manifest, list[CheckpointError]] | None:
     """The newest whole checkpoint of a run and what was wrong with newer ones; None if there is none.
 
     A directory without a manifest was never committed; it is passed over without a word.
@@ -162,7 +162,7 @@ def newest_checkpoint(
     return None
 
 
-def step_and_group(checkpoint: Path) -> tuple[int, int]:
+def step_and_group(checkpoint: Location) -> tuple[int, int]:
     """What its name says; the larger, the newer."""
     step, _, group = checkpoint.name.removeprefix("step_").partition(".")
     return int(step), int(group)

@@ -30,7 +30,12 @@ VAL_TOKENS = "val_tokens"
 def append(run: RunDir, line: dict[str, Any]) -> None:
     """A number that is not finite, for which JSON has no word, becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    jsonl.append(run.metrics_file, finite)
+    jsonl.append(run.metrics_file, finite, at_once=False)
+
+
+def flush(run: RunDir) -> None:
+    """Return when all lines of this process can be read; at once but on an object store."""
+    jsonl.flush(run.metrics_file)
 
 
 def history(run: RunDir) -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """Which checkpoints of a run stay, where not all do."""
 
-import shutil
-from pathlib import Path
-
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
 
 
-def surplus(run: RunDir, keep: int) -> list[Path]:
+def surplus(run: RunDir, keep: int) -> list[Location]:
     """All but the newest `keep` and the best, oldest first.
 
     The best is the one of the lowest validation loss among those of a step that was validated; a loss that is not
@@ -22,7 +21,7 @@ def surplus(run: RunDir, keep: int) -> list[Path]:
     return [path for path in found[:-keep] if path != best]
 
 
-def drop(checkpoint: Path) -> None:
+def drop(checkpoint: Location) -> None:
     """Its manifest goes first: should the rest stay, for whatever reason, it no longer counts."""
     (checkpoint / MANIFEST).unlink()
-    shutil.rmtree(checkpoint)
+    remove_tree(checkpoint)

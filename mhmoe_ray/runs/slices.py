@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import FileEntry
 
 SUFFIX = ".safetensors"
@@ -88,7 +88,7 @@ def _bytes_of(contiguous: Tensor) -> memoryview:
 class StoredSlice(NamedTuple):
     """A slice as it lies in a file."""
 
-    file: Path
+    file: Location
     start: int
     """Its first byte."""
     dtype: torch.dtype
@@ -97,7 +97,7 @@ class StoredSlice(NamedTuple):
     offset: tuple[int, ...]
 
 
-def stored_slices(file: Path) -> dict[str, StoredSlice]:
+def stored_slices(file: Location) -> dict[str, StoredSlice]:
     """All slices of a file, by the names of their tensors.
 
     Raises:

@@ -6,7 +6,6 @@ rank waits for another, neither to write nor to read.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import create_file
 from mhmoe_ray.runs.manifest import FileEntry
 from mhmoe_ray.runs.slices import SUFFIX, Slice, StoredSlice, read_into, slice_of, stored_slices, write_slices
@@ -50,7 +50,7 @@ class Shares:
         return [holders.flatten().tolist() for holders in slices]
 
 
-def save_slices(folder: Path, slices: Mapping[str, Slice], rank: int) -> FileEntry:
+def save_slices(folder: Location, slices: Mapping[str, Slice], rank: int) -> FileEntry:
     """Write slices, which are in CPU memory, as one file; one without any has no bytes of data.
 
     Raises:
@@ -65,7 +65,7 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}{SUFFIX}"
 
 
-def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+def load_tensors(folder: Location, into: Mapping[str, Tensor]) -> None:
     """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
     folder has.
 
@@ -90,19 +90,20 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
                 raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
 
 
-def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+def stored_dtypes(folder: Location) -> dict[str, torch.dtype]:
     """The dtype of each tensor of a folder, by name."""
     return {name: slices[0].dtype for name, slices in _stored(folder).items()}
 
 
-def _stored(folder: Path) -> dict[str, list[StoredSlice]]:
+def _stored(folder: Location) -> dict[str, list[StoredSlice]]:
     """All slices in the folder's files, by the names of their tensors.
 
     Raises:
         CheckpointError: a file is no safetensors file.
     """
     found: dict[str, list[StoredSlice]] = {}
-    for file in sorted(folder.glob(f"*{SUFFIX}")):
+    files: list[Location] = list(folder.glob(f"*{SUFFIX}"))
+    for file in sorted(files, key=lambda file: file.name):
         try:
             slices = stored_slices(file)
         except (ValueError, KeyError) as e:

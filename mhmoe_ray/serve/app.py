@@ -1,7 +1,5 @@
 """The Ray Serve application: one deployment, one engine in each replica."""
 
-from pathlib import Path
-
 import ray
 import torch
 from fastapi import FastAPI
@@ -10,6 +8,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT
 from mhmoe_ray.serve.engine import Engine
@@ -22,7 +21,7 @@ class Args(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    checkpoint: Path
+    checkpoint: str
     model: str
     """The model's name for clients."""
     max_tokens: PositiveInt
@@ -35,7 +34,7 @@ class Completions:
     def __init__(self, args: Args) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        self._args, self._engine = args, Engine.from_checkpoint(args.checkpoint)
+        self._args, self._engine = args, Engine.from_checkpoint(location(args.checkpoint))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
@@ -50,7 +49,8 @@ def build(args: Args) -> serve.Application:
             shows this exception as one line and gives up; one from a replica is a traceback after several tries.
     """
     try:
-        load_run_tokenizer(args.checkpoint, read_manifest(args.checkpoint, parts=("weights",)))
+        checkpoint = location(args.checkpoint)
+        load_run_tokenizer(checkpoint, read_manifest(checkpoint, parts=("weights",)))
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     return Completions.bind(args)  # type: ignore[attr-defined]  # the decorators made it a Deployment

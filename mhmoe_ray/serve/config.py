@@ -1,15 +1,15 @@
 """One application as an entry of Ray Serve's declarative configuration. Imports neither torch nor ray."""
 
-from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.location import Location
 from mhmoe_ray.spec import ServeSpec
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
 
 
-def application_config(name: str, checkpoint: Path, spec: ServeSpec, model_name: str) -> dict[str, Any]:
+def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_name: str) -> dict[str, Any]:
     """An element of the `applications` list that is PUT to Serve's REST API.
 
     Args:

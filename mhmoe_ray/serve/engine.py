@@ -5,7 +5,6 @@ iterator that computes one token per step: whoever stops asking (a client that h
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.serve.load import load_model, load_run_tokenizer
 from mhmoe_ray.serve.sampling import Sampling, choose
@@ -44,7 +44,7 @@ class Engine:
         self._known = tokenizer.get_vocab_size()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Path) -> "Engine":
+    def from_checkpoint(cls, checkpoint: Location) -> "Engine":
         """The engine of a checkpoint directory inside its run directory.
 
         Raises:

@@ -1,16 +1,15 @@
 """From a checkpoint directory to a model and its tokenizer, with no step in between."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
 
 
-def load_model(checkpoint: Path) -> tuple[Decoder, Manifest]:
+def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
     """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
 
     Returns:
@@ -25,7 +24,7 @@ def load_model(checkpoint: Path) -> tuple[Decoder, Manifest]:
     return model, manifest
 
 
-def load_run_tokenizer(checkpoint: Path, manifest: Manifest) -> Tokenizer:
+def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
     """The tokenizer of the run that the checkpoint lies in.
 
     Raises:

@@ -4,20 +4,20 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.location import Location
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
+def load_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
     """Read and check a whole spec, such as a run directory's. What users write may hold shorthands as well, which
     `planner.resolve` works out.
 
@@ -27,7 +27,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     return checked(RunSpec, read_tree(path, overrides), f"spec {path}")
 
 
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file after overrides, unchecked.
 
     Args:
@@ -38,7 +38,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         SpecError: the file is missing, not YAML, or no mapping; or an override is malformed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise SpecError(f"spec {path}", str(reason), "give the path of a YAML spec such as jobs/quickstart.yaml") from e
@@ -53,7 +53,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return overridden(tree, overrides)
 
 
-def load_deploy_spec(path: Path | None, overrides: Sequence[str] = ()) -> DeploySpec:
+def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
     """What serving uses of a spec; defaults and overrides alone without one.
 
     Raises:

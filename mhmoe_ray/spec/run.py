@@ -1,10 +1,11 @@
 """The whole spec. A run is described by it and by nothing else."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
+from mhmoe_ray.location import Location, location
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, absolute
@@ -12,6 +13,7 @@ from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
+StoragePath = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
 NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
 
 
@@ -26,8 +28,8 @@ class ReferenceSpec(Section):
 class RunSpec(Section):
     name: str = Field(pattern=NAME)
     """Lower-case letters, digits and dashes; each submission gets a suffix of its own."""
-    storage: Path = Path("runs")
-    """Folder that holds run directories."""
+    storage: StoragePath = Path("runs")
+    """Folder that holds run directories: a path, or s3://bucket/folder, gs://bucket/folder."""
     seed: NonNegativeInt = 0
     """Seeds the initial weights and the order of the data."""
     origin: str | None = None
@@ -94,4 +96,5 @@ class RunSpec(Section):
             "prepared": base / data.prepared,
             "tokenizer": base / data.tokenizer if data.tokenizer else None,
         }
-        return self.model_copy(update={"storage": base / self.storage, "data": data.model_copy(update=update)})
+        storage = base / self.storage if isinstance(self.storage, Path) else self.storage
+        return self.model_copy(update={"storage": storage, "data": data.model_copy(update=update)})

@@ -4,10 +4,8 @@ Run by Ray Jobs as `python -m mhmoe_ray.train.driver RUN_DIR`.
 """
 
 import os
-import shutil
 import sys
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import ray.data
@@ -19,7 +17,9 @@ from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
+from mhmoe_ray.location import ObjectPath, location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.files import copy_file, remove_tree
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import (
     Manifest,
@@ -37,7 +37,7 @@ from mhmoe_ray.train.worker import train_worker
 
 
 def main() -> None:
-    run = RunDir(Path(sys.argv[1]))
+    run = RunDir(location(sys.argv[1]))
     attempt = len(read_attempts(run))
     try:
         ray.init()
@@ -99,7 +99,7 @@ def drive(run: RunDir, attempt: int) -> None:
         run_config=ray.train.RunConfig(
             # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
             name=f"{run.id}-{attempt}",
-            storage_path=str(run.ray),
+            **_ray_storage(run),
             failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": memory.settings(os.environ)},
@@ -121,7 +121,7 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
     verify_shards(folder, manifest)
     training_order(spec, manifest)  # its errors are users' mistakes, said here and not by a task of the stream
     if not run.tokenizer_file.exists():
-        shutil.copyfile(folder / "tokenizer.json", run.tokenizer_file)
+        copy_file(folder / "tokenizer.json", run.tokenizer_file)
     elif describe_file(run.tokenizer_file).sha256 != manifest.tokenizer_sha256:
         fix = "restore the prepared folder, or submit a new run"
         raise DataError(f"prepared data {folder}", "its tokenizer is not the one this run began with", fix)
@@ -144,10 +144,18 @@ def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
         print(f"warning: {error}")
         events.record(run, "skipped_checkpoint", name=error.what, reason=error.why)
     for folder in unfinished(run):
-        shutil.rmtree(folder)
+        remove_tree(folder)
     name, step, position = (newest[0].name, newest[1].step, newest[1].position) if newest else (None, 0, 0)
     events.record(run, "restoring", name=name, step=step)
     return training_stream(spec, position, spec.cluster.workers)
+
+
+def _ray_storage(run: RunDir) -> dict[str, Any]:
+    """Where Ray Train keeps its own files."""
+    if isinstance(run.ray, ObjectPath):
+        system, path = run.ray.filesystem
+        return {"storage_filesystem": system, "storage_path": path}
+    return {"storage_path": str(run.ray)}
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:

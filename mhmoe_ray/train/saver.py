@@ -9,7 +9,6 @@ group of their own, since training's may be in use. One checkpoint is under way 
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
@@ -141,7 +141,7 @@ class Saver:
         except Exception as e:
             self._error = e
 
-    def _everywhere(self, action: Callable[[], T], checkpoint: Path) -> list[T]:
+    def _everywhere(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
         """What the action gives on each rank.
 
         Raises:

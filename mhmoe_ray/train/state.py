@@ -1,13 +1,12 @@
 """A trainer's state from a checkpoint; `saver.py` writes them."""
 
-from pathlib import Path
-
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.train.step import Trainer
 
 
-def restore(trainer: Trainer, checkpoint: Path, manifest: Manifest) -> None:
+def restore(trainer: Trainer, checkpoint: Location, manifest: Manifest) -> None:
     """Weights, moments, step and tokens of a checkpoint written at any world size and by any strategy. Collective."""
     strategy = trainer.strategy
     strategy.begin_at(manifest.step - manifest.skipped)

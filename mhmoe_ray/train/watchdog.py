@@ -13,13 +13,13 @@ import time
 from collections.abc import Awaitable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
 
@@ -109,7 +109,7 @@ class Watchdog:
         run: path of the run directory, for events.
         patience: seconds without progress, or without a word, after which a rank counts as hung.
         """
-        self._run, self._patience = RunDir(Path(run)), patience
+        self._run, self._patience = RunDir(location(run)), patience
         self._ranks: dict[Place, _Heard] = {}
 
     @classmethod

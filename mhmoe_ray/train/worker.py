@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, stored_manifest
@@ -33,7 +33,7 @@ from mhmoe_ray.train.watchdog import Place, Pulse
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker. `config` has `run`, the path of the run directory; `attempt`; and `watchdog`,
     the actor of that name."""
-    run = RunDir(Path(config["run"]))
+    run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     with Pulse(config["watchdog"], Place.here(rank)) as pulse:
         Worker(run, run.spec(), config["attempt"], pulse).train()
@@ -86,23 +86,24 @@ class Worker:
                 metrics.append(self.run, line)
             if last or trainer.step % spec.train.checkpoint_every == 0:
                 self.pulse.at(trainer.step, "saving")
+                metrics.flush(self.run)
                 self.saver.save(counts_LE)
                 counts_LE.zero_()
             if metrics.VAL_LOSS in line:
                 ray.train.report(line)
         self.saver.wait()
 
-    def _agree(self) -> tuple[int, tuple[Path, Manifest] | None]:
+    def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
         """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream
         begins at, which the driver chose."""
-        found: tuple[int, tuple[Path, Manifest] | None] | None = None
+        found: tuple[int, tuple[Location, Manifest] | None] | None = None
         if self.rank == 0:
             happened = events.events(self.run)
             group = 1 + sum(e["event"] == "started" for e in happened)
             name = next(e["name"] for e in reversed(happened) if e["event"] == "restoring")
             checkpoint = self.run.checkpoints / name if name else None
             found = group, (checkpoint, stored_manifest(checkpoint)) if checkpoint else None
-        agreed: tuple[int, tuple[Path, Manifest] | None] = _gather(found)[0]
+        agreed: tuple[int, tuple[Location, Manifest] | None] = _gather(found)[0]
         return agreed
 
     def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:

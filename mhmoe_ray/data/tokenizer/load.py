@@ -7,10 +7,11 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries, unknown_token
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.location import Location
 from mhmoe_ray.spec import DataSpec
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
     """A tokenizer.json that fits a model of `vocab_size` rows. It neither cuts nor pads, whatever the file says.
 
     Raises:
@@ -24,14 +25,14 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Location) -> Tokenizer:
     """A tokenizer.json as it is.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())
     except Exception as e:  # the library raises bare Exception
         fix = "use a tokenizer.json of the tokenizers library, or a file in tiktoken's format as data.tokenizer"
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
@@ -70,7 +71,7 @@ def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
     to.write_bytes(content)
 
 
-def _check(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+def _check(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
     # Ids may have gaps, so that the highest can be above the number of entries.
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > vocab_size:

@@ -1,10 +1,5 @@
 """Files that change while they are read, and object stores: a real server that speaks S3, on loopback."""
 
-import socket
-import subprocess
-import sys
-import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,41 +47,6 @@ def test_a_file_that_vanishes_after_it_was_listed_is_told(tmp_path):
         (tmp_path / "b.jsonl").unlink(missing_ok=True)
         items.append(item)
     assert texts(items) == LONG[3:6]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """The query that leads to the server's bucket `bucket`, and its file system."""
-    missing = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed: see the dev extra")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log = tmp_path_factory.mktemp("s3") / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        server = subprocess.Popen(command, stdout=out, stderr=out)
-        try:
-            _wait(server, port, log)
-            query = f"region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
-            system, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
-            system.create_dir("bucket")
-            yield query, system
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def _wait(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    while server.poll() is None:
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
 
 
 def upload(system: fs.FileSystem, folder: Path, name: str) -> None:

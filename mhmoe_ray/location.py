@@ -1,0 +1,200 @@
+"""Where a file or folder is: a local path, or a place on an object store, s3:// or gs://, with the same methods.
+
+A place has those of `pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own
+tools find them; the query of a URI says how to reach its server. Folders of an object store are there when something is
+in them.
+"""
+
+import fnmatch
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import fs
+
+from mhmoe_ray.errors import SpecError
+
+SCHEMES = ("s3", "gs")
+
+
+class Status(NamedTuple):
+    st_size: int
+    st_mtime: float
+
+
+class ObjectPath:
+    """A place on an object store. Equal ones are equal; nothing is asked of the store before a method needs it."""
+
+    def __init__(self, uri: str) -> None:
+        """Args:
+        uri: scheme://bucket/path?query
+
+        Raises:
+            SpecError: the scheme is not known.
+        """
+        self._scheme, separator, rest = uri.partition("://")
+        if not separator or self._scheme not in SCHEMES:
+            why = f"{self._scheme}:// is not known"
+            raise SpecError(f"path {uri}", why, "use a local path, s3:// or gs://")
+        self._path, _, self._query = rest.partition("?")
+        self._path = self._path.strip("/")
+
+    def __str__(self) -> str:
+        return f"{self._scheme}://{self._path}" + (f"?{self._query}" if self._query else "")
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: "ObjectPath") -> bool:
+        return self._path < other._path
+
+    def __truediv__(self, below: str) -> "ObjectPath":
+        return self._at(f"{self._path}/{below}")
+
+    def _at(self, path: str) -> "ObjectPath":
+        return ObjectPath(f"{self._scheme}://{path}" + (f"?{self._query}" if self._query else ""))
+
+    @property
+    def name(self) -> str:
+        return self._path.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return self._at(self._path.rpartition("/")[0] or self._path)
+
+    def with_name(self, name: str) -> "ObjectPath":
+        return self.parent / name
+
+    def absolute(self) -> "ObjectPath":
+        return self
+
+    @property
+    def filesystem(self) -> "tuple[fs.FileSystem, str]":
+        """pyarrow's, and this place's path in it.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        bucket, _, below = self._path.partition("/")
+        system, root = _filesystem(self._scheme, bucket, self._query)
+        return system, f"{root}/{below}".rstrip("/")
+
+    def stat(self) -> Status:
+        """Raises:
+        FileNotFoundError: there is no such object.
+        """
+        info = self._info()
+        if info.type.name != "File":
+            raise FileNotFoundError(2, "there is no such object", str(self))
+        return Status(info.size, info.mtime_ns / 1e9)
+
+    def _info(self) -> Any:
+        system, path = self.filesystem
+        return system.get_file_info(path)
+
+    def exists(self) -> bool:
+        return bool(self._info().type.name != "NotFound")
+
+    def is_file(self) -> bool:
+        return bool(self._info().type.name == "File")
+
+    def read_bytes(self) -> bytes:
+        """Raises:
+        FileNotFoundError: there is no such object.
+        """
+        system, path = self.filesystem
+        with system.open_input_stream(path, compression=None) as stream:
+            return bytes(stream.read())
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> "pa.NativeFile":
+        """To read at any place ("rb"), or a new object to write ("xb"), which is there when it is closed.
+
+        Raises:
+            FileNotFoundError: there is no such object to read.
+            FileExistsError: there is one where a new one was to be.
+        """
+        system, path = self.filesystem
+        if mode == "rb":
+            return system.open_input_file(path)
+        assert mode == "xb"
+        if self.exists():
+            raise FileExistsError(17, "it is there already", str(self))
+        return system.open_output_stream(path, compression=None)
+
+    def write_bytes(self, data: "bytes | memoryview") -> None:
+        """In one step, in place of what was there."""
+        system, path = self.filesystem
+        with system.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+
+    def touch(self) -> None:
+        self.write_bytes(b"")
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is there when something is in it."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        system, path = self.filesystem
+        try:
+            system.delete_file(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def remove_tree(self) -> None:
+        system, path = self.filesystem
+        system.delete_dir(path)
+
+    def iterdir(self) -> "Iterator[ObjectPath]":
+        """In the order of their names."""
+        from pyarrow import fs
+
+        system, path = self.filesystem
+        for info in sorted(system.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path):
+            yield self / info.base_name
+
+    def glob(self, pattern: str) -> "Iterator[ObjectPath]":
+        """Args:
+        pattern: of names, one for each level.
+        """
+        first, _, rest = pattern.partition("/")
+        plain = not any(c in first for c in "*?[")
+        found = [self / first] if plain else [p for p in self.iterdir() if fnmatch.fnmatchcase(p.name, first)]
+        for place in found:
+            if rest:
+                yield from place.glob(rest)
+            elif not plain or place.exists():
+                yield place
+
+
+Location: TypeAlias = Path | ObjectPath
+
+
+def location(text: "str | Location") -> Location:
+    """Raises:
+    SpecError: a scheme that is not known.
+    """
+    if isinstance(text, Path | ObjectPath):
+        return text
+    return ObjectPath(text) if "://" in text else Path(text)
+
+
+@lru_cache(maxsize=64)
+def _filesystem(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
+    """Kept within a process, since finding out a bucket's region takes a request."""
+    from pyarrow import fs
+
+    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))
+    return found
