@@ -56,6 +56,7 @@ class Trainer:
         device: of this rank.
         start_token: the token that precedes every document; needed where the model has `document_masks`.
         """
+        assert spec.train.micro_batches % mesh.world == 0
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token = start_token
         moe = spec.model.moe
