@@ -58,6 +58,7 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
         "validation": next((line for line in reversed(history) if metrics.VAL_LOSS in line), None),
         "baselines": next((e for e in reversed(happened) if e["event"] == "prepared"), None),
         "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
+        "preempted": [e for e in happened if e["event"] == "preempted"],
         "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
         "checkpoint": next((e for e in reversed(happened) if e["event"] in ("checkpoint", "imported")), None),
         "tokens_per_s": _mean_rate(history),
@@ -111,10 +112,12 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
     if started:
         hosts = sorted({w["host"] for w in started["workers"]})
         rows["workers"] = (
-            f"{len(started['workers'])} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
+            f"{events.workers(started)} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
             f"; started {found['worker_starts']} times in {found['attempts']} attempts"
         )
         rows["warning"] = events.straddling(started)
+    if found["preempted"]:
+        rows["preempted"] = f"{len(found['preempted'])} times; last: {events.preempted(found['preempted'][-1])}"
     if checkpoint:
         said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
         damaged = len(set(found["skipped_checkpoints"]))

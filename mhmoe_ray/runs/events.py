@@ -11,8 +11,9 @@ Kind = Literal[
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
-    # workers: [{rank, pid, host, node}]
+    # workers: [{rank, pid, host, node}], asked (cluster.workers)
     "checkpoint",  # step, name
+    "preempted",  # step, nodes (ids), deadline (in seconds since the epoch, or null): the workers go elsewhere
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
     "finished",  # step
@@ -51,6 +52,19 @@ def state(happened: list[dict[str, Any]]) -> State:
 
 def is_over(current: State) -> bool:
     return current in ("finished", "stopped", "failed", "imported")
+
+
+def workers(started: dict[str, Any]) -> str:
+    """How many there are by a "started" event, and how many were asked for where that is a range."""
+    asked = started.get("asked")  # events of before have none
+    return str(len(started["workers"])) + (f" (of {asked['min']} to {asked['max']})" if isinstance(asked, dict) else "")
+
+
+def preempted(event: dict[str, Any]) -> str:
+    """A sentence on the nodes that are taken away, by a "preempted" event."""
+    left = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
+    nodes = ", ".join(node[:12] for node in event["nodes"])
+    return f"node {nodes} is taken away{left}; saved at step {event['step']}, starting elsewhere or smaller"
 
 
 def straddling(started: dict[str, Any]) -> str | None:

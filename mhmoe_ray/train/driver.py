@@ -12,12 +12,10 @@ from typing import Literal
 import ray
 import ray.data
 import ray.train
-from ray.train.torch import TorchTrainer
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
-from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
@@ -25,6 +23,7 @@ from mhmoe_ray.runs.manifest import Manifest, describe_file, newest_checkpoint
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
+from mhmoe_ray.train.elastic import ElasticTrainer, StreamFromNewest
 from mhmoe_ray.train.worker import train_worker
 
 
@@ -73,17 +72,17 @@ def drive(run: RunDir, attempt: int) -> None:
     if newest and newest[1].step >= spec.train.steps:
         events.record(run, "finished", step=newest[1].step)
         return
-    trainer = TorchTrainer(
+    workers = spec.cluster.workers
+    trainer = ElasticTrainer(
+        run,
+        spec,
         train_worker,
         train_loop_config={"run": str(run.path), "attempt": attempt},
-        # A callable: Ray Train calls it at every start of the worker group, so the stream begins where the newest
-        # checkpoint ends. A plain dataset would begin where the job began.
-        datasets={"train": lambda: _stream_from_newest(run, spec)},
-        dataset_config=ray.train.DataConfig(
-            execution_options=ray.data.ExecutionOptions(preserve_order=True),
-        ),
+        datasets={"train": ray.data.range(1)},  # a name: what it stands for, dataset_config makes for each worker group
+        dataset_config=StreamFromNewest(run, spec),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=spec.cluster.workers,
+            num_workers=(workers.min, workers.max) if workers.elastic else workers.max,
+            elastic_resize_monitor_interval_s=0.0,  # considered after each checkpoint instead
             use_gpu=spec.cluster.gpus_per_worker > 0,
             resources_per_worker=_resources(spec),
         ),
@@ -91,7 +90,10 @@ def drive(run: RunDir, attempt: int) -> None:
             # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
             name=f"{run.id}-{attempt}",
             storage_path=str(run.ray),
-            failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=spec.cluster.max_failures,
+                max_preemption_failures=-1,  # without end
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": memory.settings(os.environ)},
         ),
@@ -128,11 +130,6 @@ def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
     if describe_file(folder / "manifest.json").sha256 != checkpoint.data_sha256:
         fix = "restore the folder that the run began with, or submit a new run"
         raise DataError(f"prepared data {folder}", "it is not what the run was trained on so far", fix)
-
-
-def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
-    newest = newest_checkpoint(run)
-    return training_stream(spec, newest[1].position if newest else 0, spec.cluster.workers)
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:
