@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.placement.groups import Groups, expert_groups
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, list_runs
 from mhmoe_ray.spec import dump_spec
@@ -52,3 +53,16 @@ def wait_for_end(run: RunDir) -> str:
         return state if events.is_over(state) else None
 
     return str(wait_until(over))
+
+
+def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], Groups]:
+    """Ranks on each place, and the groups that these nodes should give."""
+    ids = [worker["node"] for worker in event["workers"]]
+    places, labels = nodes.labels("place"), nodes.labels(label) if label else None
+    return sorted(places[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)
+
+
+def assert_as_planned(event: dict[str, Any], groups: Groups) -> None:
+    assert event["groups"] == groups.ranks
+    assert event["straddling_groups"] == len(groups.straddling)
+    assert event["groups_apart"] == len(groups.apart)

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
+from mhmoe_ray.placement.groups import expert_groups
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.layout import RunDir
 from tests.cli.audit import expected_streams
 from tests.several.alone import trained_alone
 from tests.several.nodes import wait_until
-from tests.several.runs import command, started, step_of, submit, wait_for_end
+from tests.several.runs import assert_as_planned, command, started, step_of, submit, wait_for_end
 
 pytestmark = pytest.mark.ray
 
@@ -55,7 +56,8 @@ def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, pro
 
 
 def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
-    """Without a failure to spare, and on to a node that was free, at the very step of that checkpoint."""
+    """Without a failure to spare, and on to a node that was free, at the very step of that checkpoint. Its one group
+    lies on two nodes, which is recorded and said."""
     with nodes.only([1, 1, 1, 0]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
         wait_until(lambda: step_of(run) >= 3)
@@ -68,6 +70,9 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
     [preempted] = preemptions(run)
     assert preempted["nodes"] == [taken]
     assert preempted["time"] < preempted["deadline"]
+    for event in started(run):
+        assert_as_planned(event, expert_groups([worker["node"] for worker in event["workers"]], 2))
+        assert event["straddling_groups"] == 1
     second = started(run)[1]
     assert second["step"] == preempted["step"]
     assert len(second["workers"]) == 2
@@ -75,7 +80,9 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
     lines = [line[metrics.STEP] for line in jsonl.read(run.metrics_file)]
     assert lines == list(range(1, len(lines) + 1)), "a step was trained twice"
     assert_nothing_lost_or_repeated(run)
-    assert "is taken away within" in command(nodes, project, "status", run.id).out.replace("\n", " ")
+    status = " ".join(command(nodes, project, "status", run.id).out.split())
+    assert "is taken away within" in status
+    assert "1 expert-parallel groups lie on more than one node" in status
 
 
 @pytest.mark.slow

@@ -4,30 +4,16 @@ import pytest
 import torch
 
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.placement.groups import expert_groups
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.runs.tensors import load_tensors
 from tests.cli.audit import assert_read_as_ordered
 from tests.several.alone import trained_alone
-from tests.several.runs import command, newest, started, submit, wait_for_end, write
+from tests.several.runs import assert_as_planned, command, layout, newest, started, submit, wait_for_end, write
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SHORT = {"steps": 20, "validate_every": 10, "checkpoint_every": 20}
-
-
-def layout(nodes, event, label=None):
-    """Ranks on each place, and the groups that these nodes should give."""
-    ids = [worker["node"] for worker in event["workers"]]
-    places, labels = nodes.labels("place"), nodes.labels(label) if label else None
-    return sorted(places[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)
-
-
-def assert_as_planned(event, groups):
-    assert event["groups"] == groups.ranks
-    assert event["straddling_groups"] == len(groups.straddling)
-    assert event["groups_apart"] == len(groups.apart)
 
 
 def assert_as_alone(run):
@@ -42,7 +28,6 @@ def assert_as_alone(run):
         torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-2, msg=name)
 
 
-@pytest.mark.slow
 def test_groups_lie_within_nodes_where_they_fit(nodes, project):
     with nodes.only([2, 0, 2, 0]):
         run = submit(nodes, project, train=SHORT)
