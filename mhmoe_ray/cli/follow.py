@@ -120,7 +120,7 @@ class _View:
             note.print(f"preparing data in {event['folder']}", soft_wrap=True)
         elif kind == "started":
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
-            places = f"{len(event['workers'])} workers, dp {event['dp']} x ep {event['ep']}"
+            places = f"{events.workers(event)} workers, dp {event['dp']} x ep {event['ep']}"
             note.print(f"training from step {event['step']} on {places}{again}")
             if warning := events.straddling(event):
                 note.print(f"warning: {warning}")
@@ -128,3 +128,5 @@ class _View:
             note.print(f"warning: {events.hung(event)}", soft_wrap=True)
         elif kind == "skipped_checkpoint":
             note.print(f"warning: {event['name']}: {event['reason']}; the one before is used", soft_wrap=True)
+        elif kind == "preempted":
+            note.print(events.preempted(event), soft_wrap=True)

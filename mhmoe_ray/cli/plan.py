@@ -32,7 +32,7 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
     from mhmoe_ray.planner.traffic import exchanges
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
-    groups = expert_groups(["node"] * cluster.workers, cluster.ep)
+    groups = expert_groups(["node"] * cluster.workers.max, cluster.ep)
     step, held = expert_step(spec), memory(spec)
     ratios = parity(spec.model, reference) if reference else {}
     return {
@@ -47,14 +47,14 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
         "tokens_per_step": spec.tokens_per_step,
         "tokens": spec.tokens_per_step * spec.train.steps,
         "layout": {
-            "workers": cluster.workers,
+            "workers": cluster.workers.max,
             "dp": cluster.dp,
             "ep": cluster.ep,
             "experts_per_rank": moe.experts // cluster.ep if moe else 0,
             "expert_groups": groups.ranks,
-            "micro_batches_per_worker": spec.train.micro_batches // cluster.workers,
+            "micro_batches_per_worker": spec.train.micro_batches // cluster.workers.max,
             "cpus": cluster.cpus,
-            "gpus": cluster.workers * cluster.gpus_per_worker,
+            "gpus": cluster.workers.max * cluster.gpus_per_worker,
         },
     }
 
@@ -100,7 +100,8 @@ def show(spec: "RunSpec") -> None:
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "checkpoints": f"{spec.train.steps // spec.train.checkpoint_every:,}, one every "
         f"{spec.train.checkpoint_every:,} steps, {in_bytes(checkpoint)} each",
-        "workers": f"{cluster.workers} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each",
+        "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
+        + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
         "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,
         "storage": str(spec.storage),

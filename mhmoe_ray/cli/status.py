@@ -60,6 +60,7 @@ def as_dict(run: "RunDir") -> dict[str, Any]:
         "started": next((e for e in reversed(happened) if e["event"] == "started"), None),
         "hung": [e for e in happened if e["event"] == "hung"],
         "skipped_steps": sum(metrics.SKIPPED in line for line in history),
+        "preempted": [e for e in happened if e["event"] == "preempted"],
         "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
         "checkpoint": next((e for e in reversed(happened) if e["event"] in ("checkpoint", "imported")), None),
         "tokens_per_s": _mean_rate(history),
@@ -113,7 +114,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
     if started:
         hosts = sorted({w["host"] for w in started["workers"]})
         rows["workers"] = (
-            f"{len(started['workers'])} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
+            f"{events.workers(started)} on {', '.join(hosts)}: dp {started['dp']} x ep {started['ep']}"
             f"; started {found['worker_starts']} times in {found['attempts']} attempts"
         )
         rows["warning"] = events.straddling(started)
@@ -122,6 +123,8 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
         rows["hung"] = events.hung(found["hung"][-1]) + again
     if found["skipped_steps"]:
         rows["skipped steps"] = f"{found['skipped_steps']}, whose gradient was not finite"
+    if found["preempted"]:
+        rows["preempted"] = f"{len(found['preempted'])} times; last: {events.preempted(found['preempted'][-1])}"
     if checkpoint:
         said = f"{checkpoint['name']}, {time.time() - checkpoint['time']:,.0f} s ago"
         damaged = len(set(found["skipped_checkpoints"]))

@@ -50,7 +50,7 @@ def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
     """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp
     ranks that hold the same ones, all else over all ranks. ZeRO updates slices of its own, which weights are copied
     from."""
-    strategy, world = cluster.strategy if cluster.workers > 1 else "ddp", cluster.workers
+    strategy, world = cluster.strategy if cluster.workers.max > 1 else "ddp", cluster.workers.max
     experts = FLOAT32 * found.expert_parameters / cluster.ep
     others = FLOAT32 * (found.parameters - found.expert_parameters)
     sliced = others / world + (experts / cluster.dp if strategy != "fsdp" or cluster.shard_experts else experts)

@@ -31,7 +31,7 @@ def exchanges(spec: RunSpec) -> list[Exchange]:
     slices. None on a single rank."""
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     found = sizes(model)
-    micro_batches = spec.train.micro_batches // cluster.workers
+    micro_batches = spec.train.micro_batches // cluster.workers.max
     result = []
     if moe is not None and cluster.ep > 1:
         passes = model.moe_layers * micro_batches
@@ -40,7 +40,7 @@ def exchanges(spec: RunSpec) -> list[Exchange]:
         for name in ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back"):
             result.append(_all_to_all(name, cluster.ep, rows, passes))
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
-    result += _made_whole(cluster.strategy, "all but experts", cluster.workers, shared, micro_batches)
+    result += _made_whole(cluster.strategy, "all but experts", cluster.workers.max, shared, micro_batches)
     if moe is not None:
         slices = cluster.strategy != "fsdp" or cluster.shard_experts
         experts = FLOAT32 * found.expert_parameters // cluster.ep

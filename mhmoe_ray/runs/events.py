@@ -12,9 +12,10 @@ Kind = Literal[
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
-    # workers: [{rank, pid, host, node}]
+    # workers: [{rank, pid, host, node}], asked (cluster.workers)
     "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
     "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)
+    "preempted",  # step, nodes (ids), deadline (in seconds since the epoch, or null): the workers go elsewhere
     "skipped_checkpoint",  # name, reason
     "dropped_checkpoint",  # name
     "finished",  # step
@@ -60,6 +61,19 @@ def hung(event: dict[str, Any]) -> str:
     how = "gave no sign of life" if event["silent"] else "made no progress"
     where = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
     return f"{where} {how} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was ended"
+
+
+def workers(started: dict[str, Any]) -> str:
+    """How many there are by a "started" event, and how many were asked for where that is a range."""
+    asked = started.get("asked")  # events of before have none
+    return str(len(started["workers"])) + (f" (of {asked['min']} to {asked['max']})" if isinstance(asked, dict) else "")
+
+
+def preempted(event: dict[str, Any]) -> str:
+    """A sentence on the nodes that are taken away, by a "preempted" event."""
+    left = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
+    nodes = ", ".join(node[:12] for node in event["nodes"])
+    return f"node {nodes} is taken away{left}; saved at step {event['step']}, starting elsewhere or smaller"
 
 
 def straddling(started: dict[str, Any]) -> str | None:

@@ -2,15 +2,47 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
 
 from mhmoe_ray.spec.base import Section
 
 STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve the stream that feeds them
 
 
+class WorkerRange(Section):
+    """How many workers a run may have; written as a number where that is one."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, given: Any) -> Any:
+        return given if isinstance(given, dict) else {"min": given, "max": given}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is more than max ({self.max})")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return {"min": self.min, "max": self.max} if self.elastic else self.min
+
+    @property
+    def elastic(self) -> bool:
+        return self.min < self.max
+
+    def __str__(self) -> str:
+        return f"{self.min} to {self.max}" if self.elastic else str(self.min)
+
+
 class ClusterSpec(Section):
-    workers: PositiveInt = 1
+    workers: WorkerRange = WorkerRange(min=1, max=1)
+    """A number, or {min: a, max: b}: then the run has as many as there is room for. It shrinks when it loses a node
+    and grows, after a checkpoint, when there is room again; numbers between are multiples of ep that divide
+    train.micro_batches, as a and b must be."""
     ep: PositiveInt = 1
     """Expert parallelism: ranks that share one set of experts. workers = dp x ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
@@ -27,7 +59,8 @@ class ClusterSpec(Section):
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3
-    """Times a failed or killed worker group is started again from the last checkpoint."""
+    """Times a failed or killed worker group is started again from the last checkpoint. Nodes that are announced to be
+    taken away (preemption) do not count; a mistake that a new start would only repeat ends the run at once."""
     hang_seconds: PositiveFloat = 600
     """Without a sign of life from a worker, or without progress of any: then the one that stands still is ended, and
     the group is started again."""
@@ -38,8 +71,9 @@ class ClusterSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.workers % self.ep:
-            raise ValueError(f"workers ({self.workers}) must be a multiple of ep ({self.ep})")
+        for workers in (self.workers.min, self.workers.max):
+            if workers % self.ep:
+                raise ValueError(f"workers ({workers}) must be a multiple of ep ({self.ep})")
         if self.strategy == "zero3" and self.ep > 1:
             raise ValueError(
                 "DeepSpeed's ZeRO 3 knows no expert parallelism but its own layers': set ep to 1, or strategy to fsdp "
@@ -51,10 +85,10 @@ class ClusterSpec(Section):
 
     @property
     def cpus(self) -> int:
-        """Logical CPUs that a run takes, its data stream included."""
-        return self.workers * self.cpus_per_worker + STREAM_CPUS
+        """Logical CPUs that a run takes at most, its data stream included."""
+        return self.workers.max * self.cpus_per_worker + STREAM_CPUS
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas of the experts."""
-        return self.workers // self.ep
+        """Data-parallel replicas of the experts, at most."""
+        return self.workers.max // self.ep

@@ -43,7 +43,7 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        moe, workers = self.model.moe, self.cluster.workers
+        moe = self.model.moe
         if self.cluster.ep > 1 and moe is None:
             raise ValueError(
                 f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread: set ep to 1"
@@ -65,17 +65,24 @@ class RunSpec(Section):
                 f"train.recompute would exchange rows between experts' workers again and again: set it to false, or "
                 f"cluster.ep ({self.cluster.ep}) to 1"
             )
-        if self.train.micro_batches % workers:
-            raise ValueError(
-                f"train.micro_batches ({self.train.micro_batches}) must be a multiple of cluster.workers ({workers}), "
-                "so that every worker gets equally many"
-            )
+        for workers in (self.cluster.workers.min, self.cluster.workers.max):
+            if self.train.micro_batches % workers:
+                raise ValueError(
+                    f"train.micro_batches ({self.train.micro_batches}) must be a multiple of cluster.workers "
+                    f"({workers}), so that every worker gets equally many"
+                )
         return self
 
     @property
     def reference_model(self) -> ModelSpec | None:
         """The reference's expert layers on this model's trunk."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that the run may have, ascending: each gives every worker equally many micro-batches."""
+        wanted = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
+        return [n for n in wanted if self.train.micro_batches % n == 0]
 
     @property
     def samples_per_step(self) -> int:

@@ -2,6 +2,8 @@
 
     driver.py       the job: prepare data, start workers, say how it ended
     worker.py       one rank: restore, train, validate, save
+    elastic.py      as many workers as there is room for
+    preemption.py   leaving a node that is to be taken away
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     mesh.py dispatch.py gradients.py    dp x ep: groups, exchange of rows, reduction and clipping

@@ -10,16 +10,14 @@ from typing import Any, Literal
 import ray
 import ray.data
 import ray.train
-from ray.train.torch import TorchTrainer
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
-from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.location import ObjectPath, location
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.files import copy_file, remove_tree
+from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import (
     Manifest,
@@ -27,11 +25,11 @@ from mhmoe_ray.runs.manifest import (
     describe_file,
     newest_checkpoint,
     step_and_group,
-    unfinished,
 )
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
+from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest, error_of_ours
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
 
@@ -81,18 +79,18 @@ def drive(run: RunDir, attempt: int) -> None:
     if newest and newest[1].step >= spec.train.steps:
         events.record(run, "finished", step=newest[1].step)
         return
+    workers = spec.cluster.workers
     watchdog = Watchdog.start(run, spec.cluster.hang_seconds)
-    trainer = TorchTrainer(
+    trainer = RunTrainer(
+        run,
+        spec,
         train_worker,
         train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
-        # A callable: Ray Train calls it at every start of the worker group, so the stream begins where the newest
-        # checkpoint ends. A plain dataset would begin where the job began.
-        datasets={"train": lambda: _stream_from_newest(run, spec)},
-        dataset_config=ray.train.DataConfig(
-            execution_options=ray.data.ExecutionOptions(preserve_order=True),
-        ),
+        datasets={"train": ray.data.range(1)},  # a name: what it stands for, dataset_config makes for each worker group
+        dataset_config=StreamFromNewest(run, spec),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=spec.cluster.workers,
+            num_workers=(workers.min, workers.max) if workers.elastic else workers.max,
+            elastic_resize_monitor_interval_s=0.0,  # considered after each checkpoint instead
             use_gpu=spec.cluster.gpus_per_worker > 0,
             resources_per_worker=_resources(spec),
         ),
@@ -100,7 +98,10 @@ def drive(run: RunDir, attempt: int) -> None:
             # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
             name=f"{run.id}-{attempt}",
             **_ray_storage(run),
-            failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=spec.cluster.max_failures,
+                max_preemption_failures=-1,  # without end
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": memory.settings(os.environ)},
         ),
@@ -137,19 +138,6 @@ def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
         raise DataError(f"prepared data {folder}", "it is not what the run was trained on so far", fix)
 
 
-def _stream_from_newest(run: RunDir, spec: RunSpec) -> ray.data.Dataset:
-    """Called when no worker runs. What it chooses is recorded for them, so that they start where the stream does."""
-    newest = newest_checkpoint(run)
-    for error in newest[2] if newest else []:
-        print(f"warning: {error}")
-        events.record(run, "skipped_checkpoint", name=error.what, reason=error.why)
-    for folder in unfinished(run):
-        remove_tree(folder)
-    name, step, position = (newest[0].name, newest[1].step, newest[1].position) if newest else (None, 0, 0)
-    events.record(run, "restoring", name=name, step=step)
-    return training_stream(spec, position, spec.cluster.workers)
-
-
 def _ray_storage(run: RunDir) -> dict[str, Any]:
     """Where Ray Train keeps its own files."""
     if isinstance(run.ray, ObjectPath):
@@ -165,11 +153,10 @@ def _resources(spec: RunSpec) -> dict[str, float]:
 
 def _explain(run: RunDir, error: Exception) -> MhmoeError:
     """The error of ours inside Ray's, or one line of what is inside."""
-    worker_failures = getattr(error, "worker_failures", {})
-    for rank, failure in worker_failures.items():
+    if told := error_of_ours(error):
+        return told
+    for rank, failure in getattr(error, "worker_failures", {}).items():
         cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, MhmoeError):
-            return cause
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         return JobError(f"worker {rank}", lines[-1].strip(), "see its log")
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -55,7 +55,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     """The mesh of the default process group, or of a single process if there is none.
 
     Args:
-        spec: its `workers` must be the size of the group.
+        spec: its `workers` must allow the size of the group.
         nodes: for each rank, a name of the node it is on.
         device_type: "cpu" or "cuda".
         domains: for each rank, a name of the domain that its node is in; by default all are in one.
@@ -70,7 +70,7 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     if not dist.is_initialized():
         return Mesh(1, 0, 1, 0, None, groups.ranks, 0, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
-    if world != spec.workers:
+    if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
     devices = DeviceMesh(device_type, torch.tensor(groups.ranks), mesh_dim_names=("dp", "ep"))
     ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)

@@ -76,6 +76,7 @@ class Trainer:
         start_token: the token that precedes every document; needed where the model has `document_masks`.
         on_micro_batch: called after each, in training and validation.
         """
+        assert spec.train.micro_batches % mesh.world == 0
         self.spec, self.mesh, self.device = spec, mesh, device
         self._start_token, self._on_micro_batch = start_token, on_micro_batch
         moe = spec.model.moe

@@ -24,6 +24,7 @@ from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
@@ -61,7 +62,8 @@ class Worker:
             workers = [vars(p) for p in places]
             where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
             where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
-            events.record(run, "started", group=self.group, step=self.start, workers=workers, **where)
+            asked = spec.cluster.workers.model_dump()
+            events.record(run, "started", group=self.group, step=self.start, workers=workers, asked=asked, **where)
 
     def train(self) -> None:
         spec, trainer = self.spec, self.trainer
@@ -75,7 +77,7 @@ class Worker:
             batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
             update = trainer.update()
-            line, step_counts_LE, stop = self._line(sums, batches, update, began)
+            line, step_counts_LE, stop, leave = self._line(sums, batches, update, began)
             counts_LE += step_counts_LE
             last = trainer.step == spec.train.steps or stop
             if last or trainer.step % spec.train.validate_every == 0:
@@ -84,11 +86,14 @@ class Worker:
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
             if self.rank == 0:
                 metrics.append(self.run, line)
-            if last or trainer.step % spec.train.checkpoint_every == 0:
+            if last or leave or trainer.step % spec.train.checkpoint_every == 0:
                 self.pulse.at(trainer.step, "saving")
                 metrics.flush(self.run)
                 self.saver.save(counts_LE)
                 counts_LE.zero_()
+            if leave and not last:
+                self.saver.wait()
+                self._leave()
             if metrics.VAL_LOSS in line:
                 ray.train.report(line)
         self.saver.wait()
@@ -125,19 +130,21 @@ class Worker:
 
     def _line(
         self, sums: RankSums, batches: "_Timed", update: Update, began: float
-    ) -> tuple[dict[str, Any], torch.Tensor, bool]:
-        """The step's metrics over all ranks, its routes per expert, and whether to stop."""
+    ) -> tuple[dict[str, Any], torch.Tensor, bool, bool]:
+        """The step's metrics over all ranks, its routes per expert, whether to stop, and whether a node is taken away
+        from the group."""
         spec, trainer, moe = self.spec, self.trainer, self.spec.model.moe
         stop = self.rank == 0 and self.run.stop_file.exists()
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
         exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts]
-        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, stop, self.saver.failed]
+        flags = [stop, announced() is not None, self.saver.failed]
+        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, *flags]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
         loss, balance, dropped, rows, least, counts = every[:, :6].sum(0)
-        wait, stops, failures = every[:, 6:9].max(0).values
+        wait, stops, leaves, failures = every[:, 6:10].max(0).values
         if failures:
             self.saver.wait()  # raises, on all ranks at the same step
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
@@ -166,7 +173,21 @@ class Worker:
             line[metrics.SKIPPED] = True
         if trainer.mesh.ep > 1:
             line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
-        return line, count_LE, bool(stops)
+        return line, count_LE, bool(stops), bool(leaves)
+
+    def _leave(self) -> None:
+        """After a checkpoint, so that nothing is lost.
+
+        Raises:
+            PreemptedError: on every rank.
+        """
+        told = next(info for info in _gather(announced()) if info)
+        if self.rank == 0:
+            deadline = told.deadline_ms and told.deadline_ms / 1000
+            events.record(
+                self.run, "preempted", step=self.trainer.step, nodes=told.preempted_node_ids, deadline=deadline
+            )
+        raise PreemptedError
 
 
 def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:

@@ -19,7 +19,7 @@ START = 0  # the token that begins a document; as with tokenizers of ours, paddi
 
 
 def trainer_of(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
-    mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers, "cpu")
+    mesh = build_mesh(spec.cluster, nodes or ["node"] * spec.cluster.workers.max, "cpu")
     return Trainer(spec, mesh, torch.device("cpu"), START)
 
 

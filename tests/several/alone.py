@@ -1,0 +1,35 @@
+"""What a run on many workers should have computed: the same steps on one process, without Ray."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.shards.manifest import require_data_manifest
+from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.step import MicroBatch, Trainer
+
+
+class Alone(NamedTuple):
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def trained_alone(spec: RunSpec, steps: int) -> Alone:
+    """The first so many steps of a run."""
+    cluster = spec.cluster.model_validate({"workers": 1, "ep": 1})
+    spec = spec.model_copy(update={"cluster": cluster})
+    trainer = Trainer(spec, build_mesh(cluster, ["here"], "cpu"), torch.device("cpu"))
+    samples, token_bytes = TrainingSamples(spec), require_data_manifest(spec.data.prepared).token_bytes
+    m, b = spec.train.micro_batches, spec.train.micro_batch_size
+    losses = []
+    for step in range(steps):
+        stored = samples.read(step * m * b + np.arange(m * b)).reshape(m, b, -1)
+        parts = (split_padding(micro_batch, token_bytes) for micro_batch in stored)
+        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in parts])
+        trainer.update()
+        losses.append(sums.loss / trainer.targets)
+    return Alone(losses, {name: t.detach() for name, t in trainer.strategy.weights().items()})

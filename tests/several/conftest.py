@@ -1,0 +1,47 @@
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster import tokens
+from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.cluster.processes import MARK
+from tests.conftest import _OF_THE_USER
+from tests.data.texts import write_corpus
+from tests.several.nodes import SETTINGS, Nodes
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A cluster of a head and four nodes, which is nobody's local one: commands are given its address."""
+    home = tmp_path_factory.mktemp("several")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OF_THE_USER:
+            patch.delenv(name, raising=False)
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        patch.setenv("MHMOE_HOME", str(home))
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        head = start_local(1)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
+        patch.setenv("MHMOE_HOME", str(tmp_path_factory.mktemp("elsewhere")))
+        environment = {**os.environ, **token, MARK: str(head.folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    started = Nodes(head, environment)
+    try:
+        started.bring_back()
+        yield started
+    finally:
+        started.stop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MHMOE_HOME", str(home))
+            stop_local()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with raw text below raw/."""
+    folder = tmp_path_factory.mktemp("project")
+    write_corpus(folder / "raw")
+    return folder

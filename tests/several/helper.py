@@ -1,0 +1,93 @@
+"""`python -m tests.several.helper ADDRESS`: does for a cluster what is asked on stdin, a JSON line each.
+
+["start", place, CPUs, labels]  start a node
+["kill", place]                 its raylet, by SIGKILL; all else on the node dies of that
+["nodes"]                       labels of each living node, by Ray's id
+["hold", {node: CPUs}]          take CPUs from others
+["release"]                     give them back
+["drain", node, seconds]        say that the node will be taken away
+
+`ray start` would do for nodes, but it refuses to join a cluster that listens on loopback only.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import ray
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+@ray.remote
+class Holder:
+    def here(self) -> bool:
+        return True
+
+
+class Helper:
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._started: dict[str, Node] = {}
+        self._holders: list[Any] = []
+
+    def start(self, place: str, cpus: int, labels: dict[str, str]) -> None:
+        params = RayParams(
+            gcs_address=self._address,
+            node_ip_address="127.0.0.1",
+            num_cpus=cpus,
+            num_gpus=0,
+            labels=labels,
+            object_store_memory=128 << 20,
+            # All raylets would give out the same ports.
+            node_manager_port=0,
+            min_worker_port=0,
+            max_worker_port=0,
+            dashboard_agent_listen_port=0,
+            include_log_monitor=False,
+        )
+        self._started[place] = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
+
+    def kill(self, place: str) -> None:
+        node = self._started.pop(place)
+        node.kill_raylet()
+        node.kill_all_processes(check_alive=False, wait=True)
+
+    def nodes(self) -> dict[str, dict[str, str]]:
+        return {node["NodeID"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
+
+    def hold(self, cpus: dict[str, int]) -> None:
+        for node, count in cpus.items():
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            self._holders.append(Holder.options(num_cpus=count, scheduling_strategy=there).remote())
+        ray.get([holder.here.remote() for holder in self._holders])
+
+    def release(self) -> None:
+        for holder in self._holders:
+            ray.kill(holder)
+        self._holders.clear()
+
+    def drain(self, node: str, seconds: float) -> bool:
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int((time.time() + seconds) * 1000)
+        accepted, _ = GcsClient(address=self._address).drain_node(node, reason, "taken away", deadline)
+        return bool(accepted)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints there too
+    ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+    helper = Helper(sys.argv[1])
+    for line in sys.stdin:
+        verb, *args = json.loads(line)
+        print(json.dumps(getattr(helper, verb)(*args)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A Ray cluster of several nodes on this machine: a head, and nodes that tests kill, drain and bring back."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mhmoe_ray.cluster.spawn import LocalCluster
+
+RACKS = ("left", "right", "left", "right")
+"""Of each node, by its label "rack"."""
+SLOTS = 3
+"""Workers of two CPUs that a node has room for. The head has a single CPU, so that workers land on nodes only and
+their stream always has it."""
+
+SETTINGS = {
+    # A node counts as dead after some seconds without a sign of life, not after half a minute.
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    # No Python for each logical CPU before it has something to do.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # A placement that counts on a dead node is given up after this, not after 15 s.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    # Ray Train asks more often than every 5 s and 2 s.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+    return value
+
+
+class Nodes:
+    def __init__(self, head: LocalCluster, environment: dict[str, str]) -> None:
+        """Args:
+        head: runs, with a single CPU.
+        environment: what a client of it needs to be told.
+        """
+        self.address, self.environment = head.address, environment
+        self._there: set[int] = set()
+        command = [sys.executable, "-m", "tests.several.helper", head.gcs_address]
+        with (head.folder / "helper.log").open("wb") as log:
+            self._helper = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def ask(self, verb: str, *args: Any) -> Any:
+        """See helper.py."""
+        assert self._helper.stdin
+        assert self._helper.stdout
+        self._helper.stdin.write(json.dumps([verb, *args]) + "\n")
+        self._helper.stdin.flush()
+        answer = self._helper.stdout.readline()
+        assert answer, "the helper is gone"
+        return json.loads(answer)
+
+    def labels(self, name: str) -> dict[str, str]:
+        """Of the living nodes, by Ray's ids."""
+        return {node: labels[name] for node, labels in self.ask("nodes").items() if name in labels}
+
+    def id_of(self, place: int) -> str:
+        return next(node for node, there in self.labels("place").items() if there == str(place))
+
+    @contextmanager
+    def only(self, slots: Sequence[int]) -> Iterator[None]:
+        """Leave room for so many workers on each node, hold the rest."""
+        held = {self.id_of(place): 2 * (SLOTS - left) for place, left in enumerate(slots) if left < SLOTS}
+        self.ask("hold", held)
+        try:
+            yield
+        finally:
+            self.ask("release")
+
+    def kill(self, place: int) -> None:
+        self._there.discard(place)
+        self.ask("kill", place)
+
+    def bring_back(self) -> None:
+        """Nodes that were killed, and at first all."""
+        for place in set(range(len(RACKS))) - self._there:
+            self.ask("start", place, 2 * SLOTS, {"place": str(place), "rack": RACKS[place]})
+            self._there.add(place)
+        whole = [str(place) for place in range(len(RACKS))]
+        wait_until(lambda: sorted(self.labels("place").values()) == whole)
+
+    @contextmanager
+    def replaced(self, place: int) -> Iterator[None]:
+        """Say that a node will be taken away within a minute; in the end, do it and start another in its place."""
+        assert self.ask("drain", self.id_of(place), 60)
+        try:
+            yield
+        finally:
+            self.kill(place)
+            self.bring_back()
+
+    def stop(self) -> None:
+        assert self._helper.stdin
+        assert self._helper.stdout
+        self._helper.stdin.close()
+        self._helper.wait(60)
+        self._helper.stdout.close()

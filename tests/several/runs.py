@@ -1,0 +1,68 @@
+"""Runs of a tiny model on the cluster of several nodes."""
+
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.placement.groups import Groups, expert_groups
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.spec import dump_spec
+from tests.cli.run import Result, mhmoe
+from tests.several.nodes import Nodes, wait_until
+from tests.specs import tiny_spec
+
+
+def write(project: Path, **sections: dict[str, Any]) -> None:
+    """spec.yaml, by default of a run that goes on until it is stopped."""
+    defaults: dict[str, dict[str, Any]] = {
+        "cluster": {"workers": 4, "ep": 2, "cpus_per_worker": 2, "shared_filesystem": True},
+        "data": {"validation_fraction": 0.2},
+        "train": {"lr": 3e-4, "steps": 5000, "validate_every": 100, "checkpoint_every": 10, "keep_checkpoints": 3},
+    }
+    merged = {name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()}
+    (project / "spec.yaml").write_text(dump_spec(tiny_spec(project, **merged)))
+
+
+def command(nodes: Nodes, project: Path, *args: str) -> Result:
+    return mhmoe(project, *args, **nodes.environment)
+
+
+def submit(nodes: Nodes, project: Path, **sections: dict[str, Any]) -> RunDir:
+    write(project, **sections)
+    result = command(nodes, project, "submit", "spec.yaml", "--address", nodes.address, "--detach")
+    assert result.code == 0, result.err
+    return newest(project)
+
+
+def newest(project: Path) -> RunDir:
+    return list_runs(project / "runs")[-1]
+
+
+def started(run: RunDir) -> list[dict[str, Any]]:
+    return [event for event in events.events(run) if event["event"] == "started"]
+
+
+def step_of(run: RunDir) -> int:
+    last = metrics.last(run)
+    return last[metrics.STEP] if last else 0
+
+
+def wait_for_end(run: RunDir) -> str:
+    def over() -> str | None:
+        state = events.state(events.events(run))
+        return state if events.is_over(state) else None
+
+    return str(wait_until(over))
+
+
+def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], Groups]:
+    """Ranks on each place, and the groups that these nodes should give."""
+    ids = [worker["node"] for worker in event["workers"]]
+    places, labels = nodes.labels("place"), nodes.labels(label) if label else None
+    return sorted(places[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)
+
+
+def assert_as_planned(event: dict[str, Any], groups: Groups) -> None:
+    assert event["groups"] == groups.ranks
+    assert event["straddling_groups"] == len(groups.straddling)
+    assert event["groups_apart"] == len(groups.apart)

@@ -1,0 +1,99 @@
+"""Runs that lose nodes and get them back, on a real cluster of several nodes."""
+
+from typing import Any
+
+import pytest
+
+from mhmoe_ray.placement.groups import expert_groups
+from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs.layout import RunDir
+from tests.cli.audit import expected_streams
+from tests.several.alone import trained_alone
+from tests.several.nodes import wait_until
+from tests.several.runs import assert_as_planned, command, started, step_of, submit, wait_for_end
+
+pytestmark = pytest.mark.ray
+
+
+def preemptions(run: RunDir) -> list[dict[str, Any]]:
+    return [event for event in events.events(run) if event["event"] == "preempted"]
+
+
+def assert_nothing_lost_or_repeated(run: RunDir) -> None:
+    """Each step once, with the samples and the loss that one process has."""
+    history = metrics.history(run)
+    steps = len(history)
+    assert [line[metrics.STEP] for line in history] == list(range(1, steps + 1))
+    assert [line[metrics.STREAM] for line in history] == expected_streams(run)[:steps]
+    expected = trained_alone(run.spec(), steps).losses
+    found = [line[metrics.LOSS] for line in history]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, project):
+    with nodes.only([2, 2, 0, 0]):
+        run = submit(nodes, project, cluster={"workers": {"min": 2, "max": 4}, "max_failures": 1})
+        wait_until(lambda: step_of(run) >= 12)
+        nodes.kill(1)
+        wait_until(lambda: len(started(run)) == 2)
+        nodes.bring_back()
+        wait_until(lambda: len(started(run)) == 3)
+        wait_until(lambda: step_of(run) >= started(run)[2]["step"] + 3)
+        with nodes.replaced(0):
+            wait_until(lambda: len(started(run)) == 4)
+            wait_until(lambda: step_of(run) >= started(run)[3]["step"] + 3)
+            run.stop_file.touch()
+            assert wait_for_end(run) == "stopped"
+    first, second, third, fourth = started(run)
+    assert [len(e["workers"]) for e in (first, second, third, fourth)] == [4, 2, 4, 2]
+    assert [e["groups"] for e in (first, second)] == [[[0, 1], [2, 3]], [[0, 1]]]
+    assert second["step"] % 10 == third["step"] % 10 == 0
+    assert 10 <= second["step"] < third["step"]
+    [preempted] = preemptions(run)
+    assert fourth["step"] == preempted["step"]
+    assert_nothing_lost_or_repeated(run)
+
+
+def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
+    """Without a failure to spare, and on to a node that was free, at the very step of that checkpoint. Its one group
+    lies on two nodes, which is recorded and said."""
+    with nodes.only([1, 1, 1, 0]):
+        run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
+        wait_until(lambda: step_of(run) >= 3)
+        taken = started(run)[0]["workers"][1]["node"]
+        with nodes.replaced(int(nodes.labels("place")[taken])):
+            wait_until(lambda: len(started(run)) == 2)
+            wait_until(lambda: step_of(run) >= started(run)[1]["step"] + 3)
+            run.stop_file.touch()
+            assert wait_for_end(run) == "stopped"
+    [preempted] = preemptions(run)
+    assert preempted["nodes"] == [taken]
+    assert preempted["time"] < preempted["deadline"]
+    for event in started(run):
+        assert_as_planned(event, expert_groups([worker["node"] for worker in event["workers"]], 2))
+        assert event["straddling_groups"] == 1
+    second = started(run)[1]
+    assert second["step"] == preempted["step"]
+    assert len(second["workers"]) == 2
+    assert taken not in {worker["node"] for worker in second["workers"]}
+    lines = [line[metrics.STEP] for line in jsonl.read(run.metrics_file)]
+    assert lines == list(range(1, len(lines) + 1)), "a step was trained twice"
+    assert_nothing_lost_or_repeated(run)
+    status = " ".join(command(nodes, project, "status", run.id).out.split())
+    assert "is taken away within" in status
+    assert "1 expert-parallel groups lie on more than one node" in status
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
+    with nodes.only([2, 1, 0, 0]):
+        run = submit(nodes, project, cluster={"workers": 2}, train={"checkpoint_every": 5, "steps": 30})
+        wait_until(lambda: step_of(run) >= 3)
+        run.stop_file.touch()
+        assert wait_for_end(run) == "stopped"
+        resumed = command(nodes, project, "resume", run.id, "--set", "cluster.workers={min: 2, max: 4}")
+    assert resumed.code == 0, resumed.err
+    at = started(run)[1]["step"]
+    assert f"training from step {at} on 2 (of 2 to 4) workers, dp 1 x ep 2, start 2 of the workers" in resumed.err
+    assert_nothing_lost_or_repeated(run)

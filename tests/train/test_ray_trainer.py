@@ -1,0 +1,74 @@
+"""What ray_trainer.py, elastic.py and preemption.py hold on to inside Ray 2.60. tests/several has the same at work."""
+
+import inspect
+import pickle
+
+import pytest
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train.elastic import AllowedSizes
+from mhmoe_ray.train.preemption import PreemptedError
+from mhmoe_ray.train.ray_trainer import MistakesAreFinal, RunTrainer, error_of_ours
+from tests.specs import tiny_spec
+
+
+def test_ray_still_has_what_the_policy_overrides():
+    overridden = {name for name in vars(AllowedSizes) if callable(getattr(AllowedSizes, name))}
+    assert overridden <= set(vars(ElasticScalingPolicy))
+    policy = ElasticScalingPolicy(ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 2.0}))
+    assert policy._count_possible_workers({"a": {"CPU": 5.0}, "b": {"CPU": 2.0}}) == 3
+    assert policy.scaling_config._resources_per_worker_not_none["CPU"] == 2.0
+
+
+def test_ray_still_makes_its_controller_where_the_trainer_steps_in():
+    assert "_initialize_and_run_controller" in vars(RunTrainer)
+    assert "scaling_policy=create_scaling_policy" in inspect.getsource(TorchTrainer.fit)
+    assert "failure_policy=create_failure_policy" in inspect.getsource(TorchTrainer.fit)
+    assert "_initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
+    assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
+
+
+def test_the_policy_travels_to_the_controller(tmp_path):
+    spec = tiny_spec(cluster={"workers": {"min": 1, "max": 4}})
+    policy = AllowedSizes(ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), spec)
+    assert pickle.loads(pickle.dumps(policy))._sizes == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("raised", "decision"),
+    [(PreemptedError(), FailureDecision.RETRY), (RuntimeError("anything else"), FailureDecision.RAISE)],
+)
+def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decision):
+    policy = create_failure_policy(FailureConfig(max_failures=0, max_preemption_failures=-1))
+    failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: pickle.loads(pickle.dumps(raised))})
+    assert policy.make_decision(failed) is decision
+
+
+@pytest.mark.parametrize(
+    ("raised", "decision"),
+    [
+        (JobError("training", "it is not finite", "lower it"), FailureDecision.RAISE),
+        (CheckpointError("checkpoint", "no space left", "make room"), FailureDecision.RETRY),
+        (RuntimeError("connection closed by peer"), FailureDecision.RETRY),
+    ],
+)
+def test_what_a_new_start_would_only_meet_again_is_not_tried_again(raised, decision):
+    policy = MistakesAreFinal(FailureConfig(max_failures=3))
+    failed = WorkerGroupError(
+        "", {0: RuntimeError("of another rank"), 1: UserExceptionWithTraceback(raised, "traceback")}
+    )
+    assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
+    assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
+
+
+def test_a_worker_is_told_of_a_preemption_where_it_looks():
+    assert PreemptionContext().preemption_info is None
