@@ -19,8 +19,9 @@ STREAM = "stream"  # digest of the step's samples, in order
 DROPPED = "dropped"  # share of routes that found no place
 LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
 ROWS_SENT = "rows_sent"  # bytes of routed rows, outputs and gradients that left their rank, over all ranks
-ROWS_LEAST = "rows_least"  # below which that cannot be, for the routes of the step
-COUNTS_SENT = "counts_sent"  # bytes of rows per expert that left their rank, over all ranks
+ROWS_LEAST = "rows_least"  # below which that cannot be in flat dispatch, for the routes of the step
+ROWS_BETWEEN_NODES = "rows_between_nodes"  # bytes of ROWS_SENT that left their node
+COUNTS_SENT = "counts_sent"  # bytes of numbers of rows that left their rank, over all ranks
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"
 

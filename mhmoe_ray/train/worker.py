@@ -71,6 +71,8 @@ class Worker:
             workers = [vars(p) for p in places]
             where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
             where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
+            hierarchical = spec.cluster.dispatch == "hierarchical"
+            where |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven if hierarchical else 0}
             events.record(run, "started", group=self.group, step=self.start, workers=workers, **where)
 
     def train(self) -> None:
@@ -137,12 +139,12 @@ class Worker:
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
-        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts]
+        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
         scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, stop]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, dropped, rows, least, counts = every[:, :6].sum(0)
-        wait, stops = every[:, 6:8].max(0).values
+        loss, balance, dropped, rows, least, counts, between_nodes = every[:, :7].sum(0)
+        wait, stops = every[:, 7:9].max(0).values
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
         digests = every[:, digests_at:counts_at]
         count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
@@ -167,6 +169,7 @@ class Worker:
             line[metrics.LEAST_EXPERT] = float(share_LE.min())
         if trainer.mesh.ep > 1:
             line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
+            line[metrics.ROWS_BETWEEN_NODES] = int(between_nodes)
         return line, count_LE, bool(stops)
 
     def _save(self, count_LE: torch.Tensor) -> None:

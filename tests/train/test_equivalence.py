@@ -81,22 +81,21 @@ def test_groups_by_node_train_alike(alone, ep):
 
 
 @pytest.mark.parametrize(
-    ("ep", "nodes", "strategy", "shard_experts", "static", "recompute"),
+    ("ep", "nodes", "strategy", "shard_experts", "static"),
     [
-        (4, "aabb", "ddp", False, True, False),
-        pytest.param(4, "aabb", "fsdp", False, False, True, marks=pytest.mark.slow),
-        pytest.param(4, "abcd", "zero2", False, True, False, marks=pytest.mark.slow),
-        pytest.param(2, "abcd", "fsdp", True, False, False, marks=pytest.mark.slow),
-        pytest.param(2, "aabc", "ddp", False, False, True, marks=pytest.mark.slow),  # one group within a node
-        pytest.param(4, "aaab", "ddp", False, False, False, marks=pytest.mark.slow),  # flat, as it is no grid
+        (4, "aabb", "ddp", False, True),
+        pytest.param(4, "aabb", "fsdp", False, False, marks=pytest.mark.slow),
+        pytest.param(4, "abcd", "zero2", False, True, marks=pytest.mark.slow),
+        pytest.param(2, "abcd", "fsdp", True, False, marks=pytest.mark.slow),
+        pytest.param(2, "aabc", "ddp", False, False, marks=pytest.mark.slow),  # one group within a node
+        pytest.param(4, "aaab", "ddp", False, False, marks=pytest.mark.slow),  # flat, as it is no grid
     ],
 )
-def test_hierarchical_dispatch_trains_alike(request, ep, nodes, strategy, shard_experts, static, recompute):
+def test_hierarchical_dispatch_trains_alike(request, ep, nodes, strategy, shard_experts, static):
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     expected = request.getfixturevalue("alone_with_drops" if static else "alone")
-    sections = {**limited(static), "train": {"recompute": recompute}}
-    spec = spread(4, ep, strategy, shard_experts, "hierarchical", **sections)
+    spec = spread(4, ep, strategy, shard_experts, "hierarchical", **limited(static))
     for found in run_ranks(4, jobs.gradients_then_losses, spec, STEPS, list(nodes)):
         assert_alike(found, expected)
 
