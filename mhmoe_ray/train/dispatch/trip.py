@@ -18,8 +18,16 @@ class End(NamedTuple):
     """With those behind them, which do not travel and are 0 wherever they are written."""
 
 
+class Kind(NamedTuple):
+    """Of a tensor of rows."""
+
+    width: int
+    dtype: torch.dtype
+    differentiable: bool
+
+
 class Trip:
-    """Tensors of rows to the other ranks, and their gradients the same way back.
+    """Tensors of rows to the other ranks, and their gradients the same way back; those of one row in one piece.
 
     What is done between `start` and `finish` goes on while they travel; in the backward pass that is the backward of
     the same work, since autograd first runs what was made last:
@@ -30,9 +38,8 @@ class Trip:
 
     def __init__(self, exchange: Exchange, leaving: End, arriving: End) -> None:
         self._exchange, self._leaving, self._arriving = exchange, leaving, arriving
-        self._flights: list[tuple[Flight, Tensor]] = []
-        self.differentiable: tuple[bool, ...] = ()
-        """Which of the tensors have gradients."""
+        self._flight: Flight | None = None
+        self.kinds: list[Kind] = []
 
     def start(self, *tensors: Tensor) -> Tensor:
         """Returns what `finish` needs, which ties the two together in the graph.
@@ -50,46 +57,56 @@ class Trip:
 
     def set_out(self, tensors: list[Tensor], back: bool = False) -> None:
         leaving, arriving = (self._arriving, self._leaving) if back else (self._leaving, self._arriving)
-        for rows in tensors:
-            into, end = rows.new_empty(arriving.rows, rows.shape[1]), sum(arriving.count_Q)
-            into[end:] = 0
-            travelling = rows[: sum(leaving.count_Q)].contiguous()
-            flight = self._exchange.rows(travelling, into[:end], leaving.count_Q, arriving.count_Q)
-            self._flights.append((flight, into))
+        going = sum(leaving.count_Q)
+        rows = torch.cat([t[:going].contiguous().view(torch.uint8) for t in tensors], 1)
+        into = rows.new_empty(sum(arriving.count_Q), rows.shape[1])
+        self._flight = self._exchange.rows(rows, into, leaving.count_Q, arriving.count_Q)
 
-    def arrive(self) -> list[Tensor]:
-        flights, self._flights = self._flights, []
-        for flight, _ in flights:
-            flight.wait()
-        return [into for _, into in flights]
+    def arrive(self, kinds: list[Kind], back: bool = False) -> list[Tensor]:
+        assert self._flight
+        rows = self._flight.wait()
+        self._flight = None
+        at_end = (self._leaving if back else self._arriving).rows
+        tensors = []
+        parts = torch.split(rows, [kind.width * kind.dtype.itemsize for kind in kinds], 1)
+        for kind, part in zip(kinds, parts, strict=True):
+            whole = torch.empty(at_end, kind.width, dtype=kind.dtype, device=rows.device)
+            whole[len(rows) :] = 0
+            whole[: len(rows)].view(torch.uint8).copy_(part)
+            tensors.append(whole)
+        return tensors
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trip: Trip, *tensors: Tensor) -> Tensor:
         ctx.trip = trip
-        trip.differentiable = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[1:]
+        trip.kinds = [Kind(t.shape[1], t.dtype, need) for t, need in zip(tensors, needed, strict=True)]
         trip.set_out(list(tensors))
         return tensors[0].new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        arrived = iter(ctx.trip.arrive())
-        return None, *(next(arrived) if has else None for has in ctx.trip.differentiable)
+        kinds = ctx.trip.kinds
+        arrived = iter(ctx.trip.arrive([kind for kind in kinds if kind.differentiable], back=True))
+        return None, *(next(arrived) if kind.differentiable else None for kind in kinds)
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trip: Trip, token: Tensor) -> tuple[Tensor, ...]:
         ctx.trip = trip
-        arrived = trip.arrive()
-        ctx.mark_non_differentiable(*(t for t, has in zip(arrived, trip.differentiable, strict=True) if not has))
+        arrived = trip.arrive(trip.kinds)
+        others = (t for t, kind in zip(arrived, trip.kinds, strict=True) if not kind.differentiable)
+        ctx.mark_non_differentiable(*others)
         return tuple(arrived)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        leaving = [gradient for gradient, has in zip(gradients, ctx.trip.differentiable, strict=True) if has]
+        kinds = ctx.trip.kinds
+        leaving = [gradient for gradient, kind in zip(gradients, kinds, strict=True) if kind.differentiable]
         ctx.trip.set_out(leaving, back=True)
         return None, leaving[0].new_empty(0)
