@@ -1,13 +1,10 @@
 """Rows that cross between made-up nodes once each, against all experts in one process, and what they cost in bytes."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.train.dispatch import FlatDispatch, HierarchicalDispatch, build_dispatch, flat
-from mhmoe_ray.train.dispatch.trip import Trip
+from mhmoe_ray.train.dispatch import FlatDispatch, HierarchicalDispatch, build_dispatch
 from mhmoe_ray.train.mesh import build_mesh
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
@@ -122,43 +119,3 @@ def made_groups():
 
 def test_a_group_within_a_node_or_unequally_spread_stays_flat():
     assert run_ranks(RANKS, made_groups) == [[FlatDispatch] * 3] * RANKS
-
-
-def a_peer_that_lags(path):
-    """Rank 1 lets rows, and later their gradients, set out only when rank 0 has done what should need none of them."""
-    rank, case, steps = dist.get_rank(), Case((11, 7)), []
-    store = dist.FileStore(str(path), 2)
-    through = dispatch_of("hierarchical", ["a", "b"])
-    set_out, run = Trip.set_out, flat.run_sorted_experts
-    before = iter(["own rows, forward", None, None, "own rows, backward"])
-
-    def done(step):
-        steps.append(step)
-        if rank == 0:
-            store.set(step, "")
-
-    def setting_out(*args, **kwargs):
-        step = next(before)
-        if rank == 1 and step:
-            store.wait([step], timedelta(seconds=60))
-        set_out(*args, **kwargs)
-
-    def ran(backend, x_RD, counts, weights):
-        # Each flat dispatch also runs the rows of the others of its node, who are none here.
-        whose = ["own", "no", "their", "no"][sum("forward" in step for step in steps)]
-        y_RD = run(backend, x_RD, counts, weights)
-        done(f"{whose} rows, forward")
-        x_RD.register_hook(lambda _: done(f"{whose} rows, backward"))
-        return y_RD
-
-    Trip.set_out, flat.run_sorted_experts = setting_out, ran
-    experts, *problem = made(case, range(rank * HELD, rank * HELD + HELD), rank)
-    outputs_and_gradients(case, through, experts, *problem)
-    return [step for step in steps if "no" not in step]
-
-
-def test_a_rank_works_on_its_own_rows_while_those_of_other_nodes_are_not_there(tmp_path):
-    """It would wait forever otherwise, and the other rank's wait would end in an error."""
-    for steps in run_ranks(2, a_peer_that_lags, tmp_path / "store"):
-        forward = ["own rows, forward", "their rows, forward"]
-        assert steps == [*forward, "their rows, backward", "own rows, backward"]

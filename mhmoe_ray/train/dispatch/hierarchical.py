@@ -2,19 +2,22 @@
 
 The ranks of a group are M nodes of L ranks each, in order, so that a node holds a range of experts. A rank's rail is
 the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
-and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, as it does
+and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together
 with its own rows for the experts at home. One sum of weighted outputs comes back for each row that was sent, and is
 added where the row came from.
 
-    forward     counts | rows set out           | own rows, flat       | theirs, flat      | sums back  | added
-    backward             gradients of sums out  | theirs, flat         | gradients of rows and gates back, meanwhile own
+    forward     counts | rows, gates along the rail | own rows and theirs, flat | sums back, added
+    backward             gradients of sums out      | the same                  | gradients of rows and gates back
 
 So a row of two experts on another node crosses once each way instead of twice, but may go on to a neighbour there; and
-a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device three times instead of once.
+a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice instead of once.
 Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
 
-The idea is that of DeepSpeed-MoE's hierarchical all-to-all (arXiv 2201.05596, section 5.3) and of DeepSeek-V3's
-node-limited dispatch (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
+Own rows wait for the rail. To dispatch them while the others are under way takes a second flat dispatch, with five more
+exchanges and as many more parts of the experts' work, to hide at most the M-th part of it (kernels/README.md).
+
+Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
+crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
 """
 
 import torch
@@ -26,7 +29,7 @@ from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.train.dispatch.exchange import Exchange, Sent
 from mhmoe_ray.train.dispatch.flat import FlatDispatch
-from mhmoe_ray.train.dispatch.trip import End, Trip
+from mhmoe_ray.train.dispatch.travel import End, travel
 
 
 class HierarchicalDispatch:
@@ -47,16 +50,8 @@ class HierarchicalDispatch:
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
         x_ND, weights = experts.cast(x_ND)
-        backend = experts.backend(x_ND, weights)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
-        each = len(experts.held) * self._flat.ranks
-
-        def through(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, routes: int) -> Tensor:
-            """Rows to the experts of this node, so many routes in all."""
-            expert_NK = expert_NK - rail.rank * each
-            here_NK = (expert_NK >= 0) & (expert_NK < each)
-            expert_NK, gate_NK = (t.where(here_NK, 0) for t in (expert_NK, gate_NK))
-            return self._flat.through(x_ND, expert_NK, gate_NK, backend, weights, routes)
+        each = len(experts.held) * self._flat.ranks  # experts of a node
 
         # A row goes to the nodes of its kept routes as it goes to experts elsewhere, with weight 1.
         node_M = torch.arange(rail.ranks, device=x_ND.device)
@@ -64,23 +59,24 @@ class HierarchicalDispatch:
         routes_NM = (node_NK[..., None] == node_M).sum(1)
         goes_NM = (routes_NM > 0) & (node_M != rail.rank)
         plan = plan_routes(node_M.where(goes_NM, rail.ranks), rail.ranks)
-        count_M2 = torch.stack([plan.count_E, routes_NM.sum(0)], 1)  # rows that go, and routes of these
+        count_M2 = torch.stack([plan.count_E, routes_NM.sum(0)], 1)  # rows that go there, and routes that end there
         counts = rail.counts(torch.cat([count_M2[: rail.rank], count_M2[rail.rank + 1 :]]))
-        # Here the host waits for the device, and again in each flat dispatch.
+        # Here the host waits for the device, and once more in the flat dispatch.
         numbers = torch.cat([count_M2, counts.wait()]).tolist()
-        out_M, in_Q = numbers[: rail.ranks], numbers[rail.ranks :]
-        out_Q, (_, own_routes) = rail.others(out_M), out_M[rail.rank]
-        sent, received = sum(rows for rows, _ in out_Q), sum(rows for rows, _ in in_Q)
-        plan = plan.trimmed(sent)
+        of_nodes, in_Q = numbers[: rail.ranks], numbers[rail.ranks :]
+        out_Q = rail.others(of_nodes)
+        plan = plan.trimmed(sum(rows for rows, _ in out_Q))
         home = End([rows for rows, _ in out_Q], len(plan.row_R))
-        there = End([rows for rows, _ in in_Q], received)
+        there = End([rows for rows, _ in in_Q], sum(rows for rows, _ in in_Q))
 
-        away = Trip(rail, home, there)
-        rows = (permute(x_ND, plan), permute(gate_NK, plan), expert_NK.index_select(0, plan.row_R).int())
-        token = away.start(*rows)
-        y_ND = through(x_ND, expert_NK, gate_NK, own_routes)
-        x_SD, gate_SK, expert_SK = away.finish(token)
-        y_SD = through(x_SD, expert_SK.long(), gate_SK, sum(routes for _, routes in in_Q))
-        back = Trip(rail, there, home)
-        (sum_RD,) = back.finish(back.start(y_SD))
+        expert_RK = expert_NK.index_select(0, plan.row_R).int()
+        arrived = travel(rail, home, there, permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
+        x_TD, gate_TK, expert_TK = (torch.cat(both) for both in zip((x_ND, gate_NK, expert_NK), arrived, strict=True))
+        expert_TK = expert_TK - rail.rank * each
+        here_TK = (expert_TK >= 0) & (expert_TK < each)
+        expert_TK, gate_TK = (t.where(here_TK, 0) for t in (expert_TK, gate_TK))
+        routes = of_nodes[rail.rank][1] + sum(routes for _, routes in in_Q)
+        y_TD = self._flat.through(x_TD, expert_TK, gate_TK, experts.backend(x_ND, weights), weights, routes)
+        y_ND, y_SD = torch.split(y_TD, [len(x_ND), there.rows])
+        (sum_RD,) = travel(rail, there, home, y_SD)
         return y_ND + combine(sum_RD, goes_NM.to(gate_NK), plan)
