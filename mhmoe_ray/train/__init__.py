@@ -4,7 +4,7 @@
     worker.py       one rank: restore, train, validate, save
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
-    mesh.py dispatch.py gradients.py    dp x ep: groups, exchange of rows, reduction and clipping
+    mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
     state.py        the tensors of a checkpoint, saved and restored
 

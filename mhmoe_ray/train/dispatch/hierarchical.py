@@ -14,7 +14,7 @@ a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for
 Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
 
 Own rows wait for the rail. To dispatch them while the others are under way takes a second flat dispatch, with five more
-exchanges and as many more parts of the experts' work, to hide at most the M-th part of it (kernels/README.md).
+exchanges and twice as many parts of the experts' work, to hide at most the M-th of it (kernels/README.md).
 
 Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
 crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
