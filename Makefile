@@ -10,7 +10,7 @@ help:
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-full    those too that are slow"
-	@echo "make test-system  those that download: the large sample, about 180 MB of packages"
+	@echo "make test-system  those that download, about 180 MB of packages, or make network namespaces as root"
 	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"

@@ -22,6 +22,11 @@ class RoutePlan(NamedTuple):
     count_E: Tensor
     """Routes per expert."""
 
+    def trimmed(self, routes: int) -> "RoutePlan":
+        """With one place, the last, for all routes behind the first so many, if there are any behind them: to `permute`
+        it is a row of no use, and what `combine` and gradients find there must be 0, as these routes' gates are."""
+        return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
+
 
 def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
     """Sort the routes of `expert_NK` (int64, values below n_experts) by expert."""
@@ -80,7 +85,7 @@ class _Combine(torch.autograd.Function):
         out_RD, gate_NK = ctx.saved_tensors
         plan: RoutePlan = ctx.plan
         slot_R = plan.slot_NK.flatten()
-        gate_R1 = torch.empty_like(gate_NK).view(-1, 1)
+        gate_R1 = gate_NK.new_empty(len(out_RD), 1)
         gate_R1[slot_R, 0] = gate_NK.flatten()
         grad_out_RD = torch.empty_like(out_RD)
         grad_gate_R = torch.empty(len(out_RD), dtype=_wide(gate_NK).dtype, device=gate_NK.device)

@@ -8,6 +8,7 @@ measure.py    all of it at one shape
 sweep.py      all of it along an axis; how cost grows
 plot.py       a sweep as a picture
 steps.py      whole training steps of models that are matched
+dispatch/     flat and hierarchical dispatch between two nodes
 paper.py      the first paper's throughput, to set beside
 hardware.py   the device that runs it
 """

@@ -44,16 +44,16 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, *
     finally:
         shutil.rmtree(folder)
     if done.returncode:
-        raise JobError(what, _why(done), "mend that and measure again")
+        raise JobError(what, first_error(done.stderr, done.returncode), "mend that and measure again")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _why(done: subprocess.CompletedProcess[str]) -> str:
-    """The first error of a traceback, which caused the others."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+def first_error(stderr: str, code: int) -> str:
+    """Of a process that ended with this exit code: the first error of a traceback, which caused the others."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return next(iter(errors or lines[-1:]), f"exit code {done.returncode}")
+    return next(iter(errors or lines[-1:]), f"exit code {code}")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mhmoe_ray.cli import bench_checkpoint, bench_ingest, bench_layer, bench_run, bench_train
+from mhmoe_ray.cli import bench_checkpoint, bench_dispatch, bench_ingest, bench_layer, bench_run, bench_train
 from mhmoe_ray.train import memory
 
 app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
@@ -15,12 +15,14 @@ app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
 def as_a_worker(context: typer.Context) -> None:
     """Measure, side by side."""
     # Layers and steps are to take the time that they take in a run: settings of memory are read at a process's start.
-    if context.invoked_subcommand in ("layer", "train", "checkpoint") and (settings := memory.settings(os.environ)):
+    memory_kept = ("layer", "train", "checkpoint", "dispatch")
+    if context.invoked_subcommand in memory_kept and (settings := memory.settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 
 app.command("layer")(bench_layer.layer)
 app.command("train")(bench_train.train)
 app.command("checkpoint")(bench_checkpoint.checkpoint)
+app.command("dispatch")(bench_dispatch.dispatch)
 app.command("run")(bench_run.run)
 app.command("ingest")(bench_ingest.ingest)

@@ -102,9 +102,13 @@ def _rows(found: dict[str, Any]) -> dict[str, str | None]:
         least = f"the least used expert has {last['least_expert']:.2f} of its share"
         rows["balance"] = f"{last['balance']:.3f} (1 is uniform); {least}"
     if last and last.get("rows_least"):
+        ratio, far = last["rows_sent"] / last["rows_least"], last.get("rows_between_nodes")
+        hierarchical = started and started.get("dispatch") == "hierarchical"
         rows["exchange"] = (
-            f"{in_bytes(last['rows_sent'])} of rows between ranks in a step, "
-            f"{last['rows_sent'] / last['rows_least']:.2f} times the least; {in_bytes(last['counts_sent'])} of counts"
+            f"{in_bytes(last['rows_sent'])} of rows between ranks in a step"
+            + (f" ({in_bytes(far)} between nodes)" if far else "")
+            + f", {ratio:.2f} times {'what flat dispatch would send' if hierarchical else 'the least'}"
+            + f"; {in_bytes(last['counts_sent'])} of counts"
         )
     if rate and last:
         rows["speed"] = f"{rate:,.0f} tokens/s, waiting for data {last['data_wait']:.1%}"

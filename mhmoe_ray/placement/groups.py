@@ -1,12 +1,14 @@
 """Expert-parallel groups, filled node by node, then domain by domain: rows are exchanged over the fastest links."""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 
 class Groups(NamedTuple):
     ranks: list[list[int]]
-    """dp groups of ep ranks each; place (i, j) holds expert shard j of replica i."""
+    """dp groups of ep ranks each; place (i, j) holds expert shard j of replica i. Ascending within a group, as torch
+    numbers the ranks of a process group whatever order it is given."""
     straddling: list[int]
     """Groups whose ranks are on more than one node."""
     apart: list[int]
@@ -31,8 +33,16 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
     left = list(range(len(nodes)))
     for places in (list(zip(domains, nodes, strict=True)), list(domains), [""] * len(nodes)):
         whole, left = _filled(left, places, ep)
-        groups += whole
+        groups += map(sorted, whole)
     return Groups(groups, _on_several(groups, nodes), _on_several(groups, domains))
+
+
+def by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]] | None:
+    """The ranks of a group as one list a node, equally long and in the group's order; None where there is no such
+    layout, since nodes have unequally many of them or others between."""
+    runs = [list(ranks) for _, ranks in groupby(group, key=lambda rank: nodes[rank])]
+    whole = len(runs) == len({nodes[rank] for rank in group}) and len({len(ranks) for ranks in runs}) == 1
+    return runs if whole else None
 
 
 def _filled(ranks: Iterable[int], places: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:

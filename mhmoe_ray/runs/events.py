@@ -12,7 +12,8 @@ Kind = Literal[
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
-    # workers: [{rank, pid, host, node}], asked (cluster.workers)
+    # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
+    # workers: [{rank, pid, host, node}]
     "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
     "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)
     "preempted",  # step, nodes (ids), deadline (in seconds since the epoch, or null): the workers go elsewhere
@@ -80,7 +81,9 @@ def straddling(started: dict[str, Any]) -> str | None:
     """A sentence on the expert-parallel groups that lie on several nodes, by a "started" event; None without any."""
     if not (groups := started["straddling_groups"]):
         return None
-    apart = started.get("groups_apart", 0)  # events of before have none
-    return f"{groups} expert-parallel groups lie on more than one node" + (
-        f", {apart} of them in more than one domain" if apart else ""
-    )
+    said = f"{groups} expert-parallel groups lie on more than one node"
+    if apart := started.get("groups_apart"):  # events of before have none
+        said += f", {apart} of them in more than one domain"
+    if flat := started.get("flat_groups"):
+        said += f"; {flat} with unequally many ranks on their nodes, so that dispatch stays flat there"
+    return said

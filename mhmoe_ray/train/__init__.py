@@ -6,7 +6,7 @@
     preemption.py   leaving a node that is to be taken away
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
-    mesh.py dispatch.py gradients.py    dp x ep: groups, exchange of rows, reduction and clipping
+    mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
     state.py        the tensors of a checkpoint, saved and restored
 

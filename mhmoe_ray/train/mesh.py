@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.placement.groups import expert_groups
+from mhmoe_ray.placement.groups import by_node, expert_groups
 from mhmoe_ray.spec import ClusterSpec
 
 
@@ -24,10 +24,17 @@ class Mesh:
     devices: DeviceMesh | None
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
+    nodes: Sequence[str]
+    """For each rank, a name of its node."""
     straddling: int
     """Expert-parallel groups that lie on more than one node."""
     apart: int
     """Those of them that lie in more than one domain."""
+
+    @property
+    def uneven(self) -> int:
+        """Expert-parallel groups whose nodes have unequally many of their ranks."""
+        return sum(by_node(group, self.nodes) is None for group in self.groups)
 
     @property
     def dp(self) -> int:
@@ -68,10 +75,10 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         why = f"{len(groups.straddling)} of {len(groups.ranks)} expert-parallel groups would lie on more than one node"
         raise ClusterError("placement", why, "free whole nodes, lower cluster.ep, or set cluster.straddling to warn")
     if not dist.is_initialized():
-        return Mesh(1, 0, 1, 0, None, groups.ranks, 0, 0)
+        return Mesh(1, 0, 1, 0, None, groups.ranks, nodes, 0, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
     devices = DeviceMesh(device_type, torch.tensor(groups.ranks), mesh_dim_names=("dp", "ep"))
     ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)
-    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, len(groups.straddling), len(groups.apart))
+    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, nodes, len(groups.straddling), len(groups.apart))

@@ -16,7 +16,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.units import compute_bytes
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.dispatch import ExpertParallelDispatch, Sent, least_sent
+from mhmoe_ray.train.dispatch import Sent, build_dispatch, least_sent
 from mhmoe_ray.train.mesh import Mesh
 from mhmoe_ray.train.optimizer import learning_rate
 from mhmoe_ray.train.strategies import build_strategy
@@ -43,7 +43,7 @@ class RankSums(NamedTuple):
     sent: Sent = Sent()
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_sent: int = 0
-    """Below which `sent.rows`, summed over ranks, cannot be; bytes."""
+    """Below which `sent.rows`, summed over ranks, cannot be in flat dispatch; bytes."""
 
 
 class Update(NamedTuple):
@@ -86,7 +86,7 @@ class Trainer:
         self.model.recompute = spec.train.recompute
         init_weights(self.model, spec.seed)
         self.model.to(device)
-        self._dispatch = ExpertParallelDispatch(mesh.group("ep")) if mesh.ep > 1 else None
+        self._dispatch = build_dispatch(spec.cluster, mesh)
         if self._dispatch:
             for layer in self.model.moe_layers():
                 layer.dispatch = self._dispatch
@@ -115,7 +115,7 @@ class Trainer:
         moe = spec.model.moe
         sums = RankSums(0.0, 0.0, 0, self.zero_counts())
         if self._dispatch:
-            self._dispatch.sent = Sent()
+            self._dispatch.pop_sent()  # of validation
         batches, self.targets = self._with_targets(batches)
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
             with self.strategy.micro_batch(last=i == here):
@@ -142,7 +142,7 @@ class Trainer:
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
             least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
-            sums = sums._replace(sent=self._dispatch.sent, least_sent=least)
+            sums = sums._replace(sent=self._dispatch.pop_sent(), least_sent=least)
         return sums
 
     def _with_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:

@@ -62,8 +62,10 @@ class Worker:
             workers = [vars(p) for p in places]
             where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
             where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
-            asked = spec.cluster.workers.model_dump()
-            events.record(run, "started", group=self.group, step=self.start, workers=workers, asked=asked, **where)
+            hierarchical = spec.cluster.dispatch == "hierarchical"
+            where |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven if hierarchical else 0}
+            where |= {"workers": workers, "asked": spec.cluster.workers.model_dump()}
+            events.record(run, "started", group=self.group, step=self.start, **where)
 
     def train(self) -> None:
         spec, trainer = self.spec, self.trainer
@@ -138,13 +140,13 @@ class Worker:
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
-        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts]
+        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
         flags = [stop, announced() is not None, self.saver.failed]
         scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, *flags]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, dropped, rows, least, counts = every[:, :6].sum(0)
-        wait, stops, leaves, failures = every[:, 6:10].max(0).values
+        loss, balance, dropped, rows, least, counts, between_nodes = every[:, :7].sum(0)
+        wait, stops, leaves, failures = every[:, 7:11].max(0).values
         if failures:
             self.saver.wait()  # raises, on all ranks at the same step
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
@@ -173,6 +175,7 @@ class Worker:
             line[metrics.SKIPPED] = True
         if trainer.mesh.ep > 1:
             line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
+            line[metrics.ROWS_BETWEEN_NODES] = int(between_nodes)
         return line, count_LE, bool(stops), bool(leaves)
 
     def _leave(self) -> None:

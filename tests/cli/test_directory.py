@@ -50,6 +50,12 @@ def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
     metrics.append(run, {**metrics.last(run), metrics.STEP: 8, **sent})
     shown = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in shown
+    events.record(run, "started", group=1, step=0, workers=[], dp=1, ep=4, straddling_groups=1, dispatch="hierarchical")
+    metrics.append(run, {**metrics.last(run), metrics.STEP: 9, metrics.ROWS_BETWEEN_NODES: 1_000_000})
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert (
+        "3 MB of rows between ranks in a step (1 MB between nodes), 1.50 times what flat dispatch would send" in shown
+    )
 
 
 def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):

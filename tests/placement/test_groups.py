@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.placement.groups import expert_groups
+from mhmoe_ray.placement.groups import by_node, expert_groups
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=40), st.integers(1, 6))
@@ -10,6 +10,7 @@ def test_groups_hold_every_rank_once_and_fill_nodes_first(nodes, ep):
     groups = expert_groups(nodes, ep)
     assert sorted(rank for group in groups.ranks for rank in group) == list(range(len(nodes)))
     assert all(len(group) == ep for group in groups.ranks)
+    assert all(group == sorted(group) for group in groups.ranks)  # as torch numbers them
     whole = sum(nodes.count(node) // ep for node in set(nodes))
     assert len(groups.ranks) - len(groups.straddling) >= whole
 
@@ -58,3 +59,11 @@ def test_a_thousand_nodes():
     assert groups.apart == []
     whole = expert_groups(nodes, 8, domains)
     assert whole.straddling == []
+
+
+def test_a_group_is_a_grid_where_each_node_has_equally_many_in_a_row():
+    assert by_node([4, 5, 10, 11], ["a"] * 6 + ["b"] * 6) == [[4, 5], [10, 11]]
+    assert by_node([0, 1, 2], ["a"] * 3) == [[0, 1, 2]]
+    assert by_node([0, 1], ["a", "b"]) == [[0], [1]]
+    assert by_node([0, 1, 2], ["a", "a", "b"]) is None
+    assert by_node([0, 1, 2, 3], ["a", "b", "b", "a"]) is None

@@ -2,37 +2,16 @@
 
 import gc
 from datetime import timedelta
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.model.feedforward import Experts
-from mhmoe_ray.model.moe import dispatch_locally
-from mhmoe_ray.model.router import Routing
-from mhmoe_ray.train import dispatch
-from mhmoe_ray.train.dispatch import ExpertParallelDispatch, Sent, least_sent
+from mhmoe_ray.train.dispatch import FlatDispatch, flat, least_sent
 from tests.ranks import run_ranks
-from tests.specs import tiny_spec
+from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 
-WIDTH, RANKS, HELD = 16, 3, 2
-EXPERTS = RANKS * HELD
-
-
-class Case(NamedTuple):
-    rows: tuple[int, ...] = (11, 7, 9)
-    """Of each rank."""
-    only: tuple[int, ...] = tuple(range(EXPERTS))
-    """The experts that routes go to; of rank r, r times HELD further if `own`."""
-    own: bool = False
-    dropped: bool = False
-    top_k: int = 2
-    dtype: torch.dtype = torch.float64
-    autocast: bool = False
-    model: tuple[tuple[str, object], ...] = ()
-    kernel: str = "auto"
-
+RANKS = 3
 
 CASES = {
     "swiglu": Case(),
@@ -46,47 +25,11 @@ CASES = {
     "all rows to one rank": Case(only=(2, 3)),
     "all rows of a gelu to one rank": Case(only=(2, 3), model=(("backbone", "subln"),)),
     "every row at home": Case(only=(0, 1), own=True),
-    "some routes dropped": Case(dropped=True),
+    "some routes dropped": Case(dropped=0.4),
     "all in bfloat16": Case(dtype=torch.bfloat16),
     "autocast": Case(dtype=torch.float32, autocast=True),
     "autocast of a gelu": Case(dtype=torch.float32, autocast=True, model=(("backbone", "subln"),)),
 }
-
-
-def made(case, held, only_rank=None):
-    """Rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
-    g = torch.Generator().manual_seed(5)
-    moe = {"heads": 1, "experts": EXPERTS, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
-    model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
-    recompute = model.pop("recompute", None)
-    experts = Experts(tiny_spec(model=model).model, held).double()
-    for p in experts.parameters():
-        whole = torch.randn(EXPERTS, *p.shape[1:], generator=g, dtype=torch.float64) / 4
-        p.data.copy_(whole[held.start : held.stop])
-    experts.recompute = bool(recompute)
-    parts = []
-    for rank, n in enumerate(case.rows):
-        only = torch.tensor(case.only) + (rank * HELD if case.own else 0)
-        expert_NK = only[torch.rand(n, len(only), generator=g).topk(case.top_k).indices]
-        gate_NK = torch.rand(n, case.top_k, generator=g, dtype=torch.float64) + 0.1
-        kept_NK = torch.rand(n, case.top_k, generator=g) < (0.6 if case.dropped else 2)
-        x_ND, dy_ND = torch.randn(2, n, WIDTH, generator=g, dtype=torch.float64)
-        if only_rank in (None, rank):
-            parts.append((x_ND, expert_NK, gate_NK, kept_NK, dy_ND))
-    x_ND, *routes, dy_ND = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return experts.to(case.dtype), x_ND.to(case.dtype), *routes, dy_ND
-
-
-def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
-    x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
-    count_E = torch.bincount(expert_NK[kept_NK], minlength=EXPERTS)
-    routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-        y_ND = through(x_ND, routing, experts)
-    inputs = (x_ND, gate_NK, *experts.parameters())
-    gradients = torch.autograd.grad(y_ND, inputs, dy_ND.to(y_ND.dtype), materialize_grads=True)
-    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
-    return [y_ND.detach(), *gradients], routing
 
 
 def on_a_rank():
@@ -94,10 +37,10 @@ def on_a_rank():
     rank, results = dist.get_rank(), {}
     held = range(rank * HELD, (rank + 1) * HELD)
     for name, case in CASES.items():
-        through = ExpertParallelDispatch(dist.group.WORLD)
+        through = FlatDispatch(dist.group.WORLD)
         experts, *problem = made(case, held, rank)
         tensors, routing = outputs_and_gradients(case, through, experts, *problem)
-        sent, through.sent = through.sent, Sent()
+        sent = through.pop_sent()
         kept = []
         hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t)
         with torch.no_grad(), hooks, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
@@ -105,7 +48,7 @@ def on_a_rank():
         row_bytes = WIDTH * (2 if case.autocast else case.dtype.itemsize)
         results[name] = {
             "tensors": tensors,
-            "without gradients": (alone, alone.requires_grad, len(kept), through.sent),
+            "without gradients": (alone, alone.requires_grad, len(kept), through.pop_sent()),
             "sent": sent,
             "least": least_sent(routing.count_E[None], held, row_bytes),
         }
@@ -115,7 +58,7 @@ def on_a_rank():
 
 
 def parts_alive():
-    return sum(isinstance(o, dispatch._Part) for o in gc.get_objects() if type(o).__module__ == dispatch.__name__)
+    return sum(isinstance(o, flat._Part) for o in gc.get_objects() if type(o).__module__ == flat.__name__)
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +68,7 @@ def ranks():
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_one_process(ranks, name):
-    case = CASES[name]
-    exact = case._replace(dtype=torch.float64, autocast=False)
-    expected, _ = outputs_and_gradients(exact, dispatch_locally, *made(exact, range(EXPERTS)))
-    found = [rank[name]["tensors"] for rank in ranks]
-    assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in found)
-    # Rows are split over ranks in order, and so are experts.
-    for i, oracle in enumerate(expected):
-        ours = torch.cat([tensors[i] for tensors in found])
-        assert ours.shape == oracle.shape
-        rounding = 1e-12 if case.dtype == torch.float64 else 0.05
-        assert (ours - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]
+    assert_those_of_one_process(CASES[name], [rank[name]["tensors"] for rank in ranks])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -173,7 +106,7 @@ def a_peer_that_lags(path):
     """Rank 1 starts each exchange only when rank 0 has done what should need nothing of it; returns who did what."""
     rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
     store = dist.FileStore(str(path), 2)
-    start, permute, run = dist.all_to_all_single, dispatch.permute, dispatch.run_sorted_experts
+    start, permute, run = dist.all_to_all_single, flat.permute, flat.run_sorted_experts
     before = iter(
         ["permuted", "own rows, forward", "their rows, forward", "own rows, backward", "their rows, backward"]
     )
@@ -202,9 +135,9 @@ def a_peer_that_lags(path):
         x_RD.register_hook(lambda _: done(f"{whose} rows, backward"))
         return y_RD
 
-    dist.all_to_all_single, dispatch.permute, dispatch.run_sorted_experts = started, permuted, ran
+    dist.all_to_all_single, flat.permute, flat.run_sorted_experts = started, permuted, ran
     experts, *problem = made(case, range(rank * 3, rank * 3 + 3), rank)
-    outputs_and_gradients(case, ExpertParallelDispatch(dist.group.WORLD), experts, *problem)
+    outputs_and_gradients(case, FlatDispatch(dist.group.WORLD), experts, *problem)
     return steps
 
 

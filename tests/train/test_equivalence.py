@@ -10,9 +10,9 @@ from tests.train import jobs
 STEPS = 20
 
 
-def spread(workers, ep, strategy="ddp", shard_experts=False, **sections):
+def spread(workers, ep, strategy="ddp", shard_experts=False, dispatch="flat", **sections):
     cluster = {"workers": workers, "ep": ep, "strategy": strategy, "shard_experts": shard_experts}
-    return tiny_spec(cluster=cluster, **sections)
+    return tiny_spec(cluster={**cluster, "dispatch": dispatch}, **sections)
 
 
 def limited(static):
@@ -68,10 +68,36 @@ def test_any_spread_and_strategy_trains_alike(request, workers, ep, strategy, sh
         assert_alike(found, expected)
 
 
-def test_groups_by_node_train_alike(alone):
-    """Places in the mesh are other than ranks then."""
-    for found in run_ranks(4, jobs.gradients_then_losses, spread(4, 2), STEPS, ["a", "b", "b", "a"]):
+@pytest.mark.parametrize(
+    "ep",
+    [
+        2,  # places in the mesh are other than ranks then
+        pytest.param(4, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_by_node_train_alike(alone, ep):
+    for found in run_ranks(4, jobs.gradients_then_losses, spread(4, ep), STEPS, ["a", "b", "b", "a"]):
         assert_alike(found, alone)
+
+
+@pytest.mark.parametrize(
+    ("ep", "nodes", "strategy", "shard_experts", "static"),
+    [
+        (4, "aabb", "ddp", False, True),
+        pytest.param(4, "aabb", "fsdp", False, False, marks=pytest.mark.slow),
+        pytest.param(4, "abcd", "zero2", False, True, marks=pytest.mark.slow),
+        pytest.param(2, "abcd", "fsdp", True, False, marks=pytest.mark.slow),
+        pytest.param(2, "aabc", "ddp", False, False, marks=pytest.mark.slow),  # one group within a node
+        pytest.param(4, "aaab", "ddp", False, False, marks=pytest.mark.slow),  # flat, as it is no grid
+    ],
+)
+def test_hierarchical_dispatch_trains_alike(request, ep, nodes, strategy, shard_experts, static):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    expected = request.getfixturevalue("alone_with_drops" if static else "alone")
+    spec = spread(4, ep, strategy, shard_experts, "hierarchical", **limited(static))
+    for found in run_ranks(4, jobs.gradients_then_losses, spec, STEPS, list(nodes)):
+        assert_alike(found, expected)
 
 
 def assert_alike(found, expected):

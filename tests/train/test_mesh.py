@@ -4,6 +4,7 @@ import pytest
 
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs.events import straddling
+from mhmoe_ray.spec import ClusterSpec
 from mhmoe_ray.train.mesh import build_mesh
 from tests.specs import tiny_spec
 
@@ -21,3 +22,12 @@ def test_what_is_said_of_groups_on_several_nodes():
     said = "2 expert-parallel groups lie on more than one node"
     assert straddling({"straddling_groups": 2}) == said
     assert straddling({"straddling_groups": 2, "groups_apart": 1}) == f"{said}, 1 of them in more than one domain"
+    assert straddling({"straddling_groups": 2, "flat_groups": 1}) == (
+        f"{said}; 1 with unequally many ranks on their nodes, so that dispatch stays flat there"
+    )
+
+
+def test_groups_that_are_no_grid_of_nodes_are_counted():
+    spec = ClusterSpec(workers=8, ep=4)
+    assert build_mesh(spec, [*"aaaabbbc"], "cpu").uneven == 1
+    assert build_mesh(spec, [*"aaaabbcc"], "cpu").uneven == 0

@@ -1,6 +1,5 @@
-"""Expert-parallel dispatch: rows to the ranks that hold their experts, and the outputs back.
+"""Each route's row goes straight to the rank that holds its expert.
 
-Uneven and dropless. A rank with no rows to send or none received takes part in every exchange, forward and backward.
 A rank's own rows enter no exchange: both ways, its experts work on them while the rows of others are in flight.
 
     forward     counts out | permute, read counts | rows out      | experts on own rows | on theirs | outputs back
@@ -9,8 +8,7 @@ A rank's own rows enter no exchange: both ways, its experts work on them while t
 All from rows to outputs is one autograd Function, which runs its parts itself. Autograd would run them in the reverse
 of the order that they were made in, and so wait for the others' rows before it works on its own.
 
-Suffixes beside the kernels' own: P ranks of the group, Q = P - 1 others in the order of their ranks, X experts held by
-one rank, S rows received. R rows are sorted by expert, with this rank's own experts first and dropped routes last.
+Here R rows are sorted by expert, with this rank's own experts first and dropped routes last.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,90 +23,66 @@ from torch.autograd.graph import get_gradient_edge
 from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_sorted_experts
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
+from mhmoe_ray.train.dispatch.exchange import Exchange, Flight
 
 
-class Sent(NamedTuple):
-    """Bytes that left this rank."""
+class FlatDispatch:
+    """A `model.feedforward.Dispatch` over a process group whose rank p holds experts p * E/P .. (p + 1) * E/P - 1."""
 
-    rows: int = 0
-    """Rows, outputs, and the gradients of both."""
-    counts: int = 0
-    """Rows per expert, once a layer."""
-
-
-def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
-    """Bytes of rows that must leave ranks for the sake of this rank's tokens: each kept route of an expert elsewhere
-    goes there and back, forward and backward, as a row of its own even where two go to one rank.
-
-    Args:
-        count_LE: kept routes of this rank's tokens.
-        held: the experts that it holds.
-        row_bytes: of one row as it travels.
-    """
-    elsewhere = count_LE.sum() - count_LE[:, held.start : held.stop].sum()
-    return 4 * int(elsewhere) * row_bytes
-
-
-class ExpertParallelDispatch:
-    """A `model.feedforward.Dispatch` over a process group whose rank p holds experts p * E/P .. (p + 1) * E/P - 1.
-
-    `sent` adds up what all calls and their backward passes send.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._ranks, self._rank = group, dist.get_world_size(group), dist.get_rank(group)
-        self.sent = Sent()
+    def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
+        """Args:
+        group: of this rank.
+        nodes: for each rank of the group, what names its node; by default all are on one.
+        """
+        self._exchange = Exchange(group, nodes)
+        self.ranks, self.pop_sent = self._exchange.ranks, self._exchange.pop_sent
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        held, others = len(experts.held), self._ranks - 1
-        plan = plan_routes(self._labels(routing, held), held * self._ranks)
-        count_PX = plan.count_E.view(-1, held)  # of this rank, then of the others
-        counts = self._send(count_PX[1:], torch.empty_like(count_PX[1:]), [1] * others, [1] * others)
-        self.sent = self.sent._replace(counts=self.sent.counts + count_PX[1:].nbytes)
         x_ND, weights = experts.cast(x_ND)
-        backend = experts.backend(x_ND, weights)
+        return self.through(x_ND, routing.expert_NK, routing.gate_NK, experts.backend(x_ND, weights), weights)
+
+    def through(
+        self,
+        x_ND: Tensor,
+        expert_NK: Tensor,
+        gate_NK: Tensor,
+        backend: str,
+        weights: ExpertWeights,
+        routes: int | None = None,
+    ) -> Tensor:
+        """y_n, the sum of its experts' outputs weighted by gates.
+
+        Args:
+            x_ND: rows, in the dtype of the weights.
+            expert_NK: int64, in 0..E-1 of the group's experts.
+            gate_NK: 0 for a route that was dropped.
+            backend, weights: of the experts held here.
+            routes: how many were not dropped, where this is known: others then take no memory.
+        """
+        held = len(weights.stacked[0])
+        plan = plan_routes(self._labels(expert_NK, gate_NK, held), held * self.ranks)
+        count_PX = plan.count_E.view(-1, held)  # of this rank, then of the others
+        counts = self._exchange.counts(count_PX[1:])
+        if routes is not None:
+            plan = plan.trimmed(routes)
         x_RD = permute(x_ND, plan)
         # The one place where the host waits for the device: splits must be numbers.
         own_X, *rest = torch.cat([count_PX, counts.wait()]).tolist()
-        crossing = _Crossing(self.send_rows, own_X, rest[:others], rest[others:])
+        crossing = _Crossing(self._exchange.rows, own_X, rest[: self.ranks - 1], rest[self.ranks - 1 :])
         out_RD = _through_experts(x_RD, crossing, backend, weights)
-        return combine(out_RD, routing.gate_NK, plan)
+        return combine(out_RD, gate_NK, plan)
 
-    def send_rows(self, rows: Tensor, into: Tensor, outgoing: list[int], incoming: list[int]) -> "_Flight":
-        self.sent = self.sent._replace(rows=self.sent.rows + rows.nbytes)
-        return self._send(rows, into, outgoing, incoming)
-
-    def _send(self, rows: Tensor, into: Tensor, outgoing: list[int], incoming: list[int]) -> "_Flight":
-        """Start to send `rows`, split over the other ranks, while theirs arrive in `into`."""
-        at = self._rank
-        arriving, leaving = ([*others[:at], 0, *others[at:]] for others in (incoming, outgoing))
-        work = dist.all_to_all_single(into, rows, arriving, leaving, group=self._group, async_op=True)
-        return _Flight(work, rows, into)
-
-    def _labels(self, routing: Routing, held: int) -> Tensor:
+    def _labels(self, expert_NK: Tensor, gate_NK: Tensor, held: int) -> Tensor:
         """Experts renamed so that a sort puts those held here first, the others in their order, dropped routes last."""
-        e, first = torch.arange(held * self._ranks, device=routing.expert_NK.device), self._rank * held
+        e, first = torch.arange(held * self.ranks, device=expert_NK.device), self._exchange.rank * held
         label_E = torch.cat([e[held : held + first], e[:held], e[held + first :]])
-        return label_E[routing.expert_NK].masked_fill(routing.gate_NK == 0, len(e))
-
-
-class _Flight(NamedTuple):
-    """An exchange under way."""
-
-    work: Any
-    rows: Tensor
-    """Held here until they have left: no other tensor may take their memory."""
-    into: Tensor
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.into
+        return label_E[expert_NK].masked_fill(gate_NK == 0, len(e))
 
 
 class _Crossing(NamedTuple):
     """The way of sorted rows through the experts of all ranks, for outputs and for gradients alike."""
 
-    send: Callable[[Tensor, Tensor, list[int], list[int]], _Flight]
+    send: Callable[[Tensor, Tensor, list[int], list[int]], Flight]
     own_X: list[int]
     """Rows of this rank for its own experts."""
     out_QX: list[list[int]]
@@ -146,10 +120,10 @@ def _transpose(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
     So the rows of several ranks, each sorted by expert, become one run of rows an expert. It copies blocks, which costs
     at most some per cent of the experts' work; a product for each rank's block was slower at any number of ranks.
     """
-    A, B = len(counts_AB), len(counts_AB[0])
-    if A == 1 or B == 1:
+    if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
         return rows
     blocks = torch.split(rows, [count for counts_B in counts_AB for count in counts_B])
+    B = len(counts_AB[0])
     return torch.cat([block for b in range(B) for block in blocks[b::B]])
 
 
@@ -172,6 +146,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         leaves = weights._replace(stacked=tuple(w.detach().requires_grad_(differentiable) for w in stacked))
         own_X, their_X = crossing.own_X, [sum(count_Q) for count_Q in zip(*crossing.in_QX, strict=True)]
+        their_X = their_X or [0] * len(own_X)  # there may be no others
         ctx.crossing = crossing
         ctx.own, ctx.theirs = (_Part(backend, count_X, leaves) for count_X in (own_X, their_X))
         # A copy, since a view would keep all R rows in memory until the backward.

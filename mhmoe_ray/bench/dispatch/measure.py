@@ -1,0 +1,112 @@
+"""Four processes, two in each network namespace if there is a slow link, and what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from mhmoe_ray.bench.apart import first_error
+from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Expected, expected, layers
+from mhmoe_ray.bench.dispatch.link import INTERFACE, Namespace, slow_link
+from mhmoe_ray.errors import JobError
+from mhmoe_ray.spec import MoESpec
+
+
+class Passes(NamedTuple):
+    """Of one layer and dispatch, forward and backward."""
+
+    seconds: list[float]
+    """One for each round."""
+    counted: int
+    """Bytes of rows between nodes, as dispatch counts them."""
+    over_link: list[int]
+    """Bytes that crossed the link, with all headers, one for each round; none without a link."""
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def bytes(self) -> float:
+        """What crossed the link if there is one, else what was counted."""
+        return median(self.over_link) if self.over_link else self.counted
+
+
+class Figures(NamedTuple):
+    """Of one layer."""
+
+    name: str
+    moe: MoESpec
+    width: int
+    """D, of a row."""
+    flat: Passes
+    hierarchical: Passes
+    expected: Expected
+
+    def as_json(self) -> dict[str, Any]:
+        passes = {name: getattr(self, name)._asdict() for name in DISPATCHES}
+        return {"layer": self.name, "moe": self.moe.model_dump(mode="json"), "width": self.width, **passes} | {
+            "expected": self.expected._asdict()
+        }
+
+
+def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
+    """Every layer with both dispatches.
+
+    Args:
+        tokens: of each rank.
+        rounds: of each, in turn.
+        rate: of a slow link between the nodes; None: all is one machine.
+
+    Raises:
+        SpecError, JobError: as `slow_link`.
+        JobError: a process failed.
+    """
+    with slow_link(rate) if rate else nullcontext(()) as ends:
+        found = _run(ends, {"tokens": tokens, "rounds": rounds, "link": bool(ends)})
+    figures = []
+    for name, model in layers().items():
+        assert model.moe is not None
+        flat, hierarchical = (Passes(**found[name][dispatch]) for dispatch in DISPATCHES)
+        width = model.d_model // model.moe.heads
+        figures.append(Figures(name, model.moe, width, flat, hierarchical, expected(model, tokens)))
+    return figures
+
+
+def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
+    """What rank 0 found."""
+    names = sorted(set(NODES))
+    with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
+        arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank, node in enumerate(NODES):
+                env = {"RANK": str(rank), "GLOO_SOCKET_IFNAME": INTERFACE if ends else "lo", "OMP_NUM_THREADS": "1"}
+                command = (ends[names.index(node)].command if ends else []) + arguments
+                with Path(folder, f"{rank}.out").open("wb") as out, Path(folder, f"{rank}.err").open("wb") as err:
+                    # Of a session of its own, so that Ctrl-C comes here alone.
+                    started = subprocess.Popen(
+                        command, env=os.environ | env, stdout=out, stderr=err, start_new_session=True
+                    )
+                ranks.append(started)
+            while any(process.poll() is None for process in ranks):
+                if any(process.poll() for process in ranks):
+                    break  # the others would wait for it
+                time.sleep(0.1)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        for rank, process in enumerate(ranks):
+            if process.returncode > 0:
+                why = first_error(Path(folder, f"{rank}.err").read_text(), process.returncode)
+                raise JobError(f"rank {rank}", why, "mend that and measure again")
+        result: dict[str, Any] = json.loads(Path(folder, "0.out").read_text().splitlines()[-1])
+        return result

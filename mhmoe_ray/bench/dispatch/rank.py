@@ -1,0 +1,105 @@
+"""One of the four processes: all layers with both dispatches in turn."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, layers, spread
+from mhmoe_ray.bench.dispatch.link import crossed
+from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.model.feedforward import Dispatch, Experts
+from mhmoe_ray.model.router import Routing
+from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.train.dispatch import build_dispatch
+from mhmoe_ray.train.mesh import Mesh, build_mesh
+
+
+class Case:
+    """A layer's experts and routed rows on this rank: a pass through any dispatch can run, again and again."""
+
+    def __init__(self, model: ModelSpec, tokens: int, mesh: Mesh) -> None:
+        assert model.moe is not None
+        routes, none = Routes.draw(model, tokens, mesh.rank), torch.zeros(())
+        self.experts = Experts(model, mesh.held(model.moe.experts)).to(torch.bfloat16)
+        for p in self.experts.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        self.gate_NK = routes.gate_NK.requires_grad_()
+        self.routing = Routing(routes.expert_NK, self.gate_NK, none, none, none, none, None)
+        width = model.d_model // model.moe.heads
+        self.x_ND = torch.randn(len(routes.expert_NK), width, dtype=torch.bfloat16).requires_grad_()
+
+    def run(self, dispatch: Dispatch) -> None:
+        """Forward, and backward to the gradients of rows, gates and weights, which are then dropped."""
+        y_ND = dispatch(self.x_ND, self.routing, self.experts)
+        torch.autograd.backward(y_ND, torch.ones_like(y_ND))
+        for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
+            leaf.grad = None
+
+
+def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
+    """Of each layer and dispatch: seconds of each round until the last rank is done, the bytes that all ranks counted
+    between nodes in a pass, and those that crossed the link in each round, if there is one."""
+    mesh = build_mesh(spread("flat"), NODES, "cpu")
+    dispatches = {name: build_dispatch(spread(name), mesh) for name in DISPATCHES}
+    found: dict[str, Any] = {}
+    for layer, model in layers().items():
+        case = Case(model, tokens, mesh)
+        counted: dict[str, int] = {}
+        over_link: dict[str, list[int]] = {name: [] for name in DISPATCHES}
+
+        def passed(name: str, case: Case, counted: dict[str, int], over_link: dict[str, list[int]]) -> None:
+            dispatch = dispatches[name]
+            assert dispatch is not None
+            before = crossed() if link else 0
+            dist.barrier()  # none begins, or goes on to the next, before all have read
+            case.run(dispatch)
+            dist.barrier()
+            if link:
+                over_link[name].append(crossed() - before)
+            counted[name] = dispatch.pop_sent().between_nodes
+
+        passes: dict[str, Callable[[], object]] = {
+            name: partial(passed, name, case, counted, over_link) for name in DISPATCHES
+        }
+        times = interleaved(passes, rounds, _together)
+        total = torch.tensor([counted[name] for name in DISPATCHES])
+        dist.all_reduce(total)
+        found[layer] = {
+            name: {
+                "seconds": times[name].seconds,
+                "counted": counted_bytes,
+                "over_link": over_link[name][1:],  # the first was to warm up
+            }
+            for name, counted_bytes in zip(DISPATCHES, total.tolist(), strict=True)
+        }
+    return found
+
+
+def _together() -> float:
+    """Seconds, read when all ranks have come here."""
+    dist.barrier()
+    return time.perf_counter()
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    rank, folder = int(os.environ["RANK"]), Path(request["folder"])
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", world_size=len(NODES), rank=rank)
+    figures = measure(request["tokens"], request["rounds"], request["link"])
+    if rank == 0:
+        print(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Expert-parallel dispatch, `cluster.dispatch`: rows to the ranks that hold their experts, and the outputs back.
+
+    flat.py           each route's row goes straight to its expert's rank
+    hierarchical.py   each row goes to a node once, whatever it has there, then to ranks of that node; sums come back
+    exchange.py       the uneven all-to-all of both, which counts what it sends
+    travel.py         such an exchange of rows in the autograd graph
+    build.py          which of them a rank gets
+
+Both are uneven and dropless, and give the same outputs and gradients but for rounding. A rank with no rows to send or
+none received takes part in every exchange, forward and backward.
+
+Suffixes beside the kernels' own: P ranks of the group, Q = P - 1 others in the order of their ranks, X experts held by
+one rank, M nodes, S rows received, T = N + S. R rows are sorted by where they go, with dropped routes last.
+"""
+
+from mhmoe_ray.train.dispatch.build import build_dispatch
+from mhmoe_ray.train.dispatch.exchange import Sent, least_sent
+from mhmoe_ray.train.dispatch.flat import FlatDispatch
+from mhmoe_ray.train.dispatch.hierarchical import HierarchicalDispatch
+
+__all__ = ["FlatDispatch", "HierarchicalDispatch", "Sent", "build_dispatch", "least_sent"]

@@ -1,0 +1,82 @@
+"""Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
+
+The ranks of a group are M nodes of L ranks each, in order, so that a node holds a range of experts. A rank's rail is
+the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
+and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together
+with its own rows for the experts at home. One sum of weighted outputs comes back for each row that was sent, and is
+added where the row came from.
+
+    forward     counts | rows, gates along the rail | own rows and theirs, flat | sums back, added
+    backward             gradients of sums out      | the same                  | gradients of rows and gates back
+
+So a row of two experts on another node crosses once each way instead of twice, but may go on to a neighbour there; and
+a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice instead of once.
+Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
+
+Own rows wait for the rail. To dispatch them while the others are under way takes a second flat dispatch, with five more
+exchanges and twice as many parts of the experts' work, to hide at most the M-th of it (kernels/README.md).
+
+Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
+crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhmoe_kernels import combine, permute, plan_routes
+from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.router import Routing
+from mhmoe_ray.train.dispatch.exchange import Exchange, Sent
+from mhmoe_ray.train.dispatch.flat import FlatDispatch
+from mhmoe_ray.train.dispatch.travel import End, travel
+
+
+class HierarchicalDispatch:
+    """A `model.feedforward.Dispatch` over M x L ranks, of which the l-th on node m holds the (m * L + l)-th share of
+    the experts."""
+
+    def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
+        """Args:
+        node: the ranks of this rank's node, in the order of their shares.
+        rail: the ranks of this rank's place on each node, in the order of nodes.
+        """
+        self._flat = FlatDispatch(node)
+        self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
+
+    def pop_sent(self) -> Sent:
+        """What was sent since this was last asked."""
+        return self._rail.pop_sent().plus(self._flat.pop_sent())
+
+    def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        x_ND, weights = experts.cast(x_ND)
+        rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK
+        each = len(experts.held) * self._flat.ranks  # experts of a node
+
+        # A row goes to the nodes of its kept routes as it goes to experts elsewhere, with weight 1.
+        node_M = torch.arange(rail.ranks, device=x_ND.device)
+        node_NK = (expert_NK // each).masked_fill(gate_NK == 0, rail.ranks)
+        routes_NM = (node_NK[..., None] == node_M).sum(1)
+        goes_NM = (routes_NM > 0) & (node_M != rail.rank)
+        plan = plan_routes(node_M.where(goes_NM, rail.ranks), rail.ranks)
+        count_M2 = torch.stack([plan.count_E, routes_NM.sum(0)], 1)  # rows that go there, and routes that end there
+        counts = rail.counts(torch.cat([count_M2[: rail.rank], count_M2[rail.rank + 1 :]]))
+        # Here the host waits for the device, and once more in the flat dispatch.
+        numbers = torch.cat([count_M2, counts.wait()]).tolist()
+        of_nodes, in_Q = numbers[: rail.ranks], numbers[rail.ranks :]
+        out_Q = rail.others(of_nodes)
+        plan = plan.trimmed(sum(rows for rows, _ in out_Q))
+        home = End([rows for rows, _ in out_Q], len(plan.row_R))
+        there = End([rows for rows, _ in in_Q], sum(rows for rows, _ in in_Q))
+
+        expert_RK = expert_NK.index_select(0, plan.row_R).int()
+        arrived = travel(rail, home, there, permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
+        x_TD, gate_TK, expert_TK = (torch.cat(both) for both in zip((x_ND, gate_NK, expert_NK), arrived, strict=True))
+        expert_TK = expert_TK - rail.rank * each
+        here_TK = (expert_TK >= 0) & (expert_TK < each)
+        expert_TK, gate_TK = (t.where(here_TK, 0) for t in (expert_TK, gate_TK))
+        routes = of_nodes[rail.rank][1] + sum(routes for _, routes in in_Q)
+        y_TD = self._flat.through(x_TD, expert_TK, gate_TK, experts.backend(x_ND, weights), weights, routes)
+        y_ND, y_SD = torch.split(y_TD, [len(x_ND), there.rows])
+        (sum_RD,) = travel(rail, there, home, y_SD)
+        return y_ND + combine(sum_RD, goes_NM.to(gate_NK), plan)

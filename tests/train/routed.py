@@ -1,0 +1,79 @@
+"""Rows with their routes on several ranks, and what must come out of them: all that one process makes of them."""
+
+from typing import NamedTuple
+
+import torch
+
+from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.moe import dispatch_locally
+from mhmoe_ray.model.router import Routing
+from tests.specs import tiny_spec
+
+WIDTH, HELD = 16, 2
+
+
+class Case(NamedTuple):
+    rows: tuple[int, ...] = (11, 7, 9)
+    """Of each rank."""
+    only: tuple[int, ...] = ()
+    """The experts that routes go to, all by default; of rank r, r times HELD further if `own`."""
+    own: bool = False
+    dropped: float = 0.0
+    """Share of routes that are."""
+    top_k: int = 2
+    dtype: torch.dtype = torch.float64
+    autocast: bool = False
+    model: tuple[tuple[str, object], ...] = ()
+    kernel: str = "auto"
+
+    @property
+    def experts(self) -> int:
+        return HELD * len(self.rows)
+
+
+def made(case, held, only_rank=None):
+    """Rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
+    g = torch.Generator().manual_seed(5)
+    moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
+    model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
+    recompute = model.pop("recompute", None)
+    experts = Experts(tiny_spec(model=model).model, held).double()
+    for p in experts.parameters():
+        whole = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
+        p.data.copy_(whole[held.start : held.stop])
+    experts.recompute = bool(recompute)
+    parts = []
+    for rank, n in enumerate(case.rows):
+        only = torch.tensor(case.only or range(case.experts)) + (rank * HELD if case.own else 0)
+        expert_NK = only[torch.rand(n, len(only), generator=g).topk(case.top_k).indices]
+        gate_NK = torch.rand(n, case.top_k, generator=g, dtype=torch.float64) + 0.1
+        kept_NK = torch.rand(n, case.top_k, generator=g) >= case.dropped
+        x_ND, dy_ND = torch.randn(2, n, WIDTH, generator=g, dtype=torch.float64)
+        if only_rank in (None, rank):
+            parts.append((x_ND, expert_NK, gate_NK, kept_NK, dy_ND))
+    x_ND, *routes, dy_ND = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return experts.to(case.dtype), x_ND.to(case.dtype), *routes, dy_ND
+
+
+def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept_NK, dy_ND):
+    x_ND, gate_NK = (t.requires_grad_() for t in (x_ND, gate_NK.to(torch.promote_types(case.dtype, torch.float32))))
+    count_E = torch.bincount(expert_NK[kept_NK], minlength=case.experts)
+    routing = Routing(expert_NK, gate_NK * kept_NK, *[torch.zeros(())] * 2, count_E, torch.zeros(()), None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+        y_ND = through(x_ND, routing, experts)
+    inputs = (x_ND, gate_NK, *experts.parameters())
+    gradients = torch.autograd.grad(y_ND, inputs, dy_ND.to(y_ND.dtype), materialize_grads=True)
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+    return [y_ND.detach(), *gradients], routing
+
+
+def assert_those_of_one_process(case, ranks):
+    """Outputs and gradients of each rank; rows are split over ranks in order, and so are experts."""
+    exact = case._replace(dtype=torch.float64, autocast=False)
+    expected, _ = outputs_and_gradients(exact, dispatch_locally, *made(exact, range(case.experts)))
+    assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)
+    for i, oracle in enumerate(expected):
+        ours = torch.cat([tensors[i] for tensors in ranks])
+        assert ours.shape == oracle.shape
+        rounding = 0.05 if case.autocast else {torch.float64: 1e-12, torch.float32: 1e-6}.get(case.dtype, 0.05)
+        assert (ours - oracle).norm() <= rounding * oracle.norm(), ("y", "dx", "dgate", *["weights"] * 9)[i]
