@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.hardware import AcceleratorSpec, NetworkSpec
 
 STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve the stream that feeds them
 
@@ -19,11 +20,15 @@ class ClusterSpec(Section):
     weights too (extra `deepspeed`)."""
     shard_experts: bool = False
     """With fsdp, slice experts too, over the dp workers that hold the same ones."""
+    dispatch: Literal["flat", "hierarchical"] = "flat"
+    """How rows reach experts on other nodes: each by itself, or once a node and on from there."""
     straddling: Literal["warn", "refuse"] = "warn"
     """What to do where an expert-parallel group must lie on more than one node."""
     domain_label: str | None = None
     """Label of Ray's nodes whose value names what a faster network joins, a rack or an NVLink domain: a group that must
     lie on several nodes lies within one such domain where it can."""
+    accelerator: AcceleratorSpec = AcceleratorSpec()
+    network: NetworkSpec = NetworkSpec()
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3
