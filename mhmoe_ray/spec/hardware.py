@@ -31,21 +31,38 @@ class AcceleratorSpec(Section):
 
 
 class LinkSpec(Section):
-    bandwidth: PositiveFloat
+    """By default InfiniBand."""
+
+    bandwidth: PositiveFloat = 50e9
     """Peak bytes/s, each way at once."""
     per: Literal["rank", "node"] = "rank"
     """Whether each rank has such a link, or all ranks of a node share one."""
-    latency: float = Field(ge=0)
+    latency: float = Field(default=4e-6, ge=0)
     """Seconds that a message takes beside its bytes."""
 
 
+class NodeLinkSpec(LinkSpec):
+    """By default NVLink."""
+
+    bandwidth: PositiveFloat = 450e9
+    latency: float = Field(default=1.9e-6, ge=0)
+
+
+class BetweenLinkSpec(LinkSpec):
+    """By default Ethernet."""
+
+    bandwidth: PositiveFloat = 12.5e9
+    per: Literal["rank", "node"] = "node"
+    latency: float = Field(default=20e-6, ge=0)
+
+
 class NetworkSpec(Section):
-    node: LinkSpec = LinkSpec(bandwidth=450e9, latency=1.9e-6)
-    """Within a node: NVLink."""
-    domain: LinkSpec = LinkSpec(bandwidth=50e9, latency=4e-6)
-    """Between nodes of a domain (a rack, a pod): InfiniBand."""
-    between: LinkSpec = LinkSpec(bandwidth=12.5e9, per="node", latency=20e-6)
-    """Between domains: Ethernet."""
+    node: NodeLinkSpec = NodeLinkSpec()
+    """Links within a node."""
+    domain: LinkSpec = LinkSpec()
+    """Links between nodes of a domain: a rack, a pod."""
+    between: BetweenLinkSpec = BetweenLinkSpec()
+    """Links between domains."""
     share: float = Field(default=0.8, gt=0, le=1)
     """Of peak bandwidths, what is reached."""
     nodes_per_domain: PositiveInt | None = None
