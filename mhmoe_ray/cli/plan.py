@@ -82,7 +82,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     from mhmoe_ray.planner.traffic import exchanges
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
-    layout = placed.layout or on_one_node(cluster.workers, cluster.ep)
+    layout = placed.layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
     step, held = expert_step(spec), memory(spec)
     ratios = parity(spec.model, reference) if reference else {}
     return {

@@ -39,7 +39,7 @@ def tables(spec: RunSpec, layout: Layout) -> Iterator[tuple[str, Table]]:
     yield "estimated: sent in a step by one rank, on average, over links", _traffic(spec, layout)
     found = estimate(spec, layout)
     yield "estimated: time of a step by its parts", _parts(found)
-    yield "estimated: a step in turn, and at best, with all exchanges behind the computation", _step(spec, found)
+    yield "estimated: a step in turn; at best, with exchanges behind computation", _step(spec, found)
     if spec.cluster.ep > 1:
         yield "estimated: rows to experts and back, by cluster.dispatch", _compared(spec, layout)
 
@@ -47,11 +47,11 @@ def tables(spec: RunSpec, layout: Layout) -> Iterator[tuple[str, Table]]:
 def said_of(spec: RunSpec, layout: Layout) -> list[str]:
     """What a user asks first, a line each."""
     held, accelerator, found = memory(spec).total, spec.cluster.accelerator, estimate(spec, layout)
-    there = f"{in_bytes(held)} of the {in_bytes(int(accelerator.memory))} of an {accelerator.name}"
+    there = f"{held / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
     fits = f"memory: fits, {there}" if held <= accelerator.memory else f"memory: does not fit, {there}"
     longest = found.longest
     return [
-        f"{fits}; beside it come the framework, buffers, and whole tensors of a block at work",
+        f"{fits}; the framework and its buffers come on top",
         f"a step takes {in_seconds(found.overlapped)} to {in_seconds(found.in_turn)}, most of it for "
         f"{longest.name}, which is bound by {longest.bound}",
     ]
