@@ -93,8 +93,9 @@ def _placement(spec: "RunSpec", of: str, nodes: list[Node]) -> Placement:
 def said_of(placement: Placement) -> list[str]:
     """What a user must know of it, a line each."""
     lines = [line for line in (placement.missing, placement.refused) if line]
-    if placement.layout and len(placement.nodes) > 1 and not placement.refused:
-        groups = placement.layout.groups
+    layout = placement.layout
+    if layout and len(layout.on_nodes) > 1 and len(layout.groups.ranks) < len(layout.nodes) and not placement.refused:
+        groups = layout.groups
         lines.append("every group lies on one node")
         if groups.straddling:
             of_all = f"{len(groups.straddling):,} of {len(groups.ranks):,} groups"
@@ -107,22 +108,27 @@ def _nodes(count: int) -> str:
 
 
 def table(placement: Placement) -> Table:
-    """The first groups, or where ranks are too many for the nodes, how many each takes."""
+    """The first groups, or nodes where a rank is a group; or of ranks too many for the nodes, how many each takes."""
     if placement.layout is None:
         on = Counter(node.name for node in placement.places)
-        rows = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(on[node.name])) for node in placement.nodes]
-        return number_table(["", "free CPUs", "free GPUs", "workers"], _shortened(rows))
-    groups = placement.layout.groups.ranks
-    shown = _shortened([_row(i, ranks, placement.layout) for i, ranks in enumerate(groups)])
-    rows_table = Table(box=None, pad_edge=False)
-    for column in ("group", "ranks", "nodes"):
-        rows_table.add_column(column, overflow="fold")
-    for row in shown:
-        rows_table.add_row(*row)
-    return rows_table
+        free = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(on[node.name])) for node in placement.nodes]
+        return number_table(["", "free CPUs", "free GPUs", "workers"], _shortened(free))
+    layout = placement.layout
+    columns: tuple[str, ...] = ("ranks", "node")
+    rows: list[tuple[str, ...]] = [_where(ranks, layout) for ranks in layout.on_nodes]
+    if len(layout.groups.ranks) < len(layout.nodes):
+        columns = ("group", "ranks", "nodes")
+        rows = [(str(i), *_where(ranks, layout)) for i, ranks in enumerate(layout.groups.ranks)]
+    found = Table(box=None, pad_edge=False)
+    for column in columns:
+        found.add_column(column, overflow="fold")
+    for row in _shortened(rows):
+        found.add_row(*row)
+    return found
 
 
-def _row(i: int, ranks: list[int], layout: Layout) -> tuple[str, str, str]:
+def _where(ranks: list[int], layout: Layout) -> tuple[str, str]:
+    """The ranks, and their nodes."""
     on = Counter(layout.nodes[rank] for rank in ranks)
     names, counts = list(on), set(on.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
@@ -134,7 +140,7 @@ def _row(i: int, ranks: list[int], layout: Layout) -> tuple[str, str, str]:
         where = ", ".join(f"{name} ({count})" for name, count in on.items()) if len(on) > 1 else names[0]
     if any(domains):
         where += f"; {', '.join(domains)}" if len(domains) < 4 else f"; {len(domains)} domains"
-    return str(i), _ranges(ranks), where
+    return _ranges(ranks), where
 
 
 def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -42,9 +42,12 @@ class Layout(NamedTuple):
         return [list(ranks) for ranks in zip(*self.groups.ranks, strict=True)]
 
     @property
-    def most_on_a_node(self) -> int:
-        """Ranks on the node that has most."""
-        return max(Counter(self.nodes).values())
+    def on_nodes(self) -> list[list[int]]:
+        """Ranks of each node."""
+        of: dict[str, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            of.setdefault(node, []).append(rank)
+        return list(of.values())
 
 
 def laid_out(places: Sequence[Node], ep: int) -> Layout:

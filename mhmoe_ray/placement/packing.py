@@ -44,5 +44,5 @@ def packed(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[No
 
 def on_paper(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
     """Equal nodes that are not there, in domains of so many, or all in one."""
-    each = nodes_per_domain or nodes
-    return [Node(f"node{i}", cpus, gpus, f"domain{i // each}") for i in range(nodes)]
+    domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]
+    return [Node(f"node{i}", cpus, gpus, domain) for i, domain in enumerate(domains)]

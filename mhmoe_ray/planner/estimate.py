@@ -104,7 +104,7 @@ def seconds(exchange: Exchange, spec: RunSpec, layout: Layout) -> Time:
     network, bytes_took, latency = spec.cluster.network, {}, 0.0
     for name, sends in zip(Links._fields, exchange.links, strict=True):
         link = getattr(network, name)
-        sharing = layout.most_on_a_node if link.per == "node" else 1
+        sharing = max(map(len, layout.on_nodes)) if link.per == "node" else 1
         bytes_took[LINKS[name]] = sends.most * sharing / (link.bandwidth * network.share)
         latency += sends.messages * link.latency
     slowest = max(bytes_took, key=lambda name: bytes_took[name])

@@ -85,5 +85,5 @@ def test_a_cluster_on_paper_is_filled_in_order_and_its_groups_are_spread_alike()
     assert {frozenset(layout.spread(ranks).values()) for ranks in layout.groups.ranks} == {frozenset([10])}
     assert layout.groups.apart == []
     assert layout.spread(layout.groups.ranks[-1]) == {Kind("domain19", 8): 10}
-    assert layout.most_on_a_node == 8
+    assert layout.on_nodes == [list(range(8 * i, 8 * i + 8)) for i in range(1000)]
     assert on_one_node(6, 3).replicas == [[0, 3], [1, 4], [2, 5]]
