@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from mhmoe_ray.placement.layout import Layout, on_one_node
+from mhmoe_ray.placement.layout import Layout, Spread, on_one_node
 from mhmoe_ray.planner.links import Links, Pattern, crossed, flat, reached, ring, to_nodes, within_nodes
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
+from mhmoe_ray.planner.units import FLOAT32, INT32, INT64, compute_bytes
 from mhmoe_ray.spec import RunSpec
 
 
@@ -46,7 +46,8 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
 
     Hierarchical dispatch sends a row once to each other node on which it has an expert, to one rank there, with its k
     choices and gates; from there each of its routes goes to its expert's rank. Back comes one row, the sum over that
-    node's experts; then the same of gradients, with those of gates.
+    node's experts; then the same of gradients, with those of gates. Groups with unequally many ranks on their nodes
+    stay flat: theirs count to what goes by node. Under dropout each route is a row of its own.
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
@@ -55,30 +56,50 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     times = model.moe_layers * _micro_batches(spec)
     tokens = spec.train.micro_batch_size * spec.data.seq_len
-    row = model.d_model * compute_bytes(spec)  # h rows of width d/h
+    routed = tokens * moe.top_k * model.d_model * compute_bytes(spec)  # k routes of h rows of width d/h
+    counts = INT64 * moe.experts
     ways = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
 
-    def exchange(name: str, size: int, pattern: Pattern) -> Exchange:
-        links = crossed(groups, pattern).of(size)
+    def exchange(name: str, pattern: Pattern) -> Exchange:
+        links = crossed(groups, pattern)
         sent = round(sum(s.mean for s in links))
         return Exchange(name, cluster.ep, sent, sent, times, links)
 
-    if cluster.dispatch == "flat" or all(group.total() == 1 for group in groups):
-        counts = exchange("counts per expert", INT64 * moe.experts, flat)
-        return [counts, *(exchange(way, tokens * moe.top_k * row, flat) for way in ways)]
+    def straight(size: int) -> Pattern:
+        return lambda group, kind: flat(group, kind).of(size)
 
-    def with_experts(ranks: int, of_all: int) -> float:
-        return reached(moe.experts, moe.experts * ranks // of_all, moe.top_k)
+    if cluster.dispatch == "flat" or not any(map(_has_rails, groups)):
+        return [exchange("counts per expert", straight(counts)), *(exchange(way, straight(routed)) for way in ways)]
 
-    rows, choices = tokens * row, tokens * moe.heads * moe.top_k * (INT64 + FLOAT32)
-    gates = tokens * moe.heads * moe.top_k * FLOAT32
-    beside = {ways[0]: choices, ways[3]: gates}
-    found = [exchange("counts per node, by node", INT64, to_nodes(lambda ranks, of_all: 1.0))]
-    found.append(exchange("counts per expert, within nodes", INT64 * moe.experts, lambda *of: Links(flat(*of).node)))
+    choices = 1 if model.dropout else moe.top_k
+
+    def by_node(size: int, straight_size: int, top_k: int) -> Pattern:
+        def part(ranks: int, of_all: int) -> float:
+            return reached(moe.experts, moe.experts * ranks // of_all, top_k)
+
+        along = to_nodes(part)
+        return lambda group, kind: (
+            along(group, kind).of(size) if _has_rails(group) else straight(straight_size)(group, kind)
+        )
+
+    def on_nodes(pattern: Pattern) -> Pattern:
+        return lambda group, kind: pattern(group, kind) if _has_rails(group) else Links()
+
+    row, route = routed // choices, tokens * moe.heads * moe.top_k
+    beside = {ways[0]: route * (INT32 + FLOAT32), ways[3]: route * FLOAT32}
+    found = [
+        exchange("counts, by node", by_node(2 * INT64, counts, moe.experts)),  # of rows and of their routes
+        exchange("counts, within nodes", on_nodes(lambda group, kind: Links(flat(group, kind).of(counts).node))),
+    ]
     for way in ways:
-        found.append(exchange(f"{way}, by node", rows + beside.get(way, 0), to_nodes(with_experts)))
-        found.append(exchange(f"{way}, within nodes", rows * moe.top_k, within_nodes))
+        found.append(exchange(f"{way}, by node", by_node(row + beside.get(way, 0), routed, choices)))
+        found.append(exchange(f"{way}, within nodes", on_nodes(lambda *at: within_nodes(*at).of(routed))))
     return found
+
+
+def _has_rails(group: Spread) -> bool:
+    """Whether it lies on several nodes, with as many ranks on each."""
+    return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
 def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:

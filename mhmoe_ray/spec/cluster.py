@@ -20,10 +20,11 @@ class ClusterSpec(Section):
     weights too (extra `deepspeed`)."""
     shard_experts: bool = False
     """With fsdp, slice experts too, over the dp workers that hold the same ones."""
-    dispatch: Literal["flat", "hierarchical"] = "flat"
-    """How rows reach experts on other nodes: each by itself, or once a node and on from there."""
     straddling: Literal["warn", "refuse"] = "warn"
     """What to do where an expert-parallel group must lie on more than one node."""
+    dispatch: Literal["flat", "hierarchical"] = "flat"
+    """How rows go to experts of an expert-parallel group that lies on several nodes. flat: each route's row straight to
+    its expert's rank. hierarchical: a row once to each node with experts for it, and on from there."""
     domain_label: str | None = None
     """Label of Ray's nodes whose value names what a faster network joins, a rack or an NVLink domain: a group that must
     lie on several nodes lies within one such domain where it can."""

@@ -68,7 +68,7 @@ def test_hierarchical_dispatch_sends_less_over_slow_links_by_the_exact_ratio(ep,
     missed = math.prod((1024 - 1024 // nodes - i) / (1024 - i) for i in range(8))
     ratio = (nodes - 1) * (1 - missed) / (8 * (nodes - 1) / nodes)
     # Beside rows of 3,584 values of 2 bytes go 8 choices and gates there, and the gates' gradients back; and counts.
-    beside = (8 * 12 + 8 * 4) / (4 * 3584 * 2)
+    beside = (8 * 8 + 8 * 4) / (4 * 3584 * 2)
     assert hierarchical["domain"] / flat["domain"] == pytest.approx(ratio * (1 + beside), rel=1e-4)
     assert hierarchical["domain"] < flat["domain"]
     assert hierarchical["node"] > flat["node"]

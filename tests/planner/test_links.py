@@ -131,11 +131,31 @@ def test_hierarchical_dispatch_is_flat_within_a_node_and_sends_a_row_once_to_eac
     spec = tiny_spec(cluster=cluster)
     assert dispatches(spec) == dispatches(tiny_spec(cluster={**cluster, "dispatch": "flat"}))
     counts, inner, *ways = dispatches(spec, layout_of([2, 2], 4))
-    assert (counts.sent, inner.sent) == (8, 8)  # one number for the other node, one for the neighbour's expert
+    assert (counts.sent, inner.sent) == (16, 8)  # two numbers for the other node, one for the neighbour's expert
     tokens, d, h, k = 2 * 16, 32, 2, 2
     back = next(e for e in ways if e.name == "outputs back, by node")
     # 2 of 4 experts, two on each node: of six choices one misses the other node.
     assert back.sent == round(tokens * d * 4 * 5 / 6)
     there = next(e for e in ways if e.name == "rows to experts, by node")
-    assert there.sent == round((tokens * d * 4 + tokens * h * k * 12) * 5 / 6)
+    assert there.sent == round((tokens * d * 4 + tokens * h * k * 8) * 5 / 6)
     assert [e.links.node.mean for e in ways[1::2]] == [tokens * k * d * 4 / 2] * 4
+    noisy = tiny_spec(model={**spec.model.model_dump(), "dropout": 0.1}, cluster=cluster)
+    routes = next(e for e in dispatches(noisy, layout_of([2, 2], 4)) if e.name == "outputs back, by node")
+    assert routes.sent == tokens * k * d * 4 / 2  # each by itself, half of them away
+
+
+def test_a_group_with_unequal_shares_of_its_nodes_stays_flat():
+    flat_, rails = (tiny_spec(cluster={"workers": 4, "ep": 4, "dispatch": d}) for d in ("flat", "hierarchical"))
+    uneven = layout_of([3, 1], 4)
+    assert dispatches(rails, uneven) == dispatches(flat_, uneven)
+    # One group of each kind: over nodes of 2 and 2, and of 3 and 1.
+    wide = tiny_spec(cluster={"workers": 8, "ep": 4, "dispatch": "hierarchical"}, train={"micro_batches": 8})
+    both = layout_of([2, 2, 3, 1], 4)
+    assert [len({both.nodes[r] for r in ranks}) for ranks in both.groups.ranks] == [2, 2]
+    mixed = {e.name: e for e in dispatches(wide, both)}
+    even = {e.name: e for e in dispatches(rails, layout_of([2, 2], 4))}
+    straight = {e.name: e for e in dispatches(flat_, uneven)}
+    for way in ("outputs back", "gradients of outputs to experts"):
+        by_node = even[f"{way}, by node"].links.domain.mean
+        assert mixed[f"{way}, by node"].links.domain.mean == (by_node + straight[way].links.domain.mean) / 2
+        assert mixed[f"{way}, within nodes"].sent == even[f"{way}, within nodes"].sent / 2
