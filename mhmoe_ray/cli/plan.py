@@ -1,30 +1,80 @@
 """`mhmoe plan`: what a spec means, before anything starts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, facts, out, print_json, read_spec
+import typer
+
+from mhmoe_ray.cli.common import (
+    AddressOption,
+    JsonOption,
+    SetOption,
+    SpecArg,
+    facts,
+    out,
+    print_json,
+    print_whole,
+    read_spec,
+)
 
 if TYPE_CHECKING:
+    from mhmoe_ray.cli.plan_placement import Placement
+    from mhmoe_ray.planner.links import Links
     from mhmoe_ray.spec import RunSpec
 
 
-def plan(spec: SpecArg, set_: SetOption = [], json: JsonOption = False) -> None:  # noqa: B006 - typer needs the list
-    """Show the resolved spec: sizes, ratios to its reference, memory and traffic of a rank, the layout of workers."""
-    from mhmoe_ray.cli import plan_tables
+def plan(
+    spec: SpecArg,
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many nodes on paper, with estimated times of a step.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of each of them, a worker on each.")] = None,
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the resolved spec: sizes, ratios to its reference, memory and traffic of a rank, where its workers will be.
 
-    resolved = read_spec(spec, set_)
+    That is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a cluster on
+    paper, of which the spec's cluster.accelerator and cluster.network tell the rest.
+    """
+    from mhmoe_ray.cli import plan_estimate, plan_tables
+    from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
+    from mhmoe_ray.placement.layout import Layout
+
+    if (nodes is None) != (gpus is None) or (nodes and address):
+        raise typer.BadParameter("a cluster on paper is --nodes and --gpus, both of them and no --address")
+    on_paper: Layout | None = None
+    if nodes and gpus:
+        own = [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
+        resolved = read_spec(spec, [*set_, *own])
+        placed = placement_on_paper(resolved, nodes, gpus)
+        on_paper = placed.layout
+    else:
+        resolved = read_spec(spec, set_)
+        placed = placement(resolved, address)
     if json:
-        print_json(as_dict(resolved))
+        estimate = plan_estimate.as_dict(resolved, on_paper) if on_paper else None
+        print_json({**as_dict(resolved, placed), "estimate": estimate})
         return
     show(resolved)
-    for title, table in plan_tables.tables(resolved):
+    for title, table in plan_tables.tables(resolved, placed):
         out.print(f"\n{title}", style="bold")
-        out.print(table)
+        print_whole(table)
+    for line in said_of(placed):
+        out.print(line, soft_wrap=True)
+    if on_paper:
+        out.print("\nestimated for that cluster, and not checked on GPUs", style="bold")
+        for line in plan_estimate.said_of(resolved, on_paper):
+            out.print(line)
+        for title, table in plan_estimate.tables(resolved, on_paper):
+            out.print(f"\n{title}", style="bold")
+            print_whole(table)
 
 
-def as_dict(spec: "RunSpec") -> dict[str, Any]:
-    """The resolved spec and all that follows from it; rank numbers assume a single node."""
-    from mhmoe_ray.placement.groups import expert_groups
+def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
+    """The resolved spec and all that follows from it; groups and links as if on a single node where ranks have no
+    place."""
+    from mhmoe_ray.placement.layout import on_one_node
     from mhmoe_ray.planner.memory import memory
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.sizes import flops_per_token, parts, sizes
@@ -32,7 +82,7 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
     from mhmoe_ray.planner.traffic import exchanges
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
-    groups = expert_groups(["node"] * cluster.workers.max, cluster.ep)
+    layout = placed.layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
     step, held = expert_step(spec), memory(spec)
     ratios = parity(spec.model, reference) if reference else {}
     return {
@@ -43,7 +93,9 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
         "parity": {name: {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
-        "exchanges": [{**e._asdict(), "sent_per_step": e.sent_per_step} for e in exchanges(spec)],
+        "exchanges": [
+            {**e._asdict(), "sent_per_step": e.sent_per_step, "links": _links(e.links)} for e in exchanges(spec, layout)
+        ],
         "tokens_per_step": spec.tokens_per_step,
         "tokens": spec.tokens_per_step * spec.train.steps,
         "layout": {
@@ -51,12 +103,17 @@ def as_dict(spec: "RunSpec") -> dict[str, Any]:
             "dp": cluster.dp,
             "ep": cluster.ep,
             "experts_per_rank": moe.experts // cluster.ep if moe else 0,
-            "expert_groups": groups.ranks,
+            "expert_groups": layout.groups.ranks,
             "micro_batches_per_worker": spec.train.micro_batches // cluster.workers.max,
             "cpus": cluster.cpus,
             "gpus": cluster.workers.max * cluster.gpus_per_worker,
         },
+        "placement": placed.as_dict(),
     }
+
+
+def _links(links: "Links") -> dict[str, Any]:
+    return {name: sends._asdict() for name, sends in links._asdict().items()}
 
 
 def show(spec: "RunSpec") -> None:

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from mhmoe_ray.cli import plan_placement
 from mhmoe_ray.cli.common import in_bytes, number_table
+from mhmoe_ray.cli.plan_placement import Placement
 from mhmoe_ray.planner.memory import memory
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
@@ -13,7 +15,7 @@ from mhmoe_ray.planner.traffic import Exchange, exchanges
 from mhmoe_ray.spec import ModelSpec, RunSpec
 
 
-def tables(spec: RunSpec) -> Iterator[tuple[str, Table]]:
+def tables(spec: RunSpec, placed: Placement) -> Iterator[tuple[str, Table]]:
     yield "parameters and multiply-adds per token, in one layer", _parts(spec)
     if spec.reference and (reference := spec.reference_model):
         name = spec.reference.name
@@ -24,9 +26,10 @@ def tables(spec: RunSpec) -> Iterator[tuple[str, Table]]:
     if step:
         title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"
         yield title, _step(step)
-    found = exchanges(spec)
+    found = exchanges(spec, placed.layout)
     if found:
         yield "exchanged in a step, by one rank", _exchanges(found)
+    yield f"placement, {placed.of}", plan_placement.table(placed)
 
 
 def _parts(spec: RunSpec) -> Table:

@@ -50,6 +50,11 @@ def connect(address: str | None = None) -> Connection:
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
 
 
+def connect_if_there(address: str | None = None) -> Connection | None:
+    """As `connect`; None where no address is given and no local cluster runs."""
+    return connect(address) if _chosen(address) or find_local() else None
+
+
 def is_local(address: str | None) -> bool:
     """Whether `connect_or_start` would take a local cluster of ours for this address."""
     address = _chosen(address)

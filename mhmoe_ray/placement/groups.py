@@ -14,6 +14,14 @@ class Groups(NamedTuple):
     apart: list[int]
     """Those of them whose nodes are in more than one domain."""
 
+    @property
+    def why_refused(self) -> str | None:
+        """Where `cluster.straddling` is refuse, why these groups are; None if they are not."""
+        if not self.straddling:
+            return None
+        of_all = f"{len(self.straddling)} of {len(self.ranks)}"
+        return f"{of_all} expert-parallel groups would lie on more than one node"
+
 
 def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None = None) -> Groups:
     """Groups for ranks 0..world-1; world must be a multiple of ep.

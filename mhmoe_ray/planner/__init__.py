@@ -5,5 +5,6 @@ match.py        expert width and count that equal a reference in compute, in par
 presets.py      presets by name: those of families.py, at three sizes, and the papers' models of papers.py
 sizes.py        parameters and multiply-adds           parity.py    a model beside its reference
 step.py         work and traffic of the expert step    memory.py    bytes that a rank holds
-traffic.py      bytes that ranks exchange              units.py     bytes of the numbers in all of these
+traffic.py      bytes that ranks exchange              links.py     and over which links
+estimate.py     how long a step takes                  units.py     bytes of the numbers in all of these
 """

@@ -1,14 +1,13 @@
 """Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
 
-Not in it: the memory of the framework itself, of its allocator and communication buffers, and of the data stream; the
-whole tensors that a rank puts together of slices while a block computes; and what attention keeps of its T x T weights
-where it has no fused kernel (with attention_dropout on a CPU). Padding is computed like any token, so what there is of
-it changes nothing.
+Not in it: the memory of the framework itself, of its allocator and communication buffers (DeepSpeed's among them), and
+of the data stream; and what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout
+on a CPU). Padding is computed like any token, so what there is of it changes nothing.
 """
 
 from typing import NamedTuple
 
-from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, parts, sizes
+from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, blocks, parts, sizes
 from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
@@ -24,6 +23,8 @@ class Memory(NamedTuple):
     """What one micro-batch keeps from forward to backward, log-probabilities of all tokens included."""
     logits: int
     """What the loss needs beside that for a moment: logits, or their gradient."""
+    whole: int
+    """With fsdp, tensors put together of slices for a while: see `whole_weights` and `whole_gradients`."""
 
     @property
     def total(self) -> int:
@@ -43,7 +44,38 @@ def memory(spec: RunSpec) -> Memory:
         copies=_copies(spec, found) if size < FLOAT32 else 0,
         activations=tokens * _kept_per_token(spec, size) + _shared(spec, size) + _static_layout(model, tokens, size),
         logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
+        whole=whole_weights(spec) + whole_gradients(spec),
     )
+
+
+def whole_weights(spec: RunSpec) -> int:
+    """Bytes, with fsdp: of what is outside blocks, for all of a pass; of the block at work; and of the next, which is
+    gathered meanwhile."""
+    return FLOAT32 * (blocks(spec.model).outside + 2 * _largest_block(spec)) if _is_sliced(spec.cluster) else 0
+
+
+def whole_gradients(spec: RunSpec) -> int:
+    """Bytes, with fsdp: of what is outside blocks and of one block, beside slices of all; or where micro-batches of a
+    step add up, until its last backward, of all that is sliced, in place of the slices."""
+    if not _is_sliced(spec.cluster):
+        return 0
+    if spec.train.micro_batches == spec.cluster.dp * spec.cluster.ep:
+        return FLOAT32 * (blocks(spec.model).outside + _largest_block(spec))
+    found = sizes(spec.model)
+    whole = FLOAT32 * (found.parameters - found.expert_parameters + found.expert_parameters // spec.cluster.ep)
+    return whole - _held(spec.cluster, found)[1]
+
+
+def _largest_block(spec: RunSpec) -> int:
+    """Parameters of it that ranks hold in slices."""
+    model, found, held = spec.model, blocks(spec.model), 0
+    if model.moe and spec.cluster.shard_experts and spec.cluster.dp > 1:
+        held = sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
+    return max(found.dense if model.moe_layers < model.layers else 0, found.mixture + held if model.moe else 0)
+
+
+def _is_sliced(cluster: ClusterSpec) -> bool:
+    return cluster.strategy == "fsdp" and cluster.dp * cluster.ep > 1
 
 
 def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:

@@ -90,6 +90,25 @@ def sizes(spec: ModelSpec) -> Sizes:
     )
 
 
+class Blocks(NamedTuple):
+    """Parameters by the modules that hold them, routed experts aside."""
+
+    dense: int
+    """Of a block without experts, where there is one."""
+    mixture: int
+    """Of a block with experts, where there is one."""
+    outside: int
+    """Of the embedding, the last norm and the output."""
+
+
+def blocks(spec: ModelSpec) -> Blocks:
+    of = {part.name: part.parameters for part in parts(spec)}
+    outside = of[EMBEDDING] + of["output"] + _per_norm(spec)
+    every = of["attention"] + (of[NORMS] - _per_norm(spec)) // spec.layers
+    mixture = sum(of.get(name, 0) for name in (PROJECTIONS, ROUTER, SHARED))
+    return Blocks(every + of.get("feed-forward", 0), every + mixture, outside)
+
+
 class Flops(NamedTuple):
     """Of one token, a multiply-add counting as two; the mean over a sequence whose tokens see those before them."""
 
@@ -112,9 +131,12 @@ def _all_active(parameters: int) -> tuple[int, int]:
 
 def _norms(spec: ModelSpec) -> int:
     """Two per layer and a last one; LayerNorms have a bias too, and subln has another inside attention."""
-    per_norm = spec.d_model * (1 if spec.backbone == "llama" else 2)
     in_layer = 2 if spec.backbone == "llama" else 3
-    return (in_layer * spec.layers + 1) * per_norm
+    return (in_layer * spec.layers + 1) * _per_norm(spec)
+
+
+def _per_norm(spec: ModelSpec) -> int:
+    return spec.d_model * (1 if spec.backbone == "llama" else 2)
 
 
 def attention_macs(spec: ModelSpec) -> int:

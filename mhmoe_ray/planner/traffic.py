@@ -1,14 +1,16 @@
-"""Bytes that ranks exchange in one training step."""
+"""Bytes that ranks exchange in one training step, and over which links."""
 
 from typing import NamedTuple
 
+from mhmoe_ray.placement.layout import Layout, Spread, on_one_node
+from mhmoe_ray.planner.links import Links, Pattern, crossed, flat, reached, ring, to_nodes, within_nodes
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
+from mhmoe_ray.planner.units import FLOAT32, INT32, INT64, compute_bytes
 from mhmoe_ray.spec import RunSpec
 
 
 class Exchange(NamedTuple):
-    """A collective, as one rank sees it."""
+    """A collective, as one rank sees it, on average where they differ."""
 
     name: str
     ranks: int
@@ -20,56 +22,123 @@ class Exchange(NamedTuple):
     """Bytes that leave the rank for it: all of an all-to-all's, of the others those of a ring."""
     times: int
     """In a step."""
+    links: Links
+    """Where they go."""
 
     @property
     def sent_per_step(self) -> int:
         return self.sent * self.times
 
 
-def exchanges(spec: RunSpec) -> list[Exchange]:
+def exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     """All of a step: rows to experts and back in each layer and micro-batch; gradients; weights, where ranks hold
-    slices. None on a single rank."""
+    slices. None on a single rank.
+
+    Args:
+        spec: of the run.
+        layout: where its ranks are; by default all are on one node.
+    """
+    return [*dispatches(spec, layout), *reductions(spec, layout)]
+
+
+def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
+    """The part of expert parallelism, in the order of a layer's forward and backward.
+
+    Hierarchical dispatch sends a row once to each other node on which it has an expert, to one rank there, with its k
+    choices and gates; from there each of its routes goes to its expert's rank. Back comes one row, the sum over that
+    node's experts; then the same of gradients, with those of gates. Groups with unequally many ranks on their nodes
+    stay flat: theirs count to what goes by node. Under dropout each route is a row of its own.
+    """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
-    found = sizes(model)
-    micro_batches = spec.train.micro_batches // cluster.workers.max
-    result = []
-    if moe is not None and cluster.ep > 1:
-        passes = model.moe_layers * micro_batches
-        rows = spec.train.micro_batch_size * spec.data.seq_len * moe.top_k * model.d_model * compute_bytes(spec)
-        result.append(_all_to_all("counts per expert", cluster.ep, INT64 * moe.experts, passes))
-        for name in ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back"):
-            result.append(_all_to_all(name, cluster.ep, rows, passes))
+    if moe is None or cluster.ep == 1:
+        return []
+    layout = layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
+    groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
+    times = model.moe_layers * _micro_batches(spec)
+    tokens = spec.train.micro_batch_size * spec.data.seq_len
+    routed = tokens * moe.top_k * model.d_model * compute_bytes(spec)  # k routes of h rows of width d/h
+    counts = INT64 * moe.experts
+    ways = ("rows to experts", "outputs back", "gradients of outputs to experts", "gradients of rows back")
+
+    def exchange(name: str, pattern: Pattern) -> Exchange:
+        links = crossed(groups, pattern)
+        sent = round(sum(s.mean for s in links))
+        return Exchange(name, cluster.ep, sent, sent, times, links)
+
+    def straight(size: int) -> Pattern:
+        return lambda group, kind: flat(group, kind).of(size)
+
+    if cluster.dispatch == "flat" or not any(map(_has_rails, groups)):
+        return [exchange("counts per expert", straight(counts)), *(exchange(way, straight(routed)) for way in ways)]
+
+    choices = 1 if model.dropout else moe.top_k
+
+    def by_node(size: int, straight_size: int, top_k: int) -> Pattern:
+        def part(ranks: int, of_all: int) -> float:
+            return reached(moe.experts, moe.experts * ranks // of_all, top_k)
+
+        along = to_nodes(part)
+        return lambda group, kind: (
+            along(group, kind).of(size) if _has_rails(group) else straight(straight_size)(group, kind)
+        )
+
+    def on_nodes(pattern: Pattern) -> Pattern:
+        return lambda group, kind: pattern(group, kind) if _has_rails(group) else Links()
+
+    row, route = routed // choices, tokens * moe.heads * moe.top_k
+    beside = {ways[0]: route * (INT32 + FLOAT32), ways[3]: route * FLOAT32}
+    found = [
+        exchange("counts, by node", by_node(2 * INT64, counts, moe.experts)),  # of rows and of their routes
+        exchange("counts, within nodes", on_nodes(lambda group, kind: Links(flat(group, kind).of(counts).node))),
+    ]
+    for way in ways:
+        found.append(exchange(f"{way}, by node", by_node(row + beside.get(way, 0), routed, choices)))
+        found.append(exchange(f"{way}, within nodes", on_nodes(lambda *at: within_nodes(*at).of(routed))))
+    return found
+
+
+def _has_rails(group: Spread) -> bool:
+    """Whether it lies on several nodes, with as many ranks on each."""
+    return group.total() > 1 and len({kind.ranks for kind in group}) == 1
+
+
+def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
+    """The part of data parallelism."""
+    cluster, found = spec.cluster, sizes(spec.model)
+    layout = layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
-    result += _made_whole(cluster.strategy, "all but experts", cluster.workers.max, shared, micro_batches)
-    if moe is not None:
+    result = _made_whole(spec, cluster.strategy, "all but experts", shared, layout, layout.everyone)
+    if spec.model.moe is not None:
         slices = cluster.strategy != "fsdp" or cluster.shard_experts
         experts = FLOAT32 * found.expert_parameters // cluster.ep
-        result += _made_whole(cluster.strategy if slices else "ddp", "experts", cluster.dp, experts, micro_batches)
+        result += _made_whole(spec, cluster.strategy if slices else "ddp", "experts", experts, layout, layout.replicas)
     return [exchange for exchange in result if exchange.ranks > 1]
 
 
-def _made_whole(strategy: str, what: str, ranks: int, size: int, micro_batches: int) -> list[Exchange]:
-    """Of so many bytes of weights: gradients, and weights where ranks hold slices.
+def _made_whole(
+    spec: RunSpec, strategy: str, what: str, size: int, layout: Layout, groups: list[list[int]]
+) -> list[Exchange]:
+    """Of so many bytes of weights in each of these groups: gradients, and weights where ranks hold slices.
 
     Those are put together for each forward and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3
-    reduce gradients in each backward, as they keep no whole ones; the others in the last.
+    reduce gradients in each backward, as they keep no whole ones; the others in the last. Blocks and buckets of them
+    are counted as if they went in one piece.
     """
+    ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {what}", f"weights of {what}"
+    links = crossed(map(layout.spread, groups), ring)
+    away = size * (ranks - 1) // ranks
     if strategy == "ddp":
-        return [_all_reduce(gradients, ranks, size)]
+        sent = 2 * size * (ranks - 1) // ranks
+        return [Exchange(gradients, ranks, size, sent, 1, links.of(sent, rounds=2))]
     gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
     reductions = micro_batches if strategy in ("zero2", "zero3") else 1
-    away = size * (ranks - 1) // ranks
     return [
-        Exchange(weights, ranks, size // ranks, away, gathers),
-        Exchange(gradients, ranks, size, away, reductions),
+        Exchange(weights, ranks, size // ranks, away, gathers, links.of(away)),
+        Exchange(gradients, ranks, size, away, reductions, links.of(away)),
     ]
 
 
-def _all_to_all(name: str, ranks: int, size: int, times: int) -> Exchange:
-    away = size * (ranks - 1) // ranks
-    return Exchange(name, ranks, away, away, times)
-
-
-def _all_reduce(name: str, ranks: int, payload: int) -> Exchange:
-    return Exchange(name, ranks, payload, 2 * payload * (ranks - 1) // ranks, 1)
+def _micro_batches(spec: RunSpec) -> int:
+    """Of each rank in a step."""
+    return spec.train.micro_batches // (spec.cluster.dp * spec.cluster.ep)

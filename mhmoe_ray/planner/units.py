@@ -3,6 +3,7 @@
 from mhmoe_ray.spec import RunSpec
 
 FLOAT32 = 4
+INT32 = 4
 INT64 = 8
 
 

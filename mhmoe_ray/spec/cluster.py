@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.hardware import AcceleratorSpec, NetworkSpec
 
 STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve the stream that feeds them
 
@@ -59,6 +60,8 @@ class ClusterSpec(Section):
     domain_label: str | None = None
     """Label of Ray's nodes whose value names what a faster network joins, a rack or an NVLink domain: a group that must
     lie on several nodes lies within one such domain where it can."""
+    accelerator: AcceleratorSpec = AcceleratorSpec()
+    network: NetworkSpec = NetworkSpec()
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3

@@ -71,9 +71,9 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         ClusterError: a group lies farther apart than `spec.straddling` allows, or the worker group has another size.
     """
     groups = expert_groups(nodes, spec.ep, domains)
-    if spec.straddling == "refuse" and groups.straddling:
-        why = f"{len(groups.straddling)} of {len(groups.ranks)} expert-parallel groups would lie on more than one node"
-        raise ClusterError("placement", why, "free whole nodes, lower cluster.ep, or set cluster.straddling to warn")
+    if spec.straddling == "refuse" and groups.why_refused:
+        fix = "free whole nodes, lower cluster.ep, or set cluster.straddling to warn"
+        raise ClusterError("placement", groups.why_refused, fix)
     if not dist.is_initialized():
         return Mesh(1, 0, 1, 0, None, groups.ranks, nodes, 0, 0)
     world, rank = dist.get_world_size(), dist.get_rank()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import cpp
@@ -9,7 +11,8 @@ from mhmoe_ray.bench.memory import peak_bytes
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.memory import memory, whole_gradients, whole_weights
+from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import Trainer
@@ -146,8 +149,6 @@ def test_activations_of_two_ranks_that_exchange_rows_are_those_they_keep():
 def test_expert_parallelism_spreads_experts_and_nothing_else():
     alone = memory(tiny_spec(cluster={"workers": 1}))
     spread = memory(tiny_spec(cluster={"workers": 4, "ep": 4}))
-    from mhmoe_ray.planner.sizes import sizes
-
     experts = 4 * sizes(tiny_spec().model).expert_parameters
     assert alone.weights - spread.weights == experts * 3 // 4
     assert spread.moments == 2 * spread.weights
@@ -219,3 +220,49 @@ def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts):
     assert less < whole / 3
     # What a backward has beside what was kept is the same in both, or less.
     assert most - then == pytest.approx(whole - less, rel=0.15)
+
+
+def whole_on_a_rank(spec):
+    """Bytes of tensors that FSDP has whole: weights while the last layer's experts compute, gradients after each
+    micro-batch but the last."""
+    trainer = trainer_of(spec)
+
+    def units():
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in trainer.model.modules() if isinstance(m, FSDPModule)]
+        return [p for group in groups if group for p in group.fsdp_params]
+
+    weights, gradients = [], []
+
+    def gathered(*_):
+        weights.append(sum(p._unsharded_param.nbytes for p in units() if p.sharded_state == ShardedState.UNSHARDED))
+
+    trainer.model.moe_layers()[-1].experts.register_forward_pre_hook(gathered)
+    backward = trainer.strategy.backward
+
+    def backward_then_look(objective):
+        backward(objective)
+        kept = [p.unsharded_accumulated_grad for p in units()]
+        kept += [p._unsharded_param.grad for p in units() if hasattr(p, "_unsharded_param")]
+        gradients.append(sum(g.nbytes for g in kept if g is not None))
+
+    trainer.strategy.backward = backward_then_look
+    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
+    return weights[0], gradients
+
+
+@pytest.mark.parametrize("shard_experts", [False, True])
+def test_what_fsdp_puts_together_is_what_a_rank_has_whole(shard_experts):
+    """Of blocks as wide as each other but for their experts; a CPU gathers no block in advance."""
+    model = {**tiny_spec().model.model_dump(), "moe": {**EXPERTS["multi-head"], "every": 1}, "d_ff": None}
+    spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts})
+    found, experts = blocks(spec.model), sizes(spec.model).expert_parameters
+    block = 4 * (found.mixture + (experts // 2 if shard_experts else 0))
+    slices = memory(spec).gradients - (0 if shard_experts else 4 * experts)
+    for weights, gradients in run_ranks(2, whole_on_a_rank, spec):
+        assert whole_weights(spec) == weights + block
+        assert whole_gradients(spec) == gradients[0] - slices
+        assert gradients[-1] == 0
+    one = tiny_spec(model=model, cluster=spec.cluster.model_dump(), train={"micro_batches": 2})
+    assert whole_gradients(one) == 4 * found.outside + block
+    assert memory(one).whole == whole_weights(one) + whole_gradients(one)
+    assert memory(tiny_spec(cluster={"workers": 2})).whole == 0

@@ -1,0 +1,136 @@
+"""What `mhmoe plan --nodes` shows beside the rest: an estimate of a step on a cluster that is not there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from mhmoe_ray.cli.common import in_bytes, number_table
+from mhmoe_ray.placement.layout import Layout
+from mhmoe_ray.planner.estimate import Estimate, estimate, seconds
+from mhmoe_ray.planner.links import Links
+from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.traffic import Exchange, dispatches, reductions
+from mhmoe_ray.spec import RunSpec
+
+DISPATCHES = ("flat", "hierarchical")
+OVER = ("within a node", "between nodes", "between domains")
+DAY = 24 * 3600
+
+
+def as_dict(spec: RunSpec, layout: Layout) -> dict[str, Any]:
+    found, accelerator, held = estimate(spec, layout), spec.cluster.accelerator, memory(spec).total
+    return {
+        "memory": {"needed": held, "there": accelerator.memory, "fits": held <= accelerator.memory},
+        "traffic_per_rank": {
+            "rows to experts and back": _sent(dispatches(spec, layout)),
+            **{e.name: _sent([e]) for e in reductions(spec, layout)},
+        },
+        "step": {
+            "parts": [time._asdict() for time in [*found.computing, *found.exchanging]],
+            "longest": found.longest._asdict(),
+            **_figures(found),
+        },
+        "dispatches": {name: _dispatched(spec, layout, name) for name in DISPATCHES} if spec.cluster.ep > 1 else {},
+    }
+
+
+def tables(spec: RunSpec, layout: Layout) -> Iterator[tuple[str, Table]]:
+    yield "estimated: sent in a step by one rank, on average, over links", _traffic(spec, layout)
+    found = estimate(spec, layout)
+    yield "estimated: time of a step by its parts", _parts(found)
+    yield "estimated: a step in turn; at best, with exchanges behind computation", _step(spec, found)
+    if spec.cluster.ep > 1:
+        yield "estimated: rows to experts and back, by cluster.dispatch", _compared(spec, layout)
+
+
+def said_of(spec: RunSpec, layout: Layout) -> list[str]:
+    """What a user asks first, a line each."""
+    held, accelerator, found = memory(spec).total, spec.cluster.accelerator, estimate(spec, layout)
+    there = f"{held / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
+    fits = f"memory: fits, {there}" if held <= accelerator.memory else f"memory: does not fit, {there}"
+    longest = found.longest
+    return [
+        f"{fits}; the framework and its buffers come on top",
+        f"a step takes {in_seconds(found.overlapped)} to {in_seconds(found.in_turn)}, most of it for "
+        f"{longest.name}, which is bound by {longest.bound}",
+    ]
+
+
+def in_seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} us"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _figures(found: Estimate) -> dict[str, float]:
+    return {
+        "seconds_in_turn": found.in_turn,
+        "seconds_overlapped": found.overlapped,
+        "tokens_per_s_in_turn": found.tokens / found.in_turn,
+        "tokens_per_s_overlapped": found.tokens / found.overlapped,
+        "share_of_peak_flops_in_turn": found.flops / found.in_turn,
+        "share_of_peak_flops_overlapped": found.flops / found.overlapped,
+    }
+
+
+def _sent(found: list[Exchange]) -> dict[str, float]:
+    """Bytes of a step by link class."""
+    over = [[e.times * sends.mean for sends in e.links] for e in found]
+    return dict(zip(Links._fields, map(sum, zip(*over, strict=True)), strict=True)) if over else {}
+
+
+def _dispatched(spec: RunSpec, layout: Layout, name: str) -> dict[str, Any]:
+    """Of the same run with this kind of dispatch."""
+    cluster = spec.cluster.model_copy(update={"dispatch": name})
+    other = spec.model_copy(update={"cluster": cluster})
+    found, whole = dispatches(other, layout), estimate(other, layout)
+    return {
+        "sent": _sent(found),
+        "seconds": sum(seconds(e, other, layout).seconds for e in found),
+        "seconds_in_turn": whole.in_turn,
+        "seconds_overlapped": whole.overlapped,
+    }
+
+
+def _traffic(spec: RunSpec, layout: Layout) -> Table:
+    found = as_dict(spec, layout)["traffic_per_rank"]
+    rows = [(name, *(in_bytes(int(b)) for b in sent.values())) for name, sent in found.items() if sent]
+    every = [[*sent.values()] for sent in found.values() if sent]
+    total = [in_bytes(int(sum(column))) for column in zip(*every, strict=True)]
+    return number_table(["", *OVER], [*rows, ("total", *total)])
+
+
+def _parts(found: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("bound by")
+    for time in [*found.computing, *found.exchanging]:
+        table.add_row(time.name, in_seconds(time.seconds), f"{time.seconds / found.in_turn:.1%}", time.bound)
+    return table
+
+
+def _step(spec: RunSpec, found: Estimate) -> Table:
+    rows = [
+        (
+            name,
+            in_seconds(took),
+            f"{found.tokens / took:,.0f}",
+            f"{found.flops / took:.1%}",
+            f"{took * spec.train.steps / DAY:,.1f} days",
+        )
+        for name, took in (("in turn", found.in_turn), ("at best", found.overlapped))
+    ]
+    return number_table(["", "step", "tokens/s", "of peak FLOP/s", f"{spec.train.steps:,} steps"], rows)
+
+
+def _compared(spec: RunSpec, layout: Layout) -> Table:
+    rows = []
+    for name in DISPATCHES:
+        found = _dispatched(spec, layout, name)
+        this = f"{name} (this spec)" if name == spec.cluster.dispatch else name
+        times = (found["seconds"], found["seconds_in_turn"], found["seconds_overlapped"])
+        rows.append((this, *(in_bytes(int(b)) for b in found["sent"].values()), *map(in_seconds, times)))
+    return number_table(["", *OVER, "time", "step in turn", "at best"], rows)

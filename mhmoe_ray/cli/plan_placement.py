@@ -1,0 +1,162 @@
+"""Where a run's ranks will be: on nodes of a cluster or of one on paper; where there is none to ask, on one node."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.table import Table
+
+from mhmoe_ray.cli.common import note, number_table
+from mhmoe_ray.placement.layout import Layout, laid_out
+from mhmoe_ray.placement.packing import Node, on_paper, packed
+
+if TYPE_CHECKING:
+    from mhmoe_ray.spec import RunSpec
+
+SHOWN = 8
+"""Groups that a table has at most."""
+
+
+class Placement(NamedTuple):
+    of: str
+    """What it is a placement on, for a title."""
+    nodes: list[Node]
+    places: list[Node]
+    """Of each rank; of fewer where the nodes hold no more."""
+    layout: Layout | None
+    """None where they do."""
+    missing: str | None
+    """Of ranks without a place, in one line."""
+    refused: str | None
+    """Why workers would refuse to start there, in one line."""
+
+    def as_dict(self) -> dict[str, Any]:
+        groups = self.layout.groups if self.layout else None
+        on = Counter(self.places)
+        return {
+            "of": self.of,
+            "nodes": [{**node._asdict(), "ranks": on[node]} for node in self.nodes],
+            "node_of_rank": [node.name for node in self.places],
+            "expert_groups": groups.ranks if groups else None,
+            "straddling_groups": groups.straddling if groups else None,
+            "groups_apart": groups.apart if groups else None,
+            "missing": self.missing,
+            "refused": self.refused,
+        }
+
+
+def placement_on_paper(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
+    """On so many equal nodes, which the spec's workers fill."""
+    each = spec.cluster.network.nodes_per_domain
+    domains = f", {each} to a domain" if each else ", all in one domain"
+    there = on_paper(nodes, gpus * spec.cluster.cpus_per_worker, gpus, each)
+    return _placement(spec, f"on paper: {nodes:,} nodes of {gpus} GPUs{domains}", there)
+
+
+def placement(spec: "RunSpec", address: str | None = None) -> Placement:
+    """On the cluster that a run would go to. One that does not answer is no error: nothing is about to start."""
+    from mhmoe_ray.cluster.connect import connect_if_there
+    from mhmoe_ray.cluster.nodes import free_nodes
+    from mhmoe_ray.errors import ClusterError
+
+    cluster, why = spec.cluster, "no cluster runs that could be asked"
+    try:
+        connection = connect_if_there(address)
+        if connection:
+            of = f"a forecast: as Ray would pack workers on {connection.address} now"
+            return _placement(spec, of, free_nodes(connection, cluster.domain_label))
+    except ClusterError as e:
+        note.print(f"warning: {e}", soft_wrap=True)
+        why = "the cluster could not be asked"
+    workers = cluster.dp * cluster.ep
+    one = Node("one node", workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+    return _placement(spec, f"if one node holds all workers: {why}", [one])
+
+
+def _placement(spec: "RunSpec", of: str, nodes: list[Node]) -> Placement:
+    cluster = spec.cluster
+    workers, cpus, gpus = cluster.dp * cluster.ep, cluster.cpus_per_worker, cluster.gpus_per_worker
+    places = packed(nodes, cpus, gpus, workers)
+    if len(places) < workers:
+        each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
+        missing = (
+            f"{workers - len(places):,} of {workers:,} workers find no place: each takes {each}, and the cluster's "
+            f"{_nodes(len(nodes))} can hold {len(places):,} now; Ray starts none before all have a place"
+        )
+        return Placement(of, nodes, places, None, missing, None)
+    layout = laid_out(places, cluster.ep)
+    why = layout.groups.why_refused if cluster.straddling == "refuse" else None
+    refused = f"cluster.straddling is refuse, so the run would end at once: {why}" if why else None
+    return Placement(of, nodes, places, layout, None, refused)
+
+
+def said_of(placement: Placement) -> list[str]:
+    """What a user must know of it, a line each."""
+    lines = [line for line in (placement.missing, placement.refused) if line]
+    layout = placement.layout
+    if layout and len(layout.on_nodes) > 1 and len(layout.groups.ranks) < len(layout.nodes) and not placement.refused:
+        groups = layout.groups
+        lines.append("every group lies on one node")
+        if groups.straddling:
+            of_all = f"{len(groups.straddling):,} of {len(groups.ranks):,} groups"
+            lines[-1] = f"{of_all} lie on more than one node, {len(groups.apart) or 'none'} in more than one domain"
+    return lines
+
+
+def _nodes(count: int) -> str:
+    return "one node" if count == 1 else f"{count:,} nodes"
+
+
+def table(placement: Placement) -> Table:
+    """The first groups, or nodes where a rank is a group; or of ranks too many for the nodes, how many each takes."""
+    if placement.layout is None:
+        on = Counter(node.name for node in placement.places)
+        free = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(on[node.name])) for node in placement.nodes]
+        return number_table(["", "free CPUs", "free GPUs", "workers"], _shortened(free))
+    layout = placement.layout
+    columns: tuple[str, ...] = ("ranks", "node")
+    rows: list[tuple[str, ...]] = [_where(ranks, layout) for ranks in layout.on_nodes]
+    if len(layout.groups.ranks) < len(layout.nodes):
+        columns = ("group", "ranks", "nodes")
+        rows = [(str(i), *_where(ranks, layout)) for i, ranks in enumerate(layout.groups.ranks)]
+    found = Table(box=None, pad_edge=False)
+    for column in columns:
+        found.add_column(column, overflow="fold")
+    for row in _shortened(rows):
+        found.add_row(*row)
+    return found
+
+
+def _where(ranks: list[int], layout: Layout) -> tuple[str, str]:
+    """The ranks, and their nodes."""
+    on = Counter(layout.nodes[rank] for rank in ranks)
+    names, counts = list(on), set(on.values())
+    domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
+    if len(on) > 3 and len(counts) == 1:
+        where = f"{len(on)} from {names[0]} to {names[-1]}, {counts.pop()} on each"
+    elif len(on) > 3:
+        where = f"{len(on)} from {names[0]} to {names[-1]}, {min(counts)} to {max(counts)} on each"
+    else:
+        where = ", ".join(f"{name} ({count})" for name, count in on.items()) if len(on) > 1 else names[0]
+    if any(domains):
+        where += f"; {', '.join(domains)}" if len(domains) < 4 else f"; {len(domains)} domains"
+    return _ranges(ranks), where
+
+
+def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    if len(rows) <= SHOWN:
+        return list(rows)
+    left = len(rows) - SHOWN + 1
+    return [*rows[: SHOWN - 1], (f"and {left:,} more", *("" for _ in rows[0][1:]))]
+
+
+def _ranges(ranks: list[int]) -> str:
+    """0-3, 8-11: at most three of them."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    said = [f"{a}-{b}" if a < b else str(a) for a, b in runs]
+    return ", ".join(said if len(said) < 4 else [*said[:2], "...", said[-1]])

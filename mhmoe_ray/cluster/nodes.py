@@ -1,0 +1,52 @@
+"""The nodes of a cluster and what is free on them, as its dashboard tells."""
+
+import re
+from collections import Counter
+
+from mhmoe_ray.cluster import dashboard
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.placement.packing import Node
+
+# "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)": what a placement group reserves is taken, used or not,
+# and only the used part of it is in the first number.
+_USAGE = re.compile(r"([\d.]+)/([\d.]+) (CPU|GPU)(?: \(([\d.]+) used of ([\d.]+) reserved in placement groups\))?$")
+
+MOST_NODES = 10_000  # more Ray's state API does not list
+
+
+def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
+    """Those that are alive, by host name; the domain is the value of their label of this name.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    answer = dashboard.get(connection.address, "/nodes?view=summary", connection.token)["data"]
+    domains = _labels(connection, domain_label) if domain_label else {}
+    alive = [node["raylet"] for node in answer["summary"] if node["raylet"].get("state") != "DEAD"]
+    usage = answer["nodeLogicalResources"]
+    hosts = Counter(node["nodeManagerHostname"] for node in alive)
+    found = []
+    for node in alive:
+        host, total = node["nodeManagerHostname"], node["resourcesTotal"]
+        taken = _taken(usage.get(node["nodeId"], ""))
+        name = host if hosts[host] == 1 else f"{host} {node['nodeId'][:6]}"
+        cpus, gpus = (max(0.0, total.get(kind, 0.0) - taken.get(kind, 0.0)) for kind in ("CPU", "GPU"))
+        found.append(Node(name, cpus, gpus, domains.get(node["nodeId"], "")))
+    return found
+
+
+def _labels(connection: Connection, label: str) -> dict[str, str]:
+    """Its value of each node that has it. Not from the summary, in which Ray renames keys: rack_id becomes rackId."""
+    nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MOST_NODES}", connection.token)
+    labels = {node["node_id"]: node["labels"] or {} for node in nodes["data"]["result"]["result"]}
+    return {node: found[label] for node, found in labels.items() if label in found}
+
+
+def _taken(usage: str) -> dict[str, float]:
+    """CPUs and GPUs, of a node's lines of usage; Ray gives none of a node that it has just heard of."""
+    taken: dict[str, float] = {}
+    for line in usage.splitlines():
+        if match := _USAGE.match(line):
+            used, _, kind, used_reserved, reserved = match.groups()
+            taken[kind] = float(used) - float(used_reserved or 0) + float(reserved or 0)
+    return taken

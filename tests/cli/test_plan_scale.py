@@ -1,0 +1,158 @@
+"""`mhmoe plan` for a cluster on paper, and where a run's workers will be."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cli import plan_estimate
+from mhmoe_ray.cli.plan import as_dict
+from mhmoe_ray.cli.plan_placement import placement_on_paper
+from mhmoe_ray.planner.resolve import resolve_spec
+from tests.cli.run import assert_one_line, mhmoe
+from tests.specs import tiny_spec
+
+TRILLION = str(Path(__file__).parents[2] / "jobs/scale/trillion.yaml")
+
+
+@pytest.fixture
+def alone(corpus, tmp_path, monkeypatch):
+    """The folder with a spec, for one who has no cluster."""
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return corpus
+
+
+def on_paper(*overrides):
+    """What `plan --nodes 128 --gpus 8 --json` prints."""
+    spec = resolve_spec(Path(TRILLION), overrides)
+    placed = placement_on_paper(spec, 128, 8)
+    return {**as_dict(spec, placed), "estimate": plan_estimate.as_dict(spec, placed.layout)}
+
+
+def shown(folder, *overrides, **env):
+    words = [word for key in overrides for word in ("--set", key)]
+    return mhmoe(folder, "plan", TRILLION, "--nodes", "128", "--gpus", "8", *words, **env).out
+
+
+def test_a_trillion_parameters_on_a_thousand_gpus(alone):
+    plan = mhmoe(alone, "plan", TRILLION, "--nodes", "128", "--gpus", "8", "--json").json()
+    assert plan["estimate"] == on_paper()["estimate"]
+    assert 0.95e12 < plan["sizes"]["parameters"] < 1.05e12
+    assert plan["spec"]["model"]["moe"]["experts"] == 1024
+    assert (plan["layout"]["workers"], plan["layout"]["gpus"]) == (1024, 1024)
+    placed, found = plan["placement"], plan["estimate"]
+    assert placed["node_of_rank"] == [f"node{rank // 8}" for rank in range(1024)]
+    assert placed["straddling_groups"] == [0, 1, 2, 3]  # 256 ranks are on 32 nodes
+    assert placed["groups_apart"] == []
+    assert found["memory"]["fits"]
+    assert found["memory"]["needed"] == plan["memory_per_rank"]["total"]
+    step = found["step"]
+    parts = [part["seconds"] for part in step["parts"]]
+    assert step["seconds_in_turn"] == pytest.approx(sum(parts))
+    assert max(parts) == step["longest"]["seconds"] < step["seconds_overlapped"] < step["seconds_in_turn"]
+    at_peak = plan["tokens_per_step"] * plan["flops_per_token"]["training"] / 1024 / 989e12
+    assert step["share_of_peak_flops_in_turn"] == pytest.approx(at_peak / step["seconds_in_turn"])
+    assert 0.05 < step["share_of_peak_flops_in_turn"] < step["share_of_peak_flops_overlapped"] < 0.4
+    # What leaves a rank is the same by exchange and by link class.
+    sent = sum(sum(over.values()) for over in found["traffic_per_rank"].values())
+    assert sent == pytest.approx(sum(e["sent_per_step"] for e in plan["exchanges"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("ep", "nodes"), [(64, 8), (256, 32)])
+def test_hierarchical_dispatch_sends_less_over_slow_links_by_the_exact_ratio(ep, nodes):
+    """Other nodes that 8 choices meet, each unless all miss it, to those of the 8 that are away."""
+    found = on_paper(f"cluster.ep={ep}")["estimate"]["dispatches"]
+    flat, hierarchical = found["flat"]["sent"], found["hierarchical"]["sent"]
+    missed = math.prod((1024 - 1024 // nodes - i) / (1024 - i) for i in range(8))
+    ratio = (nodes - 1) * (1 - missed) / (8 * (nodes - 1) / nodes)
+    # Beside rows of 3,584 values of 2 bytes go 8 choices and gates there, and the gates' gradients back; and counts.
+    beside = (8 * 8 + 8 * 4) / (4 * 3584 * 2)
+    assert hierarchical["domain"] / flat["domain"] == pytest.approx(ratio * (1 + beside), rel=1e-4)
+    assert hierarchical["domain"] < flat["domain"]
+    assert hierarchical["node"] > flat["node"]
+    assert found["hierarchical"]["seconds"] < found["flat"]["seconds"]
+
+
+def test_a_group_that_fits_on_a_node_stays_there_and_both_dispatches_are_one(alone):
+    plan = on_paper("cluster.ep=8")
+    assert plan["placement"]["straddling_groups"] == []
+    found = plan["estimate"]["dispatches"]
+    assert found["flat"] == found["hierarchical"]
+    assert found["flat"]["sent"]["domain"] == found["flat"]["sent"]["between"] == 0
+    assert not plan["estimate"]["memory"]["fits"]  # a rank has 128 experts of each layer
+    text = shown(alone, "cluster.ep=8")
+    for words in ("memory: does not fit", "every group lies on one node", "and 121 more"):
+        assert words in text
+
+
+def test_slower_links_and_accelerators_take_longer_and_say_so():
+    slow = on_paper("cluster.network.domain.bandwidth=1e9", "cluster.accelerator.memory=10e9")["estimate"]
+    quick = on_paper("cluster.network.share=1", "cluster.accelerator.flops_share=1")["estimate"]
+    usual = on_paper()["estimate"]
+    seconds = [found["step"]["seconds_in_turn"] for found in (quick, usual, slow)]
+    assert seconds == sorted(seconds)
+    assert slow["step"]["longest"]["bound"] == "links between nodes"
+    assert not slow["memory"]["fits"]
+    # All in one domain, the links between domains are of no account.
+    one, far = "cluster.network.nodes_per_domain=null", "cluster.network.between.bandwidth=1"
+    assert on_paper(one)["estimate"] == on_paper(one, far)["estimate"]
+    assert on_paper(far)["estimate"]["step"]["longest"]["bound"] == "links between domains"
+
+
+def test_the_tables_show_what_the_json_has_and_cut_nothing(alone):
+    found = on_paper()["estimate"]
+    for columns in ("80", "120"):
+        text = shown(alone, COLUMNS=columns)
+        assert "…" not in text
+        assert "not checked on GPUs" in text
+        assert f"{found['step']['tokens_per_s_in_turn']:,.0f}" in text
+        assert f"{found['step']['seconds_in_turn']:,.2f} s" in text
+        assert "0-255     32 from node0 to node31, 8 on each; domain0" in text
+        assert "hierarchical (this spec)" in text
+
+
+def test_nodes_that_do_not_fit_the_spec_are_one_line(alone):
+    few = mhmoe(alone, "plan", TRILLION, "--nodes", "3", "--gpus", "8")
+    assert_one_line(few, 3, "workers (24) must be a multiple of ep (256)")
+    half = mhmoe(alone, "plan", TRILLION, "--nodes", "3")
+    assert half.code == 2
+    assert "--nodes and --gpus" in half.err
+
+
+def test_what_straddling_would_refuse_is_said_before_anything_starts(alone):
+    refuse, why = "cluster.straddling=refuse", "4 of 4 expert-parallel groups would lie on more than one node"
+    assert on_paper(refuse)["placement"]["refused"].endswith(f"the run would end at once: {why}")
+    assert why in shown(alone, refuse)
+    assert on_paper(refuse, "cluster.ep=8")["placement"]["refused"] is None
+
+
+def test_without_a_cluster_one_node_is_assumed_and_said(alone):
+    text = mhmoe(alone, "plan", "spec.yaml").out
+    assert "placement, if one node holds all workers: no cluster runs that could be asked" in text
+    plan = mhmoe(alone, "plan", "spec.yaml", "--json").json()
+    assert plan["placement"]["node_of_rank"] == ["one node"] * 2
+    assert plan["estimate"] is None
+    away = mhmoe(alone, "submit", "spec.yaml", "--dry-run", "--address", "http://no-such-host.invalid:8265")
+    assert away.json()["placement"]["of"].endswith("the cluster could not be asked")
+    assert "warning: cluster http://no-such-host.invalid:8265" in away.err
+
+
+@pytest.mark.ray
+def test_a_cluster_tells_where_workers_would_be_and_which_find_no_place(corpus, local_cluster):
+    request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", local_cluster.address).json()
+    [node] = request["placement"]["nodes"]
+    assert local_cluster.address in request["placement"]["of"]
+    assert request["placement"]["node_of_rank"] == [node["name"]] * node["ranks"]
+    more = ("--set", "cluster.cpus_per_worker=9")
+    many = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", *more)
+    assert many.json()["placement"]["missing"].startswith("2 of 2 workers find no place: each takes 9 CPU")
+    assert "Ray starts none before all have a place" in many.err
+    assert "2 of 2 workers find no place" in mhmoe(corpus, "plan", "spec.yaml", *more).out
+
+
+def test_a_link_keeps_its_own_defaults_beside_a_key_that_is_given():
+    network = tiny_spec(cluster={"network": {"between": {"bandwidth": 25e9}}}).cluster.network
+    assert (network.between.per, network.between.bandwidth, network.between.latency) == ("node", 25e9, 20e-6)
+    assert (network.node.bandwidth, network.domain.bandwidth) == (450e9, 50e9)

@@ -1,0 +1,51 @@
+"""Places workers on nodes of 6, 2 and 4 GPUs, which are several of Ray's on this machine, as Ray Train asks for them.
+
+Run as a process of its own: it prints, for each of two runs that are there at once, where they were forecast to be and
+where Ray put them, as JSON lists of domains, a rank each.
+"""
+
+import json
+import sys
+import time
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group, placement_group_table
+
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.nodes import free_nodes
+from mhmoe_ray.placement.packing import Node, packed
+
+
+def free(connection: Connection, gpus: int) -> list[Node]:
+    """As soon as the dashboard tells of so many GPUs: Ray gathers what is free every few seconds."""
+    deadline = time.monotonic() + 60
+    found: list[Node] = []
+    while time.monotonic() < deadline:
+        found = free_nodes(connection, "rack_id")
+        if sum(node.gpus for node in found) == gpus:
+            return found
+        time.sleep(0.2)
+    raise SystemExit(f"the dashboard tells of {found}")
+
+
+def main() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    for gpus, cpus in ((6, 8), (2, 3), (4, 6)):  # at no time alike: among equals Ray's order is arbitrary
+        cluster.add_node(num_cpus=cpus, num_gpus=gpus, labels={"rack_id": f"rack of {gpus}"})
+    url = ray.init(address=cluster.address, logging_level="ERROR").dashboard_url
+    connection = Connection(f"http://{url}", False, False, None)
+    for workers, before in ((8, 12), (3, 4)):
+        forecast = packed(free(connection, before), 1, 1, workers)
+        asked = placement_group([{"CPU": 1, "GPU": 1}] * workers, strategy="PACK")
+        ray.get(asked.ready(), timeout=60)
+        labels = {node["NodeID"]: node["Labels"]["rack_id"] for node in ray.nodes() if "rack_id" in node["Labels"]}
+        at = placement_group_table(asked)["bundles_to_node_id"]
+        print(json.dumps([[node.domain for node in forecast], [labels[at[rank]] for rank in range(workers)]]))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

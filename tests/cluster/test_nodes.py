@@ -1,0 +1,54 @@
+"""What a dashboard tells of its nodes, and whether Ray packs workers on them as forecast."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from ray.autoscaler._private.util import parse_usage
+
+from mhmoe_ray.cluster.connect import connect, connect_if_there
+from mhmoe_ray.cluster.nodes import _taken, free_nodes
+from tests.conftest import _OF_THE_USER
+
+
+@pytest.mark.ray
+def test_the_local_cluster_is_one_node_of_this_machine(local_cluster):
+    [node] = free_nodes(connect(), "no_such_label")
+    assert (node.name, node.gpus, node.domain) == (socket.gethostname(), 0, "")
+    assert 0 <= node.cpus <= 8
+
+
+def test_without_a_cluster_none_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert connect_if_there() is None
+
+
+def test_what_placement_groups_reserve_is_taken_used_or_not():
+    """In the words that Ray's own function finds for a usage."""
+    group = "1f5b8b8ff1a2ff30a6bd1b5b7ff81000000"
+    usage = {"CPU": (5.0, 8.0), "GPU": (1.5, 4.0), "memory": (0.0, 2.0**30), "node:10.0.0.1": (0.0, 1.0)}
+    assert _taken("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
+    usage |= {f"CPU_group_{group}": (1.0, 3.0), f"CPU_group_0_{group}": (1.0, 3.0), f"bundle_group_{group}": (0, 1e3)}
+    assert _taken("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
+    assert _taken("") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_packs_workers_as_forecast():
+    """Some on nodes that are free, then more on what these leave."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_USER}
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "tests.cluster.pack_workers"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert [len(actual) for _, actual in runs] == [8, 3]
+    assert all(forecast == actual for forecast, actual in runs)
+    assert runs[0][1] == ["rack of 6"] * 6 + ["rack of 4"] * 2
+    assert runs[1][1] == ["rack of 4"] * 2 + ["rack of 2"]
