@@ -10,6 +10,7 @@ import torch
 
 from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import committed
@@ -24,10 +25,12 @@ class Figures(NamedTuple):
     """Bytes of weights and moments."""
     steps: list[float]
     """Training steps while nothing is written."""
+    beside: list[float]
+    """Training steps beside a checkpoint that is written, pauses included."""
     torch_save: list[float]
     """Of all of it, to a file; not forced onto the disk."""
     pauses: list[float]
-    """Until training goes on."""
+    """For which training waits: before it goes on, and before the next update, until there is a copy."""
     committed: list[float]
     """Until the checkpoint counts: on the disk, with hashes; training goes on beside it."""
     extra: int | None
@@ -65,7 +68,7 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
     case.step()
     saver, file = Saver(run, case.trainer, group=1), folder / "torch.pt"
     state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.state()]
-    found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], None)
+    found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], [], None)
 
     def synchronous() -> None:
         found.torch_save.append(_timed(lambda: torch.save(dict(state), file)))
@@ -73,17 +76,18 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
 
     def asynchronous() -> None:
         began = time.perf_counter()
-        found.pauses.append(_timed(lambda: saver.save(case.trainer.zero_counts())))
-        case.step()
+        saver.save(case.trainer.zero_counts())
+        found.beside.append(_timed(case.step))
         saver.wait()
         found.committed.append(time.perf_counter() - began)
+        found.pauses.append(next(e["pause"] for e in reversed(events.events(run)) if e["event"] == "checkpoint"))
         remove_tree(committed(run)[-1])
 
-    training, saving = _peak_resident(case.step), _peak_resident(asynchronous)
+    training, saving = _peak_resident(lambda: (case.step(), case.step())), _peak_resident(asynchronous)
     if training and saving:
         found = found._replace(extra=saving - training)
     synchronous()
-    for warm_up in (found.pauses, found.committed, found.torch_save):
+    for warm_up in (found.pauses, found.committed, found.beside, found.torch_save):
         warm_up.clear()
     for turn in range(rounds):
         found.steps.append(_timed(case.step))

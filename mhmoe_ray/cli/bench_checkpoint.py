@@ -23,8 +23,9 @@ def checkpoint(
     """Time how long a checkpoint holds training up, beside a synchronous torch.save of the same weights and moments,
     and what memory it takes.
 
-    The pause is a copy of the state; files, hashes and the manifest are written while training goes on. Both ways take
-    turns in each round; medians from the second checkpoint on. With --json the table goes to stderr.
+    The state is copied beside the next step's forward and backward, and training waits for what of it is left when the
+    update is due; files, hashes and the manifest are written while it goes on. Both ways take turns in each round;
+    medians from the second checkpoint on. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import hardware
     from mhmoe_ray.bench.checkpoints import measure

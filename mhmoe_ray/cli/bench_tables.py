@@ -71,6 +71,7 @@ def checkpoints(figures: "checkpoints_.Figures") -> Table:
         "checkpoint: training waits": figures.pauses,
         "checkpoint: until it counts": figures.committed,
         "a training step": figures.steps,
+        "a training step beside it": figures.beside,
     }
     rows = [(name, in_seconds(median(found)), f"{median(found) / whole:.3f}") for name, found in named.items()]
     if figures.extra is not None and figures.extra_to_state is not None:

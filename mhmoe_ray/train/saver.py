@@ -1,17 +1,20 @@
-"""Checkpoints written while training goes on: a step waits for a copy of the state in memory, not for storage.
+"""Checkpoints written while training goes on: it waits neither for storage nor, as a rule, for the copy in memory.
 
-    training    | step 100 | copy | step 101 | step 102 | step 103 | ...
-    background              | write own file of each part, hash it | tell the others | rank 0: manifest = commit |
+    training    | step 100 | forward and backward of 101 | update | step 102 | step 103 | ...
+    background              | copy the state | write own file of each part, hash it | tell others | manifest = commit |
 
-Each rank copies and writes its own share only (`runs.tensors.Shares`), into buffers that stay. Ranks meet in a process
-group of their own, since training's may be in use. One checkpoint is under way at a time: the next one waits for it.
+The state changes in updates alone, so it is copied beside the next step's forward and backward, and what training waits
+for is what of the copy is left when the update is due. Each rank copies and writes its own share only
+(`runs.tensors.Shares`), into buffers that stay. Ranks meet in a process group of their own, since training's may be in
+use. One checkpoint is under way at a time: the next one waits for it.
 """
 
 import time
 from collections.abc import Callable
-from threading import Thread
-from typing import Any, TypeVar
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +33,15 @@ T = TypeVar("T")
 _FIX = "make room or mend the storage, then `mhmoe resume`: the checkpoint before it is whole"
 
 
+class _Copy(NamedTuple):
+    part: str
+    name: str
+    source: torch.Tensor | None
+    """None where the copy is done."""
+    slice: Slice
+    """Of which `local` is the copy."""
+
+
 class Saver:
     """Of one rank. All ranks call the same methods in the same order."""
 
@@ -40,13 +52,20 @@ class Saver:
         group: number of this start of the workers, in the checkpoints' names: no other start writes to the same.
         """
         self._run, self._trainer, self._group = run, trainer, group
+        trainer.before_update = self._until_copied
         self._peers = dist.new_group(backend="gloo") if trainer.mesh.world > 1 else None
-        self._copies: dict[tuple[str, str], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        on_gpu = trainer.device.type == "cuda"
+        self._stream = torch.cuda.Stream(trainer.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._copied = Event()
+        self._pause = 0.0
+        prepared = trainer.spec.data.prepared / "manifest.json"
+        self._data, self._tokenizer = (describe_file(f).sha256 for f in (prepared, run.tokenizer_file))
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
     def save(self, count_LE: torch.Tensor) -> None:
-        """Copy the state and begin to write it; returns when training may change it.
+        """Begin to write the state, which the trainer will not change before there is a copy of it.
 
         Args:
             count_LE: routes per layer and expert since the checkpoint before, for rank 0 to write beside it.
@@ -56,11 +75,19 @@ class Saver:
         """
         began = time.monotonic()
         self.wait()
-        slices, manifest = self._copied(), self._manifest()
+        self._copied.clear()
+        share, manifest = self._share(), self._manifest()
         counts = {"step": manifest.step, "routes_per_layer_and_expert": count_LE.tolist()}
-        pause = time.monotonic() - began
-        self._thread = Thread(target=self._write, args=(slices, manifest, counts, pause), name="saver", daemon=True)
+        ready = torch.cuda.current_stream().record_event() if self._stream else None
+        self._thread = Thread(target=self._write, args=(share, ready, manifest, counts), name="saver", daemon=True)
         self._thread.start()
+        self._pause = time.monotonic() - began
+
+    def _until_copied(self) -> None:
+        if self._thread and not self._copied.is_set():
+            began = time.monotonic()
+            self._copied.wait()
+            self._pause += time.monotonic() - began
 
     def wait(self) -> None:
         """Until nothing is under way.
@@ -79,23 +106,42 @@ class Saver:
         """Whether `wait` would raise. Ranks learn of it at different moments: agree before acting on it."""
         return self._error is not None
 
-    def _copied(self) -> dict[str, dict[str, Slice]]:
-        """This rank's share of each part, in memory that training does not touch."""
-        shares, slices = Shares(), {part: dict[str, Slice]() for part in PARTS}
-        for part, name, tensor in self._trainer.strategy.state():
+    def _share(self) -> list[_Copy]:
+        """What this rank writes, not copied yet unless it was put together for this."""
+        share, shares, strategy = list[_Copy](), Shares(), self._trainer.strategy
+        for part, name, tensor in strategy.state():
             if not shares.is_mine(tensor):
                 continue
             source = slice_of(tensor)
-            copy = self._copies.get((part, name))
-            if copy is None:
+            into = self._buffers.get((part, name))
+            if into is None:
                 pinned = source.local.device.type == "cuda"  # else a copy from there would not be asynchronous
-                copy = torch.empty(source.local.shape, dtype=source.local.dtype, pin_memory=pinned)
-                self._copies[part, name] = copy
-            copy.copy_(source.local, non_blocking=True)
-            slices[part][name] = source._replace(local=copy)
-        if self._trainer.device.type == "cuda":
-            torch.cuda.synchronize(self._trainer.device)
-        return slices
+                into = torch.empty(source.local.shape, dtype=source.local.dtype, pin_memory=pinned)
+                self._buffers[part, name] = into
+            copy = _Copy(part, name, source.local, source._replace(local=into))
+            if strategy.gathers:
+                into.copy_(source.local)
+                copy = copy._replace(source=None)
+            share.append(copy)
+        return share
+
+    def _copy(self, share: list[_Copy], ready: torch.cuda.Event | None) -> None:
+        """In the background; beside a GPU's work, on a stream of its own."""
+        with torch.cuda.stream(self._stream):
+            if self._stream and ready:
+                self._stream.wait_event(ready)
+            for copy in share:
+                into = copy.slice.local
+                if copy.source is None:
+                    continue
+                if copy.source.device.type == "cpu" and copy.source.is_contiguous():
+                    # By this thread alone: torch would take as many threads as training has, and be in its way.
+                    target, source = (t.view(-1).view(torch.uint8).numpy() for t in (into, copy.source))
+                    np.copyto(target, source)
+                else:
+                    into.copy_(copy.source, non_blocking=True)
+            if self._stream:
+                self._stream.synchronize()
 
     def _manifest(self) -> Manifest:
         """But for its files."""
@@ -110,13 +156,13 @@ class Saver:
             ep=trainer.mesh.ep,
             model=spec.model,
             seq_len=spec.data.seq_len,
-            data_sha256=describe_file(spec.data.prepared / "manifest.json").sha256,
-            tokenizer_sha256=describe_file(self._run.tokenizer_file).sha256,
+            data_sha256=self._data,
+            tokenizer_sha256=self._tokenizer,
             files={},
         )
 
     def _write(
-        self, slices: dict[str, dict[str, Slice]], manifest: Manifest, counts: dict[str, Any], pause: float
+        self, share: list[_Copy], ready: torch.cuda.Event | None, manifest: Manifest, counts: dict[str, Any]
     ) -> None:
         """In the background."""
         began = time.monotonic()
@@ -124,14 +170,22 @@ class Saver:
         rank = self._trainer.mesh.rank
 
         def write_own() -> dict[str, FileEntry]:
-            return {f"{part}/{file_name(rank)}": save_slices(checkpoint / part, s, rank) for part, s in slices.items()}
+            try:
+                self._copy(share, ready)
+            finally:
+                self._copied.set()
+            written = {}
+            for part in PARTS:
+                slices = {copy.name: copy.slice for copy in share if copy.part == part}
+                written[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank)
+            return written
 
         def finish() -> None:
             if rank == 0:
                 files = {name: entry for own in written for name, entry in own.items()}
                 write_json(self._run.routing / f"{checkpoint.name}.json", counts)
                 commit(checkpoint, manifest.model_copy(update={"files": files}))
-                spent = {"pause": pause, "seconds": time.monotonic() - began}
+                spent = {"pause": self._pause, "seconds": time.monotonic() - began}
                 events.record(self._run, "checkpoint", step=manifest.step, name=checkpoint.name, **spent)
                 self._drop_surplus()
 

@@ -96,6 +96,9 @@ class Trainer:
         """Targets that counted in the steps so far, over all ranks."""
         self.targets = 0
         """Those of the newest step."""
+        self._count_LE = self.zero_counts()
+        self.before_update: Callable[[], None] = lambda: None
+        """Called when the state is about to change."""
         self.skipped = 0
         """Steps so far whose updates were not applied."""
         self._in_a_row = 0
@@ -137,8 +140,7 @@ class Trainer:
             )
             self._on_micro_batch()
         self.strategy.finish()
-        if moe and moe.bias_rate:
-            self._move_biases(sums.count_LE, moe.bias_rate)
+        self._count_LE = sums.count_LE
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
             least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
@@ -176,8 +178,12 @@ class Trainer:
             JobError: it is not, on all ranks alike, and the spec does not skip such steps, or skipped too many.
         """
         lr = learning_rate(self.spec.train, self.step + 1)
+        self.before_update()
         norm = self.strategy.apply(lr)
         applied = math.isfinite(norm)
+        moe = self.spec.model.moe
+        if applied and moe and moe.bias_rate:
+            self._move_biases(self._count_LE, moe.bias_rate)
         self._in_a_row = 0 if applied else self._in_a_row + 1
         if not applied and (self.spec.train.on_nonfinite == "stop" or self._in_a_row > MOST_SKIPPED):
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"

@@ -20,6 +20,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Strategy:
     """And what the others have in common with it."""
 
+    gathers = False
+    """Whether `state` puts tensors together for its caller. Otherwise they are views, which change in `apply` alone."""
+
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec) -> None:
         self.model, self.mesh, self.spec = model, mesh, spec
         self.module: nn.Module = self._wrapped()

@@ -28,6 +28,8 @@ from mhmoe_ray.train.strategies.replicated import MOMENTS, Strategy
 
 
 class Zero(Strategy):
+    gathers = True
+
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, stage: int) -> None:
         """Args:
         stage: of ZeRO, 1 to 3.
