@@ -1,6 +1,8 @@
 """The decoder: pre-norm blocks of attention and feed-forward or mixture-of-experts layers, on either backbone."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mhmoe_ray.model.attention import Attention, KVCache, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
-from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
+
+R = TypeVar("R")
 
 
 class Block(nn.Module):
@@ -30,16 +34,37 @@ class Block(nn.Module):
             assert spec.d_ff is not None
             self.ffn = FeedForward(spec, spec.d_ff)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether experts of its layer are on other ranks."""
+        return hasattr(self, "moe") and self.moe.dispatch is not dispatch_locally
+
     def forward(
         self,
         x_BTM: Tensor,
         at: Rotary,
         cache: KVCache | None,
-        generator: torch.Generator | None,
+        draw: Callable[[], torch.Generator | None],
         mask_B1TT: Tensor | None,
+        recompute: bool,
     ) -> tuple[Tensor, Routing | None]:
-        y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, generator, mask_B1TT)
-        x_BTM = x_BTM + dropout(y_BTM, self.dropout, generator)
+        """Args:
+        x_BTM: tokens.
+        at: their places.
+        cache: of earlier tokens.
+        draw: makes the block's randomness, the same each time.
+        mask_B1TT: of attention.
+        recompute: whether the backward computes anew what lies before the feed-forward part.
+        """
+        made: list[torch.Generator | None] = []
+
+        def attend(x_BTM: Tensor) -> Tensor:
+            made.append(draw())
+            y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, made[-1], mask_B1TT)
+            return x_BTM + dropout(y_BTM, self.dropout, made[-1])
+
+        x_BTM = _recomputed(attend, x_BTM) if recompute else attend(x_BTM)
+        generator = made[0]  # where attention has left it
         y_BTM = self.ffn_norm(x_BTM)
         if hasattr(self, "moe"):
             y_BTM, routing = self.moe(y_BTM, generator)  # dropout is inside, on each expert's output
@@ -64,7 +89,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.recompute = False
-        """Whether training keeps of each block its input alone, and computes the rest anew in the backward."""
+        """Whether training keeps of each block its input alone, and computes the rest anew in the backward; of a block
+        whose experts are spread over ranks also what goes to them, so that it need not be exchanged once more."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, held) for i in range(spec.layers))
         self.norm = make_norm(spec)
@@ -98,23 +124,25 @@ class Decoder(nn.Module):
         if draws:
             x_BTM = dropout(x_BTM, self.spec.dropout, draws.generator(EMBEDDING, token_BT.device))
 
-        def through(i: int, x_BTM: Tensor) -> tuple[Tensor, Routing | None]:
-            generator = draws.generator(i, x_BTM.device) if draws else None  # the same when a block is computed anew
-            result: tuple[Tensor, Routing | None] = self.blocks[i](
-                x_BTM, at, caches[i] if caches else None, generator, mask_B1TT
-            )
-            return result
+        recompute = self.recompute and torch.is_grad_enabled()
+        for i, block in enumerate(cast("list[Block]", self.blocks)):
+            whole = recompute and not block.is_spread
 
-        for i in range(len(self.blocks)):
-            if self.recompute and torch.is_grad_enabled():
-                # Draws come from generators of their own; the default one's state need not be kept.
-                x_BTM, routing = checkpoint(through, i, x_BTM, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTM, routing = through(i, x_BTM)
+            def through(x_BTM: Tensor, i: int = i, block: Block = block, whole: bool = whole) -> Any:
+                draw = partial(draws.generator, i, x_BTM.device) if draws else lambda: None
+                return block(x_BTM, at, caches[i] if caches else None, draw, mask_B1TT, recompute and not whole)
+
+            x_BTM, routing = _recomputed(through, x_BTM) if whole else through(x_BTM)
             if routing is not None:
                 routings.append(routing)
         output = self.embedding if self.output is None else self.output
         return Output(F.linear(self.norm(x_BTM), output.weight), routings)
+
+    def compile_dense(self) -> None:
+        """Attention and dense feed-forward layers through torch.compile, at their first use."""
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward):
+                module.compile()
 
     def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty key-value caches for `capacity` tokens of `batch` sequences."""
@@ -126,6 +154,13 @@ class Decoder(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint's `weights` holds, by name: parameters and the routers' selection biases."""
         return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
+
+
+def _recomputed(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
+    """What it gives; of it the backward has the input alone, and computes it anew."""
+    # Draws come from generators of their own; the default one's state need not be kept.
+    result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

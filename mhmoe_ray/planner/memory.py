@@ -105,7 +105,7 @@ def _copies(spec: RunSpec, found: Sizes) -> int:
 
 
 def _kept_per_token(spec: RunSpec, size: int) -> int:
-    model, moe = spec.model, spec.model.moe
+    model, moe = spec.computed_model, spec.model.moe
     llama = model.backbone == "llama"
     # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
     norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
@@ -113,7 +113,11 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
     dense = around + (_hidden(model, model.d_ff, size) if model.d_ff is not None else 0)
     mixture = around + (_moe(model, moe, size) if moe is not None else 0)
     noise = _dropout(model, size) if model.dropout else 0
-    if spec.train.recompute:  # the input of each block, and all of one, which is computed anew
+    if spec.train.recompute and spec.cluster.ep > 1:  # of a block with experts, all from its second norm on
+        before = norm + _attention(model, size)
+        layers = model.layers * model.d_model * FLOAT32 + model.moe_layers * (mixture - before) + max(dense, before)
+        layers += noise // model.layers
+    elif spec.train.recompute:  # the input of each block, and all of one, which is computed anew
         layers = model.layers * model.d_model * FLOAT32 + max(dense, mixture) + noise // model.layers
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture + noise

@@ -60,11 +60,6 @@ class RunSpec(Section):
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
             )
-        if self.train.recompute and self.cluster.ep > 1:
-            raise ValueError(
-                f"train.recompute would exchange rows between experts' workers again and again: set it to false, or "
-                f"cluster.ep ({self.cluster.ep}) to 1"
-            )
         for workers in (self.cluster.workers.min, self.cluster.workers.max):
             if self.train.micro_batches % workers:
                 raise ValueError(
@@ -83,6 +78,15 @@ class RunSpec(Section):
         """Numbers of workers that the run may have, ascending: each gives every worker equally many micro-batches."""
         wanted = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
         return [n for n in wanted if self.train.micro_batches % n == 0]
+
+    @property
+    def computed_model(self) -> ModelSpec:
+        """The model as training computes it: where blocks are computed anew but not their spread experts, these compute
+        their hidden layers anew themselves."""
+        moe = self.model.moe
+        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel not in ("auto", "grouped"):
+            return self.model
+        return self.model.model_copy(update={"moe": moe.model_copy(update={"recompute": 1.0})})
 
     @property
     def samples_per_step(self) -> int:

@@ -17,7 +17,10 @@ class TrainSpec(Section):
     """bfloat16: autocast for matrix products; weights, router and loss stay float32."""
     recompute: bool = False
     """Keep of each block its input alone and compute the rest anew in the backward: less memory, some third more time.
-    Not with expert parallelism, whose exchanges would be done three times more."""
+    With expert parallelism also what experts get and give stays, which would have to be exchanged once more."""
+    compile: bool = False
+    """Attention and dense feed-forward layers through torch.compile. Routing and experts, whose shapes change with
+    every micro-batch, have kernels of their own."""
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     warmup_steps: NonNegativeInt = 375

@@ -82,7 +82,7 @@ class Trainer:
         moe = spec.model.moe
         if moe and (reason := why_not(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
-        self.model = Decoder(spec.model, mesh.held(moe.experts) if moe else None)
+        self.model = Decoder(spec.computed_model, mesh.held(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
         init_weights(self.model, spec.seed)
         self.model.to(device)
@@ -90,6 +90,8 @@ class Trainer:
         if self._dispatch:
             for layer in self.model.moe_layers():
                 layer.dispatch = self._dispatch
+        if spec.train.compile:
+            self.model.compile_dense()
         self.strategy = build_strategy(self.model, mesh, spec)
         self.step = 0
         self.tokens = 0

@@ -34,7 +34,6 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
         ("cluster.workers={min: 2}", "'cluster.workers.max' is missing"),
         ("cluster.workers=0", "'cluster.workers.min': Input should be greater than 0 (got 0)"),
         ("cluster.strategy=zero3", "ZeRO 3 knows no expert parallelism but its own layers'"),
-        ("train.recompute=true", "set it to false, or cluster.ep (2) to 1"),
         ("cluster.shard_experts=true", "strategy ddp leaves experts whole, so shard_experts would be ignored"),
         ("train.micro_batches=3", "train.micro_batches (3) must be a multiple of cluster.workers (2)"),
         ("model.moe=null", "a dense model has no experts to spread"),

@@ -114,6 +114,52 @@ def assert_alike(found, expected):
     assert found["validation"] == pytest.approx(expected["validation"], rel=1e-4)
 
 
+def test_groups_by_node_train_alike_where_experts_are_sliced_too(alone):
+    """Of an expert's two holders the one of the higher rank comes first in the mesh."""
+    for found in run_ranks(4, jobs.gradients_then_losses, spread(4, 2, "fsdp", True), STEPS, ["a", "b", "b", "a"]):
+        assert_alike(found, alone)
+
+
+@pytest.fixture(scope="module")
+def alone_in_bfloat16():
+    spec = spread(1, 1, train={"precision": "bfloat16"})
+    return run_ranks(1, jobs.gradients_then_losses, spec, STEPS)[0]
+
+
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy"),
+    [
+        (2, 2, "ddp"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 2, "fsdp"), (2, 2, "zero1"), (4, 2, "zero2")]),
+    ],
+)
+def test_in_bfloat16_the_losses_are_those_of_one_process_too(alone_in_bfloat16, workers, ep, strategy):
+    """Weights, their updates and what is added over ranks are float32 in all strategies. Products are rounded as on one
+    process, but of weights' gradients once for each rank."""
+    spec = spread(workers, ep, strategy, strategy == "fsdp", train={"precision": "bfloat16"})
+    for found in run_ranks(workers, jobs.gradients_then_losses, spec, STEPS):
+        assert found["losses"] == pytest.approx(alone_in_bfloat16["losses"], rel=2e-3)
+        for name, gradient in alone_in_bfloat16["gradients"].items():
+            assert found["gradients"][name].dtype == torch.float32
+            assert (found["gradients"][name] - gradient).norm() < 0.02 * gradient.norm() + 1e-9, name
+
+
+def compiled(spec, steps):
+    """As `gradients_then_losses`, and how many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    return jobs.gradients_then_losses(spec, steps), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "ep", "strategy"), [(1, 1, "ddp"), (2, 2, "ddp"), (2, 2, "fsdp")])
+def test_compiled_dense_parts_train_alike(alone, workers, ep, strategy):
+    spec = spread(workers, ep, strategy, train={"compile": True})
+    for found, graphs in run_ranks(workers, compiled, spec, STEPS):
+        assert graphs > 0
+        assert_alike(found, alone)
+
+
 FIRST_PAPER = {
     "backbone": "subln",
     "dropout": 0.1,
@@ -154,10 +200,28 @@ def test_recomputing_changes_no_bit_whatever_is_drawn(model):
         assert all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items())
 
 
-def test_recomputing_puts_slices_together_once_more(alone):
-    spec = spread(2, 1, "fsdp", True, train={"recompute": True})
+@pytest.mark.parametrize(("ep", "strategy"), [(1, "fsdp"), (2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
+def test_recomputing_trains_alike_where_tensors_are_spread(alone, ep, strategy):
+    """Slices are put together once more, and nothing is exchanged once more."""
+    spec = spread(2, ep, strategy, strategy == "fsdp", train={"recompute": True})
     for found in run_ranks(2, jobs.gradients_then_losses, spec, STEPS):
         assert_alike(found, alone)
+
+
+def recomputing(spec):
+    """Losses and gradients of a random model, and what was sent to other ranks."""
+    trainer = jobs.trainer_of(spec)
+    sums = trainer.accumulate(jobs.batches(spec, 0, trainer))
+    return sums.loss, sums.sent, jobs.whole(trainer.strategy.gradients())
+
+
+def test_recomputing_sends_no_row_twice_and_changes_no_bit():
+    expected, found = (
+        run_ranks(2, recomputing, spread(2, 2, train={"recompute": recompute}, **merged_with(FIRST_PAPER)))[0]
+        for recompute in (False, True)
+    )
+    assert found[:2] == expected[:2]
+    assert all(torch.equal(found[2][name], tensor) for name, tensor in expected[2].items())
 
 
 @pytest.mark.parametrize("model", [FIRST_PAPER, OTHERS], ids=["first-paper", "others"])
