@@ -1,4 +1,4 @@
-"""The run directory: all that a run is, readable without a cluster.
+"""The run directory: all that a run is, readable without a cluster; a folder here or on an object store.
 
 <storage>/<name>-<6 hex>/
   spec.yaml          what was submitted, with absolute paths
@@ -10,6 +10,8 @@
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, by the n-th start of workers
   stop               present while somebody asks the run to stop
   ray/               Ray Train's own folder, never read by us
+
+On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.py).
 
 An imported run (exchange/) was never trained: it has run.json, events.jsonl, tokenizer.json and one checkpoint, of step
 0. It has no spec, because nobody wrote one.

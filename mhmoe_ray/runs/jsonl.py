@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.location import Location, ObjectPath
 
 SEGMENT_BYTES = 1 << 18
@@ -28,7 +29,18 @@ def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> N
         record: what JSON can hold.
         at_once: on an object store too. Otherwise it may be there a second later, `flush` ends the wait, and no other
             process may append at that time.
+
+    Raises:
+        RunError: the storage is full, read-only or gone.
     """
+    try:
+        _append(path, record, at_once)
+    except OSError as e:
+        fix = "make room or mend the storage, then `mhmoe resume`"
+        raise RunError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
+
+
+def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:
     line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
     if isinstance(path, ObjectPath):
         if at_once:

@@ -1,12 +1,12 @@
 """A checkpoint's manifest: written last, its presence is the commit.
 
     checkpoints/step_00000200.3/      step 200, written by the third worker group of the run
-      weights/*.safetensors           what serving needs
-      optim/*.safetensors             AdamW's two moments
+      weights/rank_00000.safetensors  what serving needs; a file for each rank that wrote, with slices of tensors
+      optim/rank_00000.safetensors    AdamW's two moments, in the same way
       manifest.json                   what follows, as JSON
 
-A directory is never written twice: torch's reader takes every *.safetensors it finds, so files of two saves in one
-folder load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
+A directory is never written twice: readers take every *.safetensors they find, so files of two saves in one folder
+would load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
 """
 
 import hashlib

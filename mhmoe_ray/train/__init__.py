@@ -1,14 +1,15 @@
 """What a Ray Train worker runs, and the driver of the job that starts the workers.
 
     driver.py       the job: prepare data, start workers, say how it ended
+    ray_trainer.py elastic.py           what a run changes about Ray Train: retries, sizes of groups, start of streams
     worker.py       one rank: restore, train, validate, save
-    elastic.py      as many workers as there is room for
+    watchdog.py     an actor beside the workers that names the one that hangs, and ends it
     preemption.py   leaving a node that is to be taken away
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
-    state.py        the tensors of a checkpoint, saved and restored
+    saver.py state.py                   checkpoints: written beside training; restored
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):
 
@@ -21,6 +22,9 @@ How each tensor is held and its gradient made whole, for world = dp x ep (`clust
     |                | zero1, zero2  | whole; moments (zero2: and    | plain, put together by DeepSpeed    |
     |                |               | gradients) in slices          |                                     |
     |                | zero3         | a slice, all of it            | the same                            |
+
+Of what several ranks hold, the one that has least to write so far writes it (`runs.tensors.Shares`). Nothing random is
+in a checkpoint: all draws are made from the seed and the number of the micro-batch.
 
     | gradient       | is                         | made whole by                                                     |
     | -------------- | -------------------------- | ----------------------------------------------------------------- |

@@ -14,7 +14,7 @@ import ray.train
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
-from mhmoe_ray.errors import DataError, JobError, MhmoeError
+from mhmoe_ray.errors import DataError, JobError, MhmoeError, RunError
 from mhmoe_ray.location import ObjectPath, location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
@@ -58,7 +58,12 @@ def main() -> None:
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
     """Unless a later attempt has taken over: the end of this one is not the run's."""
     if len(read_attempts(run)) == attempt:
-        events.record(run, kind, reason=reason)
+        try:
+            events.record(run, kind, reason=reason)
+        except RunError as e:  # the job's log has both, and `status` takes the reason from there
+            print(f"error: {e}")
+            if str(e) != reason:
+                print(f"error: {reason}")
 
 
 def drive(run: RunDir, attempt: int) -> None:

@@ -53,6 +53,8 @@ class Worker:
         self.trainer = Trainer(spec, mesh, device, edges.start, on_micro_batch=pulse.beat)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
+        # Ray has the stream made when the first rank asks, and with it the choice of the checkpoint.
+        self.shard = ray.train.get_dataset_shard("train")
         self.group, restored = self._agree()
         if restored:
             restore(self.trainer, *restored)
@@ -121,9 +123,8 @@ class Worker:
         """This rank's micro-batches as they are stored; each is checked to be the one that the order says."""
         spec, world = self.spec, self.trainer.mesh.world
         b = spec.train.micro_batch_size
-        shard = ray.train.get_dataset_shard("train")
         first = self.start * spec.samples_per_step + self.rank * b
-        for i, batch in enumerate(shard.iter_batches(batch_size=b, prefetch_batches=4, batch_format="numpy")):
+        for i, batch in enumerate(self.shard.iter_batches(batch_size=b, prefetch_batches=4, batch_format="numpy")):
             expected = first + i * world * b + np.arange(b)
             if not np.array_equal(batch["position"], expected):
                 why = f"rank {self.rank} got positions from {batch['position'][0]} on, not from {expected[0]} on"

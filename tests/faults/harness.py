@@ -136,4 +136,4 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
 
 def outcome(folder: Path, run: RunDir) -> str:
     """As `status` says it, from the directory and the cluster."""
-    return json.loads(mhmoe(folder, "status", run.id, "--json").out)["state"]
+    return json.loads(mhmoe(folder, "status", str(run.path), "--json").out)["state"]

@@ -1,0 +1,71 @@
+"""A disk that is full, or read-only: a file system of its own, which takes root to make."""
+
+import subprocess
+
+import pytest
+
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import committed, newest_checkpoint
+from tests.cli.run import mhmoe
+from tests.faults import harness
+
+pytestmark = [pytest.mark.ray, pytest.mark.system]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a file system of 2 MB, and a way to mount it anew."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted: {made.stderr.strip()}")
+
+    def again(options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+    yield folder, again
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def start(project, disk) -> RunDir:
+    harness.spec_in(project, train={"steps": 120}, cluster={"max_failures": 0})
+    submitted = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={disk}", "--detach")
+    assert submitted.code == 0, submitted.err
+    [run] = (RunDir(path.parent) for path in disk.glob("*/run.json"))
+    return run
+
+
+def assert_told_and_whole(project, run, why):
+    """One line says why, and what was saved before is whole."""
+    status = mhmoe(project, "status", str(run.path)).out
+    assert why in " ".join(status.split()), status
+    assert "Traceback" not in status
+    checkpoint, manifest, skipped = newest_checkpoint(run)
+    assert (checkpoint, skipped) == (committed(run)[-1], [])
+    assert 0 < manifest.step < 120
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(project, reference, disk):
+    folder, again = disk
+    run = start(project, folder)
+    harness.wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
+    assert_told_and_whole(project, run, "No space left on device")
+    again("size=100m")
+    resumed = mhmoe(project, "resume", str(run.path))
+    assert resumed.code == 0, resumed.err
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+def test_a_disk_that_becomes_read_only_is_told_and_costs_nothing_that_was_saved(project, reference, disk):
+    folder, again = disk
+    again("size=100m")
+    run = start(project, folder)
+    harness.wait_until(lambda: harness.of_kind(run, "checkpoint"), "a checkpoint")
+    again("ro")
+    harness.wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
+    assert_told_and_whole(project, run, "Read-only file system")
+    again("rw")
+    resumed = mhmoe(project, "resume", str(run.path))
+    assert resumed.code == 0, resumed.err
+    harness.assert_as_if_nothing_had_happened(run, reference)
