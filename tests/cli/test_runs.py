@@ -1,21 +1,17 @@
 """Runs as a user starts, watches, loses, stops, resumes and serves them, on a real cluster."""
 
 import json
-import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir, list_runs
-from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.serve.load import load_model
-from mhmoe_ray.train import memory
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -116,36 +112,6 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
     return tokenizer.decode(ids[start:])
-
-
-def _environment(pid: int) -> dict[str, str]:
-    """Of a process, as it was started."""
-    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if pair)
-
-
-def test_a_killed_worker_costs_no_sample_and_repeats_none(corpus, local_cluster):
-    write_spec(corpus, train={"steps": 150, "validate_every": 50, "checkpoint_every": 20, "keep_checkpoints": 2})
-    assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
-    run = newest(corpus)
-    wait_until(lambda: step_of(run) >= 30)
-    [started] = [e for e in events.events(run) if e["event"] == "started"]
-    pid = started["workers"][1]["pid"]
-    assert set(memory.settings({}).items()) <= _environment(pid).items()
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: events.is_over(events.state(events.events(run))))
-    happened = events.events(run)
-    assert events.state(happened) == "finished", happened
-    first, second = [e for e in happened if e["event"] == "started"]
-    assert (first["step"], second["group"]) == (0, 2)
-    assert 20 <= second["step"] < 150
-    assert second["step"] % 20 == 0
-    assert_read_as_ordered(run)
-    saved, dropped = ([e["name"] for e in happened if e["event"] == f"{what}checkpoint"] for what in ("", "dropped_"))
-    kept = [path.name for path in committed(run)]
-    assert kept[-2:] == ["step_00000140.2", "step_00000150.2"]
-    assert len(kept) <= 3  # the best may be an older one
-    assert sorted(kept + dropped) == sorted(saved)
 
 
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):

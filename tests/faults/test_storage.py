@@ -2,8 +2,9 @@
 
 import pytest
 
-from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.runs.manifest import unfinished
+from tests.cli.audit import assert_read_as_ordered
 from tests.cli.run import mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS
@@ -11,23 +12,39 @@ from tests.s3 import CREDENTIALS
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_on_s3_outlives_its_kills(project, reference, s3):
-    query, _ = s3
-    storage = f"s3://bucket/runs?{query}"
-    harness.spec_in(project, train={"steps": 120}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
-    submitted = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={storage}", "--detach")
-    assert submitted.code == 0, submitted.err
+def submitted(project, query, steps):
+    """A run on the server, and where it lies."""
+    storage = f"s3://bucket/runs-of-{steps}?{query}"
+    harness.spec_in(project, train={"steps": steps}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
+    result = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={storage}", "--detach")
+    assert result.code == 0, result.err
     [run] = list_runs(storage)
-    own = harness.workers(run, 1)
-    harness.wait_until(lambda: harness.of_kind(run, "checkpoint"), "a checkpoint")
-    assert harness.kill(own[0]["pid"])
-    harness.workers(run, 2)
+    return run, storage
+
+
+def test_a_run_on_s3_is_stopped_looked_at_and_resumed(project, reference, s3):
+    query, _ = s3
+    run, storage = submitted(project, query, 30)
+    harness.workers(run, 1)
     stopped = mhmoe(project, "stop", run.id, "--storage", storage)
     assert stopped.out == f"run {run.id} stopped\n", stopped
+    assert 0 < harness.step_of(run) <= 30
     resumed = mhmoe(project, "resume", run.id, "--storage", storage)
     assert resumed.code == 0, resumed.err
-    harness.assert_as_if_nothing_had_happened(run, reference)
-    assert "120 of 120" in mhmoe(project, "status", "--storage", storage).out
+    assert_read_as_ordered(run)
+    assert "30 of 30" in mhmoe(project, "status", "--storage", storage).out
     assert run.id in mhmoe(project, "list", "--storage", storage).out
     assert mhmoe(project, "ckpt", "verify", run.id, "--storage", storage).code == 0
-    assert location(storage) == run.path.parent
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
+    query, _ = s3
+    run, _ = submitted(project, query, 120)
+    own = harness.workers(run, 1)
+    harness.wait_until(lambda: harness.of_kind(run, "checkpoint"), "a checkpoint")
+    harness.wait_until(lambda: unfinished(run), "a checkpoint that is being uploaded")
+    assert harness.kill(own[0]["pid"])
+    harness.wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+    assert unfinished(run) == []
