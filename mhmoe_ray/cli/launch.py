@@ -1,5 +1,6 @@
 """Starting an attempt of a run, which `submit` and `resume` share."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int,
 
 def name_of(run: "RunDir") -> str:
     """What to call a run in a command: its id where the default storage finds it, else its path."""
-    return run.id if run.path.parent == Path.cwd() / STORAGE else str(run.path)
+    return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
 
 
 def job_request(run: "Location", attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:

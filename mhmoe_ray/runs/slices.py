@@ -7,7 +7,7 @@ the file's metadata, so that torch's reader reads our files and we read torch's.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def slice_of(tensor: Tensor) -> Slice:
     return Slice(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
 
 
-def write_slices(file: BinaryIO, slices: Mapping[str, Slice]) -> FileEntry:
+def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
     """Write a whole safetensors file of tensors in CPU memory; returns its size and hash, found on the way."""
     header: dict[str, Any] = {
         "__metadata__": {
@@ -71,6 +71,7 @@ def write_slices(file: BinaryIO, slices: Mapping[str, Slice]) -> FileEntry:
         file.write(piece)
         digest.update(piece)
         size += len(piece)
+        on_piece()
     return FileEntry(size=size, sha256=digest.hexdigest())
 
 

@@ -4,7 +4,7 @@ Each rank writes one file with slices of its own; a reader of any world size tak
 rank waits for another, neither to write nor to read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -50,14 +50,22 @@ class Shares:
         return [holders.flatten().tolist() for holders in slices]
 
 
-def save_slices(folder: Location, slices: Mapping[str, Slice], rank: int) -> FileEntry:
+def save_slices(
+    folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
+) -> FileEntry:
     """Write slices, which are in CPU memory, as one file; one without any has no bytes of data.
+
+    Args:
+        folder: a part of a checkpoint.
+        slices: by the names of their tensors.
+        rank: that writes them.
+        on_piece: called now and then, as long as it gets on.
 
     Raises:
         OSError: the file is there already, or cannot be written.
     """
     with create_file(folder / file_name(rank)) as file:
-        return write_slices(file, slices)
+        return write_slices(file, slices, on_piece)
 
 
 def file_name(rank: int) -> str:
@@ -65,9 +73,14 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}{SUFFIX}"
 
 
-def load_tensors(folder: Location, into: Mapping[str, Tensor]) -> None:
+def load_tensors(folder: Location, into: Mapping[str, Tensor], on_tensor: Callable[[], None] = lambda: None) -> None:
     """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
     folder has.
+
+    Args:
+        folder: a part of a checkpoint.
+        into: by name.
+        on_tensor: called after each.
 
     Raises:
         CheckpointError: a tensor is missing there, wholly or in part, or has another shape.
@@ -88,6 +101,7 @@ def load_tensors(folder: Location, into: Mapping[str, Tensor]) -> None:
                 why = f"a part of {name} is not in it"
             if why:
                 raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
+            on_tensor()
 
 
 def stored_dtypes(folder: Location) -> dict[str, torch.dtype]:

@@ -177,7 +177,9 @@ class Saver:
             written = {}
             for part in PARTS:
                 slices = {copy.name: copy.slice for copy in share if copy.part == part}
-                written[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank)
+                written[f"{part}/{file_name(rank)}"] = save_slices(
+                    checkpoint / part, slices, rank, self._trainer.on_progress
+                )
             return written
 
         def finish() -> None:

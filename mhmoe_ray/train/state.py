@@ -11,7 +11,7 @@ def restore(trainer: Trainer, checkpoint: Location, manifest: Manifest) -> None:
     strategy = trainer.strategy
     strategy.begin_at(manifest.step - manifest.skipped)
     weights, moments = strategy.weights(), strategy.moments()
-    load_tensors(checkpoint / "weights", weights)
-    load_tensors(checkpoint / "optim", moments)
+    load_tensors(checkpoint / "weights", weights, trainer.on_progress)
+    load_tensors(checkpoint / "optim", moments, trainer.on_progress)
     strategy.loaded(weights, moments)
     trainer.step, trainer.tokens, trainer.skipped = manifest.step, manifest.tokens, manifest.skipped

@@ -67,18 +67,18 @@ class Trainer:
         mesh: Mesh,
         device: torch.device,
         start_token: int | None = None,
-        on_micro_batch: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         spec: of the run.
         mesh: of this rank.
         device: of this rank.
         start_token: the token that precedes every document; needed where the model has `document_masks`.
-        on_micro_batch: called after each, in training and validation.
+        on_progress: called whenever something got done: a micro-batch, a tensor of a checkpoint.
         """
         assert spec.train.micro_batches % mesh.world == 0
         self.spec, self.mesh, self.device = spec, mesh, device
-        self._start_token, self._on_micro_batch = start_token, on_micro_batch
+        self._start_token, self.on_progress = start_token, on_progress
         moe = spec.model.moe
         if moe and (reason := why_not(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
@@ -140,7 +140,7 @@ class Trainer:
             sums = sums._replace(
                 loss=sums.loss + loss.item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
             )
-            self._on_micro_batch()
+            self.on_progress()
         self.strategy.finish()
         self._count_LE = sums.count_LE
         if moe and self._dispatch:
@@ -231,7 +231,7 @@ class Trainer:
             weight_BT = weight_BT.to(self.device)
             loss_BT = token_losses(self.forward(token_BT[:, :-1]).logits_BTV, token_BT[:, 1:])
             total += torch.stack([(loss_BT * weight_BT).sum(dtype=torch.float64), weight_BT.sum(dtype=torch.float64)])
-            self._on_micro_batch()
+            self.on_progress()
         if world > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1]), int(total[1])

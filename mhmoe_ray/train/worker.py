@@ -15,7 +15,7 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.errors import DataError, JobError, RunError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
@@ -50,7 +50,7 @@ class Worker:
         mesh = build_mesh(spec.cluster, [p.node for p in places], device.type, _domains(spec, places))
         edges = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
         assert edges is not None
-        self.trainer = Trainer(spec, mesh, device, edges.start, on_micro_batch=pulse.beat)
+        self.trainer = Trainer(spec, mesh, device, edges.start, on_progress=pulse.beat)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
         # Ray has the stream made when the first rank asks, and with it the choice of the checkpoint.
@@ -80,7 +80,11 @@ class Worker:
             self.pulse.at(trainer.step, "training")
             batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
-            update = trainer.update()
+            try:
+                update = trainer.update()
+            except JobError:
+                self.saver.wait()  # a checkpoint that is being written is worth having, the more so now
+                raise
             line, step_counts_LE, stop, leave = self._line(sums, batches, update, began)
             counts_LE += step_counts_LE
             last = trainer.step == spec.train.steps or stop

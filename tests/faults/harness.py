@@ -74,8 +74,8 @@ def is_over(run: RunDir) -> bool:
     return events.is_over(events.state(events.events(run)))
 
 
-def wait_for_the_end(run: RunDir) -> None:
-    wait_until(lambda: is_over(run), "the end of the run")
+def wait_for_the_end(run: RunDir, seconds: float = LIMIT) -> None:
+    wait_until(lambda: is_over(run), "the end of the run", seconds)
     happened = events.events(run)
     assert events.state(happened) == "finished", happened[-3:]
 

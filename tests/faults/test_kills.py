@@ -119,12 +119,12 @@ def test_a_worker_that_can_open_no_file_costs_nothing(project, reference):
 
 @pytest.mark.soak
 def test_fifty_random_kills_change_nothing(project):
-    seed, kills, steps = int(os.environ.get("SOAK_SEED", "1")), int(os.environ.get("SOAK_KILLS", "50")), 3000
+    seed, kills, steps = int(os.environ.get("SOAK_SEED", "1")), int(os.environ.get("SOAK_KILLS", "50")), 2400
     harness.spec_in(project, train={"steps": steps})
     undisturbed = harness.submit(project)
-    harness.wait_for_the_end(undisturbed)
+    harness.wait_for_the_end(undisturbed, 1000)
     run = hurt(project, steps)
     harness.soak(project, run, kills, seed)
-    harness.wait_for_the_end(run)
+    harness.wait_for_the_end(run, 1000)
     assert len(metrics.history(run)) == steps
     harness.assert_as_if_nothing_had_happened(run, undisturbed)
