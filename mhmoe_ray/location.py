@@ -85,7 +85,7 @@ class ObjectPath:
             OSError: it cannot be reached.
         """
         bucket, _, below = self._path.partition("/")
-        system, root = _filesystem(self._scheme, bucket, self._query)
+        system, root = object_store(self._scheme, bucket, self._query)
         return system, f"{root}/{below}".rstrip("/")
 
     def stat(self) -> Status:
@@ -192,8 +192,13 @@ def location(text: "str | Location") -> Location:
 
 
 @lru_cache(maxsize=64)
-def _filesystem(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """Kept within a process, since finding out a bucket's region takes a request."""
+def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
+    """pyarrow's file system of a bucket, and the bucket's path in it; kept within a process, since finding out a
+    bucket's region takes a request.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
     from pyarrow import fs
 
     found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))

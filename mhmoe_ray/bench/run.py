@@ -24,6 +24,7 @@ from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import memory
 from mhmoe_ray.train.driver import drive
 from mhmoe_ray.train.mesh import build_mesh
@@ -74,7 +75,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
         raise SpecError("bench run", f"train.steps is {steps}, and {WARM_UP} are not timed", "set more train.steps")
     # Nothing but steps between the first one and the last.
     rare = {"validate_every": steps, "checkpoint_every": steps}
-    one = {"workers": 1, "ep": 1, "cpus_per_worker": threads}
+    one = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
     changed = {"train": spec.train.model_copy(update=rare), "cluster": spec.cluster.model_copy(update=one)}
     spec = spec.model_copy(update=changed)
     settings = memory.settings(os.environ)

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.location import SCHEMES, object_store
 
-SCHEMES = ("s3", "gs")
 CHUNK = 1 << 20  # a read; on object stores each one is a request
 _WILD = re.compile(r"[*?\[]")
 
@@ -51,7 +50,7 @@ class Storage:
         self._prefix = f"{scheme}://"
         try:
             host, slash, below = self._pattern.partition("/")
-            self._fs, bucket = _remote(scheme, host, query)
+            self._fs, bucket = object_store(scheme, host, query)
             self._pattern = bucket + slash + below  # without a user's name, which a host may have
         except (OSError, pa.ArrowException) as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
@@ -127,13 +126,6 @@ class Storage:
 def one_line(error: Exception) -> str:
     """What pyarrow says, without its stack and line breaks."""
     return " ".join(str(error).split(". Detail:")[0].split())
-
-
-@lru_cache(maxsize=64)
-def _remote(scheme: str, host: str, query: str) -> tuple[fs.FileSystem, str]:
-    """A file system and its bucket; kept within a process, since finding out a bucket's region takes a request."""
-    system, bucket = fs.FileSystem.from_uri(f"{scheme}://{host}" + (f"?{query}" if query else ""))
-    return system, bucket
 
 
 def _below(root: str, path: str) -> str:
