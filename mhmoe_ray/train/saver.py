@@ -11,6 +11,7 @@ use. One checkpoint is under way at a time: the next one waits for it.
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,7 +54,9 @@ class Saver:
         """
         self._run, self._trainer, self._group = run, trainer, group
         trainer.before_update = self._until_copied
-        self._peers = dist.new_group(backend="gloo") if trainer.mesh.world > 1 else None
+        # However long the others take to write: whoever hangs is the watchdog's concern.
+        patience = timedelta(days=1)
+        self._peers = dist.new_group(backend="gloo", timeout=patience) if trainer.mesh.world > 1 else None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         on_gpu = trainer.device.type == "cuda"
         self._stream = torch.cuda.Stream(trainer.device) if on_gpu else None  # type: ignore[no-untyped-call]

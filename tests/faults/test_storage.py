@@ -10,7 +10,7 @@ from tests.cli.run import mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def submitted(project, query, steps):
@@ -38,7 +38,6 @@ def test_a_run_on_s3_is_stopped_looked_at_and_resumed(project, reference, s3):
     assert mhmoe(project, "ckpt", "verify", run.id, "--storage", storage).code == 0
 
 
-@pytest.mark.slow
 def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
     query, _ = s3
     run, _ = submitted(project, query, 120)

@@ -12,7 +12,7 @@ from tests.several.alone import trained_alone
 from tests.several.nodes import wait_until
 from tests.several.runs import assert_as_planned, command, started, step_of, submit, wait_for_end
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def preemptions(run: RunDir) -> list[dict[str, Any]]:
@@ -30,7 +30,6 @@ def assert_nothing_lost_or_repeated(run: RunDir) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, project):
     with nodes.only([2, 2, 0, 0]):
         run = submit(nodes, project, cluster={"workers": {"min": 2, "max": 4}, "max_failures": 1})
@@ -85,7 +84,6 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
     assert "1 expert-parallel groups lie on more than one node" in status
 
 
-@pytest.mark.slow
 def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
     with nodes.only([2, 1, 0, 0]):
         run = submit(nodes, project, cluster={"workers": 2}, train={"checkpoint_every": 5, "steps": 30})
