@@ -14,9 +14,9 @@ from tests.train import jobs
 STEPS = 3
 
 
-def new_run(folder, cluster):
+def new_run(folder, cluster, **sections):
     """A run below the folder, without data."""
-    spec = tiny_spec(folder, cluster=cluster)
+    spec = tiny_spec(folder, cluster=cluster, **sections)
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
     spec.data.prepared.mkdir()
@@ -24,9 +24,9 @@ def new_run(folder, cluster):
     return spec, run
 
 
-def trained(folder, cluster):
+def trained(folder, cluster, **sections):
     """A run with a checkpoint after some steps."""
-    spec, run = new_run(folder, cluster)
+    spec, run = new_run(folder, cluster, **sections)
     run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS)
     return spec, run
 
@@ -109,6 +109,36 @@ def test_a_checkpoint_of_any_strategy_goes_on_exactly_by_any_other(saved_by, uni
             for name, tensor in expected[part].items():
                 assert torch.equal(found[part][name], tensor), f"{part} of {name}"
         assert found["losses"] == pytest.approx(uninterrupted, rel=1e-4)
+
+
+EIGHT = {"model": {**tiny_spec().model.model_dump(exclude={"moe"}), "moe": {"heads": 2, "experts": 8, "d_expert": 24}}}
+
+
+@pytest.fixture(scope="module")
+def saved_at_four(tmp_path_factory):
+    """Eight experts, two on each of four workers; and what one process trains in the same steps."""
+    _, run = trained(tmp_path_factory.mktemp("run"), {"workers": 4, "ep": 4}, train={"micro_batches": 8}, **EIGHT)
+    spec = tiny_spec(train={"micro_batches": 8}, **EIGHT)
+    return newest_checkpoint(run)[0], run_ranks(1, jobs.gradients_then_losses, spec, STEPS)[0]
+
+
+@pytest.mark.parametrize("ep", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
+def test_experts_saved_at_four_ranks_are_those_of_any_other_number(saved_at_four, ep):
+    """Every weight and moment beside one process that never saved, so that no order of experts passes for another."""
+    checkpoint, expected = saved_at_four
+    spec = tiny_spec(cluster={"workers": ep, "ep": ep}, train={"micro_batches": 8}, **EIGHT)
+    for found in run_ranks(ep, jobs.load_and_describe, spec, checkpoint):
+        for part, atol in (("weights", 1e-4), ("moments", 1e-6)):
+            assert found[part].keys() == expected[part].keys()
+            for name, tensor in expected[part].items():
+                torch.testing.assert_close(found[part][name], tensor, atol=atol, rtol=1e-3, msg=f"{part}: {name}")
+
+
+def test_experts_saved_at_four_ranks_are_served_by_one_process(saved_at_four):
+    checkpoint, expected = saved_at_four
+    model, _ = load_model(checkpoint)
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor, expected["weights"][name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_serving_loads_the_same_weights_without_moments(saved):
