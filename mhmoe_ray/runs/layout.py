@@ -2,6 +2,8 @@
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mhmoe_ray.errors import RunError, SpecError
@@ -102,9 +104,23 @@ def new_directory(storage: Location, name: str) -> RunDir:
 
 
 def list_runs(storage: Location | str) -> list[RunDir]:
-    """Runs below `storage`, oldest first."""
-    found = [RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")]
-    return sorted(found, key=RunDir.created)
+    """Runs below `storage`, oldest first.
+
+    Raises:
+        RunError: the storage cannot be read.
+    """
+    with _reading(storage):
+        found = [RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")]
+        return sorted(found, key=RunDir.created)
+
+
+@contextmanager
+def _reading(storage: Location | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        fix = "check the address, and the credentials in the environment"
+        raise RunError(f"storage {storage}", e.strerror or " ".join(str(e).split()), fix) from e
 
 
 def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:
@@ -116,10 +132,12 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
         with_job: the newest one that was trained here, not imported.
 
     Raises:
-        RunError: there is none, or the prefix fits several.
+        RunError: there is none, the prefix fits several, or the storage cannot be read.
     """
-    if name is not None and RunDir(location(name)).state_file.is_file():
-        return RunDir(location(name).absolute())
+    if name is not None:
+        with _reading(name):
+            if RunDir(location(name)).state_file.is_file():
+                return RunDir(location(name).absolute())
     runs = list_runs(storage)
     if name is None:
         runs = [r for r in runs if not (with_job and r.is_imported)]

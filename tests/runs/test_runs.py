@@ -7,6 +7,7 @@ from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.layout import create_run, find_run, list_runs
 from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
 from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
+from tests.s3 import CREDENTIALS
 from tests.specs import tiny_spec
 
 
@@ -47,6 +48,14 @@ def test_a_run_is_found_by_id_prefix_and_path_and_the_newest_by_nothing(tmp_path
         find_run("tiny-", spec.storage)
     with pytest.raises(RunError, match="there is no such run"):
         find_run("other", spec.storage)
+
+
+def test_storage_that_cannot_be_reached_is_said(monkeypatch):
+    for name, value in CREDENTIALS.items():  # else they would be looked for elsewhere, which takes its time
+        monkeypatch.setenv(name, value)
+    nobody = "s3://bucket/runs?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
+    with pytest.raises(RunError, match=r"storage s3://.*check the address, and the credentials"):
+        find_run(None, nobody)
 
 
 def test_storage_that_cannot_be_written_is_said(tmp_path):
