@@ -6,6 +6,7 @@
     ├── ClusterError       exit 5   Ray cannot be started or reached
     │   └── TokenError     exit 6   Ray was reached and refused the token
     ├── RunError           exit 7   there is no such run, or its state forbids the request
+    │   └── StorageError   exit 7   what runs lie on is full, read-only or out of reach
     ├── CheckpointError    exit 8   no checkpoint, none that is whole, or one that cannot be exported or imported
     ├── JobError           exit 9   a job ran and failed
     └── ServeError         exit 10  a deployment failed
@@ -61,6 +62,10 @@ class TokenError(ClusterError):
 
 class RunError(MhmoeError):
     exit_code = 7
+
+
+class StorageError(RunError):
+    pass
 
 
 class CheckpointError(MhmoeError):

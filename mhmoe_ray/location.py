@@ -71,9 +71,6 @@ class ObjectPath:
     def parent(self) -> "ObjectPath":
         return self._at(self._path.rpartition("/")[0] or self._path)
 
-    def with_name(self, name: str) -> "ObjectPath":
-        return self.parent / name
-
     def absolute(self) -> "ObjectPath":
         return self
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.errors import RunError
+from mhmoe_ray.errors import StorageError
 from mhmoe_ray.location import Location, ObjectPath
 
 SEGMENT_BYTES = 1 << 18
@@ -31,13 +31,13 @@ def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> N
             process may append at that time.
 
     Raises:
-        RunError: the storage is full, read-only or gone.
+        StorageError: the storage is full, read-only or gone.
     """
     try:
         _append(path, record, at_once)
     except OSError as e:
         fix = "make room or mend the storage, then `mhmoe resume`"
-        raise RunError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
+        raise StorageError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
 
 
 def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:

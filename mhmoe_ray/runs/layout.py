@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_spec
@@ -107,7 +107,7 @@ def list_runs(storage: Location | str) -> list[RunDir]:
     """Runs below `storage`, oldest first.
 
     Raises:
-        RunError: the storage cannot be read.
+        StorageError: it cannot be read.
     """
     with _reading(storage):
         found = [RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")]
@@ -120,7 +120,7 @@ def _reading(storage: Location | str) -> Iterator[None]:
         yield
     except OSError as e:
         fix = "check the address, and the credentials in the environment"
-        raise RunError(f"storage {storage}", e.strerror or " ".join(str(e).split()), fix) from e
+        raise StorageError(f"storage {storage}", e.strerror or " ".join(str(e).split()), fix) from e
 
 
 def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:
@@ -132,7 +132,8 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
         with_job: the newest one that was trained here, not imported.
 
     Raises:
-        RunError: there is none, the prefix fits several, or the storage cannot be read.
+        RunError: there is none, or the prefix fits several.
+        StorageError: the storage cannot be read.
     """
     if name is not None:
         with _reading(name):

@@ -14,7 +14,7 @@ import ray.train
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
-from mhmoe_ray.errors import DataError, JobError, MhmoeError, RunError
+from mhmoe_ray.errors import DataError, JobError, MhmoeError, StorageError
 from mhmoe_ray.location import ObjectPath, location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
@@ -60,7 +60,7 @@ def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], r
     if len(read_attempts(run)) == attempt:
         try:
             events.record(run, kind, reason=reason)
-        except RunError as e:  # the job's log has both, and `status` takes the reason from there
+        except StorageError as e:  # the job's log has both, and `status` takes the reason from there
             print(f"error: {e}")
             if str(e) != reason:
                 print(f"error: {reason}")

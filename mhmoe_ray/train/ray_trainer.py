@@ -15,7 +15,7 @@ from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VA
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from mhmoe_ray.data.stream import training_stream
-from mhmoe_ray.errors import CheckpointError, MhmoeError
+from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import RunDir
@@ -45,7 +45,7 @@ class MistakesAreFinal(DefaultFailurePolicy):  # type: ignore[misc]
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         mistake = error_of_ours(training_failed_error)
-        if mistake and not isinstance(mistake, CheckpointError):
+        if mistake and not isinstance(mistake, CheckpointError | StorageError):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from threading import Event, Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ class Saver:
                 raise CheckpointError(
                     f"checkpoint {checkpoint}", f"rank {rank} cannot write it: {why}", _FIX
                 ) from failure
-        return [result for result, _ in every]  # type: ignore[misc]
+        return cast("list[T]", [result for result, _ in every])
 
     def _drop_surplus(self) -> None:
         keep = self._trainer.spec.train.keep_checkpoints

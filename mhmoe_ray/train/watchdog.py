@@ -19,6 +19,7 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mhmoe_ray.errors import StorageError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
@@ -168,7 +169,10 @@ class Watchdog:
             silent = now - hung.heard > self._patience
             seconds = round(now - (hung.heard if silent else hung.moved), 1)
             told = {"rank": place.rank, "host": place.host, "pid": place.pid, "step": progress.step}
-            events.record(self._run, "hung", **told, doing=progress.doing, seconds=seconds, silent=silent)
+            try:
+                events.record(self._run, "hung", **told, doing=progress.doing, seconds=seconds, silent=silent)
+            except StorageError as e:  # which is no reason to stop watching
+                print(f"watchdog: rank {place.rank} hung and was ended, but {e}")
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's have no types for us

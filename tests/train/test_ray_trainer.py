@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError
+from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.preemption import PreemptedError
@@ -58,6 +58,7 @@ def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decisio
     [
         (JobError("training", "it is not finite", "lower it"), FailureDecision.RAISE),
         (CheckpointError("checkpoint", "no space left", "make room"), FailureDecision.RETRY),
+        (StorageError("file", "it cannot be written", "mend the storage"), FailureDecision.RETRY),
         (RuntimeError("connection closed by peer"), FailureDecision.RETRY),
     ],
 )
