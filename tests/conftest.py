@@ -15,7 +15,7 @@ from tests.s3 import s3
 
 __all__ = ["local_cluster", "s3"]
 
-_OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 # The same examples each time, so that only a change can make a test fail; `make explore` draws new ones. No deadline: a
 # busy machine is no failure.
@@ -38,7 +38,7 @@ def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClu
     """A local cluster with 8 logical CPUs, in a home of its own that MHMOE_HOME names for the whole session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHMOE_HOME", str(tmp_path_factory.mktemp("home")))
-        for name in _OF_THE_USER:
+        for name in OF_THE_USER:
             patch.delenv(name, raising=False)
         # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -6,7 +6,6 @@ it in an exchange without an error. Ray's own health check sees a process that i
 """
 
 import asyncio
-import importlib
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from threading import Event, Thread
 from typing import Any, Literal
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -41,7 +41,7 @@ class Place:
 
     @classmethod
     def here(cls, rank: int) -> "Place":
-        began = _psutil().Process().create_time()
+        began = psutil.Process().create_time()
         return cls(rank, os.getpid(), began, socket.gethostname(), ray.get_runtime_context().get_node_id())
 
 
@@ -178,7 +178,6 @@ class Watchdog:
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's have no types for us
 def _kill(pid: int, began: float) -> bool:
     """Whether this process of this node was there to be killed."""
-    psutil = _psutil()
     try:
         process = psutil.Process(pid)
         if process.create_time() != began or process.status() == psutil.STATUS_ZOMBIE:
@@ -187,8 +186,3 @@ def _kill(pid: int, began: float) -> bool:
     except psutil.NoSuchProcess:
         return False
     return True
-
-
-def _psutil() -> Any:
-    """Ray brings one of its own, which can be imported once Ray is."""
-    return importlib.import_module("psutil")

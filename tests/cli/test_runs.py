@@ -3,36 +3,20 @@
 import json
 import signal
 import subprocess
-import time
 
 import httpx
 import pytest
 import torch
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.serve.load import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
+from tests.watch import newest, step_of, wait_until
 
 pytestmark = pytest.mark.ray
-
-
-def wait_until(condition, seconds=120.0):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-    return value
-
-
-def step_of(run: RunDir) -> int:
-    return max((line[metrics.STEP] for line in metrics.history(run)), default=0)
-
-
-def newest(folder) -> RunDir:
-    return list_runs(folder / "runs")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +110,8 @@ def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local
         # As from a terminal: a test run in the background hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    run = wait_until(lambda: (r := newest(corpus)).spec().train.steps == 300 and r)
-    wait_until(lambda: step_of(run) >= 20)
+    run = wait_until(lambda: (r := newest(corpus)).spec().train.steps == 300 and r, "the run")
+    wait_until(lambda: step_of(run) >= 20, "step 20")
     follower.send_signal(signal.SIGINT)  # Ctrl-C detaches
     _, err = follower.communicate(timeout=30)
     assert follower.returncode == 0, err

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mhmoe_ray.cluster import jobs, processes
@@ -35,8 +36,6 @@ def _listening(process) -> set[str]:
 
 
 def _unless_gone(read):
-    import psutil  # Ray's, which can be imported once a cluster runs
-
     try:
         return read()
     except psutil.Error:

@@ -5,6 +5,7 @@ import pytest
 from mhmoe_ray.runs.layout import RunDir
 from tests.data.texts import write_corpus
 from tests.faults import harness
+from tests.watch import wait_for_the_end
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +21,5 @@ def reference(project) -> RunDir:
     """A run of 120 steps that nobody hurt."""
     harness.spec_in(project, train={"steps": 120})
     run = harness.submit(project)
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     return run

@@ -9,21 +9,18 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import committed, read_manifest
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.specs import tiny_spec
+from tests.watch import newest, started, step_of, wait_until
 
-T = TypeVar("T")
-LIMIT = 150.0
-"""Seconds within which whatever is waited for must have come: a watchdog of the tests, not a measurement."""
 EXACT = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metrics.STREAM, metrics.LR)
 
 
@@ -41,43 +38,15 @@ def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
 def submit(folder: Path) -> RunDir:
     result = mhmoe(folder, "submit", "spec.yaml", "--detach")
     assert result.code == 0, result.err
-    return list_runs(folder / "runs")[-1]
-
-
-def wait_until(condition: Callable[[], T], what: str, seconds: float = LIMIT) -> T:
-    """What the condition gives, once that is something."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.02)
-    return value
-
-
-def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
-    return [e for e in events.events(run) if e["event"] == kind]
-
-
-def step_of(run: RunDir) -> int:
-    last = metrics.last(run)
-    return last[metrics.STEP] if last else 0
+    return newest(folder)
 
 
 def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
     """Those of the start of this number, from 1, once it has done its first step."""
-    started = wait_until(lambda: of_kind(run, "started")[start - 1 : start], f"start {start} of the workers")[0]
-    group = started["group"]
+    [event] = wait_until(lambda: started(run)[start - 1 : start], f"start {start} of the workers")
+    group = event["group"]
     wait_until(lambda: (line := metrics.last(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
-    return started["workers"]
-
-
-def is_over(run: RunDir) -> bool:
-    return events.is_over(events.state(events.events(run)))
-
-
-def wait_for_the_end(run: RunDir, seconds: float = LIMIT) -> None:
-    wait_until(lambda: is_over(run), "the end of the run", seconds)
-    happened = events.events(run)
-    assert events.state(happened) == "finished", happened[-3:]
+    return event["workers"]
 
 
 def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> bool:
@@ -118,7 +87,7 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     start = 0
     for number in range(kills):
-        start = max(start + 1, len(of_kind(run, "started")))
+        start = max(start + 1, len(started(run)))
         own = workers(run, start)
         time.sleep(rng.uniform(0, 3))
         target = rng.choices(["worker", "all", "driver"], [8, 1, 1])[0]

@@ -8,6 +8,7 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import committed, newest_checkpoint
 from tests.cli.run import mhmoe
 from tests.faults import harness
+from tests.watch import of_kind, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
@@ -49,7 +50,7 @@ def assert_told_and_whole(project, run, why):
 def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(project, reference, disk):
     folder, again = disk
     run = start(project, folder)
-    harness.wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
+    wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
     assert_told_and_whole(project, run, "No space left on device")
     again("size=100m")
     resumed = mhmoe(project, "resume", str(run.path))
@@ -61,9 +62,9 @@ def test_a_disk_that_becomes_read_only_is_told_and_costs_nothing_that_was_saved(
     folder, again = disk
     again("size=100m")
     run = start(project, folder)
-    harness.wait_until(lambda: harness.of_kind(run, "checkpoint"), "a checkpoint")
+    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
     again("ro")
-    harness.wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
+    wait_until(lambda: harness.outcome(project, run) == "failed", "the run's end")
     assert_told_and_whole(project, run, "Read-only file system")
     again("rw")
     resumed = mhmoe(project, "resume", str(run.path))

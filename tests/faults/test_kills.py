@@ -12,6 +12,7 @@ from mhmoe_ray.runs.manifest import MANIFEST, committed, unfinished
 from mhmoe_ray.train import memory
 from tests.cli.run import mhmoe
 from tests.faults import harness
+from tests.watch import is_over, of_kind, started, step_of, wait_for_the_end, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -33,7 +34,7 @@ def test_three_random_kills_change_nothing(project, reference):
     worker = harness.workers(run, 1)[0]
     assert set(memory.settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=3, seed=34)
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
     assert len(committed(run)) <= 3  # the best may be an older one
     assert unfinished(run) == []
@@ -44,11 +45,11 @@ def test_a_rank_that_hangs_is_named_ended_and_costs_nothing(project, reference):
     run = hurt(project)
     stopped = harness.workers(run, 1)[1]
     assert harness.kill(stopped["pid"], signal.SIGSTOP)
-    at = harness.step_of(run)
-    [hung] = harness.wait_until(lambda: harness.of_kind(run, "hung"), "the watchdog's word")
+    at = step_of(run)
+    [hung] = wait_until(lambda: of_kind(run, "hung"), "the watchdog's word")
     assert (hung["rank"], hung["pid"], hung["silent"]) == (1, stopped["pid"], True)
     assert at - 1 <= hung["step"] <= at + 1
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
     assert "rank 1 (process" in mhmoe(project, "status", run.id).out
 
@@ -67,9 +68,9 @@ def test_a_worker_killed_while_a_checkpoint_is_written_costs_no_other_checkpoint
             harness.kill(victim, signal.SIGCONT)
         return None
 
-    folder = harness.wait_until(caught, "a checkpoint that is being written")
+    folder = wait_until(caught, "a checkpoint that is being written")
     assert harness.kill(victim)
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     # Either the other rank had all it needed to commit it, or it was cleared away.
     assert unfinished(run) == []
     assert folder.exists() == (folder in committed(run))
@@ -81,10 +82,10 @@ def test_a_worker_killed_while_a_checkpoint_is_written_costs_no_other_checkpoint
 def test_a_worker_killed_in_mid_step_costs_nothing(project, reference, rank):
     run = hurt(project)
     pid = harness.workers(run, 1)[rank]["pid"]
-    at = harness.step_of(run)
-    harness.wait_until(lambda: harness.step_of(run) > at, "the next step")
+    at = step_of(run)
+    wait_until(lambda: step_of(run) > at, "the next step")
     assert harness.kill(pid)
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
 
 
@@ -92,7 +93,7 @@ def test_a_worker_killed_in_mid_step_costs_nothing(project, reference, rank):
 def test_a_run_outlives_the_whole_cluster(project, reference):
     run = hurt(project)
     harness.workers(run, 1)
-    harness.wait_until(lambda: harness.step_of(run) >= 10, "ten steps")
+    wait_until(lambda: step_of(run) >= 10, "ten steps")
     cluster = find_local()
     os.killpg(cluster.pid, signal.SIGKILL)
     start_local(8)
@@ -109,11 +110,11 @@ def test_a_worker_that_can_open_no_file_costs_nothing(project, reference):
     run = hurt(project)
     pid = harness.workers(run, 1)[1]["pid"]
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
-    harness.wait_until(lambda: harness.is_over(run) or len(harness.of_kind(run, "started")) > 1, "its end")
+    wait_until(lambda: is_over(run) or len(started(run)) > 1, "its end")
     if harness.outcome(project, run) == "failed":
         assert "Too many open files" in mhmoe(project, "status", run.id).out.replace("\n", " ")
         assert mhmoe(project, "resume", run.id).code == 0
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
 
 
@@ -122,9 +123,9 @@ def test_fifty_random_kills_change_nothing(project):
     seed, kills, steps = int(os.environ.get("SOAK_SEED", "1")), int(os.environ.get("SOAK_KILLS", "50")), 2400
     harness.spec_in(project, train={"steps": steps})
     undisturbed = harness.submit(project)
-    harness.wait_for_the_end(undisturbed, 1000)
+    wait_for_the_end(undisturbed, 1000)
     run = hurt(project, steps)
     harness.soak(project, run, kills, seed)
-    harness.wait_for_the_end(run, 1000)
+    wait_for_the_end(run, 1000)
     assert len(metrics.history(run)) == steps
     harness.assert_as_if_nothing_had_happened(run, undisturbed)

@@ -9,6 +9,7 @@ from mhmoe_ray.runs.manifest import unfinished
 from tests.cli.run import mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS
+from tests.watch import is_over, of_kind, step_of, wait_for_the_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -28,8 +29,8 @@ def test_a_run_on_s3_is_stopped_looked_at_and_resumed(project, reference, s3):
     run, storage = submitted(project, query, 120)
     harness.workers(run, 1)
     run.stop_file.touch()  # what `mhmoe stop` does, at once
-    harness.wait_until(lambda: harness.is_over(run), "its end")
-    assert 0 < harness.step_of(run) < 120
+    wait_until(lambda: is_over(run), "its end")
+    assert 0 < step_of(run) < 120
     resumed = mhmoe(project, "resume", run.id, "--storage", storage)
     assert resumed.code == 0, resumed.err
     harness.assert_as_if_nothing_had_happened(run, reference)
@@ -42,9 +43,9 @@ def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
     query, _ = s3
     run, _ = submitted(project, query, 120)
     own = harness.workers(run, 1)
-    harness.wait_until(lambda: harness.of_kind(run, "checkpoint"), "a checkpoint")
-    harness.wait_until(lambda: unfinished(run), "a checkpoint that is being uploaded")
+    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+    wait_until(lambda: unfinished(run), "a checkpoint that is being uploaded")
     assert harness.kill(own[0]["pid"])
-    harness.wait_for_the_end(run)
+    wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
     assert unfinished(run) == []

@@ -8,7 +8,7 @@ import pytest
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.processes import MARK
-from tests.conftest import _OF_THE_USER
+from tests.conftest import OF_THE_USER
 from tests.data.texts import write_corpus
 from tests.several.nodes import SETTINGS, Nodes
 
@@ -18,7 +18,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """A cluster of a head and four nodes, which is nobody's local one: commands are given its address."""
     home = tmp_path_factory.mktemp("several")
     with pytest.MonkeyPatch.context() as patch:
-        for name in _OF_THE_USER:
+        for name in OF_THE_USER:
             patch.delenv(name, raising=False)
         for name, value in SETTINGS.items():
             patch.setenv(name, value)

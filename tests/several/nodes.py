@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from mhmoe_ray.cluster.spawn import LocalCluster
+from tests.watch import wait_until
 
 RACKS = ("left", "right", "left", "right")
 """Of each node, by its label "rack"."""
@@ -31,14 +31,6 @@ SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-    return value
 
 
 class Nodes:
@@ -92,7 +84,7 @@ class Nodes:
             self.ask("start", place, 2 * SLOTS, {"place": str(place), "rack": RACKS[place]})
             self._there.add(place)
         whole = [str(place) for place in range(len(RACKS))]
-        wait_until(lambda: sorted(self.labels("place").values()) == whole)
+        wait_until(lambda: sorted(self.labels("place").values()) == whole, "all nodes")
 
     @contextmanager
     def replaced(self, place: int) -> Iterator[None]:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.placement.groups import Groups, expert_groups
-from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import Result, mhmoe
-from tests.several.nodes import Nodes, wait_until
+from tests.several.nodes import Nodes
 from tests.specs import tiny_spec
+from tests.watch import newest
 
 
 def write(project: Path, **sections: dict[str, Any]) -> None:
@@ -32,27 +32,6 @@ def submit(nodes: Nodes, project: Path, **sections: dict[str, Any]) -> RunDir:
     result = command(nodes, project, "submit", "spec.yaml", "--address", nodes.address, "--detach")
     assert result.code == 0, result.err
     return newest(project)
-
-
-def newest(project: Path) -> RunDir:
-    return list_runs(project / "runs")[-1]
-
-
-def started(run: RunDir) -> list[dict[str, Any]]:
-    return [event for event in events.events(run) if event["event"] == "started"]
-
-
-def step_of(run: RunDir) -> int:
-    last = metrics.last(run)
-    return last[metrics.STEP] if last else 0
-
-
-def wait_for_end(run: RunDir) -> str:
-    def over() -> str | None:
-        state = events.state(events.events(run))
-        return state if events.is_over(state) else None
-
-    return str(wait_until(over))
 
 
 def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], Groups]:

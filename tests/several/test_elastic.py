@@ -1,22 +1,16 @@
 """Runs that lose nodes and get them back, on a real cluster of several nodes."""
 
-from typing import Any
-
 import pytest
 
 from mhmoe_ray.placement.groups import expert_groups
-from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs import jsonl, metrics
 from mhmoe_ray.runs.layout import RunDir
 from tests.cli.audit import expected_streams
 from tests.several.alone import trained_alone
-from tests.several.nodes import wait_until
-from tests.several.runs import assert_as_planned, command, started, step_of, submit, wait_for_end
+from tests.several.runs import assert_as_planned, command, submit
+from tests.watch import of_kind, started, step_of, wait_for_the_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def preemptions(run: RunDir) -> list[dict[str, Any]]:
-    return [event for event in events.events(run) if event["event"] == "preempted"]
 
 
 def assert_nothing_lost_or_repeated(run: RunDir) -> None:
@@ -33,23 +27,23 @@ def assert_nothing_lost_or_repeated(run: RunDir) -> None:
 def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, project):
     with nodes.only([2, 2, 0, 0]):
         run = submit(nodes, project, cluster={"workers": {"min": 2, "max": 4}, "max_failures": 1})
-        wait_until(lambda: step_of(run) >= 12)
+        wait_until(lambda: step_of(run) >= 12, "step 12")
         nodes.kill(1)
-        wait_until(lambda: len(started(run)) == 2)
+        wait_until(lambda: len(started(run)) == 2, "start 2 of the workers")
         nodes.bring_back()
-        wait_until(lambda: len(started(run)) == 3)
-        wait_until(lambda: step_of(run) >= started(run)[2]["step"] + 3)
+        wait_until(lambda: len(started(run)) == 3, "start 3 of the workers")
+        wait_until(lambda: step_of(run) >= started(run)[2]["step"] + 3, "three steps more")
         with nodes.replaced(0):
-            wait_until(lambda: len(started(run)) == 4)
-            wait_until(lambda: step_of(run) >= started(run)[3]["step"] + 3)
+            wait_until(lambda: len(started(run)) == 4, "start 4 of the workers")
+            wait_until(lambda: step_of(run) >= started(run)[3]["step"] + 3, "three steps more")
             run.stop_file.touch()
-            assert wait_for_end(run) == "stopped"
+            wait_for_the_end(run, state="stopped")
     first, second, third, fourth = started(run)
     assert [len(e["workers"]) for e in (first, second, third, fourth)] == [4, 2, 4, 2]
     assert [e["groups"] for e in (first, second)] == [[[0, 1], [2, 3]], [[0, 1]]]
     assert second["step"] % 10 == third["step"] % 10 == 0
     assert 10 <= second["step"] < third["step"]
-    [preempted] = preemptions(run)
+    [preempted] = of_kind(run, "preempted")
     assert fourth["step"] == preempted["step"]
     assert_nothing_lost_or_repeated(run)
 
@@ -59,14 +53,14 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
     lies on two nodes, which is recorded and said."""
     with nodes.only([1, 1, 1, 0]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
-        wait_until(lambda: step_of(run) >= 3)
+        wait_until(lambda: step_of(run) >= 3, "step 3")
         taken = started(run)[0]["workers"][1]["node"]
         with nodes.replaced(int(nodes.labels("place")[taken])):
-            wait_until(lambda: len(started(run)) == 2)
-            wait_until(lambda: step_of(run) >= started(run)[1]["step"] + 3)
+            wait_until(lambda: len(started(run)) == 2, "start 2 of the workers")
+            wait_until(lambda: step_of(run) >= started(run)[1]["step"] + 3, "three steps more")
             run.stop_file.touch()
-            assert wait_for_end(run) == "stopped"
-    [preempted] = preemptions(run)
+            wait_for_the_end(run, state="stopped")
+    [preempted] = of_kind(run, "preempted")
     assert preempted["nodes"] == [taken]
     assert preempted["time"] < preempted["deadline"]
     for event in started(run):
@@ -87,9 +81,9 @@ def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
 def test_a_run_is_resumed_with_a_range_of_workers(nodes, project):
     with nodes.only([2, 1, 0, 0]):
         run = submit(nodes, project, cluster={"workers": 2}, train={"checkpoint_every": 5, "steps": 30})
-        wait_until(lambda: step_of(run) >= 3)
+        wait_until(lambda: step_of(run) >= 3, "step 3")
         run.stop_file.touch()
-        assert wait_for_end(run) == "stopped"
+        wait_for_the_end(run, state="stopped")
         resumed = command(nodes, project, "resume", run.id, "--set", "cluster.workers={min: 2, max: 4}")
     assert resumed.code == 0, resumed.err
     at = started(run)[1]["step"]

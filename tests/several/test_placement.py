@@ -9,7 +9,8 @@ from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.runs.tensors import load_tensors
 from tests.cli.audit import assert_read_as_ordered
 from tests.several.alone import trained_alone
-from tests.several.runs import assert_as_planned, command, layout, newest, started, submit, wait_for_end, write
+from tests.several.runs import assert_as_planned, command, layout, submit, write
+from tests.watch import newest, started, wait_for_the_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,7 +32,7 @@ def assert_as_alone(run):
 def test_groups_lie_within_nodes_where_they_fit(nodes, project):
     with nodes.only([2, 0, 2, 0]):
         run = submit(nodes, project, train=SHORT)
-        assert wait_for_end(run) == "finished"
+        wait_for_the_end(run)
     [event] = started(run)
     places, groups = layout(nodes, event)
     assert places == ["0", "0", "2", "2"]

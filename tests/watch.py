@@ -1,0 +1,50 @@
+"""What tests wait for in a run that is on a cluster, seen from outside in its directory."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir, list_runs
+
+T = TypeVar("T")
+LIMIT = 150.0
+"""Seconds within which whatever is waited for must have come: a watchdog of the tests, not a measurement."""
+
+
+def wait_until(condition: Callable[[], T], what: str, seconds: float = LIMIT) -> T:
+    """What the condition gives, once that is something."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def newest(project: Path) -> RunDir:
+    return list_runs(project / "runs")[-1]
+
+
+def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [e for e in events.events(run) if e["event"] == kind]
+
+
+def started(run: RunDir) -> list[dict[str, Any]]:
+    """Starts of its workers."""
+    return of_kind(run, "started")
+
+
+def step_of(run: RunDir) -> int:
+    last = metrics.last(run)
+    return last[metrics.STEP] if last else 0
+
+
+def is_over(run: RunDir) -> bool:
+    return events.is_over(events.state(events.events(run)))
+
+
+def wait_for_the_end(run: RunDir, seconds: float = LIMIT, state: str = "finished") -> None:
+    wait_until(lambda: is_over(run), "the end of the run", seconds)
+    happened = events.events(run)
+    assert events.state(happened) == state, happened[-3:]
