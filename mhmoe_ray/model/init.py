@@ -2,9 +2,12 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
@@ -12,8 +15,9 @@ from mhmoe_ray.model.router import XMoEScores
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int) -> None:
-    """Set every parameter and buffer of `model`.
+def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
+    """Set every parameter and buffer of `model`; of DTensors this rank's slice, with no more than one whole tensor in
+    CPU memory at a time, and of experts one expert.
 
     | tensor | llama (P2) | subln (P1, as coded) |
     | --- | --- | --- |
@@ -28,19 +32,44 @@ def init_weights(model: Decoder, seed: int) -> None:
     On subln, weights and biases of fc1, fc2, of attention's values and output, and of the merge projection are then
     multiplied by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423; the merge layer because its name there matches,
     the head's does not). Of several projection layers, whose start is not published, each is treated as the only one.
+
+    Args:
+        model: to fill.
+        seed: of the run.
+        on_tensor: called after each.
     """
+    scale = math.sqrt(math.log(2 * model.spec.layers)) if model.spec.backbone == "subln" else 1.0
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}"
+            here, offset = _held(tensor)
             if isinstance(module, Experts):
-                for expert, weight in zip(module.held, tensor, strict=True):
-                    _fill(module, full, weight, _generator(seed, f"{full}.{expert}"))
+                first = offset[0] if isinstance(tensor, DTensor) else module.held.start
+                for expert, weight in enumerate(here, start=first):
+                    weight.copy_(_drawn(module, full, weight, _generator(seed, f"{full}.{expert}"), scale))
             else:
-                _fill(module, full, tensor, _generator(seed, full))
-            if model.spec.backbone == "subln":
-                _scale(module, full, tensor, math.sqrt(math.log(2 * model.spec.layers)))
+                whole = _drawn(module, full, tensor, _generator(seed, full), scale)
+                here.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, here.shape, strict=True))])
+            on_tensor()
         for buffer in module.buffers(recurse=False):
             buffer.zero_()
+
+
+def _held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank has of a tensor, and where that begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(offset)
+
+
+def _drawn(module: nn.Module, name: str, like: Tensor, g: torch.Generator, scale: float) -> Tensor:
+    """A whole tensor, or a whole expert's part of one, in CPU memory."""
+    t = torch.empty(like.shape, dtype=like.dtype)
+    _fill(module, name, t, g)
+    if scale != 1.0:
+        _scale(name, t, scale)
+    return t
 
 
 def _fill(module: nn.Module, name: str, t: Tensor, g: torch.Generator) -> None:
@@ -79,7 +108,7 @@ def _fan_in(module: nn.Module, bias: str) -> int:
     return next(p.shape[-1] for name, p in module.named_parameters() if name[:3] == layer)
 
 
-def _scale(module: nn.Module, name: str, t: Tensor, factor: float) -> None:
+def _scale(name: str, t: Tensor, factor: float) -> None:
     if ".qkv." in name:
         t[-len(t) // 3 :] *= factor
     elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):

@@ -30,7 +30,7 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
         if isinstance(parameter, DTensor):
             continue  # FSDP did so
         if mesh.dp > 1:
-            dist.all_reduce(parameter.grad, group=mesh.group("dp"))
+            dist.all_reduce(parameter.grad, group=mesh.dp_group)
         parameter.grad /= mesh.world
 
 
@@ -53,7 +53,7 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     device = next(model.parameters()).device
     squares = torch.stack([_square_sum(grads, device) for grads in (everywhere, by_ep, sliced)])
     if mesh.ep > 1:
-        dist.all_reduce(squares[1], group=mesh.group("ep"))
+        dist.all_reduce(squares[1], group=mesh.ep_group)
     if sliced:
         dist.all_reduce(squares[2])
     norm = float(squares.sum().sqrt())

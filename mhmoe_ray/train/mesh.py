@@ -1,4 +1,13 @@
-"""The dp x ep mesh of this process."""
+"""The dp x ep mesh of this process.
+
+torch numbers the ranks of a process group upwards, whatever order a mesh has them in; only in a mesh whose rows and
+columns both ascend is a place in the mesh the place in the group. Groups by node give rows that ascend, not columns:
+
+    groups      [0, 3]        devices   [0, 2]      who holds which experts: the same columns, each sorted, which leaves
+                [1, 2]                  [1, 3]      the rows ascending
+
+So rows are exchanged in process groups of the groups, and tensors are sliced over `devices`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +31,11 @@ class Mesh:
     ep: int
     ep_rank: int
     devices: DeviceMesh | None
+    """Of dims "dp" and "ep": ranks of a column hold the same experts. Its rows need not be the groups."""
+    everyone: DeviceMesh | None
+    """All ranks, in one dimension."""
+    ep_group: dist.ProcessGroup | None
+    """The expert-parallel group of this rank."""
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
     nodes: Sequence[str]
@@ -45,10 +59,11 @@ class Mesh:
         each = experts // self.ep
         return range(self.ep_rank * each, (self.ep_rank + 1) * each)
 
-    def group(self, dim: str) -> dist.ProcessGroup:
-        """The process group of this rank along "dp" or "ep"."""
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same experts as this one."""
         assert self.devices is not None
-        return self.devices.get_group(dim)
+        return self.devices.get_group("dp")
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
         """A rank's experts [E/ep, ...] as a view of the global [E, ...]; the tensor itself when it holds all."""
@@ -75,10 +90,22 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         fix = "free whole nodes, lower cluster.ep, or set cluster.straddling to warn"
         raise ClusterError("placement", groups.why_refused, fix)
     if not dist.is_initialized():
-        return Mesh(1, 0, 1, 0, None, groups.ranks, nodes, 0, 0)
+        return Mesh(1, 0, 1, 0, None, None, None, groups.ranks, nodes, 0, 0)
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
-    devices = DeviceMesh(device_type, torch.tensor(groups.ranks), mesh_dim_names=("dp", "ep"))
+    ranks = torch.tensor(groups.ranks)
+    devices = DeviceMesh(device_type, ranks.sort(dim=0).values, mesh_dim_names=("dp", "ep"))
+    everyone = DeviceMesh(device_type, torch.arange(world), mesh_dim_names=("world",))
+    rows_are_groups = torch.equal(devices.mesh, ranks)
+    ep_group = devices.get_group("ep") if rows_are_groups else group_of(groups.ranks)
     ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)
-    return Mesh(world, rank, spec.ep, ep_rank, devices, groups.ranks, nodes, len(groups.straddling), len(groups.apart))
+    distances = len(groups.straddling), len(groups.apart)
+    return Mesh(world, rank, spec.ep, ep_rank, devices, everyone, ep_group, groups.ranks, nodes, *distances)
+
+
+def group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """This rank's of several new process groups, which all ranks make in the same order; None if it is in none."""
+    own: dist.ProcessGroup | None
+    own, _ = dist.new_subgroups_by_enumeration(groups)  # type: ignore[no-untyped-call]
+    return own

@@ -74,7 +74,7 @@ class Trainer:
         mesh: of this rank.
         device: of this rank.
         start_token: the token that precedes every document; needed where the model has `document_masks`.
-        on_progress: called whenever something got done: a micro-batch, a tensor of a checkpoint.
+        on_progress: called whenever something got done: a micro-batch, a tensor of a checkpoint or of the start.
         """
         assert spec.train.micro_batches % mesh.world == 0
         self.spec, self.mesh, self.device = spec, mesh, device
@@ -82,17 +82,16 @@ class Trainer:
         moe = spec.model.moe
         if moe and (reason := why_not(moe.kernel, device)):
             raise SpecError(f"model.moe.kernel {moe.kernel}", reason, "install what it needs, or set it to auto")
-        self.model = Decoder(spec.computed_model, mesh.held(moe.experts) if moe else None)
+        with torch.device("meta"):
+            self.model = Decoder(spec.computed_model, mesh.held(moe.experts) if moe else None)
         self.model.recompute = spec.train.recompute
-        init_weights(self.model, spec.seed)
-        self.model.to(device)
         self._dispatch = build_dispatch(spec.cluster, mesh)
         if self._dispatch:
             for layer in self.model.moe_layers():
                 layer.dispatch = self._dispatch
         if spec.train.compile:
             self.model.compile_dense()
-        self.strategy = build_strategy(self.model, mesh, spec)
+        self.strategy = build_strategy(self.model, mesh, spec, self._fill)
         self.step = 0
         self.tokens = 0
         """Targets that counted in the steps so far, over all ranks."""
@@ -104,6 +103,10 @@ class Trainer:
         self.skipped = 0
         """Steps so far whose updates were not applied."""
         self._in_a_row = 0
+
+    def _fill(self, model: Decoder) -> None:
+        model.to_empty(device=self.device)
+        init_weights(model, self.spec.seed, self.on_progress)
 
     def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
         """Add the gradients of this rank's micro-batches and make them whole over ranks, unclipped.

@@ -88,8 +88,8 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
     }
 
 
-def train_and_save(spec: RunSpec, run: Path, steps: int) -> None:
-    trainer = trainer_of(spec)
+def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None = None) -> None:
+    trainer = trainer_of(spec, nodes)
     train(spec, trainer, steps)
     save(RunDir(run), trainer)
 

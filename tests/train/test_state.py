@@ -24,10 +24,10 @@ def new_run(folder, cluster, **sections):
     return spec, run
 
 
-def trained(folder, cluster, **sections):
+def trained(folder, cluster, nodes=None, **sections):
     """A run with a checkpoint after some steps."""
     spec, run = new_run(folder, cluster, **sections)
-    run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS)
+    run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS, nodes)
     return spec, run
 
 
@@ -139,6 +139,18 @@ def test_experts_saved_at_four_ranks_are_served_by_one_process(saved_at_four):
     model, _ = load_model(checkpoint)
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(tensor, expected["weights"][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_experts_of_groups_by_node_are_those_of_any_other_layout(tmp_path, strategy):
+    """Places in the mesh are other than ranks there."""
+    cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp"}
+    _, run = trained(tmp_path, cluster, ["a", "b", "b", "a"])
+    found = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])
+    [expected] = run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS)
+    for part, atol in (("weights", 1e-4), ("moments", 1e-6)):
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, atol=atol, rtol=1e-3, msg=f"{part}: {name}")
 
 
 def test_serving_loads_the_same_weights_without_moments(saved):

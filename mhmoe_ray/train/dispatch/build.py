@@ -1,12 +1,10 @@
 """Which dispatch a rank gets, and the process groups that it needs."""
 
-import torch.distributed as dist
-
 from mhmoe_ray.placement.groups import by_node
 from mhmoe_ray.spec import ClusterSpec
 from mhmoe_ray.train.dispatch.flat import FlatDispatch
 from mhmoe_ray.train.dispatch.hierarchical import HierarchicalDispatch
-from mhmoe_ray.train.mesh import Mesh
+from mhmoe_ray.train.mesh import Mesh, group_of
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
@@ -22,16 +20,10 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
         # Groups of processes are made by all ranks, in the same order.
         grids = [grid for group in mesh.groups if (grid := by_node(group, mesh.nodes)) and len(grid) > 1]
         if grids:
-            node = _group_of([ranks for grid in grids for ranks in grid])
-            rail = _group_of([list(ranks) for grid in grids for ranks in zip(*grid, strict=True)])
+            node = group_of([ranks for grid in grids for ranks in grid])
+            rail = group_of([list(ranks) for grid in grids for ranks in zip(*grid, strict=True)])
             if node is not None and rail is not None:
                 return HierarchicalDispatch(node, rail)
+    assert mesh.ep_group is not None
     own = next(group for group in mesh.groups if mesh.rank in group)
-    return FlatDispatch(mesh.group("ep"), [mesh.nodes[rank] for rank in own])
-
-
-def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """This rank's of several new groups."""
-    own: dist.ProcessGroup | None
-    own, _ = dist.new_subgroups_by_enumeration(groups)  # type: ignore[no-untyped-call]
-    return own
+    return FlatDispatch(mesh.ep_group, [mesh.nodes[rank] for rank in own])

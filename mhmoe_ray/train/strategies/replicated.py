@@ -1,7 +1,7 @@
 """Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +15,8 @@ from mhmoe_ray.train.mesh import Mesh
 from mhmoe_ray.train.optimizer import build_optimizer, set_learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Fill = Callable[[Decoder], None]
+"""Gives a model on the meta device its memory and its initial weights; of DTensors, slices."""
 
 
 class Strategy:
@@ -23,13 +25,20 @@ class Strategy:
     gathers = False
     """Whether `state` puts tensors together for its caller. Otherwise they are views, which change in `apply` alone."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill) -> None:
+        """Args:
+        model: on the meta device.
+        mesh: of this rank.
+        spec: of training.
+        fill: called once.
+        """
         self.model, self.mesh, self.spec = model, mesh, spec
-        self.module: nn.Module = self._wrapped()
+        self.module: nn.Module = self._wrapped(fill)
         """What a forward pass that will have a backward is called on."""
         self.optimizer = build_optimizer(model, spec)
 
-    def _wrapped(self) -> nn.Module:
+    def _wrapped(self, fill: Fill) -> nn.Module:
+        fill(self.model)
         if self.mesh.world == 1:
             return self.model
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

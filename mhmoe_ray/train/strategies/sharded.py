@@ -15,30 +15,31 @@ from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.spec import TrainSpec
 from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import Mesh
-from mhmoe_ray.train.strategies.replicated import Strategy
+from mhmoe_ray.train.strategies.replicated import Fill, Strategy
 
 
 class Sharded(Strategy):
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, experts: bool) -> None:
-        """Args:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill, experts: bool) -> None:
+        """As of `Strategy`; and
+
+        Args:
         experts: slice experts over dp too.
         """
         self._experts = experts and mesh.dp > 1
-        super().__init__(model, mesh, spec)
+        super().__init__(model, mesh, spec, fill)
 
-    def _wrapped(self) -> nn.Module:
-        assert self.mesh.devices is not None
+    def _wrapped(self, fill: Fill) -> nn.Module:
         experts = [m for m in self.model.modules() if isinstance(m, Experts)]
         if self._experts:
             for module in experts:
                 self._slice_experts(module)
         apart = set() if self._experts else set(expert_parameters(self.model).values())
-        # In one dimension, rank by rank: which rank holds which slice is nobody's concern.
-        everyone = self.mesh.devices._flatten("world")
+        everyone = self.mesh.everyone
         for block in self.model.blocks:
             fully_shard(block, mesh=everyone, ignored_params=apart)
         # Also the root's own tensors after each forward, so that what is read between steps is slices always.
         fully_shard(self.model, mesh=everyone, reshard_after_forward=True, ignored_params=apart)
+        fill(self.model)  # no rank ever has the whole
         return self.model
 
     def _slice_experts(self, module: Experts) -> None:

@@ -24,14 +24,16 @@ from mhmoe_ray.spec import TrainSpec
 from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import Mesh
 from mhmoe_ray.train.optimizer import build_optimizer, set_learning_rate
-from mhmoe_ray.train.strategies.replicated import MOMENTS, Strategy
+from mhmoe_ray.train.strategies.replicated import MOMENTS, Fill, Strategy
 
 
 class Zero(Strategy):
     gathers = True
 
-    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, stage: int) -> None:
-        """Args:
+    def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill, stage: int) -> None:
+        """As of `Strategy`; and
+
+        Args:
         stage: of ZeRO, 1 to 3.
         """
         try:
@@ -43,6 +45,7 @@ class Zero(Strategy):
         os.environ.setdefault("LOCAL_RANK", "0")  # which it wants from a launcher; devices are chosen already
         self.model, self.mesh, self.spec = model, mesh, spec
         self._stage = stage
+        fill(model)
         self._experts = expert_parameters(model) if mesh.ep > 1 else {}
         module: nn.Module = model
         if self._experts:
@@ -71,15 +74,15 @@ class Zero(Strategy):
     def _introduce_experts(self) -> None:
         from deepspeed.utils import groups
 
-        ep_groups = self.mesh.groups
+        mesh, devices = self.mesh, self.mesh.devices
+        assert devices is not None
         for parameter in self._experts.values():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self._group_name  # type: ignore[attr-defined]
-        mine = next(g for g in ep_groups if self.mesh.rank in g)
-        groups._EXPERT_PARALLEL_GROUP[self._group_name] = self.mesh.group("ep")
-        groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = mine
-        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = self.mesh.group("dp")
-        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = [g[self.mesh.ep_rank] for g in ep_groups]
+        groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.ep_group
+        groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = next(g for g in mesh.groups if mesh.rank in g)
+        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.dp_group
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = devices.mesh[:, mesh.ep_rank].tolist()
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         self.engine.set_gradient_accumulation_boundary(last)
