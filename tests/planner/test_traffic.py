@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhmoe_ray.planner.traffic import exchanges
+from mhmoe_ray.placement.layout import laid_out
+from mhmoe_ray.placement.packing import Node
+from mhmoe_ray.planner.traffic import dispatches, exchanges
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train.jobs import batches, trainer_of
@@ -30,8 +32,8 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def seen_in_a_step(spec):
-    trainer = trainer_of(spec)
+def seen_in_a_step(spec, nodes=None):
+    trainer = trainer_of(spec, nodes)
     with Collectives() as seen:
         sums = trainer.accumulate(batches(spec, 0, trainer))
     return {"calls": dict(seen.calls), "bytes": dict(seen.bytes), "sent": sums.sent, "least": sums.least_sent}
@@ -60,6 +62,29 @@ def test_exchanges_are_those_of_a_real_step(workers, ep, train):
     assert rows == sum(found["least"] for found in ranks)
     # Routing is near uniform at the start.
     assert rows == pytest.approx(workers * sum(e.times * e.payload for e in to_all if "counts" not in e.name), rel=0.1)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_exchanges_of_hierarchical_dispatch_are_those_of_a_real_step(top_k):
+    moe = {"heads": 2, "experts": 8, "top_k": top_k, "d_expert": 24}
+    spec = tiny_spec(
+        cluster={"workers": 4, "ep": 4, "dispatch": "hierarchical"},
+        model={**tiny_spec().model.model_dump(), "moe": moe},
+        train={"micro_batch_size": 8},
+    )
+    nodes = [Node(name, 2, 2) for name in "aabb"]
+    expected = dispatches(spec, laid_out(nodes, 4))
+    ranks = [found["sent"] for found in run_ranks(4, seen_in_a_step, spec, [node.name for node in nodes])]
+
+    def mean(of):
+        return 4 * sum(e.times * of(e) for e in expected)
+
+    assert sum(sent.counts for sent in ranks) == mean(lambda e: e.sent if "counts" in e.name else 0)
+    # Routing is near uniform at the start.
+    rows = mean(lambda e: 0 if "counts" in e.name else e.sent)
+    away = mean(lambda e: 0 if "counts" in e.name else e.links.domain.mean)
+    assert sum(sent.rows for sent in ranks) == pytest.approx(rows, rel=0.1)
+    assert sum(sent.between_nodes for sent in ranks) == pytest.approx(away, rel=0.1)
 
 
 def test_what_leaves_a_rank_and_how_often():

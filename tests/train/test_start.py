@@ -1,0 +1,44 @@
+"""What a rank has in memory while a run starts, and what it begins with."""
+
+import pytest
+import torch
+
+from mhmoe_ray.bench.memory import peak_bytes
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from tests.ranks import run_ranks
+from tests.specs import tiny_spec
+from tests.train import jobs
+
+MODEL = {**tiny_spec().model.model_dump(), "vocab_size": 300, "d_model": 128, "layers": 8, "d_ff": 256}
+MOE = {"heads": 2, "experts": 8, "top_k": 2, "d_expert": 128}
+
+
+def spread(strategy, **cluster):
+    cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp", **cluster}
+    return tiny_spec(model={**MODEL, "moe": MOE}, cluster=cluster)
+
+
+def begun(spec):
+    """The most that was allocated on the way, what is left of it, and the weights."""
+    trainers = []
+    peak = peak_bytes(lambda: trainers.append(jobs.trainer_of(spec)), torch.device("cpu"))
+    held = sum(
+        (t.to_local() if hasattr(t, "to_local") else t).nbytes for t in trainers[0].strategy.model.tensors().values()
+    )
+    return peak, held, jobs.whole(trainers[0].strategy.weights())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_a_rank_begins_with_what_it_holds_and_one_tensor_more(strategy):
+    spec = spread(strategy)
+    model = Decoder(spec.model)
+    init_weights(model, spec.seed)
+    whole = {name: t.detach() for name, t in model.named_parameters()}
+    dense = [t.nbytes for name, t in whole.items() if ".experts." not in name]
+    for peak, held, weights in run_ranks(4, begun, spec):
+        assert all(torch.equal(weights[name], t) for name, t in whole.items())
+        if strategy == "fsdp":
+            assert held == pytest.approx(sum(t.nbytes for t in whole.values()) / 4, rel=0.02)
+            assert peak < held + 2 * max(dense)
+        assert peak >= held
