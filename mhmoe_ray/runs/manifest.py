@@ -11,7 +11,7 @@ would load as a silent mix. For the same reason a folder must hold exactly the m
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import BaseModel, ValidationError
@@ -69,6 +69,15 @@ def describe_file(path: Location) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
+def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
+    """Of each, in order."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(describe_file, paths)
+
+
+Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
+
+
 def commit(checkpoint: Location, manifest: Manifest) -> None:
     """Make the checkpoint count."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
@@ -88,20 +97,23 @@ def stored_manifest(checkpoint: Location) -> Manifest:
         raise CheckpointError(f"checkpoint {checkpoint}", f"its {MANIFEST} is damaged", _FIX) from e
 
 
-def read_manifest(checkpoint: Location, parts: tuple[str, ...] = PARTS) -> Manifest:
-    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
+def read_manifest(
+    checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe = describe_files
+) -> Manifest:
+    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts, which
+    `describe` finds.
 
     Raises:
         CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
     """
     manifest = stored_manifest(checkpoint)
-    problem = next(_problems(checkpoint, manifest, parts), None)
+    problem = next(_problems(checkpoint, manifest, parts, describe), None)
     if problem:
         raise CheckpointError(f"checkpoint {checkpoint}", problem, _FIX)
     return manifest
 
 
-def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...]) -> Iterator[str]:
+def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...], describe: Describe) -> Iterator[str]:
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
@@ -110,10 +122,9 @@ def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...]) 
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
-    with ThreadPoolExecutor(_READERS) as pool:
-        for name, found in zip(files, pool.map(lambda name: describe_file(checkpoint / name), files), strict=True):
-            if found.sha256 != files[name].sha256:
-                yield f"{name} does not have the hash it was written with"
+    for name, found in zip(files, describe([checkpoint / name for name in files]), strict=True):
+        if found.sha256 != files[name].sha256:
+            yield f"{name} does not have the hash it was written with"
 
 
 def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
@@ -145,16 +156,21 @@ def committed(run: RunDir) -> list[Location]:
 
 
 def newest_checkpoint(
-    run: RunDir, parts: tuple[str, ...] = PARTS
+    run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe = describe_files
 ) -> tuple[Location, Manifest, list[CheckpointError]] | None:
     """The newest whole checkpoint of a run and what was wrong with newer ones; None if there is none.
 
     A directory without a manifest was never committed; it is passed over without a word.
+
+    Args:
+        run: whose checkpoints are looked at.
+        parts: whose files are checked; without any, of each manifest only whether it can be read.
+        describe: finds the files' sizes and hashes.
     """
     skipped: list[CheckpointError] = []
     for checkpoint in reversed(committed(run)):
         try:
-            return checkpoint, read_manifest(checkpoint, parts), skipped
+            return checkpoint, read_manifest(checkpoint, parts, describe), skipped
         except CheckpointError as e:
             skipped.append(e)
     if skipped:

@@ -29,6 +29,7 @@ from mhmoe_ray.runs.manifest import (
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
+from mhmoe_ray.train.hashing import describe_together
 from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest, error_of_ours
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
@@ -78,12 +79,13 @@ def drive(run: RunDir, attempt: int) -> None:
     """
     spec = run.spec()
     _prepare(run, spec)
-    newest = newest_checkpoint(run)
-    if newest:
+    if newest := newest_checkpoint(run, parts=()):
         _check_data(spec, newest[1])
     if newest and newest[1].step >= spec.train.steps:
-        events.record(run, "finished", step=newest[1].step)
-        return
+        whole = newest_checkpoint(run, describe=describe_together)
+        if whole and whole[1].step >= spec.train.steps:
+            events.record(run, "finished", step=whole[1].step)
+            return
     workers = spec.cluster.workers
     watchdog = Watchdog.start(run, spec.cluster.hang_seconds)
     trainer = RunTrainer(

@@ -22,6 +22,7 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.elastic import AllowedSizes
+from mhmoe_ray.train.hashing import describe_together
 
 
 class RunTrainer(TorchTrainer):  # type: ignore[misc]
@@ -69,7 +70,7 @@ class StreamFromNewest(ray.train.DataConfig):  # type: ignore[misc]
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """`datasets` has the names alone."""
-        newest = newest_checkpoint(self._run)
+        newest = newest_checkpoint(self._run, describe=describe_together)
         for error in newest[2] if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)

@@ -58,6 +58,19 @@ def test_groups_that_must_lie_on_several_nodes_are_named_and_stay_within_racks(n
     assert_as_alone(run)
 
 
+def test_rows_go_by_node_in_a_group_on_two_nodes(nodes, project):
+    """Hierarchical dispatch: less leaves a node than would in flat dispatch, and all is trained alike."""
+    with nodes.only([2, 0, 2, 0]):
+        run = submit(nodes, project, train=SHORT, cluster={"ep": 4, "dispatch": "hierarchical"})
+        wait_for_the_end(run)
+    [event] = started(run)
+    assert (event["dispatch"], event["flat_groups"], event["groups"]) == ("hierarchical", 0, [[0, 1, 2, 3]])
+    line = metrics.last(run)
+    # Flat, two of the three other ranks are on the other node, and rows with two experts there go twice.
+    assert 0 < line[metrics.ROWS_BETWEEN_NODES] < 0.9 * line[metrics.ROWS_LEAST] * 2 / 3
+    assert_as_alone(run)
+
+
 def test_such_groups_are_refused_in_one_line(nodes, project):
     with nodes.only([1, 1, 0, 0]):
         write(project, train=SHORT, cluster={"workers": 2, "straddling": "refuse", "max_failures": 0})

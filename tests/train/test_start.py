@@ -29,6 +29,14 @@ def begun(spec):
     return peak, held, jobs.whole(trainers[0].strategy.weights())
 
 
+def test_zero_compiles_nothing(tmp_path, monkeypatch):
+    """What is being compiled when a process is killed leaves a lock, for which later ones would wait for ever."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    run_ranks(2, begun, spread("zero1", workers=2))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_a_rank_begins_with_what_it_holds_and_one_tensor_more(strategy):
     spec = spread(strategy)

@@ -63,6 +63,7 @@ class Zero(Strategy):
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True},
         }
+        _compile_nothing()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self.module = self.engine
         self._make_moments()
@@ -160,6 +161,15 @@ class Zero(Strategy):
             safe_set_full_fp32_param(parameter, weight)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, _local(moments[f"{moment}.{name}"]), moment)
+
+
+def _compile_nothing() -> None:
+    """On CPUs DeepSpeed compiles an all-reduce for inference when it starts, which training never calls. A process that
+    is killed meanwhile leaves a lock behind, for which every later one would wait for ever."""
+    from deepspeed import ops
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def _local(tensor: Tensor) -> Tensor:
