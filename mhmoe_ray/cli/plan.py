@@ -84,6 +84,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
     layout = placed.layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
     step, held = expert_step(spec), memory(spec)
+    fewest = memory(spec.with_workers(spec.worker_counts[0]))
     ratios = parity(spec.model, reference) if reference else {}
     return {
         "spec": spec.model_dump(mode="json"),
@@ -93,6 +94,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
         "parity": {name: {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
+        "memory_per_rank_of_fewest": {**fewest._asdict(), "total": fewest.total},
         "exchanges": [
             {**e._asdict(), "sent_per_step": e.sent_per_step, "links": _links(e.links)} for e in exchanges(spec, layout)
         ],

@@ -60,6 +60,10 @@ def _exchanges(found: list[Exchange]) -> Table:
 
 
 def _memory(spec: RunSpec) -> Table:
-    held = memory(spec)
-    rows = [(name, in_bytes(size)) for name, size in held._asdict().items() if size]
-    return number_table(["", ""], [*rows, ("total", in_bytes(held.total))], header=False)
+    """At the most workers that the run may have, and at the fewest, whose slices are the largest."""
+    counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]
+    held = [memory(spec.with_workers(count)) for count in counts]
+    by_name = zip(held[0]._fields, zip(*held, strict=True), strict=True)
+    rows = [(name, *map(in_bytes, of)) for name, of in by_name if any(of)]
+    columns = [f"of {count} workers" for count in counts]
+    return number_table(["", *columns], [*rows, ("total", *(in_bytes(h.total) for h in held))], header=len(counts) > 1)

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, mod
 
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.cluster import ClusterSpec
+from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
@@ -78,6 +78,11 @@ class RunSpec(Section):
         """Numbers of workers that the run may have, ascending: each gives every worker equally many micro-batches."""
         wanted = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
         return [n for n in wanted if self.train.micro_batches % n == 0]
+
+    def with_workers(self, count: int) -> Self:
+        """The same run with that one of its `worker_counts`."""
+        cluster = self.cluster.model_copy(update={"workers": WorkerRange(min=count, max=count)})
+        return self.model_copy(update={"cluster": cluster})
 
     @property
     def computed_model(self) -> ModelSpec:
