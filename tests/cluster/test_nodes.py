@@ -11,7 +11,7 @@ from ray.autoscaler._private.util import parse_usage
 
 from mhmoe_ray.cluster.connect import connect, connect_if_there
 from mhmoe_ray.cluster.nodes import _taken, free_nodes
-from tests.conftest import _OF_THE_USER
+from tests.conftest import OF_THE_USER
 
 
 @pytest.mark.ray
@@ -42,7 +42,7 @@ def test_what_placement_groups_reserve_is_taken_used_or_not():
 @pytest.mark.ray
 def test_ray_packs_workers_as_forecast():
     """Some on nodes that are free, then more on what these leave."""
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_USER}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
