@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.planner.presets import every_preset
-from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -45,11 +44,11 @@ def test_plan_shows_ratios_memory_and_traffic(corpus):
 
 def test_plan_shows_memory_at_the_fewest_workers_too(corpus):
     """Whose slices are the largest."""
-    write_spec(corpus, cluster={"workers": {"min": 2, "max": 4}, "ep": 2, "strategy": "zero1"})
-    plan = mhmoe(corpus, "plan", "spec.yaml", "--json").json()
+    range_ = ("--set", "cluster.workers={min: 2, max: 4}", "--set", "cluster.strategy=zero1")
+    plan = mhmoe(corpus, "plan", "spec.yaml", *range_, "--json").json()
     most, fewest = plan["memory_per_rank"], plan["memory_per_rank_of_fewest"]
     assert fewest["moments"] == 2 * most["moments"]
-    lines = mhmoe(corpus, "plan", "spec.yaml").out.splitlines()
+    lines = mhmoe(corpus, "plan", "spec.yaml", *range_).out.splitlines()
     assert "of 4 workers  of 2 workers" in " ".join(lines)
     moments = next(line for line in lines if line.startswith("moments")).split()
     assert moments[1] != moments[3]
