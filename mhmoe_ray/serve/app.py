@@ -11,9 +11,9 @@ from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.serve.load import load_run_tokenizer
-from mhmoe_ray.serve.routes import create_app
+from mhmoe_ray.serve.engine import EngineError
+from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.load import load_answerer, load_run_tokenizer
 
 
 class Args(BaseModel):
@@ -26,6 +26,8 @@ class Args(BaseModel):
     """The model's name for clients."""
     max_tokens: PositiveInt
     """The most tokens that a request may ask for."""
+    concurrency: PositiveInt
+    """Requests that a replica computes at a time."""
 
 
 @serve.deployment(name=DEPLOYMENT)
@@ -34,11 +36,16 @@ class Completions:
     def __init__(self, args: Args) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        self._args, self._engine = args, Engine.from_checkpoint(location(args.checkpoint))
+        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.concurrency)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
-        return create_app(self._engine, self._args.model, self._args.max_tokens)
+        return create_app(self._answerer, self._args.model, self._args.max_tokens)
+
+    def check_health(self) -> None:
+        """Called by Serve, which starts another replica in the place of one that raises."""
+        if why := self._answerer.engine.why_broken:
+            raise EngineError(why)
 
 
 def build(args: Args) -> serve.Application:

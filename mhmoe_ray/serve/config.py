@@ -32,6 +32,11 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
         "name": name,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"checkpoint": str(checkpoint.absolute()), "model": model_name, "max_tokens": spec.max_tokens},
+        "args": {
+            "checkpoint": str(checkpoint.absolute()),
+            "model": model_name,
+            "max_tokens": spec.max_tokens,
+            "concurrency": spec.max_concurrency,
+        },
         "deployments": [deployment],
     }

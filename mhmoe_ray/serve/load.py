@@ -2,11 +2,13 @@
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine.torch_engine import TorchEngine
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
@@ -22,6 +24,40 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
     model = Decoder(manifest.model).requires_grad_(False).eval()
     load_tensors(checkpoint / "weights", model.tensors())
     return model, manifest
+
+
+def load_answerer(checkpoint: Location, concurrency: int) -> Answerer:
+    """Our own engine with the model of a checkpoint, and its tokenizer.
+
+    Args:
+        checkpoint: a directory inside its run directory.
+        concurrency: requests that are computed at a time.
+
+    Raises:
+        CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
+    """
+    model, manifest = load_model(checkpoint)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    return answerer_of(model, tokenizer, manifest.seq_len, concurrency)
+
+
+def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, concurrency: int) -> Answerer:
+    """Our own engine with a model in memory.
+
+    Args:
+        model: with all experts, in evaluation mode.
+        tokenizer: with tokens for the edges of a document.
+        seq_len: tokens that prompt and answer may have together.
+        concurrency: requests that are computed at a time.
+    """
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    if model.embedding.weight.device.type == "cpu":
+        for layer in model.moe_layers():
+            layer.experts.kernel = "padded"
+    # The model may have more rows than the tokenizer has tokens.
+    engine = TorchEngine(model, edges.ends, tokenizer.get_vocab_size(), seq_len, concurrency=concurrency)
+    return Answerer(engine, tokenizer)
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:

@@ -1,6 +1,7 @@
 """A run directory with a tiny model, written as training writes it: by one process, and by two with spread experts."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.serve.engine import Engine
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.saved import save_tensors
 
@@ -119,8 +121,10 @@ def spread_checkpoint(run_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint) -> Engine:
-    return Engine.from_checkpoint(checkpoint)
+def answerer(checkpoint) -> Iterator[Answerer]:
+    answerer = load_answerer(checkpoint, concurrency=8)
+    yield answerer
+    answerer.engine.close()
 
 
 @pytest.fixture(scope="session")

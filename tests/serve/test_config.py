@@ -9,7 +9,8 @@ from mhmoe_ray.spec import ServeSpec
 def test_an_application_has_the_sizes_and_limits_of_the_spec():
     spec = ServeSpec(replicas=2, cpus_per_replica=3, max_tokens=100, max_concurrency=5)
     config = application_config("app", Path("/runs/a/checkpoints/step_00000001.1"), spec, "a")
-    assert config["args"] == {"checkpoint": "/runs/a/checkpoints/step_00000001.1", "model": "a", "max_tokens": 100}
+    checkpoint = "/runs/a/checkpoints/step_00000001.1"
+    assert config["args"] == {"checkpoint": checkpoint, "model": "a", "max_tokens": 100, "concurrency": 5}
     (deployment,) = config["deployments"]
     assert deployment["num_replicas"] == 2
     assert deployment["ray_actor_options"] == {"num_cpus": 3}

@@ -16,9 +16,10 @@ from pydantic import PydanticDeprecatedSince20
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from mhmoe_ray.serve.config import application_config
-from mhmoe_ray.serve.sampling import Sampling
+from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.spec import ServeSpec
 
+from .asking import pieces
 from .conftest import SEQ_LEN, free_port
 
 with warnings.catch_warnings():
@@ -89,14 +90,14 @@ def complete(client, **body):
     return response.json()
 
 
-def test_the_answer_is_that_of_the_engine(client, engine):
-    ids = engine.encode("the quick")
-    pieces = list(engine.complete(ids, Sampling(20, temperature=0)))
+def test_the_answer_is_that_of_the_engine(client, answerer):
+    ids = answerer.encode("the quick")
+    found = pieces(answerer, ids, Sampling(20, temperature=0))
     answer = complete(client, max_tokens=20, model="tiny-abc123")
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny-abc123"
     assert answer["choices"] == [
-        {"index": 0, "text": "".join(p.text for p in pieces), "logprobs": None, "finish_reason": "length"}
+        {"index": 0, "text": "".join(p.text for p in found), "logprobs": None, "finish_reason": "length"}
     ]
     assert answer["usage"] == {
         "prompt_tokens": len(ids),
@@ -129,7 +130,7 @@ def test_requests_at_once_are_answered_as_alone(client):
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
-        ({"prompt": "the", "presence_penalty": 1}, 400, "presence_penalty", "is not supported"),
+        ({"prompt": "the", "best_of": 2}, 400, "best_of", "is not supported"),
         ({"prompt": "z" * SEQ_LEN}, 400, "prompt", f"prompt and answer together may have {SEQ_LEN}"),
         ({"prompt": "the", "max_tokens": 41}, 400, "max_tokens", "at most 40"),
         ({"prompt": "the", "temperature": "x"}, 400, "temperature", "valid number"),

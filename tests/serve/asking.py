@@ -1,0 +1,42 @@
+"""Engines asked from tests that are no coroutines."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mhmoe_ray.serve.answer import Answerer, Piece
+from mhmoe_ray.serve.engine import Engine, Request, Sampling, Scored
+
+
+class Answer(NamedTuple):
+    tokens: list[Scored]
+    prompt: list[Scored]
+    finish: str
+
+
+def together(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
+    """Answers of requests that are there at once."""
+
+    async def one(request: Request) -> Answer:
+        updates = [update async for update in engine.generate(request)]
+        tokens = [scored for update in updates for scored in update.tokens]
+        assert [update.finish for update in updates[:-1]] == [None] * (len(updates) - 1)
+        return Answer(tokens, [scored for update in updates for scored in update.prompt], updates[-1].finish)
+
+    async def every() -> list[Answer]:
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(every())
+
+
+def tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> list[int]:
+    """The answer to one request that is alone."""
+    [answer] = together(engine, [Request(tuple(ids), sampling)])
+    return [scored.token for scored in answer.tokens]
+
+
+def pieces(answerer: Answerer, ids: Sequence[int], sampling: Sampling, stops: Sequence[str] = ()) -> list[Piece]:
+    async def every() -> list[Piece]:
+        return [piece async for piece in answerer.answer(Request(tuple(ids), sampling), stops)]
+
+    return asyncio.run(every())
