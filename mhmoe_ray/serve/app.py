@@ -3,7 +3,7 @@
 import ray
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -14,6 +14,7 @@ from mhmoe_ray.serve.config import DEPLOYMENT
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer, load_run_tokenizer
+from mhmoe_ray.spec import ServeSpec
 
 
 class Args(BaseModel):
@@ -24,10 +25,7 @@ class Args(BaseModel):
     checkpoint: str
     model: str
     """The model's name for clients."""
-    max_tokens: PositiveInt
-    """The most tokens that a request may ask for."""
-    concurrency: PositiveInt
-    """Requests that a replica computes at a time."""
+    serve: ServeSpec
 
 
 @serve.deployment(name=DEPLOYMENT)
@@ -36,11 +34,12 @@ class Completions:
     def __init__(self, args: Args) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.concurrency)
+        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
-        return create_app(self._answerer, self._args.model, self._args.max_tokens)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return create_app(self._answerer, self._args.model, self._args.serve, replica)
 
     def check_health(self) -> None:
         """Called by Serve, which starts another replica in the place of one that raises."""

@@ -7,6 +7,8 @@ from mhmoe_ray.spec import ServeSpec
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
+SPARE = 32
+"""Requests other than completions that a replica answers at a time."""
 
 
 def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_name: str) -> dict[str, Any]:
@@ -22,9 +24,10 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
     deployment = {
         "name": DEPLOYMENT,
         "num_replicas": spec.replicas,
-        "max_ongoing_requests": spec.max_concurrency,
-        # Beyond this a request is refused at once: a client had better hear "busy" than wait without an end.
-        "max_queued_requests": 4 * spec.max_concurrency * spec.replicas,
+        # More than the engine lets wait, so that it is the engine that refuses, client by client, and that health is
+        # told however many wait.
+        "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE,
+        "max_queued_requests": spec.max_waiting * spec.replicas,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": spec.cpus_per_replica},
     }
@@ -35,8 +38,7 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
         "args": {
             "checkpoint": str(checkpoint.absolute()),
             "model": model_name,
-            "max_tokens": spec.max_tokens,
-            "concurrency": spec.max_concurrency,
+            "serve": spec.model_dump(mode="json"),
         },
         "deployments": [deployment],
     }

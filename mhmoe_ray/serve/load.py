@@ -1,5 +1,6 @@
 """From a checkpoint directory to a model and its tokenizer, with no step in between."""
 
+import torch
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -9,6 +10,7 @@ from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
+from mhmoe_ray.spec import ServeSpec
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
@@ -26,38 +28,54 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
     return model, manifest
 
 
-def load_answerer(checkpoint: Location, concurrency: int) -> Answerer:
+def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
     """Our own engine with the model of a checkpoint, and its tokenizer.
 
     Args:
         checkpoint: a directory inside its run directory.
-        concurrency: requests that are computed at a time.
+        spec: precision, and how many requests.
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
     """
     model, manifest = load_model(checkpoint)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    return answerer_of(model, tokenizer, manifest.seq_len, concurrency)
+    return answerer_of(model, tokenizer, manifest.seq_len, spec)
 
 
-def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, concurrency: int) -> Answerer:
+def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec) -> Answerer:
     """Our own engine with a model in memory.
 
     Args:
-        model: with all experts, in evaluation mode.
+        model: with all experts, in evaluation mode, float32; the engine's own from now on.
         tokenizer: with tokens for the edges of a document.
         seq_len: tokens that prompt and answer may have together.
-        concurrency: requests that are computed at a time.
+        spec: precision, and how many requests.
     """
     edges = boundaries(tokenizer)
     assert edges is not None
     if model.embedding.weight.device.type == "cpu":
         for layer in model.moe_layers():
             layer.experts.kernel = "padded"
-    # The model may have more rows than the tokenizer has tokens.
-    engine = TorchEngine(model, edges.ends, tokenizer.get_vocab_size(), seq_len, concurrency=concurrency)
+    if spec.precision == "bfloat16":
+        _halve(model)
+    engine = TorchEngine(
+        model,
+        edges.ends,
+        tokenizer.get_vocab_size(),  # the model may have more rows than that
+        seq_len,
+        concurrency=spec.max_concurrency,
+        cache_tokens=spec.cache_tokens,
+        queue=spec.max_waiting,
+    )
     return Answerer(engine, tokenizer)
+
+
+def _halve(model: Decoder) -> None:
+    """Weights of matrix products in bfloat16; not the routers', nor those of norms."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ".router." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:

@@ -20,6 +20,7 @@ from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer, load_model
+from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 from tests.ranks import run_ranks
 from tests.serve.asking import pieces, tokens
@@ -114,7 +115,7 @@ def test_a_mixtral_of_transformers_computes_the_same_here(tmp_path, mixtral, sha
 
 def test_the_engine_answers_as_transformers_does(tmp_path, mixtral, mixtral_folder):
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
-    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], concurrency=1)
+    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
     for prompt in ("the quick brown", "", "fox 日本 🦊"):
         ids = answerer.encode(prompt)
         assert ids[0] == 1

@@ -1,8 +1,11 @@
-"""Engines asked from tests that are no coroutines."""
+"""Engines and servers asked from tests that are no coroutines."""
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import httpx
+from fastapi import FastAPI
 
 from mhmoe_ray.serve.answer import Answerer, Piece
 from mhmoe_ray.serve.engine import Engine, Request, Sampling, Scored
@@ -40,3 +43,14 @@ def pieces(answerer: Answerer, ids: Sequence[int], sampling: Sampling, stops: Se
         return [piece async for piece in answerer.answer(Request(tuple(ids), sampling), stops)]
 
     return asyncio.run(every())
+
+
+def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
+    """One request to an application without a server."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(send())

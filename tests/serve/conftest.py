@@ -18,7 +18,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.load import load_answerer
-from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.saved import save_tensors
 
 SEQ_LEN = 64
@@ -122,7 +122,7 @@ def spread_checkpoint(run_dir) -> Path:
 
 @pytest.fixture(scope="session")
 def answerer(checkpoint) -> Iterator[Answerer]:
-    answerer = load_answerer(checkpoint, concurrency=8)
+    answerer = load_answerer(checkpoint, ServeSpec(max_concurrency=8))
     yield answerer
     answerer.engine.close()
 

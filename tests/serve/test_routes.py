@@ -11,22 +11,15 @@ from hypothesis import strategies as st
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.schema import MOST_CHOICES
 from mhmoe_ray.serve.load import answerer_of
+from mhmoe_ray.spec import ServeSpec
 
+from .asking import call
 from .conftest import SEQ_LEN, build_model
-
-
-def call(app, method, path, **request) -> httpx.Response:
-    async def send():
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **request)
-
-    return asyncio.run(send())
 
 
 @pytest.fixture
 def app(answerer):
-    return create_app(answerer, "tiny", max_tokens=40)
+    return create_app(answerer, "tiny", ServeSpec(max_tokens=40))
 
 
 @pytest.mark.parametrize(
@@ -164,8 +157,8 @@ def broken_app(tokenizer):
             raise RuntimeError("a secret of the server")
 
     model.register_forward_hook(fail)
-    answerer = answerer_of(model, tokenizer, SEQ_LEN, concurrency=2)
-    yield create_app(answerer, "tiny", 40)
+    answerer = answerer_of(model, tokenizer, SEQ_LEN, ServeSpec(max_concurrency=2))
+    yield create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     answerer.engine.close()
 
 
@@ -198,7 +191,9 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
                 loop.call_soon_threadsafe(reached.set)
 
         model.register_forward_hook(count)
-        app = create_app(answerer_of(model, tokenizer, 4096, concurrency=2), "tiny", 4000)
+        app = create_app(
+            answerer_of(model, tokenizer, 4096, ServeSpec(max_concurrency=2)), "tiny", ServeSpec(max_tokens=4000)
+        )
         # Greedy, and so always far from the end of text when the client leaves.
         body = {"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": stream}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -224,7 +219,7 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
     echo=st.booleans(),
 )
 def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo):
-    app = create_app(answerer, "tiny", max_tokens=40)
+    app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     body = {"prompt": "the", "temperature": temperature, "seed": seed, "stop": stop, "echo": echo}
     plain = call(app, "POST", "/v1/completions", json=body).json()
     options = {"stream": True, "stream_options": {"include_usage": True}}

@@ -11,6 +11,7 @@ from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.engine.schedule import PIECE
 from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
 from mhmoe_ray.serve.load import answerer_of
+from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 
 from .asking import together, tokens
@@ -299,7 +300,7 @@ def test_the_answer_ends_at_the_end_of_text(answerer, tokenizer):
     rename = {end: other, other: end}
     model = build_model()
     model.embedding.weight[[end, other]] = model.embedding.weight[[other, end]]
-    renamed = answerer_of(model, tokenizer, SEQ_LEN, concurrency=1)
+    renamed = answerer_of(model, tokenizer, SEQ_LEN, ServeSpec())
     request = Request(tuple(rename.get(t, t) for t in ids), GREEDY)
     [answer] = together(renamed.engine, [request])
     renamed.engine.close()

@@ -1,46 +1,73 @@
 """The HTTP server, as a FastAPI application around one engine. Ray Serve runs it; nothing here knows of Ray."""
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http import completions
+from mhmoe_ray.serve.http.access import Access, SmallBodies
 from mhmoe_ray.serve.http.errors import HANDLERS
+from mhmoe_ray.serve.http.metrics import exposition
 from mhmoe_ray.serve.http.schema import Detokenized, DetokenizeRequest, Model, ModelList, TokenizeRequest, Tokens
 from mhmoe_ray.serve.http.service import Service
+from mhmoe_ray.spec import ServeSpec
 
 
-def create_app(answerer: Answerer, model: str, max_tokens: int) -> FastAPI:
+def create_app(answerer: Answerer, model: str, spec: ServeSpec, replica: str = "") -> FastAPI:
     """The application that answers with an engine.
 
     Args:
         answerer: shared by all requests.
         model: its name for clients.
-        max_tokens: the most that a request may ask for.
+        spec: limits, and who may ask.
+        replica: a name of this process among others that serve the same.
     """
+    service = Service(answerer, model, spec, Access(spec.keys, spec.replicas))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
-    service = Service(answerer, model, max_tokens)
+    app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.router(service))
+    app.include_router(_others(service, replica), dependencies=[Depends(service.access.client)])
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The server lives."""
         return {"status": "ok"}
 
-    @app.get("/v1/models")
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """It can answer."""
+        if why := answerer.engine.why_broken:
+            raise EngineError(why)
+        return {"status": "ok"}
+
+    return app
+
+
+def _others(service: Service, replica: str) -> APIRouter:
+    routes, answerer = APIRouter(), service.answerer
+
+    @routes.get("/v1/models")
     async def models() -> ModelList:
-        found = Model(id=model, created=service.started, max_model_len=answerer.engine.seq_len)
+        found = Model(id=service.model, created=service.started, max_model_len=answerer.engine.seq_len)
         return ModelList(data=[found])
 
-    @app.post("/tokenize")
+    @routes.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> Tokens:
         service.check_model(request.model)
         ids = answerer.encode(request.prompt)
         ids = ids if request.add_special_tokens else ids[1:]
         return Tokens(tokens=ids, count=len(ids), max_model_len=answerer.engine.seq_len)
 
-    @app.post("/detokenize")
+    @routes.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> Detokenized:
         service.check_model(request.model)
         return Detokenized(prompt=answerer.decode(request.tokens))
 
-    return app
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Of this replica, in Prometheus' format."""
+        text = exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    return routes

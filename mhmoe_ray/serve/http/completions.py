@@ -5,12 +5,14 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import product
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.serve import engine
 from mhmoe_ray.serve.answer import Piece, ScoredText
+from mhmoe_ray.serve.http.access import Client
 from mhmoe_ray.serve.http.errors import RequestError, body_of
 from mhmoe_ray.serve.http.schema import (
     MOST_CHOICES,
@@ -28,7 +30,9 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=Completion)
-    async def completions(request: CompletionRequest) -> Response | Completion:
+    async def completions(
+        request: CompletionRequest, client: Annotated[Client, Depends(service.access.client)]
+    ) -> Response | Completion:
         service.check_model(request.model)
         service.check_max_tokens(request.max_tokens)
         if len(request.prompt) * request.n > MOST_CHOICES:
@@ -37,22 +41,25 @@ def router(service: Service) -> APIRouter:
         if not request.max_tokens and not request.echo:
             raise RequestError(400, "max_tokens is 0, which is for echo: true", "max_tokens")
         prompts = [service.prompt_ids(prompt, request.max_tokens > 0) for prompt in request.prompt]
+        client.check()
         asked = [
             engine.Request(
                 ids,
                 request.sampling(request.max_tokens, choice),
                 request.logprobs,
                 prompt_logprobs=request.echo and request.logprobs is not None,
+                client=client.name,
             )
             for ids, choice in product(prompts, range(request.n))
         ]
-        pieces = merged([service.answerer.answer(one, request.stop, request.echo) for one in asked])
-        answer = _Answer(service.model, len(asked), sum(map(len, prompts)))
+        answers = [service.answerer.answer(one, request.stop, request.echo) for one in asked]
+        pieces = merged(answers, service.spec.request_timeout)
+        answer = _Answer(service.model, len(asked), sum(map(len, prompts)), client)
         if request.stream:
             return StreamingResponse(_events(answer, pieces, request.usage_wanted), media_type="text/event-stream")
         parts: list[list[Piece]] = [[] for _ in asked]
-        async with aclosing(pieces):
-            async for number, piece in pieces:
+        async with aclosing(answer.counted(pieces)) as counted:
+            async for number, piece in counted:
                 parts[number].append(piece)
         return answer.whole(parts)
 
@@ -62,11 +69,21 @@ def router(service: Service) -> APIRouter:
 class _Answer:
     """The bodies of one response, under one id."""
 
-    def __init__(self, model: str, choices: int, prompt_tokens: int) -> None:
-        self._model, self._prompt_tokens = model, prompt_tokens
+    def __init__(self, model: str, choices: int, prompt_tokens: int, client: Client) -> None:
+        self._model, self._prompt_tokens, self._client = model, prompt_tokens, client
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._offsets = [_Offsets() for _ in range(choices)]
         self._tokens = [0] * choices
+
+    async def counted(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
+        """The same pieces, whose tokens the client has used however they end."""
+        try:
+            async with aclosing(pieces):
+                async for number, piece in pieces:
+                    self._tokens[number] = piece.tokens
+                    yield number, piece
+        finally:
+            self._client.used(self._usage().total_tokens)
 
     def whole(self, parts: Sequence[Sequence[Piece]]) -> Completion:
         joined = [
@@ -91,7 +108,6 @@ class _Answer:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _choice(self, number: int, piece: Piece) -> Choice:
-        self._tokens[number] = piece.tokens
         logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
         return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
 
@@ -130,8 +146,8 @@ async def _events(
 ) -> AsyncGenerator[str]:
     """Server-sent events: chunks, then [DONE]; after a failure an error body in its place."""
     try:
-        async with aclosing(pieces):
-            async for number, piece in pieces:
+        async with aclosing(answer.counted(pieces)) as counted:
+            async for number, piece in counted:
                 if piece.text or piece.scores or piece.finish_reason:
                     yield _event(answer.chunk(number, piece))
         if usage_wanted:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mhmoe_ray.serve.engine import BusyError, EngineError
-from mhmoe_ray.serve.http.schema import ErrorBody, ErrorDetail
+from mhmoe_ray.serve.http.schema import ErrorBody, ErrorDetail, ErrorType
 
 logger = logging.getLogger("ray.serve")
 INTERNAL = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))
@@ -20,10 +20,32 @@ RETRY_SECONDS = "1"
 class RequestError(Exception):
     """A request that cannot be answered; the client gets `status` and `detail` as its body."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        """Args:
+        status: of HTTP.
+        message: what, why, and what to do.
+        param: the field that is wrong.
+        code: for programs.
+        retry_after: seconds.
+        """
         super().__init__(message)
         self.status = status
-        self.detail = ErrorDetail(message=message, param=param, code=code)
+        self.detail = ErrorDetail(
+            message=message, type=_TYPES.get(status, "invalid_request_error"), param=param, code=code
+        )
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+
+_TYPES: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 
 
 def body_of(error: Exception) -> ErrorBody:
@@ -40,8 +62,12 @@ def _error(status: int, detail: ErrorDetail, headers: dict[str, str] | None = No
     return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
 
 
+def error_response(error: RequestError) -> Response:
+    return _error(error.status, error.detail, error.headers)
+
+
 async def _refused(_: Request, error: RequestError) -> Response:
-    return _error(error.status, error.detail)
+    return error_response(error)
 
 
 def _busy_detail(error: BusyError) -> ErrorDetail:

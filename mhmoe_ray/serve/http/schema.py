@@ -174,11 +174,12 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
 class ErrorDetail(BaseModel):
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"] = (
-        "invalid_request_error"
-    )
+    type: ErrorType = "invalid_request_error"
     param: str | None = None
     """The field of the request that is wrong."""
     code: str | None = None

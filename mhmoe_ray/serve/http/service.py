@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.answer import Answerer, Piece
+from mhmoe_ray.serve.http.access import Access
 from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.spec import ServeSpec
 
 
 @dataclass
@@ -16,8 +18,9 @@ class Service:
     answerer: Answerer
     model: str
     """Its name for clients."""
-    max_tokens: int
-    """The most that a request may ask for."""
+    spec: ServeSpec
+    """Limits."""
+    access: Access
     started: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, named: str | None) -> None:
@@ -26,8 +29,8 @@ class Service:
             raise RequestError(404, message, "model", "model_not_found")
 
     def check_max_tokens(self, wanted: int) -> None:
-        if wanted > self.max_tokens:
-            message = f"max_tokens is {wanted}, and this server allows at most {self.max_tokens}"
+        if wanted > self.spec.max_tokens:
+            message = f"max_tokens is {wanted}, and this server allows at most {self.spec.max_tokens}"
             raise RequestError(400, message, "max_tokens")
 
     def prompt_ids(self, prompt: str | Sequence[int], answer: bool) -> tuple[int, ...]:
@@ -43,8 +46,13 @@ class Service:
         return tuple(ids)
 
 
-async def merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
-    """Pieces of all answers as they come, each with its answer's number. When one fails, or this is closed, all end."""
+async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> AsyncGenerator[tuple[int, Piece]]:
+    """Pieces of all answers as they come, each with its answer's number. When one fails, or this is closed, all end.
+
+    Raises:
+        RequestError: they took longer than so many seconds.
+    """
+    deadline = time.monotonic() + timeout
     pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
 
     async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
@@ -59,7 +67,11 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tup
     try:
         left = len(tasks)
         while left:
-            number, piece = await pieces.get()
+            try:
+                number, piece = await asyncio.wait_for(pieces.get(), deadline - time.monotonic())
+            except TimeoutError:
+                message = f"there was no answer within {timeout:g} s; ask for less, or later"
+                raise RequestError(503, message, code="timeout") from None
             if isinstance(piece, Exception):
                 raise piece
             left -= piece.finish_reason is not None
