@@ -57,7 +57,7 @@ def test_limits_are_shared_out_over_replicas():
 
 @pytest.fixture
 def app(answerer):
-    keys = (key("ann"), key("bob", requests_per_minute=2), key("eve", tokens_per_minute=15))
+    keys = (key("ann"), key("bob", requests_per_minute=2), key("eve", tokens_per_minute=10))
     return create_app(answerer, "tiny", ServeSpec(max_body_bytes=2000, keys=keys))
 
 
