@@ -1,12 +1,17 @@
 """A run directory with a tiny model, written as training writes it: by one process, and by two with spread experts."""
 
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -135,3 +140,20 @@ def tokenizer(run_dir) -> Tokenizer:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of a server with this application."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
