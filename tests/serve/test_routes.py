@@ -37,7 +37,6 @@ def app(answerer):
         ({"temperature": "hot"}, "temperature", None, "valid number"),
         ({"top_p": 0}, "top_p", None, "greater than 0"),
         ({"max_tokens": -1}, "max_tokens", None, "greater than or equal to 0"),
-        ({"max_tokens": 0}, "max_tokens", None, "which is for echo: true"),
         ({"max_tokens": 41}, "max_tokens", None, "max_tokens is 41, and this server allows at most 40"),
         ({"seed": 2**64}, "seed", None, "less than"),
         ({"prompt": []}, "prompt", None, "at least 1 item"),
@@ -121,6 +120,7 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
     assert scored["text"] == text
     assert scored["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:count]
     assert scored["finish_reason"] == "length"
+    assert completion(app, max_tokens=0)["choices"][0]["text"] == ""
     by_ids = completion(app, prompt=answerer.encode(text)[1:], logprobs=0, echo=True, max_tokens=0)["choices"][0]
     assert by_ids["logprobs"]["token_logprobs"][0] is None
     assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]

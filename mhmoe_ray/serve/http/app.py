@@ -1,5 +1,7 @@
 """The HTTP server, as a FastAPI application around one engine. Ray Serve runs it; nothing here knows of Ray."""
 
+from typing import Any
+
 from fastapi import APIRouter, Depends, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -7,7 +9,7 @@ from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http import completions
 from mhmoe_ray.serve.http.access import Access, SmallBodies
-from mhmoe_ray.serve.http.errors import HANDLERS
+from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serve.http.metrics import exposition
 from mhmoe_ray.serve.http.schema import Detokenized, DetokenizeRequest, Model, ModelList, TokenizeRequest, Tokens
 from mhmoe_ray.serve.http.service import Service
@@ -26,22 +28,34 @@ def create_app(answerer: Answerer, model: str, spec: ServeSpec, replica: str = "
     service = Service(answerer, model, spec, Access(spec.keys, spec.replicas))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
-    app.include_router(completions.router(service))
-    app.include_router(_others(service, replica), dependencies=[Depends(service.access.client)])
+    app.include_router(completions.router(service), responses=RESPONSES)
+    app.include_router(_others(service, replica), dependencies=[Depends(service.access.client)], responses=RESPONSES)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The server lives."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: RESPONSES[503]})
     async def ready() -> dict[str, str]:
         """It can answer."""
         if why := answerer.engine.why_broken:
             raise EngineError(why)
         return {"status": "ok"}
 
+    app.openapi_schema = _described(app)
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The API's description. What FastAPI would answer with 422, this server answers with 400."""
+    described = app.openapi()
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(unused, None)
+    return described
 
 
 def _others(service: Service, replica: str) -> APIRouter:

@@ -25,11 +25,16 @@ from mhmoe_ray.serve.http.schema import (
 )
 from mhmoe_ray.serve.http.service import Service, merged
 
+EVENTS = {
+    "description": "The answer; with `stream`, events with chunks of the same shape, then [DONE].",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=Completion)
+    @routes.post("/v1/completions", response_model=Completion, responses={200: EVENTS})
     async def completions(
         request: CompletionRequest, client: Annotated[Client, Depends(service.access.client)]
     ) -> Response | Completion:
@@ -38,8 +43,6 @@ def router(service: Service) -> APIRouter:
         if len(request.prompt) * request.n > MOST_CHOICES:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MOST_CHOICES} choices"
             raise RequestError(400, message, "n")
-        if not request.max_tokens and not request.echo:
-            raise RequestError(400, "max_tokens is 0, which is for echo: true", "max_tokens")
         prompts = [service.prompt_ids(prompt, request.max_tokens > 0) for prompt in request.prompt]
         client.check()
         asked = [

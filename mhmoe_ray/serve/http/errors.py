@@ -100,13 +100,26 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
 async def _http(request: Request, error: HTTPException) -> Response:
     """Unknown paths and methods."""
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(error.status_code, ErrorDetail(message=message))
+    return _error(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
 
 
 async def _failed(_: Request, error: Exception) -> Response:
     """Anything else; the framework logs the traceback, and the client gets none of it."""
     return JSONResponse(INTERNAL.model_dump(), 500)
 
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": what}
+    for status, what in {
+        400: "The request is wrong; `param` names the field.",
+        401: "There is no such API key.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        429: "Too many requests; `Retry-After` says when to come back.",
+        503: "The server cannot answer, or did not in time.",
+    }.items()
+}
+"""Of every route that takes a body, for the API's description."""
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     RequestError: _refused,

@@ -19,6 +19,22 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """In the API's description, as `_null_is_absent` has it."""
+    required = schema.get("required", [])
+    for name, of in schema["properties"].items():
+        if name not in required:
+            of["anyOf"] = [{key: of.pop(key) for key in [*of] if key not in ("title", "default")}, {"type": "null"}]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _as_prompts(value: Any) -> Any:
     """A text or a row of token ids may be given without its list."""
     alone = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, int) for v in value))
@@ -27,14 +43,18 @@ def _as_prompts(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
-Token = Annotated[int, Field(ge=0)]
-AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+# To JSON, 1.0 is a whole number too.
+WHOLE = BeforeValidator(lambda value: int(value) if _is_whole(value) else value)
+Token = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+Row = Annotated[list[Token], Field(min_length=1)]
+Stops = Annotated[list[StopText], Field(max_length=4)]
+Prompts = Annotated[list[Text | Row], Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 class Strict(BaseModel):
     """ "5" is not a number and 1 is not a boolean; null is absent."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
@@ -53,15 +73,15 @@ class Choosing(Strict):
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    top_k: Annotated[int, Field(ge=0), WHOLE] = 0
     """0: all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
-    stop: Annotated[list[StopText], AsList, Field(max_length=4)] = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] = 1
+    stop: Annotated[Stops, BeforeValidator(_as_list, StopText | Stops)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -94,14 +114,10 @@ class Choosing(Strict):
 
 
 class CompletionRequest(Choosing):
-    prompt: Annotated[
-        list[Text | Annotated[list[Token], Field(min_length=1)]],
-        BeforeValidator(_as_prompts),
-        Field(min_length=1, max_length=MOST_CHOICES),
-    ]
+    prompt: Annotated[Prompts, BeforeValidator(_as_prompts, Text | Row | Prompts)]
     """Texts, or token ids, which nothing is put in front of."""
-    max_tokens: int = Field(default=16, ge=0)
-    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     echo: bool = False
 
 
