@@ -25,9 +25,10 @@ from mhmoe_ray.serve.http.schema import (
 )
 from mhmoe_ray.serve.http.service import Service, merged
 
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS = {
-    "description": "The answer; with `stream`, events with chunks of the same shape, then [DONE].",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "description": "The answer; with `stream`, events with chunks of the same shape as `data`, and a last one of [DONE].",
+    "content": {"text/event-stream": {"schema": _EVENT}},
 }
 
 
