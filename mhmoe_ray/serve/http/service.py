@@ -1,15 +1,15 @@
 """What all routes share."""
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.answer import Answerer, Piece
-from mhmoe_ray.serve.http.access import Access
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine import Request
+from mhmoe_ray.serve.http.access import Access, Client
 from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.http.stream import Answers
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -28,55 +28,31 @@ class Service:
             message = f"there is no model {named!r} here; this server has {self.model!r}"
             raise RequestError(404, message, "model", "model_not_found")
 
-    def check_max_tokens(self, wanted: int) -> None:
+    def check_max_tokens(self, wanted: int, param: str) -> None:
         if wanted > self.spec.max_tokens:
-            message = f"max_tokens is {wanted}, and this server allows at most {self.spec.max_tokens}"
-            raise RequestError(400, message, "max_tokens")
+            message = f"{param} is {wanted}, and this server allows at most {self.spec.max_tokens}"
+            raise RequestError(400, message, param)
 
-    def prompt_ids(self, prompt: str | Sequence[int], answer: bool) -> tuple[int, ...]:
+    def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
         """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
         known = self.answerer.tokenizer.get_vocab_size()
         ids = self.answerer.encode(prompt) if isinstance(prompt, str) else prompt
         if unknown := next((token for token in ids if token >= known), None):
-            raise RequestError(400, f"'prompt': there is no token {unknown}; there are {known}", "prompt")
+            raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
         try:
             self.answerer.check_length(ids, answer)
         except ServeError as e:
-            raise RequestError(400, str(e), "prompt", "context_length_exceeded") from e
+            raise RequestError(400, str(e), param, "context_length_exceeded") from e
         return tuple(ids)
 
+    def answers(
+        self, asked: Sequence[Request], stops: Sequence[str], echo: bool, prompt_tokens: int, client: Client
+    ) -> Answers:
+        """To the choices of one request, which counts as one of the client's.
 
-async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> AsyncGenerator[tuple[int, Piece]]:
-    """Pieces of all answers as they come, each with its answer's number. When one fails, or this is closed, all end.
-
-    Raises:
-        RequestError: they took longer than so many seconds.
-    """
-    deadline = time.monotonic() + timeout
-    pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
-
-    async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
-        try:
-            async with aclosing(answer):
-                async for piece in answer:
-                    pieces.put_nowait((number, piece))
-        except Exception as e:
-            pieces.put_nowait((number, e))
-
-    tasks = [asyncio.create_task(follow(number, answer)) for number, answer in enumerate(answers)]
-    try:
-        left = len(tasks)
-        while left:
-            try:
-                number, piece = await asyncio.wait_for(pieces.get(), deadline - time.monotonic())
-            except TimeoutError:
-                message = f"there was no answer within {timeout:g} s; ask for less, or later"
-                raise RequestError(503, message, code="timeout") from None
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish_reason is not None
-            yield number, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        Raises:
+            RequestError: the client has had its share.
+        """
+        client.check()
+        answers = [self.answerer.answer(request, stops, echo) for request in asked]
+        return Answers(answers, prompt_tokens, client, self.spec.request_timeout)
