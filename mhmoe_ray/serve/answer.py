@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
 from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenTexts
 
@@ -35,12 +36,13 @@ class Piece(NamedTuple):
 class Answerer:
     """An engine and the tokenizer of its model."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
         """Args:
         engine: computes.
         tokenizer: with tokens for the edges of a document.
+        template: of conversations, where the model knows such.
         """
-        self.engine, self.tokenizer = engine, tokenizer
+        self.engine, self.tokenizer, self.template = engine, tokenizer, template
         edges = boundaries(tokenizer)
         assert edges is not None
         self.start = edges.start
@@ -50,6 +52,16 @@ class Answerer:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the start of a document."""
         return [self.start, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+
+    def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, which the next answer follows; templates may put the document's start in front
+        themselves.
+
+        Raises:
+            ServeError: the template does not take these messages.
+        """
+        ids = self.tokenizer.encode(template.prompt(messages), add_special_tokens=False).ids
+        return ids if ids[:1] == [self.start] else [self.start, *ids]
 
     def check_length(self, prompt_ids: Sequence[int], answer: bool) -> None:
         """Whether prompt and, if there is to be one, the first token of an answer fit in the model.

@@ -6,9 +6,11 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
 from mhmoe_ray.spec import ServeSpec
 
@@ -40,10 +42,16 @@ def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
     """
     model, manifest = load_model(checkpoint)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    return answerer_of(model, tokenizer, manifest.seq_len, spec)
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    begin, end = (tokenizer.id_to_token(token) or "" for token in (edges.start, max(edges.ends)))
+    template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), begin, end)
+    return answerer_of(model, tokenizer, manifest.seq_len, spec, template)
 
 
-def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec) -> Answerer:
+def answerer_of(
+    model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec, template: ChatTemplate | None = None
+) -> Answerer:
     """Our own engine with a model in memory.
 
     Args:
@@ -51,6 +59,7 @@ def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeS
         tokenizer: with tokens for the edges of a document.
         seq_len: tokens that prompt and answer may have together.
         spec: precision, and how many requests.
+        template: of conversations.
     """
     edges = boundaries(tokenizer)
     assert edges is not None
@@ -68,7 +77,7 @@ def answerer_of(model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeS
         cache_tokens=spec.cache_tokens,
         queue=spec.max_waiting,
     )
-    return Answerer(engine, tokenizer)
+    return Answerer(engine, tokenizer, template)
 
 
 def _halve(model: Decoder) -> None:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
@@ -20,6 +21,7 @@ with warnings.catch_warnings():
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 OPERATIONS = [
     ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
@@ -28,12 +30,13 @@ OPERATIONS = [
     ("GET", "/ready"),
 ]
 # Some of its fields limit each other or depend on the model: max_tokens, n and prompts, stream_options, token ids.
-LIMITED = ["/v1/completions"]
+LIMITED = ["/v1/completions", "/v1/chat/completions"]
 
 
 @pytest.fixture(scope="module")
 def described():
-    answerer = answerer_of(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec())
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "", "")
+    answerer = answerer_of(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), template)
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     yield schemathesis.openapi.from_asgi("/openapi.json", app)
     answerer.engine.close()

@@ -67,7 +67,7 @@ def test_a_wrong_field_is_named(app, wrong, param, code, says):
         ("POST", "/v1/completions", {}, 400, "the body"),
         ("POST", "/v1/completions", {"json": {}}, 400, "'prompt': Field required"),
         ("POST", "/v1/completions", {"json": {"prompt": "a", "model": "gpt"}}, 404, "this server has 'tiny'"),
-        ("POST", "/v1/chat/completions", {"json": {}}, 404, "/v1/chat/completions: Not Found"),
+        ("POST", "/v1/chat", {"json": {}}, 404, "/v1/chat: Not Found"),
         ("GET", "/v1/completions", {}, 405, "Method Not Allowed"),
     ],
 )
