@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.engine import EngineError
-from mhmoe_ray.serve.http import chat, completions
+from mhmoe_ray.serve.http import chat, completions, page
 from mhmoe_ray.serve.http.access import Access, SmallBodies
 from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serve.http.metrics import exposition
@@ -29,6 +29,7 @@ def create_app(answerer: Answerer, model: str, spec: ServeSpec, replica: str = "
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.router(service), responses=RESPONSES)
+    app.include_router(page.router())
     app.include_router(chat.router(service), responses=RESPONSES)
     app.include_router(_others(service, replica), dependencies=[Depends(service.access.client)], responses=RESPONSES)
 
