@@ -1,5 +1,7 @@
 """The Ray Serve application: one deployment, one engine in each replica."""
 
+from typing import Any
+
 import ray
 import torch
 from fastapi import FastAPI
@@ -12,7 +14,7 @@ from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT
 from mhmoe_ray.serve.engine import EngineError
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.http.app import create_app, told
 from mhmoe_ray.serve.load import load_answerer, load_run_tokenizer
 from mhmoe_ray.spec import ServeSpec
 
@@ -39,7 +41,17 @@ class Completions:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
         replica = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._answerer, self._args.model, self._args.serve, replica)
+        return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone)
+
+    async def _everyone(self) -> list[dict[str, Any]]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        found: list[dict[str, Any]] = await handle.broadcast("told").results_async()
+        return found
+
+    async def told(self) -> dict[str, Any]:
+        """For `/stats`, of this replica."""
+        return told(self._answerer, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
         """Called by Serve, which starts another replica in the place of one that raises."""

@@ -11,7 +11,7 @@ STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve t
 
 
 class WorkerRange(Section):
-    """How many workers a run may have; written as a number where that is one."""
+    """How many workers a run may have, or replicas a server; written as a number where that is one."""
 
     min: PositiveInt
     max: PositiveInt

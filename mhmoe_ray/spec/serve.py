@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.cluster import ClusterSpec
+from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 
 
 class KeySpec(Section):
@@ -21,7 +21,8 @@ class KeySpec(Section):
 class ServeSpec(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-    replicas: PositiveInt = 1
+    replicas: WorkerRange = WorkerRange(min=1, max=1)
+    """A number, or {min: a, max: b}: then Serve adds and removes some, by how many requests there are."""
     cpus_per_replica: PositiveInt = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights and matrix products; routing and what layers add up stay float32."""

@@ -41,6 +41,8 @@ class Stats:
     reused_tokens: int = 0
     """Of the prompts, those whose keys and values were there already."""
     answer_tokens: int = 0
+    answer_rate: float = 0.0
+    """Tokens of answers a second, over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
     """Over all steps: divided by `steps`, the mean batch."""

@@ -6,6 +6,7 @@ On a CPU an answer is the same to the last bit whatever else is in the batch (`p
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from copy import deepcopy
 from threading import Condition, Thread
@@ -21,6 +22,7 @@ from mhmoe_ray.serve.engine.sampling import Chooser, scored
 from mhmoe_ray.serve.engine.schedule import Deliver, Part, Scheduler, Sequence
 from mhmoe_ray.serve.engine.stats import Stats
 
+RECENT = 10.0
 BUDGET = {"cpu": 256, "cuda": 2048}
 """Tokens of prompts in a step, about."""
 
@@ -59,6 +61,8 @@ class TorchEngine:
         self._choosers: dict[Sequence, Chooser] = {}
         self._wake = Condition()
         self._stats = Stats()
+        self._recent = deque[float](maxlen=1_000_000)
+        """When the newest tokens came."""
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
         self._broken: Exception | None = None
@@ -96,6 +100,10 @@ class TorchEngine:
         with self._wake:
             found = deepcopy(self._stats)
             found.waiting, found.running = self._scheduler.waiting, len(self._scheduler.running)
+            since = time.monotonic() - RECENT
+            while self._recent and self._recent[0] < since:
+                self._recent.popleft()
+            found.answer_rate = len(self._recent) / RECENT
             found.cache_used = 1 - self._pool.free / self._pool.size
             found.count_LE = self._count_LE.tolist()
             return found
@@ -219,6 +227,7 @@ class TorchEngine:
             self._stats.each_token.add(now - sequence.spoke)
         sequence.spoke = now
         self._stats.answer_tokens += 1
+        self._recent.append(now)
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

@@ -1,5 +1,6 @@
 """The HTTP server, as a FastAPI application around one engine. Ray Serve runs it; nothing here knows of Ray."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
@@ -11,12 +12,24 @@ from mhmoe_ray.serve.http import chat, completions, page
 from mhmoe_ray.serve.http.access import Access, SmallBodies
 from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
 from mhmoe_ray.serve.http.metrics import exposition
-from mhmoe_ray.serve.http.schema import Detokenized, DetokenizeRequest, Model, ModelList, TokenizeRequest, Tokens
+from mhmoe_ray.serve.http.schema import (
+    AllStats,
+    Detokenized,
+    DetokenizeRequest,
+    Model,
+    ModelList,
+    TokenizeRequest,
+    Tokens,
+)
 from mhmoe_ray.serve.http.service import Service
 from mhmoe_ray.spec import ServeSpec
 
+Everyone = Callable[[], Awaitable[list[dict[str, Any]]]]
 
-def create_app(answerer: Answerer, model: str, spec: ServeSpec, replica: str = "") -> FastAPI:
+
+def create_app(
+    answerer: Answerer, model: str, spec: ServeSpec, replica: str = "", everyone: Everyone | None = None
+) -> FastAPI:
     """The application that answers with an engine.
 
     Args:
@@ -24,14 +37,17 @@ def create_app(answerer: Answerer, model: str, spec: ServeSpec, replica: str = "
         model: its name for clients.
         spec: limits, and who may ask.
         replica: a name of this process among others that serve the same.
+        everyone: what `told` gives of each of them; by default this one is alone.
     """
-    service = Service(answerer, model, spec, Access(spec.keys, spec.replicas))
+    service = Service(answerer, model, spec, Access(spec.keys, spec.replicas.max))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.router(service), responses=RESPONSES)
     app.include_router(page.router())
     app.include_router(chat.router(service), responses=RESPONSES)
-    app.include_router(_others(service, replica), dependencies=[Depends(service.access.client)], responses=RESPONSES)
+    app.include_router(
+        _others(service, replica, everyone), dependencies=[Depends(service.access.client)], responses=RESPONSES
+    )
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -60,7 +76,12 @@ def _described(app: FastAPI) -> dict[str, Any]:
     return described
 
 
-def _others(service: Service, replica: str) -> APIRouter:
+def told(answerer: Answerer, replica: str) -> dict[str, Any]:
+    """What a replica's engine counts, as JSON."""
+    return {"replica": replica, **answerer.engine.stats().as_json()}
+
+
+def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRouter:
     routes, answerer = APIRouter(), service.answerer
 
     @routes.get("/v1/models")
@@ -85,5 +106,11 @@ def _others(service: Service, replica: str) -> APIRouter:
         """Of this replica, in Prometheus' format."""
         text = exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/stats")
+    async def stats() -> AllStats:
+        """Of all replicas."""
+        found = await everyone() if everyone else [told(answerer, replica)]
+        return AllStats(model=service.model, replicas=found)
 
     return routes

@@ -258,6 +258,12 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class AllStats(BaseModel):
+    model: str
+    replicas: list[dict[str, Any]]
+    """What each one's engine counts (`serve/engine/stats.py`)."""
+
+
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 
 
