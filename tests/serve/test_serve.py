@@ -4,6 +4,7 @@ import json
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.spec.cluster import WorkerRange
 
 from .asking import pieces
 from .conftest import SEQ_LEN, free_port
@@ -150,6 +152,47 @@ def test_models_and_health(client):
     assert (model["id"], model["max_model_len"]) == ("tiny-abc123", SEQ_LEN)
     assert client.get("/health").status_code == 200
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint, spread_checkpoint):
+    """The same weights from other files, so that every answer is the same whichever replica gave it."""
+    [before] = client.get("/stats").json()["replicas"]
+    body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
+    expected = complete(client, **body)["choices"]
+    over = threading.Event()
+
+    def ask(_):
+        found = []
+        while not over.is_set():
+            found.append(client.post("/v1/completions", json=body))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(4))
+        deploy([application_config("tiny", spread_checkpoint, SPEC, "tiny-abc123")])
+        deadline = time.monotonic() + 120
+        while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == before["replica"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        over.set()
+        answers = [response for responses in asked for response in responses]
+    assert len(answers) > 10
+    assert {response.status_code for response in answers} == {200}
+    assert all(response.json()["choices"] == expected for response in answers)
+    assert len(replicas) == 1
+
+
+def test_each_replica_tells_what_it_did(client, checkpoint):
+    two = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
+    deploy([application_config("tiny", checkpoint, two, "tiny-abc123")])
+    wait_until("tiny", "RUNNING")
+    before = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
+    assert len(before) == 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: complete(client, seed=seed, max_tokens=10), range(16)))
+    after = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
+    assert sum(after.values()) - sum(before.values()) == 160
+    assert after.keys() == before.keys()
 
 
 def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):
