@@ -13,11 +13,23 @@ from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
 from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenTexts
 
 
+def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The token that starts a document, and one that ends it."""
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
+    assert begin is not None
+    assert end is not None
+    return begin, end
+
+
 class ScoredText(NamedTuple):
     """A token as clients read it."""
 
     text: str
     """What it stands for; "bytes:" and its bytes in hexadecimal where that is no whole character."""
+    in_text: bool
+    """Whether that is in the answer's text, which special tokens are not."""
     logprob: float | None
     alternatives: dict[str, float]
 
@@ -46,6 +58,7 @@ class Answerer:
         edges = boundaries(tokenizer)
         assert edges is not None
         self.start = edges.start
+        self.edges = edge_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
         self._texts = TokenTexts(tokenizer, self.decode)
 
@@ -73,22 +86,25 @@ class Answerer:
             why = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
             raise ServeError("the prompt", why, "shorten it")
 
-    async def answer(self, request: Request, stops: Sequence[str] = (), echo: bool = False) -> AsyncGenerator[Piece]:
+    async def answer(
+        self, request: Request, stops: Sequence[str] = (), echo: bool = False, own: int = 0
+    ) -> AsyncGenerator[Piece]:
         """One piece per token, and a last one with the reason why it ends. To close it ends the work.
 
         Args:
             request: to the engine.
             stops: the answer ends before the first of these strings.
             echo: whether the text begins with that of the prompt.
+            own: tokens at the prompt's start that were not the client's, and that it is told nothing of.
 
         Raises:
             BusyError, EngineError: as `Engine.generate`.
         """
         stream = TextStream(self.decode, stops, request.prompt_ids)
-        count, opening = 0, self._prompt_text(request.prompt_ids) if echo else ""
+        count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
-                scores = [*self._scored(self._shown(update.prompt)), *self._scored(update.tokens)]
+                scores = [*self._scored(update.prompt[own:]), *self._scored(update.tokens)]
                 text, opening = opening, ""
                 for scored in update.tokens:
                     count += 1
@@ -103,18 +119,16 @@ class Answerer:
                     return
                 yield Piece(text, count, self._asked(request, scores))
 
-    def _prompt_text(self, ids: Sequence[int]) -> str:
-        return self.decode(ids[1:] if ids[0] == self.start else ids)
-
-    def _shown(self, prompt: Sequence[Scored]) -> Sequence[Scored]:
-        """Without the token that says that a document begins, which is no text of the client's."""
-        return prompt[1:] if prompt and prompt[0].token == self.start else prompt
-
     def _asked(self, request: Request, scores: list[ScoredText]) -> tuple[ScoredText, ...]:
         return tuple(scores) if request.logprobs is not None else ()
 
     def _scored(self, tokens: Sequence[Scored]) -> list[ScoredText]:
         return [
-            ScoredText(self._texts[s.token], s.logprob, {self._texts[token]: lp for token, lp in s.alternatives})
+            ScoredText(
+                self._texts[s.token],
+                not self._texts.is_special(s.token),
+                s.logprob,
+                {self._texts[token]: lp for token, lp in s.alternatives},
+            )
             for s in tokens
         ]

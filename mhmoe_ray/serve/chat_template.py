@@ -20,6 +20,7 @@ class ChatTemplate:
         Raises:
             ServeError: it is no template.
         """
+        self.text = text
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         self._edges = {"bos_token": begin, "eos_token": end}

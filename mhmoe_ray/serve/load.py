@@ -9,7 +9,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
-from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
 from mhmoe_ray.spec import ServeSpec
@@ -42,10 +42,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
     """
     model, manifest = load_model(checkpoint)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    edges = boundaries(tokenizer)
-    assert edges is not None
-    begin, end = (tokenizer.id_to_token(token) or "" for token in (edges.start, max(edges.ends)))
-    template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), begin, end)
+    template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), *edge_texts(tokenizer))
     return answerer_of(model, tokenizer, manifest.seq_len, spec, template)
 
 

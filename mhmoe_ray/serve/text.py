@@ -102,13 +102,18 @@ class TokenTexts:
         self._tokenizer, self._decode = tokenizer, decode
         # After it, a decoder drops no space.
         self._before = tokenizer.encode("a", add_special_tokens=False).ids
-        self._special = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
+        self._special = {
+            token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+        }
         self._known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str:
         if token not in self._known:
             self._known[token] = self._found(token)
         return self._known[token]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
 
     def _found(self, token: int) -> str:
         if token in self._special:

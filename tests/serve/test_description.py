@@ -26,6 +26,8 @@ OPERATIONS = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/metrics"),
+    ("GET", "/stats"),
+    ("GET", "/tokenizer_info"),
     ("GET", "/health"),
     ("GET", "/ready"),
 ]

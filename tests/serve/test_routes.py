@@ -121,9 +121,11 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
     assert scored["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:count]
     assert scored["finish_reason"] == "length"
     assert completion(app, max_tokens=0)["choices"][0]["text"] == ""
-    by_ids = completion(app, prompt=answerer.encode(text)[1:], logprobs=0, echo=True, max_tokens=0)["choices"][0]
-    assert by_ids["logprobs"]["token_logprobs"][0] is None
+    by_ids = completion(app, prompt=answerer.encode(text), logprobs=0, echo=True, max_tokens=0)["choices"][0]
+    assert by_ids["logprobs"]["tokens"] == ["<|endoftext|>", *tokens[:count]]
+    assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
     assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
+    assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
 
 
 def test_tokens_and_text_go_both_ways(app, answerer):

@@ -19,6 +19,7 @@ from mhmoe_ray.serve.http.schema import (
     Model,
     ModelList,
     TokenizeRequest,
+    TokenizerInfo,
     Tokens,
 )
 from mhmoe_ray.serve.http.service import Service
@@ -100,6 +101,13 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
     async def detokenize(request: DetokenizeRequest) -> Detokenized:
         service.check_model(request.model)
         return Detokenized(prompt=answerer.decode(request.tokens))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """For clients that count tokens themselves."""
+        begin, end = answerer.edges
+        template = answerer.template.text if answerer.template else None
+        return TokenizerInfo(bos_token=begin, eos_token=end, chat_template=template)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -41,10 +41,10 @@ def router(service: Service) -> APIRouter:
         ids = _prompt_ids(service, request)
         logprobs = request.top_logprobs if request.logprobs else None
         asked = [
-            Request(ids, request.sampling(max_tokens, choice), logprobs, client=client.name)
+            (Request(ids, request.sampling(max_tokens, choice), logprobs, client=client.name), 0)
             for choice in range(request.n)
         ]
-        answers = service.answers(asked, request.stop, False, len(ids), client)
+        answers = service.answers(asked, request, False, len(ids), client)
         same: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -31,17 +31,21 @@ def router(service: Service) -> APIRouter:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MOST_CHOICES} choices"
             raise RequestError(400, message, "n")
         prompts = [service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
+        ours = [int(isinstance(prompt, str)) for prompt in request.prompt]  # the token that starts a document
         asked = [
-            Request(
-                ids,
-                request.sampling(request.max_tokens, choice),
-                request.logprobs,
-                prompt_logprobs=request.echo and request.logprobs is not None,
-                client=client.name,
+            (
+                Request(
+                    ids,
+                    request.sampling(request.max_tokens, choice),
+                    request.logprobs,
+                    prompt_logprobs=request.echo and request.logprobs is not None,
+                    client=client.name,
+                ),
+                own,
             )
-            for ids, choice in product(prompts, range(request.n))
+            for (ids, own), choice in product(zip(prompts, ours, strict=True), range(request.n))
         ]
-        answers = service.answers(asked, request.stop, request.echo, sum(map(len, prompts)), client)
+        answers = service.answers(asked, request, request.echo, sum(map(len, prompts)), client)
         shape = _Shape(service.model, len(asked))
         if request.stream:
             last = (lambda: shape.body([], answers.usage)) if request.usage_wanted else None
@@ -79,14 +83,15 @@ class _Offsets:
             tokens=[score.text for score in scores],
             token_logprobs=[score.logprob for score in scores],
             top_logprobs=[score.alternatives if score.logprob is not None else None for score in scores],
-            text_offset=[self._place(score.text) for score in scores],
+            text_offset=[self._place(score) for score in scores],
         )
 
-    def _place(self, text: str) -> int:
+    def _place(self, score: ScoredText) -> int:
+        text = score.text
         if text.startswith("bytes:"):  # part of a character
             self._bytes += bytes.fromhex(text.removeprefix("bytes:"))
             return self._at
         self._at += len(self._bytes.decode("utf-8", "replace"))
         self._bytes = b""
-        place, self._at = self._at, self._at + len(text)
+        place, self._at = self._at, self._at + len(text) * score.in_text
         return place

@@ -249,6 +249,13 @@ class Tokens(BaseModel):
     max_model_len: int
 
 
+class TokenizerInfo(BaseModel):
+    tokenizer_class: Literal["PreTrainedTokenizerFast"] = "PreTrainedTokenizerFast"
+    bos_token: str
+    eos_token: str
+    chat_template: str | None
+
+
 class DetokenizeRequest(Strict):
     tokens: list[Token]
     model: str | None = None

@@ -9,6 +9,7 @@ from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.engine import Request
 from mhmoe_ray.serve.http.access import Access, Client
 from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.http.schema import Choosing
 from mhmoe_ray.serve.http.stream import Answers
 from mhmoe_ray.spec import ServeSpec
 
@@ -46,13 +47,20 @@ class Service:
         return tuple(ids)
 
     def answers(
-        self, asked: Sequence[Request], stops: Sequence[str], echo: bool, prompt_tokens: int, client: Client
+        self, asked: Sequence[tuple[Request, int]], request: Choosing, echo: bool, prompt_tokens: int, client: Client
     ) -> Answers:
         """To the choices of one request, which counts as one of the client's.
+
+        Args:
+            asked: of the engine, each with the number of tokens at its start that are ours.
+            request: its stop strings.
+            echo: as of `Answerer.answer`.
+            prompt_tokens: of all prompts.
+            client: who asks.
 
         Raises:
             RequestError: the client has had its share.
         """
         client.check()
-        answers = [self.answerer.answer(request, stops, echo) for request in asked]
+        answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
         return Answers(answers, prompt_tokens, client, self.spec.request_timeout)
