@@ -1,5 +1,10 @@
-"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU."""
+"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU.
 
+They are forked from a server that has imported torch and the package, so that each starts at once; it has computed
+nothing, and so has no threads that a fork would lose.
+"""
+
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+multiprocessing.set_forkserver_preload(["tests.train.jobs"])
+
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each of `world` ranks of a default process group (none for a world of one).
@@ -18,12 +25,23 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     A failure of any rank ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world, _free_port(), folder, function, args), nprocs=world, start_method="spawn")
+        given = (dict(os.environ), world, _free_port(), folder, function, args)
+        mp.start_processes(_rank, given, nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    environment: dict[str, str],
+    world: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()  # of the server, which may have started long ago
+    os.environ |= environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     if world > 1:
         dist.init_process_group("gloo")

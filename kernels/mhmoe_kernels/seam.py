@@ -9,6 +9,7 @@ from torch import Tensor
 from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import grouped, run_sorted
+from mhmoe_kernels.padded import padded
 from mhmoe_kernels.reference import reference
 from mhmoe_kernels.weights import ExpertWeights
 
@@ -28,6 +29,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
     "grouped": Backend(grouped),
     "cpp": Backend(cpp.run, cpp.why_not),
+    "padded": Backend(padded),
     "capacity": Backend(capacity),
     "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),

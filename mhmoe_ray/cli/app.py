@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray import __version__
-from mhmoe_ray.cli import bench, ckpt, cluster, data, listing, logs, plan, presets, resume, serve, status, stop, submit
+from mhmoe_ray.cli import (
+    bench,
+    ckpt,
+    cluster,
+    data,
+    generate,
+    listing,
+    logs,
+    plan,
+    presets,
+    resume,
+    serve,
+    status,
+    stop,
+    submit,
+)
 from mhmoe_ray.errors import MhmoeError
 
 app = typer.Typer(
@@ -41,6 +56,7 @@ app.command("list")(listing.list_)
 app.command("logs")(logs.logs)
 app.command("stop")(stop.stop)
 app.command("resume")(resume.resume)
+app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")
 app.add_typer(ckpt.app, name="ckpt")

@@ -1,4 +1,7 @@
-"""`mhmoe serve`: a run's checkpoint behind an OpenAI-compatible API, on Ray Serve."""
+"""`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve."""
+
+import os
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -8,7 +11,6 @@ from mhmoe_ray.cli.common import (
     AddressOption,
     CheckpointOption,
     JsonOption,
-    RunArg,
     SetOption,
     StorageOption,
     note,
@@ -17,43 +19,116 @@ from mhmoe_ray.cli.common import (
     print_json,
 )
 
-app = typer.Typer(help="Serve a checkpoint.", no_args_is_help=True)
+app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
 START_SECONDS = 180.0
 SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster
+KEY = "MHMOE_API_KEY"
+
+NameArg = Annotated[str, typer.Argument(metavar="[NAME]", help="The application's; mhmoe by default.")]
 
 
 @app.command()
 def deploy(
-    run: RunArg = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|SPEC|CHECKPOINT]",
+            help="A run: an id, a unique beginning of one, or a path. A spec file: its newest run, served as it says. "
+            "A folder of a checkpoint. The newest run by default.",
+        ),
+    ] = None,
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
+    replicas: Annotated[str | None, typer.Option(metavar="N|A..B", help="Processes that serve it.")] = None,
+    name: Annotated[
+        str,
+        typer.Option(help="Of the application, of which a cluster may have several; all but mhmoe answer at /NAME."),
+    ] = APPLICATION,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint, as it lies, in place of the one that is served now."""
+    """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
     from mhmoe_ray.cli import launch
+    from mhmoe_ray.cli.serve_choice import KEYS, chosen, replicas_set, with_keys
     from mhmoe_ray.cluster import serving
-    from mhmoe_ray.errors import SpecError
-    from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.serve.config import application_config
-    from mhmoe_ray.spec import load_deploy_spec, parse_overrides
 
-    for keys, _ in parse_overrides(set_):
-        if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
-            raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
-    found = find_run(run, storage)
-    spec = load_deploy_spec(None if found.is_imported else found.spec_file, set_)
-    path, _ = pick_checkpoint(found, checkpoint)
-    cpus = spec.serve.replicas * spec.serve.cpus_per_replica + SERVE_CPUS
+    found, path, spec = chosen(target, checkpoint, storage, [*set_, *replicas_set(replicas)])
+    spec = spec.model_copy(update={"serve": with_keys(spec.serve)})
+    if spec.serve.host not in ("127.0.0.1", "localhost", "::1") and not spec.serve.keys:
+        note.print(
+            f"warning: whoever reaches {spec.serve.host}:{spec.serve.port} may ask; serve.keys or {KEYS} limit it"
+        )
+    cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
     connection = launch.cluster_for(spec.cluster, [found.path], cpus, address)
-    config = application_config(APPLICATION, path, spec.serve, found.id)
+    config = application_config(name, path, spec.serve, found.id)
+    config["route_prefix"] = _route(name)
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")
-    serving.wait_until_running(connection, APPLICATION, START_SECONDS)
-    url = f"http://{spec.serve.host}:{spec.serve.port}"
+    serving.wait_until_running(connection, name, START_SECONDS)
+    url = f"http://{spec.serve.host}:{spec.serve.port}{_route(name).rstrip('/')}"
     out.print(f"serving {found.id} at {url}/v1/completions; ask it: {curl_line(url)}", soft_wrap=True)
+
+
+@app.command()
+def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
+    """Serve a newer checkpoint of the same run. New replicas start first, and old ones end what they have begun."""
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.location import location
+    from mhmoe_ray.runs.layout import RunDir
+
+    connection = connect(address)
+    config, host, port = serving.declared(connection, name)
+    before = location(config["args"]["checkpoint"])
+    path, _ = pick_checkpoint(RunDir(before.parent.parent), checkpoint)
+    if path.name == before.name:
+        out.print(f"{before.name} is the newest checkpoint, and is served")
+        return
+    config["args"] = {**config["args"], "checkpoint": str(path)}
+    serving.deploy(connection, config, host, port)
+    note.print(f"deploying {path.name} in place of {before.name}")
+    serving.wait_until_running(connection, name, START_SECONDS)
+    out.print(f"serving {path.name}")
+
+
+@app.command()
+def status(address: AddressOption = None, json: JsonOption = False) -> None:
+    """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, where there are keys)."""
+    from dataclasses import asdict
+
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.cluster.connect import connect
+
+    found = serving.applications(connect(address))
+    stats = {a.name: serving.stats(a.url, os.environ.get(KEY)) for a in found if a.status == "RUNNING"}
+    if json:
+        print_json([{**asdict(a), "stats": stats.get(a.name)} for a in found])
+        return
+    table = Table("application", "status", "url", "message", box=None, pad_edge=False)
+    for a in found:
+        table.add_row(a.name, a.status, a.url, a.message)
+    out.print(table if found else "nothing is served")
+    for name, told in stats.items():
+        if isinstance(told, dict):
+            out.print(f"\n{name}: {told['model']}", style="bold")
+            out.print(_busy(told["replicas"]))
+        else:
+            out.print(f"\n{name}: {told}", soft_wrap=True)
+
+
+@app.command()
+def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
+    """Stop serving."""
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.cluster.connect import connect
+
+    connection = connect(address)
+    serving.remove(connection, name)
+    left = [a.name for a in serving.applications(connection)]
+    out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
 
 
 def curl_line(url: str) -> str:
@@ -61,29 +136,44 @@ def curl_line(url: str) -> str:
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-@app.command()
-def status(address: AddressOption = None, json: JsonOption = False) -> None:
-    """Show what is served."""
-    from dataclasses import asdict
-
-    from mhmoe_ray.cluster import serving
-    from mhmoe_ray.cluster.connect import connect
-
-    found = serving.applications(connect(address))
-    if json:
-        print_json([asdict(a) for a in found])
-        return
-    table = Table("application", "status", "url", "message", box=None, pad_edge=False)
-    for a in found:
-        table.add_row(a.name, a.status, a.url, a.message)
-    out.print(table if found else "nothing is served")
+def _route(name: str) -> str:
+    return "/" if name == APPLICATION else f"/{name}"
 
 
-@app.command()
-def down(address: AddressOption = None) -> None:
-    """Stop serving."""
-    from mhmoe_ray.cluster import serving
-    from mhmoe_ray.cluster.connect import connect
+def _busy(replicas: list[dict[str, Any]]) -> Table:
+    columns = (
+        "replica",
+        "running",
+        "waiting",
+        "cache",
+        "tokens/s",
+        "queue",
+        "first token",
+        "each token",
+        "batch",
+        "least expert",
+    )
+    table = Table(*columns, box=None, pad_edge=False)
+    for told in replicas:
+        batch = told["step_tokens"] / told["steps"] if told["steps"] else None
+        table.add_row(
+            told["replica"],
+            str(told["running"]),
+            str(told["waiting"]),
+            f"{told['cache_used']:.0%}",
+            f"{told['answer_rate']:.1f}",
+            *(_seconds(told[f"{what}_seconds"]["mean"]) for what in ("queue", "first_token", "each_token")),
+            "-" if batch is None else f"{batch:.1f}",
+            _least(told["count_LE"]),
+        )
+    return table
 
-    serving.remove(connect(address), APPLICATION)
-    out.print("nothing is served any more")
+
+def _seconds(mean: float | None) -> str:
+    return "-" if mean is None else f"{1000 * mean:.1f} ms"
+
+
+def _least(count_LE: list[list[int]]) -> str:
+    """The least used expert's routes, over its even share."""
+    shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
+    return f"{min(shares):.2f}" if shares else "-"

@@ -1,8 +1,11 @@
 """Ray Serve applications: deploy, look at and remove them."""
 
 import functools
+import json
 import logging
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,3 +165,31 @@ def _client(connection: Connection) -> Any:
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of every upload
     return ServeSubmissionClient(connection.address, headers=connection.headers)
+
+
+def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
+    """The configuration of an application as it was deployed, and Serve's host and port.
+
+    Raises:
+        ServeError: there is no such application, or it was not deployed by a config.
+    """
+    what = f"application {name}"
+    with explained(connection, what, ServeError, "see the dashboard"):
+        details = _client(connection).get_serve_details()
+    found = next((config for config in _declared(details) if config["name"] == name), None)
+    if found is None:
+        raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
+    return found, details["http_options"]["host"], details["http_options"]["port"]
+
+
+def stats(url: str, key: str | None) -> dict[str, Any] | str:
+    """What an application of ours tells of its replicas, or why it does not."""
+    request = urllib.request.Request(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            told: dict[str, Any] = json.load(answer)
+            return told
+    except urllib.error.HTTPError as e:
+        return "it has keys; give one in MHMOE_API_KEY" if e.code == 401 else f"{url}/stats: {e.reason}"
+    except (OSError, ValueError) as e:
+        return f"{url}/stats: {e}"

@@ -1,5 +1,6 @@
 """A folder in Hugging Face's layout to a run directory that can be served and exported."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         folder = root.absolute() / run.id
         try:
             copy_file(tokenizer, run.tokenizer_file)
+            if template := _chat_template(source):
+                (folder / run.chat_template_file.name).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
@@ -68,6 +71,15 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     events.record(run, "imported", source=str(source.absolute()), model_type=kind, step=0, name=checkpoint.name)
     mark_imported(run)
     return run
+
+
+def _chat_template(source: Path) -> str | None:
+    """A file of its own, or in older folders an entry of the tokenizer's settings."""
+    file, settings = source / "chat_template.jinja", source / "tokenizer_config.json"
+    if file.exists():
+        return file.read_text()
+    found = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
+    return found if isinstance(found, str) else None
 
 
 def _name(source: Path, name: str | None) -> str:

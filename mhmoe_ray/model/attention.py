@@ -1,5 +1,6 @@
-"""Causal self-attention with rotary positions, masks between documents, and the key-value cache of generation."""
+"""Causal self-attention with rotary positions and masks between documents."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,20 +14,8 @@ XPOS_SCALE_BASE = 512
 """Tokens over which xPos fades by one factor of its scale."""
 
 
-class KVCache:
-    """Keys and values of one attention layer for up to `capacity` tokens of B sequences of equal length."""
-
-    def __init__(self, spec: ModelSpec, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (batch, spec.n_kv_heads, capacity, spec.head_width)
-        self.k_BHTC, self.v_BHTC = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
-
-    def extend(self, k_BHTC: Tensor, v_BHTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the newest tokens; returns all keys and values so far."""
-        start, self.length = self.length, self.length + k_BHTC.shape[2]
-        self.k_BHTC[:, :, start : self.length] = k_BHTC
-        self.v_BHTC[:, :, start : self.length] = v_BHTC
-        return self.k_BHTC[:, :, : self.length], self.v_BHTC[:, :, : self.length]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_BHTC, k_BHTC, v_BHTC) of the newest tokens -> y_BHTC over these and all before, which it remembers."""
 
 
 class Rotary(NamedTuple):
@@ -38,12 +27,11 @@ class Rotary(NamedTuple):
     k_sin_TC: Tensor
 
 
-def rotary(spec: ModelSpec, start: int, stop: int, device: torch.device) -> Rotary:
-    """For positions start..stop-1: RoPE (arXiv 2104.09864, half-split pairing), with xPos's fading (arXiv 2212.10554)
+def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
+    """RoPE (arXiv 2104.09864, half-split pairing), with xPos's fading (arXiv 2212.10554)
     on the `subln` backbone: the product of a query and a key shrinks with their distance."""
-    width = spec.head_width
-    position = torch.arange(start, stop, device=device, dtype=torch.float64)
-    even = torch.arange(0, width, 2, device=device, dtype=torch.float64)
+    width, position = spec.head_width, position_T.double()
+    even = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
     angle = torch.outer(position, spec.rope_theta ** (-even / width)).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
     if spec.backbone == "llama":
@@ -88,34 +76,33 @@ class Attention(nn.Module):
         self,
         x_BTM: Tensor,
         at: Rotary,
-        cache: KVCache | None = None,
+        attend: Attend | None = None,
         generator: torch.Generator | None = None,
         mask_B1TT: Tensor | None = None,
     ) -> Tensor:
         """Attend to this and all earlier tokens, or to those that a mask shows.
 
         Args:
-            x_BTM: the newest T tokens; with a cache, those that follow what it holds.
-            at: `rotary` of these T positions.
-            cache: extended in place.
+            x_BTM: T tokens.
+            at: `rotary` of their positions.
+            attend: does so, in generation, where others came before.
             generator: source of dropout on the attention weights; none in evaluation.
-            mask_B1TT: `document_mask`, not beside a cache.
+            mask_B1TT: `document_mask`, not beside `attend`.
         """
         B, T, M = x_BTM.shape
         heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)
         q, k, v = heads_BHTC.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = _rotate(q, at.q_cos_TC, at.q_sin_TC), _rotate(k, at.k_cos_TC, at.k_sin_TC)
-        past, visible = 0, mask_B1TT
-        if cache is not None:
-            past = cache.length
-            k, v = cache.extend(k, v)
-        grouped = self.kv_heads != self.heads
-        if past:
-            visible = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
-        rate = self.dropout if generator is not None else 0.0
-        with default_draws_from(generator if rate else None):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, dropout_p=rate, is_causal=visible is None, enable_gqa=grouped
-            )
+        y = attend(q, k, v) if attend is not None else self._attend(q, k, v, generator, mask_B1TT)
         result: Tensor = self.out(self.inner_norm(y.transpose(1, 2).reshape(B, T, M)))
         return result
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None, mask_B1TT: Tensor | None
+    ) -> Tensor:
+        grouped = self.kv_heads != self.heads
+        rate = self.dropout if generator is not None else 0.0
+        with default_draws_from(generator if rate else None):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask_B1TT, dropout_p=rate, is_causal=mask_B1TT is None, enable_gqa=grouped
+            )

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhmoe_ray.model.attention import Attention, KVCache, Rotary, document_mask, rotary
+from mhmoe_ray.model.attention import Attend, Attention, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
@@ -17,6 +17,21 @@ from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 R = TypeVar("R")
+
+
+class Past(Protocol):
+    """What came before the newest tokens, in generation."""
+
+    position_T: Tensor
+    """Of the newest tokens, int64: each of the B sequences may be several, one after another."""
+
+    def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
+        """Attention of the newest tokens of a layer, whose keys and values are remembered."""
+        ...
+
+    def wanted(self, x_BTM: Tensor) -> Tensor:
+        """Those tokens whose logits are asked for."""
+        ...
 
 
 class Block(nn.Module):
@@ -43,7 +58,7 @@ class Block(nn.Module):
         self,
         x_BTM: Tensor,
         at: Rotary,
-        cache: KVCache | None,
+        past: Attend | None,
         draw: Callable[[], torch.Generator | None],
         mask_B1TT: Tensor | None,
         recompute: bool,
@@ -51,7 +66,7 @@ class Block(nn.Module):
         """Args:
         x_BTM: tokens.
         at: their places.
-        cache: of earlier tokens.
+        past: attention, where others came before.
         draw: makes the block's randomness, the same each time.
         mask_B1TT: of attention.
         recompute: whether the backward computes anew what lies before the feed-forward part.
@@ -60,7 +75,7 @@ class Block(nn.Module):
 
         def attend(x_BTM: Tensor) -> Tensor:
             made.append(draw())
-            y_BTM = self.attention(self.attention_norm(x_BTM), at, cache, made[-1], mask_B1TT)
+            y_BTM = self.attention(self.attention_norm(x_BTM), at, past, made[-1], mask_B1TT)
             return x_BTM + dropout(y_BTM, self.dropout, made[-1])
 
         x_BTM = _recomputed(attend, x_BTM) if recompute else attend(x_BTM)
@@ -99,23 +114,22 @@ class Decoder(nn.Module):
     def forward(
         self,
         token_BT: Tensor,
-        caches: list[KVCache] | None = None,
+        past: Past | None = None,
         noise: Noise | None = None,
         document_BT: Tensor | None = None,
     ) -> Output:
         """Next-token logits.
 
         Args:
-            token_BT: int64 ids; with caches, the tokens that follow what they hold.
-            caches: one per block (`new_caches`), extended in place.
+            token_BT: int64 ids.
+            past: what came before them; it also remembers them.
             noise: randomness of a training step, where the spec asks for some.
-            document_BT: int, which document each token belongs to, where the spec has `document_masks`. Not with
-                caches: a prompt is one document.
+            document_BT: int, which document each token belongs to, where the spec has `document_masks`. Not with a
+                past: a prompt is one document.
         """
-        assert (document_BT is not None) == (self.spec.document_masks and caches is None)
-        start = caches[0].length if caches else 0
-        at = rotary(self.spec, start, start + token_BT.shape[1], token_BT.device)
-        x_BTM = self.embedding(token_BT)
+        assert (document_BT is not None) == (self.spec.document_masks and past is None)
+        at = rotary(self.spec, past.position_T if past else torch.arange(token_BT.shape[1], device=token_BT.device))
+        x_BTM = _at_least_float32(self.embedding(token_BT))
         if self.spec.backbone == "subln":
             x_BTM = x_BTM * self.spec.d_model**0.5
         mask_B1TT = None if document_BT is None else document_mask(document_BT, _compute_dtype(x_BTM))
@@ -130,11 +144,14 @@ class Decoder(nn.Module):
 
             def through(x_BTM: Tensor, i: int = i, block: Block = block, whole: bool = whole) -> Any:
                 draw = partial(draws.generator, i, x_BTM.device) if draws else lambda: None
-                return block(x_BTM, at, caches[i] if caches else None, draw, mask_B1TT, recompute and not whole)
+                attend = partial(past.attend, i) if past else None
+                return block(x_BTM, at, attend, draw, mask_B1TT, recompute and not whole)
 
             x_BTM, routing = _recomputed(through, x_BTM) if whole else through(x_BTM)
             if routing is not None:
                 routings.append(routing)
+        if past:
+            x_BTM = past.wanted(x_BTM)
         output = self.embedding if self.output is None else self.output
         return Output(F.linear(self.norm(x_BTM), output.weight), routings)
 
@@ -143,10 +160,6 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
                 module.compile()
-
-    def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """Empty key-value caches for `capacity` tokens of `batch` sequences."""
-        return [KVCache(self.spec, batch, capacity, self.embedding.weight) for _ in self.blocks]
 
     def moe_layers(self) -> list[MultiHeadMoE]:
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
@@ -161,6 +174,11 @@ def _recomputed(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
     # Draws come from generators of their own; the default one's state need not be kept.
     result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """What blocks add up, also where a server holds weights in bfloat16."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -57,7 +57,8 @@ class Experts(nn.Module):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.held, self.kernel, self.recompute = held, moe.kernel, spec.recomputes
+        self.held, self.recompute = held, spec.recomputes
+        self.kernel: str = moe.kernel
         self.function = _function(spec)
         E, D, F = len(held), spec.d_model // moe.heads, moe.d_expert
         if spec.backbone == "llama":

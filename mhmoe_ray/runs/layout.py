@@ -45,6 +45,11 @@ class RunDir:
         return self.path / "tokenizer.json"
 
     @property
+    def chat_template_file(self) -> Location:
+        """How conversations are spelled, as a Jinja template, for models that know such."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def checkpoints(self) -> Location:
         return self.path / "checkpoints"
 

@@ -1,9 +1,11 @@
 """The Ray Serve application: one deployment, one engine in each replica."""
 
+from typing import Any
+
 import ray
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -11,9 +13,10 @@ from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.serve.load import load_run_tokenizer
-from mhmoe_ray.serve.routes import create_app
+from mhmoe_ray.serve.engine import EngineError
+from mhmoe_ray.serve.http.app import create_app, told
+from mhmoe_ray.serve.load import load_answerer, load_run_tokenizer
+from mhmoe_ray.spec import ServeSpec
 
 
 class Args(BaseModel):
@@ -24,8 +27,7 @@ class Args(BaseModel):
     checkpoint: str
     model: str
     """The model's name for clients."""
-    max_tokens: PositiveInt
-    """The most tokens that a request may ask for."""
+    serve: ServeSpec
 
 
 @serve.deployment(name=DEPLOYMENT)
@@ -34,11 +36,27 @@ class Completions:
     def __init__(self, args: Args) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
-        self._args, self._engine = args, Engine.from_checkpoint(location(args.checkpoint))
+        self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
-        return create_app(self._engine, self._args.model, self._args.max_tokens)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone)
+
+    async def _everyone(self) -> list[dict[str, Any]]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        found: list[dict[str, Any]] = await handle.broadcast("told").results_async()
+        return found
+
+    async def told(self) -> dict[str, Any]:
+        """For `/stats`, of this replica."""
+        return told(self._answerer, serve.get_replica_context().replica_id.unique_id)
+
+    def check_health(self) -> None:
+        """Called by Serve, which starts another replica in the place of one that raises."""
+        if why := self._answerer.engine.why_broken:
+            raise EngineError(why)
 
 
 def build(args: Args) -> serve.Application:

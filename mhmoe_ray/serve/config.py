@@ -7,6 +7,8 @@ from mhmoe_ray.spec import ServeSpec
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
+SPARE = 32
+"""Requests other than completions that a replica answers at a time."""
 
 
 def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_name: str) -> dict[str, Any]:
@@ -21,10 +23,14 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
     """
     deployment = {
         "name": DEPLOYMENT,
-        "num_replicas": spec.replicas,
-        "max_ongoing_requests": spec.max_concurrency,
-        # Beyond this a request is refused at once: a client had better hear "busy" than wait without an end.
-        "max_queued_requests": 4 * spec.max_concurrency * spec.replicas,
+        **_scaling(spec),
+        # An update starts new replicas first, and old ones end what they have begun.
+        "max_surge_percent": 100,
+        "graceful_shutdown_timeout_s": spec.request_timeout,
+        # More than the engine lets wait, so that it is the engine that refuses, client by client, and that health is
+        # told however many wait.
+        "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE,
+        "max_queued_requests": spec.max_waiting * spec.replicas.max,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": spec.cpus_per_replica},
     }
@@ -32,6 +38,22 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
         "name": name,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"checkpoint": str(checkpoint.absolute()), "model": model_name, "max_tokens": spec.max_tokens},
+        "args": {
+            "checkpoint": str(checkpoint.absolute()),
+            "model": model_name,
+            "serve": spec.model_dump(mode="json"),
+        },
         "deployments": [deployment],
     }
+
+
+def _scaling(spec: ServeSpec) -> dict[str, Any]:
+    if not spec.replicas.elastic:
+        return {"num_replicas": spec.replicas.min}
+    scaling = {
+        "min_replicas": spec.replicas.min,
+        "max_replicas": spec.replicas.max,
+        # Requests under way in a replica and waiting for one.
+        "target_ongoing_requests": spec.max_concurrency,
+    }
+    return {"autoscaling_config": scaling}

@@ -1,12 +1,18 @@
 """From a checkpoint directory to a model and its tokenizer, with no step in between."""
 
+import torch
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.serve.answer import Answerer, edge_texts
+from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.engine.torch_engine import TorchEngine
+from mhmoe_ray.spec import ServeSpec
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
@@ -22,6 +28,60 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
     model = Decoder(manifest.model).requires_grad_(False).eval()
     load_tensors(checkpoint / "weights", model.tensors())
     return model, manifest
+
+
+def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
+    """Our own engine with the model of a checkpoint, and its tokenizer.
+
+    Args:
+        checkpoint: a directory inside its run directory.
+        spec: precision, and how many requests.
+
+    Raises:
+        CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
+    """
+    model, manifest = load_model(checkpoint)
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), *edge_texts(tokenizer))
+    return answerer_of(model, tokenizer, manifest.seq_len, spec, template)
+
+
+def answerer_of(
+    model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec, template: ChatTemplate | None = None
+) -> Answerer:
+    """Our own engine with a model in memory.
+
+    Args:
+        model: with all experts, in evaluation mode, float32; the engine's own from now on.
+        tokenizer: with tokens for the edges of a document.
+        seq_len: tokens that prompt and answer may have together.
+        spec: precision, and how many requests.
+        template: of conversations.
+    """
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    if model.embedding.weight.device.type == "cpu":
+        for layer in model.moe_layers():
+            layer.experts.kernel = "padded"
+    if spec.precision == "bfloat16":
+        _halve(model)
+    engine = TorchEngine(
+        model,
+        edges.ends,
+        tokenizer.get_vocab_size(),  # the model may have more rows than that
+        seq_len,
+        concurrency=spec.max_concurrency,
+        cache_tokens=spec.cache_tokens,
+        queue=spec.max_waiting,
+    )
+    return Answerer(engine, tokenizer, template)
+
+
+def _halve(model: Decoder) -> None:
+    """Weights of matrix products in bfloat16; not the routers', nor those of norms."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ".router." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:

@@ -93,3 +93,46 @@ def _open_stop(text: str, stops: Sequence[str]) -> int:
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length
     return 0
+
+
+class TokenTexts:
+    """What each token stands for by itself, in the middle of a text."""
+
+    def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
+        self._tokenizer, self._decode = tokenizer, decode
+        # After it, a decoder drops no space.
+        self._before = tokenizer.encode("a", add_special_tokens=False).ids
+        self._special = {
+            token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+        }
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._found(token)
+        return self._known[token]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def _found(self, token: int) -> str:
+        if token in self._special:
+            return self._special[token]
+        text = self._decode([*self._before, token])[len(self._decode(self._before)) :]
+        if REPLACEMENT not in text:
+            return text
+        name = self._tokenizer.id_to_token(token) or ""
+        if name.startswith("<0x"):
+            return f"bytes:{name[3:5].lower()}"
+        return "bytes:" + bytes(_BYTE_OF[character] for character in name).hex()
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """Byte-level tokenizers spell bytes as characters that can be seen: those of Latin-1 as they are, and for the rest,
+    in order, those from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_by_character()

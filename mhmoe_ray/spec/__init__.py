@@ -15,7 +15,7 @@ from mhmoe_ray.spec.load import (
 from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
-from mhmoe_ray.spec.serve import DeploySpec, ServeSpec
+from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "DeploySpec",
     "FilterSpec",
     "Format",
+    "KeySpec",
     "MoESpec",
     "ModelSpec",
     "PhaseSpec",

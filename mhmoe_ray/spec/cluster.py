@@ -11,7 +11,7 @@ STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve t
 
 
 class WorkerRange(Section):
-    """How many workers a run may have; written as a number where that is one."""
+    """How many workers a run may have, or replicas a server; written as a number where that is one."""
 
     min: PositiveInt
     max: PositiveInt
@@ -53,7 +53,8 @@ class ClusterSpec(Section):
     shard_experts: bool = False
     """With fsdp, slice experts too, over the dp workers that hold the same ones."""
     straddling: Literal["warn", "refuse"] = "warn"
-    """What to do where an expert-parallel group must lie on more than one node."""
+    """What to do where an expert-parallel group must lie on more than one node. refuse: a run that would start so ends,
+    at whatever size of `workers` it would be."""
     dispatch: Literal["flat", "hierarchical"] = "flat"
     """How rows go to experts of an expert-parallel group that lies on several nodes. flat: each route's row straight to
     its expert's rank. hierarchical: a row once to each node with experts for it, and on from there."""

@@ -1,20 +1,46 @@
 """The `serve` section: one Ray Serve application per checkpoint; and what a deployment reads of a spec."""
 
-from pydantic import Field, PositiveInt
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.cluster import ClusterSpec
+from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
+
+
+class KeySpec(Section):
+    """A client that may ask. `printf %s "$KEY" | sha256sum` gives the hash of its key."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    """Of prompts and answers. The request that goes beyond it is answered; the next ones wait for the minute."""
 
 
 class ServeSpec(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-    replicas: PositiveInt = 1
+    replicas: WorkerRange = WorkerRange(min=1, max=1)
+    """A number, or {min: a, max: b}: then Serve adds and removes some, by how many requests there are."""
     cpus_per_replica: PositiveInt = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and matrix products; routing and what layers add up stay float32."""
     max_tokens: PositiveInt = 512
     """Upper bound of `max_tokens` in a request; prompt and answer together never exceed the trained length."""
-    max_concurrency: PositiveInt = 8
-    """Requests that one replica works on at a time; the rest wait in Serve's queue."""
+    max_concurrency: PositiveInt = 32
+    """Requests that one replica computes at a time."""
+    max_waiting: PositiveInt = 128
+    """Requests that wait in one replica; any more are refused."""
+    cache_tokens: PositiveInt | None = None
+    """Tokens whose keys and values a replica has room for. By default so many that none of `max_concurrency` requests
+    waits for room."""
+    request_timeout: PositiveFloat = 600.0
+    """Seconds, waiting included, after which a request fails."""
+    max_body_bytes: PositiveInt = 1 << 20
+    keys: tuple[KeySpec, ...] = ()
+    """Clients that may ask; without any, everyone who reaches the port. MHMOE_API_KEYS in the environment of `mhmoe
+    serve deploy`, as NAME:KEY,NAME:KEY, adds some."""
 
 
 class DeploySpec(Section):

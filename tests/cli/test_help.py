@@ -15,6 +15,7 @@ VERBS = [
     "logs",
     "stop",
     "resume",
+    "generate",
     "data",
     "serve",
     "ckpt",

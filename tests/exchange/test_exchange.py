@@ -18,10 +18,12 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, find_run
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.runs.tensors import load_tensors
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.serve.load import load_model
-from mhmoe_ray.serve.sampling import Sampling
+from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.load import load_answerer, load_model
+from mhmoe_ray.spec import ServeSpec
+from tests.paged import in_parts
 from tests.ranks import run_ranks
+from tests.serve.asking import pieces, tokens
 
 from .conftest import MIXTRAL, MODELS, SEQ_LEN, make_run, random_model, save_mixtral
 
@@ -40,7 +42,7 @@ def tensors_of(folder):
 @torch.no_grad()
 def our_logits(run: RunDir) -> torch.Tensor:
     model, _ = load_model(newest_checkpoint(run, ("weights",))[0])
-    return model(TOKENS, model.new_caches(*TOKENS.shape)).logits_BTV  # as serving does
+    return in_parts(model, TOKENS, [TOKENS.shape[1]])  # as serving does
 
 
 @torch.no_grad()
@@ -113,22 +115,22 @@ def test_a_mixtral_of_transformers_computes_the_same_here(tmp_path, mixtral, sha
 
 def test_the_engine_answers_as_transformers_does(tmp_path, mixtral, mixtral_folder):
     run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
-    engine = Engine.from_checkpoint(newest_checkpoint(run, ("weights",))[0])
+    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
     for prompt in ("the quick brown", "", "fox 日本 🦊"):
-        ids = engine.encode(prompt)
+        ids = answerer.encode(prompt)
         assert ids[0] == 1
-        answer = list(engine.generate(ids, Sampling(24, temperature=0)))
-        known = engine.tokenizer.get_vocab_size()
+        answer = tokens(answerer.engine, ids, Sampling(24, temperature=0))
+        known = answerer.tokenizer.get_vocab_size()
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [1, 2], "pad_token_id": 0}
         options |= {"suppress_tokens": list(range(known, 320))}
         theirs = mixtral.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
         expected = theirs[0, len(ids) :].tolist()
         assert answer == [token for token in expected if token not in (1, 2)]
         assert len(set(answer)) > 3
-        pieces = engine.complete(ids, Sampling(24, temperature=0))
-        whole = engine.tokenizer.decode([*ids, *answer])
+        found = pieces(answerer, ids, Sampling(24, temperature=0))
+        whole = answerer.tokenizer.decode([*ids, *answer])
         if "\ufffd" not in whole:
-            assert prompt + "".join(p.text for p in pieces) == whole
+            assert prompt + "".join(p.text for p in found) == whole
 
 
 def test_bfloat16_stays_bfloat16_on_disk(tmp_path, mixtral):

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.cluster.local import find_local, start_local
+from mhmoe_ray.cluster.processes import is_ours
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import MANIFEST, committed, unfinished
 from mhmoe_ray.train import memory
-from tests.cli.run import mhmoe
+from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
 from tests.watch import is_over, of_kind, started, step_of, wait_for_the_end, wait_until
 
@@ -96,8 +97,13 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
     wait_until(lambda: step_of(run) >= 10, "ten steps")
     cluster = find_local()
     os.killpg(cluster.pid, signal.SIGKILL)
+    wait_until(lambda: not is_ours(cluster.pid, cluster.folder), "the end of the cluster")
     start_local(8)
-    resumed = mhmoe(project, "resume", run.id)
+    # Nobody can ask that cluster any more, so that the user must: whether a job of it lives on.
+    refused = mhmoe(project, "resume", run.id)
+    assert_one_line(refused, 7, "its cluster does not answer", "make sure that no job of it runs any more", "--force")
+    wait_until(lambda: not harness.driver_of(run), "the end of its job")
+    resumed = mhmoe(project, "resume", run.id, "--force")
     assert resumed.code == 0, resumed.err
     harness.assert_as_if_nothing_had_happened(run, reference)
 

@@ -4,6 +4,7 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.paged import in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
 
@@ -45,9 +46,7 @@ def test_changing_a_token_changes_no_logits_before_it(heads, kind):
 def test_cached_generation_gives_the_same_logits(heads, kind):
     model, x = build(heads, **kind), tokens(2, 17)
     whole = model(x).logits_BTV
-    caches = model.new_caches(batch=2, capacity=17)
-    parts = [model(part, caches).logits_BTV for part in x.split([5, 1, 1, 7, 3], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6 if kind else 1e-12, rtol=1e-6)
+    torch.testing.assert_close(in_parts(model, x, [5, 1, 1, 7, 3]), whole, atol=1e-6 if kind else 1e-12, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +58,7 @@ def test_only_distance_between_tokens_counts_for_attention(kind):
     spec = build(**kind).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 9, 32, dtype=torch.float64)
-    near, far = (attention(x, rotary(spec, start, start + 9, x.device)) for start in (0, 1000))
+    near, far = (attention(x, rotary(spec, torch.arange(start, start + 9))) for start in (0, 1000))
     torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
 
 
@@ -76,7 +75,7 @@ def test_xpos_fades_with_distance():
     from mhmoe_ray.model.attention import rotary
 
     spec = build(backbone="subln").spec
-    at = rotary(spec, 0, 1025, torch.device("cpu"))
+    at = rotary(spec, torch.arange(1025))
     # Without rotation, the product of a query of ones at the end with keys of ones.
     scale_q = (at.q_cos_TC.square() + at.q_sin_TC.square()).sqrt()
     scale_k = (at.k_cos_TC.square() + at.k_sin_TC.square()).sqrt()

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.model.attention import document_mask
+from mhmoe_ray.serve.engine.paged import PagedCache, PagedStep
+from tests.paged import in_parts
 
 from .test_decoder import KINDS, build, tokens
 
@@ -52,9 +54,7 @@ def test_a_token_sees_itself_and_what_is_before_it_in_its_document(ids):
 def test_generation_is_that_of_one_document(kind):
     model, x = build(document_masks=True, **kind), tokens(2, 17)
     whole = model(x, document_BT=torch.zeros_like(x)).logits_BTV
-    caches = model.new_caches(batch=2, capacity=17)
-    parts = [model(part, caches).logits_BTV for part in x.split([5, 1, 11], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(in_parts(model, x, [5, 1, 11]), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_document_ids_are_given_exactly_where_they_are_needed():
@@ -63,6 +63,6 @@ def test_document_ids_are_given_exactly_where_they_are_needed():
     with pytest.raises(AssertionError):
         masked(x)
     with pytest.raises(AssertionError):
-        masked(x, masked.new_caches(1, 4), document_BT=torch.zeros_like(x))
+        masked(x, PagedStep(PagedCache(masked.spec, 1, x.dtype, x.device), []), document_BT=torch.zeros_like(x))
     with pytest.raises(AssertionError):
         build()(x, document_BT=torch.zeros_like(x))

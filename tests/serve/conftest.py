@@ -1,11 +1,17 @@
 """A run directory with a tiny model, written as training writes it: by one process, and by two with spread experts."""
 
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,8 +21,9 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
 from tests.saved import save_tensors
 
 SEQ_LEN = 64
@@ -119,8 +126,10 @@ def spread_checkpoint(run_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint) -> Engine:
-    return Engine.from_checkpoint(checkpoint)
+def answerer(checkpoint) -> Iterator[Answerer]:
+    answerer = load_answerer(checkpoint, ServeSpec(max_concurrency=8))
+    yield answerer
+    answerer.engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +140,20 @@ def tokenizer(run_dir) -> Tokenizer:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of a server with this application."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

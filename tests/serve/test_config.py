@@ -2,19 +2,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serve.config import SPARE, application_config
 from mhmoe_ray.spec import ServeSpec
 
 
 def test_an_application_has_the_sizes_and_limits_of_the_spec():
-    spec = ServeSpec(replicas=2, cpus_per_replica=3, max_tokens=100, max_concurrency=5)
+    spec = ServeSpec(replicas=2, cpus_per_replica=3, max_concurrency=5, max_waiting=7)
     config = application_config("app", Path("/runs/a/checkpoints/step_00000001.1"), spec, "a")
-    assert config["args"] == {"checkpoint": "/runs/a/checkpoints/step_00000001.1", "model": "a", "max_tokens": 100}
+    checkpoint = "/runs/a/checkpoints/step_00000001.1"
+    assert config["args"] == {"checkpoint": checkpoint, "model": "a", "serve": spec.model_dump(mode="json")}
     (deployment,) = config["deployments"]
     assert deployment["num_replicas"] == 2
     assert deployment["ray_actor_options"] == {"num_cpus": 3}
-    assert deployment["max_ongoing_requests"] == 5
-    assert deployment["max_queued_requests"] == 40
+    assert deployment["max_ongoing_requests"] == 5 + 7 + SPARE
+    assert deployment["max_queued_requests"] == 14
 
 
 def test_a_relative_checkpoint_is_the_callers():

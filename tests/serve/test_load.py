@@ -5,8 +5,8 @@ import torch
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.manifest import read_manifest
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.serve.load import load_answerer, load_model
+from mhmoe_ray.spec import ServeSpec
 
 from .conftest import build_model
 
@@ -44,20 +44,20 @@ def test_a_damaged_file_is_named(copy):
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=weights.name):
-        Engine.from_checkpoint(copy)
+        load_answerer(copy, ServeSpec())
 
 
 def test_another_tokenizer_is_refused(copy):
     tokenizer = copy.parent.parent / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        Engine.from_checkpoint(copy)
+        load_answerer(copy, ServeSpec())
 
 
 def test_a_checkpoint_outside_its_run_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "loose" / "step")
     with pytest.raises(CheckpointError, match="inside its run directory"):
-        Engine.from_checkpoint(tmp_path / "loose" / "step")
+        load_answerer(tmp_path / "loose" / "step", ServeSpec())
 
 
 def test_a_checkpoint_of_another_model_is_refused(copy):
@@ -65,4 +65,4 @@ def test_a_checkpoint_of_another_model_is_refused(copy):
     model = manifest.model.model_copy(update={"layers": 4})
     (copy / "manifest.json").write_text(manifest.model_copy(update={"model": model}).model_dump_json())
     with pytest.raises(CheckpointError, match="is not in it"):
-        Engine.from_checkpoint(copy)
+        load_answerer(copy, ServeSpec())

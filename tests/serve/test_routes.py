@@ -8,41 +8,41 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.serve.engine import Engine
-from mhmoe_ray.serve.routes import create_app
+from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.http.schema import MOST_CHOICES
+from mhmoe_ray.serve.load import answerer_of
+from mhmoe_ray.spec import ServeSpec
 
+from .asking import call
 from .conftest import SEQ_LEN, build_model
 
 
-def call(app, method, path, **request) -> httpx.Response:
-    async def send():
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **request)
-
-    return asyncio.run(send())
-
-
 @pytest.fixture
-def app(engine):
-    return create_app(engine, "tiny", max_tokens=40)
+def app(answerer):
+    return create_app(answerer, "tiny", ServeSpec(max_tokens=40))
 
 
 @pytest.mark.parametrize(
     ("wrong", "param", "code", "says"),
     [
         ({"best_of": 3}, "best_of", "unsupported_parameter", "'best_of' is not supported"),
-        ({"logprobs": 1}, "logprobs", "unsupported_parameter", "'logprobs' is not supported"),
-        ({"logit_bias": {"1": 2}, "temperature": -1}, "logit_bias", "unsupported_parameter", "not supported"),
-        ({"n": 2}, "n", None, "should be 1"),
+        ({"suffix": "a", "temperature": -1}, "suffix", "unsupported_parameter", "not supported"),
+        ({"logprobs": 21}, "logprobs", None, "less than or equal to 20"),
+        ({"logit_bias": {"one": 2}}, "logit_bias", None, "should match pattern"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", None, "less than or equal to 100"),
+        ({"n": 0}, "n", None, "greater than or equal to 1"),
+        ({"prompt": ["a", "b"], "n": MOST_CHOICES}, "n", None, f"are more than {MOST_CHOICES} choices"),
+        ({"stream_options": {"include_usage": True}}, None, None, "stream_options are for stream: true"),
         ({"temperature": 2.5}, "temperature", None, "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", None, "valid number"),
         ({"top_p": 0}, "top_p", None, "greater than 0"),
-        ({"max_tokens": 0}, "max_tokens", None, "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", None, "greater than or equal to 0"),
         ({"max_tokens": 41}, "max_tokens", None, "max_tokens is 41, and this server allows at most 40"),
         ({"seed": 2**64}, "seed", None, "less than"),
-        ({"prompt": ["a", "b"]}, "prompt", None, "at most 1 item"),
-        ({"prompt": [1, 2]}, "prompt", None, "valid string"),
+        ({"prompt": []}, "prompt", None, "at least 1 item"),
+        ({"prompt": [[]]}, "prompt", None, "'prompt': "),
+        ({"prompt": [1, "a"]}, "prompt", None, "valid"),
+        ({"prompt": [3, 300]}, "prompt", None, "there is no token 300; there are 300"),
         ({"prompt": "\ud800"}, "prompt", None, "surrogates not allowed"),
         ({"prompt": None}, "prompt", None, "required"),
         ({"stop": ""}, "stop", None, "at least 1 character"),
@@ -67,7 +67,7 @@ def test_a_wrong_field_is_named(app, wrong, param, code, says):
         ("POST", "/v1/completions", {}, 400, "the body"),
         ("POST", "/v1/completions", {"json": {}}, 400, "'prompt': Field required"),
         ("POST", "/v1/completions", {"json": {"prompt": "a", "model": "gpt"}}, 404, "this server has 'tiny'"),
-        ("POST", "/v1/chat/completions", {"json": {}}, 404, "/v1/chat/completions: Not Found"),
+        ("POST", "/v1/chat", {"json": {}}, 404, "/v1/chat: Not Found"),
         ("GET", "/v1/completions", {}, 405, "Method Not Allowed"),
     ],
 )
@@ -78,6 +78,67 @@ def test_wrong_requests_get_a_body_of_openais_shape(app, method, path, request_,
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
     assert says in response.json()["error"]["message"]
+
+
+def completion(app, **body):
+    response = call(app, "POST", "/v1/completions", json={"prompt": "the quick", "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_several_prompts_and_choices_come_in_order(app):
+    texts = ["the quick", "ein Jäger"]
+    alone = [completion(app, prompt=text)["choices"][0]["text"] for text in texts]
+    both = completion(app, prompt=texts, n=2)
+    assert [c["index"] for c in both["choices"]] == [0, 1, 2, 3]
+    assert [c["text"] for c in both["choices"]] == [alone[0], alone[0], alone[1], alone[1]]
+    assert both["usage"]["completion_tokens"] == 4 * 16
+    drawn = completion(app, temperature=1.5, seed=3, n=4)["choices"]
+    assert len({c["text"] for c in drawn}) == 4
+    assert drawn == completion(app, temperature=1.5, seed=3, n=4)["choices"]
+
+
+def test_a_prompt_of_token_ids_is_taken_as_it_is(app, answerer):
+    ids = answerer.encode("the quick")
+    assert completion(app, prompt=ids)["choices"] == completion(app)["choices"]
+    assert completion(app, prompt=[ids, ids[1:]])["usage"]["prompt_tokens"] == 2 * len(ids) - 1
+    assert completion(app, prompt=ids[1:], echo=True)["choices"][0]["text"].startswith("the quick")
+
+
+def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens(app, answerer):
+    text = "der älteste 日本 🦊"
+    found = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=4)["choices"][0]
+    logprobs, tokens = found["logprobs"], found["logprobs"]["tokens"]
+    count = len(answerer.encode(text)) - 1  # the start of a document is no text
+    assert len(tokens) == count + 4
+    assert {len(values) for values in logprobs.values()} == {count + 4}
+    assert all(lp < 0 for lp in logprobs["token_logprobs"])
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    for token, at in zip(tokens, logprobs["text_offset"], strict=True):
+        assert token.startswith("bytes:") or found["text"][at:].startswith(token)
+    scored = completion(app, prompt=text, logprobs=2, echo=True, max_tokens=0)["choices"][0]
+    assert scored["text"] == text
+    assert scored["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:count]
+    assert scored["finish_reason"] == "length"
+    assert completion(app, max_tokens=0)["choices"][0]["text"] == ""
+    by_ids = completion(app, prompt=answerer.encode(text), logprobs=0, echo=True, max_tokens=0)["choices"][0]
+    assert by_ids["logprobs"]["tokens"] == ["<|endoftext|>", *tokens[:count]]
+    assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
+    assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
+    assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
+
+
+def test_tokens_and_text_go_both_ways(app, answerer):
+    found = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger"}).json()
+    assert found == {"tokens": answerer.encode("ein Jäger"), "count": len(found["tokens"]), "max_model_len": SEQ_LEN}
+    bare = call(app, "POST", "/tokenize", json={"prompt": "ein Jäger", "add_special_tokens": False}).json()
+    assert bare["tokens"] == found["tokens"][1:]
+    assert call(app, "POST", "/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": "ein Jäger"}
+
+
+def test_the_api_describes_itself(app):
+    paths = call(app, "GET", "/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"} <= paths.keys()
 
 
 def test_null_is_absent(app):
@@ -98,12 +159,14 @@ def broken_app(tokenizer):
             raise RuntimeError("a secret of the server")
 
     model.register_forward_hook(fail)
-    return create_app(Engine(model, tokenizer, SEQ_LEN), "tiny", 40)
+    answerer = answerer_of(model, tokenizer, SEQ_LEN, ServeSpec(max_concurrency=2))
+    yield create_app(answerer, "tiny", ServeSpec(max_tokens=40))
+    answerer.engine.close()
 
 
 def test_a_failure_tells_the_client_nothing_of_its_inside(broken_app):
     response = call(broken_app, "POST", "/v1/completions", json={"prompt": "the", "temperature": 0})
-    assert response.status_code == 500
+    assert response.status_code == 503
     assert response.json()["error"]["type"] == "server_error"
     assert "secret" not in response.text
 
@@ -130,7 +193,9 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
                 loop.call_soon_threadsafe(reached.set)
 
         model.register_forward_hook(count)
-        app = create_app(Engine(model, tokenizer, 4096), "tiny", 4000)
+        app = create_app(
+            answerer_of(model, tokenizer, 4096, ServeSpec(max_concurrency=2)), "tiny", ServeSpec(max_tokens=4000)
+        )
         # Greedy, and so always far from the end of text when the client leaves.
         body = {"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": stream}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -140,6 +205,7 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
             request.cancel()
             await asyncio.wait([request])
         assert request.cancelled()
+        await asyncio.sleep(0.1)  # for the step that is under way
         at_the_end = len(steps)
         await asyncio.sleep(0.1)
         assert len(steps) == at_the_end < 4000
@@ -154,17 +220,18 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
     stop=st.lists(st.text("aeiou th", min_size=1, max_size=2), max_size=2),
     echo=st.booleans(),
 )
-def test_chunks_join_to_the_plain_answer(engine, temperature, seed, stop, echo):
-    app = create_app(engine, "tiny", max_tokens=40)
+def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo):
+    app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     body = {"prompt": "the", "temperature": temperature, "seed": seed, "stop": stop, "echo": echo}
     plain = call(app, "POST", "/v1/completions", json=body).json()
-    streamed = call(app, "POST", "/v1/completions", json={**body, "stream": True})
-    *chunks, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = call(app, "POST", "/v1/completions", json={**body, **options})
+    *chunks, last, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
     chunks = [json.loads(c) for c in chunks]
     assert done == "[DONE]"
     assert len({c["id"] for c in chunks}) == 1
     assert "".join(c["choices"][0]["text"] for c in chunks) == plain["choices"][0]["text"]
     assert chunks[-1]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"]
-    assert chunks[-1]["usage"] == plain["usage"]
-    assert [c["usage"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert [c["usage"] for c in chunks] == [None] * len(chunks)
+    assert (json.loads(last)["choices"], json.loads(last)["usage"]) == ([], plain["usage"])
     assert plain["choices"][0]["text"].startswith("the") or not echo

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.serve.sampling import Sampling, choose
+from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine.sampling import Chooser, scored
 
 logits = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12)
 
@@ -21,7 +22,7 @@ def nucleus(probabilities, top_p):
 
 @given(logits)
 def test_temperature_zero_is_the_most_likely(values):
-    assert values[choose(torch.tensor(values), Sampling(1, temperature=0), torch.Generator())] == max(values)
+    assert values[Chooser(Sampling(1, temperature=0)).choose(torch.tensor(values))] == max(values)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.9), (1.0, 0.6), (1.0, 1e-9)])
@@ -30,11 +31,10 @@ def test_frequencies_follow_the_distribution(temperature, top_p):
     probabilities = (values.double() / temperature).softmax(0).tolist()
     kept = nucleus(probabilities, top_p)
     mass = sum(probabilities[t] for t in kept)
-    generator = torch.Generator().manual_seed(1)
-    sampling, draws = Sampling(1, temperature, top_p), 4000
+    chooser, draws = Chooser(Sampling(1, temperature, top_p=top_p, seed=1)), 4000
     counts = torch.zeros(6)
     for _ in range(draws):
-        counts[choose(values, sampling, generator)] += 1
+        counts[chooser.choose(values)] += 1
     for token, p in enumerate(probabilities):
         expected = p / mass if token in kept else 0.0
         # Five standard deviations of a binomial share.
@@ -43,6 +43,43 @@ def test_frequencies_follow_the_distribution(temperature, top_p):
 
 @given(logits, st.floats(min_value=5e-324, max_value=2), st.floats(min_value=5e-324, max_value=1), st.integers(0, 99))
 def test_no_allowed_temperature_or_top_p_fails(values, temperature, top_p, seed):
-    sampling = Sampling(1, temperature, top_p, seed)
-    token = choose(torch.tensor(values), sampling, sampling.generator())
+    token = Chooser(Sampling(1, temperature, top_p=top_p, seed=seed)).choose(torch.tensor(values))
     assert 0 <= token < len(values)
+
+
+def drawn(sampling, values, draws=300):
+    chooser = Chooser(sampling)
+    return [chooser.choose(torch.tensor(values)) for _ in range(draws)]
+
+
+def test_cuts_leave_the_likeliest():
+    values = [2.0, 1.0, 3.0, 0.0, -1.0]
+    assert set(drawn(Sampling(1, 2.0, top_k=2, seed=0), values)) == {0, 2}
+    # exp(-2) of the most likely: as likely as token 1 is
+    assert set(drawn(Sampling(1, 1.0, min_p=0.13, seed=0), values)) == {0, 1, 2}
+    # Of the two that top-k leaves, the first alone has the mass.
+    assert set(drawn(Sampling(1, 1.0, top_k=2, top_p=0.7, seed=0), values)) == {2}
+
+
+def test_penalties_and_biases_move_logits():
+    assert drawn(Sampling(9, 0, frequency_penalty=0.4), [1.0, 0.9, -9.0], 5) == [0, 1, 0, 1, 0]
+    assert drawn(Sampling(9, 0, presence_penalty=0.4), [1.0, 0.9, -9.0], 4) == [0, 1, 0, 0]
+    assert drawn(Sampling(9, 0, logit_bias={2: 100.0}), [1.0, 0.9, -9.0], 2) == [2, 2]
+    assert drawn(Sampling(9, 0, logit_bias={0: -100.0}), [1.0, 0.9, -9.0], 2) == [1, 1]
+
+
+def test_equal_seeds_draw_alike_and_negative_ones_are_seeds_too():
+    values = [0.0] * 50
+    assert drawn(Sampling(1, seed=-3), values) == drawn(Sampling(1, seed=-3), values)
+    assert drawn(Sampling(1, seed=-3), values) != drawn(Sampling(1, seed=3), values)
+    assert drawn(Sampling(1), values) != drawn(Sampling(1), values)
+
+
+def test_scores_are_log_probabilities_and_the_likeliest():
+    logits_RV = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
+    first, second = scored(logits_RV, [0, 0], 2)
+    logprob_RV = logits_RV.log_softmax(-1)
+    assert first.logprob == pytest.approx(float(logprob_RV[0, 0]))
+    assert [token for token, _ in first.alternatives] == [2, 1]
+    assert [token for token, _ in second.alternatives] == [0, 1]
+    assert scored(logits_RV[:1], [1], 0)[0].alternatives == ()

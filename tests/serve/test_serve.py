@@ -4,6 +4,7 @@ import json
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ from pydantic import PydanticDeprecatedSince20
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from mhmoe_ray.serve.config import application_config
-from mhmoe_ray.serve.sampling import Sampling
+from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.spec.cluster import WorkerRange
 
+from .asking import pieces
 from .conftest import SEQ_LEN, free_port
 
 with warnings.catch_warnings():
@@ -89,14 +92,14 @@ def complete(client, **body):
     return response.json()
 
 
-def test_the_answer_is_that_of_the_engine(client, engine):
-    ids = engine.encode("the quick")
-    pieces = list(engine.complete(ids, Sampling(20, temperature=0)))
+def test_the_answer_is_that_of_the_engine(client, answerer):
+    ids = answerer.encode("the quick")
+    found = pieces(answerer, ids, Sampling(20, temperature=0))
     answer = complete(client, max_tokens=20, model="tiny-abc123")
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny-abc123"
     assert answer["choices"] == [
-        {"index": 0, "text": "".join(p.text for p in pieces), "logprobs": None, "finish_reason": "length"}
+        {"index": 0, "text": "".join(p.text for p in found), "logprobs": None, "finish_reason": "length"}
     ]
     assert answer["usage"] == {
         "prompt_tokens": len(ids),
@@ -129,7 +132,7 @@ def test_requests_at_once_are_answered_as_alone(client):
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
-        ({"prompt": "the", "presence_penalty": 1}, 400, "presence_penalty", "is not supported"),
+        ({"prompt": "the", "best_of": 2}, 400, "best_of", "is not supported"),
         ({"prompt": "z" * SEQ_LEN}, 400, "prompt", f"prompt and answer together may have {SEQ_LEN}"),
         ({"prompt": "the", "max_tokens": 41}, 400, "max_tokens", "at most 40"),
         ({"prompt": "the", "temperature": "x"}, 400, "temperature", "valid number"),
@@ -149,6 +152,47 @@ def test_models_and_health(client):
     assert (model["id"], model["max_model_len"]) == ("tiny-abc123", SEQ_LEN)
     assert client.get("/health").status_code == 200
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint, spread_checkpoint):
+    """The same weights from other files, so that every answer is the same whichever replica gave it."""
+    [before] = client.get("/stats").json()["replicas"]
+    body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
+    expected = complete(client, **body)["choices"]
+    over = threading.Event()
+
+    def ask(_):
+        found = []
+        while not over.is_set():
+            found.append(client.post("/v1/completions", json=body))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(4))
+        deploy([application_config("tiny", spread_checkpoint, SPEC, "tiny-abc123")])
+        deadline = time.monotonic() + 120
+        while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == before["replica"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        over.set()
+        answers = [response for responses in asked for response in responses]
+    assert len(answers) > 10
+    assert {response.status_code for response in answers} == {200}
+    assert all(response.json()["choices"] == expected for response in answers)
+    assert len(replicas) == 1
+
+
+def test_each_replica_tells_what_it_did(client, checkpoint):
+    two = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
+    deploy([application_config("tiny", checkpoint, two, "tiny-abc123")])
+    wait_until("tiny", "RUNNING")
+    before = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
+    assert len(before) == 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: complete(client, seed=seed, max_tokens=10), range(16)))
+    after = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
+    assert sum(after.values()) - sum(before.values()) == 160
+    assert after.keys() == before.keys()
 
 
 def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):

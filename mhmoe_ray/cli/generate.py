@@ -1,0 +1,72 @@
+"""`mhmoe generate`: what a checkpoint says, without a server."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    CheckpointOption,
+    JsonOption,
+    RunArg,
+    StorageOption,
+    pick_checkpoint,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from mhmoe_ray.serve.answer import Answerer, Piece
+    from mhmoe_ray.serve.engine import Request
+
+
+def generate(
+    run: RunArg = None,
+    prompt: Annotated[str | None, typer.Option(help="What to go on from; read from standard input by default.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the most likely token each time.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
+    checkpoint: CheckpointOption = None,
+    storage: StorageOption = STORAGE,
+    json: JsonOption = False,
+) -> None:
+    """Let a checkpoint of a run go on from a prompt, in this process; the answer comes as it is made."""
+    import asyncio
+
+    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.serve.engine import Request, Sampling
+    from mhmoe_ray.serve.load import load_answerer
+    from mhmoe_ray.spec import ServeSpec
+
+    text = sys.stdin.read() if prompt is None else prompt
+    found = find_run(run, storage)
+    path, manifest = pick_checkpoint(found, checkpoint)
+    answerer = load_answerer(path, ServeSpec(max_concurrency=1))
+    ids = answerer.encode(text)
+    answerer.check_length(ids, answer=True)
+    sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
+    pieces = asyncio.run(_followed(answerer, Request(tuple(ids), sampling), shown=not json))
+    if json:
+        print_json(
+            {
+                "run": found.id,
+                "checkpoint": path.name,
+                "step": manifest.step,
+                "prompt": text,
+                "text": "".join(piece.text for piece in pieces),
+                "tokens": pieces[-1].tokens,
+                "finish_reason": pieces[-1].finish_reason,
+            }
+        )
+    else:
+        print()
+
+
+async def _followed(answerer: "Answerer", request: "Request", shown: bool) -> "list[Piece]":
+    pieces = []
+    async for piece in answerer.answer(request):
+        pieces.append(piece)
+        if shown:
+            print(piece.text, end="", flush=True)
+    return pieces

@@ -1,0 +1,58 @@
+"""What `mhmoe serve deploy` is to serve, and how."""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from mhmoe_ray.cli.common import pick_checkpoint
+from mhmoe_ray.errors import RunError, SpecError
+from mhmoe_ray.location import Location, location
+from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
+from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
+from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, load_spec, parse_overrides
+
+KEYS = "MHMOE_API_KEYS"
+
+
+def chosen(
+    target: str | None, checkpoint: str | None, storage: str, overrides: list[str]
+) -> tuple[RunDir, Location, DeploySpec]:
+    """The run, its checkpoint, and how it is served."""
+    for keys, _ in parse_overrides(overrides):
+        if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
+            raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
+    spec_file: Location | None = None
+    if target and target.endswith((".yaml", ".yml")):
+        spec_file, whole = Path(target), load_spec(Path(target))
+        runs = [r for r in list_runs(whole.storage) if r.id.rpartition("-")[0] == whole.name]
+        if not runs:
+            raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")
+        run = runs[-1]
+    elif target and (location(target) / MANIFEST).exists():
+        path = location(target).absolute()
+        read_manifest(path, ("weights",))
+        run = RunDir(path.parent.parent)
+        return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
+    else:
+        run = find_run(target, storage)
+    spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
+    return run, pick_checkpoint(run, checkpoint)[0], spec
+
+
+def replicas_set(given: str | None) -> list[str]:
+    """As an override of the spec."""
+    if given is None:
+        return []
+    low, dots, high = given.partition("..")
+    return [f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={given}"]
+
+
+def with_keys(spec: ServeSpec) -> ServeSpec:
+    """And the keys that the environment names."""
+    added = []
+    for pair in filter(None, os.environ.get(KEYS, "").split(",")):
+        name, colon, key = pair.partition(":")
+        if not (name and colon and key):
+            raise SpecError(KEYS, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
+        added.append(KeySpec(name=name, sha256=sha256(key.encode()).hexdigest()))
+    return spec.model_copy(update={"keys": (*spec.keys, *added)})

@@ -1,0 +1,134 @@
+"""Text in, text out: an engine's answer, decoded as it comes, with stop strings and what clients read of tokens."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
+from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenTexts
+
+
+def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The token that starts a document, and one that ends it."""
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
+    assert begin is not None
+    assert end is not None
+    return begin, end
+
+
+class ScoredText(NamedTuple):
+    """A token as clients read it."""
+
+    text: str
+    """What it stands for; "bytes:" and its bytes in hexadecimal where that is no whole character."""
+    in_text: bool
+    """Whether that is in the answer's text, which special tokens are not."""
+    logprob: float | None
+    alternatives: dict[str, float]
+
+
+class Piece(NamedTuple):
+    text: str
+    """The next part of the answer; empty while nothing more is certain."""
+    tokens: int
+    """Tokens of the answer so far."""
+    scores: tuple[ScoredText, ...] = ()
+    """Of tokens that came since the last piece, where asked for."""
+    finish_reason: FinishReason | None = None
+    """Set on the last piece only: the end of a document or a stop string, or a limit on tokens."""
+
+
+class Answerer:
+    """An engine and the tokenizer of its model."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        """Args:
+        engine: computes.
+        tokenizer: with tokens for the edges of a document.
+        template: of conversations, where the model knows such.
+        """
+        self.engine, self.tokenizer, self.template = engine, tokenizer, template
+        edges = boundaries(tokenizer)
+        assert edges is not None
+        self.start = edges.start
+        self.edges = edge_texts(tokenizer)
+        self.decode = TextDecoder(tokenizer)
+        self._texts = TokenTexts(tokenizer, self.decode)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt as the start of a document."""
+        return [self.start, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+
+    def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, which the next answer follows; templates may put the document's start in front
+        themselves.
+
+        Raises:
+            ServeError: the template does not take these messages.
+        """
+        ids = self.tokenizer.encode(template.prompt(messages), add_special_tokens=False).ids
+        return ids if ids[:1] == [self.start] else [self.start, *ids]
+
+    def check_length(self, prompt_ids: Sequence[int], answer: bool) -> None:
+        """Whether prompt and, if there is to be one, the first token of an answer fit in the model.
+
+        Raises:
+            ServeError: they do not.
+        """
+        if len(prompt_ids) + answer > self.engine.seq_len:
+            why = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
+            raise ServeError("the prompt", why, "shorten it")
+
+    async def answer(
+        self, request: Request, stops: Sequence[str] = (), echo: bool = False, own: int = 0
+    ) -> AsyncGenerator[Piece]:
+        """One piece per token, and a last one with the reason why it ends. To close it ends the work.
+
+        Args:
+            request: to the engine.
+            stops: the answer ends before the first of these strings.
+            echo: whether the text begins with that of the prompt.
+            own: tokens at the prompt's start that were not the client's, and that it is told nothing of.
+
+        Raises:
+            BusyError, EngineError: as `Engine.generate`.
+        """
+        stream = TextStream(self.decode, stops, request.prompt_ids)
+        count, opening = 0, self.decode(request.prompt_ids) if echo else ""
+        async with aclosing(self.engine.generate(request)) as updates:
+            async for update in updates:
+                scores = [*self._scored(update.prompt[own:]), *self._scored(update.tokens)]
+                text, opening = opening, ""
+                for scored in update.tokens:
+                    count += 1
+                    text += stream.push(scored.token)
+                if stream.stopped:
+                    yield Piece(text, count, self._asked(request, scores), "stop")
+                    return
+                if update.finish:
+                    text += stream.finish()
+                    reason: FinishReason = "stop" if stream.stopped else update.finish
+                    yield Piece(text, count, self._asked(request, scores), reason)
+                    return
+                yield Piece(text, count, self._asked(request, scores))
+
+    def _asked(self, request: Request, scores: list[ScoredText]) -> tuple[ScoredText, ...]:
+        return tuple(scores) if request.logprobs is not None else ()
+
+    def _scored(self, tokens: Sequence[Scored]) -> list[ScoredText]:
+        return [
+            ScoredText(
+                self._texts[s.token],
+                not self._texts.is_special(s.token),
+                s.logprob,
+                {self._texts[token]: lp for token, lp in s.alternatives},
+            )
+            for s in tokens
+        ]

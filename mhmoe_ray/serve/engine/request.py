@@ -1,0 +1,101 @@
+"""What an engine is asked, and what it answers: token ids in, token ids out. Text is `serve/text.py`'s concern."""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+from mhmoe_ray.serve.engine.stats import Stats
+
+FinishReason = Literal["stop", "length"]
+"""The end of a document; or a limit on tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: penalties and biases first, then the temperature, then the cuts, in this order."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Of the so many most likely tokens; 0: of all."""
+    top_p: float = 1.0
+    """Of the smallest set whose probabilities add up to this."""
+    min_p: float = 0.0
+    """Of those at least so many times as likely as the most likely one."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Taken from them once for each time."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to logits, by token."""
+    seed: int | None = None
+    """Answers of equal seeds are equal, whatever else the engine does; None draws a seed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: tuple[int, ...]
+    """At least one."""
+    sampling: Sampling
+    logprobs: int | None = None
+    """How many alternatives to tell beside each token and its log-probability; None: nothing of it."""
+    prompt_logprobs: bool = False
+    """Tell the same of the prompt."""
+    client: str = ""
+    """Who asks: those who wait take turns."""
+
+
+class Scored(NamedTuple):
+    """A token and, where asked for, its natural log-probability and the most likely ones in its place, likeliest first:
+    the model's own, before temperature, penalties and biases."""
+
+    token: int
+    logprob: float | None = None
+    """None also for the first token of a prompt, which nothing comes before."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Update(NamedTuple):
+    """The next part of an answer."""
+
+    tokens: tuple[Scored, ...] = ()
+    prompt: tuple[Scored, ...] = ()
+    """All of it, once, where asked for."""
+    finish: FinishReason | None = None
+    """On the last one."""
+
+
+class Engine(Protocol):
+    """`TorchEngine` is one."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+        """The answer, part by part, each as soon as it is there. To close it early ends the work.
+
+        Raises:
+            BusyError: too many wait already.
+            EngineError: the engine is broken.
+        """
+        ...
+
+    @property
+    def why_broken(self) -> str | None:
+        """None as long as it works."""
+        ...
+
+    def stats(self) -> Stats:
+        """What it has done so far and what it does now."""
+        ...
+
+
+class BusyError(Exception):
+    """Come back later."""
+
+
+class EngineError(Exception):
+    """The engine cannot answer, now or ever."""

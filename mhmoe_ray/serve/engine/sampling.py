@@ -1,0 +1,79 @@
+"""The next token from the model's logits."""
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.serve.engine.request import Sampling, Scored
+
+
+class Chooser:
+    """Of one answer."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed % 2**64)
+        self._times: dict[int, int] = {}
+        """How often the answer has each token."""
+
+    def choose(self, logits_V: Tensor) -> int:
+        """One token of those whose logits these are, in CPU memory."""
+        sampling = self._sampling
+        logits_V = self._moved(logits_V)
+        token = int(logits_V.argmax()) if sampling.temperature == 0 else self._drawn(logits_V.double())
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._times[token] = self._times.get(token, 0) + 1
+        return token
+
+    def _moved(self, logits_V: Tensor) -> Tensor:
+        """By penalties and biases."""
+        sampling = self._sampling
+        if not self._times and not sampling.logit_bias:
+            return logits_V
+        logits_V = logits_V.clone()
+        for token, times in self._times.items():
+            logits_V[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+        for token, bias in sampling.logit_bias.items():
+            logits_V[token] += bias
+        return logits_V
+
+    def _drawn(self, logits_V: Tensor) -> int:
+        sampling = self._sampling
+        # The largest logit becomes 0 first, so that no temperature, however small, makes inf - inf.
+        probability_V = ((logits_V - logits_V.max()) / sampling.temperature).softmax(-1)
+        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            sorted_V, token_V = probability_V.sort(descending=True, stable=True)
+            cut = sorted_V < sampling.min_p * sorted_V[0]
+            if sampling.top_k:
+                cut[sampling.top_k :] = True
+            if sampling.top_p < 1:
+                left_V = sorted_V.masked_fill(cut, 0)
+                left_V /= left_V.sum()
+                cut |= left_V.cumsum(-1) - left_V >= sampling.top_p
+            probability_V[token_V[cut]] = 0
+        # One number per token: a draw is a place on the line of all probabilities.
+        line_V = probability_V.cumsum(-1)
+        place = torch.rand((), dtype=torch.float64, generator=self._random) * line_V[-1]
+        token = int(torch.searchsorted(line_V, place, right=True))
+        return min(token, int(probability_V.nonzero()[-1]))
+
+
+def scored(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[Scored]:
+    """Each row's token with its log-probability, and the most likely tokens there.
+
+    Args:
+        logits_RV: rows.
+        tokens: one for each.
+        alternatives: how many of the most likely.
+    """
+    logprob_RV = logits_RV.float().log_softmax(-1)
+    chosen = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    best, token = logprob_RV.topk(alternatives, dim=-1) if alternatives else (None, None)
+    tops = [
+        tuple(zip(token[i].tolist(), best[i].tolist(), strict=True)) if token is not None and best is not None else ()
+        for i in range(len(tokens))
+    ]
+    return [Scored(*found) for found in zip(tokens, chosen, tops, strict=True)]

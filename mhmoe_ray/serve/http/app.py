@@ -1,0 +1,124 @@
+"""The HTTP server, as a FastAPI application around one engine. Ray Serve runs it; nothing here knows of Ray."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine import EngineError
+from mhmoe_ray.serve.http import chat, completions, page
+from mhmoe_ray.serve.http.access import Access, SmallBodies
+from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
+from mhmoe_ray.serve.http.metrics import exposition
+from mhmoe_ray.serve.http.schema import (
+    AllStats,
+    Detokenized,
+    DetokenizeRequest,
+    Model,
+    ModelList,
+    TokenizeRequest,
+    TokenizerInfo,
+    Tokens,
+)
+from mhmoe_ray.serve.http.service import Service
+from mhmoe_ray.spec import ServeSpec
+
+Everyone = Callable[[], Awaitable[list[dict[str, Any]]]]
+
+
+def create_app(
+    answerer: Answerer, model: str, spec: ServeSpec, replica: str = "", everyone: Everyone | None = None
+) -> FastAPI:
+    """The application that answers with an engine.
+
+    Args:
+        answerer: shared by all requests.
+        model: its name for clients.
+        spec: limits, and who may ask.
+        replica: a name of this process among others that serve the same.
+        everyone: what `told` gives of each of them; by default this one is alone.
+    """
+    service = Service(answerer, model, spec, Access(spec.keys, spec.replicas.max))
+    app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
+    app.add_middleware(SmallBodies, most=spec.max_body_bytes)
+    app.include_router(completions.router(service), responses=RESPONSES)
+    app.include_router(page.router())
+    app.include_router(chat.router(service), responses=RESPONSES)
+    app.include_router(
+        _others(service, replica, everyone), dependencies=[Depends(service.access.client)], responses=RESPONSES
+    )
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The server lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: RESPONSES[503]})
+    async def ready() -> dict[str, str]:
+        """It can answer."""
+        if why := answerer.engine.why_broken:
+            raise EngineError(why)
+        return {"status": "ok"}
+
+    app.openapi_schema = _described(app)
+    return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The API's description. What FastAPI would answer with 422, this server answers with 400."""
+    described = app.openapi()
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(unused, None)
+    return described
+
+
+def told(answerer: Answerer, replica: str) -> dict[str, Any]:
+    """What a replica's engine counts, as JSON."""
+    return {"replica": replica, **answerer.engine.stats().as_json()}
+
+
+def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRouter:
+    routes, answerer = APIRouter(), service.answerer
+
+    @routes.get("/v1/models")
+    async def models() -> ModelList:
+        found = Model(id=service.model, created=service.started, max_model_len=answerer.engine.seq_len)
+        return ModelList(data=[found])
+
+    @routes.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> Tokens:
+        service.check_model(request.model)
+        ids = answerer.encode(request.prompt)
+        ids = ids if request.add_special_tokens else ids[1:]
+        return Tokens(tokens=ids, count=len(ids), max_model_len=answerer.engine.seq_len)
+
+    @routes.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> Detokenized:
+        service.check_model(request.model)
+        return Detokenized(prompt=answerer.decode(request.tokens))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """For clients that count tokens themselves."""
+        begin, end = answerer.edges
+        template = answerer.template.text if answerer.template else None
+        return TokenizerInfo(bos_token=begin, eos_token=end, chat_template=template)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Of this replica, in Prometheus' format."""
+        text = exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/stats")
+    async def stats() -> AllStats:
+        """Of all replicas."""
+        found = await everyone() if everyone else [told(answerer, replica)]
+        return AllStats(model=service.model, replicas=found)
+
+    return routes

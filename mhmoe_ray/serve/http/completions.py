@@ -1,0 +1,97 @@
+"""POST /v1/completions."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from itertools import product
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import StreamingResponse
+
+from mhmoe_ray.serve.answer import Piece, ScoredText
+from mhmoe_ray.serve.engine import Request
+from mhmoe_ray.serve.http.access import Client
+from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.http.schema import MOST_CHOICES, Choice, Completion, CompletionRequest, Logprobs, Usage
+from mhmoe_ray.serve.http.service import Service
+from mhmoe_ray.serve.http.stream import DESCRIBED
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", response_model=Completion, responses={200: DESCRIBED})
+    async def completions(
+        request: CompletionRequest, client: Annotated[Client, Depends(service.access.client)]
+    ) -> Response | Completion:
+        service.check_model(request.model)
+        service.check_max_tokens(request.max_tokens, "max_tokens")
+        if len(request.prompt) * request.n > MOST_CHOICES:
+            message = f"{len(request.prompt)} prompts times n {request.n} are more than {MOST_CHOICES} choices"
+            raise RequestError(400, message, "n")
+        prompts = [service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
+        ours = [int(isinstance(prompt, str)) for prompt in request.prompt]  # the token that starts a document
+        asked = [
+            (
+                Request(
+                    ids,
+                    request.sampling(request.max_tokens, choice),
+                    request.logprobs,
+                    prompt_logprobs=request.echo and request.logprobs is not None,
+                    client=client.name,
+                ),
+                own,
+            )
+            for (ids, own), choice in product(zip(prompts, ours, strict=True), range(request.n))
+        ]
+        answers = service.answers(asked, request, request.echo, sum(map(len, prompts)), client)
+        shape = _Shape(service.model, len(asked))
+        if request.stream:
+            last = (lambda: shape.body([], answers.usage)) if request.usage_wanted else None
+            events = answers.events(lambda number, piece: shape.body([shape.choice(number, piece)], None), last)
+            return StreamingResponse(events, media_type="text/event-stream")
+        choices = [shape.choice(number, piece) for number, piece in enumerate(await answers.whole())]
+        return shape.body(choices, answers.usage)
+
+    return routes
+
+
+class _Shape:
+    """The bodies of one response, under one id."""
+
+    def __init__(self, model: str, choices: int) -> None:
+        self._model, self._id, self._created = model, f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._offsets = [_Offsets() for _ in range(choices)]
+
+    def body(self, choices: list[Choice], usage: Usage | None) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+
+    def choice(self, number: int, piece: Piece) -> Choice:
+        logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
+        return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
+
+
+class _Offsets:
+    """Where in the text of a choice its tokens begin."""
+
+    def __init__(self) -> None:
+        self._at, self._bytes = 0, b""
+
+    def logprobs(self, scores: Sequence[ScoredText]) -> Logprobs:
+        return Logprobs(
+            tokens=[score.text for score in scores],
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=[score.alternatives if score.logprob is not None else None for score in scores],
+            text_offset=[self._place(score) for score in scores],
+        )
+
+    def _place(self, score: ScoredText) -> int:
+        text = score.text
+        if text.startswith("bytes:"):  # part of a character
+            self._bytes += bytes.fromhex(text.removeprefix("bytes:"))
+            return self._at
+        self._at += len(self._bytes.decode("utf-8", "replace"))
+        self._bytes = b""
+        place, self._at = self._at, self._at + len(text) * score.in_text
+        return place

@@ -1,0 +1,66 @@
+"""What all routes share."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine import Request
+from mhmoe_ray.serve.http.access import Access, Client
+from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.http.schema import Choosing
+from mhmoe_ray.serve.http.stream import Answers
+from mhmoe_ray.spec import ServeSpec
+
+
+@dataclass
+class Service:
+    answerer: Answerer
+    model: str
+    """Its name for clients."""
+    spec: ServeSpec
+    """Limits."""
+    access: Access
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, named: str | None) -> None:
+        if named not in (None, self.model):
+            message = f"there is no model {named!r} here; this server has {self.model!r}"
+            raise RequestError(404, message, "model", "model_not_found")
+
+    def check_max_tokens(self, wanted: int, param: str) -> None:
+        if wanted > self.spec.max_tokens:
+            message = f"{param} is {wanted}, and this server allows at most {self.spec.max_tokens}"
+            raise RequestError(400, message, param)
+
+    def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
+        """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
+        known = self.answerer.tokenizer.get_vocab_size()
+        ids = self.answerer.encode(prompt) if isinstance(prompt, str) else prompt
+        if unknown := next((token for token in ids if token >= known), None):
+            raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
+        try:
+            self.answerer.check_length(ids, answer)
+        except ServeError as e:
+            raise RequestError(400, str(e), param, "context_length_exceeded") from e
+        return tuple(ids)
+
+    def answers(
+        self, asked: Sequence[tuple[Request, int]], request: Choosing, echo: bool, prompt_tokens: int, client: Client
+    ) -> Answers:
+        """To the choices of one request, which counts as one of the client's.
+
+        Args:
+            asked: of the engine, each with the number of tokens at its start that are ours.
+            request: its stop strings.
+            echo: as of `Answerer.answer`.
+            prompt_tokens: of all prompts.
+            client: who asks.
+
+        Raises:
+            RequestError: the client has had its share.
+        """
+        client.check()
+        answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
+        return Answers(answers, prompt_tokens, client, self.spec.request_timeout)

@@ -1,0 +1,131 @@
+"""The pieces of one request's answers: merged, counted, and as server-sent events."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from pydantic import BaseModel
+
+from mhmoe_ray.serve.answer import Piece
+from mhmoe_ray.serve.http.access import Client
+from mhmoe_ray.serve.http.errors import RequestError, body_of
+from mhmoe_ray.serve.http.schema import Usage
+
+Pieces = AsyncGenerator[tuple[int, Piece]]
+"""Each with the number of its choice."""
+
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+DESCRIBED = {
+    "description": "The answer; with `stream`, events with chunks of it as `data`, and a last one of [DONE].",
+    "content": {"text/event-stream": {"schema": _EVENT}},
+}
+
+
+class Answers:
+    """Of one request."""
+
+    def __init__(
+        self, answers: Sequence[AsyncGenerator[Piece]], prompt_tokens: int, client: Client, timeout: float
+    ) -> None:
+        """Args:
+        answers: its choices.
+        prompt_tokens: of all of its prompts.
+        client: that uses what they take, however they end.
+        timeout: seconds that they may take.
+        """
+        self._answers, self._prompt_tokens, self._client, self._timeout = answers, prompt_tokens, client, timeout
+        self._tokens = [0] * len(answers)
+
+    @property
+    def usage(self) -> Usage:
+        answered = sum(self._tokens)
+        total = self._prompt_tokens + answered
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answered, total_tokens=total)
+
+    async def pieces(self) -> Pieces:
+        try:
+            async with aclosing(merged(self._answers, self._timeout)) as pieces:
+                async for number, piece in pieces:
+                    self._tokens[number] = piece.tokens
+                    yield number, piece
+        finally:
+            self._client.used(self.usage.total_tokens)
+
+    async def whole(self) -> list[Piece]:
+        """Each choice as one piece."""
+        parts: list[list[Piece]] = [[] for _ in self._answers]
+        async with aclosing(self.pieces()) as pieces:
+            async for number, piece in pieces:
+                parts[number].append(piece)
+        return [_joined(pieces) for pieces in parts]
+
+    async def events(
+        self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
+    ) -> AsyncGenerator[str]:
+        """Server-sent events: chunks, then [DONE]; after a failure an error body in its place.
+
+        Args:
+            chunk: the body with a piece.
+            last: the body after all of them, if there is to be one.
+        """
+        try:
+            async with aclosing(self.pieces()) as pieces:
+                async for number, piece in pieces:
+                    if piece.text or piece.scores or piece.finish_reason:
+                        yield _event(chunk(number, piece))
+            if last:
+                yield _event(last())
+        except Exception as e:
+            yield _event(body_of(e))
+        else:
+            yield "data: [DONE]\n\n"
+
+
+def _event(body: BaseModel) -> str:
+    return f"data: {body.model_dump_json()}\n\n"
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        pieces[-1].tokens,
+        tuple(score for piece in pieces for score in piece.scores),
+        pieces[-1].finish_reason,
+    )
+
+
+async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pieces:
+    """Pieces of all answers as they come. When one fails, or this is closed, all end.
+
+    Raises:
+        RequestError: they took longer than so many seconds.
+    """
+    deadline = time.monotonic() + timeout
+    pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
+
+    async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    pieces.put_nowait((number, piece))
+        except Exception as e:
+            pieces.put_nowait((number, e))
+
+    tasks = [asyncio.create_task(follow(number, answer)) for number, answer in enumerate(answers)]
+    try:
+        left = len(tasks)
+        while left:
+            try:
+                number, piece = await asyncio.wait_for(pieces.get(), deadline - time.monotonic())
+            except TimeoutError:
+                message = f"there was no answer within {timeout:g} s; ask for less, or later"
+                raise RequestError(503, message, code="timeout") from None
+            if isinstance(piece, Exception):
+                raise piece
+            left -= piece.finish_reason is not None
+            yield number, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,55 @@
+"""`mhmoe generate`: text from a checkpoint, in a process without a cluster."""
+
+import subprocess
+
+import pytest
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.runs.manifest import newest_checkpoint
+from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.spec import ServeSpec
+from tests.cli.run import assert_one_line, command, mhmoe
+from tests.exchange.conftest import MIXTRAL, make_run
+from tests.serve.asking import pieces
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    return folder, make_run(folder, MIXTRAL)
+
+
+def test_it_says_what_the_engine_says(project):
+    folder, run = project
+    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec())
+    sampling = Sampling(12, 0.9, top_p=0.8, seed=4)
+    text = "".join(piece.text for piece in pieces(answerer, answerer.encode("the quick"), sampling))
+    answerer.engine.close()
+    options = ("--max-tokens", "12", "--temperature", "0.9", "--top-p", "0.8", "--seed", "4")
+    shown = mhmoe(folder, "generate", run.id, "--prompt", "the quick", *options)
+    assert (shown.code, shown.out) == (0, f"{text}\n")
+    found = mhmoe(folder, "generate", "--prompt", "the quick", *options, "--json").json()
+    assert (found["text"], found["tokens"], found["finish_reason"]) == (text, 12, "length")
+    assert (found["run"], found["checkpoint"], found["step"]) == (run.id, "step_00000007.1", 7)
+
+
+def test_a_prompt_may_come_through_a_pipe(project):
+    folder, _ = project
+    piped = subprocess.run(
+        command("generate", "--temperature", "0", "--max-tokens", "4"),
+        cwd=folder,
+        input="the quick",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = mhmoe(folder, "generate", "--prompt", "the quick", "--temperature", "0", "--max-tokens", "4")
+    assert piped.stdout == given.out
+
+
+def test_mistakes_are_one_line(project):
+    folder, run = project
+    long = mhmoe(folder, "generate", "--prompt", "the quick brown fox " * 100)
+    assert_one_line(long, ServeError.exit_code, "the prompt: it has", "shorten it")
+    assert_one_line(mhmoe(folder, "generate", run.id, "--prompt", "a", "--checkpoint", "step_9.9"), 8, "step_9.9")

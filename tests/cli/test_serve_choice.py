@@ -1,0 +1,55 @@
+"""What `mhmoe serve deploy` takes its words for."""
+
+import pytest
+
+from mhmoe_ray.cli.serve_choice import chosen, replicas_set, with_keys
+from mhmoe_ray.errors import CheckpointError, RunError, SpecError
+from mhmoe_ray.runs.manifest import committed
+from mhmoe_ray.spec import ServeSpec, dump_spec
+from tests.exchange.conftest import MIXTRAL, make_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path, MIXTRAL)
+
+
+def test_a_run_by_id_a_checkpoint_by_folder_and_a_spec_by_its_newest_run(tmp_path, run):
+    [checkpoint] = committed(run)
+    storage = str(tmp_path / "runs")
+    by_id = chosen(run.id, None, storage, [])
+    by_folder = chosen(str(checkpoint), None, storage, ["serve.port=9000"])
+    assert (by_id[0].id, by_id[1]) == (by_folder[0].id, by_folder[1]) == (run.id, checkpoint)
+    assert by_folder[2].serve.port == 9000
+    spec = run.spec().model_copy(update={"serve": ServeSpec(max_tokens=77)})
+    file = tmp_path / "own.yaml"
+    file.write_text(dump_spec(spec))
+    found, path, how = chosen(str(file), None, "elsewhere", ["serve.replicas=2"])
+    assert (found.id, path) == (run.id, checkpoint)
+    assert (how.serve.max_tokens, how.serve.replicas.max) == (77, 2)
+    file.write_text(dump_spec(spec.model_copy(update={"name": "another"})))
+    with pytest.raises(RunError, match="holds no run of it"):
+        chosen(str(file), None, "elsewhere", [])
+
+
+def test_a_damaged_checkpoint_is_not_served(tmp_path, run):
+    [checkpoint] = committed(run)
+    next((checkpoint / "weights").iterdir()).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has 0 bytes"):
+        chosen(str(checkpoint), None, str(tmp_path / "runs"), [])
+
+
+def test_replicas_are_a_number_or_a_range():
+    assert replicas_set(None) == []
+    assert replicas_set("3") == ["serve.replicas=3"]
+    assert replicas_set("1..4") == ["serve.replicas={min: 1, max: 4}"]
+
+
+def test_keys_of_the_environment_are_kept_as_hashes(monkeypatch):
+    monkeypatch.setenv("MHMOE_API_KEYS", "ann:secret,bob:other")
+    keys = with_keys(ServeSpec()).keys
+    assert [key.name for key in keys] == ["ann", "bob"]
+    assert keys[0].sha256 == "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
+    monkeypatch.setenv("MHMOE_API_KEYS", "secret")
+    with pytest.raises(SpecError, match="it is not NAME:KEY"):
+        with_keys(ServeSpec())

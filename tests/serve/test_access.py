@@ -1,0 +1,135 @@
+"""Who may ask, how much, how large and how long."""
+
+import hashlib
+import json
+
+import pytest
+
+from mhmoe_ray.serve.http.access import Access, Bucket
+from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.spec import KeySpec, ServeSpec
+
+from .asking import call
+from .conftest import SEQ_LEN
+
+BODY = {"prompt": "the quick", "temperature": 0, "max_tokens": 8}
+
+
+def key(name, **limits):
+    return KeySpec(name=name, sha256=hashlib.sha256(f"secret of {name}".encode()).hexdigest(), **limits)
+
+
+def bearer(name):
+    return {"authorization": f"Bearer secret of {name}"}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_bucket_fills_over_a_minute_and_no_more_than_once():
+    clock = Clock()
+    bucket = Bucket(60, clock)
+    bucket.spend(60)
+    assert bucket.wait() == 1
+    clock.now += 1
+    assert bucket.wait() == 0
+    bucket.spend(100)  # more than there is, once
+    assert bucket.wait() == 100
+    clock.now += 10_000
+    assert bucket.wait() == 0
+    bucket.spend(60)
+    assert bucket.wait() > 0
+
+
+def test_limits_are_shared_out_over_replicas():
+    access = Access([key("a", requests_per_minute=4)], replicas=2, clock=Clock())
+    client = next(iter(access._clients.values()))
+    client.check()
+    client.check()
+    with pytest.raises(RequestError, match="a has had all its requests of this minute; try again in"):
+        client.check()
+
+
+@pytest.fixture
+def app(answerer):
+    keys = (key("ann"), key("bob", requests_per_minute=2), key("eve", tokens_per_minute=10))
+    return create_app(answerer, "tiny", ServeSpec(max_body_bytes=2000, keys=keys))
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": "secret of ann"}])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/models"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/metrics"),
+    ],
+)
+def test_without_a_key_there_is_nothing_to_see(app, headers, method, path):
+    response = call(app, method, path, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"]["type"] == "authentication_error"
+    assert call(app, "GET", "/health").status_code == call(app, "GET", "/ready").status_code == 200
+
+
+def test_a_client_that_asks_too_often_is_told_when_to_come_back_and_others_are_not_kept(app):
+    codes = [call(app, "POST", "/v1/completions", json=BODY, headers=bearer("bob")).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
+    refused = call(app, "POST", "/v1/completions", json=BODY, headers=bearer("bob"))
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["retry-after"]) <= 31
+    assert call(app, "POST", "/v1/completions", json=BODY, headers=bearer("ann")).status_code == 200
+
+
+def test_tokens_of_streamed_answers_count_too(app):
+    first = call(app, "POST", "/v1/completions", json={**BODY, "stream": True}, headers=bearer("eve"))
+    assert first.text.endswith("[DONE]\n\n")
+    second = call(app, "POST", "/v1/completions", json={**BODY, "stream": True}, headers=bearer("eve"))
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert "all its tokens" in second.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused(app, chunked):
+    body = json.dumps({"prompt": "z" * 3000}).encode()
+
+    async def parts():
+        for start in range(0, len(body), 500):
+            yield body[start : start + 500]
+
+    headers = {"content-type": "application/json", **bearer("ann")}
+    response = call(app, "POST", "/v1/completions", content=parts() if chunked else body, headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_ends(answerer, stream):
+    app = create_app(answerer, "tiny", ServeSpec(request_timeout=1e-6))
+    response = call(app, "POST", "/v1/completions", json={**BODY, "max_tokens": SEQ_LEN - 8, "stream": stream})
+    if stream:
+        [error] = [json.loads(line[6:]) for line in response.text.splitlines() if line]
+    else:
+        assert response.status_code == 503
+        error = response.json()
+    assert error["error"]["code"] == "timeout"
+
+
+def test_metrics_are_what_the_engine_counts(answerer):
+    app = create_app(answerer, "tiny", ServeSpec(), replica="r1")
+    before = answerer.engine.stats()
+    call(app, "POST", "/v1/completions", json=BODY)
+    text = call(app, "GET", "/metrics").text
+    labels = '{model="tiny",replica="r1"}'
+    assert f"mhmoe_answer_tokens_total{labels} {before.answer_tokens + 8:.1f}" in text
+    assert f"mhmoe_first_token_seconds_count{labels} {before.first_token.count + 1:.1f}" in text
+    assert f"mhmoe_running{labels} 0.0" in text
+    assert 'mhmoe_expert_routes_total{expert="3",layer="0",model="tiny",replica="r1"}' in text

@@ -1,0 +1,109 @@
+"""Conversations, through OpenAI's own client."""
+
+import json
+
+import openai
+import pytest
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.load import answerer_of, load_answerer
+from mhmoe_ray.spec import ServeSpec
+
+from .asking import call
+from .conftest import SEQ_LEN, build_model, running
+
+TEMPLATE = """
+{%- for message in messages %}
+    {%- if message.role not in ["user", "assistant"] %}
+        {{- raise_exception("only user and assistant speak here, not " ~ message.role) }}
+    {%- endif %}
+{{ message.role[0] }}:{{ message.content }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}a:{% endif %}
+"""
+HELLO = [{"role": "user", "content": "the fox"}]
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer):
+    template = ChatTemplate(TEMPLATE, "<|endoftext|>", "<|endoftext|>")
+    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec(), template)
+    yield answerer
+    answerer.engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(chatty):
+    with running(create_app(chatty, "tiny", ServeSpec(max_tokens=40))) as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+
+
+def test_a_template_spells_a_conversation():
+    template = ChatTemplate(TEMPLATE, "<s>", "</s>")
+    assert template.prompt([*HELLO, {"role": "assistant", "content": "ja"}]) == "u:the fox</s>\na:ja</s>\na:"
+    with pytest.raises(ServeError, match="only user and assistant speak here, not system"):
+        template.prompt([{"role": "system", "content": ""}])
+    with pytest.raises(ServeError, match=r"the chat template: .*; correct chat_template\.jinja"):
+        ChatTemplate("{% for %}", "", "")
+    with pytest.raises(ServeError, match="access to attribute '__class__' of 'str' object is unsafe"):
+        ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").prompt([])
+
+
+def test_the_answer_is_that_to_the_spelled_prompt(client, chatty):
+    said = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, max_completion_tokens=8, logprobs=True, top_logprobs=2
+    )
+    prompt = chatty.encode_chat(chatty.template, HELLO)
+    assert prompt[0] == chatty.start
+    plain = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=8, logprobs=2)
+    [choice] = said.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", plain.choices[0].text)
+    assert said.usage == plain.usage
+    assert [token.token for token in choice.logprobs.content] == plain.choices[0].logprobs.tokens
+    assert [token.logprob for token in choice.logprobs.content] == plain.choices[0].logprobs.token_logprobs
+    assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    asked = {"model": "tiny", "messages": HELLO, "temperature": 1.1, "seed": 2, "n": 2, "max_tokens": 10}
+    whole = client.chat.completions.create(**asked)
+    *chunks, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    for choice in whole.choices:
+        own = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert [part.delta.role for part in own] == ["assistant", *[None] * (len(own) - 1)]
+        assert "".join(part.delta.content for part in own) == choice.message.content
+        assert own[-1].finish_reason == choice.finish_reason
+    assert last.usage == whole.usage
+
+
+def test_what_the_template_refuses_is_the_clients_mistake(client):
+    with pytest.raises(openai.BadRequestError, match="only user and assistant speak here") as wrong:
+        client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "a"}])
+    assert wrong.value.param == "messages"
+
+
+def test_a_model_without_a_template_says_so(answerer):
+    app = create_app(answerer, "tiny", ServeSpec())
+    response = call(app, "POST", "/v1/chat/completions", json={"messages": HELLO})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "no_chat_template")
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_imported_model_brings_its_template_along(tmp_path, where):
+    from mhmoe_ray.exchange.export import export
+    from mhmoe_ray.exchange.import_ import import_folder
+    from mhmoe_ray.runs.manifest import newest_checkpoint
+    from tests.exchange.conftest import MIXTRAL, make_run
+
+    checkpoint, manifest, _ = newest_checkpoint(make_run(tmp_path, MIXTRAL), ("weights",))
+    export(checkpoint, manifest, tmp_path / "out")
+    text = TEMPLATE if where.endswith("jinja") else json.dumps({"chat_template": TEMPLATE})
+    (tmp_path / "out" / where).write_text(text)
+    run = import_folder(tmp_path / "out", "mine", tmp_path / "runs", None)
+    answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec())
+    try:
+        assert answerer.template.prompt(HELLO).startswith("u:the fox")
+    finally:
+        answerer.engine.close()

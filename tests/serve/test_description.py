@@ -1,0 +1,69 @@
+"""Everything that the API's description allows, and what it forbids: requests made up from it by schemathesis."""
+
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.load import answerer_of
+from mhmoe_ray.spec import ServeSpec
+
+from .conftest import SEQ_LEN, build_model, build_tokenizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+OPERATIONS = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/metrics"),
+    ("GET", "/stats"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+]
+# Some of its fields limit each other or depend on the model: max_tokens, n and prompts, stream_options, token ids.
+LIMITED = ["/v1/completions", "/v1/chat/completions"]
+
+
+@pytest.fixture(scope="module")
+def described():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "", "")
+    answerer = answerer_of(build_model(), build_tokenizer(), SEQ_LEN, ServeSpec(), template)
+    app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
+    yield schemathesis.openapi.from_asgi("/openapi.json", app)
+    answerer.engine.close()
+
+
+def test_these_are_all(described):
+    found = {(method.upper(), path) for path in described for method in described[path]}
+    assert found == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        (*operation, mode)
+        for operation in OPERATIONS
+        for mode in GenerationMode
+        if operation[0] == "POST" or mode is GenerationMode.POSITIVE  # a GET takes nothing that could be wrong
+    ],
+)
+def test_answers_are_as_described(described, method, path, mode):
+    operation = described[path][method]
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        case.call_and_validate(excluded_checks=[positive_data_acceptance] if path in LIMITED else [])
+
+    check()
