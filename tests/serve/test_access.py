@@ -8,10 +8,11 @@ import pytest
 from mhmoe_ray.serve.http.access import Access, Bucket
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import KeySpec, ServeSpec
 
 from .asking import call
-from .conftest import SEQ_LEN
+from .conftest import SEQ_LEN, build_model
 
 BODY = {"prompt": "the quick", "temperature": 0, "max_tokens": 8}
 
@@ -115,12 +116,19 @@ def test_a_body_that_is_too_large_is_refused(app, chunked):
 def test_an_answer_that_takes_too_long_ends(answerer, stream):
     app = create_app(answerer, "tiny", ServeSpec(request_timeout=1e-6))
     response = call(app, "POST", "/v1/completions", json={**BODY, "max_tokens": SEQ_LEN - 8, "stream": stream})
-    if stream:
-        [error] = [json.loads(line[6:]) for line in response.text.splitlines() if line]
-    else:
-        assert response.status_code == 503
-        error = response.json()
-    assert error["error"]["code"] == "timeout"
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_too_many_is_told_to_come_back(tokenizer, stream):
+    spec = ServeSpec(max_concurrency=1, max_waiting=1, max_tokens=4000)
+    answerer = answerer_of(build_model(), tokenizer, 4096, spec)
+    app = create_app(answerer, "tiny", spec)
+    response = call(app, "POST", "/v1/completions", json={**BODY, "n": 3, "max_tokens": 3000, "stream": stream})
+    answerer.engine.close()
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json()["error"]["code"] == "busy"
 
 
 def test_metrics_are_what_the_engine_counts(answerer):

@@ -60,7 +60,7 @@ def router(service: Service) -> APIRouter:
                 return ChatChunk(choices=[delta], **same)
 
             last = (lambda: ChatChunk(choices=[], usage=answers.usage, **same)) if request.usage_wanted else None
-            return StreamingResponse(answers.events(chunk, last), media_type="text/event-stream")
+            return StreamingResponse(await answers.events(chunk, last), media_type="text/event-stream")
         choices = [
             ChatChoice(index=number, message=Said(role="assistant", content=piece.text), **_more(piece))
             for number, piece in enumerate(await answers.whole())

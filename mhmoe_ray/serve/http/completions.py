@@ -49,7 +49,7 @@ def router(service: Service) -> APIRouter:
         shape = _Shape(service.model, len(asked))
         if request.stream:
             last = (lambda: shape.body([], answers.usage)) if request.usage_wanted else None
-            events = answers.events(lambda number, piece: shape.body([shape.choice(number, piece)], None), last)
+            events = await answers.events(lambda number, piece: shape.body([shape.choice(number, piece)], None), last)
             return StreamingResponse(events, media_type="text/event-stream")
         choices = [shape.choice(number, piece) for number, piece in enumerate(await answers.whole())]
         return shape.body(choices, answers.usage)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 from pydantic import BaseModel
@@ -63,17 +63,39 @@ class Answers:
     async def events(
         self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Server-sent events: chunks, then [DONE]; after a failure an error body in its place.
+        """Server-sent events: chunks, then [DONE]; after a failure an error body in its place. They come when the first
+        piece is there, so that what fails before it has a status of its own.
 
         Args:
             chunk: the body with a piece.
             last: the body after all of them, if there is to be one.
         """
+        pieces = self.pieces()
         try:
-            async with aclosing(self.pieces()) as pieces:
+            first = await anext(pieces)
+        except BaseException:
+            await pieces.aclose()
+            raise
+        return self._events(first, pieces, chunk, last)
+
+    async def _events(
+        self,
+        first: tuple[int, Piece],
+        pieces: Pieces,
+        chunk: Callable[[int, Piece], BaseModel],
+        last: Callable[[], BaseModel] | None,
+    ) -> AsyncGenerator[str]:
+        def shown(number: int, piece: Piece) -> Iterator[str]:
+            if piece.text or piece.scores or piece.finish_reason:
+                yield _event(chunk(number, piece))
+
+        try:
+            async with aclosing(pieces):
+                for event in shown(*first):
+                    yield event
                 async for number, piece in pieces:
-                    if piece.text or piece.scores or piece.finish_reason:
-                        yield _event(chunk(number, piece))
+                    for event in shown(number, piece):
+                        yield event
             if last:
                 yield _event(last())
         except Exception as e:
