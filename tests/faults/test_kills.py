@@ -41,6 +41,7 @@ def test_three_random_kills_change_nothing(project, reference):
     assert unfinished(run) == []
 
 
+@pytest.mark.slow  # tests/train/test_watchdog.py has whom it chooses
 def test_a_rank_that_hangs_is_named_ended_and_costs_nothing(project, reference):
     """Stopped, so that it lives but neither computes nor answers; the other waits for it in an exchange."""
     run = hurt(project)
