@@ -78,7 +78,7 @@ def test_attention_weights_are_dropped_and_their_mean_stays():
     spec = build(attention_dropout=0.3).spec
     attention = Attention(spec).double()
     x = torch.randn(1, 5, 16, dtype=torch.float64, generator=generator())
-    at = rotary(spec, 0, 5, CPU)
+    at = rotary(spec, torch.arange(5))
     quiet = attention(x, at)
     noisy = attention(x.expand(6000, -1, -1), at, None, generator())
     torch.testing.assert_close(noisy.mean(0, keepdim=True), quiet, atol=0.02, rtol=0)
@@ -107,7 +107,7 @@ def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbo
     h = model.embedding(x) * (4 if backbone == "subln" else 1)
     h = h * mask(h, noise.generator(EMBEDDING, CPU))
     g = noise.generator(0, CPU)
-    y = block.attention(block.attention_norm(h), rotary(model.spec, 0, 9, CPU))
+    y = block.attention(block.attention_norm(h), rotary(model.spec, torch.arange(9)))
     h = h + y * mask(y, g)
     y = block.ffn(block.ffn_norm(h))
     h = h + y * mask(y, g)

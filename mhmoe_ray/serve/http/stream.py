@@ -1,7 +1,6 @@
 """The pieces of one request's answers: merged, counted, and as server-sent events."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 
@@ -123,7 +122,7 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
     Raises:
         RequestError: they took longer than so many seconds.
     """
-    deadline = time.monotonic() + timeout
+    deadline = asyncio.get_running_loop().time() + timeout
     pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
 
     async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
@@ -139,7 +138,9 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
         left = len(tasks)
         while left:
             try:
-                number, piece = await asyncio.wait_for(pieces.get(), deadline - time.monotonic())
+                # Not wait_for, which in Python 3.11 may lose a cancellation.
+                async with asyncio.timeout_at(deadline):
+                    number, piece = await pieces.get()
             except TimeoutError:
                 message = f"there was no answer within {timeout:g} s; ask for less, or later"
                 raise RequestError(503, message, code="timeout") from None
