@@ -43,10 +43,13 @@ def generate(
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint)
     answerer = load_answerer(path, ServeSpec(max_concurrency=1))
-    ids = answerer.encode(text)
-    answerer.check_length(ids, answer=True)
-    sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
-    pieces = asyncio.run(_followed(answerer, Request(tuple(ids), sampling), shown=not json))
+    try:
+        ids = answerer.encode(text)
+        answerer.check_length(ids, answer=True)
+        sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
+        pieces = asyncio.run(_followed(answerer, Request(tuple(ids), sampling), shown=not json))
+    finally:
+        answerer.engine.close()
     if json:
         print_json(
             {

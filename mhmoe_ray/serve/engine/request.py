@@ -92,6 +92,10 @@ class Engine(Protocol):
         """What it has done so far and what it does now."""
         ...
 
+    def close(self) -> None:
+        """End it, and answers that are under way. To be called before the process ends."""
+        ...
+
 
 class BusyError(Exception):
     """Come back later."""

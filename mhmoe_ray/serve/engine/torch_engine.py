@@ -114,7 +114,7 @@ class TorchEngine:
         return f"{type(self._broken).__name__}: {self._broken}" if self._broken else None
 
     def close(self) -> None:
-        """Answers that are under way fail."""
+        """See `Engine`."""
         with self._wake:
             self._closed = True
             self._wake.notify()
