@@ -17,6 +17,7 @@ MULTIPLE = 8
 
 def padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """See `mhmoe_kernels.run_experts`; without a backward. Experts without rows are not touched."""
+    assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     room_E = (plan.count_E + MULTIPLE - 1) // MULTIPLE * MULTIPLE
     # How much farther a route lies than without the room before it.

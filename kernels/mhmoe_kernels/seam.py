@@ -23,13 +23,15 @@ class Backend(NamedTuple):
     """(x_ND, expert_NK, gate_NK, weights) -> y_ND."""
     why_not: Callable[[torch.device], str | None] = _anywhere
     """Why it cannot run on this device here, in one line; None where it can."""
+    trains: bool = True
+    """Whether it has a backward."""
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
     "grouped": Backend(grouped),
     "cpp": Backend(cpp.run, cpp.why_not),
-    "padded": Backend(padded),
+    "padded": Backend(padded, trains=False),
     "capacity": Backend(capacity),
     "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),
@@ -76,7 +78,8 @@ def run_experts(
 
     Returns:
         y_ND in the dtype of x. Every route is computed, dropped ones with weight 0, but for `capacity`. N may be 0,
-        and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on.
+        and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on;
+        a backend that does not train (`Backend.trains`) has none.
     """
     run = BACKENDS[backend].run
     more = {"places": places} if backend == "capacity" else {}

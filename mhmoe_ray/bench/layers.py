@@ -124,9 +124,10 @@ def _multi_head(shape: Shape, plain: MoESpec, h: int) -> MoESpec:
 
 def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], list[Absent]]:
     can_run, absent = [], []
+    trainable = [name for name, backend in BACKENDS.items() if backend.trains]
     for kernel in kernels:
-        if kernel not in ("auto", *BACKENDS):
-            raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(BACKENDS)}")
+        if kernel not in ("auto", *trainable):
+            raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(trainable)}")
         if kernel == "capacity":
             raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
         why = why_not(kernel, device)

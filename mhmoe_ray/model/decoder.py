@@ -13,7 +13,7 @@ from mhmoe_ray.model.attention import Attend, Attention, Rotary, document_mask, 
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
-from mhmoe_ray.model.router import Routing
+from mhmoe_ray.model.router import Routing, wide
 from mhmoe_ray.spec import ModelSpec
 
 R = TypeVar("R")
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         """
         assert (document_BT is not None) == (self.spec.document_masks and past is None)
         at = rotary(self.spec, past.position_T if past else torch.arange(token_BT.shape[1], device=token_BT.device))
-        x_BTM = _at_least_float32(self.embedding(token_BT))
+        x_BTM = wide(self.embedding(token_BT))  # a server may hold weights in bfloat16
         if self.spec.backbone == "subln":
             x_BTM = x_BTM * self.spec.d_model**0.5
         mask_B1TT = None if document_BT is None else document_mask(document_BT, _compute_dtype(x_BTM))
@@ -174,11 +174,6 @@ def _recomputed(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
     # Draws come from generators of their own; the default one's state need not be kept.
     result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
     return result
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    """What blocks add up, also where a server holds weights in bfloat16."""
-    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -30,7 +30,7 @@ class Routing(NamedTuple):
     """Rows that an expert takes at most, where routing is static; None where it is dropless."""
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
     """At least float32: of two scores that bfloat16 cannot tell apart, one must still be the larger."""
     return t if t.dtype == torch.float64 else t.float()
 
@@ -43,7 +43,7 @@ class LinearScores(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ _wide(self.weight_ED).T
+        return x_ND @ wide(self.weight_ED).T
 
 
 class XMoEScores(nn.Module):
@@ -68,10 +68,10 @@ class XMoEScores(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.LOWEST_TEMPERATURE + _wide(self.log_temperature).exp()
+        return self.LOWEST_TEMPERATURE + wide(self.log_temperature).exp()
 
     def cosine(self, x_ND: Tensor) -> Tensor:
-        return F.normalize(x_ND @ _wide(self.reduce_QD).T, dim=-1) @ F.normalize(_wide(self.expert_EQ), dim=-1).T
+        return F.normalize(x_ND @ wide(self.reduce_QD).T, dim=-1) @ F.normalize(wide(self.expert_EQ), dim=-1).T
 
 
 class TorchscaleScores(nn.Module):
@@ -84,7 +84,7 @@ class TorchscaleScores(nn.Module):
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ _wide(self.reduce_QD).T @ F.normalize(_wide(self.expert_EQ), dim=-1, eps=1e-4).T
+        return x_ND @ wide(self.reduce_QD).T @ F.normalize(wide(self.expert_EQ), dim=-1, eps=1e-4).T
 
 
 SCORES = {"linear": LinearScores, "xmoe": XMoEScores, "xmoe_torchscale": TorchscaleScores}
@@ -107,7 +107,7 @@ class Router(nn.Module):
         generator: source of jitter and of P1's random second expert; without one there is neither.
         """
         with torch.autocast(x_ND.device.type, enabled=False):
-            return self._route(_wide(x_ND), generator)
+            return self._route(wide(x_ND), generator)
 
     def _route(self, x_ND: Tensor, generator: torch.Generator | None) -> Routing:
         moe, rows = self.moe, len(x_ND)

@@ -29,6 +29,7 @@ def app(answerer):
         ({"suffix": "a", "temperature": -1}, "suffix", "unsupported_parameter", "not supported"),
         ({"logprobs": 21}, "logprobs", None, "less than or equal to 20"),
         ({"logit_bias": {"one": 2}}, "logit_bias", None, "should match pattern"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", None, "there is no token 300; there are 300"),
         ({"logit_bias": {"1": 101}}, "logit_bias", None, "less than or equal to 100"),
         ({"n": 0}, "n", None, "greater than or equal to 1"),
         ({"prompt": ["a", "b"], "n": MOST_CHOICES}, "n", None, f"are more than {MOST_CHOICES} choices"),

@@ -285,6 +285,17 @@ def test_only_tokens_with_text_are_drawn(answerer, tokenizer):
     assert max(drawn) < tokenizer.get_vocab_size() < SPEC.vocab_size
 
 
+def test_in_bfloat16_scores_stay_near_those_of_float32(answerer, tokenizer):
+    half = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec(precision="bfloat16"))
+    ids = tuple(answerer.encode("the quick brown fox"))
+    request = Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)
+    [found], [expected] = (together(one.engine, [request]) for one in (half, answerer))
+    half.engine.close()
+    for rough, exact in zip(found.prompt[1:], expected.prompt[1:], strict=True):
+        assert rough.logprob == pytest.approx(exact.logprob, abs=0.2)
+    assert found.prompt != expected.prompt
+
+
 def test_seeds_give_other_answers(answerer):
     ids = tuple(answerer.encode("the"))
     asked = [Request(ids, Sampling(30, 1.5, top_p=0.95, seed=seed)) for seed in range(4)]

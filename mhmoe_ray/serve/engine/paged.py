@@ -24,10 +24,6 @@ class PagedCache:
         # Zeros, so that the system gives memory only where there is something to keep.
         self.k_LSHC, self.v_LSHC = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    @staticmethod
-    def bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-        return 2 * spec.layers * spec.n_kv_heads * spec.head_width * dtype.itemsize
-
 
 class Span(NamedTuple):
     """Tokens of a request that a step computes."""

@@ -1,7 +1,7 @@
 """What all routes share."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mhmoe_ray.errors import ServeError
@@ -36,15 +36,18 @@ class Service:
 
     def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
         """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
-        known = self.answerer.tokenizer.get_vocab_size()
         ids = self.answerer.encode(prompt) if isinstance(prompt, str) else prompt
-        if unknown := next((token for token in ids if token >= known), None):
-            raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
+        self._check_tokens(ids, param)
         try:
             self.answerer.check_length(ids, answer)
         except ServeError as e:
             raise RequestError(400, str(e), param, "context_length_exceeded") from e
         return tuple(ids)
+
+    def _check_tokens(self, ids: Iterable[int], param: str) -> None:
+        known = self.answerer.tokenizer.get_vocab_size()
+        if unknown := next((token for token in ids if token >= known), None):
+            raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
 
     def answers(
         self, asked: Sequence[tuple[Request, int]], request: Choosing, echo: bool, prompt_tokens: int, client: Client
@@ -53,14 +56,15 @@ class Service:
 
         Args:
             asked: of the engine, each with the number of tokens at its start that are ours.
-            request: its stop strings.
+            request: its stop strings and biases.
             echo: as of `Answerer.answer`.
             prompt_tokens: of all prompts.
             client: who asks.
 
         Raises:
-            RequestError: the client has had its share.
+            RequestError: it names tokens that there are not, or the client has had its share.
         """
+        self._check_tokens(map(int, request.logit_bias), "logit_bias")
         client.check()
         answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
         return Answers(answers, prompt_tokens, client, self.spec.request_timeout)
