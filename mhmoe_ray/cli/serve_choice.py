@@ -39,12 +39,15 @@ def chosen(
     return run, pick_checkpoint(run, checkpoint)[0], spec
 
 
-def replicas_set(given: str | None) -> list[str]:
-    """As an override of the spec."""
-    if given is None:
-        return []
-    low, dots, high = given.partition("..")
-    return [f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={given}"]
+def sizes_set(replicas: str | None, engine: str | None) -> list[str]:
+    """As overrides of the spec."""
+    found = []
+    if replicas is not None:
+        low, dots, high = replicas.partition("..")
+        found.append(f"serve.replicas={{min: {low}, max: {high}}}" if dots else f"serve.replicas={replicas}")
+    if engine is not None:
+        found.append(f"serve.engine={engine}")
+    return found
 
 
 def with_keys(spec: ServeSpec) -> ServeSpec:

@@ -114,16 +114,7 @@ class Router(nn.Module):
         if moe.jitter and generator is not None:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - moe.jitter, 1 + moe.jitter, generator=generator)
         logits_NE = self.scores(x_ND)
-        probability_NE = logits_NE.softmax(-1)
-        # The bias takes part in the choice only; weights are the router's own.
-        preferred_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
-        expert_NK = preferred_NE.topk(moe.top_k, dim=-1).indices
-        if moe.normalize_gates:
-            # Equal to dividing the chosen probabilities by their sum, which is 0 where a bias chose experts whose
-            # probabilities have all underflowed.
-            gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
-        else:
-            gate_NK = probability_NE.gather(-1, expert_NK)
+        expert_NK, gate_NK, probability_NE = self.choose(logits_NE)
         places = moe.places(rows) if self.training else None
         kept_NK = self._kept(expert_NK, gate_NK, places, generator)
         count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
@@ -137,6 +128,28 @@ class Router(nn.Module):
             expert_NK.numel() - count_E.sum(),
             places,
         )
+
+    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The top k of each row.
+
+        Args:
+            logits_NE: what `scores` gives.
+
+        Returns:
+            expert_NK and gate_NK as in `Routing`, before any drop; and the probabilities NE.
+        """
+        moe = self.moe
+        probability_NE = logits_NE.softmax(-1)
+        # The bias takes part in the choice only; weights are the router's own.
+        preferred_NE = probability_NE + self.bias_E if moe.bias_rate else probability_NE
+        expert_NK = preferred_NE.topk(moe.top_k, dim=-1).indices
+        if moe.normalize_gates:
+            # Equal to dividing the chosen probabilities by their sum, which is 0 where a bias chose experts whose
+            # probabilities have all underflowed.
+            gate_NK = logits_NE.gather(-1, expert_NK).softmax(-1)
+        else:
+            gate_NK = probability_NE.gather(-1, expert_NK)
+        return expert_NK, gate_NK, probability_NE
 
     def _kept(
         self, expert_NK: Tensor, gate_NK: Tensor, places: int | None, generator: torch.Generator | None

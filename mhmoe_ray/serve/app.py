@@ -15,7 +15,7 @@ from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http.app import create_app, told
-from mhmoe_ray.serve.load import load_answerer, load_run_tokenizer
+from mhmoe_ray.serve.load import check_engine, load_answerer, load_run_tokenizer
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -68,7 +68,9 @@ def build(args: Args) -> serve.Application:
     """
     try:
         checkpoint = location(args.checkpoint)
-        load_run_tokenizer(checkpoint, read_manifest(checkpoint, parts=("weights",)))
+        manifest = read_manifest(checkpoint, parts=("weights",))
+        check_engine(manifest, args.serve)
+        load_run_tokenizer(checkpoint, manifest)
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     return Completions.bind(args)  # type: ignore[attr-defined]  # the decorators made it a Deployment

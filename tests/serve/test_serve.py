@@ -1,20 +1,12 @@
 """The application through a real Ray Serve, deployed by the configuration that the command line sends."""
 
 import json
-import secrets
-import shutil
-import tempfile
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
-import ray
-from pydantic import PydanticDeprecatedSince20
-from ray._private.authentication_test_utils import reset_auth_token_state
 
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.serve.engine import Sampling
@@ -22,62 +14,20 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 
 from .asking import pieces
-from .conftest import SEQ_LEN, free_port
-
-with warnings.catch_warnings():
-    # Ray's own models use what newer releases of pydantic deprecate.
-    warnings.simplefilter("ignore", PydanticDeprecatedSince20)
-    from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
+from .conftest import SEQ_LEN
+from .deployed import deploy, details, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 SPEC = ServeSpec(max_tokens=40)
 
 
-def deploy(applications):
-    """What Serve's REST API does with a PUT; it needs a dashboard, which is slow to start."""
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
-
-
-def details(name):
-    return _get_global_client().get_serve_details()["applications"][name]
-
-
-def wait_until(name, *statuses):
-    while (found := details(name))["status"] not in statuses:
-        assert found["status"] == "DEPLOYING", found
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
-def cluster():
-    """A local Ray under a token of its own."""
-    # Sockets have short names only; pytest's own folders are too deep for Ray's.
-    temp = Path(tempfile.mkdtemp(prefix="mhmoe-"))
-    (temp / "token").write_text(secrets.token_hex(16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp / "token"))
-        reset_auth_token_state()  # Ray reads both once, when it is imported
-        try:
-            ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp / "ray"))
-            yield
-        finally:
-            ray.shutdown()
-    reset_auth_token_state()
-    shutil.rmtree(temp)
-
-
-@pytest.fixture(scope="module")
-def port(cluster, checkpoint):
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
-    wait_until("tiny", "RUNNING")
-    yield port
-    serve.shutdown()
+def port(checkpoint):
+    with serving() as port:
+        deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
+        wait_until("tiny", "RUNNING")
+        yield port
 
 
 @pytest.fixture(scope="module")

@@ -268,6 +268,26 @@ def test_an_engine_that_fails_says_so_to_all_and_to_those_who_come_later():
     engine.close()
 
 
+def test_a_request_that_cannot_be_computed_fails_alone():
+    engine = engine_of(build_model())
+    strange = Request((1,), Sampling(5, logit_bias={KNOWN + 7: 1.0}))  # which the API refuses
+
+    async def beside():
+        return await asyncio.gather(*(collected(r) for r in (strange, usual)), return_exceptions=True)
+
+    async def collected(request):
+        return [scored.token async for update in engine.generate(request) for scored in update.tokens]
+
+    usual = Request((1, 2), GREEDY)
+    failed, answer = asyncio.run(beside())
+    assert isinstance(failed, EngineError)
+    assert "IndexError" in str(failed)
+    assert answer == argmax_loop(build_model(), (1, 2), 20)
+    assert engine.why_broken is None
+    assert engine.stats().running == 0
+    engine.close()
+
+
 @pytest.mark.parametrize("prompt", ["", "the quick", "日本 Jäger 🦊"])
 def test_greedy_tokens_of_a_text_are_those_of_a_loop_without_cache(answerer, tokenizer, prompt):
     ids = answerer.encode(prompt)

@@ -5,47 +5,31 @@ long prompt holds answers up by one budget at a time. A prompt is cut every `PIE
 request's attention computes together is then the same whatever other requests there are.
 
 A request is let in when there is room for all that it may become, so that none is ever sent away again. Those who wait
-take turns by client, each client's in order.
+take turns by client.
 """
 
-import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mhmoe_ray.serve.engine.blocks import BLOCK, BlockPool, blocks_for, name_after
-from mhmoe_ray.serve.engine.request import Request, Scored, Update
+from mhmoe_ray.serve.engine.request import Request, Scored
+from mhmoe_ray.serve.engine.threaded import Deliver, Ticket
+from mhmoe_ray.serve.engine.turns import Turns
 
 PIECE = 4 * BLOCK
 """Tokens of a prompt that are computed together."""
 
-Deliver = Callable[[Update | Exception], None]
 
-
-class Sequence:
-    """A request in the engine."""
-
+class Sequence(Ticket):
     def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
-        """Args:
-        request: what is asked.
-        room: tokens that the answer may have.
-        deliver: takes what comes of it.
-        """
-        self.request, self.room, self.deliver = request, room, deliver
+        super().__init__(request, room, deliver)
         self.ids = list(request.prompt_ids)
         """Prompt and answer so far."""
         self.computed = 0
         """Tokens at its start whose keys and values are in the cache."""
         self.blocks: list[int] = []
-        self.gone = False
-        """Nobody wants the answer any more."""
-        self.begun = False
-        """Some of it is computed."""
         self.prompt: list[Scored] = []
         """Scores of the prompt so far, where asked for."""
-        self.arrived = time.monotonic()
-        self.spoke: float | None = None
-        """When its newest token came."""
         self._named, self._name = 0, b""
 
     @property
@@ -87,25 +71,25 @@ class Scheduler:
         assert budget >= PIECE
         self.pool, self._most, self._budget = pool, most, budget
         self.running: list[Sequence] = []
-        self._waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
+        self._waiting = Turns[Sequence]()
 
     @property
     def waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return len(self._waiting)
 
     def everyone(self) -> list[Sequence]:
-        return [*self.running, *(s for queue in self._waiting.values() for s in queue)]
+        return [*self.running, *self._waiting]
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.setdefault(sequence.request.client, deque()).append(sequence)
+        self._waiting.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """It is done, or nobody wants it; it may be gone already."""
         if sequence in self.running:
             self.running.remove(sequence)
             self.pool.drop(sequence.blocks)
-        elif sequence in (queue := self._waiting.get(sequence.request.client, deque())):
-            queue.remove(sequence)
+        else:
+            self._waiting.remove(sequence.request.client, sequence)
 
     def next(self) -> list[Part]:
         """What the next step computes; nothing where nobody is there."""
@@ -134,12 +118,9 @@ class Scheduler:
 
     def _let_in(self) -> Sequence | None:
         """The one whose turn it is, if there is room for it: nobody is let in before it for being smaller."""
-        for client in [client for client, queue in self._waiting.items() if not queue]:
-            del self._waiting[client]
-        if not self._waiting:
+        sequence = self._waiting.first()
+        if sequence is None:
             return None
-        client, queue = next(iter(self._waiting.items()))
-        sequence = queue[0]
         known: list[int] = []
         if not sequence.request.prompt_logprobs:
             # In whole pieces. The last token is computed in any case: what follows it is asked for.
@@ -150,8 +131,7 @@ class Scheduler:
         if needed > self.pool.free:
             self.pool.drop(known)
             return None
-        queue.popleft()
-        self._waiting.move_to_end(client)
+        self._waiting.pop()
         sequence.blocks = [*known, *self.pool.take(needed)]
         sequence.computed = len(known) * BLOCK
         self.running.append(sequence)

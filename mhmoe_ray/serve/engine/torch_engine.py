@@ -1,15 +1,10 @@
 """The engine of our own decoder: one process, a CPU or one GPU.
 
-A thread of its own computes step after step for all requests together and hands tokens over to whoever waits for them.
-On a CPU an answer is the same to the last bit whatever else is in the batch (`paged.py`).
+Each round is a step of the model for all requests together. On a CPU an answer is the same to the last bit whatever
+else is in the batch (`paged.py`).
 """
 
-import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator
-from copy import deepcopy
-from threading import Condition, Thread
 
 import torch
 from torch import Tensor
@@ -17,17 +12,17 @@ from torch import Tensor
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.serve.engine.blocks import BlockPool, blocks_for
 from mhmoe_ray.serve.engine.paged import PagedCache, PagedStep, Span
-from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Scored, Update
+from mhmoe_ray.serve.engine.request import EngineError, Request, Scored, Update
 from mhmoe_ray.serve.engine.sampling import Chooser, scored
-from mhmoe_ray.serve.engine.schedule import Deliver, Part, Scheduler, Sequence
+from mhmoe_ray.serve.engine.schedule import Part, Scheduler, Sequence
 from mhmoe_ray.serve.engine.stats import Stats
+from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine
 
-RECENT = 10.0
 BUDGET = {"cpu": 256, "cuda": 2048}
 """Tokens of prompts in a step, about."""
 
 
-class TorchEngine:
+class TorchEngine(ThreadedEngine[Sequence]):
     def __init__(
         self,
         model: Decoder,
@@ -49,7 +44,8 @@ class TorchEngine:
             for room.
         queue: requests that may wait; by default any number.
         """
-        self._model, self._ends, self._known, self._seq_len, self._queue = model, ends, known, seq_len, queue
+        super().__init__(seq_len, queue)
+        self._model, self._ends, self._known = model, ends, known
         self._device = model.embedding.weight.device
         blocks = blocks_for(cache_tokens) if cache_tokens else concurrency * blocks_for(seq_len)
         # A single request of full length must fit, or it would wait for ever.
@@ -59,114 +55,47 @@ class TorchEngine:
         self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)  # type: ignore[arg-type]
         self._scheduler = Scheduler(self._pool, concurrency, BUDGET[self._device.type])
         self._choosers: dict[Sequence, Chooser] = {}
-        self._wake = Condition()
-        self._stats = Stats()
-        self._recent = deque[float](maxlen=1_000_000)
-        """When the newest tokens came."""
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
-        self._broken: Exception | None = None
-        self._closed = False
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def seq_len(self) -> int:
-        return self._seq_len
-
-    async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """See `Engine`."""
-        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update | Exception]()
-
-        def deliver(update: Update | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(updates.put_nowait, update)
-
-        sequence = self._add(request, deliver)
-        try:
-            while True:
-                update = await updates.get()
-                if isinstance(update, Exception):
-                    raise update
-                yield update
-                if update.finish:
-                    return
-        finally:
-            with self._wake:
-                sequence.gone = True  # where it ended, it is gone already
-
-    def stats(self) -> Stats:
-        """See `Engine`."""
-        with self._wake:
-            found = deepcopy(self._stats)
-            found.waiting, found.running = self._scheduler.waiting, len(self._scheduler.running)
-            since = time.monotonic() - RECENT
-            while self._recent and self._recent[0] < since:
-                self._recent.popleft()
-            found.answer_rate = len(self._recent) / RECENT
-            found.cache_used = 1 - self._pool.free / self._pool.size
-            found.count_LE = self._count_LE.tolist()
-            return found
-
-    @property
-    def why_broken(self) -> str | None:
-        """None as long as it works."""
-        return f"{type(self._broken).__name__}: {self._broken}" if self._broken else None
-
-    def close(self) -> None:
-        """See `Engine`."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
-
-    def _add(self, request: Request, deliver: Deliver) -> Sequence:
-        room = min(request.sampling.max_tokens, self._seq_len - len(request.prompt_ids))
+    def _enter(self, request: Request, room: int, deliver: Deliver) -> Sequence:
         sequence = Sequence(request, room, deliver)
-        with self._wake:
-            if self._broken or self._closed:
-                raise EngineError(self.why_broken or "it was closed")
-            if self._queue is not None and self._scheduler.waiting >= self._queue:
-                raise BusyError(f"{self._queue} requests wait already")
-            self._choosers[sequence] = Chooser(request.sampling)
-            self._scheduler.add(sequence)
-            self._wake.notify()
+        self._choosers[sequence] = Chooser(request.sampling)
+        self._scheduler.add(sequence)
         return sequence
 
-    def _run(self) -> None:
-        """The thread's own."""
-        try:
-            while parts := self._next():
-                self._step(parts)
-            error: Exception = EngineError("it was closed")
-        except Exception as e:
-            self._broken = error = e
-        with self._wake:
-            for sequence in self._scheduler.everyone():
-                sequence.deliver(EngineError(self.why_broken or str(error)))
-                self._end(sequence)
+    def _leave(self, ticket: Sequence) -> None:
+        self._scheduler.remove(ticket)
+        del self._choosers[ticket]
+
+    def _everyone(self) -> list[Sequence]:
+        return self._scheduler.everyone()
+
+    def _waiting(self) -> int:
+        return self._scheduler.waiting
+
+    def _measure(self, stats: Stats) -> None:
+        stats.cache_used = 1 - self._pool.free / self._pool.size
+        stats.count_LE = self._count_LE.tolist()
+
+    def _round(self) -> bool:
+        parts = self._next()
+        if parts:
+            self._step(parts)
+        return bool(parts)
 
     def _next(self) -> list[Part]:
         """Parts of the next step, once there are some; none when the engine is closed."""
         with self._wake:
             while not self._closed:
-                for sequence in self._scheduler.everyone():
-                    if sequence.gone:
-                        self._end(sequence)
-                parts = self._scheduler.next()
-                if parts:
-                    for part in parts:
-                        self._begun(part.sequence)
+                self._end_those_gone()
+                if parts := self._scheduler.next():
+                    for sequence in {part.sequence for part in parts if not part.sequence.begun}:
+                        self._began(sequence, time.monotonic() - sequence.arrived, sequence.computed)
                     return parts
                 self._wake.wait()
             return []
-
-    def _begun(self, sequence: Sequence) -> None:
-        if not sequence.begun:
-            sequence.begun = True
-            self._stats.queue.add(time.monotonic() - sequence.arrived)
-            self._stats.prompt_tokens += len(sequence.request.prompt_ids)
-            self._stats.reused_tokens += sequence.computed
 
     @torch.inference_mode()
     def _step(self, parts: list[Part]) -> None:
@@ -174,8 +103,15 @@ class TorchEngine:
         at = 0
         for part in parts:
             sequence, rows = part.sequence, _wanted(part)
-            update = self._said(part, logits_RV[at : at + rows])
             at += rows
+            if sequence not in self._choosers:  # an earlier part of it has failed
+                continue
+            try:
+                update = self._said(part, logits_RV[at - rows : at])
+            except Exception as e:  # of this request alone
+                with self._wake:
+                    self._fail(sequence, EngineError(f"{type(e).__name__}: {e}"))
+                continue
             with self._wake:
                 self._scheduler.computed(part)
                 if update and update.tokens:
@@ -218,21 +154,6 @@ class TorchEngine:
             return Update(prompt=prompt, finish="stop")
         said = [Scored(token)] if request.logprobs is None else scored(logits_RV[-1:], [token], request.logprobs)
         return Update(tuple(said), prompt, "length" if sequence.answer + 1 == sequence.room else None)
-
-    def _spoke(self, sequence: Sequence) -> None:
-        now = time.monotonic()
-        if sequence.spoke is None:
-            self._stats.first_token.add(now - sequence.arrived)
-        else:
-            self._stats.each_token.add(now - sequence.spoke)
-        sequence.spoke = now
-        self._stats.answer_tokens += 1
-        self._recent.append(now)
-
-    def _end(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        del self._choosers[sequence]
-        self._stats.requests += 1
 
 
 def _wanted(part: Part) -> int:

@@ -1,0 +1,187 @@
+"""What engines have in common: a thread that computes round after round, and hands over to whoever waits for tokens."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from copy import deepcopy
+from threading import Condition, Thread
+from typing import Generic, TypeVar
+
+from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Update
+from mhmoe_ray.serve.engine.stats import Stats
+
+RECENT = 10.0
+
+Deliver = Callable[[Update | Exception], None]
+
+
+class Ticket:
+    """A request in an engine."""
+
+    def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
+        """Args:
+        request: what is asked.
+        room: tokens that the answer may have.
+        deliver: takes what comes of it.
+        """
+        self.request, self.room, self.deliver = request, room, deliver
+        self.gone = False
+        """Nobody wants the answer any more."""
+        self.begun = False
+        """Some of it is computed."""
+        self.arrived = time.monotonic()
+        self.spoke: float | None = None
+        """When its newest token came."""
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class ThreadedEngine(ABC, Generic[T]):
+    """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for `_round`."""
+
+    def __init__(self, seq_len: int, queue: int | None) -> None:
+        """Args:
+        seq_len: tokens that prompt and answer may have together.
+        queue: requests that may wait; by default any number.
+        """
+        self._seq_len, self._queue = seq_len, queue
+        self._wake = Condition()
+        self._stats = Stats()
+        self._recent = deque[float](maxlen=1_000_000)
+        """When the newest tokens came."""
+        self._broken: Exception | None = None
+        self._closed = False
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    @abstractmethod
+    def _enter(self, request: Request, room: int, deliver: Deliver) -> T:
+        """A new ticket, which waits from now on."""
+
+    @abstractmethod
+    def _leave(self, ticket: T) -> None:
+        """Forget it, wherever it is."""
+
+    @abstractmethod
+    def _everyone(self) -> list[T]:
+        """All that are in the engine."""
+
+    @abstractmethod
+    def _waiting(self) -> int:
+        """How many of these wait."""
+
+    @abstractmethod
+    def _round(self) -> bool:
+        """Compute once, or wait until there is something to do; False once the engine is closed."""
+
+    @abstractmethod
+    def _measure(self, stats: Stats) -> None:
+        """Fill in what is so now."""
+
+    @property
+    def seq_len(self) -> int:
+        return self._seq_len
+
+    async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
+        """See `Engine`."""
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update | Exception]()
+
+        def deliver(update: Update | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        room = min(request.sampling.max_tokens, self._seq_len - len(request.prompt_ids))
+        with self._wake:
+            if self._broken or self._closed:
+                raise EngineError(self.why_broken or "it was closed")
+            if self._queue is not None and self._waiting() >= self._queue:
+                raise BusyError(f"{self._queue} requests wait already")
+            ticket = self._enter(request, room, deliver)
+            self._wake.notify()
+        try:
+            while True:
+                update = await updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update.finish:
+                    return
+        finally:
+            with self._wake:
+                ticket.gone = True  # where it ended, it is gone already
+
+    def stats(self) -> Stats:
+        """See `Engine`."""
+        with self._wake:
+            found = deepcopy(self._stats)
+            found.waiting = self._waiting()
+            found.running = len(self._everyone()) - found.waiting
+            since = time.monotonic() - RECENT
+            while self._recent and self._recent[0] < since:
+                self._recent.popleft()
+            found.answer_rate = len(self._recent) / RECENT
+            self._measure(found)
+            return found
+
+    @property
+    def why_broken(self) -> str | None:
+        """None as long as it works."""
+        return f"{type(self._broken).__name__}: {self._broken}" if self._broken else None
+
+    def close(self) -> None:
+        """See `Engine`."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """The thread's own."""
+        error: Exception = EngineError("it was closed")
+        try:
+            while self._round():
+                pass
+        except Exception as e:
+            self._broken = error = e
+        with self._wake:
+            for ticket in self._everyone():
+                self._fail(ticket, EngineError(self.why_broken or str(error)))
+
+    def _end_those_gone(self) -> None:
+        for ticket in self._everyone():
+            if ticket.gone:
+                self._end(ticket)
+
+    def _began(self, ticket: T, waited: float, reused: int) -> None:
+        """Its first token is computed.
+
+        Args:
+            ticket: whose.
+            waited: seconds until then.
+            reused: tokens of its prompt that were in the cache.
+        """
+        ticket.begun = True
+        self._stats.queue.add(waited)
+        self._stats.prompt_tokens += len(ticket.request.prompt_ids)
+        self._stats.reused_tokens += reused
+
+    def _spoke(self, ticket: T) -> None:
+        """There is a token more of its answer."""
+        now = time.monotonic()
+        if ticket.spoke is None:
+            self._stats.first_token.add(now - ticket.arrived)
+        else:
+            self._stats.each_token.add(now - ticket.spoke)
+        ticket.spoke = now
+        self._stats.answer_tokens += 1
+        self._recent.append(now)
+
+    def _fail(self, ticket: T, error: EngineError) -> None:
+        ticket.deliver(error)
+        self._end(ticket)
+
+    def _end(self, ticket: T) -> None:
+        self._leave(ticket)
+        self._stats.requests += 1

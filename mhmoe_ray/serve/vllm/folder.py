@@ -1,0 +1,59 @@
+"""A folder that stands for a checkpoint where vLLM wants one of Hugging Face's. Needs no vLLM."""
+
+import json
+from pathlib import Path
+
+from mhmoe_ray.errors import ServeError
+from mhmoe_ray.location import Location
+from mhmoe_ray.runs.manifest import Manifest
+from mhmoe_ray.serve.vllm.plugin import ARCHITECTURE, FORMAT
+from mhmoe_ray.spec import ModelSpec
+
+CPU_MULTIPLE = 32
+"""Of an expert's rows, which vLLM's kernels on a CPU are written for."""
+
+
+def check_fits(model: ModelSpec, on_cpu: bool) -> None:
+    """Whether vLLM has layers for this model.
+
+    Raises:
+        ServeError: it has none.
+    """
+    fix = "serve it with serve.engine=torch"
+    if model.backbone != "llama":
+        raise ServeError("engine vllm", f"it has no experts of the {model.backbone} backbone's kind", fix)
+    width = model.d_model // model.moe.heads if model.moe else 0
+    if on_cpu and width % CPU_MULTIPLE:
+        why = f"on a CPU it computes experts on rows of a multiple of {CPU_MULTIPLE}, and d / h is {width} here"
+        raise ServeError("engine vllm", why, fix)
+
+
+def write_folder(folder: Path, checkpoint: Location, manifest: Manifest, known: int) -> None:
+    """Write the configuration into an empty folder, to be loaded with `load_format="mhmoe"`.
+
+    Args:
+        folder: on this machine.
+        checkpoint: where its weights are, and stay.
+        manifest: the checkpoint's.
+        known: tokens that its tokenizer has.
+    """
+    model = manifest.model
+    config = {
+        "model_type": FORMAT,
+        "architectures": [ARCHITECTURE],
+        "dtype": "float32",
+        "checkpoint": str(checkpoint),
+        "model": model.model_dump(mode="json"),
+        # Of logits, whose width all of vLLM's sampler counts on; the embedding may have more rows.
+        "vocab_size": known,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.attention_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "num_experts": model.moe.experts if model.moe else 0,
+        # vLLM wants room for a token after the last one, even where a prompt is only scored.
+        "max_position_embeddings": manifest.seq_len + 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tied_embeddings,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,183 @@
+"""The decoder of `model/decoder.py`, llama backbone, in vLLM's layers.
+
+Modules have the training model's names, so that a checkpoint's names need no table but for what vLLM keeps together:
+the two projections of a gated layer, and those of all experts.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention as PagedAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from mhmoe_ray.serve.vllm.moe import FeedForward, MultiHeadMoE
+from mhmoe_ray.spec import ModelSpec
+
+PAIRS = {"gate_FD": ("gate_up.weight", 0), "up_FD": ("gate_up.weight", 1), "down_DF": ("down.weight", None)}
+"""What a gated layer's parameters are called here, and which part of that they are."""
+EXPERTS = {"gate_EFD": ("w13_weight", "w1"), "up_EFD": ("w13_weight", "w3"), "down_EDF": ("w2_weight", "w2")}
+"""The same of experts, each of whose is loaded by its number."""
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: ModelSpec, positions: int, cache: CacheConfig, prefix: str) -> None:
+        super().__init__()
+        width, kv_heads = spec.head_width, spec.n_kv_heads
+        self.qkv = QKVParallelLinear(
+            spec.d_model,
+            width,
+            spec.attention_heads,
+            kv_heads,
+            bias=False,
+            return_bias=False,
+            prefix=f"{prefix}.qkv",
+        )
+        self.out = RowParallelLinear(spec.d_model, spec.d_model, bias=False, return_bias=False, prefix=f"{prefix}.out")
+        rope = {"rope_type": "default", "rope_theta": spec.rope_theta}
+        self.rotary = get_rope(width, max_position=positions, rope_parameters=rope, is_neox_style=True)
+        ranks = get_tensor_model_parallel_world_size()
+        heads, kv_heads = spec.attention_heads // ranks, max(1, kv_heads // ranks)
+        self.widths = [heads * width, kv_heads * width, kv_heads * width]
+        self.attend = PagedAttention(
+            heads, width, width**-0.5, num_kv_heads=kv_heads, cache_config=cache, prefix=f"{prefix}.attend"
+        )
+
+    def forward(self, position_T: Tensor, x_TM: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_TM).split(self.widths, dim=-1)
+        q, k = self.rotary(position_T, q, k)
+        y_TM: Tensor = self.out(self.attend(q, k, v))
+        return y_TM
+
+
+class Block(nn.Module):
+    def __init__(self, spec: ModelSpec, layer: int, positions: int, cache: CacheConfig, prefix: str) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.attention = Attention(spec, positions, cache, f"{prefix}.attention")
+        self.ffn_norm = RMSNorm(spec.d_model, spec.norm_eps)
+        if spec.is_moe_layer(layer):
+            self.moe = MultiHeadMoE(spec, f"{prefix}.moe")
+        else:
+            assert spec.d_ff is not None
+            self.ffn = FeedForward(spec.d_model, spec.d_ff, f"{prefix}.ffn")
+
+    def forward(self, position_T: Tensor, x_TM: Tensor, residual_TM: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns what the block adds last, and all before it: vLLM's norm adds them up."""
+        if residual_TM is None:
+            residual_TM, x_TM = x_TM, self.attention_norm(x_TM)
+        else:
+            x_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
+        x_TM = self.attention(position_T, x_TM)
+        x_TM, residual_TM = self.ffn_norm(x_TM, residual_TM)
+        return (self.moe if hasattr(self, "moe") else self.ffn)(x_TM), residual_TM
+
+
+@support_torch_compile
+class Trunk(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        spec = ModelSpec.model_validate(config.model)
+        self.embedding = VocabParallelEmbedding(spec.vocab_size, spec.d_model)
+        self.blocks = nn.ModuleList(
+            Block(spec, i, config.max_position_embeddings, vllm_config.cache_config, f"{prefix}.blocks.{i}")
+            for i in range(spec.layers)
+        )
+        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        x_TM: Tensor = self.embedding(input_ids)
+        return x_TM
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert input_ids is not None
+        x_TM = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual_TM = None
+        for block in self.blocks:
+            x_TM, residual_TM = block(positions, x_TM, residual_TM)
+        last_TM: Tensor = self.norm(x_TM, residual_TM)[0]
+        return last_TM
+
+
+class MhmoeForCausalLM(nn.Module):
+    """What `plugin.register` names. Runs whole on each pipeline: sizes are those of tensor and expert parallelism."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        rows = ModelSpec.model_validate(config.model).vocab_size
+        self.model = Trunk(vllm_config=vllm_config, prefix=f"{prefix}.model".strip("."))
+        self.output = ParallelLMHead(rows, config.hidden_size, prefix=f"{prefix}.output".strip("."))
+        if config.tie_word_embeddings:
+            self.output = self.output.tie_weights(self.model.embedding)
+        self.logits = LogitsProcessor(config.vocab_size)  # cut to those rows that the tokenizer has
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        x_TM: Tensor = self.model.embed_input_ids(input_ids)
+        return x_TM
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        x_TM: Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return x_TM
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        logits_TV: Tensor | None = self.logits(self.output, hidden_states)
+        return logits_TV
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Take a checkpoint's tensors, of which each parameter gets its rank's part.
+
+        Returns:
+            Names of the parameters that were given something.
+        """
+        # Parameters of vLLM's have loaders, which types do not know.
+        targets: dict[str, Any] = dict(self.named_parameters()) | dict(self.named_buffers())
+        loaded = set()
+        for name, tensor in weights:
+            owner, _, last = name.rpartition(".")
+            prefix = "" if owner == "output" else "model."
+            if last in EXPERTS:
+                target, part = EXPERTS[last]
+                target = f"{prefix}{owner}.routed_experts.{target}"
+                for expert, one in enumerate(tensor):
+                    targets[target].weight_loader(targets[target], one, target, part, expert)
+            elif last in PAIRS:
+                target, index = PAIRS[last]
+                target = f"{prefix}{owner}.{target}"
+                _load(targets[target], tensor, index)
+            else:
+                target = prefix + name
+                _load(targets[target], tensor)
+            loaded.add(target)
+        return loaded
+
+    def counts(self) -> list[list[int]]:
+        """Routes per layer and expert."""
+        return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
+
+
+def _load(target: Tensor, tensor: Tensor, index: int | None = None) -> None:
+    loader = getattr(target, "weight_loader", default_weight_loader)
+    loader(target, tensor) if index is None else loader(target, tensor, index)
