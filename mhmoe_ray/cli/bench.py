@@ -5,7 +5,15 @@ import sys
 
 import typer
 
-from mhmoe_ray.cli import bench_checkpoint, bench_dispatch, bench_ingest, bench_layer, bench_run, bench_train
+from mhmoe_ray.cli import (
+    bench_checkpoint,
+    bench_dispatch,
+    bench_ingest,
+    bench_layer,
+    bench_run,
+    bench_serve,
+    bench_train,
+)
 from mhmoe_ray.train import memory
 
 app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
@@ -26,3 +34,4 @@ app.command("checkpoint")(bench_checkpoint.checkpoint)
 app.command("dispatch")(bench_dispatch.dispatch)
 app.command("run")(bench_run.run)
 app.command("ingest")(bench_ingest.ingest)
+app.command("serve")(bench_serve.serve)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.bench import steps as steps_
     from mhmoe_ray.bench.layers import Absent
     from mhmoe_ray.bench.measure import Figures
+    from mhmoe_ray.bench.serve.contest import Figures as Answers
     from mhmoe_ray.bench.sweep import Sweep
 
 Part = str | tuple[str, Table]
@@ -61,6 +62,18 @@ def steps(figures: Sequence["steps_.Figures"]) -> Table:
         speed = (in_seconds(f.median), f"{f.tokens_a_second:,.0f}")
         rows.append((f.name, *size, *speed, f"{f.to_smoe:.3f}", f"{f.paper:.3f}"))
     return _table(columns, rows)
+
+
+def answers(figures: "Sequence[Answers]") -> Table:
+    """Each number of clients; rates over those of each contestant before."""
+    rows = []
+    for f in figures:
+        before = [other for other in figures[: figures.index(f)] if other.clients == f.clients]
+        ratios = ", ".join(f"{f.to(other):.2f} of {other.name}" for other in before)
+        first = in_seconds(median(f.first)) if f.first else ""
+        rows.append((str(f.clients or "random"), f.name, f"{f.rate:,.0f}", first, ratios))
+    rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
+    return _table(("clients", "", "tokens/s", "first token", "rate"), rows)
 
 
 def checkpoints(figures: "checkpoints_.Figures") -> Table:

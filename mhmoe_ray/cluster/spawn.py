@@ -52,7 +52,7 @@ def spawn(cpus: int) -> LocalCluster:
     Raises:
         ClusterError: no ports are free.
     """
-    gcs, board, client, *metrics = _free_ports(5)
+    gcs, board, client, *metrics = free_ports(5)
     folder = _make_folder()
     cluster = LocalCluster(0, f"http://127.0.0.1:{board}", f"127.0.0.1:{gcs}", cpus, socket.gethostname(), folder)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -97,7 +97,7 @@ def _shared_memory_holds(size: int) -> bool:
     return shm.f_bavail * shm.f_frsize >= size
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports outside those of Ray's workers (10002 to 19999) and those that the system gives out (from 32768)."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20000, 30000), 1000):

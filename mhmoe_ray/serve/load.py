@@ -95,21 +95,35 @@ def answerer_of(
     """
     edges = boundaries(tokenizer)
     assert edges is not None
+    # The model may have more rows than the tokenizer has tokens.
+    engine = torch_engine(model, edges.ends, tokenizer.get_vocab_size(), seq_len, spec)
+    return Answerer(engine, tokenizer, template)
+
+
+def torch_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, spec: ServeSpec) -> TorchEngine:
+    """Our own engine; see `TorchEngine`.
+
+    Args:
+        model: as of `answerer_of`.
+        ends: tokens that end an answer.
+        known: tokens that may be chosen, from 0.
+        seq_len: tokens that prompt and answer may have together.
+        spec: precision, and how many requests.
+    """
     if model.embedding.weight.device.type == "cpu":
         for layer in model.moe_layers():
             layer.experts.kernel = "padded"
     if spec.precision == "bfloat16":
         _halve(model)
-    engine = TorchEngine(
+    return TorchEngine(
         model,
-        edges.ends,
-        tokenizer.get_vocab_size(),  # the model may have more rows than that
+        ends,
+        known,
         seq_len,
         concurrency=spec.max_concurrency,
         cache_tokens=spec.cache_tokens,
         queue=spec.max_waiting,
     )
-    return Answerer(engine, tokenizer, template)
 
 
 def _halve(model: Decoder) -> None:

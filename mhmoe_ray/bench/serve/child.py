@@ -1,0 +1,98 @@
+"""A process per contestant, which waits while others are measured: the load of one is never beside another's."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from mhmoe_ray.bench.apart import first_error
+from mhmoe_ray.bench.serve.engines import ENGINES, Place
+from mhmoe_ray.bench.serve.servers import SERVERS
+from mhmoe_ray.errors import JobError
+
+
+class Child:
+    """Of an engine or a server; starts with the `with`, and ends with it."""
+
+    def __init__(self, name: str, place: Place) -> None:
+        self._name, self._place = name, place
+
+    def __enter__(self) -> Self:
+        place = {key: str(value) if isinstance(value, Path) else value for key, value in self._place._asdict().items()}
+        settings = {"OMP_NUM_THREADS": str(self._place.threads), "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", __name__, json.dumps({"name": self._name, "place": place})]
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | settings,
+        )
+        self.told = self._answer()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def ask(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds that an engine takes for these."""
+        assert self._process.stdin is not None
+        print(json.dumps([prompts, tokens]), file=self._process.stdin, flush=True)
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            what = f"bench serve, {self._name}"
+            raise JobError(what, first_error(self._errors.read(), code), "mend that and measure again")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    paths = {key: Path(asked["place"][key]) for key in ("checkpoint", "folder")}
+    name, place = asked["name"], Place(**(asked["place"] | paths))
+    # What others print goes where errors go.
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(place.threads)
+    if name in SERVERS:
+        with SERVERS[name](place) as url:
+            _tell(own, {"url": url})
+            sys.stdin.read()
+        return
+    answer = ENGINES[name](place)
+    _tell(own, {})
+    for line in sys.stdin:
+        prompts, tokens = json.loads(line)
+        began = time.perf_counter()
+        answer(prompts, tokens)
+        _tell(own, {"seconds": time.perf_counter() - began})
+    own.flush()
+    os._exit(0)  # threads of engines are left as they are
+
+
+def _tell(own: IO[str], what: dict[str, Any]) -> None:
+    print(json.dumps(what), file=own, flush=True)
+
+
+if __name__ == "__main__":
+    main()

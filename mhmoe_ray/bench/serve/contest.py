@@ -1,0 +1,158 @@
+"""All contestants in turn, in every round, on the same prompts, which no round has seen before."""
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from mhmoe_ray.bench.serve.child import Child
+from mhmoe_ray.bench.serve.engines import Place
+from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
+
+PACKAGES = {
+    "vllm": "vllm",
+    "vLLM offline": "vllm",
+    "transformers": "transformers",
+    "vllm, alone": "vllm",
+    "vllm, Ray Serve": "vllm",
+    "vLLM's server": "vllm",
+}
+"""That contestants need beside ours."""
+
+Tell = Callable[[str], None]
+
+
+class Shape(NamedTuple):
+    """Of requests."""
+
+    prompt: int
+    tokens: int
+    """Of each answer."""
+
+
+class Figures(NamedTuple):
+    """One contestant at one number of clients."""
+
+    name: str
+    clients: int
+    rates: list[float]
+    """Tokens a second, one for each round."""
+    first: list[float]
+    """Seconds until the first token, medians of each round; empty where nothing was streamed."""
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    def to(self, reference: "Figures") -> float:
+        """Rate over another's, the median of rounds."""
+        return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "rate": self.rate}
+
+
+def missing(name: str) -> str | None:
+    """The package that it needs and that is not installed."""
+    package = PACKAGES.get(name)
+    return package if package and find_spec(package) is None else None
+
+
+def engines(
+    places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
+) -> list[Figures]:
+    """So many prompts at once, and all of their answers.
+
+    Args:
+        places: by a name of its own, each contestant's engine and what it serves.
+        shape: of prompts and answers; of answers of one token the prompts' tokens are counted.
+        clients: numbers of prompts.
+        rounds: each of all contestants, every other one in reverse order; one before them is not counted.
+        tell: gets a line after each.
+
+    Raises:
+        JobError: one of them failed.
+    """
+    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for name in places for n in clients}
+    with ExitStack() as stack:
+        children = {name: stack.enter_context(Child(engine, place)) for name, (engine, place) in places.items()}
+        vocab = 8192
+        for turn in range(-1, rounds):
+            for n in clients:
+                prompts = _prompts(n, shape.prompt, vocab, f"{turn} {n}")
+                for name in children if turn % 2 else reversed(children):
+                    seconds = children[name].ask(prompts, shape.tokens)
+                    counted = shape.tokens if shape.tokens > 1 else shape.prompt
+                    if turn >= 0:
+                        rates[name, n].append(n * counted / seconds)
+                        tell(f"round {turn + 1}, {n} at once: {name} {rates[name, n][-1]:,.0f} tokens/s")
+    return [Figures(name, n, found, []) for (name, n), found in rates.items()]
+
+
+def servers(
+    names: Sequence[str], place: Place, shape: Shape, clients: Sequence[int], stream: bool, rounds: int, tell: Tell
+) -> list[Figures]:
+    """So many clients, each of which asks again when it has its answer.
+
+    Args:
+        names: of `SERVERS`.
+        place: what is served.
+        shape: of requests.
+        clients: how many.
+        stream: whether answers come token by token.
+        rounds, tell: as of `engines`.
+    """
+
+    def once(url: str, n: int, turn: int) -> Load:
+        prompts = _prompts(n * max(2, 8 // n), shape.prompt, 8192, f"{turn} {n} {stream}")
+        return closed_loop(url, prompts, shape.tokens, n, stream)
+
+    return list(_served(names, place, clients, once, rounds, tell))
+
+
+def by_chance(
+    names: Sequence[str], place: Place, shape: Shape, rate: float, seconds: float, rounds: int, tell: Tell
+) -> list[Figures]:
+    """Requests that come at random, streamed; `clients` of the figures are then none.
+
+    Args:
+        names, place, shape, rounds, tell: as of `servers`.
+        rate: requests a second.
+        seconds: for which they come.
+    """
+
+    def once(url: str, n: int, turn: int) -> Load:
+        prompts = _prompts(max(1, round(rate * seconds)), shape.prompt, 8192, f"{turn} {rate}")
+        return open_loop(url, prompts, shape.tokens, rate, turn)
+
+    return list(_served(names, place, [0], once, rounds, tell))
+
+
+def _served(
+    names: Sequence[str],
+    place: Place,
+    clients: Sequence[int],
+    once: Callable[[str, int, int], Load],
+    rounds: int,
+    tell: Tell,
+) -> Iterator[Figures]:
+    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for name in names for n in clients}
+    with ExitStack() as stack:
+        children = {name: stack.enter_context(Child(name, place)) for name in names}
+        for turn in range(-1, rounds):
+            for n in clients:
+                for name in children if turn % 2 else reversed(children):
+                    load = once(children[name].told["url"], n, turn)
+                    if turn >= 0:
+                        found[name, n].append(load)
+                        tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+    for (name, n), loads in found.items():
+        streamed = loads[0].asked[0].first is not None
+        yield Figures(name, n, [load.rate for load in loads], [load.first(0.5) for load in loads] if streamed else [])
+
+
+def _prompts(count: int, length: int, vocab: int, seed: str) -> list[list[int]]:
+    draws = random.Random(seed)
+    return [[draws.randrange(1, vocab) for _ in range(length)] for _ in range(count)]

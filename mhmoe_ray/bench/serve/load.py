@@ -1,0 +1,104 @@
+"""Clients of a server of OpenAI's kind."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import aiohttp
+
+
+class Asked(NamedTuple):
+    """One request and how it went, in seconds from when it was sent."""
+
+    first: float | None
+    """Until the first token, where it was streamed."""
+    whole: float
+    tokens: int
+
+
+class Load(NamedTuple):
+    seconds: float
+    """From the first request to the last answer."""
+    asked: list[Asked]
+
+    @property
+    def rate(self) -> float:
+        """Tokens of answers a second."""
+        return sum(a.tokens for a in self.asked) / self.seconds
+
+    def first(self, share: float) -> float:
+        """Seconds until the first token, which this share of the requests did not exceed."""
+        found = sorted(a.first for a in self.asked if a.first is not None)
+        return found[min(len(found) - 1, int(share * len(found)))]
+
+    def whole(self, share: float) -> float:
+        found = sorted(a.whole for a in self.asked)
+        return found[min(len(found) - 1, int(share * len(found)))]
+
+
+def closed_loop(url: str, prompts: Sequence[Sequence[int]], tokens: int, clients: int, stream: bool) -> Load:
+    """So many clients, each of which sends its next request when it has the answer to the last one."""
+
+    async def run(session: aiohttp.ClientSession) -> list[Asked]:
+        waiting = iter(prompts)
+
+        async def client() -> list[Asked]:
+            return [await ask(session, url, ids, tokens, stream) for ids in waiting]
+
+        return [one for asked in await asyncio.gather(*(client() for _ in range(clients))) for one in asked]
+
+    return _timed(run, clients)
+
+
+def open_loop(url: str, prompts: Sequence[Sequence[int]], tokens: int, rate: float, seed: int) -> Load:
+    """Requests that come by chance (Poisson), so many a second on average, whether others are answered or not."""
+    draws = random.Random(seed)
+
+    async def run(session: aiohttp.ClientSession) -> list[Asked]:
+        tasks = []
+        for ids in prompts:
+            tasks.append(asyncio.create_task(ask(session, url, ids, tokens, stream=True)))
+            await asyncio.sleep(draws.expovariate(rate))
+        return list(await asyncio.gather(*tasks))
+
+    return _timed(run, 0)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool) -> Asked:
+    """One completion, greedy.
+
+    Raises:
+        aiohttp.ClientError: it was refused, or broke off.
+    """
+    body: dict[str, Any] = {"model": "bench", "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    began, first, used = time.perf_counter(), None, 0
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        if not stream:
+            used = (await answer.json())["usage"]["completion_tokens"]
+        else:
+            async for line in answer.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                if first is None:
+                    first = time.perf_counter() - began
+                if b'"usage":{' in line.replace(b" ", b""):
+                    used = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return Asked(first, time.perf_counter() - began, used)
+
+
+def _timed(run: Any, connections: int) -> Load:
+    async def whole() -> Load:
+        connector = aiohttp.TCPConnector(limit=connections)
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            began = time.perf_counter()
+            asked = await run(session)
+            return Load(time.perf_counter() - began, asked)
+
+    return asyncio.run(whole())

