@@ -71,6 +71,8 @@ def spawn(cpus: int) -> LocalCluster:
         # Makes Ray take 127.0.0.1 as the node's address and listen there only; --node-ip-address does not: Ray puts
         # the address of the network card in the place of a loopback one.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.http.proxy:middlewares",
         # Otherwise a cluster with a running job takes half a minute to stop.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }

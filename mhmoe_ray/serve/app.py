@@ -1,4 +1,4 @@
-"""The Ray Serve application: one deployment, one engine in each replica."""
+"""The Ray Serve application: an engine in each replica, and one count of what clients have had."""
 
 from typing import Any
 
@@ -8,15 +8,18 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
-from mhmoe_ray.serve.config import DEPLOYMENT
+from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http.app import create_app, told
+from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
 from mhmoe_ray.serve.load import check_engine, load_answerer, load_run_tokenizer
-from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.serve.ray_metrics import follow
+from mhmoe_ray.spec import KeySpec, ServeSpec
 
 
 class Args(BaseModel):
@@ -30,18 +33,48 @@ class Args(BaseModel):
     serve: ServeSpec
 
 
+@serve.deployment(name=LIMITS, num_replicas=1, ray_actor_options={"num_cpus": 0})
+class SharedLimits:
+    """One for all replicas."""
+
+    def __init__(self, keys: tuple[KeySpec, ...]) -> None:
+        self._limits = Limits(keys)
+
+    async def begin(self, client: str) -> Spent | None:
+        return self._limits.begin(client)
+
+    async def used(self, client: str, tokens: int) -> None:
+        self._limits.used(client, tokens)
+
+
+class There:
+    """A `Counter`: those limits, from a replica."""
+
+    def __init__(self, limits: DeploymentHandle) -> None:
+        self._limits = limits
+
+    async def begin(self, client: str) -> Spent | None:
+        found: Spent | None = await self._limits.begin.remote(client)
+        return found
+
+    def used(self, client: str, tokens: int) -> None:
+        self._limits.used.remote(client, tokens)
+
+
 @serve.deployment(name=DEPLOYMENT)
 @serve.ingress()
 class Completions:
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, limits: DeploymentHandle | None) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
+        self._limits = There(limits) if limits else None
+        follow(self._answerer.engine.stats, args.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed."""
         replica = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone)
+        return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone, self._limits)
 
     async def _everyone(self) -> list[dict[str, Any]]:
         context = serve.get_replica_context()
@@ -73,4 +106,6 @@ def build(args: Args) -> serve.Application:
         load_run_tokenizer(checkpoint, manifest)
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
-    return Completions.bind(args)  # type: ignore[attr-defined]  # the decorators made it a Deployment
+    # The decorators made them Deployments.
+    limits = SharedLimits.bind(args.serve.keys) if any_limit(args.serve.keys) else None  # type: ignore[attr-defined]
+    return Completions.bind(args, limits)  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from mhmoe_ray.spec import ServeSpec
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
+LIMITS = "limits"
+"""A deployment beside it, where keys have limits."""
 SPARE = 32
 """Requests other than completions that a replica answers at a time."""
 

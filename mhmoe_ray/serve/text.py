@@ -53,27 +53,36 @@ class TextStream:
         prompt_ids: what the answer goes on from. A decoder may drop the space at the start of a text, which the middle
             of one must keep.
         """
-        self._decoder, self._stops = decode, stops
+        self._decode, self._stops = decode, stops
         self._ids: list[int] = list(prompt_ids[-CONTEXT:])
-        self._before = len(decode(self._ids))
-        self._sent = 0
+        """The newest tokens, not all: the time that a token takes must not grow with the answer."""
+        self._seen = len(decode(self._ids))
+        """Characters of their text that have been taken."""
+        self._held = ""
+        """Text that was taken and not given away."""
         self.stopped = False
         """A stop string has come: no more tokens are wanted."""
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token; often empty."""
         self._ids.append(token)
-        text = self._decode()
+        text = self._decode(self._ids)
         # The bytes of a character that is not whole yet decode to one replacement character at the very end.
-        return self._release(text.removesuffix(REPLACEMENT), final=False)
+        piece = self._release(self._taken(text.removesuffix(REPLACEMENT)), final=False)
+        if len(self._ids) >= 4 * CONTEXT and not text.endswith(REPLACEMENT):
+            # Not all of them: a decoder may treat the start of a text in its own way.
+            self._ids = self._ids[-CONTEXT:]
+            self._seen = len(self._decode(self._ids))
+        return piece
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
-        return "" if self.stopped else self._release(self._decode(), final=True)
+        return "" if self.stopped else self._release(self._taken(self._decode(self._ids)), final=True)
 
-    def _decode(self) -> str:
-        # All tokens, not the newest ones: a decoder may treat the start of a text in its own way.
-        return self._decoder(self._ids)[self._before :]
+    def _taken(self, text: str) -> str:
+        """All that is not given away, with what is new in the text of the newest tokens."""
+        new, self._seen = text[self._seen :], max(self._seen, len(text))
+        return self._held + new
 
     def _release(self, text: str, final: bool) -> str:
         starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -82,8 +91,8 @@ class TextStream:
             end = min(starts)
         else:
             end = len(text) if final else len(text) - _open_stop(text, self._stops)
-        piece, self._sent = text[self._sent : end], max(self._sent, end)
-        return piece
+        self._held = text[end:]
+        return text[:end]
 
 
 def _open_stop(text: str, stops: Sequence[str]) -> int:

@@ -15,6 +15,8 @@ import ray
 from pydantic import PydanticDeprecatedSince20
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from mhmoe_ray.serve.config import DEPLOYMENT
+
 from .conftest import free_port
 
 with warnings.catch_warnings():
@@ -34,6 +36,8 @@ def serving(cpus: int = 4) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp / "token"))
+        # As in a local cluster of ours (cluster/spawn.py).
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "mhmoe_ray.serve.http.proxy:middlewares")
         reset_auth_token_state()  # Ray reads both once, when it is imported
         try:
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp / "ray"))
@@ -61,3 +65,9 @@ def wait_until(name: str, *statuses: str) -> None:
     while (found := details(name))["status"] not in statuses:
         assert found["status"] == "DEPLOYING", found
         time.sleep(0.1)
+
+
+def running(name: str) -> list[str]:
+    """Replicas of it that answer."""
+    replicas = details(name)["deployments"][DEPLOYMENT]["replicas"]
+    return [replica["replica_id"] for replica in replicas if replica["state"] == "RUNNING"]

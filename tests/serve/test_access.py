@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from mhmoe_ray.serve.http.access import Access, Bucket
 from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.http.errors import RequestError
+from mhmoe_ray.serve.http.limits import Bucket, Limits
 from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import KeySpec, ServeSpec
 
@@ -47,13 +46,20 @@ def test_a_bucket_fills_over_a_minute_and_no_more_than_once():
     assert bucket.wait() > 0
 
 
-def test_limits_are_shared_out_over_replicas():
-    access = Access([key("a", requests_per_minute=4)], replicas=2, clock=Clock())
-    client = next(iter(access._clients.values()))
-    client.check()
-    client.check()
-    with pytest.raises(RequestError, match="a has had all its requests of this minute; try again in"):
-        client.check()
+def test_each_client_has_limits_of_its_own():
+    clock = Clock()
+    limits = Limits([key("a", requests_per_minute=2), key("b", tokens_per_minute=60), key("c")], clock)
+    assert limits.begin("a") is None
+    assert limits.begin("a") is None
+    assert limits.begin("a") == ("requests", 30)
+    for client in ("b", "c"):
+        assert limits.begin(client) is None
+        limits.used(client, 100)
+    assert limits.begin("b") == ("tokens", 41)
+    assert limits.begin("c") is None
+    clock.now += 41
+    assert limits.begin("a") is None
+    assert limits.begin("b") is None
 
 
 @pytest.fixture

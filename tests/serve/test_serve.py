@@ -1,21 +1,25 @@
 """The application through a real Ray Serve, deployed by the configuration that the command line sends."""
 
 import json
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 
 import httpx
 import pytest
+import ray
 
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serve.config import DEPLOYMENT, application_config
 from mhmoe_ray.serve.engine import Sampling
-from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 
 from .asking import pieces
 from .conftest import SEQ_LEN
-from .deployed import deploy, details, serving, wait_until
+from .deployed import deploy, details, running, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -143,6 +147,79 @@ def test_each_replica_tells_what_it_did(client, checkpoint):
     after = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
     assert sum(after.values()) - sum(before.values()) == 160
     assert after.keys() == before.keys()
+
+
+def test_rays_own_metrics_have_what_replicas_count(client):
+    """On the port of the node that Prometheus asks; a replica tells every two seconds, Ray's agent now and then."""
+    complete(client, max_tokens=5)
+    [node] = ray.nodes()
+    deadline = time.monotonic() + 60
+    while True:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        found = [line for line in text.splitlines() if line.startswith("ray_mhmoe_answer_tokens_total{")]
+        if found and sum(float(line.split()[-1]) for line in found) >= 5:
+            break
+        assert time.monotonic() < deadline, [line for line in text.splitlines() if "mhmoe" in line]
+        time.sleep(0.5)
+    assert 'model="tiny-abc123"' in found[0]
+    assert 'application="tiny"' in found[0]
+    assert "ray_mhmoe_first_token_seconds_bucket_total{" in text
+    assert "ray_mhmoe_expert_routes_total{" in text
+    assert "ray_mhmoe_running{" in text
+
+
+def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, checkpoint):
+    """Answers of 40 tokens by two replicas, of which one is killed: what it had is lost with a clear error, all others
+    are answered, those that come while another is started in its place too."""
+    two = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
+    deploy([application_config("tiny", checkpoint, two, "tiny-abc123")])
+    wait_until("tiny", "RUNNING")
+    body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
+    expected = complete(client, **body)["choices"]
+    over = threading.Event()
+
+    def ask(_):
+        found = []
+        while not over.is_set():
+            found.append(client.post("/v1/completions", json=body))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(4))
+        time.sleep(1)
+        [victim, _] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
+        os.kill(victim["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while victim["replica_id"] in (found := running("tiny")) or len(found) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+        over.set()
+        answers = [response for responses in asked for response in responses]
+    lost = [a for a in answers if a.status_code != 200]
+    assert len(lost) <= 4  # one client has one request at a time
+    assert [(a.status_code, a.json()["error"]["code"]) for a in lost] == [(503, "lost")] * len(lost)
+    assert all(a.json()["choices"] == expected for a in answers if a not in lost)
+
+
+def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
+    keys = (KeySpec(name="ann", sha256=sha256(b"secret").hexdigest(), requests_per_minute=6),)
+    limited = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2), "keys": keys})
+    deploy([application_config("tiny", checkpoint, limited, "tiny-abc123")])
+    wait_until("tiny", "RUNNING")
+
+    def ask(_):
+        body = {"prompt": "the", "max_tokens": 1}
+        return httpx.post(
+            f"http://127.0.0.1:{port}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}, timeout=30
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(12)))
+    assert [response.status_code for response in answers].count(200) in (6, 7)  # a seventh after ten seconds
+    refused = next(response for response in answers if response.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(refused.headers["retry-after"]) <= 11
 
 
 def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):

@@ -16,7 +16,7 @@ DECODERS = {kind: TextDecoder(tokenizer) for kind, tokenizer in TOKENIZERS.items
 SIZES = {kind: tokenizer.get_vocab_size() for kind, tokenizer in TOKENIZERS.items()}
 kinds = st.sampled_from(sorted(DECODERS))
 
-texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "é", "\ufffd"})), max_size=16)
+texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "é", "\ufffd"})), max_size=60)
 
 
 @st.composite
@@ -24,7 +24,7 @@ def answers(draw):
     """A tokenizer, and any tokens at all (bytes that are no UTF-8 among them) or tokens of real text."""
     kind = draw(kinds)
     tokenizer = TOKENIZERS[kind]
-    any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=24)
+    any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=80)  # more than a stream keeps
     return DECODERS[kind], draw(st.one_of(any_ids, texts.map(lambda text: tokenizer.encode(text).ids)))
 
 

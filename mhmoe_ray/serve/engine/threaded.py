@@ -15,6 +15,8 @@ from mhmoe_ray.serve.engine.stats import Stats
 RECENT = 10.0
 
 Deliver = Callable[[Update | Exception], None]
+"""To be called by the engine's thread."""
+Updates = asyncio.Queue[Update | Exception]
 
 
 class Ticket:
@@ -52,6 +54,8 @@ class ThreadedEngine(ABC, Generic[T]):
         self._stats = Stats()
         self._recent = deque[float](maxlen=1_000_000)
         """When the newest tokens came."""
+        self._outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Updates, Update | Exception]]] = {}
+        """What a round has for those who wait, which they get together: to wake a loop costs more than a token."""
         self._broken: Exception | None = None
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -86,11 +90,10 @@ class ThreadedEngine(ABC, Generic[T]):
 
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
         """See `Engine`."""
-        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update | Exception]()
+        loop, updates = asyncio.get_running_loop(), Updates()
 
         def deliver(update: Update | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(updates.put_nowait, update)
+            self._outgoing.setdefault(loop, []).append((updates, update))
 
         room = min(request.sampling.max_tokens, self._seq_len - len(request.prompt_ids))
         with self._wake:
@@ -142,12 +145,24 @@ class ThreadedEngine(ABC, Generic[T]):
         error: Exception = EngineError("it was closed")
         try:
             while self._round():
-                pass
+                self._hand_over()
         except Exception as e:
             self._broken = error = e
         with self._wake:
             for ticket in self._everyone():
                 self._fail(ticket, EngineError(self.why_broken or str(error)))
+        self._hand_over()
+
+    def _rest(self) -> None:
+        """Until there is something new."""
+        self._hand_over()
+        self._wake.wait()
+
+    def _hand_over(self) -> None:
+        outgoing, self._outgoing = self._outgoing, {}
+        for loop, batch in outgoing.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put, batch)
 
     def _end_those_gone(self) -> None:
         for ticket in self._everyone():
@@ -185,3 +200,8 @@ class ThreadedEngine(ABC, Generic[T]):
     def _end(self, ticket: T) -> None:
         self._leave(ticket)
         self._stats.requests += 1
+
+
+def _put(batch: list[tuple[Updates, Update | Exception]]) -> None:
+    for updates, update in batch:
+        updates.put_nowait(update)

@@ -94,7 +94,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
                     for sequence in {part.sequence for part in parts if not part.sequence.begun}:
                         self._began(sequence, time.monotonic() - sequence.arrived, sequence.computed)
                     return parts
-                self._wake.wait()
+                self._rest()
             return []
 
     @torch.inference_mode()

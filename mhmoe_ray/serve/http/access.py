@@ -1,82 +1,51 @@
-"""Who may ask, how much, and how large a request may be."""
+"""Who may ask, and how large a request may be."""
 
 import hashlib
 import hmac
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mhmoe_ray.serve.http.errors import RequestError, error_response
+from mhmoe_ray.serve.http.limits import Counter, any_limit
 from mhmoe_ray.spec import KeySpec
 
 SCHEME = "Bearer "
 
 
-class Bucket:
-    """So much a minute, all of it at once or spread; what is not used is not saved up."""
-
-    def __init__(self, per_minute: float, clock: Callable[[], float]) -> None:
-        self._rate, self._most, self._clock = per_minute / 60, per_minute, clock
-        self._left, self._seen = per_minute, clock()
-
-    def wait(self) -> float:
-        """Seconds until there is one again; 0 if there is."""
-        now = self._clock()
-        self._left = min(self._most, self._left + (now - self._seen) * self._rate)
-        self._seen = now
-        return max(0.0, 1 - self._left) / self._rate
-
-    def spend(self, amount: float) -> None:
-        """More than is left at most once: then nothing is, until that is made good."""
-        self._left -= amount
-
-
 @dataclass
 class Client:
     name: str
-    requests: Bucket | None = None
-    tokens: Bucket | None = None
+    limits: Counter | None = None
+    """None where it may have what it likes."""
 
-    def check(self) -> None:
+    async def begin(self) -> None:
         """One request more.
 
         Raises:
             RequestError: it has had all of this minute's.
         """
-        for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            if bucket and (wait := bucket.wait()):
-                seconds = max(1, round(wait + 0.5))
-                message = f"{self.name} has had all its {what} of this minute; try again in {seconds} s"
-                raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
-        if self.requests:
-            self.requests.spend(1)
+        if self.limits and (spent := await self.limits.begin(self.name)):
+            seconds = max(1, round(spent.seconds + 0.5))
+            message = f"{self.name} has had all its {spent.what} of this minute; try again in {seconds} s"
+            raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
     def used(self, tokens: int) -> None:
         """Of prompts and answers."""
-        if self.tokens:
-            self.tokens.spend(tokens)
+        if self.limits:
+            self.limits.used(self.name, tokens)
 
 
-@dataclass
 class Access:
-    """Of one replica: limits are shared out evenly over all of them."""
-
-    keys: Sequence[KeySpec]
-    replicas: int = 1
-    clock: Callable[[], float] = time.monotonic
-    _clients: dict[str, Client] = field(init=False)
-
-    def __post_init__(self) -> None:
-        def bucket(per_minute: int | None) -> Bucket | None:
-            return Bucket(per_minute / self.replicas, self.clock) if per_minute else None
-
-        self._clients = {
-            key.sha256: Client(key.name, bucket(key.requests_per_minute), bucket(key.tokens_per_minute))
-            for key in self.keys
-        }
+    def __init__(self, keys: Sequence[KeySpec], limits: Counter) -> None:
+        """Args:
+        keys: that are known; without any, everyone may ask.
+        limits: of these.
+        """
+        counted = limits if any_limit(keys) else None
+        self._clients = {key.sha256: Client(key.name, counted) for key in keys}
 
     def client(self, http: Request) -> Client:
         """Who sent this.

@@ -11,6 +11,7 @@ from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http import chat, completions, page
 from mhmoe_ray.serve.http.access import Access, SmallBodies
 from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
+from mhmoe_ray.serve.http.limits import Counter, Here, Limits
 from mhmoe_ray.serve.http.metrics import exposition
 from mhmoe_ray.serve.http.schema import (
     AllStats,
@@ -29,7 +30,12 @@ Everyone = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def create_app(
-    answerer: Answerer, model: str, spec: ServeSpec, replica: str = "", everyone: Everyone | None = None
+    answerer: Answerer,
+    model: str,
+    spec: ServeSpec,
+    replica: str = "",
+    everyone: Everyone | None = None,
+    limits: Counter | None = None,
 ) -> FastAPI:
     """The application that answers with an engine.
 
@@ -39,8 +45,9 @@ def create_app(
         spec: limits, and who may ask.
         replica: a name of this process among others that serve the same.
         everyone: what `told` gives of each of them; by default this one is alone.
+        limits: of keys, counted for all of them together; by default here.
     """
-    service = Service(answerer, model, spec, Access(spec.keys, spec.replicas.max))
+    service = Service(answerer, model, spec, Access(spec.keys, limits or Here(Limits(spec.keys))))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.router(service), responses=RESPONSES)

@@ -44,7 +44,7 @@ def router(service: Service) -> APIRouter:
             (Request(ids, request.sampling(max_tokens, choice), logprobs, client=client.name), 0)
             for choice in range(request.n)
         ]
-        answers = service.answers(asked, request, False, len(ids), client)
+        answers = await service.answers(asked, request, False, len(ids), client)
         same: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

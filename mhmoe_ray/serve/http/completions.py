@@ -45,7 +45,7 @@ def router(service: Service) -> APIRouter:
             )
             for (ids, own), choice in product(zip(prompts, ours, strict=True), range(request.n))
         ]
-        answers = service.answers(asked, request, request.echo, sum(map(len, prompts)), client)
+        answers = await service.answers(asked, request, request.echo, sum(map(len, prompts)), client)
         shape = _Shape(service.model, len(asked))
         if request.stream:
             last = (lambda: shape.body([], answers.usage)) if request.usage_wanted else None

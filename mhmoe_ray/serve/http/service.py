@@ -49,7 +49,7 @@ class Service:
         if unknown := next((token for token in ids if token >= known), None):
             raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
 
-    def answers(
+    async def answers(
         self, asked: Sequence[tuple[Request, int]], request: Choosing, echo: bool, prompt_tokens: int, client: Client
     ) -> Answers:
         """To the choices of one request, which counts as one of the client's.
@@ -65,6 +65,6 @@ class Service:
             RequestError: it names tokens that there are not, or the client has had its share.
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
-        client.check()
+        await client.begin()
         answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
         return Answers(answers, prompt_tokens, client, self.spec.request_timeout)

@@ -122,7 +122,6 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
     Raises:
         RequestError: they took longer than so many seconds.
     """
-    deadline = asyncio.get_running_loop().time() + timeout
     pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
 
     async def follow(number: int, answer: AsyncGenerator[Piece]) -> None:
@@ -133,22 +132,20 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
         except Exception as e:
             pieces.put_nowait((number, e))
 
+    message = f"there was no answer within {timeout:g} s; ask for less, or later"
+    late = RequestError(503, message, code="timeout")
+    alarm = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, late))
     tasks = [asyncio.create_task(follow(number, answer)) for number, answer in enumerate(answers)]
     try:
         left = len(tasks)
         while left:
-            try:
-                # Not wait_for, which in Python 3.11 may lose a cancellation.
-                async with asyncio.timeout_at(deadline):
-                    number, piece = await pieces.get()
-            except TimeoutError:
-                message = f"there was no answer within {timeout:g} s; ask for less, or later"
-                raise RequestError(503, message, code="timeout") from None
+            number, piece = await pieces.get()
             if isinstance(piece, Exception):
                 raise piece
             left -= piece.finish_reason is not None
             yield number, piece
     finally:
+        alarm.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -164,7 +164,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
                 return False
             if not self._running:
                 self._count()
-                self._wake.wait()
+                self._rest()
                 return True
         outputs = self._vllm.step()
         with self._wake:
