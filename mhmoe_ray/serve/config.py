@@ -32,7 +32,7 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
         # More than the engine lets wait, so that it is the engine that refuses, client by client, and that health is
         # told however many wait.
         "max_ongoing_requests": spec.max_concurrency + spec.max_waiting + SPARE,
-        "max_queued_requests": spec.max_waiting * spec.replicas.max,
+        "max_queued_requests": spec.max_waiting * spec.replicas.max + SPARE,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica},
     }

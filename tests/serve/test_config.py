@@ -15,7 +15,7 @@ def test_an_application_has_the_sizes_and_limits_of_the_spec():
     assert deployment["num_replicas"] == 2
     assert deployment["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0}
     assert deployment["max_ongoing_requests"] == 5 + 7 + SPARE
-    assert deployment["max_queued_requests"] == 14
+    assert deployment["max_queued_requests"] == 14 + SPARE
 
 
 def test_a_relative_checkpoint_is_the_callers():

@@ -1,0 +1,201 @@
+"""Half an hour of clients of all kinds: patient, leaving, writing nonsense, and asking for more than they may."""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from hashlib import sha256
+
+import aiohttp
+import httpx
+import psutil
+import pytest
+
+from mhmoe_ray.serve.config import DEPLOYMENT, application_config
+from mhmoe_ray.spec import KeySpec, ServeSpec
+
+from .conftest import SEQ_LEN
+from .deployed import deploy, details, serving, wait_until
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
+SEED = int(os.environ.get("SOAK_SEED", "1"))
+CLIENTS = 24
+FREE, LIMITED = ({"Authorization": f"Bearer {key}"} for key in ("free", "limited"))
+SPEC = ServeSpec(
+    max_tokens=40,
+    max_concurrency=8,
+    max_waiting=8,
+    max_body_bytes=20_000,
+    keys=(
+        KeySpec(name="free", sha256=sha256(b"free").hexdigest()),
+        KeySpec(name="limited", sha256=sha256(b"limited").hexdigest(), requests_per_minute=60, tokens_per_minute=3000),
+    ),
+)
+NONSENSE = (
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe\x00",
+    b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    b'{"prompt": "a", "max_tokens": 1e400}',
+    b'{"prompt": "a", "max_tokens": "many"}',
+    b'{"prompt": "a", "temperature": -1}',
+    b'{"prompt": "a", "file": "/etc/passwd"}',
+    b'{"prompt": [1, 999999]}',
+    b'{"prompt": "a", "logit_bias": {"999": 1}}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "best_of": 3}',
+)
+
+
+def body(seed: int, **more) -> dict:
+    """One of 40 requests."""
+    which = seed % 40
+    return {"prompt": "the quick " * (which % 4), "max_tokens": 1 + which, "temperature": 1.0, "seed": which, **more}
+
+
+class Crowd:
+    def __init__(self, url: str) -> None:
+        self.url, self.seen = url, Counter[tuple[str, int]]()
+        self.expected: dict[int, str] = {}
+
+    async def patient(self, session, draws) -> None:
+        """Comes back until it has its answer, which is the same each time."""
+        seed = draws.randrange(40)
+        while await self.ask(session, "patient", seed, FREE) == 429:
+            await asyncio.sleep(0.2)
+
+    async def limited(self, session, draws) -> None:
+        await self.ask(session, "limited", draws.randrange(40), LIMITED)
+
+    async def ask(self, session, kind, seed, headers) -> int:
+        async with session.post(self.url, json=body(seed), headers=headers) as answer:
+            self.seen[kind, answer.status] += 1
+            if answer.status == 200:
+                text = (await answer.json())["choices"][0]["text"]
+                assert self.expected.setdefault(seed, text) == text
+            else:
+                assert (await answer.json())["error"]["message"]
+                assert answer.headers["Retry-After"]
+            return answer.status
+
+    async def streaming(self, session, draws) -> None:
+        """Reads all of it, now and then slowly."""
+        seed, slow = draws.randrange(40), draws.random() < 0.2
+        async with session.post(self.url, json=body(seed, stream=True), headers=FREE) as answer:
+            self.seen["streaming", answer.status] += 1
+            if answer.status != 200:
+                return
+            events = []
+            async for line in answer.content:
+                if line.startswith(b"data: "):
+                    events.append(line.removeprefix(b"data: ").strip())
+                    await asyncio.sleep(0.05 * slow)
+            assert events[-1] == b"[DONE]"
+            text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+            assert self.expected.setdefault(seed, text) == text
+
+    async def leaving(self, session, draws) -> None:
+        """Goes away before the answer, or in the middle of it."""
+        try:
+            async with asyncio.timeout(draws.choice([0.001, 0.02, 0.1])):
+                sent = body(39, stream=draws.random() < 0.5)
+                async with session.post(self.url, json=sent, headers=FREE) as answer:
+                    self.seen["leaving", answer.status] += 1
+                    await answer.content.readany()
+        except TimeoutError:
+            self.seen["left", 0] += 1
+
+    async def nonsense(self, session, draws) -> None:
+        sent = draws.choice([*NONSENSE, draws.randbytes(draws.randrange(200))])
+        headers = {**FREE, "Content-Type": draws.choice(["application/json", "application/json", "text/plain"])}
+        async with session.post(self.url, data=sent, headers=headers) as answer:
+            self.seen["nonsense", answer.status] += 1
+            assert (await answer.json())["error"]["message"]
+
+    async def too_much(self, session, draws) -> None:
+        """Of everything."""
+        kind, sent, headers = draws.choice(
+            [
+                ("body", {"prompt": "x" * 30_000}, FREE),
+                ("prompt", {"prompt": "z" * 2 * SEQ_LEN}, FREE),
+                ("tokens", {"prompt": "a", "max_tokens": 41}, FREE),
+                ("choices", {"prompt": "a", "n": 129}, FREE),
+                ("model", {"prompt": "a", "model": "gpt"}, FREE),
+                ("key", {"prompt": "a"}, {"Authorization": "Bearer guessed"}),
+            ]
+        )
+        async with session.post(self.url, json=sent, headers=headers) as answer:
+            self.seen[kind, answer.status] += 1
+            assert (await answer.json())["error"]["message"]
+
+    async def run(self, seconds: float, each_minute) -> None:
+        kinds = [self.patient] * 4 + [self.streaming] * 3 + [self.leaving] * 2
+        kinds += [self.nonsense, self.too_much, self.limited]
+        until = time.monotonic() + seconds
+
+        async def client(number: int) -> None:
+            draws = random.Random(f"{SEED} {number}")
+            while time.monotonic() < until:
+                await draws.choice(kinds)(session, draws)
+
+        async def watch() -> None:
+            while time.monotonic() < until:
+                each_minute()
+                await asyncio.sleep(min(60, seconds / 10))
+
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+            await asyncio.gather(watch(), *(client(number) for number in range(CLIENTS)))
+
+
+EXPECTED = {
+    "patient": {200, 429},
+    "streaming": {200, 429},
+    "leaving": {200, 429},
+    "left": {0},
+    "limited": {200, 429},
+    "nonsense": {400},
+    "body": {413},
+    "prompt": {400},
+    "tokens": {400},
+    "choices": {400},
+    "model": {404},
+    "key": {401},
+}
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_nothing_is_lost_nothing_grows_and_no_error_is_another_than_expected(checkpoint):
+    memory: list[int] = []
+    with serving() as port:
+        deploy([application_config("tiny", checkpoint, SPEC, "tiny-abc123")])
+        wait_until("tiny", "RUNNING")
+        [replica] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
+        process = psutil.Process(replica["pid"])
+        crowd = Crowd(f"http://127.0.0.1:{port}/v1/completions")
+
+        def look() -> None:
+            memory.append(process.memory_info().rss)
+            done = sum(crowd.seen.values())
+            print(f"{done} requests, {memory[-1] / 2**20:.1f} MiB", flush=True)
+
+        asyncio.run(crowd.run(SECONDS, look))
+        look()
+        assert process.is_running()
+        time.sleep(5)  # those who left may have left something to end
+        told = httpx.get(f"http://127.0.0.1:{port}/stats", headers=FREE, timeout=30).json()
+    [stats] = told["replicas"]
+    print(dict(sorted(crowd.seen.items())))
+    found: dict[str, set[int]] = {}
+    for kind, status in crowd.seen:
+        found.setdefault(kind, set()).add(status)
+    assert all(statuses <= EXPECTED[kind] for kind, statuses in found.items()), found
+    assert found.keys() == EXPECTED.keys(), "each kind of client was there"
+    assert {429, 200} == found["limited"]
+    assert (stats["running"], stats["waiting"], stats["cache_used"]) == (0, 0, 0)
+    settled = memory[len(memory) // 5 :]
+    assert max(settled) <= 1.05 * min(settled), [f"{rss / 2**20:.1f}" for rss in memory]
