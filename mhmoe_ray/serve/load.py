@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from tokenizers import Tokenizer
 
+from mhmoe_kernels import packed
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.location import Location
@@ -16,6 +17,7 @@ from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
+from mhmoe_ray.serve.packing import pack
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
 
@@ -46,6 +48,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
         ServeError: the engine is not installed, or cannot compute this model.
     """
+    torch.set_num_threads(1)  # of this thread; the engine's own computes (see `TorchEngine`)
     if spec.engine == "vllm":
         manifest = read_manifest(checkpoint, parts=("weights",))
     else:
@@ -110,19 +113,25 @@ def torch_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int,
         seq_len: tokens that prompt and answer may have together.
         spec: precision, and how many requests.
     """
-    if model.embedding.weight.device.type == "cpu":
-        for layer in model.moe_layers():
-            layer.experts.kernel = "padded"
-    if spec.precision == "bfloat16":
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    if dtype == torch.bfloat16:
         _halve(model)
+    if model.embedding.weight.device.type == "cpu":
+        if packed.why_not(dtype) is None:
+            pack(model)
+        else:
+            for layer in model.moe_layers():
+                layer.experts.kernel = "padded"
     return TorchEngine(
         model,
+        dtype,
         ends,
         known,
         seq_len,
         concurrency=spec.max_concurrency,
         cache_tokens=spec.cache_tokens,
         queue=spec.max_waiting,
+        threads=spec.cpus_per_replica,
     )
 
 

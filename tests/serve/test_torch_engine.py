@@ -11,6 +11,7 @@ from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.engine.schedule import PIECE
 from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
 from mhmoe_ray.serve.load import answerer_of
+from mhmoe_ray.serve.packing import pack
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 
@@ -22,10 +23,9 @@ KNOWN = 300
 
 
 def engine_of(model, **more):
-    for layer in model.moe_layers():
-        layer.experts.kernel = "padded"
+    pack(model)
     settings = {"concurrency": 32, **more}
-    return TorchEngine(model, frozenset(), KNOWN, settings.pop("seq_len", SEQ_LEN), **settings)
+    return TorchEngine(model, torch.float32, frozenset(), KNOWN, settings.pop("seq_len", SEQ_LEN), **settings)
 
 
 @pytest.fixture(scope="module")

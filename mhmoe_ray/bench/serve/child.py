@@ -6,14 +6,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import torch
-
 from mhmoe_ray.bench.apart import first_error
-from mhmoe_ray.bench.serve.engines import ENGINES, Place
+from mhmoe_ray.bench.serve.engines import ENGINES, Asked, Place
 from mhmoe_ray.bench.serve.servers import SERVERS
 from mhmoe_ray.errors import JobError
 
@@ -48,10 +47,10 @@ class Child:
         self._process.wait()
         self._errors.close()
 
-    def ask(self, prompts: list[list[int]], tokens: int) -> float:
-        """Seconds that an engine takes for these."""
+    def ask(self, asked: Sequence[Asked], clients: int) -> float:
+        """Seconds that an engine takes for these, so many at a time."""
         assert self._process.stdin is not None
-        print(json.dumps([prompts, tokens]), file=self._process.stdin, flush=True)
+        print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -73,7 +72,6 @@ def main() -> None:
     # What others print goes where errors go.
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    torch.set_num_threads(place.threads)
     if name in SERVERS:
         with SERVERS[name](place) as url:
             _tell(own, {"url": url})
@@ -82,9 +80,9 @@ def main() -> None:
     answer = ENGINES[name](place)
     _tell(own, {})
     for line in sys.stdin:
-        prompts, tokens = json.loads(line)
+        requests, clients = json.loads(line)
         began = time.perf_counter()
-        answer(prompts, tokens)
+        answer(requests, clients)
         _tell(own, {"seconds": time.perf_counter() - began})
     own.flush()
     os._exit(0)  # threads of engines are left as they are

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.engines import Place
+from mhmoe_ray.bench.serve.engines import Asked, Place
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
+from mhmoe_ray.bench.serve.model import VOCAB
 
 PACKAGES = {
     "vllm": "vllm",
@@ -29,7 +30,20 @@ class Shape(NamedTuple):
 
     prompt: int
     tokens: int
-    """Of each answer."""
+    """Of an answer, on average."""
+    equal: bool = True
+    """Whether all are of that length; else both are anything from a quarter of it to seven quarters."""
+
+    def requests(self, count: int, seed: str) -> list[Asked]:
+        """That no other seed gives."""
+        draws = random.Random(seed)
+
+        def length(mean: int) -> int:
+            return mean if self.equal else draws.randint(max(1, mean // 4), max(1, mean * 7 // 4))
+
+        return [
+            ([draws.randrange(1, VOCAB) for _ in range(length(self.prompt))], length(self.tokens)) for _ in range(count)
+        ]
 
 
 class Figures(NamedTuple):
@@ -63,12 +77,12 @@ def missing(name: str) -> str | None:
 def engines(
     places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
 ) -> list[Figures]:
-    """So many prompts at once, and all of their answers.
+    """So many requests at a time, four times over.
 
     Args:
         places: by a name of its own, each contestant's engine and what it serves.
-        shape: of prompts and answers; of answers of one token the prompts' tokens are counted.
-        clients: numbers of prompts.
+        shape: of requests; where answers have one token, those of prompts are counted.
+        clients: numbers of requests at a time.
         rounds: each of all contestants, every other one in reverse order; one before them is not counted.
         tell: gets a line after each.
 
@@ -78,16 +92,15 @@ def engines(
     rates: dict[tuple[str, int], list[float]] = {(name, n): [] for name in places for n in clients}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(engine, place)) for name, (engine, place) in places.items()}
-        vocab = 8192
         for turn in range(-1, rounds):
             for n in clients:
-                prompts = _prompts(n, shape.prompt, vocab, f"{turn} {n}")
+                asked = shape.requests(4 * n, f"{turn} {n}")
+                counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
                 for name in children if turn % 2 else reversed(children):
-                    seconds = children[name].ask(prompts, shape.tokens)
-                    counted = shape.tokens if shape.tokens > 1 else shape.prompt
+                    seconds = children[name].ask(asked, n)
                     if turn >= 0:
-                        rates[name, n].append(n * counted / seconds)
-                        tell(f"round {turn + 1}, {n} at once: {name} {rates[name, n][-1]:,.0f} tokens/s")
+                        rates[name, n].append(counted / seconds)
+                        tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
     return [Figures(name, n, found, []) for (name, n), found in rates.items()]
 
 
@@ -106,8 +119,7 @@ def servers(
     """
 
     def once(url: str, n: int, turn: int) -> Load:
-        prompts = _prompts(n * max(2, 8 // n), shape.prompt, 8192, f"{turn} {n} {stream}")
-        return closed_loop(url, prompts, shape.tokens, n, stream)
+        return closed_loop(url, shape.requests(n * max(3, 8 // n), f"{turn} {n} {stream}"), n, stream)
 
     return list(_served(names, place, clients, once, rounds, tell))
 
@@ -124,8 +136,7 @@ def by_chance(
     """
 
     def once(url: str, n: int, turn: int) -> Load:
-        prompts = _prompts(max(1, round(rate * seconds)), shape.prompt, 8192, f"{turn} {rate}")
-        return open_loop(url, prompts, shape.tokens, rate, turn)
+        return open_loop(url, shape.requests(max(1, round(rate * seconds)), f"{turn} {rate}"), rate, turn)
 
     return list(_served(names, place, [0], once, rounds, tell))
 
@@ -151,8 +162,3 @@ def _served(
     for (name, n), loads in found.items():
         streamed = loads[0].asked[0].first is not None
         yield Figures(name, n, [load.rate for load in loads], [load.first(0.5) for load in loads] if streamed else [])
-
-
-def _prompts(count: int, length: int, vocab: int, seed: str) -> list[list[int]]:
-    draws = random.Random(seed)
-    return [[draws.randrange(1, vocab) for _ in range(length)] for _ in range(count)]

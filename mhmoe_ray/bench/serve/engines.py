@@ -1,6 +1,7 @@
-"""Engines in this process. Each is made once, and then answers prompts that are there at once."""
+"""Engines in this process. Each is made once, and then answers requests, so many at a time."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ class Place(NamedTuple):
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
 
-Prompts = Sequence[Sequence[int]]
-Answer = Callable[[Prompts, int], None]
-"""All prompts, each with so many tokens, greedily."""
+Asked = tuple[list[int], int]
+"""A prompt, and how many tokens its answer has."""
+Answer = Callable[[Sequence[Asked], int], None]
+"""All of these, so many at a time, greedily."""
 
 NEVER = frozenset[int]()
 """Tokens that end an answer: each has as many as asked for."""
@@ -41,6 +43,7 @@ NEVER = frozenset[int]()
 
 def torch_engine(place: Place) -> Answer:
     """Our own."""
+    torch.set_num_threads(1)  # as `load_answerer`
     model, manifest = load_model(place.checkpoint)
     known = manifest.model.vocab_size
     return _asking(own_engine(model, NEVER, known, manifest.seq_len, place.spec("torch")))
@@ -60,34 +63,45 @@ def vllm_offline(place: Place) -> Answer:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
+    engine = LLM(
         str(place.folder),
         dtype=place.precision,
         max_num_seqs=place.most,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
-    )
+    ).llm_engine
+    numbers = itertools.count()
 
-    def answer(prompts: Prompts, tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
+    def answer(asked: Sequence[Asked], clients: int) -> None:
+        left = list(reversed(asked))
+        while left or engine.has_unfinished_requests():
+            while left and engine.get_num_unfinished_requests() < clients:
+                ids, tokens = left.pop()
+                params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+                engine.add_request(str(next(numbers)), {"prompt_token_ids": ids}, params)
+            engine.step()
 
     return answer
 
 
 def transformers_generate(place: Place) -> Answer:
-    """transformers' `generate` on a batch of prompts of one length."""
+    """transformers' `generate`, batch after batch: each ends with its longest answer."""
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(place.threads)
     model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=getattr(torch, place.precision)).eval()
 
-    def answer(prompts: Prompts, tokens: int) -> None:
-        ids_BT = torch.tensor(prompts)
-        with torch.inference_mode():
+    @torch.inference_mode()
+    def answer(asked: Sequence[Asked], clients: int) -> None:
+        for at in range(0, len(asked), clients):
+            batch = asked[at : at + clients]
+            longest, tokens = max(len(ids) for ids, _ in batch), max(tokens for _, tokens in batch)
+            ids_BT = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in batch])
+            mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in batch])
             model.generate(
                 ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
+                attention_mask=mask_BT,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
@@ -98,14 +112,17 @@ def transformers_generate(place: Place) -> Answer:
 
 
 def _asking(engine: Engine) -> Answer:
-    async def one(ids: Sequence[int], tokens: int) -> None:
-        async for _ in engine.generate(Request(tuple(ids), Sampling(tokens, temperature=0))):
-            pass
+    async def every(asked: Sequence[Asked], clients: int) -> None:
+        waiting = iter(asked)
 
-    async def every(prompts: Prompts, tokens: int) -> None:
-        await asyncio.gather(*(one(ids, tokens) for ids in prompts))
+        async def client() -> None:
+            for ids, tokens in waiting:
+                async for _ in engine.generate(Request(tuple(ids), Sampling(tokens, temperature=0))):
+                    pass
 
-    return lambda prompts, tokens: asyncio.run(every(prompts, tokens))
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    return lambda asked, clients: asyncio.run(every(asked, clients))
 
 
 ENGINES: dict[str, Callable[[Place], Answer]] = {

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from mhmoe_ray.bench.serve.engines import Asked as Request
+
 
 class Asked(NamedTuple):
     """One request and how it went, in seconds from when it was sent."""
@@ -39,27 +41,27 @@ class Load(NamedTuple):
         return found[min(len(found) - 1, int(share * len(found)))]
 
 
-def closed_loop(url: str, prompts: Sequence[Sequence[int]], tokens: int, clients: int, stream: bool) -> Load:
+def closed_loop(url: str, requests: Sequence[Request], clients: int, stream: bool) -> Load:
     """So many clients, each of which sends its next request when it has the answer to the last one."""
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
-        waiting = iter(prompts)
+        waiting = iter(requests)
 
         async def client() -> list[Asked]:
-            return [await ask(session, url, ids, tokens, stream) for ids in waiting]
+            return [await ask(session, url, ids, tokens, stream) for ids, tokens in waiting]
 
         return [one for asked in await asyncio.gather(*(client() for _ in range(clients))) for one in asked]
 
     return _timed(run, clients)
 
 
-def open_loop(url: str, prompts: Sequence[Sequence[int]], tokens: int, rate: float, seed: int) -> Load:
+def open_loop(url: str, requests: Sequence[Request], rate: float, seed: int) -> Load:
     """Requests that come by chance (Poisson), so many a second on average, whether others are answered or not."""
     draws = random.Random(seed)
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
         tasks = []
-        for ids in prompts:
+        for ids, tokens in requests:
             tasks.append(asyncio.create_task(ask(session, url, ids, tokens, stream=True)))
             await asyncio.sleep(draws.expovariate(rate))
         return list(await asyncio.gather(*tasks))

@@ -16,6 +16,7 @@ from mhmoe_ray.runs.slices import slice_of
 from mhmoe_ray.runs.tensors import save_slices
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
+VOCAB = 8192
 MULTIPLE = 32
 """Of expert widths: vLLM fills others up on a CPU, and what it fills up costs."""
 
@@ -23,7 +24,7 @@ MULTIPLE = 32
 def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: int) -> ModelSpec:
     """A Mixtral, so that others have it too."""
     return ModelSpec(
-        vocab_size=8192,
+        vocab_size=VOCAB,
         d_model=d_model,
         layers=layers,
         attention_heads=max(1, d_model // 64),

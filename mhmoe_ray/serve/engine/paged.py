@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.padded import MULTIPLE
-from mhmoe_ray.serve.engine.blocks import BLOCK
+from mhmoe_ray.serve.engine.blocks import BLOCK, blocks_for
 from mhmoe_ray.spec import ModelSpec
 
 
@@ -42,55 +42,75 @@ class PagedStep:
     """A `model.decoder.Past`."""
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
-        self._cache, self._spans = cache, spans
+        self._cache = cache
         device = cache.k_LSHC.device
         self.tokens = sum(span.tokens for span in spans)
         self.room = _rounded(self.tokens)
         position_T = torch.zeros(self.room, dtype=torch.long)
         slot_T = torch.empty(self.tokens, dtype=torch.long)
         wanted: list[int] = []
-        self._slots: list[Tensor | slice] = []
+        self._held: list[_Held] = []
         at = 0
         for span in spans:
             end = span.before + span.tokens
             own_T = slots(span.blocks, end)
             position_T[at : at + span.tokens] = torch.arange(span.before, end)
             slot_T[at : at + span.tokens] = own_T[span.before :]
-            first, last = int(own_T[0]), int(own_T[-1])
-            # In one piece where its blocks happen to lie so; else their keys are gathered for each layer.
-            contiguous = last - first == end - 1 and bool((own_T.diff() == 1).all())
-            self._slots.append(slice(first, last + 1) if contiguous else own_T.to(device))
+            mask_TT = None
+            if span.tokens > 1:
+                mask_TT = torch.ones(span.tokens, end, dtype=torch.bool, device=device).tril(span.before)
+            self._held.append(_Held(cache, span.blocks, own_T.to(device), mask_TT))
             at += span.tokens
             wanted += range(at - span.wanted, at)
+        self._lengths = [span.tokens for span in spans]
+        if self.room > self.tokens:
+            self._lengths.append(self.room - self.tokens)
         self.position_T, self._slot_T = position_T.to(device), slot_T.to(device)
         self.wanted_rows = len(wanted)
         filled = [*wanted, *[0] * (_rounded(len(wanted)) - len(wanted))]
         self._wanted = torch.tensor(filled, dtype=torch.long, device=device)
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        keys_SHC, values_SHC = self._cache.k_LSHC[layer], self._cache.v_LSHC[layer]
-        for into, new in ((keys_SHC, k_BHTC), (values_SHC, v_BHTC)):
-            into.index_copy_(0, self._slot_T, new[0].transpose(0, 1)[: self.tokens].to(into.dtype))
-        y_BHTC = torch.zeros_like(q_BHTC)
-        at = 0
-        for span, own in zip(self._spans, self._slots, strict=True):
-            here = slice(at, at + span.tokens)
-            k, v = (
-                (t[own] if isinstance(own, slice) else t.index_select(0, own)).transpose(0, 1)[None]
-                for t in (keys_SHC, values_SHC)
-            )
-            mask = None
-            if span.tokens > 1:
-                mask = torch.ones(span.tokens, span.before + span.tokens, dtype=torch.bool, device=q_BHTC.device)
-                mask = mask.tril(span.before)
-            q = q_BHTC[:, :, here].to(k.dtype)
-            grouped = q.shape[1] != k.shape[1]
-            y_BHTC[:, :, here] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-            at += span.tokens
-        return y_BHTC
+        for into_LSHC, new in ((self._cache.k_LSHC, k_BHTC), (self._cache.v_LSHC, v_BHTC)):
+            new_THC = new[0].transpose(0, 1)[: self.tokens]
+            into_LSHC[layer].index_copy_(0, self._slot_T, new_THC.to(into_LSHC.dtype))
+        queries = torch.split(q_BHTC.to(self._cache.k_LSHC.dtype), self._lengths, dim=2)
+        answers = [held.attend(layer, q) for held, q in zip(self._held, queries, strict=False)]
+        return torch.cat([*answers, *queries[len(answers) :]], dim=2).to(q_BHTC.dtype)  # anything fills up
 
     def wanted(self, x_BTM: Tensor) -> Tensor:
         return x_BTM[:, self._wanted]
+
+
+class _Held:
+    """Keys and values of a request, its new ones among them."""
+
+    def __init__(self, cache: PagedCache, blocks: Sequence[int], slot_T: Tensor, mask_TT: Tensor | None) -> None:
+        self._cache, self._slot_T, self._mask_TT = cache, slot_T, mask_TT
+        self._views: tuple[Tensor, ...] | None = None
+        """Of all layers, in one piece, where its blocks happen to lie so; else they are gathered for each layer."""
+        used = blocks[: blocks_for(len(slot_T))]
+        if list(used) == list(range(used[0], used[0] + len(used))):
+            here = slice(used[0] * BLOCK, used[0] * BLOCK + len(slot_T))
+            self._views = tuple(t_LSHC[:, here].transpose(1, 2) for t_LSHC in (cache.k_LSHC, cache.v_LSHC))
+
+    def attend(self, layer: int, q_1HTC: Tensor) -> Tensor:
+        if self._views:
+            k, v = (t_LHTC[layer : layer + 1] for t_LHTC in self._views)
+        else:
+            both = (self._cache.k_LSHC, self._cache.v_LSHC)
+            k, v = (t[layer].index_select(0, self._slot_T).transpose(0, 1)[None] for t in both)
+        grouped = q_1HTC.shape[1] != k.shape[1]
+        if grouped and self._mask_TT is None and k.device.type == "cpu":
+            return _grouped(q_1HTC, k[0], v[0])
+        return F.scaled_dot_product_attention(q_1HTC, k, v, attn_mask=self._mask_TT, enable_gqa=grouped)
+
+
+def _grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
+    """Of one token: the heads of a group look at their keys together, which torch's own attention reads for each."""
+    q = q_1H1C.view(len(k_GTC), -1, q_1H1C.shape[-1]) * q_1H1C.shape[-1] ** -0.5
+    share = torch.bmm(q, k_GTC.transpose(1, 2)).float().softmax(-1).to(v_GTC.dtype)
+    return torch.bmm(share, v_GTC).view_as(q_1H1C)
 
 
 def slots(blocks: Sequence[int], tokens: int) -> Tensor:

@@ -16,12 +16,16 @@ class Chooser:
             self._random.seed()
         else:
             self._random.manual_seed(sampling.seed % 2**64)
+        penalties = sampling.presence_penalty or sampling.frequency_penalty
+        self._plain = sampling.temperature == 0 and not (penalties or sampling.logit_bias)
         self._times: dict[int, int] = {}
         """How often the answer has each token."""
 
-    def choose(self, logits_V: Tensor) -> int:
-        """One token of those whose logits these are, in CPU memory."""
+    def choose(self, logits_V: Tensor, best: int) -> int:
+        """One token of those whose logits these are, in CPU memory; `best` has the largest."""
         sampling = self._sampling
+        if self._plain:
+            return best
         logits_V = self._moved(logits_V)
         token = int(logits_V.argmax()) if sampling.temperature == 0 else self._drawn(logits_V.double())
         if sampling.presence_penalty or sampling.frequency_penalty:

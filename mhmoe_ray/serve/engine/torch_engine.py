@@ -26,6 +26,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def __init__(
         self,
         model: Decoder,
+        dtype: torch.dtype,
         ends: frozenset[int],
         known: int,
         seq_len: int,
@@ -33,9 +34,11 @@ class TorchEngine(ThreadedEngine[Sequence]):
         concurrency: int,
         cache_tokens: int | None = None,
         queue: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Args:
         model: with all experts, in evaluation mode, on its device.
+        dtype: of its matrices, and of keys and values.
         ends: tokens that end an answer and are no part of it.
         known: tokens that the tokenizer has; the model may have more rows, which have no text.
         seq_len: tokens that prompt and answer may have together.
@@ -43,6 +46,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
         cache_tokens: tokens whose keys and values there is room for; by default, so many that no request of these waits
             for room.
         queue: requests that may wait; by default any number.
+        threads: of its computation on a CPU; by default torch's. Where other threads of the process have computed on
+            several before, its own wait for each other more slowly: libgomp sees more of them than CPUs.
         """
         super().__init__(seq_len, queue)
         self._model, self._ends, self._known = model, ends, known
@@ -50,14 +55,19 @@ class TorchEngine(ThreadedEngine[Sequence]):
         blocks = blocks_for(cache_tokens) if cache_tokens else concurrency * blocks_for(seq_len)
         # A single request of full length must fit, or it would wait for ever.
         self._pool = BlockPool(max(blocks, blocks_for(seq_len)))
-        dtype = model.blocks[0].attention.qkv.weight.dtype  # type: ignore[union-attr]
         self._bfloat16 = dtype == torch.bfloat16
-        self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)  # type: ignore[arg-type]
+        self._cache = PagedCache(model.spec, self._pool.size, dtype, self._device)
         self._scheduler = Scheduler(self._pool, concurrency, BUDGET[self._device.type])
         self._choosers: dict[Sequence, Chooser] = {}
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
+        self._threads = threads
         self._thread.start()
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        super()._run()
 
     def _enter(self, request: Request, room: int, deliver: Deliver) -> Sequence:
         sequence = Sequence(request, room, deliver)
@@ -100,6 +110,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
     @torch.inference_mode()
     def _step(self, parts: list[Part]) -> None:
         logits_RV = self._computed(parts)
+        best = logits_RV.argmax(-1).tolist()
         at = 0
         for part in parts:
             sequence, rows = part.sequence, _wanted(part)
@@ -107,7 +118,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
             if sequence not in self._choosers:  # an earlier part of it has failed
                 continue
             try:
-                update = self._said(part, logits_RV[at - rows : at])
+                update = self._said(part, logits_RV[at - rows : at], best[at - 1] if rows else 0)
             except Exception as e:  # of this request alone
                 with self._wake:
                     self._fail(sequence, EngineError(f"{type(e).__name__}: {e}"))
@@ -139,8 +150,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
         logits_RV: Tensor = output.logits_BTV[0, : past.wanted_rows, : self._known].float().cpu()
         return logits_RV
 
-    def _said(self, part: Part, logits_RV: Tensor) -> Update | None:
-        """What this part gives its client."""
+    def _said(self, part: Part, logits_RV: Tensor, best: int) -> Update | None:
+        """What this part gives its client; `best` is the most likely token after it."""
         sequence, request = part.sequence, part.sequence.request
         if request.prompt_logprobs:
             sequence.prompt += _prompt_scores(part, logits_RV)
@@ -149,7 +160,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         prompt = () if sequence.answer else tuple(sequence.prompt)
         if not sequence.room:  # a prompt that is only scored
             return Update(prompt=prompt, finish="length")
-        token = self._choosers[sequence].choose(logits_RV[-1])
+        token = self._choosers[sequence].choose(logits_RV[-1], best)
         if token in self._ends:
             return Update(prompt=prompt, finish="stop")
         said = [Scored(token)] if request.logprobs is None else scored(logits_RV[-1:], [token], request.logprobs)

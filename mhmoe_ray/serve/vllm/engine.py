@@ -97,6 +97,8 @@ class VllmEngine(ThreadedEngine[_Asked]):
         ranks = spec.tensor_parallel
         if self._on_cpu:
             torch.set_num_threads(spec.cpus_per_replica)
+            # Else it computes in a worker of its own, even a single one.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(ranks, spec.cpus_per_replica))
         size = 2 if spec.precision == "bfloat16" else 4
         token = 2 * model.layers * max(1, model.n_kv_heads // ranks) * model.head_width * size

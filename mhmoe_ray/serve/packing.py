@@ -1,0 +1,89 @@
+"""A model for inference on a CPU: all its matrices packed (`mhmoe_kernels.packed`), the plain ones given up."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_kernels.packed import PackedMatrix, packed, run_packed
+from mhmoe_ray.model.decoder import Block, Decoder
+from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
+from mhmoe_ray.model.router import Router, Routing, wide
+
+
+class PackedLinear(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._matrix = PackedMatrix(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._matrix(x)
+
+
+class PackedFeedForward(nn.Module):
+    def __init__(self, layer: FeedForward) -> None:
+        super().__init__()
+        self._function = packed(layer.function, tuple(layer.parameters()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+
+class PackedExperts(nn.Module):
+    """All of a layer's."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        each = zip(*(p.unbind() for p in experts.parameters()), strict=True)
+        self._experts = [packed(experts.function, weights) for weights in each]
+
+    def forward(self, x_ND: Tensor, routing: Routing, _: Dispatch) -> Tensor:
+        return run_packed(x_ND, routing.expert_NK, routing.gate_NK, self._experts)
+
+
+class ChoosingRouter(nn.Module):
+    """Chooses as the training model's does, and computes nothing of what only training looks at."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self._router = router
+        self._nothing = torch.zeros(0)
+
+    def forward(self, x_ND: Tensor, _: torch.Generator | None = None) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            expert_NK, gate_NK, _probability = self._router.choose(self._router.scores(wide(x_ND)))
+        nothing = self._nothing
+        return Routing(expert_NK, gate_NK, nothing, nothing, nothing, nothing, None)
+
+
+def pack(model: Decoder) -> None:
+    """In place; from then on it has no weights to train or to save.
+
+    Args:
+        model: with all experts; matrices in the dtype that they are to be multiplied in.
+    """
+    for block in cast("list[Block]", model.blocks):
+        _pack_linears(block.attention)
+        if hasattr(block, "moe"):
+            block.moe.router = ChoosingRouter(block.moe.router)  # type: ignore[assignment]
+            block.moe.experts = PackedExperts(block.moe.experts)  # type: ignore[assignment]
+            if block.moe.shared is not None:
+                block.moe.shared = PackedFeedForward(block.moe.shared)  # type: ignore[assignment]
+            _pack_linears(block.moe)
+        else:
+            block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]
+    output = model.output
+    if output is None:
+        vocab, width = model.embedding.weight.shape
+        with torch.device("meta"):
+            output = nn.Linear(width, vocab, bias=False)
+        output.weight = model.embedding.weight
+    model.output = PackedLinear(output)  # type: ignore[assignment]
+
+
+def _pack_linears(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child))
+        else:
+            _pack_linears(child)
