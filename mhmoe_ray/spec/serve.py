@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
@@ -44,6 +44,9 @@ class ServeSpec(Section):
     waits for room."""
     request_timeout: PositiveFloat = 600.0
     """Seconds, waiting included, after which a request fails."""
+    stream_interval: NonNegativeFloat = 0.03
+    """Seconds between two chunks of a streamed answer, the first of which comes at once: tokens that come sooner wait
+    for it. 0: a chunk for each token, each of which Serve's proxy hands on by itself."""
     max_body_bytes: PositiveInt = 1 << 20
     keys: tuple[KeySpec, ...] = ()
     """Clients that may ask; without any, everyone who reaches the port. MHMOE_API_KEYS in the environment of `mhmoe

@@ -36,22 +36,31 @@ class Child:
             text=True,
             env=os.environ | settings,
         )
-        self.told = self._answer()
+        try:
+            self.told = self._answer()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
+        self._end()
 
     def ask(self, asked: Sequence[Asked], clients: int) -> float:
         """Seconds that an engine takes for these, so many at a time."""
         assert self._process.stdin is not None
         print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)
         return float(self._answer()["seconds"])
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -17,8 +17,6 @@ from mhmoe_ray.runs.tensors import save_slices
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 VOCAB = 8192
-MULTIPLE = 32
-"""Of expert widths: vLLM fills others up on a CPU, and what it fills up costs."""
 
 
 def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: int) -> ModelSpec:
@@ -40,9 +38,9 @@ def matched_model(plain: ModelSpec, heads: int) -> ModelSpec:
         SpecError: there is none.
     """
     assert plain.moe is not None
-    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": 1 << 20, "d_expert": MULTIPLE})
+    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": 1 << 20, "d_expert": 8})
     start = plain.with_moe(moe)
-    d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both", multiple=MULTIPLE))
+    d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 
 

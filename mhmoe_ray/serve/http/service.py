@@ -67,4 +67,4 @@ class Service:
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
         await client.begin()
         answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
-        return Answers(answers, prompt_tokens, client, self.spec.request_timeout)
+        return Answers(answers, prompt_tokens, client, self.spec)

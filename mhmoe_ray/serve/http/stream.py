@@ -10,6 +10,7 @@ from mhmoe_ray.serve.answer import Piece
 from mhmoe_ray.serve.http.access import Client
 from mhmoe_ray.serve.http.errors import RequestError, body_of
 from mhmoe_ray.serve.http.schema import Usage
+from mhmoe_ray.spec import ServeSpec
 
 Pieces = AsyncGenerator[tuple[int, Piece]]
 """Each with the number of its choice."""
@@ -25,15 +26,16 @@ class Answers:
     """Of one request."""
 
     def __init__(
-        self, answers: Sequence[AsyncGenerator[Piece]], prompt_tokens: int, client: Client, timeout: float
+        self, answers: Sequence[AsyncGenerator[Piece]], prompt_tokens: int, client: Client, spec: ServeSpec
     ) -> None:
         """Args:
         answers: its choices.
         prompt_tokens: of all of its prompts.
         client: that uses what they take, however they end.
-        timeout: seconds that they may take.
+        spec: how long they may take, and how often a stream has a chunk.
         """
-        self._answers, self._prompt_tokens, self._client, self._timeout = answers, prompt_tokens, client, timeout
+        self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
+        self._timeout, self._interval = spec.request_timeout, spec.stream_interval
         self._tokens = [0] * len(answers)
 
     @property
@@ -84,9 +86,19 @@ class Answers:
         chunk: Callable[[int, Piece], BaseModel],
         last: Callable[[], BaseModel] | None,
     ) -> AsyncGenerator[str]:
+        clock = asyncio.get_running_loop().time
+        held: list[list[Piece]] = [[] for _ in self._answers]
+        due = [0.0] * len(held)
+        """When each choice may have a chunk again."""
+
         def shown(number: int, piece: Piece) -> Iterator[str]:
-            if piece.text or piece.scores or piece.finish_reason:
-                yield _event(chunk(number, piece))
+            held[number].append(piece)
+            if clock() < due[number] and not piece.finish_reason:
+                return
+            whole = _joined(held[number])
+            if whole.text or whole.scores or whole.finish_reason:
+                held[number], due[number] = [], clock() + self._interval
+                yield _event(chunk(number, whole))
 
         try:
             async with aclosing(pieces):

@@ -1,0 +1,65 @@
+"""Packed matrices and experts against plain ones, and that a row's result depends on no other row."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mhmoe_kernels import gelu_subln, packed, run_experts, swiglu
+from mhmoe_kernels.packed import PackedMatrix, run_packed
+from tests.kernels.problems import problem
+
+FUNCTIONS = [swiglu, partial(gelu_subln, eps=1e-5)]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packed.why_not(dtype) is None]
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
+
+pytestmark = pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")
+
+
+def packed_experts(weights):
+    return [packed.packed(weights.function, one) for one in zip(*(w.unbind() for w in weights.stacked), strict=True)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 40])
+@pytest.mark.parametrize("function", FUNCTIONS)
+@torch.no_grad()
+def test_packed_experts_agree_with_the_reference(function, n):
+    x, expert, gate, weights = problem(n, n, d=24, f=40, e=5, k=2, dtype=torch.float32, only=4, function=function)
+    weights = weights._replace(function=function)
+    found = run_packed(x, expert, gate, packed_experts(weights))
+    torch.testing.assert_close(found, run_experts("reference", x, expert, gate, weights), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "outputs"), [(384, 1024), (96, 200), (32, 16), (64, 300)])
+@torch.no_grad()
+def test_a_row_of_a_product_has_the_same_bits_among_any_number(width, outputs, dtype, threads):
+    g = torch.Generator().manual_seed(width)
+    weight, bias = torch.randn(outputs, width, generator=g).to(dtype), torch.randn(outputs, generator=g)
+    x = torch.randn(max(COUNTS), width, generator=g)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        matrix = PackedMatrix(weight, bias)
+        whole = matrix(x)
+        for count in COUNTS:
+            for start in (0, 37):
+                part = x[start : start + count]
+                assert torch.equal(matrix(part), whole[start : start + count]), (count, start)
+    finally:
+        torch.set_num_threads(before)
+    expected = F.linear(x.to(dtype).double(), weight.double(), bias.to(dtype).double())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(whole.double(), expected, atol=tolerance * width**0.5, rtol=tolerance)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@torch.no_grad()
+def test_a_row_through_experts_has_the_same_bits_alone_and_among_others(function):
+    x, expert, gate, weights = problem(3, 60, d=96, f=200, e=6, k=2, dtype=torch.float32, function=function)
+    experts = packed_experts(weights._replace(function=function))
+    together = run_packed(x, expert, gate, experts)
+    for rows in ([0], [59], [3, 4, 5], [*range(10, 27)]):
+        assert torch.equal(run_packed(x[rows], expert[rows], gate[rows], experts), together[rows])
