@@ -1,11 +1,8 @@
 """Ray Serve applications: deploy, look at and remove them."""
 
 import functools
-import json
 import logging
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,12 +181,14 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
 
 def stats(url: str, key: str | None) -> dict[str, Any] | str:
     """What an application of ours tells of its replicas, or why it does not."""
-    request = urllib.request.Request(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {})
+    import requests  # takes longer to import than all else here
+
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            told: dict[str, Any] = json.load(answer)
-            return told
-    except urllib.error.HTTPError as e:
-        return "it has keys; give one in MHMOE_API_KEY" if e.code == 401 else f"{url}/stats: {e.reason}"
-    except (OSError, ValueError) as e:
+        answer = requests.get(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
+        if answer.status_code == 401:
+            return "it has keys; give one in MHMOE_API_KEY"
+        answer.raise_for_status()
+        told: dict[str, Any] = answer.json()
+        return told
+    except requests.RequestException as e:
         return f"{url}/stats: {e}"

@@ -44,10 +44,12 @@ class ServeSpec(Section):
     waits for room."""
     request_timeout: PositiveFloat = 600.0
     """Seconds, waiting included, after which a request fails."""
-    stream_interval: NonNegativeFloat = 0.03
+    stream_interval: NonNegativeFloat = 0.05
     """Seconds between two chunks of a streamed answer, the first of which comes at once: tokens that come sooner wait
     for it. 0: a chunk for each token, each of which Serve's proxy hands on by itself."""
     max_body_bytes: PositiveInt = 1 << 20
+    log_prompts: bool = False
+    """Whether replicas log what they are asked; else they log that, and nothing of it."""
     keys: tuple[KeySpec, ...] = ()
     """Clients that may ask; without any, everyone who reaches the port. MHMOE_API_KEYS in the environment of `mhmoe
     serve deploy`, as NAME:KEY,NAME:KEY, adds some."""

@@ -46,6 +46,15 @@ def test_a_bucket_fills_over_a_minute_and_no_more_than_once():
     assert bucket.wait() > 0
 
 
+def test_prompts_are_logged_only_where_that_is_asked_for(answerer, caplog):
+    caplog.set_level("INFO")
+    for spec in (ServeSpec(), ServeSpec(log_prompts=True)):
+        app = create_app(answerer, "tiny", spec)
+        assert call(app, "POST", "/v1/completions", json=BODY).status_code == 200
+        told = [record.getMessage() for record in caplog.records if "the quick" in record.getMessage()]
+        assert told == ["somebody asks: 'the quick'"] * spec.log_prompts
+
+
 def test_each_client_has_limits_of_its_own():
     clock = Clock()
     limits = Limits([key("a", requests_per_minute=2), key("b", tokens_per_minute=60), key("c")], clock)

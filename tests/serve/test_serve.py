@@ -202,6 +202,32 @@ def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, che
     assert all(a.json()["choices"] == expected for a in answers if a not in lost)
 
 
+@pytest.mark.slow
+def test_replicas_come_with_requests_and_go_without(client, checkpoint):
+    elastic = SPEC.model_copy(update={"replicas": WorkerRange(min=1, max=2), "max_concurrency": 1})
+    config = application_config("tiny", checkpoint, elastic, "tiny-abc123")
+    scaling = config["deployments"][0]["autoscaling_config"]
+    assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
+    # Ray waits for half a minute before it adds one, and for ten before it takes one away.
+    scaling |= {"upscale_delay_s": 1, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 2}
+    deploy([config])
+    wait_until("tiny", "RUNNING")
+
+    def until(replicas):
+        deadline = time.monotonic() + 120
+        while len(running("tiny")) != replicas:
+            assert time.monotonic() < deadline
+            yield
+
+    assert len(running("tiny")) == 1
+    with ThreadPoolExecutor(6) as pool:
+        for _ in until(2):
+            list(pool.map(lambda seed: complete(client, seed=seed, max_tokens=40), range(12)))
+    for _ in until(1):
+        time.sleep(0.2)
+    assert complete(client, max_tokens=5)["usage"]["completion_tokens"] == 5
+
+
 def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
     keys = (KeySpec(name="ann", sha256=sha256(b"secret").hexdigest(), requests_per_minute=6),)
     limited = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2), "keys": keys})

@@ -1,5 +1,6 @@
 """What all routes share."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from mhmoe_ray.serve.http.errors import RequestError
 from mhmoe_ray.serve.http.schema import Choosing
 from mhmoe_ray.serve.http.stream import Answers
 from mhmoe_ray.spec import ServeSpec
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass
@@ -66,5 +69,8 @@ class Service:
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
         await client.begin()
+        if self.spec.log_prompts:
+            for one, own in asked:
+                logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(one.prompt_ids[own:]))
         answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
         return Answers(answers, prompt_tokens, client, self.spec)
