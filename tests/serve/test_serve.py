@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 
 import httpx
@@ -44,6 +45,25 @@ def complete(client, **body):
     response = client.post("/v1/completions", json={"prompt": "the quick", "temperature": 0, **body})
     assert response.status_code == 200, response.text
     return response.json()
+
+
+@contextmanager
+def asking(client, body):
+    """Four clients that ask all the while, each when it has its answer; afterwards these are in the list."""
+    over, answers = threading.Event(), []
+
+    def ask():
+        while not over.is_set():
+            answers.append(client.post("/v1/completions", json=body))
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask) for _ in range(4)]
+        try:
+            yield answers
+        finally:
+            over.set()
+    for one in clients:
+        one.result()
 
 
 def test_the_answer_is_that_of_the_engine(client, answerer):
@@ -113,23 +133,12 @@ def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint
     [before] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
-    over = threading.Event()
-
-    def ask(_):
-        found = []
-        while not over.is_set():
-            found.append(client.post("/v1/completions", json=body))
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        asked = pool.map(ask, range(4))
+    with asking(client, body) as answers:
         deploy([application_config("tiny", spread_checkpoint, SPEC, "tiny-abc123")])
         deadline = time.monotonic() + 120
         while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == before["replica"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        over.set()
-        answers = [response for responses in asked for response in responses]
     assert len(answers) > 10
     assert {response.status_code for response in answers} == {200}
     assert all(response.json()["choices"] == expected for response in answers)
@@ -176,16 +185,7 @@ def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, che
     wait_until("tiny", "RUNNING")
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
-    over = threading.Event()
-
-    def ask(_):
-        found = []
-        while not over.is_set():
-            found.append(client.post("/v1/completions", json=body))
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        asked = pool.map(ask, range(4))
+    with asking(client, body) as answers:
         time.sleep(1)
         [victim, _] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
         os.kill(victim["pid"], signal.SIGKILL)
@@ -194,8 +194,6 @@ def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, che
             assert time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(1)
-        over.set()
-        answers = [response for responses in asked for response in responses]
     lost = [a for a in answers if a.status_code != 200]
     assert len(lost) <= 4  # one client has one request at a time
     assert [(a.status_code, a.json()["error"]["code"]) for a in lost] == [(503, "lost")] * len(lost)
