@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.engine import Engine, Request, Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
+from tests.serve.asking import together
+from tests.serve.test_torch_engine import prompts
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
@@ -47,3 +50,12 @@ def served(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
         yield answerer
     finally:
         answerer.engine.close()
+
+
+GREEDY = Sampling(max_tokens=20, temperature=0)
+
+
+def greedy_of_32(engine: Engine) -> list[list[int]]:
+    """Answers to requests that are there at once."""
+    asked = [Request(ids, GREEDY) for ids in prompts(32)]
+    return [[scored.token for scored in answer.tokens] for answer in together(engine, asked)]

@@ -7,27 +7,20 @@ import torch
 
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
+from mhmoe_ray.serve.engine import Request, Sampling
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call, together, tokens
-from tests.serve.conftest import SEQ_LEN, build_model, save, save_spread
+from tests.serve.conftest import SEQ_LEN, build_model, save
 from tests.serve.test_torch_engine import KNOWN, argmax_loop, mixed, prompts
 
-from .conftest import SPEC, served
-
-GREEDY = Sampling(max_tokens=20, temperature=0)
+from .conftest import GREEDY, SPEC, greedy_of_32, served
 
 
 @pytest.fixture(scope="module")
 def checkpoint(run_dir):
     return save(run_dir, 300, build_model(SPEC))
-
-
-@pytest.fixture(scope="module")
-def spread(run_dir):
-    return save_spread(run_dir, 301, SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +34,12 @@ def engine(answerer):
     return answerer.engine
 
 
-def greedy_of_32(engine):
-    asked = [Request(ids, GREEDY) for ids in prompts(32)]
-    return [[scored.token for scored in answer.tokens] for answer in together(engine, asked)]
-
-
 def test_greedy_answers_are_the_same_alone_and_among_32_and_those_of_our_own_engine(engine, checkpoint):
     found = greedy_of_32(engine)
     assert found == [tokens(engine, ids, GREEDY) for ids in prompts(32)]
     own = load_answerer(checkpoint, ServeSpec())
     assert found == greedy_of_32(own.engine)
     own.engine.close()
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoint_of_two_expert_parallel_ranks_gives_the_same_tokens(engine, spread, ranks):
-    with served(spread, tensor_parallel=ranks, cpus_per_replica=ranks) as answerer:
-        found = greedy_of_32(answerer.engine)
-    assert found == greedy_of_32(engine)
-    own = load_answerer(spread, ServeSpec())
-    assert found == greedy_of_32(own.engine)
-    own.engine.close()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_experts_of_two_gpus_give_the_same_tokens(spread):
-    with served(spread, tensor_parallel=2, gpus_per_replica=2, expert_parallel=True) as answerer:
-        found = greedy_of_32(answerer.engine)
-    assert found == [argmax_loop(build_model(SPEC), ids, 20, ends={0}) for ids in prompts(32)]
 
 
 def test_many_kinds_of_requests_at_once(engine):
@@ -139,30 +109,6 @@ def test_what_nobody_wants_any_more_is_given_up(engine):
     assert after.requests == before.requests + 2
 
 
-def test_a_request_too_many_is_refused_and_clients_take_turns(checkpoint):
-    ended = []
-
-    async def ask(engine, client, most=4):
-        async for update in engine.generate(Request((1, 2), Sampling(most, temperature=0), client=client)):
-            if update.finish:
-                ended.append(client)
-
-    async def crowd(engine):
-        tasks = [asyncio.create_task(ask(engine, "first", 40))]
-        while not engine.stats().running:
-            await asyncio.sleep(0.001)
-        for client in ("many", "many", "many", "few"):
-            tasks.append(asyncio.create_task(ask(engine, client)))
-            await asyncio.sleep(0)
-        with pytest.raises(BusyError, match="4 requests wait already"):
-            await ask(engine, "more")
-        await asyncio.gather(*tasks)
-
-    with served(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
-        asyncio.run(crowd(answerer.engine))
-    assert ended == ["first", "many", "few", "many", "many"]
-
-
 def test_it_counts_what_it_does(engine):
     before = engine.stats()
     ids = tuple(range(100, 150))  # nothing before began like it
@@ -191,13 +137,6 @@ def test_the_api_answers_with_it(answerer):
     assert choice["text"] == "the quick" + answerer.decode(expected)
     metrics = call(app, "GET", "/metrics").text
     assert 'mhmoe_expert_routes_total{expert="0",layer="0",model="tiny",replica=""}' in metrics
-
-
-def test_an_engine_that_is_closed_says_so(checkpoint):
-    with served(checkpoint) as answerer:
-        pass
-    with pytest.raises(EngineError, match="closed"):
-        tokens(answerer.engine, (1,), GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Engines that are started for a test. vLLM in a process is one at a time, as in a replica."""
+
+import asyncio
+
+import pytest
+import torch
+
+from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
+from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.spec import ServeSpec
+from tests.serve.asking import tokens
+from tests.serve.conftest import build_model, save, save_spread
+from tests.serve.test_torch_engine import argmax_loop, prompts
+
+from .conftest import SPEC, greedy_of_32, served
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run_dir):
+    return save(run_dir, 320, build_model(SPEC))
+
+
+@pytest.fixture(scope="module")
+def spread(run_dir):
+    return save_spread(run_dir, 321, SPEC)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_two_expert_parallel_ranks_gives_the_same_tokens(spread, ranks):
+    with served(spread, tensor_parallel=ranks, cpus_per_replica=ranks) as answerer:
+        found = greedy_of_32(answerer.engine)
+    own = load_answerer(spread, ServeSpec())
+    assert found == greedy_of_32(own.engine)
+    own.engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_experts_of_two_gpus_give_the_same_tokens(spread):
+    with served(spread, tensor_parallel=2, gpus_per_replica=2, expert_parallel=True) as answerer:
+        found = greedy_of_32(answerer.engine)
+    assert found == [argmax_loop(build_model(SPEC), ids, 20, ends={0}) for ids in prompts(32)]
+
+
+def test_a_request_too_many_is_refused_and_clients_take_turns(checkpoint):
+    ended = []
+
+    async def ask(engine, client, most=4):
+        async for update in engine.generate(Request((1, 2), Sampling(most, temperature=0), client=client)):
+            if update.finish:
+                ended.append(client)
+
+    async def crowd(engine):
+        tasks = [asyncio.create_task(ask(engine, "first", 40))]
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        for client in ("many", "many", "many", "few"):
+            tasks.append(asyncio.create_task(ask(engine, client)))
+            await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="4 requests wait already"):
+            await ask(engine, "more")
+        await asyncio.gather(*tasks)
+
+    with served(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
+        asyncio.run(crowd(answerer.engine))
+    assert ended == ["first", "many", "few", "many", "many"]
+
+
+def test_an_engine_that_is_closed_says_so(checkpoint):
+    with served(checkpoint) as answerer:
+        pass
+    with pytest.raises(EngineError, match="closed"):
+        tokens(answerer.engine, (1,), Sampling(20, temperature=0))
