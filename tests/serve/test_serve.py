@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.util import find_spec
 
 import httpx
 import pytest
@@ -207,7 +208,7 @@ def test_replicas_come_with_requests_and_go_without(client, checkpoint):
     scaling = config["deployments"][0]["autoscaling_config"]
     assert scaling == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1}
     # Ray waits for half a minute before it adds one, and for ten before it takes one away.
-    scaling |= {"upscale_delay_s": 1, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 2}
+    scaling |= {"upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 20}
     deploy([config])
     wait_until("tiny", "RUNNING")
 
@@ -254,4 +255,10 @@ def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes
     wait_until("missing", "DEPLOY_FAILED")
     reason = f"checkpoint {missing}: it has no readable manifest.json; use another checkpoint of the run"
     assert details("missing")["message"].splitlines()[1:] == [reason]
+    if find_spec("vllm") is None:
+        absent = application_config("absent", checkpoint, SPEC.model_copy(update={"engine": "vllm"}), "absent")
+        deploy([good, {**absent, "route_prefix": "/absent"}])
+        wait_until("absent", "DEPLOY_FAILED")
+        [_, reason] = details("absent")["message"].splitlines()
+        assert reason.startswith("engine vllm: vLLM is not installed; install vllm where replicas run")
     assert client.get("/health").status_code == 200
