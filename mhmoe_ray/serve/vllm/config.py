@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mhmoe_ray.serve.vllm.plugin import FORMAT
+from mhmoe_ray.serve.vllm.folder import FORMAT
 
 
 class MhmoeConfig(PreTrainedConfig):
-    """What `folder.folder_for` writes: sizes under the names that vLLM looks for, and beside them what is ours."""
+    """What `folder.write_folder` writes: sizes under the names that vLLM looks for, and beside them what is ours."""
 
     model_type = FORMAT
 

@@ -28,8 +28,7 @@ from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, S
 from mhmoe_ray.serve.engine.stats import Stats
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine, Ticket
 from mhmoe_ray.serve.engine.turns import Turns
-from mhmoe_ray.serve.vllm.folder import check_fits, write_folder
-from mhmoe_ray.serve.vllm.plugin import FORMAT
+from mhmoe_ray.serve.vllm.folder import FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
 
 FIRST = Request((0,), Sampling(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)

@@ -6,9 +6,11 @@ from pathlib import Path
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest
-from mhmoe_ray.serve.vllm.plugin import ARCHITECTURE, FORMAT
 from mhmoe_ray.spec import ModelSpec
 
+ARCHITECTURE = "MhmoeForCausalLM"
+FORMAT = "mhmoe"
+"""Of checkpoints, for `load_format`; also the type of the model in its configuration."""
 CPU_MULTIPLE = 32
 """Of an expert's rows, which vLLM's kernels on a CPU are written for."""
 

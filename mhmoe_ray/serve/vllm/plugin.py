@@ -1,8 +1,6 @@
 """Makes vLLM know our model. vLLM calls `register` once in each of its processes."""
 
-ARCHITECTURE = "MhmoeForCausalLM"
-FORMAT = "mhmoe"
-"""Of checkpoints, for `load_format`; also the type of the model in its configuration."""
+from mhmoe_ray.serve.vllm.folder import ARCHITECTURE, FORMAT
 
 
 def register() -> None:

@@ -8,9 +8,9 @@ import torch
 from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.serve.asking import tokens
+from tests.serve.asking import together, tokens
 from tests.serve.conftest import build_model, save, save_spread
-from tests.serve.test_torch_engine import argmax_loop, prompts
+from tests.serve.test_torch_engine import KNOWN, argmax_loop, prompts
 
 from .conftest import SPEC, greedy_of_32, served
 
@@ -71,3 +71,17 @@ def test_an_engine_that_is_closed_says_so(checkpoint):
         pass
     with pytest.raises(EngineError, match="closed"):
         tokens(answerer.engine, (1,), Sampling(20, temperature=0))
+
+
+def test_in_bfloat16_scores_stay_near_those_of_the_training_model(checkpoint):
+    """Routing is in float32 here too, so that few rows go to other experts."""
+    ids = prompts(1)[0]
+    request = Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)
+    with served(checkpoint, precision="bfloat16") as answerer:
+        [answer] = together(answerer.engine, [request])
+    with torch.inference_mode():
+        logprob_TV = build_model(SPEC)(torch.tensor([ids])).logits_BTV[0, :, :KNOWN].log_softmax(-1)
+    found = torch.tensor([scored.logprob for scored in answer.prompt[1:]])
+    expected = logprob_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert (found - expected).abs().mean() < 0.1
+    assert not torch.equal(found, expected)
