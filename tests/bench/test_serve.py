@@ -8,9 +8,10 @@ from mhmoe_ray.bench.serve.child import Child
 from mhmoe_ray.bench.serve.contest import Figures, Shape, engines, servers
 from mhmoe_ray.bench.serve.engines import Place
 from mhmoe_ray.bench.serve.load import Asked, Load, closed_loop, open_loop
-from mhmoe_ray.bench.serve.model import VOCAB, matched_model, plain_model, write_run
+from mhmoe_ray.bench.serve.model import VOCAB, plain_model, write_run
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.exchange.mixtral import is_mixtral
+from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
@@ -29,7 +30,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("heads", [2, 4])
 def test_models_beside_the_plain_one_have_its_work_and_parameters(heads):
     plain = plain_model(384, 4, 8, 2, 1024)
-    model = matched_model(plain, heads)
+    model = matched_heads(plain, heads)
     assert is_mixtral(plain)
     assert (model.moe.heads, model.moe.top_k) == (heads, heads)
     assert sizes(model).parameters == pytest.approx(sizes(plain).parameters, rel=0.04)

@@ -173,9 +173,12 @@ def test_a_failure_tells_the_client_nothing_of_its_inside(broken_app):
 
 
 def test_a_failure_in_mid_stream_is_an_event_and_no_done(broken_app, caplog):
-    response = call(broken_app, "POST", "/v1/completions", json={"prompt": "the", "temperature": 0, "stream": True})
+    body = {"prompt": "the", "temperature": 0, "logprobs": 0, "stream": True}
+    response = call(broken_app, "POST", "/v1/completions", json=body)
     events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     assert json.loads(events[-1])["error"]["type"] == "server_error"
+    told = [token for event in events[:-1] for token in json.loads(event)["choices"][0]["logprobs"]["tokens"]]
+    assert len(told) == 2, "what came before is not lost"
     assert "secret" not in response.text
     assert "a secret of the server" in caplog.text
 

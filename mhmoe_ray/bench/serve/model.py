@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.planner.match import MatchSpec, solve
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.slices import slice_of
@@ -29,19 +28,6 @@ def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: i
         tied_embeddings=False,
         moe=MoESpec(heads=1, experts=experts, top_k=top_k, d_expert=d_expert, every=1, normalize_gates=top_k > 1),
     )
-
-
-def matched_model(plain: ModelSpec, heads: int) -> ModelSpec:
-    """Of as many multiply-adds and parameters, with h sub-tokens and k = h, as the follow-up paper (P2) has it.
-
-    Raises:
-        SpecError: there is none.
-    """
-    assert plain.moe is not None
-    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": 1 << 20, "d_expert": 8})
-    start = plain.with_moe(moe)
-    d_expert, experts = solve(start, plain, MatchSpec(to="smoe", by="both"))
-    return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 
 
 def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:

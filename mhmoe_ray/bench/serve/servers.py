@@ -6,8 +6,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -38,9 +36,11 @@ def alone(engine: str, place: Place) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(create_app(answerer, NAME, spec), port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
+    while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
+        if not server.started:
+            raise ServeError("the application", f"it does not listen on port {port}", "try again")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
@@ -87,12 +87,14 @@ def vllm_server(place: Place) -> Iterator[str]:
 
 
 def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    import requests
+
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            urllib.request.urlopen(url, timeout=5)
+            requests.get(url, timeout=5).raise_for_status()
             return
-        except (urllib.error.URLError, OSError):
+        except requests.RequestException:
             if process.poll() is not None or time.monotonic() > deadline:
                 last = log.read_text().strip().splitlines()[-1:]
                 raise ServeError("vLLM's server", f"it did not start: {last}", "see its documentation") from None

@@ -110,6 +110,9 @@ class Answers:
             if last:
                 yield _event(last())
         except Exception as e:
+            for number, kept in enumerate(held):
+                if kept and ((whole := _joined(kept)).text or whole.scores):
+                    yield _event(chunk(number, whole))
             yield _event(body_of(e))
         else:
             yield "data: [DONE]\n\n"
