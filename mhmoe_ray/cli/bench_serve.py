@@ -76,7 +76,7 @@ def serve(
     sizes = clients or ([16] if part is Part.HEADS else [1, 4, 16, 64])
     models = {"SMoE": plain}
     if part is Part.HEADS:
-        models |= {f"MH-MoE h {h}": matched_heads(plain, h) for h in (2, 4)}
+        models |= {f"MH-MoE h {h} k {k}": matched_heads(plain, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         place = {
             name: _place(model, Path(folder) / f"{i}", precision, where.threads, max(sizes), mixtral=name == "SMoE")

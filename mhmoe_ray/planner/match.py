@@ -64,13 +64,13 @@ def solve(
     return width, experts
 
 
-def matched_heads(plain: ModelSpec, heads: int) -> ModelSpec:
-    """A plain model's multi-head counterpart of as many multiply-adds and parameters, with h sub-tokens and k = h, as
-    P2 has it.
+def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> ModelSpec:
+    """A plain model's multi-head counterpart of as many multiply-adds and parameters.
 
     Args:
         plain: with experts of whole tokens.
         heads: h.
+        top_k: of a sub-token; h by default, as in P2's models.
 
     Raises:
         SpecError: the width does not split into so many, or none matches.
@@ -78,7 +78,7 @@ def matched_heads(plain: ModelSpec, heads: int) -> ModelSpec:
     assert plain.moe is not None
     if plain.d_model % heads:
         raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose others")
-    moe = plain.moe.model_copy(update={"heads": heads, "top_k": heads, "experts": MOST, "d_expert": 8})
+    moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": MOST, "d_expert": 8})
     d_expert, experts = solve(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 

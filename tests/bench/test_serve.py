@@ -27,12 +27,12 @@ def place(tmp_path_factory):
     return Place(write_run(PLAIN, 128, folder / "bench-000000"), folder / "exported", "float32", 1, 4)
 
 
-@pytest.mark.parametrize("heads", [2, 4])
-def test_models_beside_the_plain_one_have_its_work_and_parameters(heads):
+@pytest.mark.parametrize(("heads", "top_k"), [(2, 2), (4, 4), (4, 2)])
+def test_models_beside_the_plain_one_have_its_work_and_parameters(heads, top_k):
     plain = plain_model(384, 4, 8, 2, 1024)
-    model = matched_heads(plain, heads)
+    model = matched_heads(plain, heads, None if top_k == heads else top_k)
     assert is_mixtral(plain)
-    assert (model.moe.heads, model.moe.top_k) == (heads, heads)
+    assert (model.moe.heads, model.moe.top_k) == (heads, top_k)
     assert sizes(model).parameters == pytest.approx(sizes(plain).parameters, rel=0.04)
     found, expected = (sizes(m).moe_macs_per_token - sizes(m).router_macs_per_token for m in (model, plain))
     assert found == pytest.approx(expected, rel=0.1)
