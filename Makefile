@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
 
-.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check clean
+.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check render clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
+	@echo "make render       write the files of cluster/ anew, from cluster/site.yaml"
 	@echo "make clean        remove .venv and what quickstart wrote"
 
 quickstart: .venv/installed
@@ -51,6 +52,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+render: .venv/installed
+	$(BIN)/mhmoe cluster render cluster/site.yaml
 
 clean:
 	rm -rf .venv .venv-vllm data runs

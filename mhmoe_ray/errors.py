@@ -11,11 +11,13 @@
     ├── JobError           exit 9   a job ran and failed
     └── ServeError         exit 10  a deployment failed
 
-Exit code 2 is the command line's own (unknown option), 1 an error of ours. Errors that are not in this tree are bugs
-and keep their traceback.
+`mhmoe doctor` ends with 11 where it found an error. Exit code 2 is the command line's own (unknown option), 1 an error
+of ours. Errors that are not in this tree are bugs and keep their traceback.
 """
 
 from typing import Self
+
+DOCTOR_EXIT_CODE = 11
 
 
 class MhmoeError(Exception):

@@ -156,11 +156,20 @@ class ObjectPath:
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """In the order of their names."""
+        for info in self._below():
+            yield self / info.base_name
+
+    def sizes(self) -> "Iterator[tuple[ObjectPath, int]]":
+        """Objects in the order of their names, and their bytes."""
+        for info in self._below():
+            if info.type.name == "File":
+                yield self / info.base_name, info.size
+
+    def _below(self) -> "list[Any]":
         from pyarrow import fs
 
         system, path = self.filesystem
-        for info in sorted(system.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path):
-            yield self / info.base_name
+        return sorted(system.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path)
 
     def glob(self, pattern: str) -> "Iterator[ObjectPath]":
         """Args:

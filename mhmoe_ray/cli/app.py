@@ -12,6 +12,7 @@ from mhmoe_ray.cli import (
     ckpt,
     cluster,
     data,
+    doctor,
     generate,
     listing,
     logs,
@@ -56,6 +57,7 @@ app.command("list")(listing.list_)
 app.command("logs")(logs.logs)
 app.command("stop")(stop.stop)
 app.command("resume")(resume.resume)
+app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")

@@ -1,14 +1,18 @@
-"""`mhmoe cluster`: the Ray cluster on this machine that we start where none is named."""
+"""`mhmoe cluster`: the Ray cluster on this machine that we start where none is named, and names for others."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from mhmoe_ray.cli.common import JsonOption, facts, out, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, SetOption, StorageOption, facts, out, print_json, read_spec
 from mhmoe_ray.cli.launch import LOCAL_CPUS
 
-app = typer.Typer(help="Start, see and stop a Ray cluster on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)
+
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Of a cluster; `local` is the one on this machine.")]
 
 
 @app.command()
@@ -42,3 +46,82 @@ def down() -> None:
     from mhmoe_ray.cluster.local import stop_local
 
     out.print("stopped" if stop_local() else "no local cluster ran")
+
+
+@app.command()
+def use(
+    name: NameArg,
+    address: Annotated[
+        str | None, typer.Option(help="Its dashboard, http://host:8265; needed once.", show_default=False)
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with its token; by default what Ray itself would send.")
+    ] = None,
+) -> None:
+    """Speak to this cluster from now on, where neither --address nor the environment names another.
+
+    For example `mhmoe cluster use lab --address http://head:8265 --token-file ~/lab-token`; `mhmoe cluster use local`
+    goes back.
+    """
+    from mhmoe_ray.cluster import contexts
+    from mhmoe_ray.cluster.connect import normalised
+
+    chosen = contexts.use(name, normalised(address) if address else None, token_file)
+    out.print(f"commands speak to {name}" + (f", {chosen.address}" if chosen else ", the cluster on this machine"))
+
+
+@app.command("list")
+def list_(json: JsonOption = False) -> None:
+    """List clusters that have names, and which of them commands speak to."""
+    from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
+
+    found = read_contexts()
+    if json:
+        print_json(asdict(found))
+        return
+    table = Table("", "name", "dashboard", "token", box=None, pad_edge=False)
+    table.add_row("*" if found.current == LOCAL else "", LOCAL, "on this machine", "its own")
+    for context in found.known.values():
+        marked = "*" if found.current == context.name else ""
+        table.add_row(marked, context.name, context.address, context.token_file or "as Ray finds it")
+    out.print(table)
+
+
+@app.command()
+def forget(name: NameArg) -> None:
+    """Give a cluster's name up; nothing happens to the cluster."""
+    from mhmoe_ray.cluster import contexts
+
+    contexts.forget(name)
+    out.print(f"{name} is forgotten")
+
+
+@app.command()
+def render(
+    site: Annotated[Path, typer.Argument(help="What the cluster is made of, for example cluster/site.yaml.")],
+    into: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("cluster"),
+    run: Annotated[Path | None, typer.Option(help="A run's spec, to train on it.", show_default=False)] = None,
+    serve: Annotated[str | None, typer.Option(metavar="RUN", help="A run, to serve on it.", show_default=False)] = None,
+    set_: SetOption = [],  # noqa: B006 - typer needs the list
+    storage: StorageOption = STORAGE,
+) -> None:
+    """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and what Prometheus
+    and Grafana need. --set overrides keys of the run's spec.
+
+    For example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
+    """
+    from mhmoe_ray.cli.serve_choice import chosen
+    from mhmoe_ray.render.files import files
+    from mhmoe_ray.serve.config import application_config
+    from mhmoe_ray.spec import load_site
+
+    application = None
+    if serve:
+        found, path, spec = chosen(serve, None, storage, [])
+        application = application_config(found.id, path, spec.serve, found.id)
+    rendered = files(load_site(site), read_spec(run, set_) if run else None, application)
+    for name, text in rendered.items():
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        out.print(str(target), soft_wrap=True)

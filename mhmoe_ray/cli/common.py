@@ -27,7 +27,10 @@ SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[
     str | None,
-    typer.Option(help="Dashboard of a Ray cluster, http://host:8265; else RAY_API_SERVER_ADDRESS, else a local one."),
+    typer.Option(
+        help="A Ray cluster: its dashboard, http://host:8265, or its name. By default RAY_API_SERVER_ADDRESS, else the "
+        "one of `mhmoe cluster use`, else one on this machine."
+    ),
 ]
 StorageOption = Annotated[
     str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")

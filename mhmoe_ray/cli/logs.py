@@ -1,32 +1,76 @@
-"""`mhmoe logs`: what a run's job wrote."""
+"""`mhmoe logs`: what a run's job and its workers wrote."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.runs.layout import RunDir
 
 
 def logs(
     run: RunArg = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Only what this worker's process wrote.", show_default=False)
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="From then on: 90s, 10m, 2h, 1d ago, or 2026-11-26T14:00.")
+    ] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Only lines with this.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until the job ends.")] = False,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Print the log of a run's newest attempt, workers included."""
+    """Print the log of a run's newest attempt, workers included; or of one worker, by its rank.
+
+    For example `mhmoe logs --rank 3 --since 10m --grep Error`.
+    """
+    from mhmoe_ray.cli.log_lines import chosen, moment, pattern
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.state import last_attempt
 
-    attempt = last_attempt(find_run(run, storage, with_job=True))
+    start, wanted = moment(since) if since else None, pattern(grep) if grep else None
+    found = find_run(run, storage, with_job=True)
+    attempt = last_attempt(found)
     connection = connect(attempt.address)
-    if follow:
-        for line in jobs.follow_logs(connection, attempt.job):
-            print(line, flush=True)
-        return
-    text = jobs.logs(connection, attempt.job)
-    if json:
-        print_json({"job": attempt.job, "lines": text.splitlines()})
+    if rank is not None:
+        lines: Iterator[str] = _of_rank(found, connection, rank, follow)
+    elif follow:
+        lines = jobs.follow_logs(connection, attempt.job)
     else:
-        print(text, end="" if text.endswith("\n") else "\n")
+        lines = iter(jobs.logs(connection, attempt.job).splitlines())
+    shown = chosen(lines, start, wanted)
+    if json:
+        print_json({"job": attempt.job, "rank": rank, "lines": list(shown)})
+        return
+    try:
+        for line in shown:
+            print(line, flush=follow)
+    except KeyboardInterrupt:
+        return
+
+
+def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
+    """What it prints goes to one file and what it logs to another; the first is mostly empty."""
+    from mhmoe_ray.cluster.logs import process_log
+    from mhmoe_ray.errors import RunError
+    from mhmoe_ray.runs import events
+
+    started = next((e for e in reversed(events.events(run)) if e["event"] == "started"), None)
+    if started is None:
+        raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
+    place = next((w for w in started["workers"] if w["rank"] == rank), None)
+    if place is None:
+        why = f"it has ranks 0 to {len(started['workers']) - 1}"
+        raise RunError(f"rank {rank} of run {run.id}", why, "name one of them")
+    note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
+    where = connection, place["node"], place["pid"]
+    printed = process_log(*where, "out")
+    return chain(printed, process_log(*where, "err", follow=follow))

@@ -12,6 +12,7 @@ from mhmoe_ray.cli.follow import follow
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.watch import Outcome
     from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.spec import RunSpec
 
 
 QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
@@ -34,29 +35,39 @@ def resume(
     """
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import last_attempt
     from mhmoe_ray.spec import load_spec, parse_overrides
 
     found = find_run(run, storage, with_job=True)
-    before = last_attempt(found)
     for keys, _ in parse_overrides(set_):
         if keys[0] != "cluster":
             why = "a resumed run must go on exactly as it would have"
             raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
-    over = _ended(found, force)
+    over = ended(found, force)
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    spec = load_spec(found.spec_file, set_)
+    go_on(found, load_spec(found.spec_file, set_), address, detach)
+
+
+def go_on(run: "RunDir", spec: "RunSpec", address: str | None, detach: bool) -> None:
+    """Args:
+    run: that is over, and not finished.
+    spec: its own, perhaps with another cluster section.
+    address: of the cluster; by default the one that it ran on.
+    detach: whether not to follow it.
+    """
+    from mhmoe_ray.runs.state import last_attempt
+
+    before = last_attempt(run)
     address = address or (None if before.local else before.address)
     connection = launch.cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
-    found.write_spec(spec)
-    found.stop_file.unlink(missing_ok=True)
-    launch.start(found, spec, connection)
+    run.write_spec(spec)
+    run.stop_file.unlink(missing_ok=True)
+    launch.start(run, spec, connection)
     if not detach:
-        follow(found, connection, from_now=True)
+        follow(run, connection, from_now=True)
 
 
-def _ended(run: "RunDir", force: bool) -> "Outcome | None":
+def ended(run: "RunDir", force: bool) -> "Outcome | None":
     """How the run ended; None if its cluster is gone.
 
     Raises:

@@ -1,7 +1,7 @@
 """`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve."""
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,6 +18,10 @@ from mhmoe_ray.cli.common import (
     pick_checkpoint,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.runs.layout import RunDir
 
 app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
 
@@ -72,6 +76,7 @@ def deploy(
     note.print(f"deploying {path.name} of {found.id}")
     serving.wait_until_running(connection, name, START_SECONDS)
     url = f"http://{spec.serve.host}:{spec.serve.port}{_route(name).rstrip('/')}"
+    _record(found, connection, name, url, path.name)
     out.print(f"serving {found.id} at {url}/v1/completions; ask it: {curl_line(url)}", soft_wrap=True)
 
 
@@ -94,6 +99,8 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     serving.deploy(connection, config, host, port)
     note.print(f"deploying {path.name} in place of {before.name}")
     serving.wait_until_running(connection, name, START_SECONDS)
+    url = next(a.url for a in serving.applications(connection) if a.name == name)
+    _record(RunDir(path.parent.parent), connection, name, url, path.name)
     out.print(f"serving {path.name}")
 
 
@@ -132,6 +139,19 @@ def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     serving.remove(connection, name)
     left = [a.name for a in serving.applications(connection)]
     out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
+
+
+def _record(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:
+    """In the run directory, so that `mhmoe status` knows where to ask."""
+    from mhmoe_ray.errors import StorageError
+    from mhmoe_ray.runs import events
+
+    try:
+        events.record(
+            run, "served", application=application, url=url, address=connection.address, checkpoint=checkpoint
+        )
+    except StorageError as e:  # a run directory that cannot be written is served all the same
+        note.print(f"warning: {e}", soft_wrap=True)
 
 
 def curl_line(url: str) -> str:

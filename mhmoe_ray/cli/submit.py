@@ -1,12 +1,17 @@
 """`mhmoe submit`: start a run and follow it."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mhmoe_ray.cli import launch, plan
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg, note, print_json, read_spec
 from mhmoe_ray.cli.follow import follow
+from mhmoe_ray.cli.resume import ended, go_on
+
+if TYPE_CHECKING:
+    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.spec import RunSpec
 
 
 def submit(
@@ -14,6 +19,10 @@ def submit(
     set_: SetOption = [],  # noqa: B006 - typer needs the list
     address: AddressOption = None,
     detach: DetachOption = False,
+    continue_: Annotated[
+        bool,
+        typer.Option("--continue", help="Where a run of this spec is unfinished, go on with the newest such instead."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job request and where workers would be; start nothing.")
     ] = False,
@@ -21,6 +30,7 @@ def submit(
     """Start a run of a spec and follow it. Ctrl-C stops following, not the run.
 
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
+    For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.connect import is_local
@@ -37,6 +47,10 @@ def submit(
         for line in said_of(placed):
             note.print(line, soft_wrap=True)
         return
+    if continue_ and (unfinished := _unfinished(resolved)):
+        note.print(f"going on with run {unfinished.id}")
+        go_on(unfinished, resolved, address, detach)
+        return
     # What is wrong with the data is said now, not by a job that has just started.
     prepared = read_data_manifest(resolved.data.prepared)
     if prepared:
@@ -52,3 +66,26 @@ def submit(
     launch.start(run_dir, resolved, connection)
     if not detach:
         follow(run_dir, connection)
+
+
+def _unfinished(spec: "RunSpec") -> "RunDir | None":
+    """The newest run of this spec, if it is over without being finished.
+
+    Raises:
+        RunError: it may still run, or its spec is another one.
+    """
+    from mhmoe_ray.errors import RunError
+    from mhmoe_ray.runs.layout import list_runs
+
+    runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
+    if not runs:
+        return None
+    newest, free = runs[-1], {"cluster", "serve"}
+    over = ended(newest, force=False)
+    if over and over.state == "finished":
+        return None
+    before, now = (s.model_dump(mode="json", exclude=free) for s in (newest.spec(), spec))
+    if other := [key for key in now if now[key] != before[key]]:
+        why = f"it is unfinished, and its spec differs in {', '.join(other)}"
+        raise RunError(f"run {newest.id}", why, "submit without --continue to start anew, or give the spec that it has")
+    return newest

@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
+from mhmoe_ray.cluster.contexts import read_contexts
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
@@ -27,7 +29,8 @@ class Connection:
 
 
 def connect(address: str | None = None) -> Connection:
-    """Reach the cluster of this address; without one, that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else our own.
+    """Reach the cluster of this address or name; without one, that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the
+    one that `mhmoe cluster use` chose, else our own.
 
     Raises:
         ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is
@@ -45,7 +48,7 @@ def connect(address: str | None = None) -> Connection:
         ours = find_local()
         if ours and ours.address == address:
             return _to_ours(ours)
-    token = tokens.user_token()
+    token = _token(address)
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
 
@@ -92,7 +95,17 @@ def _chosen(address: str | None) -> str | None:
     """RAY_ADDRESS counts only as a URL: it may also name Ray's own port, which is of no use to us."""
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
-    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
+    contexts = read_contexts()
+    named = contexts.known.get(given or contexts.current)
+    return named.address if named else given
+
+
+def _token(address: str) -> Token | None:
+    """Of a cluster that the user has named, where a file was given for it; else as Ray would."""
+    known = read_contexts().known.values()
+    files = [c.token_file for c in known if c.token_file and normalised(c.address) == address]
+    return tokens.token_in(Path(files[0])) if files else tokens.user_token()
 
 
 def _to_ours(cluster: LocalCluster) -> Connection:

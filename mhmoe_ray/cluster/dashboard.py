@@ -1,6 +1,8 @@
 """One GET from a Ray dashboard, with every way it can go wrong as one line."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,6 +36,27 @@ def get(address: str, path: str, token: Token | None, timeout: float = 10, *, mi
     raise _not_ray(address, f"it answers {path} with status {answer.status_code} and no JSON of Ray's")
 
 
+@contextmanager
+def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """The status of an answer, and its content as it comes.
+
+    Raises:
+        ClusterError, TokenError: as `get`.
+    """
+    import requests
+
+    _keep_off_proxies(address)
+    try:
+        with requests.get(
+            address + path, headers=token.headers if token else {}, stream=True, timeout=(10, None)
+        ) as answer:
+            if answer.status_code in (401, 403):
+                raise refused(address, token)
+            yield answer.status_code, answer.iter_content(None)
+    except requests.RequestException as e:
+        raise unreachable(address, e) from e
+
+
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     """What /api/version says: `ray_version` and `session_name`, which no two clusters share.
 
@@ -44,6 +67,30 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     if not isinstance(version, dict) or "ray_version" not in version:
         raise _not_ray(address, "it is another kind of server")
     return version
+
+
+def is_open(address: str) -> bool:
+    """Whether a dashboard answers there to whoever asks, without a token."""
+    import requests
+
+    _keep_off_proxies(address)
+    try:
+        answer = requests.get(f"{address}/api/version", timeout=5)
+        return answer.status_code == 200 and "ray_version" in answer.json()
+    except (requests.RequestException, ValueError):
+        return False
+
+
+def date(address: str, token: Token | None) -> str | None:
+    """What the dashboard's server says the time is, as HTTP has it."""
+    import requests
+
+    try:
+        answer = requests.head(f"{address}/api/version", headers=token.headers if token else {}, timeout=10)
+    except requests.RequestException as e:
+        raise unreachable(address, e) from e
+    told: str | None = answer.headers.get("Date")
+    return told
 
 
 def is_loopback(address: str) -> bool:

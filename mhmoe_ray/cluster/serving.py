@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.failures import explained, reason
 from mhmoe_ray.cluster.jobs import with_packages
@@ -21,6 +22,8 @@ class Application:
     """NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY or DELETING."""
     message: str
     """One line; empty if all is well."""
+    checkpoint: str | None
+    """What it serves; None if it is not one of ours."""
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> None:
@@ -81,15 +84,20 @@ def wait_until_running(connection: Connection, name: str, timeout: float) -> Non
 
 
 def applications(connection: Connection) -> list[Application]:
-    """All that Serve runs on the cluster, by name."""
-    with explained(connection, "Serve", ServeError, "see the dashboard"):
-        details = _client(connection).get_serve_details()
+    """All that Serve runs on the cluster, by name.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    # Not by Ray's client, which takes longer to import than all else that `mhmoe status` does.
+    details = dashboard.get(connection.address, "/api/serve/applications/", connection.token)
     http = details.get("http_options") or {}
     base = f"http://{http.get('host')}:{http.get('port')}"
     found = []
     for name, app in sorted(details["applications"].items()):
         url = base + (app["route_prefix"] or "").rstrip("/")
-        found.append(Application(name, url, app["status"], _message(app)))
+        args = (app["deployed_app_config"] or {}).get("args", {})
+        found.append(Application(name, url, app["status"], _message(app), args.get("checkpoint")))
     return found
 
 

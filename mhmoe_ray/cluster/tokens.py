@@ -67,6 +67,15 @@ def user_token() -> Token | None:
     return _read(default, str(default), "write the cluster's token into it") if default.exists() else None
 
 
+def token_in(path: Path) -> Token:
+    """That of a file which the user has named for a cluster.
+
+    Raises:
+        TokenError: it holds none.
+    """
+    return _read(path, str(path), "write the cluster's token into it, or name another file: mhmoe cluster use")
+
+
 def refused(address: str, token: Token | None) -> TokenError:
     """What to say when a cluster answers 401 or 403."""
     if token is not None:

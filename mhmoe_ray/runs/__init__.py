@@ -6,6 +6,7 @@
   events.jsonl       what happened: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line a step
   routing/           expert counts per layer, one file per checkpointed step
+  tensorboard/       event files
   tokenizer.json
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, by the n-th start of workers
   stop               present while somebody asks the run to stop

@@ -15,6 +15,7 @@ Kind = Literal[
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
     # workers: [{rank, pid, host, node}]
     "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
+    "lost",  # rank, reason, host, lines (its last ones), ranks (number of those that failed with it)
     "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)
     "preempted",  # step, nodes (ids), deadline (in seconds since the epoch, or null): the workers go elsewhere
     "skipped_checkpoint",  # name, reason
@@ -22,6 +23,7 @@ Kind = Literal[
     "finished",  # step
     "stopped",  # step, or reason
     "failed",  # reason
+    "served",  # application, url, address (of the cluster), checkpoint (its name)
     "imported",  # source, model_type, step, name (of the checkpoint)
 ]
 State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed", "imported"]
@@ -62,6 +64,30 @@ def hung(event: dict[str, Any]) -> str:
     how = "gave no sign of life" if event["silent"] else "made no progress"
     where = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
     return f"{where} {how} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was ended"
+
+
+def lost(event: dict[str, Any]) -> str:
+    """A sentence on workers that failed, by their event."""
+    more = event["ranks"] - 1
+    others = f", and {more} other{'s' if more > 1 else ''} with it" if more else ""
+    return f"rank {event['rank']} on {event['host'] or 'a node that is not known'} failed{others}: {event['reason']}"
+
+
+def interruptions(happened: list[dict[str, Any]]) -> list[tuple[float, str]]:
+    """When and why workers ended before their time, and were or were not started again."""
+    sentences = {"hung": hung, "preempted": preempted, "lost": lost}
+    told: list[tuple[float, str]] = []
+    hung_rank = None
+    for event in happened:
+        kind = event["event"]
+        if kind == "lost" and event["rank"] == hung_rank:  # since it was ended for that
+            hung_rank = None
+        elif kind in sentences:
+            told.append((event["time"], sentences[kind](event)))
+            hung_rank = event["rank"] if kind == "hung" else hung_rank
+        elif kind == "started":
+            hung_rank = None
+    return told
 
 
 def workers(started: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,14 @@ def _gathered(path: ObjectPath) -> _Gathered:
 
 
 def _parts(path: Location) -> list[Location]:
+    return [part for part, _ in parts_with_sizes(path)]
+
+
+def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
+    """Files that together are this one, in order, with their bytes."""
     if isinstance(path, ObjectPath):
-        return list(path.iterdir())
-    return [path] if path.exists() else []
+        return [*path.sizes()]
+    return [(path, path.stat().st_size)] if path.exists() else []
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
@@ -109,27 +114,18 @@ def read(path: Location) -> Iterator[dict[str, Any]]:
     for part in _parts(path):
         if isinstance(part, Path):
             with part.open("rb") as f:
-                yield from _records(f)
+                yield from records(f)
         else:
-            yield from _records(part.read_bytes().splitlines())
+            yield from records(part.read_bytes().splitlines())
 
 
-def _records(lines: Any) -> Iterator[dict[str, Any]]:
+def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What these lines hold, without those that are torn."""
     for line in lines:
         try:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def last(path: Location, window: int = 1 << 16) -> dict[str, Any] | None:
-    """The last whole line, if it lies within the last `window` bytes of the file, or of its last segment."""
-    for part in _parts(path)[-1:]:
-        with part.open("rb") as f:
-            f.seek(max(0, part.stat().st_size - window))
-            lines = f.read().split(b"\n")
-        return next(_records(reversed(lines)), None)
-    return None
 
 
 def modified(path: Location) -> float:
@@ -158,4 +154,4 @@ class Tail:
                 added = f.read()
             whole = added[: added.rfind(b"\n") + 1]
             self._read[part.name] = seen + len(whole)
-            yield from _records(whole.splitlines())
+            yield from records(whole.splitlines())

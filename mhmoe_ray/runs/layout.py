@@ -41,6 +41,10 @@ class RunDir:
         return self.path / "routing"
 
     @property
+    def tensorboard(self) -> Location:
+        return self.path / "tensorboard"
+
+    @property
     def tokenizer_file(self) -> Location:
         return self.path / "tokenizer.json"
 

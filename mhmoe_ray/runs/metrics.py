@@ -1,9 +1,11 @@
 """Names of the metrics and the history of a run. Every other part takes the names from here."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from mhmoe_ray.runs import jsonl
+from mhmoe_ray.runs.glimpse import Glimpse
 from mhmoe_ray.runs.layout import RunDir
 
 STEP = "step"
@@ -16,14 +18,18 @@ LR = "lr"
 TOKENS = "tokens"  # predicted so far, padding not counted
 TOKENS_PER_S = "tokens_per_s"  # of those
 DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited for the stream
+EXCHANGE_WAIT = "exchange_wait"  # share of the step's time that the slowest rank waited for rows of other ranks
+MFU = "mfu"  # model FLOPs over the peak of the accelerators; absent on CPUs
 STREAM = "stream"  # digest of the step's samples, in order
 DROPPED = "dropped"  # share of routes that found no place
 LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
+ENTROPY = "entropy"  # of the loads of a layer's experts, over the highest; the lowest of all layers; 1 is uniform
 ROWS_SENT = "rows_sent"  # bytes of routed rows, outputs and gradients that left their rank, over all ranks
 ROWS_LEAST = "rows_least"  # below which that cannot be in flat dispatch, for the routes of the step
 ROWS_BETWEEN_NODES = "rows_between_nodes"  # bytes of ROWS_SENT that left their node
 COUNTS_SENT = "counts_sent"  # bytes of numbers of rows that left their rank, over all ranks
 SKIPPED = "skipped"  # true where the step updated nothing, since its gradient was not finite
+SKIPPED_STEPS = "skipped_steps"  # such steps so far; absent while there are none
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"
 
@@ -41,14 +47,19 @@ def flush(run: RunDir) -> None:
 
 def history(run: RunDir) -> list[dict[str, Any]]:
     """One line per step, in order: the effective history, where a restart has taken the place of what it repeated."""
-    lines: list[dict[str, Any]] = []
-    for line in jsonl.read(run.metrics_file):
-        while lines and lines[-1][STEP] >= line[STEP]:
-            lines.pop()
-        lines.append(line)
-    return lines
+    return effective(jsonl.read(run.metrics_file))
+
+
+def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that a later one has taken the place of."""
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        while found and found[-1][STEP] >= line[STEP]:
+            found.pop()
+        found.append(line)
+    return found
 
 
 def last(run: RunDir) -> dict[str, Any] | None:
-    """The newest line, from the end of the file alone."""
-    return jsonl.last(run.metrics_file)
+    """The newest line."""
+    return next(Glimpse(run.metrics_file).backwards(), None)

@@ -13,6 +13,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.location import Location
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
+from mhmoe_ray.spec.site import SiteSpec
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -51,6 +52,15 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path}", "it holds no mapping", "start from jobs/quickstart.yaml")
     return overridden(tree, overrides)
+
+
+def load_site(path: Location, overrides: Sequence[str] = ()) -> SiteSpec:
+    """What a cluster is made of.
+
+    Raises:
+        SpecError: as `load_spec`.
+    """
+    return checked(SiteSpec, read_tree(path, overrides), f"site {path}")
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:

@@ -30,6 +30,7 @@ from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
 from mhmoe_ray.train.hashing import describe_together
+from mhmoe_ray.train.lost import RecordLost
 from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest, error_of_ours
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
@@ -39,7 +40,8 @@ def main() -> None:
     run = RunDir(location(sys.argv[1]))
     attempt = len(read_attempts(run))
     try:
-        ray.init()
+        # Actors of Ray's own look for "the" cluster of a machine, which may have several.
+        ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
         drive(run, attempt)
     except MhmoeError as e:
         print(f"error: {e}")
@@ -105,6 +107,7 @@ def drive(run: RunDir, attempt: int) -> None:
             # A name that was never used: a reused one silently resumes Ray's own snapshot of the other run.
             name=f"{run.id}-{attempt}",
             **_ray_storage(run),
+            callbacks=[RecordLost(run)],
             failure_config=ray.train.FailureConfig(
                 max_failures=spec.cluster.max_failures,
                 max_preemption_failures=-1,  # without end

@@ -44,6 +44,8 @@ class RankSums(NamedTuple):
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_sent: int = 0
     """Below which `sent.rows`, summed over ranks, cannot be in flat dispatch; bytes."""
+    waited: float = 0.0
+    """Seconds that this rank waited for rows of others."""
 
 
 class Update(NamedTuple):
@@ -124,6 +126,7 @@ class Trainer:
         sums = RankSums(0.0, 0.0, 0, self.zero_counts())
         if self._dispatch:
             self._dispatch.pop_sent()  # of validation
+            self._dispatch.pop_waited()
         batches, self.targets = self._with_targets(batches)
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
             with self.strategy.micro_batch(last=i == here):
@@ -149,7 +152,8 @@ class Trainer:
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
             least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
-            sums = sums._replace(sent=self._dispatch.pop_sent(), least_sent=least)
+            waited = self._dispatch.pop_waited()
+            sums = sums._replace(sent=self._dispatch.pop_sent(), least_sent=least, waited=waited)
         return sums
 
     def _with_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:

@@ -1,5 +1,6 @@
 """One rank of a training run: restore, then step, validate and save until done or asked to stop."""
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,12 +24,16 @@ from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
+from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
+from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse
+
+LOG = logging.getLogger("mhmoe")
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -36,8 +41,16 @@ def train_worker(config: dict[str, Any]) -> None:
     the actor of that name."""
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
+    _set_up_logging(rank)
     with Pulse(config["watchdog"], Place.here(rank)) as pulse:
         Worker(run, run.spec(), config["attempt"], pulse).train()
+
+
+def _set_up_logging(rank: int) -> None:
+    """Lines with a time and its offset from UTC, so that `mhmoe logs --since` can tell on a laptop elsewhere."""
+    form = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats each report
 
 
 class Worker:
@@ -60,6 +73,7 @@ class Worker:
             restore(self.trainer, *restored)
         self.saver = Saver(run, self.trainer, self.group)
         self.start = self.trainer.step
+        self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
         if rank == 0:
             workers = [vars(p) for p in places]
             where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
@@ -68,6 +82,7 @@ class Worker:
             where |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven if hierarchical else 0}
             where |= {"workers": workers, "asked": spec.cluster.workers.model_dump()}
             events.record(run, "started", group=self.group, step=self.start, **where)
+        LOG.info("%d workers, from step %d on, process %d", mesh.world, self.start, pulse.place.pid)
 
     def train(self) -> None:
         spec, trainer = self.spec, self.trainer
@@ -85,26 +100,29 @@ class Worker:
             except JobError:
                 self.saver.wait()  # a checkpoint that is being written is worth having, the more so now
                 raise
-            line, step_counts_LE, stop, leave = self._line(sums, batches, update, began)
+            line, step_counts_LE, waited, stop, leave = self._line(sums, batches, update, began)
             counts_LE += step_counts_LE
             last = trainer.step == spec.train.steps or stop
             if last or trainer.step % spec.train.validate_every == 0:
                 self.pulse.at(trainer.step, "validating")
                 loss, tokens = trainer.validate(*held_out)
                 line |= {metrics.VAL_LOSS: loss, metrics.VAL_TOKENS: tokens}
-            if self.rank == 0:
-                metrics.append(self.run, line)
+            self.telemetry.tell(line, step_counts_LE, waited)
             if last or leave or trainer.step % spec.train.checkpoint_every == 0:
                 self.pulse.at(trainer.step, "saving")
-                metrics.flush(self.run)
+                self.telemetry.flush()
                 self.saver.save(counts_LE)
                 counts_LE.zero_()
             if leave and not last:
                 self.saver.wait()
                 self._leave()
             if metrics.VAL_LOSS in line:
+                if self.rank == 0:
+                    loss, held = line[metrics.LOSS], line[metrics.VAL_LOSS]
+                    LOG.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, held)
                 ray.train.report(line)
         self.saver.wait()
+        self.telemetry.close()
 
     def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
         """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream
@@ -137,51 +155,33 @@ class Worker:
 
     def _line(
         self, sums: RankSums, batches: "_Timed", update: Update, began: float
-    ) -> tuple[dict[str, Any], torch.Tensor, bool, bool]:
-        """The step's metrics over all ranks, its routes per expert, whether to stop, and whether a node is taken away
-        from the group."""
-        spec, trainer, moe = self.spec, self.trainer, self.spec.model.moe
+    ) -> tuple[dict[str, Any], torch.Tensor, Waits, bool, bool]:
+        """The step's metrics over all ranks, its routes per expert, what this rank waited for, whether to stop, and
+        whether a node is taken away from the group."""
+        spec, trainer = self.spec, self.trainer
         stop = self.rank == 0 and self.run.stop_file.exists()
         if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
             raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
         seconds = time.monotonic() - began
         exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
         flags = [stop, announced() is not None, self.saver.failed]
-        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, batches.waited / seconds, *flags]
+        waited = Waits(batches.waited / seconds, sums.waited / seconds)
+        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, *waited, *flags]
         own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
         every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, dropped, rows, least, counts, between_nodes = every[:, :7].sum(0)
-        wait, stops, leaves, failures = every[:, 7:11].max(0).values
+        loss, balance, dropped, rows, least, counts, between_nodes = every[:, :7].sum(0).tolist()
+        data_wait, exchange_wait, stops, leaves, failures = every[:, 7:12].max(0).values.tolist()
         if failures:
             self.saver.wait()  # raises, on all ranks at the same step
         digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
         digests = every[:, digests_at:counts_at]
         count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
-        seconds = time.monotonic() - began
-        line = {
-            metrics.STEP: trainer.step,
-            metrics.GROUP: self.group,
-            metrics.TIME: time.time(),
-            metrics.LOSS: float(loss) / max(1, trainer.targets),
-            metrics.GRAD_NORM: update.norm,
-            metrics.LR: update.lr,
-            metrics.TOKENS: trainer.tokens,
-            metrics.TOKENS_PER_S: trainer.targets / seconds,
-            metrics.DATA_WAIT: float(wait),
-            # Rank r's j-th micro-batch is number j * world + r of the step.
-            metrics.STREAM: combine_digests(int(d) for d in digests.T.flatten()),
-        }
-        if moe:
-            line[metrics.DROPPED] = float(dropped) / float(dropped + count_LE.sum())
-            line[metrics.BALANCE] = float(balance) / spec.train.micro_batches / spec.model.moe_layers
-            share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
-            line[metrics.LEAST_EXPERT] = float(share_LE.min())
-        if not update.applied:
-            line[metrics.SKIPPED] = True
-        if trainer.mesh.ep > 1:
-            line |= {metrics.ROWS_SENT: int(rows), metrics.ROWS_LEAST: int(least), metrics.COUNTS_SENT: int(counts)}
-            line[metrics.ROWS_BETWEEN_NODES] = int(between_nodes)
-        return line, count_LE, bool(stops), bool(leaves)
+        digest = combine_digests(int(d) for d in digests.T.flatten())  # r's j-th micro-batch is number j * world + r
+        sent = Sent(int(rows), int(counts), int(between_nodes))
+        totals = Totals(loss, balance, dropped, count_LE, sent, int(least), digest)
+        longest, seconds = Waits(data_wait, exchange_wait), time.monotonic() - began
+        line = step_line(spec, trainer, self.group, totals, longest, update, seconds)
+        return line, count_LE, waited, bool(stops), bool(leaves)
 
     def _leave(self) -> None:
         """After a checkpoint, so that nothing is lost.

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.state import Attempt, add_attempt
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 
 
@@ -32,7 +33,7 @@ def run(tmp_path, nobody):
         made, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
     )
     line = {metrics.STEP: 7, metrics.GROUP: 1, metrics.LOSS: 2.5, metrics.TOKENS: 70, metrics.TOKENS_PER_S: 9.0}
-    metrics.append(made, {**line, metrics.DATA_WAIT: 0.0})
+    metrics.append(made, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
     return made
 
 
@@ -64,6 +65,39 @@ def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
         steps = {metrics.STEP: step, metrics.TOKENS: tokens, metrics.TOKENS_PER_S: rate}
         metrics.append(run, {**metrics.last(run), **steps})
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] == 70 / 4
+
+
+def test_status_tells_what_interrupted_a_run_and_the_last_lines_of_the_worker_that_failed(tmp_path, run):
+    hung = {"rank": 0, "host": "x", "pid": 3, "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
+    lost = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
+    events.record(run, "hung", **hung)
+    events.record(run, "lost", rank=0, ranks=2, reason="killed", **lost)  # since the watchdog ended it
+    events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **lost)
+    told = mhmoe(tmp_path, "status", "--json").json()
+    assert [i["what"].split()[0:2] for i in told["interruptions"]] == [["rank", "0"], ["rank", "1"]]
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "2 times; last" in shown
+    assert "s ago: rank 1 on y failed, and 1 other with it: its process is gone: crashed" in shown
+    assert "Segmentation fault" not in shown
+    events.record(run, "failed", reason="worker 1 failed")
+    assert "Fatal Python error: Segmentation fault\n  File [x]" in mhmoe(tmp_path, "status").out
+
+
+def test_status_says_where_a_run_was_served_when_that_cluster_is_gone(tmp_path, run, nobody):
+    where = {"application": "mhmoe", "url": "http://127.0.0.1:8000", "address": nobody}
+    events.record(run, "served", **where, checkpoint="step_00000007.1")
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "http://127.0.0.1:8000 (mhmoe, step_00000007.1): unknown: nothing answers there" in shown
+
+
+def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tmp_path, run):
+    watching = subprocess.Popen(command("status", "--watch"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout.readline() == f"{run.id}: unknown  step 7/20  loss 2.5000\n"
+    metrics.append(run, {**metrics.last(run), metrics.STEP: 8})
+    assert watching.stdout.readline() == f"{run.id}: unknown  step 8/20  loss 2.5000\n"
+    events.record(run, "finished", step=8)
+    assert watching.communicate(timeout=60)[0] == f"{run.id}: finished  step 8/20  loss 2.5000\n"
+    assert watching.returncode == 0
 
 
 def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):

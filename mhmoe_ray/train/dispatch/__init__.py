@@ -3,6 +3,7 @@
     flat.py           each route's row goes straight to its expert's rank
     hierarchical.py   each row goes to a node once, whatever it has there, then to ranks of that node; sums come back
     exchange.py       the uneven all-to-all of both, which counts what it sends
+    waited.py         how long a rank waits in it
     travel.py         such an exchange of rows in the autograd graph
     build.py          which of them a rank gets
 

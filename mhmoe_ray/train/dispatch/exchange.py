@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhmoe_ray.train.dispatch.waited import Waited
+
 T = TypeVar("T")
 
 
@@ -46,10 +48,12 @@ class Flight(NamedTuple):
     rows: Tensor
     """Held here until they have left: no other tensor may take their memory."""
     into: Tensor
+    waited: Waited
 
     def wait(self) -> Tensor:
         if self.work:
-            self.work.wait()
+            with self.waited.measured(self.into.device):
+                self.work.wait()
         return self.into
 
 
@@ -65,6 +69,7 @@ class Exchange:
         nodes = nodes or [None] * self.ranks
         self._away = [node != nodes[self.rank] for node in self.others(nodes)]
         self._sent = Sent()
+        self._waited = Waited()
 
     def others(self, of_ranks: Sequence[T]) -> list[T]:
         """Without this rank's own."""
@@ -74,6 +79,10 @@ class Exchange:
         """What was sent since this was last asked."""
         sent, self._sent = self._sent, Sent()
         return sent
+
+    def pop_waited(self) -> float:
+        """Seconds that this rank waited for what others send, since this was last asked."""
+        return self._waited.pop()
 
     def counts(self, count_QX: Tensor) -> Flight:
         """Start to send count_QX[q] to the q-th other rank; what that sends arrives in the same place."""
@@ -90,8 +99,8 @@ class Exchange:
 
     def _send(self, rows: Tensor, into: Tensor, out_Q: list[int], in_Q: list[int]) -> Flight:
         if self.ranks == 1:
-            return Flight(None, rows, into)
+            return Flight(None, rows, into, self._waited)
         at = self.rank
         arriving, leaving = ([*others[:at], 0, *others[at:]] for others in (in_Q, out_Q))
         work = dist.all_to_all_single(into, rows, arriving, leaving, group=self._group, async_op=True)
-        return Flight(work, rows, into)
+        return Flight(work, rows, into, self._waited)

@@ -36,6 +36,7 @@ class FlatDispatch:
         """
         self._exchange = Exchange(group, nodes)
         self.ranks, self.pop_sent = self._exchange.ranks, self._exchange.pop_sent
+        self.pop_waited = self._exchange.pop_waited
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
         x_ND, weights = experts.cast(x_ND)

@@ -48,6 +48,10 @@ class HierarchicalDispatch:
         """What was sent since this was last asked."""
         return self._rail.pop_sent().plus(self._flat.pop_sent())
 
+    def pop_waited(self) -> float:
+        """Seconds that this rank waited for what others send, since this was last asked."""
+        return self._rail.pop_waited() + self._flat.pop_waited()
+
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
         x_ND, weights = experts.cast(x_ND)
         rail, expert_NK, gate_NK = self._rail, routing.expert_NK, routing.gate_NK

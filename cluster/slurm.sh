@@ -1,0 +1,49 @@
+#!/bin/bash
+#SBATCH --job-name=mhmoe
+#SBATCH --partition=gpu
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=1000G
+#SBATCH --time=24:00:00
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+# sbatch slurm.sh SPEC: a Ray cluster on these nodes, and a run on it. A job that is started again goes on with its run.
+set -euo pipefail
+spec=${1:?usage: sbatch slurm.sh SPEC}
+export MHMOE_HOME=${MHMOE_HOME:-$HOME/.local/state/mhmoe}
+
+# A token for this cluster alone: without one, everybody on these nodes' network could give it jobs.
+umask 077
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.mhmoe-token-$SLURM_JOB_ID
+head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH"
+
+# Away from clusters of others on the same nodes.
+port=$((6379 + SLURM_JOB_ID % 1000))
+board=$((8265 + SLURM_JOB_ID % 1000))
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_host=${hosts[0]}
+head_ip=$(srun --nodes=1 --ntasks=1 -w "$head_host" hostname --ip-address | awk '{print $1}')
+folder=$(mktemp -d -p /tmp ray-XXXXXX)
+
+finish() {
+  rm -f "$RAY_AUTH_TOKEN_PATH"
+  # Steps of this job, and no other Ray of these nodes.
+  scancel --signal=TERM "$SLURM_JOB_ID" 2> /dev/null || true
+}
+trap finish EXIT
+
+srun --nodes=1 --ntasks=1 -w "$head_host" ray start --head --block --node-ip-address="$head_ip" --port="$port" \
+  --dashboard-host=127.0.0.1 --dashboard-port="$board" --temp-dir="$folder" --disable-usage-stats &
+for host in "${hosts[@]:1}"; do
+  srun --nodes=1 --ntasks=1 -w "$host" ray start --block --address="$head_ip:$port" --disable-usage-stats &
+done
+
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$board
+until mhmoe doctor --json > /dev/null 2>&1; do sleep 2; done
+# Before the time is over: a checkpoint, then the end of the job, which is put into the queue again.
+trap 'mhmoe stop && scontrol requeue "$SLURM_JOB_ID"' USR1
+mhmoe submit "$spec" --continue &
+wait $!

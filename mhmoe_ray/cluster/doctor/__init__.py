@@ -1,0 +1,29 @@
+"""What `mhmoe doctor` looks at: whether things work here, why not, and what to do.
+
+finding.py   one answer
+machine.py   this machine: packages, accelerators, kernels, shared memory, limits
+reach.py     the cluster that commands would speak to
+ports.py     servers of Ray on this machine that others can reach
+storage.py   the folder that holds run directories
+"""
+
+from collections.abc import Iterator
+
+from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
+from mhmoe_ray.cluster.doctor.finding import Finding
+from mhmoe_ray.location import location
+
+__all__ = ["Finding", "examine"]
+
+
+def examine(address: str | None, folder: str) -> Iterator[Finding]:
+    """One after another, as they are found.
+
+    Args:
+        address: of a cluster, as commands take it.
+        folder: that holds run directories, or is to.
+    """
+    yield from machine.findings()
+    yield from reach.findings(address)
+    yield from ports.findings()
+    yield from storage.findings(location(folder))

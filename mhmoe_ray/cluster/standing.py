@@ -1,0 +1,118 @@
+"""All that `mhmoe status` tells of a run: from its directory, and from its cluster where that answers."""
+
+import math
+from typing import Any
+
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.serving import applications
+from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+from mhmoe_ray.errors import ClusterError, MhmoeError
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.course import course
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import read_attempts
+
+Happened = list[dict[str, Any]]
+
+
+def standing(run: RunDir) -> dict[str, Any]:
+    """JSON. `cluster` says whether the cluster confirmed the state."""
+    happened = events.events(run)
+    spec = None if run.is_imported else run.spec()
+    went = course(run, spec.train.validate_every if spec else 1)
+    attempts = read_attempts(run)
+    state, reason, cluster = _state(run, happened)
+    last = went.last
+    started = _newest(happened, "started")
+    lost = _newest(happened, "lost")
+    eta = None
+    if spec and last and state == "running" and went.mean_rate:
+        eta = (spec.train.steps - last[metrics.STEP]) * last[metrics.TOKENS] / last[metrics.STEP] / went.mean_rate
+    return {
+        "run": run.id,
+        "path": str(run.path),
+        "state": state,
+        "reason": reason,
+        "cluster": cluster,
+        "dashboard": attempts[-1].address if attempts else None,
+        "job": attempts[-1].job if attempts else None,
+        "source": next((e["source"] for e in happened if e["event"] == "imported"), None),
+        "attempts": len(attempts),
+        "worker_starts": sum(e["event"] == "started" for e in happened),
+        "steps": spec.train.steps if spec else None,
+        "last": last,
+        "validation": _with_perplexity(went.validation),
+        "baselines": _newest(happened, "prepared"),
+        "asked": _asked(spec) if spec else None,
+        "started": started,
+        "interruptions": [{"time": when, "what": what} for when, what in events.interruptions(happened)],
+        "last_lines": lost["lines"] if lost else [],
+        "skipped_steps": last.get(metrics.SKIPPED_STEPS, 0) if last else 0,
+        "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
+        "checkpoint": _newest(happened, "checkpoint") or _newest(happened, "imported"),
+        "tokens_per_s": went.rate,
+        "mean_tokens_per_s": went.mean_rate,
+        "eta_seconds": eta,
+        "served": _served(run, happened),
+        "curve": [
+            {key: line.get(key) for key in (metrics.STEP, metrics.LOSS, metrics.TOKENS_PER_S)} for line in went.curve
+        ],
+    }
+
+
+def _state(run: RunDir, happened: Happened) -> tuple[str, str, str]:
+    """The state, the reason of a failure, and what the cluster said."""
+    attempts = read_attempts(run)
+    over, cluster = recorded_outcome(run), "not asked: the run is over"
+    said = events.state(happened)
+    if over is None and attempts:
+        try:
+            over = outcome(run, connect(attempts[-1].address))
+            cluster = "the job is alive" if over is None else "the job is dead"
+        except ClusterError as e:
+            return "unknown", "", f"it said {said} last, but {e}"
+    return (over.state, over.reason, cluster) if over else (said, "", cluster)
+
+
+def _newest(happened: Happened, kind: str) -> dict[str, Any] | None:
+    return next((e for e in reversed(happened) if e["event"] == kind), None)
+
+
+def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    if line is None:
+        return None
+    loss = line[metrics.VAL_LOSS]
+    return {**line, "val_perplexity": math.exp(loss) if loss is not None and loss < 700 else None}
+
+
+def _asked(spec: Any) -> dict[str, Any]:
+    cluster = spec.cluster
+    return {
+        "workers": cluster.workers.model_dump(),
+        "ep": cluster.ep,
+        "cpus_per_worker": cluster.cpus_per_worker,
+        "gpus_per_worker": cluster.gpus_per_worker,
+    }
+
+
+def _served(run: RunDir, happened: Happened) -> list[dict[str, Any]]:
+    """Where its checkpoints are served, as the clusters say that they were once deployed to."""
+    deployed = {(e["address"], e["application"]): e for e in happened if e["event"] == "served"}
+    found = []
+    for address in {address for address, _ in deployed}:
+        try:
+            there = {a.name: a for a in applications(connect(address))}
+        except MhmoeError as e:
+            names = [name for where, name in deployed if where == address]
+            found += [
+                {"application": n, "url": deployed[address, n]["url"], "status": "unknown", "message": e.why}
+                | {"checkpoint": deployed[address, n]["checkpoint"]}
+                for n in names
+            ]
+            continue
+        for application in there.values():
+            path, _, name = (application.checkpoint or "").rpartition("/checkpoints/")
+            if path == str(run.path):
+                where = {"application": application.name, "url": application.url, "checkpoint": name}
+                found.append({**where, "status": application.status, "message": application.message})
+    return found

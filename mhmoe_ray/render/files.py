@@ -1,0 +1,78 @@
+"""All files of a site, by path."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.render import kuberay, ray_up, slurm
+from mhmoe_ray.render.container import containerfile
+from mhmoe_ray.render.dashboards import DASHBOARDS
+from mhmoe_ray.render.fit import nodes_for
+from mhmoe_ray.render.grafana import dashboard, provisioning
+from mhmoe_ray.render.prometheus import pod_monitor, prometheus
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.site import SiteSpec
+
+RAY_FOLDER = "/tmp/ray"
+MARK = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
+
+
+def files(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None) -> dict[str, str]:
+    """Args:
+    site: what the cluster is made of.
+    run: to train on it.
+    application: to serve on it, as `serve.config.application_config` makes it.
+
+    Raises:
+        SpecError: the run does not fit on the site, or lies elsewhere than on its storage.
+    """
+    return dict(_files(site, run, application))
+
+
+def _files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    yield "kuberay/raycluster.yaml", _yaml(kuberay.ray_cluster(site))
+    if run:
+        nodes_for(site, run)
+        _check_storage(site, run)
+        spec_path = f"{site.storage.mount}/jobs/{run.name}.yaml"
+        yield f"kuberay/rayjob-{run.name}.yaml", _yaml(kuberay.ray_job(site, spec_path, run.name))
+    if application:
+        yield f"kuberay/rayservice-{application['name']}.yaml", _yaml(kuberay.ray_service(site, application))
+    yield "kuberay/podmonitor.yaml", _yaml(pod_monitor(site))
+    if site.aws:
+        yield "ray-up/aws.yaml", _yaml(ray_up.aws(site, site.aws))
+    if site.gcp:
+        yield "ray-up/gcp.yaml", _yaml(ray_up.gcp(site, site.gcp))
+    if site.on_premise:
+        yield "ray-up/on-premise.yaml", _yaml(ray_up.on_premise(site, site.on_premise))
+    if site.slurm:
+        yield "slurm.sh", slurm.script(site, site.slurm)
+    yield "Containerfile", containerfile()
+    yield "prometheus/prometheus.yml", _yaml(prometheus(RAY_FOLDER))
+    for of in DASHBOARDS:
+        yield f"grafana/dashboards/{of.name}.json", json.dumps(dashboard(of), indent=1) + "\n"
+    for path, content in provisioning().items():
+        yield f"grafana/provisioning/{path}", _yaml(content)
+
+
+def _check_storage(site: SiteSpec, run: RunSpec) -> None:
+    """Nodes read and write there what the run does."""
+    mount = site.storage.mount
+    for key, place in (("storage", run.storage), ("data.prepared", run.data.prepared)):
+        if "://" not in str(place) and not str(place).startswith(f"{mount}/"):
+            why = f"{place} is not below {mount}, which nodes of the site share"
+            raise SpecError(f"run {run.name}, {key}", why, f"put it there: --set {key}={mount}/...")
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors where one value stands in two places."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return MARK + yaml.dump(content, Dumper=_Plain, sort_keys=False, width=120)

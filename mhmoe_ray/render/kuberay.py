@@ -1,0 +1,144 @@
+"""Manifests for KubeRay's operator: a RayCluster, a RayJob that trains, a RayService that serves."""
+
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
+
+API = "ray.io/v1"
+IDLE_SECONDS = 300
+STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
+"""An upgrade moves so much of the requests every so often, and meanwhile has so many replicas more."""
+PORTS = {"metrics": 8080, "serve": 8000}
+"""Of all nodes."""
+HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
+
+
+def ray_cluster(site: SiteSpec) -> dict[str, Any]:
+    return _object("RayCluster", site, site.name, _cluster(site))
+
+
+def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
+    """A cluster that trains one run and goes away with it.
+
+    Args:
+        site: what it is made of.
+        spec_path: of the run's spec, on the storage that all nodes mount.
+        name: of the run.
+    """
+    return _object(
+        "RayJob",
+        site,
+        f"{site.name}-{name}",
+        {
+            # A job that starts again, on a new cluster perhaps, goes on with the run that its directory holds.
+            "entrypoint": f"mhmoe submit {spec_path} --continue --address http://127.0.0.1:{HEAD_PORTS['dashboard']}",
+            "submissionMode": "K8sJobMode",
+            "backoffLimit": 3,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "metadata": {"mhmoe_spec": spec_path},
+            "rayClusterSpec": _cluster(site),
+        },
+    )
+
+
+def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
+    """An application of Ray Serve on a cluster of its own. A change of it, a newer checkpoint for one, is taken over
+    while both answer.
+
+    Args:
+        site: what the cluster is made of.
+        application: as `serve.config.application_config` makes it.
+    """
+    return _object(
+        "RayService",
+        site,
+        f"{site.name}-{application['name']}",
+        {
+            "serveConfigV2": yaml.safe_dump({"applications": [application]}, sort_keys=False),
+            "upgradeStrategy": {
+                "type": "NewClusterWithIncrementalUpgrade",
+                "clusterUpgradeOptions": {
+                    "gatewayClassName": site.gateway,
+                    "stepSizePercent": STEP_PERCENT,
+                    "intervalSeconds": STEP_SECONDS,
+                    "maxSurgePercent": SURGE_PERCENT,
+                },
+            },
+            "rayClusterConfig": _cluster(site),
+        },
+    )
+
+
+def _object(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": site.namespace, "labels": {"app.kubernetes.io/part-of": "mhmoe-ray"}}
+    return {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def _cluster(site: SiteSpec) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "rayVersion": version("ray"),
+        # The operator makes a token and hands it to all pods; without this the dashboard takes jobs from everybody.
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS},
+        "headGroupSpec": {
+            # The head computes nothing, so that no worker can take its memory.
+            "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
+            "template": _pod(site, "ray-head", site.head, HEAD_PORTS),
+        },
+        "workerGroupSpecs": [_group(site, "data", site.data), _group(site, "workers", site.workers)],
+    }
+    if site.redis:
+        options: dict[str, Any] = {"redisAddress": site.redis}
+        if site.redis_secret:
+            reference = {"secretKeyRef": {"name": site.redis_secret, "key": "password"}}
+            options["redisPassword"] = {"valueFrom": reference}
+        spec["gcsFaultToleranceOptions"] = options
+    return spec
+
+
+def _group(site: SiteSpec, name: str, group: GroupSpec) -> dict[str, Any]:
+    return {
+        "groupName": name,
+        "replicas": group.min,
+        "minReplicas": group.min,
+        "maxReplicas": group.max,
+        "rayStartParams": {"num-cpus": str(group.cpus)},
+        **({"labels": dict(group.labels)} if group.labels else {}),
+        "template": _pod(site, "ray-worker", group, PORTS),
+    }
+
+
+def _pod(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> dict[str, Any]:
+    resources: dict[str, str] = {"cpu": str(node.cpus), "memory": f"{node.memory_gib}Gi"}
+    if node.gpus:
+        resources["nvidia.com/gpu"] = str(node.gpus)
+    container: dict[str, Any] = {
+        "name": name,
+        "image": site.image,
+        "ports": [{"name": port, "containerPort": number} for port, number in ports.items()],
+        "resources": {"limits": resources, "requests": resources},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [
+            {"name": "storage", "mountPath": site.storage.mount},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+    return {
+        "spec": {
+            "containers": [container],
+            "volumes": [
+                {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},
+                # Ray keeps objects there, and a container's own has 64 MB.
+                {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, node.memory_gib // 3)}Gi"}},
+            ],
+            **({"tolerations": [_GPU_TOLERATION]} if node.gpus else {}),
+        }
+    }
+
+
+_GPU_TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}

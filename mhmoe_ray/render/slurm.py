@@ -1,0 +1,70 @@
+"""A batch script for SLURM: a Ray cluster on its nodes for as long as a run takes."""
+
+from mhmoe_ray.spec.site import SiteSpec, SlurmSpec
+
+SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --partition={partition}
+{account}#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task={cpus}
+{gpus}#SBATCH --mem={memory}G
+#SBATCH --time={time}
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+# sbatch slurm.sh SPEC: a Ray cluster on these nodes, and a run on it. A job that is started again goes on with its run.
+set -euo pipefail
+spec=${{1:?usage: sbatch slurm.sh SPEC}}
+export MHMOE_HOME=${{MHMOE_HOME:-$HOME/.local/state/mhmoe}}
+
+# A token for this cluster alone: without one, everybody on these nodes' network could give it jobs.
+umask 077
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.mhmoe-token-$SLURM_JOB_ID
+head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
+
+# Away from clusters of others on the same nodes.
+port=$(({port} + SLURM_JOB_ID % 1000))
+board=$(({board} + SLURM_JOB_ID % 1000))
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_host=${{hosts[0]}}
+head_ip=$(srun --nodes=1 --ntasks=1 -w "$head_host" hostname --ip-address | awk '{{print $1}}')
+folder=$(mktemp -d -p /tmp ray-XXXXXX)
+
+finish() {{
+  rm -f "$RAY_AUTH_TOKEN_PATH"
+  # Steps of this job, and no other Ray of these nodes.
+  scancel --signal=TERM "$SLURM_JOB_ID" 2> /dev/null || true
+}}
+trap finish EXIT
+
+srun --nodes=1 --ntasks=1 -w "$head_host" ray start --head --block --node-ip-address="$head_ip" --port="$port" \\
+  --dashboard-host=127.0.0.1 --dashboard-port="$board" --temp-dir="$folder" --disable-usage-stats &
+for host in "${{hosts[@]:1}}"; do
+  srun --nodes=1 --ntasks=1 -w "$host" ray start --block --address="$head_ip:$port" --disable-usage-stats &
+done
+
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$board
+until mhmoe doctor --json > /dev/null 2>&1; do sleep 2; done
+# Before the time is over: a checkpoint, then the end of the job, which is put into the queue again.
+trap 'mhmoe stop && scontrol requeue "$SLURM_JOB_ID"' USR1
+mhmoe submit "$spec" --continue &
+wait $!
+"""
+
+
+def script(site: SiteSpec, slurm: SlurmSpec) -> str:
+    workers = site.workers
+    return SCRIPT.format(
+        name=site.name,
+        partition=slurm.partition,
+        account=f"#SBATCH --account={slurm.account}\n" if slurm.account else "",
+        nodes=slurm.nodes,
+        cpus=workers.cpus,
+        gpus=f"#SBATCH --gpus-per-node={workers.gpus}\n" if workers.gpus else "",
+        memory=workers.memory_gib,
+        time=slurm.time,
+        port=slurm.port,
+        board=slurm.dashboard_port,
+    )

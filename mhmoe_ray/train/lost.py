@@ -1,0 +1,97 @@
+"""Workers that fail, for the record: which rank was the first cause, why, and what it wrote last.
+
+Ray Train starts the group again without a word to anyone; and its logs are gone with the cluster.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ray.train
+
+from mhmoe_ray.errors import MhmoeError, StorageError
+from mhmoe_ray.location import location
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train.preemption import PreemptedError
+
+LINES = 20
+"""Of a worker's log that are kept."""
+LOG_SECONDS = 5
+
+
+class RecordLost(ray.train.UserCallback):  # type: ignore[misc]
+    """Ray Train calls it in the process that watches over workers."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = str(run.path)
+
+    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
+        causes = {rank: getattr(error, "_base_exc", error) for rank, error in worker_exceptions.items()}
+        if all(isinstance(cause, PreemptedError) for cause in causes.values()):
+            return  # they have recorded it themselves
+        run = RunDir(location(self._run))
+        rank = first_cause(causes)
+        place = _place(run, rank)
+        told = {"rank": rank, "ranks": len(causes), "reason": reason(causes[rank]), "host": place.get("host")}
+        try:
+            events.record(run, "lost", **told, lines=_last_lines(place))
+        except StorageError as e:  # the group is started again all the same
+            print(f"warning: rank {rank} failed ({told['reason']}), but {e}")
+
+
+def first_cause(causes: Mapping[int, Exception]) -> int:
+    """When one rank fails, others fail in their exchanges with it: that with an error of ours, else one whose process
+    is gone, else one that failed anywhere but in an exchange."""
+
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
+        cause = causes[rank]
+        in_exchange = re.search(r"gloo|nccl|connection (closed|reset)|timed out waiting", str(cause), re.IGNORECASE)
+        return not isinstance(cause, MhmoeError), not hasattr(cause, "health_check_failure"), bool(in_exchange), rank
+
+    return min(causes, key=order)
+
+
+def reason(cause: Exception) -> str:
+    """In one line."""
+    if hasattr(cause, "health_check_failure"):
+        cause = cause.health_check_failure
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        # Ray's last line, without the guesses that it adds.
+        told = re.sub(r"^The actor is dead because its | Some common causes include:.*", "", (lines or [""])[-1])
+        return f"its process is gone: {told or type(cause).__name__}"[:500]
+    if isinstance(cause, MhmoeError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:500]
+
+
+def _place(run: RunDir, rank: int) -> dict[str, Any]:
+    """Of the newest start of workers."""
+    happened = events.events(run)
+    workers: list[dict[str, Any]] = next((e["workers"] for e in reversed(happened) if e["event"] == "started"), [])
+    return next((worker for worker in workers if worker["rank"] == rank), {})
+
+
+def _last_lines(place: Mapping[str, Any]) -> list[str]:
+    """What that process wrote last, errors before the rest; none where its node is gone."""
+    from ray.util.state import get_log
+    from ray.util.state.exception import RayStateApiException
+
+    for suffix in ("err", "out") if place else ():
+        try:
+            parts = get_log(
+                node_id=place["node"],
+                pid=place["pid"],
+                suffix=suffix,
+                tail=LINES,
+                timeout=LOG_SECONDS,
+                errors="replace",
+            )
+            lines = [line for line in "".join(parts).splitlines() if line.strip()]
+        except (RayStateApiException, OSError) as e:
+            print(f"the log of process {place['pid']} on {place['host']} cannot be read: {e}")
+            continue
+        if lines:
+            return lines
+    return []

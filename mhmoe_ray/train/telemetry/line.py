@@ -1,0 +1,80 @@
+"""A step's line of metrics.jsonl."""
+
+import time
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mhmoe_ray.model.balance import load_entropy
+from mhmoe_ray.planner.utilisation import model_flops_utilisation
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.dispatch import Sent
+from mhmoe_ray.train.step import Trainer, Update
+
+
+class Totals(NamedTuple):
+    """Of a step, over all ranks; see `RankSums`."""
+
+    loss: float
+    balance: float
+    dropped: float
+    count_LE: Tensor
+    sent: Sent
+    least_sent: int
+    digest: str
+    """Of the samples, in order."""
+
+
+class Waits(NamedTuple):
+    """Shares of a step's time."""
+
+    data: float
+    """For the stream."""
+    exchange: float
+    """For rows of other ranks."""
+
+
+def step_line(
+    spec: RunSpec, trainer: Trainer, group: int, totals: Totals, waits: Waits, update: Update, seconds: float
+) -> dict[str, Any]:
+    """Args:
+    spec: of the run.
+    trainer: after the step.
+    group: which start of workers this is.
+    totals: of the step.
+    waits: of the ranks that waited longest.
+    update: what the optimizer did.
+    seconds: that the step took.
+    """
+    moe, tokens_per_s = spec.model.moe, trainer.targets / seconds
+    line: dict[str, Any] = {
+        metrics.STEP: trainer.step,
+        metrics.GROUP: group,
+        metrics.TIME: time.time(),
+        metrics.LOSS: totals.loss / max(1, trainer.targets),
+        metrics.GRAD_NORM: update.norm,
+        metrics.LR: update.lr,
+        metrics.TOKENS: trainer.tokens,
+        metrics.TOKENS_PER_S: tokens_per_s,
+        metrics.DATA_WAIT: waits.data,
+        metrics.STREAM: totals.digest,
+    }
+    if moe:
+        count_LE = totals.count_LE
+        line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))
+        line[metrics.BALANCE] = totals.balance / spec.train.micro_batches / spec.model.moe_layers
+        share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
+        line[metrics.LEAST_EXPERT] = float(share_LE.min())
+        line[metrics.ENTROPY] = float(load_entropy(count_LE).min())
+    if not update.applied:
+        line[metrics.SKIPPED] = True
+    if trainer.skipped:
+        line[metrics.SKIPPED_STEPS] = trainer.skipped
+    if trainer.mesh.ep > 1:
+        sent = totals.sent
+        line |= {metrics.ROWS_SENT: sent.rows, metrics.ROWS_LEAST: totals.least_sent, metrics.COUNTS_SENT: sent.counts}
+        line |= {metrics.ROWS_BETWEEN_NODES: sent.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
+    if mfu := model_flops_utilisation(spec, tokens_per_s, trainer.mesh.world):
+        line[metrics.MFU] = mfu
+    return line

@@ -1,0 +1,50 @@
+"""All places that hear of a run's steps."""
+
+from typing import Any
+
+from torch import Tensor
+
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.telemetry.line import Waits
+from mhmoe_ray.train.telemetry.ray_metrics import RankMetrics, RunMetrics
+from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
+
+
+class Telemetry:
+    """Of one rank; what concerns the whole run, rank 0 tells."""
+
+    def __init__(self, run: RunDir, spec: RunSpec, rank: int, group: int, start: int) -> None:
+        """Args:
+        run, spec: what it tells of.
+        rank: of this process.
+        group: which start of workers it belongs to.
+        start: the step that it goes on from.
+        """
+        self._run = run
+        self._rank = RankMetrics(run.id, rank)
+        self._whole = RunMetrics(run.id, spec.train.steps) if rank == 0 else None
+        self._board = TensorBoard(run, group, start) if rank == 0 else None
+
+    def tell(self, line: dict[str, Any], count_LE: Tensor, waits: Waits) -> None:
+        """Args:
+        line: of a step, for the whole run.
+        count_LE: its routes per layer and expert, for the whole run.
+        waits: of this rank.
+        """
+        self._rank.tell(waits)
+        if self._whole and self._board:
+            metrics.append(self._run, line)
+            self._whole.tell(line, count_LE)
+            self._board.tell(line)
+
+    def flush(self) -> None:
+        """Return when all of it can be read."""
+        metrics.flush(self._run)
+        if self._board:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()

@@ -1,0 +1,92 @@
+"""Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`.
+
+On an object store a file of events cannot grow: there each stretch between two flushes is a file of its own.
+"""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.files import copy_file
+from mhmoe_ray.runs.layout import RunDir
+
+TAGS = {
+    metrics.LOSS: "loss/training",
+    metrics.VAL_LOSS: "loss/validation",
+    metrics.GRAD_NORM: "optimizer/gradient_norm",
+    metrics.LR: "optimizer/learning_rate",
+    metrics.TOKENS_PER_S: "speed/tokens_per_second",
+    metrics.MFU: "speed/mfu",
+    metrics.DATA_WAIT: "speed/data_wait",
+    metrics.EXCHANGE_WAIT: "speed/exchange_wait",
+    metrics.BALANCE: "routing/balance_loss",
+    metrics.DROPPED: "routing/dropped",
+    metrics.LEAST_EXPERT: "routing/least_expert",
+    metrics.ENTROPY: "routing/entropy",
+}
+
+
+FLUSH_SECONDS = 10.0
+"""After which a reader sees what was written, without a flush."""
+
+
+class TensorBoard:
+    def __init__(self, run: RunDir, group: int, start: int) -> None:
+        """Args:
+        run: whose events these are.
+        group: which start of workers it is: files are named after it.
+        start: the step that it goes on from; what was written of later ones no longer counts.
+        """
+        self._to, self._group, self._files = run.tensorboard, group, 0
+        self._spool = None if isinstance(self._to, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
+        self._open()
+        # From this step on, what was written before is void.
+        self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
+
+    def tell(self, line: dict[str, Any]) -> None:
+        values = {tag: line.get(name) for name, tag in TAGS.items()}
+        scalars = [
+            Summary.Value(tag=t, simple_value=v) for t, v in values.items() if v is not None and math.isfinite(v)
+        ]
+        step, when = line[metrics.STEP], line[metrics.TIME]
+        self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=when))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS and not self._spool:
+            self.flush()
+
+    def flush(self) -> None:
+        """Return when all of it can be read."""
+        if self._spool:
+            self._hand_over()
+            self._open()
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self._spool:
+            self._hand_over()
+            self._spool.cleanup()
+        else:
+            self._writer.close()
+
+    def _open(self) -> None:
+        folder = Path(self._spool.name) if self._spool else self._to
+        assert isinstance(folder, Path)
+        folder.mkdir(exist_ok=True)
+        self._files += 1
+        # Not tensorboardX's SummaryWriter, which hands events to itself through a pipe and flushes without those in it.
+        self._writer = EventsWriter(str(folder / "events"), f".{self._group:04d}.{self._files:06d}")
+        self._flushed = time.monotonic()
+
+    def _hand_over(self) -> None:
+        assert self._spool
+        self._writer.close()
+        for file in Path(self._spool.name).iterdir():
+            copy_file(file, self._to / file.name)
+            file.unlink()

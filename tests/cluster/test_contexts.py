@@ -1,0 +1,77 @@
+import stat
+
+import pytest
+
+from mhmoe_ray.cluster import contexts, tokens
+from mhmoe_ray.cluster.connect import _chosen, _token, is_local
+from mhmoe_ray.cluster.home import home
+from mhmoe_ray.errors import ClusterError, TokenError
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(monkeypatch):
+    assert is_local(None)
+    contexts.use("lab", "http://head:8265")
+    contexts.use("other", "http://other:8265")
+    assert _chosen(None) == "http://other:8265"
+    assert _chosen("lab") == "http://head:8265"
+    assert _chosen("http://third:8265") == "http://third:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
+    assert _chosen(None) == "http://third:8265"
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    assert contexts.use("lab").address == "http://head:8265"
+    assert _chosen(None) == "http://head:8265"
+    assert contexts.use("local") is None
+    assert is_local(None)
+    assert _chosen("other") == "http://other:8265"
+
+
+def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice():
+    contexts.use("lab", "http://head:8265")
+    contexts.forget("lab")
+    assert contexts.read_contexts() == contexts.Contexts("local", {})
+    for call in (lambda: contexts.forget("lab"), lambda: contexts.use("lab")):
+        with pytest.raises(ClusterError, match="nothing is known of it"):
+            call()
+
+
+def test_a_named_clusters_token_goes_to_it_alone(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    contexts.use("lab", "http://head:8265", file)
+    contexts.use("other", "http://other:8265")
+    assert _token("http://head:8265").value == "secret"
+    assert _token("http://other:8265") is tokens.user_token() is None
+    file.unlink()
+    with pytest.raises(TokenError, match="mhmoe cluster use"):
+        _token("http://head:8265")
+
+
+def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
+    (tmp_path / "token").write_text("secret")
+    contexts.use("lab", "http://head:8265", tmp_path / "token")
+    path = home() / contexts.FILE
+    assert "secret" not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["", "Lab", "a b", "../x", "1x", "x" * 60])
+def test_names_are_plain_words(name):
+    with pytest.raises(ClusterError, match="that is no name"):
+        contexts.use(name, "http://head:8265")
+
+
+def test_mistakes_are_told():
+    with pytest.raises(ClusterError, match="choose another name"):
+        contexts.use("local", "http://head:8265")
+    contexts.use("lab", "http://head:8265")
+    (home() / contexts.FILE).write_text("{")
+    with pytest.raises(ClusterError, match="it is damaged"):
+        contexts.read_contexts()

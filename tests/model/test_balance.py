@@ -1,0 +1,9 @@
+import pytest
+import torch
+
+from mhmoe_ray.model.balance import load_entropy
+
+
+def test_load_entropy_is_one_for_even_loads_and_zero_for_one_expert():
+    count_LE = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [0, 0, 0, 0], [10, 10, 0, 0]])
+    assert load_entropy(count_LE).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.5])

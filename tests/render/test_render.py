@@ -1,0 +1,184 @@
+"""Manifests against the schemas of those who read them, and against the planner."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.placement.packing import on_paper, packed
+from mhmoe_ray.render import kuberay, ray_up
+from mhmoe_ray.render.dashboards import DASHBOARDS
+from mhmoe_ray.render.files import files
+from mhmoe_ray.render.fit import nodes_for
+from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.spec import ServeSpec, checked, load_site
+from mhmoe_ray.spec.site import SiteSpec
+from tests.specs import tiny_spec
+
+ROOT = Path(__file__).parents[2]
+SITE = load_site(ROOT / "cluster/site.yaml")
+SCHEMAS = json.loads((Path(__file__).parent / "kuberay.json").read_text())
+MOUNT = Path(SITE.storage.mount)
+
+
+def run(folder=MOUNT, **sections):
+    return tiny_spec(folder, **sections)
+
+
+def closed(schema):
+    """With unknown keys as errors, which Kubernetes drops without a word."""
+    if isinstance(schema, dict):
+        found = {key: closed(value) for key, value in schema.items()}
+        if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
+            found["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+        return found
+    return [closed(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def mistakes(manifest):
+    schema = closed(SCHEMAS[manifest["kind"]]) | {"definitions": closed(SCHEMAS["definitions"])}
+    schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which the schema does not tell
+    return [e.json_path for e in jsonschema.Draft7Validator(schema).iter_errors(manifest)]
+
+
+def manifests():
+    application = application_config(
+        "tiny", MOUNT / "runs/tiny-abcdef/checkpoints/step_00000020.1", ServeSpec(), "tiny"
+    )
+    bare = SITE.model_copy(update={"redis": None, "redis_secret": None})
+    labelled = SITE.workers.model_copy(update={"labels": {"rack": "r1"}})
+    return {
+        "RayCluster": kuberay.ray_cluster(SITE),
+        "RayCluster without redis": kuberay.ray_cluster(bare),
+        "RayCluster with labels": kuberay.ray_cluster(SITE.model_copy(update={"workers": labelled})),
+        "RayJob": kuberay.ray_job(SITE, "/mnt/mhmoe/jobs/tiny.yaml", "tiny"),
+        "RayService": kuberay.ray_service(SITE, application),
+    }
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_manifests_are_what_kuberay_publishes(name):
+    assert mistakes(manifests()[name]) == []
+
+
+def test_the_schemas_tell_mistakes():
+    manifest = kuberay.ray_cluster(SITE)
+    manifest["spec"]["authOptions"] = {"mode": "open"}
+    manifest["spec"]["headGroupSpec"]["templates"] = {}
+    manifest["spec"]["workerGroupSpecs"][1]["minReplicas"] = "two"
+    assert sorted(mistakes(manifest)) == [
+        "$.spec.authOptions.mode",
+        "$.spec.headGroupSpec",
+        "$.spec.workerGroupSpecs[1].minReplicas",
+    ]
+
+
+def test_a_cluster_wants_a_token_scales_and_survives_its_head():
+    spec = kuberay.ray_cluster(SITE)["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+    data, workers = spec["workerGroupSpecs"]
+    assert [(g["groupName"], g["minReplicas"], g["maxReplicas"]) for g in (data, workers)] == [
+        ("data", 0, 4),
+        ("workers", 0, 4),
+    ]
+    [container] = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"cpu": "96", "memory": "1000Gi", "nvidia.com/gpu": "8"}
+    assert "nvidia.com/gpu" not in data["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("aws", ray_up.aws), ("gcp", ray_up.gcp), ("on_premise", ray_up.on_premise)]
+)
+def test_cluster_files_are_what_ray_takes(name, make):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = make(SITE, getattr(SITE, name))
+    validate_config(prepare_config(config))
+    started = "\n".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    assert started.count("RAY_AUTH_MODE=token") == 2
+    assert "--dashboard-host=127.0.0.1" in started
+    assert ray_up.TOKEN in config["file_mounts"]
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config({**config, "available_node_typos": {}})
+
+
+def test_the_script_is_one_of_bash():
+    script = files(SITE)["slurm.sh"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "{" not in script.replace("${", "").replace("() {", "").replace("{print", "")
+    assert "#SBATCH --gpus-per-node=8" in script
+    assert "#SBATCH --account" not in script
+
+
+@pytest.mark.parametrize(("workers", "gpus_per_node"), [(1, 8), (8, 8), (9, 8), (32, 8), (6, 4)])
+def test_a_run_takes_the_nodes_that_the_planner_packs_it_on(workers, gpus_per_node):
+    site = SITE.model_copy(update={"workers": SITE.workers.model_copy(update={"gpus": gpus_per_node})})
+    spec = run(cluster={"workers": workers, "gpus_per_worker": 1}, train={"micro_batches": workers})
+    places = packed(on_paper(SITE.workers.max, SITE.workers.cpus, gpus_per_node, None), 1, 1, workers)
+    assert nodes_for(site, spec) == len(set(places)) == -(-workers // gpus_per_node)
+
+
+def test_a_run_that_does_not_fit_is_refused():
+    for cluster in ({"workers": 33, "gpus_per_worker": 1}, {"workers": 1, "cpus_per_worker": 97}):
+        with pytest.raises(SpecError, match="do not fit on 4 nodes"):
+            files(SITE, run(cluster=cluster, train={"micro_batches": cluster["workers"]}))
+    small = checked(SiteSpec, {"image": "x", "data": {"cpus": 1, "memory_gib": 1, "max": 1},
+                               "workers": {"cpus": 4, "memory_gib": 8, "max": 1}}, "site")  # fmt: skip
+    with pytest.raises(SpecError, match="leave 1 CPUs for the data stream, which needs 4"):
+        files(small, run(cluster={"workers": 4}, train={"micro_batches": 4}))
+
+
+def test_a_run_that_lies_elsewhere_is_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"storage: .* is not below /mnt/mhmoe"):
+        files(SITE, run(tmp_path))
+    assert "kuberay/rayjob-tiny.yaml" in files(SITE, run())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image": "x; rm -rf /"},
+        {"image": "x\ny"},
+        {"image": "$(id)"},
+        {"name": "a b"},
+        {"storage": {"mount": "/mnt/$(id)"}},
+        {"storage": {"nfs": "host:/x; id"}},
+        {"token_file": "~/x y"},
+        {"slurm": {"partition": "a\nid", "nodes": 1}},
+        {"slurm": {"partition": "a", "nodes": 1, "time": "`id`"}},
+        {"on_premise": {"user": "a;b", "head": "h", "workers": ["w"]}},
+    ],
+)
+def test_values_cannot_hold_what_a_shell_would_run(wrong):
+    given = {"image": "x", "workers": {"cpus": 1, "memory_gib": 1, "max": 1}, **wrong}
+    with pytest.raises(SpecError, match="should match pattern"):
+        checked(SiteSpec, given, "site")
+
+
+def test_every_metric_of_a_run_has_a_panel():
+    from mhmoe_ray.runs import exported
+
+    queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
+    for name in (*exported.RUN, *exported.RANK, exported.EXPERT_LOAD[0], exported.LAYER_ENTROPY[0]):
+        assert f"{exported.PREFIX}{name}{{" in queries, name
+
+
+def test_the_folder_cluster_holds_what_is_rendered():
+    """So that no example grows old. `make render` writes it anew."""
+    for name, text in files(SITE).items():
+        assert (ROOT / "cluster" / name).read_text() == text, name
+    written = {str(p.relative_to(ROOT / "cluster")) for p in (ROOT / "cluster").rglob("*") if p.is_file()}
+    assert written - set(files(SITE)) == {"README.md", "site.yaml"}
+
+
+def test_yaml_reads_back():
+    for name, text in files(SITE, run()).items():
+        if name.endswith((".yaml", ".yml")):
+            assert isinstance(yaml.safe_load(text), dict)
