@@ -1,5 +1,7 @@
 """`mhmoe logs`: what a run's job and its workers wrote."""
 
+import re
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated
@@ -46,6 +48,8 @@ def logs(
         lines = jobs.follow_logs(connection, attempt.job)
     else:
         lines = iter(jobs.logs(connection, attempt.job).splitlines())
+    if json or not sys.stdout.isatty():
+        lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)  # Ray's colours
     shown = chosen(lines, start, wanted)
     if json:
         print_json({"job": attempt.job, "rank": rank, "lines": list(shown)})

@@ -7,6 +7,8 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import JobError
 
+MARKS = (":job_id:", ":actor_name:", ":task_name:")
+"""Lines of Ray's own, which tell it whose the next ones are."""
 EVERYTHING = 1_000_000_000
 """Lines: more than any log has."""
 
@@ -40,9 +42,15 @@ def process_log(connection: Connection, node: str, pid: int, kind: str, *, follo
                 "see `mhmoe status`, which keeps the last lines of a worker that failed",
             )
             raise JobError(what, "its node is gone, or keeps it no longer", fix)
-        rest = b""
-        for chunk in chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
-        if rest:
-            yield rest.decode(errors="replace")
+        for line in _lines(chunks):
+            if not line.startswith(MARKS):
+                yield line
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
+    if rest:
+        yield rest.decode(errors="replace")

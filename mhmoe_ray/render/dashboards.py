@@ -44,7 +44,7 @@ def _rate(name: str, by: str = "model") -> str:
 
 
 def _quantiles(name: str) -> dict[str, str]:
-    buckets = _rate(f"{name}_seconds_bucket", "model, le")
+    buckets = _rate(f"{name}_seconds_bucket_total", "model, le")  # counters of Ray's, which end so
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}
 
 

@@ -15,7 +15,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.preemption import PreemptedError
 
-LINES = 20
+LINES = 40
 """Of a worker's log that are kept."""
 LOG_SECONDS = 5
 
@@ -57,9 +57,12 @@ def reason(cause: Exception) -> str:
     if hasattr(cause, "health_check_failure"):
         cause = cause.health_check_failure
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        # Ray's last line, without the guesses that it adds.
-        told = re.sub(r"^The actor is dead because its | Some common causes include:.*", "", (lines or [""])[-1])
-        return f"its process is gone: {told or type(cause).__name__}"[:500]
+        # Ray's last line has a kind, a detail, and guesses.
+        match = re.search(
+            r"Worker exit type: (\w+) Worker exit detail: (.*?)( Some common causes.*)?$", (lines or [""])[-1]
+        )
+        told = f"{match[1]}, {match[2]}" if match else (lines or [type(cause).__name__])[-1]
+        return f"its process is gone: {told}"[:500]
     if isinstance(cause, MhmoeError):
         return str(cause)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

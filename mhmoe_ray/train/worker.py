@@ -48,8 +48,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _set_up_logging(rank: int) -> None:
     """Lines with a time and its offset from UTC, so that `mhmoe logs --since` can tell on a laptop elsewhere."""
+    handler = logging.StreamHandler()
     form = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
+    handler.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S%z"))
+    LOG.handlers = [handler]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False  # the root has a handler of Ray's
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats each report
 
 

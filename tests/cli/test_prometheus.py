@@ -21,14 +21,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.system]
 @pytest.fixture(scope="module")
 def trained_and_served(corpus, local_cluster):
     """A run that goes on, and the port of a server that answers from the checkpoint of another."""
-    write_spec(corpus)
+    longer = {"seq_len": 256, "prepared": "longer"}  # than a piece of the cache
+    write_spec(corpus, data=longer)
     done = mhmoe(corpus, "submit", "spec.yaml")
     assert done.code == 0, done.err
     served = newest(corpus)
     port = 18473
     deployed = mhmoe(corpus, "serve", "deploy", served.id, "--set", f"serve.port={port}")
     assert deployed.code == 0, deployed.err
-    write_spec(corpus, train={"steps": 100_000, "validate_every": 10})
+    write_spec(corpus, data=longer, train={"steps": 100_000, "validate_every": 10})
     assert mhmoe(corpus, "submit", "spec.yaml", "--detach").code == 0
     run = newest(corpus)
     wait_until(lambda: step_of(run) >= 20, "step 20")
@@ -50,10 +51,18 @@ def url(tmp_path_factory, local_cluster):
     arguments = [f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={listen}"]
     log = (folder / "log").open("w")
     process = subprocess.Popen(["prometheus", *arguments], stdout=log, stderr=log)
+    wait_until(lambda: _is_ready(f"http://{listen}"), "Prometheus")
     yield f"http://{listen}"
     process.terminate()
     process.wait()
     log.close()
+
+
+def _is_ready(url):
+    try:
+        return httpx.get(f"{url}/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def values(url, query):
@@ -71,7 +80,8 @@ def test_every_panel_has_data(trained_and_served, url):
     asked = itertools.count()
 
     def missing():
-        body = {"prompt": f"the moon {next(asked) % 3} rises", "max_tokens": 8}
+        # Long enough to fill a piece of the cache, which the next such prompt finds there.
+        body = {"prompt": [1 + next(asked) % 3, *range(2, 200)], "max_tokens": 8}
         assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
         return [title for title, query in panels if not values(url, query)]
 

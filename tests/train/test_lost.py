@@ -24,8 +24,7 @@ def test_the_cause_is_not_who_failed_in_an_exchange_with_it():
 
 def test_reasons_are_one_line_without_guesses():
     assert reason(GONE) == (
-        "its process is gone: worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
-        "unexpectedly exits with a connection error code 2. End of file."
+        "its process is gone: SYSTEM_ERROR, Worker unexpectedly exits with a connection error code 2. End of file."
     )
     assert reason(ValueError("first\n  second\n")) == "ValueError: second"
     assert reason(JobError("training", "why", "fix")) == "training: why; fix"

@@ -1,5 +1,6 @@
 """A run's numbers as Ray's metrics, which each node gives to Prometheus; they end with the workers that tell them."""
 
+from threading import Event, Lock, Thread
 from typing import Any
 
 from ray.util.metrics import Gauge
@@ -10,46 +11,79 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.exported import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
 
-
-def _gauge(name: str, text: str, *labels: str) -> Gauge:
-    return Gauge(PREFIX + name, description=text, tag_keys=("run", *labels))
+AGAIN_SECONDS = 5.0
 
 
-class RankMetrics:
-    def __init__(self, run: str, rank: int) -> None:
-        self._labels = {"run": run, "rank": str(rank)}
-        self._gauges = [_gauge(name, text, "rank") for name, text in RANK.items()]
+class Gauges:
+    """Of one rank. Ray forgets a value that is not told again for a while, and a step or the time between two
+    validations may be longer: so a thread does that."""
 
-    def tell(self, waits: Waits) -> None:
-        for gauge, value in zip(self._gauges, waits, strict=True):
-            gauge.set(value, tags=self._labels)
-
-
-class RunMetrics:
-    def __init__(self, run: str, steps: int) -> None:
+    def __init__(self, run: str) -> None:
         """Args:
-        run: its id.
-        steps: that it is to have.
+        run: its id, a label of all of them.
         """
-        self._labels = {"run": run}
-        self._gauges = {name: _gauge(name, text) for name, text in RUN.items()}
-        self._skipped = _gauge(*SKIPPED_STEPS)
-        self._entropy, self._load = _gauge(*LAYER_ENTROPY, "layer"), _gauge(*EXPERT_LOAD, "layer", "expert")
-        self._steps = _gauge(*STEPS)
-        self._steps.set(steps, tags=self._labels)
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._lock, self._over = Lock(), Event()
+        self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
+        self._thread.start()
 
-    def tell(self, line: dict[str, Any], count_LE: Tensor) -> None:
-        """Args:
-        line: of a step.
-        count_LE: its routes per layer and expert.
-        """
-        for name, gauge in self._gauges.items():
-            if line.get(name) is not None:
-                gauge.set(line[name], tags=self._labels)
-        self._skipped.set(line.get(metrics.SKIPPED_STEPS, 0), tags=self._labels)
-        share_LE = count_LE / count_LE.sum(1, keepdim=True).clamp(min=1) * count_LE.shape[1]
-        for layer, (entropy, shares) in enumerate(zip(load_entropy(count_LE).tolist(), share_LE.tolist(), strict=True)):
-            place = self._labels | {"layer": str(layer)}
-            self._entropy.set(entropy, tags=place)
-            for expert, share in enumerate(shares):
-                self._load.set(share, tags=place | {"expert": str(expert)})
+    def add(self, name: str, about: str, *labels: str) -> None:
+        self._gauges[name] = Gauge(PREFIX + name, description=about, tag_keys=("run", *labels))
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        with self._lock:
+            self._values[name, (("run", self._run), *labels.items())] = value
+            self._gauges[name].set(value, tags={"run": self._run, **labels})
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _repeat(self) -> None:
+        while not self._over.wait(AGAIN_SECONDS):
+            with self._lock:
+                for (name, labels), value in self._values.items():
+                    self._gauges[name].set(value, tags=dict(labels))
+
+
+def add_rank(gauges: Gauges) -> None:
+    for name, about in RANK.items():
+        gauges.add(name, about, "rank")
+
+
+def tell_rank(gauges: Gauges, rank: int, waits: Waits) -> None:
+    for name, value in zip(RANK, waits, strict=True):
+        gauges.set(name, value, rank=str(rank))
+
+
+def add_run(gauges: Gauges, steps: int) -> None:
+    """Args:
+    gauges: of rank 0.
+    steps: that the run is to have.
+    """
+    for name, about in RUN.items():
+        gauges.add(name, about)
+    gauges.add(*SKIPPED_STEPS)
+    gauges.add(*LAYER_ENTROPY, "layer")
+    gauges.add(*EXPERT_LOAD, "layer", "expert")
+    gauges.add(*STEPS)
+    gauges.set(STEPS[0], steps)
+
+
+def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
+    """Args:
+    gauges: of rank 0.
+    line: of a step.
+    count_LE: its routes per layer and expert.
+    """
+    for name in RUN:
+        if line.get(name) is not None:
+            gauges.set(name, line[name])
+    gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
+    share_LE = count_LE / count_LE.sum(1, keepdim=True).clamp(min=1) * count_LE.shape[1]
+    for layer, (entropy, shares) in enumerate(zip(load_entropy(count_LE).tolist(), share_LE.tolist(), strict=True)):
+        gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))
+        for expert, share in enumerate(shares):
+            gauges.set(EXPERT_LOAD[0], share, layer=str(layer), expert=str(expert))

@@ -8,7 +8,7 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry.line import Waits
-from mhmoe_ray.train.telemetry.ray_metrics import RankMetrics, RunMetrics
+from mhmoe_ray.train.telemetry.ray_metrics import Gauges, add_rank, add_run, tell_rank, tell_run
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
 
@@ -22,10 +22,13 @@ class Telemetry:
         group: which start of workers it belongs to.
         start: the step that it goes on from.
         """
-        self._run = run
-        self._rank = RankMetrics(run.id, rank)
-        self._whole = RunMetrics(run.id, spec.train.steps) if rank == 0 else None
-        self._board = TensorBoard(run, group, start) if rank == 0 else None
+        self._run, self._rank = run, rank
+        self._gauges = Gauges(run.id)
+        add_rank(self._gauges)
+        self._board = None
+        if rank == 0:
+            add_run(self._gauges, spec.train.steps)
+            self._board = TensorBoard(run, group, start)
 
     def tell(self, line: dict[str, Any], count_LE: Tensor, waits: Waits) -> None:
         """Args:
@@ -33,10 +36,10 @@ class Telemetry:
         count_LE: its routes per layer and expert, for the whole run.
         waits: of this rank.
         """
-        self._rank.tell(waits)
-        if self._whole and self._board:
+        tell_rank(self._gauges, self._rank, waits)
+        if self._board:
             metrics.append(self._run, line)
-            self._whole.tell(line, count_LE)
+            tell_run(self._gauges, line, count_LE)
             self._board.tell(line)
 
     def flush(self) -> None:
@@ -46,5 +49,6 @@ class Telemetry:
             self._board.flush()
 
     def close(self) -> None:
+        self._gauges.close()
         if self._board:
             self._board.close()
