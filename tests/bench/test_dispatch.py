@@ -73,7 +73,14 @@ def test_over_a_slow_link_bytes_are_what_the_drawn_routes_demand(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_link_is_gone_however_the_command_ends(tmp_path, number):
     args = command("bench", "dispatch", "--tokens", "4096", "--rounds", "100", "--slow-link", "10mbit")
-    process = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        args,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # As from a terminal: a test run in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     names = [f"mhmoe-{process.pid}-{end}" for end in "ab"]
     while not (all((NAMESPACES / name).exists() for name in names) and len(_inside(names)) == 4):

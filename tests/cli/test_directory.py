@@ -1,10 +1,12 @@
 """Commands on run directories whose cluster is gone."""
 
 import os
+import re
 import socket
 import subprocess
 import time
 
+import pexpect
 import pytest
 
 from mhmoe_ray.errors import DataError
@@ -98,6 +100,23 @@ def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tm
     events.record(run, "finished", step=8)
     assert watching.communicate(timeout=60)[0] == f"{run.id}: finished  step 8/20  loss 2.5000\n"
     assert watching.returncode == 0
+
+
+def test_a_watch_on_a_terminal_of_80_columns_is_drawn_until_the_end(tmp_path, run):
+    words = command("status", "--watch")
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    environment.pop("COLUMNS", None)
+    watching = pexpect.spawn(words[0], words[1:], cwd=tmp_path, dimensions=(40, 80), env=environment, encoding="utf-8")
+    watching.expect_exact("7 of 20 (35%)", timeout=60)
+    metrics.append(run, {**metrics.last(run), metrics.STEP: 8})
+    watching.expect_exact("8 of 20 (40%)", timeout=60)
+    events.record(run, "finished", step=8)
+    watching.expect_exact(f"{run.id}: finished", timeout=60)
+    watching.expect(pexpect.EOF, timeout=60)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", watching.before).splitlines()
+    assert max(map(len, lines)) <= 80
+    watching.close()
+    assert watching.exitstatus == 0
 
 
 def test_resume_does_not_start_a_second_trainer_beside_one_that_may_live(tmp_path, run):

@@ -21,6 +21,7 @@ VERBS = [
     "ckpt",
     "bench",
     "cluster",
+    "doctor",
 ]
 
 

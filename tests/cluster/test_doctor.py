@@ -1,0 +1,99 @@
+"""What `mhmoe doctor` finds, here and on real clusters."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
+from mhmoe_ray.cluster.spawn import free_ports
+from mhmoe_ray.location import location
+from tests.cli.run import mhmoe
+from tests.watch import wait_until
+
+NOBODY = "http://127.0.0.1:1"
+
+
+def levels(findings):
+    return {f.what: f.level for f in findings}
+
+
+def test_this_machine_can_do_what_tests_do():
+    found = {f.what: f for f in machine.findings()}
+    for what in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
+        assert found[what].level == "ok", found[what]
+    assert all(f.fix for f in found.values() if f.level != "ok")
+
+
+def test_another_ray_is_an_error(monkeypatch):
+    monkeypatch.setattr(machine, "RAY", "3.1")
+    [ray] = [f for f in machine.findings() if f.what == "ray"]
+    assert ray.level == "error"
+    assert "training needs 3.1" in ray.found
+
+
+def test_storage_is_written_read_and_left_as_it_was(tmp_path):
+    assert levels(storage.findings(tmp_path / "new")) == {"storage": "ok"}
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    [found] = storage.findings(tmp_path / "file" / "below")
+    assert (found.level, "Not a directory" in found.found) == ("error", True)
+    [found] = storage.findings(location("s3://bucket/x?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"))
+    assert found.level == "error"
+
+
+def test_run_directories_that_others_can_read_are_told(tmp_path):
+    (tmp_path / "tiny-1").mkdir(mode=0o755)
+    (tmp_path / "tiny-1" / "run.json").touch()
+    assert levels(storage.findings(tmp_path))["run directories"] == "warning"
+    (tmp_path / "tiny-1").chmod(0o700)
+    assert "run directories" not in levels(storage.findings(tmp_path))
+
+
+def test_the_exit_code_tells_errors(tmp_path):
+    home = {"MHMOE_HOME": str(tmp_path / "home")}
+    assert mhmoe(tmp_path, "doctor", **home).code == 0
+    found = mhmoe(tmp_path, "doctor", "--address", NOBODY, "--json", **home)
+    assert found.code == 11
+    assert '"nothing answers there"' not in found.err
+    shown = mhmoe(tmp_path, "doctor", "--address", NOBODY, **home)
+    assert "error    cluster: cluster http://127.0.0.1:1: nothing answers there\n" in shown.out
+    assert "\n         check the address, and that the cluster runs\n" in shown.out
+
+
+@pytest.mark.ray
+def test_a_cluster_of_ours_is_as_it_should_be(local_cluster):
+    found = list(reach.findings(None))
+    assert levels(found) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
+    assert not [f for f in ports.findings() if str(local_cluster.address.rpartition(":")[2]) in f.found]
+
+
+@pytest.mark.ray
+def test_an_open_dashboard_is_told_of(tmp_path):
+    """As Ray starts one by itself: without a token, for all who reach it."""
+    gcs, board, client, *others = map(str, free_ports(5))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    short = tempfile.TemporaryDirectory(dir="/tmp")  # names of sockets in it may have 103 characters
+    command += [f"--temp-dir={short.name}", "--num-cpus=1", "--object-store-memory=80000000", f"--port={gcs}"]
+    command += ["--dashboard-host=0.0.0.0", f"--dashboard-port={board}", f"--ray-client-server-port={client}"]
+    command += ["--dashboard-agent-listen-port=0"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "HOME"}
+    environment = {**kept, "AUTOSCALER_METRIC_PORT": others[0], "DASHBOARD_METRIC_PORT": others[1]}
+    environment |= {"HOME": str(tmp_path), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    log = (tmp_path / "log").open("w")
+    ray = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{board}"
+        wait_until(lambda: levels(reach.findings(address)).get("cluster") == "ok", "the dashboard")
+        [token] = [f for f in reach.findings(address) if f.what == "token"]
+        assert token.level == "warning"
+        assert "without a token" in token.found
+        found = [f for f in ports.findings() if f.what == "open dashboard"]
+        assert [f.level for f in found if f":{board} " in f.found] == ["warning"]
+    finally:
+        ray.terminate()
+        ray.wait()
+        log.close()
+        short.cleanup()
