@@ -19,6 +19,7 @@ from mhmoe_ray.cli import (
     plan,
     presets,
     resume,
+    rm,
     serve,
     status,
     stop,
@@ -58,6 +59,7 @@ app.command("logs")(logs.logs)
 app.command("stop")(stop.stop)
 app.command("resume")(resume.resume)
 app.command("doctor")(doctor.doctor)
+app.command("rm")(rm.rm)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mhmoe_ray.cli import complete
+
 if TYPE_CHECKING:
     from mhmoe_ray.location import Location
     from mhmoe_ray.runs.layout import RunDir
@@ -22,8 +24,16 @@ note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For progress and remarks, so that results can be piped."""
 
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
-RunArg = Annotated[str | None, typer.Argument(help="A run's id, the start of one, or its path; the newest by default.")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.")]
+RunArg = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete.runs
+    ),
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=complete.keys),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[
     str | None,
@@ -37,7 +47,7 @@ StorageOption = Annotated[
 ]
 CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
-STORAGE = "runs"
+STORAGE = complete.STORAGE
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":

@@ -63,7 +63,7 @@ def job_request(run: "Location", attempt: int, spec: "RunSpec", local: bool) -> 
         f"{run.name}-{attempt}",
         local=local,
         runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": run.name},
+        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run), "mhmoe_attempt": str(attempt)},
     )
 
 

@@ -1,8 +1,9 @@
-"""`mhmoe list`: all runs of a storage folder."""
+"""`mhmoe list`: runs of a storage folder."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
@@ -11,11 +12,27 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
 
 
-def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
-    """List runs, newest last, as their directories describe them."""
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only runs whose ids begin so.", show_default=False)] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only runs in this state; may be given several times.", show_default=False)
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only runs made since: 90s, 10m, 2h, 1d ago, or 2026-11-26.")
+    ] = None,
+    storage: StorageOption = STORAGE,
+    json: JsonOption = False,
+) -> None:
+    """List runs, newest last: as their directories describe them, and their clusters where they are not over.
+
+    For example `mhmoe list tiny --state running --since 1d`.
+    """
+    from mhmoe_ray.cli.log_lines import moment
     from mhmoe_ray.runs.layout import list_runs
 
-    found = [_row(run) for run in list_runs(storage)]
+    start = moment(since) if since else 0.0
+    wanted = [run for run in list_runs(storage) if run.id.startswith(name or "") and run.created() >= start]
+    found = [row for row in map(_row, wanted) if not state or row["state"] in state]
     if json:
         print_json(found)
         return
@@ -25,10 +42,12 @@ def list_(storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         step = f"{row['step']}/{row['steps']}" if row["steps"] is not None else ""
         table.add_row(row["run"], row["preset"] or "", row["state"], step, loss, when)
-    out.print(table if found else f"no runs in {storage}")
+    fewer = " that are so" if name or state or since else ""
+    out.print(table if found else f"no runs in {storage}{fewer}")
 
 
 def _row(run: "RunDir") -> dict[str, Any]:
+    from mhmoe_ray.cluster.standing import state_of
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs import events, metrics
 
@@ -39,7 +58,7 @@ def _row(run: "RunDir") -> dict[str, Any]:
         if not run.is_imported:
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
-        state: str = events.state(events.events(run))
+        state, _, _ = state_of(run, events.events(run))
     except SpecError:  # written by another version; the other runs are still worth a list
         steps, state = "?", "unreadable spec"
     return {

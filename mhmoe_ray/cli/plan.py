@@ -18,6 +18,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.cli.plan_placement import Placement
+    from mhmoe_ray.placement.layout import Layout
     from mhmoe_ray.planner.links import Links
     from mhmoe_ray.spec import RunSpec
 
@@ -56,7 +57,7 @@ def plan(
         estimate = plan_estimate.as_dict(resolved, on_paper) if on_paper else None
         print_json({**as_dict(resolved, placed), "estimate": estimate})
         return
-    show(resolved)
+    show(resolved, placed.layout)
     for title, table in plan_tables.tables(resolved, placed):
         out.print(f"\n{title}", style="bold")
         print_whole(table)
@@ -118,9 +119,15 @@ def _links(links: "Links") -> dict[str, Any]:
     return {name: sends._asdict() for name, sends in links._asdict().items()}
 
 
-def show(spec: "RunSpec") -> None:
-    """The facts that `submit` prints too."""
+def show(spec: "RunSpec", layout: "Layout | None") -> None:
+    """The facts that `submit` prints too.
+
+    Args:
+        spec: of a run.
+        layout: of its ranks; None where they find no place.
+    """
     from mhmoe_ray.cli.common import in_bytes
+    from mhmoe_ray.cli.plan_estimate import cost
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.presets import about
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
@@ -162,6 +169,7 @@ def show(spec: "RunSpec") -> None:
         "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
         + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
+        "cost": cost(spec, layout) if layout else None,
         "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,
         "storage": str(spec.storage),
     }

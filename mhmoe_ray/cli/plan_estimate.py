@@ -57,6 +57,21 @@ def said_of(spec: RunSpec, layout: Layout) -> list[str]:
     ]
 
 
+def cost(spec: RunSpec, layout: Layout) -> str | None:
+    """Accelerator hours of the whole run, as a line; None on CPUs."""
+    if not spec.cluster.gpus_per_worker:
+        return None
+    found, gpus = estimate(spec, layout), len(layout.nodes) * spec.cluster.gpus_per_worker
+    best, worst = (gpus * took * spec.train.steps / 3600 for took in (found.overlapped, found.in_turn))
+    hours = f"{in_digits(best)} to {in_digits(worst)} hours of an {spec.cluster.accelerator.name}"
+    return f"about {hours}, on {gpus:,} of them (estimated, not checked)"
+
+
+def in_digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def in_seconds(value: float) -> str:
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"

@@ -35,6 +35,7 @@ def resume(
     """
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.state import last_attempt
     from mhmoe_ray.spec import load_spec, parse_overrides
 
     found = find_run(run, storage, with_job=True)
@@ -42,6 +43,7 @@ def resume(
         if keys[0] != "cluster":
             why = "a resumed run must go on exactly as it would have"
             raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
+    last_attempt(found)  # an imported run has none
     over = ended(found, force)
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")

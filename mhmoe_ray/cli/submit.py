@@ -58,7 +58,8 @@ def submit(
         training_order(resolved, prepared)
     else:
         find_files(resolved.data)
-    plan.show(resolved)
+    # Where ranks would be matters for the cost alone, and that of CPUs is not told.
+    plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
     connection = launch.cluster_for(
         resolved.cluster, [resolved.storage, resolved.data.prepared], resolved.cluster.cpus, address
     )

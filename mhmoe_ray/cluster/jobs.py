@@ -14,6 +14,7 @@ from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.cluster.failures import explained, reason
+from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import JobError, SpecError
 
 PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
@@ -54,7 +55,7 @@ def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         assert found.origin is not None
         folders.append(str(Path(found.origin).parent))
     modules = [*runtime_env.get("py_modules", []), *folders]
-    excludes = [*runtime_env.get("excludes", []), "__pycache__"]
+    excludes = [*runtime_env.get("excludes", []), *NEVER]
     return {**runtime_env, "py_modules": modules, "excludes": excludes}
 
 
@@ -63,9 +64,10 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
     Raises:
         JobError: the cluster does not take it.
-        SpecError: the runtime environment is not one that Ray knows.
+        SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
     """
     job = request["submission_id"]
+    check_size(request["runtime_env"])
     with explained(connection, f"job {job}", JobError, "see the cluster's dashboard"):
         client = _client(connection)
         try:

@@ -21,7 +21,7 @@ def standing(run: RunDir) -> dict[str, Any]:
     spec = None if run.is_imported else run.spec()
     went = course(run, spec.train.validate_every if spec else 1)
     attempts = read_attempts(run)
-    state, reason, cluster = _state(run, happened)
+    state, reason, cluster = state_of(run, happened)
     last = went.last
     started = _newest(happened, "started")
     lost = _newest(happened, "lost")
@@ -53,15 +53,15 @@ def standing(run: RunDir) -> dict[str, Any]:
         "tokens_per_s": went.rate,
         "mean_tokens_per_s": went.mean_rate,
         "eta_seconds": eta,
-        "served": _served(run, happened),
+        "served": served(run, happened),
         "curve": [
             {key: line.get(key) for key in (metrics.STEP, metrics.LOSS, metrics.TOKENS_PER_S)} for line in went.curve
         ],
     }
 
 
-def _state(run: RunDir, happened: Happened) -> tuple[str, str, str]:
-    """The state, the reason of a failure, and what the cluster said."""
+def state_of(run: RunDir, happened: Happened) -> tuple[str, str, str]:
+    """The state, the reason of a failure, and what the cluster said: "unknown" where it should but does not answer."""
     attempts = read_attempts(run)
     over, cluster = recorded_outcome(run), "not asked: the run is over"
     said = events.state(happened)
@@ -95,7 +95,7 @@ def _asked(spec: Any) -> dict[str, Any]:
     }
 
 
-def _served(run: RunDir, happened: Happened) -> list[dict[str, Any]]:
+def served(run: RunDir, happened: Happened) -> list[dict[str, Any]]:
     """Where its checkpoints are served, as the clusters say that they were once deployed to."""
     deployed = {(e["address"], e["application"]): e for e in happened if e["event"] == "served"}
     found = []

@@ -55,7 +55,8 @@ def state(happened: list[dict[str, Any]]) -> State:
     return current
 
 
-def is_over(current: State) -> bool:
+def is_over(current: str) -> bool:
+    """Whether a run in this state, which may also be unknown, does nothing any more."""
     return current in ("finished", "stopped", "failed", "imported")
 
 

@@ -4,7 +4,9 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -146,8 +148,63 @@ def test_a_run_of_another_version_does_not_hide_the_others(tmp_path, run):
     add_attempt(other, Attempt("job", "http://x", local=True))
     other.spec_file.write_text("model: {from: the future}\n")
     listed = {r["run"]: r["state"] for r in mhmoe(tmp_path, "list", "--json").json()}
-    assert listed == {run.id: "running", other.id: "unreadable spec"}
+    assert listed == {run.id: "unknown", other.id: "unreadable spec"}
     assert "unreadable spec" in mhmoe(tmp_path, "list").out
+
+
+@pytest.fixture
+def ended(tmp_path, run):
+    """Another run, which is over."""
+    made = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
+    add_attempt(made, Attempt("job-2", "http://127.0.0.1:1", local=True))
+    events.record(made, "failed", reason="it did")
+    return made
+
+
+def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended):
+    def listed(*words):
+        return [r["run"] for r in mhmoe(tmp_path, "list", "--json", *words).json()]
+
+    assert listed() == [run.id, ended.id]
+    assert listed("tin") == [run.id]
+    assert listed("--state", "failed") == [ended.id]
+    assert listed("--state", "failed", "--state", "unknown") == [run.id, ended.id]
+    assert listed("--since", "1h") == [run.id, ended.id]
+    assert listed("--since", "2100-01-01") == []
+    assert mhmoe(tmp_path, "list", "nothing").out == "no runs in runs that are so\n"
+    assert_one_line(mhmoe(tmp_path, "list", "--since", "soon"), 3, "it is no time")
+
+
+def test_runs_that_are_over_are_removed_when_somebody_says_so(tmp_path, run, ended):
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "it is unknown", "mhmoe stop")
+    assert_one_line(mhmoe(tmp_path, "rm", ended.id), 7, "--yes")
+    assert_one_line(mhmoe(tmp_path, "rm", ended.id, run.id, "--yes"), 7, run.id)
+    assert ended.path.exists()
+    words = command("rm", ended.id)
+    for answer, code in (("n", 1), ("y", 0)):
+        asking = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")
+        asking.expect_exact(f"remove {ended.id}, with all checkpoints?", timeout=60)
+        assert ended.path.exists()
+        asking.sendline(answer)
+        asking.expect(pexpect.EOF, timeout=60)
+        asking.close()
+        assert asking.exitstatus == code
+    assert not ended.path.exists()
+    assert run.path.exists()
+
+
+def test_a_shell_is_offered_runs_and_keys(tmp_path, run, ended):
+    def offered(line):
+        asked = {"_MHMOE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        script = Path(sys.executable).parent / "mhmoe"
+        done = subprocess.run([script], cwd=tmp_path, env={**os.environ, **asked}, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert offered("mhmoe status ") == [ended.id, run.id]
+    assert offered("mhmoe logs ti") == [run.id]
+    assert offered("mhmoe sta") == ["status"]
+    assert offered("mhmoe plan x.yaml --set train.l") == ["train.lr="]
+    assert "model.moe.experts=" in offered("mhmoe submit x.yaml --set model.moe.e")
 
 
 def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path, run):

@@ -22,6 +22,7 @@ VERBS = [
     "bench",
     "cluster",
     "doctor",
+    "rm",
 ]
 
 

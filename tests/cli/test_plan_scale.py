@@ -1,6 +1,7 @@
 """`mhmoe plan` for a cluster on paper, and where a run's workers will be."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,13 @@ def test_a_link_keeps_its_own_defaults_beside_a_key_that_is_given():
     network = tiny_spec(cluster={"network": {"between": {"bandwidth": 25e9}}}).cluster.network
     assert (network.between.per, network.between.bandwidth, network.between.latency) == ("node", 25e9, 20e-6)
     assert (network.node.bandwidth, network.domain.bandwidth) == (450e9, 50e9)
+
+
+def test_a_plan_tells_what_the_run_costs_in_accelerator_hours(alone):
+    found = re.search(
+        r"cost +about ([\d,]+) to ([\d,]+) hours of an H200, on 1,024 of them", shown(alone, COLUMNS="200")
+    )
+    best, worst = (float(hours.replace(",", "")) for hours in found.groups())
+    step = on_paper()["estimate"]["step"]
+    assert 0 < best < worst
+    assert worst / best == pytest.approx(step["seconds_in_turn"] / step["seconds_overlapped"], rel=0.01)

@@ -7,6 +7,7 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 
 
@@ -101,5 +102,5 @@ def test_request_is_what_is_sent():
     given = {"pip": ["x"], "excludes": ["*.md"]}
     env = jobs.request([], "j", local=False, runtime_env=given)["runtime_env"]
     assert [m.rpartition("/")[2] for m in env.pop("py_modules")] == ["mhmoe_ray", "mhmoe_kernels"]
-    assert env == {"pip": ["x"], "excludes": ["*.md", "__pycache__"]}
+    assert env == {"pip": ["x"], "excludes": ["*.md", *NEVER]}
     assert given == {"pip": ["x"], "excludes": ["*.md"]}

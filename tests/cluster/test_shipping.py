@@ -1,0 +1,56 @@
+"""What would be sent, against what Ray packs."""
+
+import zipfile
+
+import pytest
+
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.shipping import check_size, shipped
+from mhmoe_ray.errors import SpecError
+
+
+@pytest.fixture
+def project(tmp_path):
+    for path, size in {
+        "code.py": 100,
+        "pkg/a.py": 200,
+        "pkg/__pycache__/a.pyc": 10_000,
+        "pkg/deep/b.py": 50,
+        ".git/objects/x": 100_000,
+        ".venv/lib/big": 100_000,
+        "data/text": 70_000,
+        "notes.md": 60,
+        "secret.key": 9,
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x" * size)
+    (tmp_path / ".gitignore").write_text("data/\n")
+    (tmp_path / "pkg/.rayignore").write_text("deep\n")
+    return tmp_path
+
+
+def test_never_what_git_caches_and_data_hold_and_exactly_what_ray_packs(project, tmp_path_factory):
+    from ray._private.runtime_env.packaging import create_package
+
+    env = jobs.with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
+    found = shipped(env)
+    assert [s.folder.name for s in found] == [project.name, "mhmoe_ray", "mhmoe_kernels"]
+    assert found[0].parts == {"pkg": 205, "code.py": 100, ".gitignore": 6}
+    target = tmp_path_factory.mktemp("packed") / "out.zip"
+    create_package(str(project), target, include_gitignore=True, excludes=env["excludes"])
+    packed = [f for f in zipfile.ZipFile(target).infolist() if not f.is_dir()]
+    assert sum(f.file_size for f in packed) == found[0].size
+    assert all("__pycache__" not in part for s in found[1:] for part in s.parts)
+    assert 0 < sum(s.size for s in found[1:]) < 5e6
+
+
+def test_too_much_is_refused_with_the_largest_things_by_name(project):
+    with (project / "weights.bin").open("wb") as f:
+        f.truncate(700_000_000)
+    with pytest.raises(
+        SpecError, match=r"has 700\.\d MB, and Ray sends at most 5\d\d\.\d MB; largest: weights.bin 700"
+    ):
+        check_size({"working_dir": str(project), "excludes": [".git", ".venv"]})
+    check_size({"working_dir": str(project), "excludes": [".git", ".venv", "*.bin"]})
+    check_size({"working_dir": "s3://bucket/code.zip"})
+    check_size({})
