@@ -1,6 +1,7 @@
 """Runs as a user starts, watches, loses, stops, resumes and serves them, on a real cluster."""
 
 import json
+import re
 import signal
 import subprocess
 
@@ -8,6 +9,8 @@ import httpx
 import pytest
 import torch
 
+from mhmoe_ray.cluster import dashboard
+from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.serve.load import load_model
@@ -43,13 +46,44 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
     assert status["checkpoint"]["name"] == "step_00000030.1"
     assert status["baselines"]["unigram_entropy"] > 0
     shown = mhmoe(corpus, "status", run.id[:7]).out
-    for part in ("30 of 30", "validation loss", "unigram entropy", "bigram", "dp 1 x ep 2", "1.00 times the least"):
+    for part in ("30 of 30", "perplexity", "unigram entropy", "bigram", "dp 1 x ep 2", "1.00 times the least"):
         assert part in shown
     assert [r["run"] for r in mhmoe(corpus, "list", "--json").json()] == [run.id]
     assert run.id in mhmoe(corpus, "list").out
     assert "prepare: packing 3 domains" in mhmoe(corpus, "logs").out
     assert "prepare: packing 3 domains" in mhmoe(corpus, "logs", run.id, "-f").out
     assert mhmoe(corpus, "logs", "--json").json()["job"] == f"{run.id}-1"
+    connection = connect()
+    job = dashboard.get(connection.address, f"/api/jobs/{run.id}-1", connection.token)
+    assert job["metadata"] == {"mhmoe_run": run.id, "mhmoe_path": str(run.path), "mhmoe_attempt": "1"}
+
+
+def test_logs_are_chosen_by_rank_time_and_what_is_in_them(corpus, finished):
+    run, _ = finished
+    of_rank = mhmoe(corpus, "logs", run.id, "--rank", "0")
+    assert of_rank.code == 0, of_rank.err
+    said = [line.split(" ", 1)[1] for line in of_rank.out.splitlines() if " INFO " in line]
+    assert re.fullmatch(r"rank 0 INFO 2 workers, from step 0 on, process \d+", said[0])
+    assert [line.split(":")[0] for line in said[1:]] == [f"rank 0 INFO step {step}" for step in (10, 20, 30)]
+    [last] = mhmoe(corpus, "logs", run.id, "--rank", "0", "--grep", "step 30: .*validation").out.splitlines()
+    assert last in mhmoe(corpus, "logs", run.id, "--rank", "0", "--since", "1h").out
+    assert mhmoe(corpus, "logs", run.id, "--rank", "0", "--since", "2100-01-01").out == ""
+    assert "rank 0 INFO step 30: " in mhmoe(corpus, "logs", run.id, "--grep", "step 30").out
+    assert "\x1b" not in mhmoe(corpus, "logs", run.id).out
+    assert_one_line(mhmoe(corpus, "logs", run.id, "--grep", "("), 3, "it is no regular expression")
+    wrong = mhmoe(corpus, "logs", run.id, "--rank", "2")
+    assert (wrong.code, "it has ranks 0 to 1" in wrong.err) == (7, True)
+
+
+def test_what_a_run_measured_is_in_tensorboards_files(finished):
+    from tests.train.telemetry.test_tensorboard import read
+
+    run, _ = finished
+    found, history = read(run.tensorboard), metrics.history(run)
+    assert [step for step, _ in found["loss/training"]] == list(range(1, 31))
+    assert [value for _, value in found["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in history], rel=1e-6)
+    assert [step for step, _ in found["loss/validation"]] == [10, 20, 30]
+    assert all(0 < h[metrics.ENTROPY] <= 1 and 0 <= h[metrics.EXCHANGE_WAIT] < 1 for h in history)
 
 
 def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):
@@ -151,3 +185,12 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
     assert stopped.out == f"run {run.id} stopped\n", stopped
     assert mhmoe(corpus, "status", run.id, "--json").json()["state"] == "stopped"
     assert not metrics.history(run)
+    again = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
+    assert again.code == 0, again.err
+    assert f"going on with run {run.id}" in again.err
+    assert newest(corpus).id == run.id
+    refused = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
+    assert (refused.code, "it is still running" in refused.err) == (7, True)
+    assert mhmoe(corpus, "stop", run.id, "--now").code == 0
+    write_spec(corpus, train={"steps": 999})
+    assert_one_line(mhmoe(corpus, "submit", "spec.yaml", "--continue"), 7, "its spec differs in train")

@@ -1,6 +1,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from tests.data.texts import write_corpus
 from tests.several.nodes import SETTINGS, Nodes
 
 
-@pytest.fixture(scope="session")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """A cluster of a head and four nodes, which is nobody's local one: commands are given its address."""
-    home = tmp_path_factory.mktemp("several")
+@contextmanager
+def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
+    """A cluster of a head and four nodes, which is nobody's local one: commands are given its address.
+
+    Args:
+        home: MHMOE_HOME of who starts it.
+        elsewhere: that of who uses it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in OF_THE_USER:
             patch.delenv(name, raising=False)
@@ -26,7 +31,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         head = start_local(1)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
-        patch.setenv("MHMOE_HOME", str(tmp_path_factory.mktemp("elsewhere")))
+        patch.setenv("MHMOE_HOME", str(elsewhere))
         environment = {**os.environ, **token, MARK: str(head.folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     started = Nodes(head, environment)
     try:
@@ -37,6 +42,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MHMOE_HOME", str(home))
             stop_local()
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """The cluster that tests of this folder share."""
+    with several(tmp_path_factory.mktemp("several"), tmp_path_factory.mktemp("elsewhere")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

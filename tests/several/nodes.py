@@ -39,7 +39,7 @@ class Nodes:
         head: runs, with a single CPU.
         environment: what a client of it needs to be told.
         """
-        self.address, self.environment = head.address, environment
+        self.head, self.address, self.environment = head, head.address, environment
         self._there: set[int] = set()
         command = [sys.executable, "-m", "tests.several.helper", head.gcs_address]
         with (head.folder / "helper.log").open("wb") as log:
