@@ -63,7 +63,7 @@ def first(home):
 
 
 def test_it_ends_below_the_bigram_model_and_prints_both_figures_to_beat(home, first):
-    loss = float(re.search(r"validation loss +([\d.]+) at step", first)[1])
+    loss = float(re.search(r"validation +loss ([\d.]+), perplexity [\d.,]+, at step", first)[1])
     unigram, bigram = map(float, re.search(r"([\d.]+) unigram entropy of that text, +([\d.]+) bigram", first).groups())
     assert 0 < loss < bigram < unigram
     [run] = list_runs(home.folder / "runs")
