@@ -46,9 +46,21 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
         return
     if over.state == "failed":
         name = name_of(run)
+        _show_last_lines(run)
         raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
     step = max((step_and_group(path)[0] for path in committed(run)), default=0)
     out.print(f"run {run.id} {over.state} at step {step}")
+
+
+def _show_last_lines(run: "RunDir") -> None:
+    """Of the worker that failed last, where one did."""
+    from mhmoe_ray.runs import events
+
+    lost = next((e for e in reversed(events.events(run)) if e["event"] == "lost"), None)
+    if lost and lost["lines"]:
+        note.print(f"last lines of rank {lost['rank']} on {lost['host']}:")
+        for line in lost["lines"]:
+            note.print(f"  {line}", soft_wrap=True, style="dim")
 
 
 def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
@@ -124,6 +136,8 @@ class _View:
             note.print(f"training from step {event['step']} on {places}{again}")
             if warning := events.straddling(event):
                 note.print(f"warning: {warning}")
+        elif kind == "lost":
+            note.print(f"warning: {events.lost(event)}", soft_wrap=True)
         elif kind == "hung":
             note.print(f"warning: {events.hung(event)}", soft_wrap=True)
         elif kind == "skipped_checkpoint":

@@ -1,10 +1,12 @@
 """What `mhmoe doctor` looks at: whether things work here, why not, and what to do.
 
-finding.py   one answer
-machine.py   this machine: packages, accelerators, kernels, shared memory, limits
-reach.py     the cluster that commands would speak to
-ports.py     servers of Ray on this machine that others can reach
-storage.py   the folder that holds run directories
+    finding.py   one answer
+    machine.py   this machine: packages, accelerators, kernels, shared memory, limits
+    reach.py     the cluster that commands would speak to
+    ports.py     servers of Ray on this machine that others can reach
+    storage.py   the folder that holds run directories
+
+Each has a function that yields findings one by one, as it makes them.
 """
 
 from collections.abc import Iterator

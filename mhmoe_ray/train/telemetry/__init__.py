@@ -1,8 +1,11 @@
 """Where a run's metrics go beside metrics.jsonl: `line.py` makes a step's line, and each of the others takes it.
 
-line.py          all numbers of a step, under the names of runs/metrics.py
-ray_metrics.py   Ray's metrics, which a node gives to Prometheus; the names of all are in it
-tensorboard.py   event files in the run directory
+    line.py          all numbers of a step, under the names of runs/metrics.py
+    sinks.py         all of the others, for a rank
+    ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/exported.py
+    tensorboard.py   event files in the run directory
+
+What concerns the whole run, rank 0 tells.
 """
 
 from mhmoe_ray.train.telemetry.line import Totals, Waits, step_line
