@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mhmoe_ray.cli import launch
-from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, RunArg, SetOption, StorageOption
+from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, RunArg, SetOption, StorageOption, note
 from mhmoe_ray.cli.follow import follow
 
 if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.watch import Outcome
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import RunSpec
@@ -43,34 +44,46 @@ def resume(
         if keys[0] != "cluster":
             why = "a resumed run must go on exactly as it would have"
             raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
-    last_attempt(found)  # an imported run has none
+    before = last_attempt(found)
     over = ended(found, force)
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    go_on(found, load_spec(found.spec_file, set_), address, detach)
+    spec = load_spec(found.spec_file, set_)
+    connection = go_on(found, spec, address or (None if before.local else before.address))
+    if not detach:
+        follow(found, connection, from_now=True)
 
 
-def go_on(run: "RunDir", spec: "RunSpec", address: str | None, detach: bool) -> None:
-    """Args:
-    run: that is over, and not finished.
-    spec: its own, perhaps with another cluster section.
-    address: of the cluster; by default the one that it ran on.
-    detach: whether not to follow it.
+def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
+    """Start the next attempt of a run, and return its cluster.
+
+    Args:
+        run: that is over, and not finished.
+        spec: its own, perhaps with another cluster section.
+        address: of the cluster, as commands take it.
     """
-    from mhmoe_ray.runs.state import last_attempt
-
-    before = last_attempt(run)
-    address = address or (None if before.local else before.address)
-    connection = launch.cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
+    needed = [spec.storage, spec.data.prepared]
+    connection = launch.cluster_for(spec.cluster, needed, spec.cluster.cpus, address)
     run.write_spec(spec)
     run.stop_file.unlink(missing_ok=True)
     launch.start(run, spec, connection)
-    if not detach:
-        follow(run, connection, from_now=True)
+    return connection
 
 
-def ended(run: "RunDir", force: bool) -> "Outcome | None":
+def _quiet(run: "RunDir") -> float:
+    """Seconds since it last wrote a line."""
+    from mhmoe_ray.runs import jsonl
+
+    return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
+
+
+def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | None":
     """How the run ended; None if its cluster is gone.
+
+    Args:
+        run: the run.
+        force: take it for gone although the run wrote a moment ago.
+        patient: where it did, wait until that is a while ago.
 
     Raises:
         RunError: it runs, or may still run.
@@ -79,7 +92,6 @@ def ended(run: "RunDir", force: bool) -> "Outcome | None":
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.watch import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs import jsonl
     from mhmoe_ray.runs.state import last_attempt
 
     over = recorded_outcome(run)
@@ -90,11 +102,13 @@ def ended(run: "RunDir", force: bool) -> "Outcome | None":
     except TokenError:
         raise
     except ClusterError as e:
-        quiet = time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
-        if quiet < QUIET_SECONDS and not force:
-            why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
-            fix = "make sure that no job of it runs any more, then wait, or use --force"
-            raise RunError(f"run {run.id}", why, fix) from e
+        while (quiet := _quiet(run)) < QUIET_SECONDS and not force:
+            if not patient:
+                why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
+                fix = "make sure that no job of it runs any more, then wait, or use --force"
+                raise RunError(f"run {run.id}", why, fix) from e
+            note.print(f"waiting: its cluster does not answer, but it wrote something {quiet:.0f} s ago")
+            time.sleep(QUIET_SECONDS - quiet)
         return None
     if over is None:
         raise RunError(f"run {run.id}", "it is still running", "follow it with `mhmoe status`")

@@ -1,5 +1,6 @@
 """`mhmoe submit`: start a run and follow it."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job request and where workers would be; start nothing.")
     ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --detach: print the run and its job as JSON.")] = False,
 ) -> None:
     """Start a run of a spec and follow it. Ctrl-C stops following, not the run.
 
@@ -34,39 +36,51 @@ def submit(
     """
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.connect import is_local
-    from mhmoe_ray.data.order.mixture import training_order
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.sources import find_files
     from mhmoe_ray.runs.layout import create_run
+    from mhmoe_ray.runs.state import last_attempt
 
+    if json and not (detach or dry_run):
+        raise typer.BadParameter("--json tells of a run that is not followed: give --detach too")
     resolved = read_spec(spec, set_)
     if dry_run:
-        run = resolved.storage / f"{resolved.name}-xxxxxx"
+        place = resolved.storage / f"{resolved.name}-xxxxxx"
         placed = placement(resolved, address)
-        print_json({**launch.job_request(run, 1, resolved, local=is_local(address)), "placement": placed.as_dict()})
+        print_json({**launch.job_request(place, 1, resolved, local=is_local(address)), "placement": placed.as_dict()})
         for line in said_of(placed):
             note.print(line, soft_wrap=True)
         return
-    if continue_ and (unfinished := _unfinished(resolved)):
-        note.print(f"going on with run {unfinished.id}")
-        go_on(unfinished, resolved, address, detach)
-        return
-    # What is wrong with the data is said now, not by a job that has just started.
-    prepared = read_data_manifest(resolved.data.prepared)
-    if prepared:
-        check_recipe(resolved.data.prepared, prepared, resolved)
-        training_order(resolved, prepared)
+    run = _unfinished(resolved) if continue_ else None
+    again = run is not None
+    if run:
+        note.print(f"going on with run {run.id}")
+        connection = go_on(run, resolved, address)
     else:
-        find_files(resolved.data)
-    # Where ranks would be matters for the cost alone, and that of CPUs is not told.
-    plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
-    connection = launch.cluster_for(
-        resolved.cluster, [resolved.storage, resolved.data.prepared], resolved.cluster.cpus, address
-    )
-    run_dir = create_run(resolved)
-    launch.start(run_dir, resolved, connection)
-    if not detach:
-        follow(run_dir, connection)
+        _check_data(resolved)
+        if not json:
+            # Where ranks would be matters for the cost alone, and that of CPUs is not told.
+            plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
+        needed = [resolved.storage, resolved.data.prepared]
+        connection = launch.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
+        run = create_run(resolved)
+        launch.start(run, resolved, connection)
+    if json:
+        print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
+    elif not detach:
+        follow(run, connection, from_now=again)
+
+
+def _check_data(spec: "RunSpec") -> None:
+    """What is wrong with the data is said now, not by a job that has just started."""
+    from mhmoe_ray.data.order.mixture import training_order
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.sources import find_files
+
+    prepared = read_data_manifest(spec.data.prepared)
+    if prepared:
+        check_recipe(spec.data.prepared, prepared, spec)
+        training_order(spec, prepared)
+    else:
+        find_files(spec.data)
 
 
 def _unfinished(spec: "RunSpec") -> "RunDir | None":
@@ -82,7 +96,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     if not runs:
         return None
     newest, free = runs[-1], {"cluster", "serve"}
-    over = ended(newest, force=False)
+    over = ended(newest, force=False, patient=True)
     if over and over.state == "finished":
         return None
     before, now = (s.model_dump(mode="json", exclude=free) for s in (newest.spec(), spec))

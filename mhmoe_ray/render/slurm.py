@@ -17,6 +17,7 @@ SCRIPT = """\
 # sbatch slurm.sh SPEC: a Ray cluster on these nodes, and a run on it. A job that is started again goes on with its run.
 set -euo pipefail
 spec=${{1:?usage: sbatch slurm.sh SPEC}}
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 export MHMOE_HOME=${{MHMOE_HOME:-$HOME/.local/state/mhmoe}}
 
 # A token for this cluster alone: without one, everybody on these nodes' network could give it jobs.
@@ -40,17 +41,27 @@ finish() {{
 trap finish EXIT
 
 srun --nodes=1 --ntasks=1 -w "$head_host" ray start --head --block --node-ip-address="$head_ip" --port="$port" \\
-  --dashboard-host=127.0.0.1 --dashboard-port="$board" --temp-dir="$folder" --disable-usage-stats &
+  --dashboard-host=127.0.0.1 --dashboard-port="$board" --temp-dir="$folder" {resources} --disable-usage-stats &
+head=$!
 for host in "${{hosts[@]:1}}"; do
-  srun --nodes=1 --ntasks=1 -w "$host" ray start --block --address="$head_ip:$port" --disable-usage-stats &
+  srun --nodes=1 --ntasks=1 -w "$host" ray start --block --address="$head_ip:$port" {resources} \\
+    --disable-usage-stats &
 done
 
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$board
-until mhmoe doctor --json > /dev/null 2>&1; do sleep 2; done
+for i in {{1..100}}; do  # until all nodes are there
+  mhmoe doctor --json 2> /dev/null | grep -q "\\"found\\": \\"${{#hosts[@]}} with" && break
+  kill -0 "$head" && [ "$i" -lt 100 ] || {{ echo "error: not all of ${{hosts[*]}} came to the cluster" >&2; exit 1; }}
+  sleep 3
+done
+run=$(mhmoe submit "$spec" --continue --detach --json \\
+  | python -c 'import json, sys; print(json.load(sys.stdin)["path"])')
 # Before the time is over: a checkpoint, then the end of the job, which is put into the queue again.
-trap 'mhmoe stop && scontrol requeue "$SLURM_JOB_ID"' USR1
-mhmoe submit "$spec" --continue &
+trap 'mhmoe stop "$run" && scontrol requeue "$SLURM_JOB_ID"' USR1
+mhmoe status "$run" --watch &
 wait $!
+mhmoe status "$run"
+mhmoe list --state finished --state stopped --json | grep -qF "\\"$run\\""
 """
 
 
@@ -65,6 +76,7 @@ def script(site: SiteSpec, slurm: SlurmSpec) -> str:
         gpus=f"#SBATCH --gpus-per-node={workers.gpus}\n" if workers.gpus else "",
         memory=workers.memory_gib,
         time=slurm.time,
+        resources=f"--num-cpus={workers.cpus}" + (f" --num-gpus={workers.gpus}" if workers.gpus else ""),
         port=slurm.port,
         board=slurm.dashboard_port,
     )

