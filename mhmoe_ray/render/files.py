@@ -65,6 +65,9 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
         if "://" not in str(place) and not str(place).startswith(f"{mount}/"):
             why = f"{place} is not below {mount}, which nodes of the site share"
             raise SpecError(f"run {run.name}, {key}", why, f"put it there: --set {key}={mount}/...")
+    if not run.cluster.shared_filesystem:
+        why = f"nodes are to share {mount}, and the spec does not say so, without which `mhmoe submit` refuses it there"
+        raise SpecError(f"run {run.name}", why, "--set cluster.shared_filesystem=true")
 
 
 class _Plain(yaml.SafeDumper):

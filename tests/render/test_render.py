@@ -26,7 +26,7 @@ MOUNT = Path(SITE.storage.mount)
 
 
 def run(folder=MOUNT, **sections):
-    return tiny_spec(folder, **sections)
+    return tiny_spec(folder, **{**sections, "cluster": {"shared_filesystem": True, **sections.get("cluster", {})}})
 
 
 def closed(schema):
@@ -138,6 +138,8 @@ def test_a_run_that_does_not_fit_is_refused():
 def test_a_run_that_lies_elsewhere_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"storage: .* is not below /mnt/mhmoe"):
         files(SITE, run(tmp_path))
+    with pytest.raises(SpecError, match="--set cluster.shared_filesystem=true"):
+        files(SITE, run(cluster={"shared_filesystem": False}))
     assert "kuberay/rayjob-tiny.yaml" in files(SITE, run())
 
 
