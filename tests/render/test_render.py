@@ -138,7 +138,7 @@ def test_a_run_that_does_not_fit_is_refused():
 def test_a_run_that_lies_elsewhere_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"storage: .* is not below /mnt/mhmoe"):
         files(SITE, run(tmp_path))
-    with pytest.raises(SpecError, match="--set cluster.shared_filesystem=true"):
+    with pytest.raises(SpecError, match="shared_filesystem=true"):
         files(SITE, run(cluster={"shared_filesystem": False}))
     assert "kuberay/rayjob-tiny.yaml" in files(SITE, run())
 
