@@ -24,7 +24,9 @@ def logs(
         str | None, typer.Option(metavar="TIME", help="From then on: 90s, 10m, 2h, 1d ago, or 2026-11-26T14:00.")
     ] = None,
     grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Only lines with this.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new lines until the job ends, or Ctrl-C.")
+    ] = False,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:

@@ -11,6 +11,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.course import course
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.state import read_attempts
+from mhmoe_ray.spec import RunSpec
 
 Happened = list[dict[str, Any]]
 
@@ -85,7 +86,7 @@ def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**line, "val_perplexity": math.exp(loss) if loss is not None and loss < 700 else None}
 
 
-def _asked(spec: Any) -> dict[str, Any]:
+def _asked(spec: RunSpec) -> dict[str, Any]:
     cluster = spec.cluster
     return {
         "workers": cluster.workers.model_dump(),

