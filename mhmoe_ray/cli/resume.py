@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.watch import Outcome
     from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.state import Attempt
     from mhmoe_ray.spec import RunSpec
 
 
@@ -49,9 +50,16 @@ def resume(
     if over and over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
     spec = load_spec(found.spec_file, set_)
-    connection = go_on(found, spec, address or (None if before.local else before.address))
+    connection = go_on(found, spec, address or _where(before))
     if not detach:
         follow(found, connection, from_now=True)
+
+
+def _where(attempt: "Attempt") -> str:
+    """The cluster that it ran on, as commands take it; another local one has another address."""
+    from mhmoe_ray.cluster.contexts import LOCAL
+
+    return LOCAL if attempt.local else attempt.address
 
 
 def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":

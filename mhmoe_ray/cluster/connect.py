@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
-from mhmoe_ray.cluster.contexts import read_contexts
+from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
@@ -92,7 +92,10 @@ def normalised(address: str) -> str:
 
 
 def _chosen(address: str | None) -> str | None:
-    """RAY_ADDRESS counts only as a URL: it may also name Ray's own port, which is of no use to us."""
+    """None for the local cluster. RAY_ADDRESS counts only as a URL: it may also name Ray's own port, which is of no use
+    to us."""
+    if address == LOCAL:
+        return None
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback

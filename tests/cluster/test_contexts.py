@@ -2,10 +2,12 @@ import stat
 
 import pytest
 
+from mhmoe_ray.cli.resume import _where
 from mhmoe_ray.cluster import contexts, tokens
 from mhmoe_ray.cluster.connect import _chosen, _token, is_local
 from mhmoe_ray.cluster.home import home
 from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.runs.state import Attempt
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,13 @@ def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(m
     assert contexts.use("local") is None
     assert is_local(None)
     assert _chosen("other") == "http://other:8265"
+
+
+def test_a_run_goes_on_where_it_ran_whatever_was_chosen_since(monkeypatch):
+    contexts.use("lab", "http://head:8265")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
+    assert is_local(_where(Attempt("job", "http://127.0.0.1:23456", local=True)))
+    assert _chosen(_where(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
 
 
 def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice():
