@@ -16,7 +16,7 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.layout import list_runs
-from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.run import command
 

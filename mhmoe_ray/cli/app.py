@@ -13,17 +13,21 @@ from mhmoe_ray.cli import (
     cluster,
     data,
     doctor,
+    eval,
     generate,
     listing,
     logs,
     plan,
     presets,
+    report,
     resume,
     rm,
+    routing,
     serve,
     status,
     stop,
     submit,
+    sweep,
 )
 from mhmoe_ray.errors import MhmoeError
 
@@ -58,6 +62,10 @@ app.command("list")(listing.list_)
 app.command("logs")(logs.logs)
 app.command("stop")(stop.stop)
 app.command("resume")(resume.resume)
+app.command("eval")(eval.eval_)
+app.command("routing")(routing.routing)
+app.command("report")(report.report)
+app.command("sweep")(sweep.sweep)
 app.command("doctor")(doctor.doctor)
 app.command("rm")(rm.rm)
 app.command("generate")(generate.generate)

@@ -7,6 +7,7 @@ import typer
 
 from mhmoe_ray.cli import (
     bench_checkpoint,
+    bench_commands,
     bench_dispatch,
     bench_ingest,
     bench_layer,
@@ -34,4 +35,5 @@ app.command("checkpoint")(bench_checkpoint.checkpoint)
 app.command("dispatch")(bench_dispatch.dispatch)
 app.command("run")(bench_run.run)
 app.command("ingest")(bench_ingest.ingest)
+app.command("commands")(bench_commands.commands)
 app.command("serve")(bench_serve.serve)

@@ -48,6 +48,12 @@ class Job:
         return jobs.status(self.connection, self.name) in ("PENDING", "RUNNING")
 
     @property
+    def has_succeeded(self) -> bool:
+        from mhmoe_ray.cluster import jobs
+
+        return jobs.status(self.connection, self.name) == "SUCCEEDED"
+
+    @property
     def log(self) -> str:
         """All of it."""
         from mhmoe_ray.cluster import jobs

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhmoe_ray.cli.common import STORAGE, note
 
@@ -54,33 +54,9 @@ def name_of(run: "RunDir") -> str:
     return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
 
 
-def job_request(run: "Location", attempt: int, spec: "RunSpec", local: bool) -> dict[str, Any]:
-    """What Ray Jobs is asked for; `submit --dry-run` prints it."""
-    from mhmoe_ray.cluster import jobs
-
-    return jobs.request(
-        ["-m", "mhmoe_ray.train.driver", str(run)],
-        f"{run.name}-{attempt}",
-        local=local,
-        runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run), "mhmoe_attempt": str(attempt)},
-    )
-
-
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
-    """Submit the next attempt and record it."""
-    from mhmoe_ray.cluster import jobs
-    from mhmoe_ray.runs import events
-    from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
+    """Submit the next attempt, and say so."""
+    from mhmoe_ray.cluster.attempts import start_attempt
 
-    request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
-    job = request["submission_id"]
-    # Recorded first: a job that runs unknown to its run directory could not be found again.
-    number = add_attempt(run, Attempt(job, connection.address, connection.local))
-    events.record(run, "submitted", attempt=number, job=job, address=connection.address)
-    try:
-        jobs.submit(connection, request)
-    except Exception as e:
-        events.record(run, "failed", reason=f"the job could not be submitted: {e}")
-        raise
+    job = start_attempt(run, spec, connection)
     note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)

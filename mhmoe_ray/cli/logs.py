@@ -66,6 +66,7 @@ def logs(
 def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
     """What it prints goes to one file and what it logs to another; the first is mostly empty."""
     from mhmoe_ray.cluster.logs import process_log
+    from mhmoe_ray.cluster.watch import recorded_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
@@ -79,4 +80,5 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
     where = connection, place["node"], place["pid"]
     printed = process_log(*where, "out")
-    return chain(printed, process_log(*where, "err", follow=follow))
+    # Ray follows a file that nobody writes any more for ever.
+    return chain(printed, process_log(*where, "err", follow=follow and recorded_outcome(run) is None))

@@ -35,6 +35,7 @@ def submit(
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
     from mhmoe_ray.cli.plan_placement import placement, said_of
+    from mhmoe_ray.cluster.attempts import job_request
     from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.runs.layout import create_run
     from mhmoe_ray.runs.state import last_attempt
@@ -45,7 +46,7 @@ def submit(
     if dry_run:
         place = resolved.storage / f"{resolved.name}-xxxxxx"
         placed = placement(resolved, address)
-        print_json({**launch.job_request(place, 1, resolved, local=is_local(address)), "placement": placed.as_dict()})
+        print_json({**job_request(place, 1, resolved, local=is_local(address)), "placement": placed.as_dict()})
         for line in said_of(placed):
             note.print(line, soft_wrap=True)
         return

@@ -56,7 +56,7 @@ def what_is_meant(what: list[str], overrides: list[str]) -> What:
 
     specs = [name for name in what if name.endswith(SPEC_SUFFIXES)]
     if not specs:
-        return _raw(what, overrides)
+        return raw_text(what, overrides)
     if len(what) > 1:
         raise SpecError(f"spec {specs[0]}", "it stands beside other data", "give one spec, or raw text alone")
     spec = read_spec(Path(specs[0]), overrides)
@@ -66,7 +66,7 @@ def what_is_meant(what: list[str], overrides: list[str]) -> What:
     return What(spec.name, spec.data, spec.cluster, [spec.data.prepared], spec, manifest)
 
 
-def _raw(what: list[str], overrides: list[str]) -> What:
+def raw_text(what: list[str], overrides: list[str]) -> What:
     """Each path as a source of its own, named by the last part of it that is no pattern."""
     from mhmoe_ray.spec import ClusterSpec, DataSpec, checked, overridden
     from mhmoe_ray.spec.data import absolute

@@ -7,9 +7,9 @@ have the same parameters within 3 per cent.
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.match import MatchSpec
 from mhmoe_ray.planner.preset import Preset, Tree, rhythm
+from mhmoe_ray.planner.width import dense_width
 from mhmoe_ray.spec.model import usual_width
 
 SizeName = Literal["tiny", "small", "base"]
@@ -59,16 +59,6 @@ SIZES: dict[SizeName, Size] = {
     "small": Size(256, 8, 8192, 256, steps=1000, micro_batches=4, micro_batch_size=8),  # hours there
     "base": Size(768, 12, 32_000, 2048, steps=100_000, micro_batches=256, micro_batch_size=1, precision="bfloat16"),
 }
-
-
-def dense_width(trunk: Mapping[str, Any]) -> int:
-    """What experts of a family are measured by: the trunk's own feed-forward width, or the usual one if it has none."""
-    d_ff, d_model = trunk.get("d_ff"), trunk.get("d_model")
-    if d_ff is None and isinstance(d_model, int):
-        return usual_width(d_model)
-    if not isinstance(d_ff, int):
-        raise SpecError("model.d_ff", f"experts of a family follow from it, and it is {d_ff!r}", "give it a number")
-    return d_ff
 
 
 def _smoe(trunk: Mapping[str, Any]) -> Tree:

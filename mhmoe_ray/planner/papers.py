@@ -5,11 +5,12 @@ disagree, these are the code's and its logs': static capacity, the random second
 router, dropout. What a source leaves open is said in `about`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from mhmoe_ray.planner.preset import Preset, Tree, fixed, rhythm
+from mhmoe_ray.planner.width import dense_width
 
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
@@ -85,14 +86,27 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
             xmoe = f"p1-xmoe-{experts}{end}"
             run = "P1" if top_k == 2 else "after P1, not published at this depth"
             about = f"{run}: X-MoE with {experts} experts, top {top_k}"
-            moe = fixed(heads=1, experts=experts, d_expert=3072, **_p1_routing(top_k))
-            yield xmoe, Preset(about, _P1_TRUNK, moe, "p1-dense", train, SEQ_LEN)
+            yield xmoe, Preset(about, _P1_TRUNK, _p1_moe(1, experts, top_k), "p1-dense", train, SEQ_LEN)
             for heads in P1_HEADS:
-                width = P1_FITTED[experts] if heads == 4 else equal_parameter_width(heads, experts)
                 by = "fitted to table 11" if heads == 4 else "by equal parameters"
                 about = f"{run}: MH-MoE with {experts} experts, h {heads}, top {top_k}; widths {by}"
-                moe = fixed(heads=heads, experts=experts, d_expert=width, **_p1_routing(top_k))
+                moe = _p1_moe(heads, experts, top_k)
                 yield f"p1-mhmoe-{experts}-h{heads}{end}", Preset(about, _P1_TRUNK, moe, xmoe, _P1_TRAIN, SEQ_LEN)
+
+
+def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
+    """P1's expert layers. On another trunk than its own they have the width that gives equal parameters there."""
+
+    def on(trunk: Mapping[str, Any]) -> Tree:
+        d_model, hidden = trunk.get("d_model", 0), dense_width(trunk)
+        width = hidden
+        if heads == 4 and (d_model, hidden) == (_P1_TRUNK["d_model"], _P1_TRUNK["d_ff"]):
+            width = P1_FITTED[experts]
+        elif heads > 1:
+            width = equal_parameter_width(heads, experts, d_model, hidden)
+        return {"heads": heads, "experts": experts, "d_expert": width, **_p1_routing(top_k)}
+
+    return on
 
 
 def _p1_routing(top_k: int) -> Tree:
@@ -101,10 +115,15 @@ def _p1_routing(top_k: int) -> Tree:
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": True, **static}
 
 
-def equal_parameter_width(heads: int, experts: int) -> int:
+def equal_parameter_width(heads: int, experts: int, d: int = 768, hidden: int = 3072) -> int:
     """Largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1, appendix D,
-    with the biases and norms that its code has)."""
-    d, hidden = 768, 3072
+    with the biases and norms that its code has).
+
+    Args:
+        heads, experts: of both.
+        d: width of the model.
+        hidden: width of an expert of X-MoE.
+    """
     xmoe = experts * ((2 * d + 3) * hidden + d)
     projections = 2 * (d * d + d)
     return ((xmoe - projections) // experts - d // heads) // (2 * d // heads + 3)
@@ -134,18 +153,28 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
 
 def _follow_up() -> Iterator[tuple[str, Preset]]:
     yield "p2-dense", Preset("P2, the dense model", _P2_TRUNK, None, None, _P2_TRAIN, SEQ_LEN)
-    rows: list[tuple[str, str, dict[str, int]]] = [
-        ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8, "d_expert": 2048}),
-        ("fine-grained", "fine-grained SMoE", {"heads": 1, "top_k": 2, "experts": 16, "d_expert": 1024}),
-        ("mhmoe-h2", "MH-MoE h 2", {"heads": 2, "top_k": 2, "experts": 40, "d_expert": 768}),
-        ("mhmoe-h3", "MH-MoE h 3", {"heads": 3, "top_k": 3, "experts": 96, "d_expert": 512}),
+    rows: list[tuple[str, str, dict[str, int], int]] = [
+        ("smoe", "SMoE", {"heads": 1, "top_k": 1, "experts": 8}, 8),
+        ("fine-grained", "fine-grained SMoE", {"heads": 1, "top_k": 2, "experts": 16}, 4),
+        ("mhmoe-h2", "MH-MoE h 2", {"heads": 2, "top_k": 2, "experts": 40}, 3),
+        ("mhmoe-h3", "MH-MoE h 3", {"heads": 3, "top_k": 3, "experts": 96}, 2),
     ]
-    for end, shared in [("", 0), ("-shared", 2048)]:
-        for name, title, moe in rows:
+    for end, shared in [("", False), ("-shared", True)]:
+        for name, title, shape, eighths in rows:
             about = f"P2, {title}" + (" with a shared expert" if shared else "")
             reference = "p2-dense" if name == "smoe" else f"p2-smoe{end}"
-            layers = fixed(**moe, d_shared=shared)
+            layers = _p2_moe(shape, eighths, shared)
             yield f"p2-{name}{end}", Preset(about, _P2_TRUNK, layers, reference, _P2_TRAIN, SEQ_LEN)
+
+
+def _p2_moe(shape: Tree, eighths: int, shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
+    """P2's expert layers, as wide as so many eighths of a dense layer."""
+
+    def on(trunk: Mapping[str, Any]) -> Tree:
+        width = dense_width(trunk)
+        return {**shape, "d_expert": width * eighths // 8, "d_shared": width if shared else 0}
+
+    return on
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a model and its tokenizer, with no step in between."""
+"""From a checkpoint directory to an engine and its tokenizer, with no step in between."""
 
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
-from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine
@@ -20,21 +20,6 @@ from mhmoe_ray.serve.engine.torch_engine import TorchEngine
 from mhmoe_ray.serve.packing import pack
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
-
-
-def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
-    """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
-
-    Returns:
-        The decoder in evaluation mode, float32, without gradients; and the manifest it was built from.
-
-    Raises:
-        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
-    """
-    manifest = read_manifest(checkpoint, parts=("weights",))
-    model = Decoder(manifest.model).requires_grad_(False).eval()
-    load_tensors(checkpoint / "weights", model.tensors())
-    return model, manifest
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:

@@ -9,6 +9,7 @@ from mhmoe_ray.spec.load import (
     load_deploy_spec,
     load_site,
     load_spec,
+    load_sweep,
     overridden,
     parse_overrides,
     read_tree,
@@ -17,6 +18,7 @@ from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
+from mhmoe_ray.spec.sweep import SweepRun, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
@@ -35,12 +37,15 @@ __all__ = [
     "SignalRule",
     "SourceMix",
     "SourceSpec",
+    "SweepRun",
+    "SweepSpec",
     "TrainSpec",
     "checked",
     "dump_spec",
     "load_deploy_spec",
     "load_site",
     "load_spec",
+    "load_sweep",
     "overridden",
     "parse_overrides",
     "read_tree",

@@ -14,6 +14,7 @@ from mhmoe_ray.location import Location
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
+from mhmoe_ray.spec.sweep import SweepSpec
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -61,6 +62,15 @@ def load_site(path: Location, overrides: Sequence[str] = ()) -> SiteSpec:
         SpecError: as `load_spec`.
     """
     return checked(SiteSpec, read_tree(path, overrides), f"site {path}")
+
+
+def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Which runs there are to be.
+
+    Raises:
+        SpecError: as `load_spec`.
+    """
+    return checked(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:

@@ -11,6 +11,7 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
+from mhmoe_ray.spec.tracking import TrackingSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 StoragePath = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
@@ -40,6 +41,7 @@ class RunSpec(Section):
     train: TrainSpec
     cluster: ClusterSpec = ClusterSpec()
     serve: ServeSpec = ServeSpec()
+    tracking: TrackingSpec = TrackingSpec()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

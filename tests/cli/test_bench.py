@@ -85,3 +85,12 @@ def test_bench_train_shows_steps_of_matched_models(tmp_path):
     assert all(len(row["seconds"]) == 2 for row in found["models"])
     assert "the paper's" in shown.err
     assert_one_line(mhmoe(tmp_path, "bench", "train", *sizes, "--heads", "5"), 3, "48 does not split")
+
+
+def test_bench_commands_times_help_and_the_status_of_a_long_run(corpus):
+    found = mhmoe(
+        corpus, "bench", "commands", "spec.yaml", "--no-submit", "--lines", "3000", "--rounds", "1", "--json"
+    ).json()
+    assert found["lines"] == 3000
+    assert 0 < found["help"][0] < found["status"][0]
+    assert found["submit"] == []

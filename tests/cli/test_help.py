@@ -23,6 +23,10 @@ VERBS = [
     "cluster",
     "doctor",
     "rm",
+    "eval",
+    "routing",
+    "report",
+    "sweep",
 ]
 
 

@@ -13,7 +13,7 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -71,6 +71,7 @@ def test_logs_are_chosen_by_rank_time_and_what_is_in_them(corpus, finished):
     assert "rank 0 INFO step 30: " in mhmoe(corpus, "logs", run.id, "--grep", "step 30").out
     assert "\x1b" not in mhmoe(corpus, "logs", run.id).out
     assert_one_line(mhmoe(corpus, "logs", run.id, "--grep", "("), 3, "it is no regular expression")
+    assert "step 30: " in mhmoe(corpus, "logs", run.id, "--rank", "0", "--follow").out  # it is over, so this ends
     wrong = mhmoe(corpus, "logs", run.id, "--rank", "2")
     assert (wrong.code, "it has ranks 0 to 1" in wrong.err) == (7, True)
 
@@ -84,6 +85,31 @@ def test_what_a_run_measured_is_in_tensorboards_files(finished):
     assert [value for _, value in found["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in history], rel=1e-6)
     assert [step for step, _ in found["loss/validation"]] == [10, 20, 30]
     assert all(0 < h[metrics.ENTROPY] <= 1 and 0 <= h[metrics.EXCHANGE_WAIT] < 1 for h in history)
+
+
+def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
+    run, _ = finished
+    evaluated = mhmoe(corpus, "eval", run.id, "--json").json()
+    total = evaluated["figures"]["total"]["all"]
+    history = metrics.history(run)[-1]
+    assert (total["loss"], total["tokens"]) == (
+        pytest.approx(history[metrics.VAL_LOSS], rel=1e-6),
+        history["val_tokens"],
+    )
+    assert evaluated["figures"]["domains"].keys() == {"web/a", "web/b", "web/c"}
+    again = mhmoe(corpus, "eval", run.id)
+    assert "as evaluated before" in again.err
+    assert "bits/byte" in again.out
+    routed = mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20", "--json").json()
+    assert routed["tokens"] == 20 * 16
+    assert [line["step"] for line in routed["training"]][-1] == 30
+    assert all(sum(layer["load"]) == pytest.approx(4) for layer in routed["layers"])
+    assert "heads agree" in mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20").out
+    assert len(list((run.path / "evaluations").iterdir())) == 2
+    assert_one_line(mhmoe(corpus, "eval", run.id, "--text", "nowhere"), 4, "nowhere")
+    reported = mhmoe(corpus, "report", run.id, "--to", "out", "--json").json()
+    assert reported["verdicts"] == []
+    assert (corpus / "out" / "report.html").stat().st_size > 10_000
 
 
 def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):

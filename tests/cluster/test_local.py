@@ -42,6 +42,17 @@ def _unless_gone(read):
         return None
 
 
+def _socket_files(process):
+    try:
+        return [c.laddr for c in process.net_connections(kind="unix") if c.laddr]
+    except psutil.Error:
+        return []
+
+
+def _is_closed(folder):
+    return folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+
+
 @pytest.mark.ray
 def test_is_found_again(local_cluster):
     assert find_local() == local_cluster
@@ -57,6 +68,10 @@ def test_is_closed_to_others(local_cluster):
     assert len(members) > 5
     assert all(own_token().value not in _command_line(p) for p in members)
     assert set.union(*(_listening(p) for p in members)) == {"127.0.0.1"}
+    # Sockets that are files lie in a folder that nobody else can enter; those with an abstract name would not.
+    named = {path for p in members for path in _socket_files(p)}
+    assert any("raylet" in path for path in named)
+    assert [path for path in named if not any(_is_closed(folder) for folder in Path(path).parents)] == []
 
 
 @pytest.mark.ray

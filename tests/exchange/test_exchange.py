@@ -17,9 +17,10 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, find_run
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.engine import Sampling
-from mhmoe_ray.serve.load import load_answerer, load_model
+from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 from tests.ranks import run_ranks

@@ -5,7 +5,8 @@ import torch
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.manifest import read_manifest
-from mhmoe_ray.serve.load import load_answerer, load_model
+from mhmoe_ray.runs.model import load_model
+from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 
 from .conftest import build_model

@@ -6,7 +6,7 @@ import torch
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
-from mhmoe_ray.serve.load import load_model
+from mhmoe_ray.runs.model import load_model
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs

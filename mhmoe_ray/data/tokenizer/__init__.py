@@ -21,12 +21,14 @@ encoded as these letters, never as the token. A prompt is not: it may name speci
     tiktoken.py    tiktoken's format to the tokenizers library, exactly
     train.py       a byte-level BPE or Unigram model of its own
     sample.py      the text that it is trained on
+    widths.py      how many bytes a token stands for
 """
 
 from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, document_encoder
 from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, Boundaries, boundaries, unknown_token
 from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
+from mhmoe_ray.data.tokenizer.widths import token_widths
 
 __all__ = [
     "BEGIN",
@@ -39,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "read_tokenizer",
     "store_given",
+    "token_widths",
     "train_tokenizer",
     "unknown_token",
 ]

@@ -4,6 +4,8 @@
     sinks.py         all of the others, for a rank
     ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/exported.py
     tensorboard.py   event files in the run directory
+    mlflow.py        a server of MLflow's, where the spec names one
+    tags.py          the names that these two use
 
 What concerns the whole run, rank 0 tells.
 """

@@ -82,6 +82,8 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
         if line.get(name) is not None:
             gauges.set(name, line[name])
     gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
+    if not len(count_LE):  # a dense model
+        return
     share_LE = count_LE / count_LE.sum(1, keepdim=True).clamp(min=1) * count_LE.shape[1]
     for layer, (entropy, shares) in enumerate(zip(load_entropy(count_LE).tolist(), share_LE.tolist(), strict=True)):
         gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))

@@ -8,6 +8,7 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry.line import Waits
+from mhmoe_ray.train.telemetry.mlflow import MlflowRun
 from mhmoe_ray.train.telemetry.ray_metrics import Gauges, add_rank, add_run, tell_rank, tell_run
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
@@ -25,10 +26,11 @@ class Telemetry:
         self._run, self._rank = run, rank
         self._gauges = Gauges(run.id)
         add_rank(self._gauges)
-        self._board = None
+        self._board, self._mlflow = None, None
         if rank == 0:
             add_run(self._gauges, spec.train.steps)
             self._board = TensorBoard(run, group, start)
+            self._mlflow = MlflowRun(run, spec) if spec.tracking.mlflow else None
 
     def tell(self, line: dict[str, Any], count_LE: Tensor, waits: Waits) -> None:
         """Args:
@@ -41,6 +43,8 @@ class Telemetry:
             metrics.append(self._run, line)
             tell_run(self._gauges, line, count_LE)
             self._board.tell(line)
+        if self._mlflow:
+            self._mlflow.tell(line)
 
     def flush(self) -> None:
         """Return when all of it can be read."""
@@ -52,3 +56,5 @@ class Telemetry:
         self._gauges.close()
         if self._board:
             self._board.close()
+        if self._mlflow:
+            self._mlflow.close()

@@ -3,7 +3,6 @@
 On an object store a file of events cannot grow: there each stretch between two flushes is a file of its own.
 """
 
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -16,22 +15,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
-
-TAGS = {
-    metrics.LOSS: "loss/training",
-    metrics.VAL_LOSS: "loss/validation",
-    metrics.GRAD_NORM: "optimizer/gradient_norm",
-    metrics.LR: "optimizer/learning_rate",
-    metrics.TOKENS_PER_S: "speed/tokens_per_second",
-    metrics.MFU: "speed/mfu",
-    metrics.DATA_WAIT: "speed/data_wait",
-    metrics.EXCHANGE_WAIT: "speed/exchange_wait",
-    metrics.BALANCE: "routing/balance_loss",
-    metrics.DROPPED: "routing/dropped",
-    metrics.LEAST_EXPERT: "routing/least_expert",
-    metrics.ENTROPY: "routing/entropy",
-}
-
+from mhmoe_ray.train.telemetry.tags import tagged
 
 FLUSH_SECONDS = 10.0
 """After which a reader sees what was written, without a flush."""
@@ -51,10 +35,7 @@ class TensorBoard:
         self._writer.write_event(Event(session_log=SessionLog(status=SessionLog.START), step=start + 1))
 
     def tell(self, line: dict[str, Any]) -> None:
-        values = {tag: line.get(name) for name, tag in TAGS.items()}
-        scalars = [
-            Summary.Value(tag=t, simple_value=v) for t, v in values.items() if v is not None and math.isfinite(v)
-        ]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(line).items()]
         step, when = line[metrics.STEP], line[metrics.TIME]
         self._writer.write_event(Event(summary=Summary(value=scalars), step=step, wall_time=when))
         if time.monotonic() - self._flushed > FLUSH_SECONDS and not self._spool:

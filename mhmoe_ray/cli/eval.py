@@ -1,0 +1,97 @@
+"""`mhmoe eval`: what a checkpoint knows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    AddressOption,
+    CheckpointOption,
+    JsonOption,
+    RunArg,
+    SetOption,
+    StorageOption,
+    number_table,
+    out,
+    print_json,
+    print_whole,
+)
+from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+
+if TYPE_CHECKING:
+    from mhmoe_ray.evaluate.request import Evaluation
+    from mhmoe_ray.evaluate.score import Score
+
+TextOption = Annotated[
+    list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Also if the run directory has the answer already.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Of each domain of --text, at most.")]
+
+
+def eval_(
+    run: RunArg = None,
+    text: TextOption = [],  # noqa: B006 - typer needs the list
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by commas; `english` and `xnli` are the papers' lists.")
+    ] = None,
+    task_folder: Annotated[list[Path], typer.Option(help="With tasks of your own, as lm-eval reads them.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
+    samples: SamplesOption = 512,
+    set_: SetOption = [],  # noqa: B006
+    checkpoint: CheckpointOption = None,
+    again: AgainOption = False,
+    storage: StorageOption = STORAGE,
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or any
+    other; or its scores in lm-eval's tasks. The answer stays in the run directory.
+
+    Routing is dropless, as in serving. For example `mhmoe eval --text books/ --samples 100`, or `mhmoe eval --tasks
+    english --limit 200`.
+    """
+    from mhmoe_ray.runs.layout import find_run
+
+    found = find_run(run, storage)
+    named = [task.strip() for task in tasks.split(",")] if tasks else []
+    request = make_request(found, checkpoint, text, set_, samples, named, task_folder, limit)
+    evaluation = evaluation_of(found, request, again, address)
+    if json:
+        print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures(evaluation)})
+        return
+    out.print(f"{found.id}, {request.checkpoint}, {evaluation.tokens:,} tokens trained: {request.said}", soft_wrap=True)
+    if evaluation.domains:
+        _show_scores(evaluation)
+    if evaluation.tasks:
+        rows = [
+            [task, name, f"{value:.4f}"]
+            for task, result in evaluation.tasks.items()
+            for name, value in result.items()
+            if "stderr" not in name
+        ]
+        print_whole(number_table(["", "measure", "value"], rows))
+
+
+def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float]]]:
+    found = {
+        "domains": {name: score.figures() for name, score in evaluation.domains.items()},
+        "languages": {name: score.figures() for name, score in evaluation.languages.items()},
+    }
+    return {**found, "total": {"all": evaluation.total.figures()}} if evaluation.domains else found
+
+
+def _show_scores(evaluation: "Evaluation") -> None:
+    def row(name: str, score: "Score") -> list[str]:
+        figures = [f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}"]
+        return [name, *figures, f"{score.tokens:,}", f"{score.text_bytes:,}"]
+
+    columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]
+    rows = [row(name, score) for name, score in evaluation.domains.items()]
+    rows += [row("all", evaluation.total)]
+    print_whole(number_table(columns, rows))
+    if evaluation.languages:
+        out.print()
+        print_whole(number_table(columns, [row(name, score) for name, score in evaluation.languages.items()]))

@@ -1,0 +1,94 @@
+"""What `mhmoe eval` and `mhmoe routing` share: asking the cluster for an evaluation, unless the run has it already."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mhmoe_ray.cli import launch
+from mhmoe_ray.cli.common import note, pick_checkpoint
+from mhmoe_ray.cli.job import Job
+
+if TYPE_CHECKING:
+    from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
+    from mhmoe_ray.runs.layout import RunDir
+
+
+def make_request(
+    run: "RunDir",
+    checkpoint: str | None,
+    text: list[str],
+    overrides: list[str],
+    samples: int,
+    tasks: list[str],
+    task_folders: list[Path],
+    limit: int | None,
+) -> "EvalRequest":
+    """Of raw text where some is named, else of the held-out samples, unless there are only tasks."""
+    from mhmoe_ray.cli.survey import raw_text
+    from mhmoe_ray.evaluate.request import EvalRequest
+    from mhmoe_ray.spec import ClusterSpec
+
+    path, _ = pick_checkpoint(run, checkpoint)
+    spec = None if run.is_imported else run.spec()
+    cluster = spec.cluster if spec else ClusterSpec()
+    held_out = spec is not None and not text and not tasks
+    return EvalRequest(
+        run=str(run.path),
+        checkpoint=path.name,
+        prepared=str(spec.data.prepared) if spec and held_out else None,
+        text=raw_text(text, overrides).data if text else None,
+        samples=samples if text else 0,
+        tasks=tasks,
+        task_folders=[str(folder.absolute()) for folder in task_folders],
+        limit=limit,
+        batch=spec.train.micro_batch_size if spec else 1,
+        half=spec is not None and spec.train.precision == "bfloat16",
+        cpus=max(cluster.cpus_per_worker, 1),
+        gpus=cluster.gpus_per_worker,
+    )
+
+
+def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: str | None) -> "Evaluation":
+    """The answer that the run directory has, or one made on the cluster now.
+
+    Args:
+        run: the run.
+        request: what to evaluate.
+        again: also if it has an answer.
+        address: of the cluster.
+
+    Raises:
+        RunError: there is nothing to evaluate.
+        DataError, CheckpointError, SpecError, JobError: as the job's own.
+    """
+    from mhmoe_ray.cluster.connect import is_local
+    from mhmoe_ray.errors import RunError
+    from mhmoe_ray.evaluate.job import SAYS
+    from mhmoe_ray.evaluate.request import stored
+    from mhmoe_ray.spec import ClusterSpec
+
+    if not request.said:
+        raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
+    if not again and (found := stored(run, request)):
+        note.print(f"as evaluated before, in {run.path / 'evaluations'}; --again does it anew", soft_wrap=True)
+        return found
+    section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
+    needed = [run.path, *([Path(request.prepared)] if request.prepared else [])]
+    cpus = request.cpus if is_local(address) else 1
+    connection = launch.cluster_for(section, needed, _at_least(cpus), address)
+    job = Job.start(
+        connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
+    )
+    for line in job.lines():
+        if line.startswith(SAYS):
+            note.print(line, soft_wrap=True)
+    made = stored(run, request)
+    if made is None or not job.has_succeeded:
+        raise job.error(f"evaluation of {run.id}")
+    return made
+
+
+def _at_least(cpus: int) -> int:
+    """A local cluster of any size will do; one that is started now should do for training afterwards."""
+    from mhmoe_ray.cluster.local import find_local
+
+    return cpus if find_local() else max(cpus, launch.LOCAL_CPUS)

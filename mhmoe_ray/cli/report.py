@@ -1,0 +1,46 @@
+"""`mhmoe report`: runs beside each other on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mhmoe_ray.cli import complete
+from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Ids, beginnings of ids, or paths; of a sweep its name.", autocompletion=complete.runs),
+    ],
+    to: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
+    baseline: Annotated[
+        str | None, typer.Option(help="What the others are compared with; the first by default.")
+    ] = None,
+    storage: StorageOption = STORAGE,
+    json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page, and PNGs, on runs: losses against steps, tokens and FLOPs, sizes and compute
+    beside each other, balance, loads of experts, throughput, and a verdict with its uncertainty over seeds (extra
+    `report`).
+
+    Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
+    smoe`.
+    """
+    from mhmoe_ray.location import location
+    from mhmoe_ray.report.page import PAGE, write_report
+    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.sweeps import sweep_dir
+
+    found = []
+    for name in runs:
+        sweep = sweep_dir(location(storage).absolute(), name)
+        found += list(sweep.runs().values()) if sweep.exists else [find_run(name, storage, with_job=True)]
+    verdicts = write_report(list(dict.fromkeys(found)), to, baseline)
+    if json:
+        print_json({"page": str(to / PAGE), "verdicts": [v._asdict() for v in verdicts]})
+        return
+    for verdict in verdicts:
+        out.print(verdict.said, soft_wrap=True)
+    out.print(f"{to / PAGE}", soft_wrap=True)

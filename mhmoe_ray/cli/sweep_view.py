@@ -1,0 +1,154 @@
+"""What `mhmoe sweep` shows: what would run, how far it is, and the table in the end."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from mhmoe_ray.cli.common import nats, note, number_table, out, print_whole
+
+if TYPE_CHECKING:
+    from mhmoe_ray.runs.sweeps import SweepDir
+    from mhmoe_ray.spec import SweepRun
+
+POLL_SECONDS = 1.0
+ASK_SECONDS = 5.0
+MOST_RESTARTS = 3
+
+
+def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
+    """Every variant with its size, beside the first one's."""
+    from mhmoe_ray.planner.sizes import sizes
+
+    variants = {run.variant: run.spec for run in planned}
+    first = sizes(next(iter(variants.values())).model)
+    table = []
+    for name, spec in variants.items():
+        found, moe = sizes(spec.model), spec.model.moe
+        shape = [str(moe.heads), str(moe.experts), str(moe.top_k), str(moe.d_expert)] if moe else ["", "", "", ""]
+        ratios = [found.parameters / first.parameters, found.macs_per_token / first.macs_per_token]
+        tokens = spec.train.steps * spec.tokens_per_step
+        table.append([name, *shape, f"{found.parameters:,}", *(f"{r:.3f}" for r in ratios), f"{tokens:,}"])
+    columns = ["", "h", "E", "k", "f", "parameters", "ratio", "multiply-adds", "tokens"]
+    print_whole(number_table(columns, table))
+    seeds = len({run.seed for run in planned})
+    out.print(f"{len(variants)} variants x {seeds} seeds = {len(planned)} runs, {concurrent} at a time")
+
+
+def follow(place: "SweepDir", alive: Callable[[], bool], again: Callable[[], None]) -> bool:
+    """Show progress until no run is to be waited for.
+
+    Args:
+        place: its directory.
+        alive: whether the job that starts runs goes on.
+        again: starts that job once more.
+
+    Returns:
+        False if the user stopped following.
+    """
+    restarts, asked = 0, time.monotonic()
+    try:
+        with _bar() as bar:
+            view = _View(place, bar)
+            while not view.refresh():
+                if time.monotonic() - asked > ASK_SECONDS:
+                    if not alive() and not view.refresh():
+                        if restarts == MOST_RESTARTS or not view.is_unfinished:
+                            break
+                        restarts += 1
+                        note.print("the job that starts the runs has ended; it is started again")
+                        again()
+                    asked = time.monotonic()
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        note.print("\ndetached; the sweep goes on. The same command follows it again; with --stop it ends it")
+        return False
+    return True
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+    return Progress(*columns, console=note, disable=not note.is_terminal)
+
+
+class _View:
+    def __init__(self, place: "SweepDir", bar: Progress) -> None:
+        self._place, self._bar = place, bar
+        self._entries = place.definition().entries
+        self._whole = bar.add_task("runs", total=len(self._entries), said="")
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, str] = {}
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run is left that is not over."""
+        from mhmoe_ray.runs import events
+
+        return any(not events.is_over(self._told.get(entry.name, "")) for entry in self._entries)
+
+    def refresh(self) -> bool:
+        """Whether all are over."""
+        from mhmoe_ray.runs import events, metrics
+
+        runs, over = self._place.runs(), 0
+        for entry in self._entries:
+            if (run := runs.get(entry.name)) is None:
+                continue
+            state = events.state(events.events(run)) if run.state_file.exists() else "submitted"
+            over += events.is_over(state)
+            last = metrics.last(run) if run.metrics_file.exists() else None
+            if self._told.get(entry.name) != state:
+                self._told[entry.name] = state
+                if not note.is_terminal and state != "submitted":
+                    figures = f" at step {last[metrics.STEP]}" if last else ""
+                    note.print(f"{entry.name}: {state}{figures}")
+            self._show(entry.name, state, entry.spec.train.steps, last)
+        self._bar.update(self._whole, completed=over)
+        return over == len(self._entries)
+
+    def _show(self, name: str, state: str, steps: int, last: dict[str, Any] | None) -> None:
+        from mhmoe_ray.runs import events, metrics
+
+        if events.is_over(state):
+            if (task := self._tasks.pop(name, None)) is not None:
+                self._bar.remove_task(task)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=steps, said="")
+        said = f"loss {nats(last[metrics.LOSS])}" if last else state
+        self._bar.update(self._tasks[name], completed=last[metrics.STEP] if last else 0, said=said)
+
+
+def rows(place: "SweepDir") -> list[dict[str, Any]]:
+    """JSON: one for each variant, in the order of the sweep; ratios are to the first.
+
+    Raises:
+        RunError: there is no such sweep.
+    """
+    from mhmoe_ray.errors import RunError
+    from mhmoe_ray.report.table import table
+
+    if not place.exists:
+        raise RunError(f"sweep {place.name}", "it was never started", "start it: the same command without --show")
+    return table(place)
+
+
+def show_rows(table: list[dict[str, Any]]) -> None:
+    cells = []
+    for row in table:
+        spread = f"{row['deviation']:.4f}" if row["deviation"] is not None else ""
+        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
+        perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] is not None else ""
+        speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else ""
+        states = ", ".join(f"{count} {state}" for state, count in row["states"].items())
+        ratios = [f"{row['parameters_ratio']:.3f}", f"{row['macs_ratio']:.3f}"]
+        cells.append([row["variant"], *ratios, loss, spread, perplexity, speed, states])
+    columns = ["", "parameters", "multiply-adds", "loss", "+-", "perplexity", "tok/s", "runs"]
+    print_whole(number_table(columns, cells))
+    steps = {row["step"] for row in table if row["step"]}
+    if steps:
+        told = " and ".join(f"{step:,}" for step in sorted(steps))
+        out.print(
+            f"validation loss in nats per token at step {told}, mean and deviation over seeds; ratios to the first"
+        )

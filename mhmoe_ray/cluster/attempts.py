@@ -1,0 +1,50 @@
+"""Starting an attempt of a run: a job on a cluster, recorded in the run directory."""
+
+from typing import Any
+
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.location import Location
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
+from mhmoe_ray.spec import RunSpec
+
+
+def job_request(run: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
+    """What Ray Jobs is asked for; `submit --dry-run` prints it."""
+    return jobs.request(
+        ["-m", "mhmoe_ray.train.driver", str(run)],
+        f"{run.name}-{attempt}",
+        local=local,
+        runtime_env=spec.cluster.runtime_env,
+        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run), "mhmoe_attempt": str(attempt)},
+    )
+
+
+def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: str | None = None) -> str:
+    """Submit the next attempt and record it.
+
+    Args:
+        run: its directory.
+        spec: its own.
+        connection: to the cluster.
+        known_as: the cluster's address for those who will look at the run, where that is another one.
+
+    Returns:
+        The job's name.
+
+    Raises:
+        JobError, SpecError, ClusterError: the cluster does not take it; the run counts as failed.
+    """
+    request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
+    job, address = str(request["submission_id"]), known_as or connection.address
+    # Recorded first: a job that runs unknown to its run directory could not be found again.
+    number = add_attempt(run, Attempt(job, address, connection.local))
+    events.record(run, "submitted", attempt=number, job=job, address=address)
+    try:
+        jobs.submit(connection, request)
+    except Exception as e:
+        events.record(run, "failed", reason=f"the job could not be submitted: {e}")
+        raise
+    return job

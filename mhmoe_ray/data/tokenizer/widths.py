@@ -1,0 +1,28 @@
+"""How many bytes of text a token stands for."""
+
+import json
+import re
+
+import numpy as np
+from tokenizers import Tokenizer
+
+_ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def token_widths(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of UTF-8 by token id, int64; 0 for special tokens. Those of a document's tokens add up to its own, but for
+    a space that some tokenizers put before its first word."""
+    content = json.loads(tokenizer.to_str())
+    special = {token["id"] for token in content["added_tokens"] if token["special"]}
+    byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
+    widths = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        if number not in special:
+            widths[number] = _width(token, byte_level)
+    return widths
+
+
+def _width(token: str, byte_level: bool) -> int:
+    if byte_level:
+        return len(token)  # each character is a byte, under another name
+    return 1 if _ONE_BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())

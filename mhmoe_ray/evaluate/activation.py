@@ -1,0 +1,94 @@
+"""What counts of routes say of a model's use of its experts.
+
+The first paper calls an expert of a layer activated where its selections over all tokens are above "a threshold (< 1)"
+that it does not give, and counts activated experts over all layers (arXiv 2404.15045, figure 1). So here the share is a
+function of the threshold. Selections are of tokens: one whose sub-tokens go to an expert twice has selected it once.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mhmoe_ray.evaluate.routing import RoutingCounts
+
+THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+RELATIVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""Thresholds in units of what every expert would have if all had the same."""
+
+
+def joined(counts: Iterable[RoutingCounts]) -> RoutingCounts:
+    """Of several texts together."""
+    first, *others = counts
+    if not others:
+        return first
+    rest = joined(others)
+
+    def added(name: str) -> list[list[int]]:
+        total: list[list[int]] = (np.array(getattr(first, name)) + np.array(getattr(rest, name))).tolist()
+        return total
+
+    return RoutingCounts(
+        tokens=first.tokens + rest.tokens,
+        counts=added("counts"),
+        tokens_of=added("tokens_of"),
+        distinct=added("distinct"),
+        agreement=[a.tolist() for a in np.array(first.agreement) + np.array(rest.agreement)],
+        first_weight=(np.array(first.first_weight) + np.array(rest.first_weight)).tolist(),
+    )
+
+
+def load(counts: RoutingCounts) -> np.ndarray:
+    """(L, E): an expert's share of its layer's routes, times E; 1 is uniform."""
+    routes = np.array(counts.counts, float)
+    return np.asarray(routes / routes.sum(1, keepdims=True).clip(min=1) * routes.shape[1])
+
+
+def entropy(counts: RoutingCounts) -> np.ndarray:
+    """(L,): of the shares, over the highest; 1 is uniform."""
+    share = load(counts) / len(counts.counts[0])
+    logs = np.log(share, where=share > 0, out=np.zeros_like(share))
+    return np.asarray(-(share * logs).sum(1) / np.log(share.shape[1]))
+
+
+def activated(counts: RoutingCounts, thresholds: Sequence[float] = THRESHOLDS) -> list[float]:
+    """Share of all experts of all layers that more than this share of the tokens select, by threshold."""
+    selected = np.array(counts.tokens_of) / max(1, counts.tokens)
+    return [float((selected > threshold).mean()) for threshold in thresholds]
+
+
+def activated_relative(counts: RoutingCounts, thresholds: Sequence[float] = RELATIVE) -> list[float]:
+    """Share of all experts of all layers with more than this share of a uniform load: comparable between models with
+    different numbers of experts or routes, which `activated` is not."""
+    return [float((load(counts) > threshold).mean()) for threshold in thresholds]
+
+
+def distinct_experts(counts: RoutingCounts) -> np.ndarray:
+    """(L,): mean number of different experts that a token's sub-tokens go to together."""
+    histogram = np.array(counts.distinct, float)
+    return np.asarray(histogram @ np.arange(histogram.shape[1]) / histogram.sum(1).clip(min=1))
+
+
+def head_agreement(counts: RoutingCounts) -> np.ndarray:
+    """(L, h, h): how often two sub-tokens of a token have the same first choice."""
+    return np.asarray(np.array(counts.agreement, float) / max(1, counts.tokens))
+
+
+def mean_agreement(counts: RoutingCounts) -> np.ndarray | None:
+    """(L,): over all pairs of different heads; None with one head."""
+    agreement = head_agreement(counts)
+    heads = agreement.shape[1]
+    if heads == 1:
+        return None
+    return np.asarray((agreement.sum((1, 2)) - heads) / (heads * (heads - 1)))
+
+
+def first_weight(counts: RoutingCounts) -> np.ndarray:
+    """(L,): mean weight of a sub-token's first choice."""
+    return np.asarray(np.array(counts.first_weight) / max(1, counts.tokens * len(counts.agreement[0])))
+
+
+def specialisation(of: RoutingCounts, whole: RoutingCounts) -> float:
+    """How far a text's routes are from those of all texts: half the sum of absolute differences of the experts' shares,
+    mean over layers. 0 is equal, 1 is other experts altogether."""
+    difference = np.abs(load(of) - load(whole)).sum(1) / len(whole.counts[0]) / 2
+    return float(difference.mean())

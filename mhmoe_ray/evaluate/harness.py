@@ -1,0 +1,165 @@
+"""A checkpoint as a model of EleutherAI's lm-eval, through its Python interface (extra `eval`).
+
+The English tasks of the first paper's table 2 and the languages of its table 3 have these names in lm-eval.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.model.decoder import Decoder, token_losses
+
+XNLI = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
+PAPER_TASKS = {
+    "english": [
+        "arc_challenge",
+        "arc_easy",
+        "rte",
+        "openbookqa",
+        "winogrande",
+        "piqa",
+        "boolq",
+        "hellaswag",
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+    ],
+    "xnli": [f"xnli_{code}" for code in XNLI],
+}
+
+
+def expanded(tasks: Sequence[str]) -> list[str]:
+    """Names of lm-eval's: `english` and `xnli` stand for the papers' lists."""
+    return [name for task in tasks for name in PAPER_TASKS.get(task, [task])]
+
+
+def run_tasks(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    tasks: Sequence[str],
+    folders: Sequence[str],
+    *,
+    batch: int,
+    half: bool,
+    limit: int | None,
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by task.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with tokens for the edges of a document.
+        seq_len: tokens that the model sees at once.
+        tasks: as lm-eval names them.
+        folders: with tasks beside lm-eval's own.
+        batch: sequences at a time.
+        half: matrix products in bfloat16.
+        limit: questions of each task, at most.
+
+    Raises:
+        MhmoeError: lm-eval is not installed.
+        SpecError: it knows no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        fix = "install mhmoe-ray[eval] there, or leave out --tasks"
+        raise SpecError("tasks", "lm-eval is not installed where it would run", fix) from e
+    known = TaskManager(include_path=[str(Path(f)) for f in folders] or None)
+    if unknown := [task for task in tasks if task not in known.all_tasks]:
+        raise SpecError(f"task {unknown[0]}", "lm-eval knows none of this name", "see `lm-eval ls tasks`")
+    found = simple_evaluate(
+        model=_wrapped(model, tokenizer, seq_len, batch, half),
+        tasks=list(tasks),
+        task_manager=known,
+        limit=limit,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
+    return {task: _plain(result) for task, result in found["results"].items()}
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """`acc,none` to `acc`; what is not a number is left out."""
+    return {name.removesuffix(",none"): v for name, v in result.items() if isinstance(v, int | float)}
+
+
+def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, half: bool) -> Any:
+    from lm_eval.api.model import TemplateLM
+
+    class Checkpoint(TemplateLM):
+        """Only what tasks need that compare continuations: generation goes through the server."""
+
+        tokenizer_name = "mhmoe"
+
+        @property
+        def eot_token_id(self) -> int:
+            edges = boundaries(tokenizer)
+            assert edges is not None
+            return edges.start
+
+        def tok_encode(self, string: str, **_: Any) -> list[int]:
+            return list(tokenizer.encode(string, add_special_tokens=False).ids)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
+            return scored([(context, answer) for _, context, answer in requests], score)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            found = []
+            for request in requests:
+                ids = [self.eot_token_id, *self.tok_encode(request.args[0])]
+                windows = [(ids[i : i + 1], ids[i + 1 : i + 1 + seq_len]) for i in range(0, len(ids) - 1, seq_len)]
+                found.append(sum(value for value, _ in scored(windows, score)))
+            return found
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            why = "it lets a model write, which `mhmoe eval` does not do"
+            raise SpecError("task", why, "serve the checkpoint and use lm-eval's `local-completions`")
+
+    def score(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        return _scores(model, pairs, seq_len, half)
+
+    def scored(
+        pairs: Sequence[tuple[list[int], list[int]]],
+        of_some: Callable[[Sequence[tuple[list[int], list[int]]]], list[tuple[float, bool]]],
+    ) -> list[tuple[float, bool]]:
+        """Longest first, so that those of a batch are about equally long."""
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        found: dict[int, tuple[float, bool]] = {}
+        for first in range(0, len(order), batch):
+            some = order[first : first + batch]
+            found |= dict(zip(some, of_some([pairs[i] for i in some]), strict=True))
+        return [found[i] for i in range(len(pairs))]
+
+    return Checkpoint()
+
+
+@torch.inference_mode()
+def _scores(
+    model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], seq_len: int, half: bool
+) -> list[tuple[float, bool]]:
+    """Of each (context, continuation): the continuation's log-probability in nats, and whether it is what the model
+    would have said. Of what is too long the beginning is left out."""
+    device = model.embedding.weight.device
+    whole = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]
+    longest = max(map(len, whole))
+    token_BT = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    for row, ids in enumerate(whole):  # filled up at the end, where nothing that counts can see it
+        token_BT[row, : len(ids)] = torch.tensor(ids)
+    token_BT = token_BT.to(device)
+    document_BT = torch.zeros_like(token_BT[:, :-1]) if model.spec.document_masks else None
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        logits_BTV = model(token_BT[:, :-1], document_BT=document_BT).logits_BTV
+    loss_BT = token_losses(logits_BTV, token_BT[:, 1:])
+    greedy_BT = logits_BTV.argmax(-1) == token_BT[:, 1:]
+    found = []
+    for row, (ids, (_, answer)) in enumerate(zip(whole, pairs, strict=True)):
+        count = min(len(answer), len(ids) - 1)
+        part = slice(len(ids) - 1 - count, len(ids) - 1)
+        found.append((-float(loss_BT[row, part].sum(dtype=torch.float64)), bool(greedy_BT[row, part].all())))
+    return found

@@ -1,0 +1,120 @@
+"""The job of `mhmoe eval` and `mhmoe routing`: the request comes as JSON in MHMOE_REQUEST, the answer is a file in the
+run directory."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from mhmoe_ray.data.inspect import languages
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
+from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.evaluate.harness import expanded, run_tasks
+from mhmoe_ray.evaluate.measure import measure
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.location import location
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import run_tokenizer
+from mhmoe_ray.runs.model import load_model
+
+SAYS = "eval: "
+"""Begins the job's own lines."""
+EVERY_SECONDS = 5.0
+
+
+def main() -> None:
+    request = EvalRequest.model_validate_json(os.environ["MHMOE_REQUEST"])
+    ray.init()
+    task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
+    try:
+        ray.get(task.remote(request))
+    except ray.exceptions.RayTaskError as e:
+        if not isinstance(e.cause, MhmoeError):
+            raise
+        print(f"error: {e.cause}")
+        sys.exit(e.cause.exit_code)
+
+
+def _evaluate(request: EvalRequest) -> None:
+    began = time.monotonic()
+    torch.set_num_threads(request.cpus)
+    run = RunDir(location(request.run))
+    checkpoint = run.checkpoints / request.checkpoint
+    model, manifest = load_model(checkpoint)
+    if request.gpus:
+        model.to("cuda")
+    tokenizer = load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
+    edges = boundaries(tokenizer)
+    assert edges is not None
+    samples: Iterator[DomainSamples] = iter(())
+    if request.text:
+        samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
+    elif request.prepared:
+        samples = held_out(Path(request.prepared))
+    domains, routing = measure(
+        model,
+        samples,
+        _padded(token_widths(tokenizer), manifest.model.vocab_size),
+        batch=request.batch,
+        start_token=edges.start,
+        half=request.half,
+        on_progress=_say,
+    )
+    tasks = {}
+    if request.tasks:
+        print(f"{SAYS}tasks {', '.join(expanded(request.tasks))}", flush=True)
+        tasks = run_tasks(
+            model,
+            tokenizer,
+            manifest.seq_len,
+            expanded(request.tasks),
+            request.task_folders,
+            batch=request.batch,
+            half=request.half,
+            limit=request.limit,
+        )
+    evaluation = Evaluation(
+        request=request,
+        step=manifest.step,
+        tokens=manifest.tokens,
+        seconds=time.monotonic() - began,
+        domains=domains,
+        languages=_by_language(domains),
+        routing=routing,
+        tasks=tasks,
+    )
+    store(run, evaluation)
+
+
+def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
+    """A model may have more rows than its tokenizer has tokens."""
+    return np.pad(widths, (0, max(0, vocab_size - len(widths))))
+
+
+def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
+    found: dict[str, Score] = {}
+    for domain, score in domains.items():
+        if language := languages.of_folder(domain.partition("/")[2]):
+            found[language] = found.get(language, Score()) + score
+    return found
+
+
+_told = 0.0
+
+
+def _say(domain: str, done: int, of: int) -> None:
+    global _told
+    if done == of or time.monotonic() - _told > EVERY_SECONDS:
+        _told = time.monotonic()
+        print(f"{SAYS}{domain} {done:,} of {of:,} samples", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What `mhmoe eval` asks of its job, and what it gets; kept in the run directory."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.location import Location
+from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.spec import DataSpec
+
+
+class EvalRequest(BaseModel):
+    run: str
+    """Path of the run directory."""
+    checkpoint: str
+    """Its name."""
+    prepared: str | None = None
+    """Folder whose held-out samples are read."""
+    text: DataSpec | None = None
+    """Or raw text."""
+    samples: int = 512
+    """Of each domain of raw text, at most."""
+    tasks: list[str] = []
+    """Of lm-eval."""
+    task_folders: list[str] = []
+    """With tasks of the user's own."""
+    limit: int | None = None
+    """Questions of each task, at most."""
+    batch: int = 8
+    half: bool = False
+    """Matrix products in bfloat16."""
+    cpus: int = 1
+    gpus: int = 0
+
+    @property
+    def key(self) -> str:
+        """Of the file that the answer is kept in: equal for equal questions, whatever computes them."""
+        asked = self.model_dump(mode="json", exclude={"run", "batch", "cpus", "gpus"})
+        return f"{self.checkpoint}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}"
+
+    @property
+    def said(self) -> str:
+        """In a word, what of."""
+        parts = ["held-out text"] if self.prepared else []
+        if self.text:
+            parts.append(f"text {', '.join(self.text.sources)}")
+        if self.tasks:
+            parts.append(f"tasks {', '.join(self.tasks)}")
+        return " and ".join(parts)
+
+
+class Evaluation(BaseModel):
+    request: EvalRequest
+    step: int
+    tokens: int
+    """That the checkpoint was trained on."""
+    seconds: float
+    domains: dict[str, Score] = {}
+    languages: dict[str, Score] = {}
+    """Of the domains whose folders are named by a language."""
+    routing: dict[str, RoutingCounts] = {}
+    """By domain; empty for a dense model."""
+    tasks: dict[str, dict[str, Any]] = {}
+    """lm-eval's results by task: metrics and their standard errors."""
+
+    @property
+    def total(self) -> Score:
+        return sum(self.domains.values(), Score())
+
+
+def evaluations_folder(run: RunDir) -> Location:
+    return run.path / "evaluations"
+
+
+def store(run: RunDir, evaluation: Evaluation) -> Location:
+    path = evaluations_folder(run) / f"{evaluation.request.key}.json"
+    write_json(path, evaluation.model_dump(mode="json"))
+    return path
+
+
+def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
+    path = evaluations_folder(run) / f"{request.key}.json"
+    return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def all_stored(run: RunDir) -> list[Evaluation]:
+    """Of a run, the least trained first."""
+    if not evaluations_folder(run).exists():
+        return []
+    found = [Evaluation.model_validate_json(p.read_text()) for p in evaluations_folder(run).glob("*.json")]
+    return sorted(found, key=lambda e: e.step)

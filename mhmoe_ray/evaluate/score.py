@@ -1,0 +1,45 @@
+"""What predicting a text cost."""
+
+import math
+from typing import Self
+
+from pydantic import BaseModel
+
+
+class Score(BaseModel):
+    nats: float = 0.0
+    """Sum of the tokens' losses."""
+    tokens: int = 0
+    """Predicted."""
+    text_bytes: int = 0
+    """Of the predicted tokens, UTF-8."""
+
+    def __add__(self, other: Self) -> "Score":
+        return Score(
+            nats=self.nats + other.nats,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, which losses per token are not."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.text_bytes,
+        }

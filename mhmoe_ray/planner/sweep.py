@@ -1,0 +1,66 @@
+"""The runs of a sweep, as whole specs."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.resolve import resolve_spec
+from mhmoe_ray.spec import RunSpec, SweepRun, SweepSpec
+
+
+def planned_runs(
+    sweep: SweepSpec, folder: Path, size: str | None = None, overrides: Sequence[str] = ()
+) -> list[SweepRun]:
+    """All runs: seed by seed, so that a sweep that is ended early has some of each.
+
+    Args:
+        sweep: as its file says.
+        folder: of that file.
+        size: one of its sizes; the first by default.
+        overrides: `key.path=value` strings that hold for every run.
+
+    Raises:
+        SpecError: there is no such size, two variants have one name, or a run's spec is wrong.
+    """
+    size = size or next(iter(sweep.sizes))
+    if size not in sweep.sizes:
+        raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
+    common = sweep.sizes[size]
+    variants: dict[str, dict[str, Any]] = {}
+    for name, keys in _variants(sweep, common.only):
+        if name in variants:
+            raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give them names of their own")
+        variants[name] = {**common.set, **keys, **common.runs.get(name, {})}
+    return [
+        SweepRun(variant=name, seed=seed, spec=_spec(sweep, folder / common.spec, name, seed, keys, overrides))
+        for seed in sweep.seeds
+        for name, keys in variants.items()
+    ]
+
+
+def _variants(sweep: SweepSpec, only: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    named = {name: keys for name, keys in sweep.runs.items() if only is None or name in only} or {"": {}}
+    for name, keys in named.items():
+        for values in itertools.product(*sweep.grid.values()):
+            chosen = dict(zip(sweep.grid, values, strict=True))
+            said = [f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items()]
+            yield _as_name("-".join(filter(None, [name, *said]))), {**keys, **chosen}
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _spec(
+    sweep: SweepSpec, path: Path, name: str, seed: int, keys: Mapping[str, Any], overrides: Sequence[str]
+) -> RunSpec:
+    whole = f"{sweep.name}-{name}-s{seed}"
+    own = [f"name={whole}", f"seed={seed}"]
+    try:
+        return resolve_spec(path, [*(f"{key}={json.dumps(value)}" for key, value in keys.items()), *overrides, *own])
+    except SpecError as e:
+        raise SpecError(f"sweep {sweep.name}, run {name}: {e.what}", e.why, e.fix) from e

@@ -1,0 +1,65 @@
+"""A run's numbers, as figures and tables take them."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mhmoe_ray.planner.sizes import Sizes, sizes
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.spec import RunSpec
+
+FLOPS_PER_MAC = 2
+BACKWARD = 2
+"""Times the multiply-adds of the forward pass."""
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    run: RunDir
+    spec: RunSpec
+    lines: list[dict[str, Any]]
+    """Of metrics.jsonl, one a step, in order."""
+
+    @classmethod
+    def read(cls, run: RunDir) -> "RunFigures":
+        """Raises:
+        RunError: it was imported, not trained.
+        """
+        return cls(run, run.spec(), metrics.history(run))
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return sizes(self.spec.model)
+
+    @property
+    def validations(self) -> dict[int, float]:
+        """Loss in nats per token by step, where it is finite."""
+        found = {line[metrics.STEP]: line.get(metrics.VAL_LOSS) for line in self.lines}
+        return {step: loss for step, loss in found.items() if loss is not None and math.isfinite(loss)}
+
+    @property
+    def steps(self) -> int:
+        """Done."""
+        return int(self.lines[-1][metrics.STEP]) if self.lines else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.steps >= self.spec.train.steps
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Median over the steps; the first ones after a start, which are slow, do not move it."""
+        speeds = [line[metrics.TOKENS_PER_S] for line in self.lines]
+        return statistics.median(speeds) if speeds else None
+
+    def late(self, name: str) -> float | None:
+        """Mean of a metric over the last tenth of the steps."""
+        values = [line[name] for line in self.lines[-max(1, len(self.lines) // 10) :] if line.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
+    def flops(self, tokens: float) -> float:
+        """That training on so many tokens takes: matrix products of forward and backward, routers included."""
+        return tokens * self.sizes.macs_per_token * FLOPS_PER_MAC * (1 + BACKWARD)

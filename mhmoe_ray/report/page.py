@@ -1,0 +1,193 @@
+"""`mhmoe report`: one page that needs nothing else, and the same figures as PNGs."""
+
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.request import all_stored
+from mhmoe_ray.report import plots
+from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.report.routes import routes
+from mhmoe_ray.report.variants import Variant, matched_step, variants
+from mhmoe_ray.report.verdict import Verdict, verdict
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.spec import RunSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "report.html"
+PNG_DPI = 200
+MOST_LOAD = 2.0
+
+
+def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> list[Verdict]:
+    """Write the page and its PNGs.
+
+    Args:
+        runs: trained ones.
+        folder: made where it is missing; files of an earlier report in it are replaced.
+        baseline: name of the variant that the others are compared with; the first by default.
+
+    Returns:
+        The verdicts on the page.
+
+    Raises:
+        RunError: a run has no numbers yet, or there is no such baseline.
+        DataError: matplotlib or scipy is not installed.
+    """
+    import matplotlib as mpl
+
+    read = [RunFigures.read(run) for run in runs]
+    if empty := [run.run.id for run in read if not run.lines]:
+        raise RunError(f"run {empty[0]}", "it has no numbers yet", "wait for its first steps, or leave it out")
+    found = variants(read)
+    first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
+    if first is None:
+        names = ", ".join(v.name for v in found)
+        raise RunError(f"baseline {baseline}", "there is no such variant among the runs", f"choose from {names}")
+    step = matched_step(found)
+    verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(plots.STYLE):
+        figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first)}
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=", ".join(v.name for v in found),
+            made=time.strftime("%Y-%m-%d %H:%M"),
+            rows=[_row(v, first, step) for v in found],
+            baseline=first.name,
+            step=step,
+            verdicts=verdicts,
+            figures=figures,
+            differences=_differences(found),
+            runs=[_run(run) for run in read],
+            uncounted=[v.name for v in found if v.first.spec.model.moe and not _is_evaluated(v)],
+        )
+    )
+    (folder / PAGE).write_text(page)
+    return verdicts
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("mhmoe_ray.report", "."), autoescape=select_autoescape())
+    environment.filters["number"] = lambda value, form=",": "" if value is None else format(value, form)
+    return environment
+
+
+def _figures(found: Sequence[Variant], baseline: Variant) -> "Iterator[tuple[str, Figure]]":
+    """Names for files, and what is in them."""
+    if len(found) > 1:
+        yield "loss_beside_baseline", plots.differences(found, baseline)
+    for over in plots.AXES:
+        yield f"loss_by_{over}", plots.validation(found, over)
+    for metric, title, label in [
+        (metrics.LOSS, "training loss", "nats per token"),
+        (metrics.BALANCE, "balance loss", "1 is uniform"),
+        (metrics.ENTROPY, "entropy of loads, lowest layer", "1 is uniform"),
+        (metrics.DROPPED, "dropped routes", "share"),
+    ]:
+        if figure := plots.curve(found, metric, title, label):
+            yield metric, figure
+    yield "throughput", plots.throughput(found)
+    named = {v.name: r for v in found if (r := routes(v.first.run)) is not None}
+    colours = {v.name: number for number, v in enumerate(found)}
+    most = min(MOST_LOAD, max((float(r.load.max()) for r in named.values()), default=1.0))
+    if named:
+        for relative in (False, True):
+            if figure := plots.activation_curve(named, colours, relative):
+                yield f"activation{'_relative' if relative else ''}", figure
+    for name, counted in named.items():
+        yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.heat_map(name, counted, most)
+
+
+def _written(figure: "Figure", png: Path) -> str:
+    """The figure as SVG for the page, after it was written as PNG."""
+    figure.savefig(png, format="png", dpi=PNG_DPI)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    # Without a fixed size, so that it takes that of its place.
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.getvalue()[svg.getvalue().index("<svg") :])
+
+
+def _row(variant: Variant, baseline: Variant, step: int | None) -> dict[str, Any]:
+    of, base, run = variant.first.sizes, baseline.first.sizes, variant.first
+    moe, counted = run.spec.model.moe, routes(run.run)
+    return {
+        "name": variant.name,
+        "runs": len(variant.runs),
+        "shape": f"h {moe.heads}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
+        "parameters": of.parameters,
+        "parameters_ratio": of.parameters / base.parameters,
+        "macs": of.macs_per_token,
+        "macs_ratio": of.macs_per_token / base.macs_per_token,
+        "loss": variant.mean_loss(step) if step else None,
+        "deviation": variant.deviation(step) if step else None,
+        "perplexity": variant.perplexity(step) if step else None,
+        "bits_per_byte": _bits_per_byte(variant),
+        "speed": run.tokens_per_s,
+        "balance": run.late(metrics.BALANCE),
+        "dropped": run.late(metrics.DROPPED),
+        "distinct": counted.distinct if counted else None,
+        "agreement": counted.agreement if counted else None,
+    }
+
+
+def _bits_per_byte(variant: Variant) -> float | None:
+    """Of the runs' newest evaluations on held-out text, where all have one."""
+    found = []
+    for run in variant.runs:
+        scores = [e.total for e in all_stored(run.run) if e.request.prepared and e.domains]
+        if not scores:
+            return None
+        found.append(scores[-1].bits_per_byte)
+    return sum(found) / len(found)
+
+
+def _is_evaluated(variant: Variant) -> bool:
+    return any(evaluation.routing for evaluation in all_stored(variant.first.run))
+
+
+def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
+    """Keys of the model, the data and the training in which the variants differ, with the values of each."""
+    flat = [dict(_leaves(v.first.spec)) for v in found]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    return {
+        key: [str(one.get(key, "")) for one in flat] for key in keys if len({str(one.get(key, "")) for one in flat}) > 1
+    }
+
+
+def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
+    def walk(tree: Any, before: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{before}{key}.")
+            elif value is not None:
+                yield f"{before}{key}", value
+
+    return walk(spec.model_dump(mode="json", include={"model", "data", "train"}), "")
+
+
+def _run(run: RunFigures) -> dict[str, Any]:
+    happened = events.events(run.run)
+    started = next((e for e in reversed(happened) if e["event"] == "started"), None)
+    seconds = run.lines[-1][metrics.TIME] - run.lines[0][metrics.TIME]
+    return {
+        "id": run.run.id,
+        "seed": run.spec.seed,
+        "state": events.state(happened),
+        "steps": run.steps,
+        "tokens": run.lines[-1][metrics.TOKENS],
+        "flops": run.flops(run.lines[-1][metrics.TOKENS]),
+        "workers": events.workers(started) if started else "",
+        "minutes": seconds / 60,
+    }

@@ -1,0 +1,211 @@
+"""The figures of a report. Each is as wide as a phone, so that a page can set them beside or below each other."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate import activation
+from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.report.routes import Routes
+from mhmoe_ray.report.variants import Variant
+from mhmoe_ray.runs import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
+WIDTH, HEIGHT = 4.2, 3.0
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+POINTS = 300
+"""Of a curve: more than a page shows."""
+
+X = Callable[[RunFigures, dict[str, Any]], float]
+
+
+def _steps(_: RunFigures, line: dict[str, Any]) -> float:
+    return float(line[metrics.STEP])
+
+
+def _tokens(_: RunFigures, line: dict[str, Any]) -> float:
+    return float(line[metrics.TOKENS])
+
+
+def _flops(run: RunFigures, line: dict[str, Any]) -> float:
+    return run.flops(line[metrics.TOKENS])
+
+
+AXES: dict[str, tuple[str, X]] = {
+    "steps": ("steps", _steps),
+    "tokens": ("tokens", _tokens),
+    "flops": ("training FLOPs", _flops),
+}
+
+
+def new_figure(rows: int = 1, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
+    """Raises:
+    DataError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(rows, 1)).flat)
+
+
+def style_of(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def validation(variants: Sequence[Variant], over: str) -> "Figure":
+    """Validation loss, mean over seeds with a band from the lowest to the highest."""
+    title, x_of = AXES[over]
+    figure, [axis] = new_figure()
+    for number, variant in enumerate(variants):
+        run = variant.first
+        steps = sorted(set.intersection(*(set(r.validations) for r in variant.runs)))
+        lines = {line[metrics.STEP]: line for line in run.lines}
+        if not steps:
+            continue
+        x = [x_of(run, lines[step]) for step in steps]
+        losses = np.array([[r.validations[step] for step in steps] for r in variant.runs])
+        style = style_of(number)
+        axis.plot(x, losses.mean(0), label=variant.name, marker=".", markersize=4, **style)
+        if len(losses) > 1:
+            axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
+    _ends_count(axis, variants)
+    axis.set(xlabel=title, ylabel="nats per token", title=f"validation loss against {title}")
+    second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
+    second.set_ylabel("perplexity")
+    axis.legend()
+    return figure
+
+
+def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
+    """Validation loss less the baseline's, seed by seed where both have the seed: the mean, and a band from the lowest
+    to the highest."""
+    figure, [axis] = new_figure()
+    axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
+    for number, variant in enumerate(variants):
+        if variant is baseline:
+            continue
+        steps = sorted(set.intersection(*(set(r.validations) for r in (*variant.runs, *baseline.runs))))
+        rows = []
+        for step in steps:
+            own, other = variant.losses(step), baseline.losses(step)
+            common = own.keys() & other.keys()
+            mean = sum(other.values()) / len(other)
+            rows.append([own[s] - (other[s] if common else mean) for s in sorted(common or own)])
+        if not rows:
+            continue
+        found, style = np.array(rows), style_of(number)
+        axis.plot(steps, found.mean(1), label=variant.name, marker=".", markersize=4, **style)
+        if found.shape[1] > 1:
+            axis.fill_between(steps, found.min(1), found.max(1), color=style["color"], alpha=0.12, linewidth=0)
+    axis.set(xlabel="steps", ylabel="nats per token", title=f"validation loss less that of {baseline.name}")
+    axis.legend()
+    return figure
+
+
+def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
+    """Scale so that the later half can be told apart; the first values are much higher."""
+    late, all_ = [], []
+    for variant in variants:
+        for run in variant.runs:
+            losses = [loss for _, loss in sorted(run.validations.items())]
+            late += losses[len(losses) // 4 :]
+            all_ += losses
+    if late and max(all_) > min(late):
+        room = 0.08 * (max(late) - min(late)) or 0.05
+        axis.set_ylim(min(late) - room, max(late) + room)
+
+
+def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
+    """A metric of the first run of each variant over steps, smoothed over a fiftieth of them; None where no run has
+    it, or it is 0 throughout."""
+    figure, [axis] = new_figure()
+    drawn = False
+    for number, variant in enumerate(variants):
+        points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first.lines if ln.get(metric) is not None]
+        if not any(value for _, value in points):
+            continue
+        drawn = True
+        step, value = np.array(points, float).T
+        window = max(1, len(value) // 50)
+        smooth = np.convolve(value, np.ones(window) / window, "valid")
+        step = step[window - 1 :]
+        some = np.unique(np.linspace(0, len(smooth) - 1, min(POINTS, len(smooth))).astype(int))
+        axis.plot(step[some], smooth[some], label=variant.name, linewidth=1.2, **style_of(number))
+    axis.set(xlabel="steps", ylabel=label, title=title)
+    if not drawn:
+        return None
+    axis.legend()
+    return figure
+
+
+def throughput(variants: Sequence[Variant]) -> "Figure":
+    """Tokens a second, a bar for each variant; marks are its runs."""
+    figure, [axis] = new_figure(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
+    for number, variant in enumerate(variants):
+        speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s]
+        if speeds:
+            axis.barh(number, np.mean(speeds), color=style_of(number)["color"], alpha=0.8)
+            axis.plot(speeds, [number] * len(speeds), "k|", markersize=8)
+    axis.set_yticks(range(len(variants)), [v.name for v in variants])
+    axis.invert_yaxis()
+    axis.set(xlabel="tokens a second, median over steps", title="throughput in training")
+    return figure
+
+
+def heat_map(name: str, routes: Routes, most: float) -> "Figure":
+    """Loads of a model's experts, layers downwards.
+
+    Args:
+        name: of the variant.
+        routes: its own.
+        most: load at the end of the colour scale, which all maps of a page share.
+    """
+    layers, experts = routes.load.shape
+    figure, [axis] = new_figure(height=1.15 + 0.22 * layers)
+    image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
+    axis.set(xlabel="expert", ylabel="layer", title=f"{name}: load of experts")
+    axis.set_yticks(range(layers))
+    axis.set_xticks(sorted({0, *range(0, experts, max(1, experts // 8))}))
+    figure.colorbar(image, ax=axis, label="1 is uniform")
+    return figure
+
+
+def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
+    """Share of experts in use as a function of the threshold; None where no run was evaluated for it."""
+    figure, [axis] = new_figure()
+    drawn = False
+    for name, routes in named.items():
+        shares = routes.activated_relative if relative else routes.activated
+        if shares is None:
+            continue
+        drawn = True
+        thresholds = activation.RELATIVE if relative else activation.THRESHOLDS
+        axis.plot(thresholds, [100 * s for s in shares], marker=".", label=name, **style_of(colours[name]))
+    if not relative:
+        axis.set_xscale("log")
+    what = "of a uniform load" if relative else "of the tokens, more than which select it"
+    axis.set(xlabel=f"threshold: share {what}", ylabel="per cent of experts", ylim=(-3, 103))
+    axis.set_title("experts in use, beside a uniform load" if relative else "experts in use")
+    if not drawn:
+        return None
+    axis.legend()
+    return figure

@@ -1,0 +1,52 @@
+"""A run's routes, from its newest evaluation or else from its training."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_ray.evaluate import activation
+from mhmoe_ray.evaluate.request import all_stored
+from mhmoe_ray.runs.layout import RunDir
+
+
+class Routes(NamedTuple):
+    load: np.ndarray
+    """(L, E): shares of a layer's routes, times E."""
+    source: str
+    """Where they were counted."""
+    activated: list[float] | None
+    """By activation.THRESHOLDS; from an evaluation alone."""
+    activated_relative: list[float]
+    """By activation.RELATIVE."""
+    distinct: float | None
+    """Mean number of different experts of a token, over its routes: 1 is all different."""
+    agreement: float | None
+    """Of different heads, mean over layers."""
+
+
+def routes(run: RunDir) -> Routes | None:
+    """None for a dense model, and for a run without checkpoints."""
+    evaluated = [e for e in all_stored(run) if e.routing]
+    if evaluated:
+        whole = activation.joined(evaluated[-1].routing.values())
+        agreement = activation.mean_agreement(whole)
+        per_token = len(whole.distinct[0]) - 1
+        return Routes(
+            activation.load(whole),
+            f"{evaluated[-1].request.said}, step {evaluated[-1].step:,}",
+            activation.activated(whole),
+            activation.activated_relative(whole),
+            float(activation.distinct_experts(whole).mean()) / per_token,
+            None if agreement is None else float(agreement.mean()),
+        )
+    counted = sorted(path.name for path in run.routing.glob("*.json")) if run.routing.exists() else []
+    if not counted:
+        return None
+    found = json.loads((run.routing / counted[-1]).read_text())
+    counts = np.array(found["routes_per_layer_and_expert"], float)
+    if not counts.size:
+        return None
+    load = counts / counts.sum(1, keepdims=True).clip(min=1) * counts.shape[1]
+    relative = [float((load > threshold).mean()) for threshold in activation.RELATIVE]
+    return Routes(load, f"training text up to step {found['step']:,}", None, relative, None, None)

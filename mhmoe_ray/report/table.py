@@ -1,0 +1,56 @@
+"""A sweep as one table."""
+
+from collections import Counter
+from typing import Any
+
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.report.variants import Variant, matched_step
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.sweeps import SweepDir
+
+
+def table(place: SweepDir) -> list[dict[str, Any]]:
+    """JSON: one for each variant, in the order of the sweep. Losses are those of finished runs, while none is of
+    all, at the last step that they have all validated; ratios are to the first variant."""
+    definition, started = place.definition(), place.runs()
+    figures = {
+        name: RunFigures.read(run)
+        for name, run in started.items()
+        if run.state_file.exists() and run.spec_file.exists()
+    }
+    over = {name for name, run in figures.items() if run.is_finished}
+    names = list(dict.fromkeys(entry.variant for entry in definition.entries))
+    found = []
+    for name in names:
+        entries = [entry for entry in definition.entries if entry.variant == name]
+        states = Counter(
+            events.state(events.events(started[e.name])) if e.name in figures else "waiting" for e in entries
+        )
+        variant = Variant(name, [figures[e.name] for e in entries if e.name in (over or figures)])
+        found.append((entries[0].spec, states, variant))
+    step = matched_step([variant for _, _, variant in found if variant.runs])
+    first = sizes(found[0][0].model)
+    rows = []
+    for spec, states, variant in found:
+        of = sizes(spec.model)
+        row: dict[str, Any] = {
+            "variant": variant.name,
+            "states": dict(states),
+            "parameters": of.parameters,
+            "parameters_ratio": of.parameters / first.parameters,
+            "macs_per_token": of.macs_per_token,
+            "macs_ratio": of.macs_per_token / first.macs_per_token,
+            "step": step,
+            "losses": variant.losses(step) if step else {},
+            "loss": variant.mean_loss(step) if step else None,
+            "deviation": variant.deviation(step) if step else None,
+            "perplexity": variant.perplexity(step) if step else None,
+        }
+        for key, metric in [("balance", metrics.BALANCE), ("dropped", metrics.DROPPED)]:
+            late = [value for run in variant.runs if (value := run.late(metric)) is not None]
+            row[key] = sum(late) / len(late) if late else None
+        speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s]
+        row["tokens_per_s"] = sum(speeds) / len(speeds) if speeds else None
+        rows.append(row)
+    return rows

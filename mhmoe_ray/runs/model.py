@@ -1,0 +1,21 @@
+"""From a checkpoint directory to a model, with no step in between."""
+
+from mhmoe_ray.location import Location
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.runs.manifest import Manifest, read_manifest
+from mhmoe_ray.runs.tensors import load_tensors
+
+
+def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
+    """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
+
+    Returns:
+        The decoder in evaluation mode, float32, without gradients; and the manifest it was built from.
+
+    Raises:
+        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
+    """
+    manifest = read_manifest(checkpoint, parts=("weights",))
+    model = Decoder(manifest.model).requires_grad_(False).eval()
+    load_tensors(checkpoint / "weights", model.tensors())
+    return model, manifest

@@ -1,0 +1,142 @@
+"""A run's numbers in MLflow, where the spec names a server (`tracking.mlflow`).
+
+All requests are a thread's: training never waits for the server. What that does not take now it gets later; what it
+never took, a warning in the log says, and metrics.jsonl has it all the same. A run that goes on goes on in MLflow too:
+the MLflow run is found by the run's id, in the tag `mhmoe_run`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from mhmoe_ray.errors import JobError
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.telemetry.tags import tagged
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+LOG = logging.getLogger("mhmoe")
+SEND_SECONDS = 5.0
+CLOSE_SECONDS = 30.0
+"""That the end of training waits for what is not sent yet."""
+MOST_METRICS = 1000
+"""That MLflow takes in one request."""
+LONGEST_VALUE = 6000
+"""Of a parameter, in MLflow."""
+TAG = "mhmoe_run"
+
+
+class MlflowRun:
+    def __init__(self, run: RunDir, spec: RunSpec) -> None:
+        """Args:
+        run: whose numbers these are.
+        spec: its own; names a server.
+
+        Raises:
+            JobError: MLflow is not installed.
+        """
+        assert spec.tracking.mlflow is not None
+        self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
+        self._client = _client(self._server)
+        self._id: str | None = None
+        self._queue: SimpleQueue[Metric] = SimpleQueue()
+        self._unsent: list[Metric] = []
+        self._warned = False
+        self._over = Event()
+        self._thread = Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def tell(self, line: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        when, step = int(line[metrics.TIME] * 1000), line[metrics.STEP]
+        for tag, value in tagged(line).items():
+            self._queue.put(Metric(tag, value, when, step))
+
+    def close(self) -> None:
+        """Return when all of it is there, or the server did not take it for a while."""
+        self._over.set()
+        self._thread.join(CLOSE_SECONDS)
+        left = len(self._unsent) + self._queue.qsize()
+        if left:
+            LOG.warning("%d numbers never reached MLflow at %s; metrics.jsonl has them", left, self._server)
+
+    def _send_all(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        while True:
+            last = self._over.wait(SEND_SECONDS)
+            try:
+                self._send()
+                if last:
+                    self._client.set_terminated(self._id)
+                    return
+            except MlflowException as e:
+                if not self._warned:
+                    self._warned = True
+                    LOG.warning("MLflow at %s: %s; trying again", self._server, str(e).splitlines()[0])
+                if last:
+                    return
+
+    def _send(self) -> None:
+        if self._id is None:
+            self._id = self._find() or self._create()
+        self._unsent += _drained(self._queue)
+        while self._unsent:
+            self._client.log_batch(self._id, metrics=self._unsent[:MOST_METRICS])
+            del self._unsent[:MOST_METRICS]
+
+    def _experiment(self) -> str:
+        name = self._spec.tracking.experiment
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name))
+
+    def _find(self) -> str | None:
+        """The MLflow run that an earlier start of the workers made; it runs again."""
+        found = self._client.search_runs([self._experiment()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
+        if not found:
+            return None
+        self._client.update_run(found[0].info.run_id, status="RUNNING")
+        return str(found[0].info.run_id)
+
+    def _create(self) -> str:
+        from mlflow.entities import Param
+
+        made = self._client.create_run(self._experiment(), run_name=self._run.id, tags={TAG: self._run.id})
+        tree = self._spec.model_dump(mode="json", include={"seed", "origin", "model", "train"})
+        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in _leaves(tree)]
+        self._client.log_batch(made.info.run_id, params=params)
+        return str(made.info.run_id)
+
+
+def _client(server: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for reports to its makers
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # we try again ourselves
+    try:
+        from mlflow import MlflowClient
+    except ImportError as e:
+        fix = "install mhmoe-ray[mlflow] where workers run, or remove the key"
+        raise JobError("tracking.mlflow", "MLflow is not installed there", fix) from e
+    return MlflowClient(tracking_uri=server)
+
+
+def _drained(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
+    while True:
+        try:
+            yield queue.get_nowait()
+        except Empty:
+            return
+
+
+def _leaves(tree: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{before}{key}.")
+        elif value is not None:
+            yield f"{before}{key}", value

@@ -1,0 +1,148 @@
+"""Sweeps as a user starts them, on a real cluster, with real deaths."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.runs.sweeps import sweep_dir
+from tests.cli.conftest import write_spec
+from tests.cli.run import assert_one_line, command, mhmoe
+from tests.data.texts import write_corpus
+from tests.watch import started, step_of, wait_until
+
+DENSE = {"model.moe": None}
+ONE_HEAD = {"model.moe.heads": 1, "model.moe.top_k": 1, "model.moe.d_expert": 48}
+TWO_HEADS = {"model.moe.heads": 2}
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A folder whose name a shell would take for more than a name."""
+    folder = tmp_path / "it's $(touch pwned); a & b"
+    write_corpus(folder / "raw")
+    write_spec(folder, cluster={"workers": 1, "ep": 1}, train={"steps": 20})
+    return folder
+
+
+@pytest.fixture
+def wide_cluster(tmp_path, monkeypatch):
+    """With room for two runs at a time."""
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
+    try:
+        yield start_local(10)
+    finally:
+        stop_local()
+
+
+def write_sweep(folder, **keys):
+    sweep = {
+        "name": "heads",
+        "sizes": {"small": {"spec": "spec.yaml"}, "large": {"spec": "spec.yaml", "set": {"train.steps": 40}}},
+        "runs": {"dense": DENSE, "h1": ONE_HEAD, "h2": TWO_HEADS},
+        "concurrent": 1,
+        **keys,
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+
+
+def drivers(project):
+    """Processes of the job that starts the runs."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or ()
+        if "mhmoe_ray.cluster.sweeping" in line and any(str(project) in part for part in line):
+            found.append(process)
+    return found
+
+
+def test_a_dry_run_shows_every_variant_and_starts_nothing(project):
+    write_sweep(project, seeds=[0, 1], grid={"train.lr": [0.001, 0.002]})
+    shown = mhmoe(project, "sweep", "sweep.yaml", "--size", "large", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert "6 variants x 2 seeds = 12 runs, 1 at a time" in shown.out
+    [h2] = [line.split() for line in shown.out.splitlines() if line.startswith("h2-lr-0-002")]
+    assert h2[1:5] == ["2", "4", "2", "24"]
+    assert not (project / "runs").exists()
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--size", "huge"), 3, "choose from small, large")
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--only", "h3"), 3, "choose from dense-lr-0-001, ")
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--show"), 7, "it was never started")
+
+
+@pytest.mark.ray
+def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
+    write_sweep(project, runs={"dense": DENSE, "wrong": {"train.on_nonfinite": "stop", "train.lr": 1e30}})
+    first = mhmoe(project, "sweep", "sweep.yaml")
+    assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
+    assert len(list_runs(project / "runs")) == 2
+    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
+    second = mhmoe(project, "sweep", "sweep.yaml", "--only", "h1", "--json")
+    rows = {row["variant"]: row for row in second.json()}
+    # What was started before stays in the table, what is finished stays finished, and what failed was tried again.
+    assert {name: row["states"] for name, row in rows.items()} == {
+        "h1": {"finished": 1},
+        "dense": {"finished": 1},
+        "wrong": {"failed": 1},
+    }
+    runs = sweep_dir(project / "runs", "heads-small").runs()
+    assert {name: len(started(run)) for name, run in runs.items() if name != "wrong-s0"} == {"dense-s0": 1, "h1-s0": 1}
+    loss = metrics.last(runs["dense-s0"])[metrics.VAL_LOSS]
+    assert rows["dense"]["losses"] == {"0": loss}
+    assert rows["h1"]["parameters_ratio"] == 1 < rows["h1"]["parameters"] / rows["dense"]["parameters"]
+    assert not list(project.rglob("pwned"))
+    assert not list(Path.cwd().glob("pwned"))
+    write_sweep(project, runs={"dense": {**DENSE, "train.lr": 0.001}})
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml"), 3, "run dense-s0 was started with another spec: train")
+
+
+def assert_one_line_after_progress(result, code, *parts):
+    assert result.code == code, result
+    assert "Traceback" not in result.out + result.err
+    assert all(part in result.err.splitlines()[-1] for part in parts), result.err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_twelve_runs_survive_the_death_of_the_sweeps_job_and_of_workers(project, wide_cluster):
+    write_sweep(project, seeds=[0, 1, 2, 3], concurrent=2)
+    follower = subprocess.Popen(
+        command("sweep", "sweep.yaml"), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    place = sweep_dir(project / "runs", "heads-small")
+    wait_until(lambda: place.exists and len(place.runs()) >= 4, "the fourth run", 300)
+    done = {name: started(run) for name, run in place.runs().items() if events.state(events.events(run)) == "finished"}
+    [driver] = drivers(project)
+    driver.kill()
+    victim = wait_until(lambda: running_worker(place, done), "a worker to end")
+    os.kill(victim, signal.SIGKILL)
+    out, err = follower.communicate(timeout=500)
+    assert follower.returncode == 0, err
+    assert "the job that starts the runs has ended; it is started again" in err
+    assert len(place.definition().jobs) == 2
+    assert out.count("4 finished") == 3
+    runs = place.runs()
+    assert len(runs) == len({run.id for run in runs.values()}) == len(list_runs(project / "runs")) == 12
+    assert all(step_of(run) == 20 for run in runs.values())
+    # What was finished was not touched, and the victim's run went on.
+    assert {name: started(runs[name]) for name in done} == done
+    assert sum(len(started(run)) for run in runs.values()) == 13
+    began = time.monotonic()
+    assert mhmoe(project, "sweep", "sweep.yaml").code == 0
+    assert time.monotonic() - began < 60
+    assert sum(len(started(run)) for run in runs.values()) == 13
+
+
+def running_worker(place, done):
+    """The process of a worker that trains."""
+    for name, run in place.runs().items():
+        if name not in done and events.state(events.events(run)) == "running" and 0 < step_of(run) < 18:
+            return started(run)[-1]["workers"][0]["pid"]
+    return None

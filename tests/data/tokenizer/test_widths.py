@@ -1,0 +1,30 @@
+"""Bytes of tokens: those of a text add up to the text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhmoe_ray.data.tokenizer import DocumentEncoder, token_widths
+from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
+from tests.data.texts import documents
+from tests.llama_tokenizer import llama_tokenizer
+
+TEXTS = [*documents("en", 60), "über die Brücke → 東京 нет"]
+KINDS = {"bpe": train_bpe, "unigram": train_unigram}
+TRAINED = {name: train([*TEXTS], 400) for name, train in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(max_size=60).map(lambda drawn: "the moon " + drawn))
+def test_a_documents_tokens_have_its_bytes(kind, text):
+    ids = DocumentEncoder(TRAINED[kind]).encode([text])[0]
+    widths = token_widths(TRAINED[kind])
+    assert widths[ids[0]] == 0  # the start token stands for no text
+    assert widths[ids].sum() == len(text.encode())
+
+
+def test_with_a_space_before_the_first_word_and_bytes_in_brackets():
+    tokenizer = llama_tokenizer(TEXTS, 400)
+    text = "the moon 🌙 rises"
+    ids = DocumentEncoder(tokenizer).encode([text])[0]
+    assert token_widths(tokenizer)[ids].sum() == len(text.encode()) + 1

@@ -1,0 +1,105 @@
+"""lm-eval, unmodified, on a task of ours through its Python interface."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer.train import train_bpe
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.evaluate.harness import PAPER_TASKS, expanded, run_tasks
+from tests.data.texts import documents
+from tests.evaluate.test_measure import model_of
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # its own and its libraries'
+
+QUESTIONS = [
+    {"question": "the moon", "choices": [" rises", " turns home", " every"], "answer": 0},
+    {"question": "a quiet", "choices": [" sea", " night falls on us all and every small boat"], "answer": 0},
+    {"question": "every small boat turns home before night", "choices": [" moon", " falls"], "answer": 1},
+]
+TASK = """
+task: choose
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(documents("en", 60), 300)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tmp_path / "choose.yaml").write_text(TASK.format(data=data))
+    return tmp_path
+
+
+@torch.inference_mode()
+def log_probability(model, tokenizer, before, answer):
+    """Of the answer's tokens, one after another; the model sees SEQ_LEN tokens at most."""
+    ids, total = tokenizer.encode(before).ids, 0.0
+    for token in tokenizer.encode(before + answer).ids[len(ids) :]:
+        seen = torch.tensor([ids[-SEQ_LEN:]])
+        total += float(model(seen).logits_BTV[0, -1].log_softmax(-1)[token])
+        ids.append(token)
+    return total
+
+
+def test_its_choices_are_those_of_the_model(folder, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    model = model_of()
+    found = run_tasks(model, tokenizer, SEQ_LEN, ["choose"], [str(folder)], batch=2, half=False, limit=None)
+    right, right_by_length = 0, 0
+    for asked in QUESTIONS:
+        fits = [log_probability(model, tokenizer, asked["question"], choice) for choice in asked["choices"]]
+        by_length = [fit / len(choice) for fit, choice in zip(fits, asked["choices"], strict=True)]
+        right += max(range(len(fits)), key=fits.__getitem__) == asked["answer"]
+        right_by_length += max(range(len(fits)), key=by_length.__getitem__) == asked["answer"]
+    assert found["choose"]["acc"] == pytest.approx(right / 3)
+    assert found["choose"]["acc_norm"] == pytest.approx(right_by_length / 3)
+
+
+def test_log_probabilities_are_those_of_one_token_at_a_time(tokenizer):
+    from mhmoe_ray.evaluate.harness import _scores
+
+    model = model_of()
+    texts = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
+    pairs = []
+    for before, answer in texts:
+        context = tokenizer.encode(before).ids
+        pairs.append((context, tokenizer.encode(before + answer).ids[len(context) :]))
+    assert max(len(context) + len(answer) for context, answer in pairs) > SEQ_LEN  # one is cut at its beginning
+    found = [value for value, _ in _scores(model, pairs, 64, False)]
+    monkey = [log_probability_whole(model, context, answer) for context, answer in pairs]
+    assert found == pytest.approx(monkey, rel=1e-4)
+
+
+@torch.inference_mode()
+def log_probability_whole(model, context, answer):
+    logprob = model(torch.tensor([context + answer])).logits_BTV[0].log_softmax(-1)
+    return sum(float(logprob[len(context) - 1 + i, token]) for i, token in enumerate(answer))
+
+
+def test_the_papers_tasks_are_lm_evals(tokenizer):
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    assert [task for tasks in PAPER_TASKS.values() for task in tasks if task not in known] == []
+    assert expanded(["xnli", "piqa"]) == [*PAPER_TASKS["xnli"], "piqa"]
+    with pytest.raises(SpecError, match="lm-eval knows none of this name"):
+        run_tasks(model_of(), tokenizer, SEQ_LEN, ["no_such_task"], [], batch=1, half=False, limit=None)

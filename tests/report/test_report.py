@@ -1,0 +1,149 @@
+"""Reports on runs whose numbers are known."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.report.page import write_report
+from mhmoe_ray.report.variants import Variant, matched_step, variants
+from mhmoe_ray.report.verdict import verdict
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.state import Attempt, add_attempt
+from tests.specs import tiny_spec
+
+MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
+
+
+def made(folder, name, seed, final, moe=MOE, steps=20, validated=5) -> RunDir:
+    """A run whose validation loss comes down to `final` at its last step."""
+    spec = tiny_spec(folder, model={"moe": moe}).model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
+    run = create_run(spec)
+    add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
+    for step in range(1, steps + 1):
+        line = {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: final + 1 / step, metrics.GROUP: 1}
+        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0 + step}
+        if moe:
+            line |= {metrics.BALANCE: 1 + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
+        if step % validated == 0:
+            line[metrics.VAL_LOSS] = final + (20 - step) / 20
+        metrics.append(run, line)
+    metrics.flush(run)
+    if moe:
+        counts = {"step": steps, "routes_per_layer_and_expert": [[10, 20, 30, 40]]}
+        (run.routing / f"step_{steps:08d}.1.json").write_text(json.dumps(counts))
+    events.record(run, "finished", step=steps)
+    return run
+
+
+def six(folder):
+    losses = {"dense": (3.0, 3.1, 3.2), "mhmoe-h2": (2.9, 2.98, 3.11)}
+    return [
+        made(folder, name, seed, loss, moe=None if name == "dense" else MOE)
+        for name, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+
+
+def read(runs):
+    return variants([RunFigures.read(run) for run in runs])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
+    found = read([*six(tmp_path), made(tmp_path, "other", 0, 2.0, moe={**MOE, "top_k": 1})])
+    assert [(v.name, len(v.runs)) for v in found] == [("dense", 3), ("mhmoe-h2", 3), ("other", 1)]
+    assert matched_step(found) == 20
+    assert found[0].mean_loss(20) == pytest.approx(3.1)
+    assert found[0].deviation(20) == pytest.approx(0.1)
+    assert found[2].deviation(20) is None
+
+
+def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
+    [variant] = read([made(tmp_path, "a", 0, 3.0), made(tmp_path, "a", 1, 9.0, steps=10)])
+    assert variant.losses(20) == {0: 3.0}
+    [alone] = read([made(tmp_path, "b", 1, 9.0, steps=10)])
+    assert len(alone.runs) == 1
+
+
+def test_training_flops_are_six_times_the_multiply_adds(tmp_path):
+    run = RunFigures.read(made(tmp_path, "a", 0, 3.0))
+    assert run.flops(1000) == 6000 * sizes(run.spec.model).macs_per_token
+    assert run.tokens_per_s == 110.5
+
+
+def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
+    dense, mhmoe = read(six(tmp_path))
+    found = verdict(dense, mhmoe, 20)
+    differences = [-0.1, -0.12, -0.09]
+    mean = sum(differences) / 3
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
+    half = 4.302653 * deviation / math.sqrt(3)  # t of 97.5 per cent, 2 degrees of freedom
+    assert found.difference == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert found.is_clear
+    assert found.paired
+    assert found.said.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
+
+
+def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):
+    dense, mhmoe = read(six(tmp_path))
+    two = verdict(dense, Variant("two", mhmoe.runs[1:]), 20)
+    assert (two.seeds, two.paired) == (2, True)
+    assert two.difference == pytest.approx(-0.105)
+    one = verdict(dense, Variant("one", mhmoe.runs[:1]), 20)
+    assert (one.low, one.is_clear) == (None, False)
+    assert "nobody knows how sure" in one.said
+    assert verdict(dense, mhmoe, 19) is None
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside = []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.outside += [v for k, v in named.items() if k in ("src", "href", "xlink:href")]
+
+
+def test_the_page_needs_nothing_else_and_the_pictures_lie_beside_it(tmp_path):
+    runs = six(tmp_path)
+    counts = RoutingCounts(
+        tokens=100, counts=[[100] * 4], tokens_of=[[60] * 4], distinct=[[0, 0, 0, 60, 40]],
+        agreement=[[[100, 10], [10, 100]]], first_weight=[80.0],
+    )  # fmt: skip
+    request = EvalRequest(run=str(runs[3].path), checkpoint="step_00000020.1", prepared="/data")
+    score = Score(nats=300.0, tokens=100, text_bytes=400)
+    store(
+        runs[3],
+        Evaluation(request=request, step=20, tokens=2560, seconds=1.0, domains={"a": score}, routing={"a": counts}),
+    )
+    verdicts = write_report(runs, tmp_path / "out", baseline="dense")
+    assert [v.other for v in verdicts] == ["mhmoe-h2"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert [link for link in links.outside if not link.startswith(("#", "data:"))] == []
+    assert "<script" not in page
+    for part in (verdicts[0].said, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%"):
+        assert part in page, part
+    pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
+    assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures
+    assert page.count("<figure") == len(pictures)
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
+    assert "dropped" not in pictures  # nothing was
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
+        write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
+    with pytest.raises(RunError, match="it has no numbers yet"):
+        write_report([made(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")
