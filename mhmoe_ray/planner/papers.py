@@ -112,7 +112,8 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 def _p1_routing(top_k: int) -> Tree:
     """torchscale's gate knows a first and a second choice only; runs with more had dropless routing (the review)."""
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
-    return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": True, **static}
+    # Of a single choice the divided weight would be 1, whatever the router says.
+    return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
 def equal_parameter_width(heads: int, experts: int, d: int = 768, hidden: int = 3072) -> int:
@@ -135,19 +136,15 @@ def _rebuttal() -> Iterator[tuple[str, Preset]]:
     for top_k in (3, 4):
         open_ = "their number (here 8) is not stated"
         xmoe = f"rebuttal-xmoe-k{top_k}"
-        moe = fixed(heads=1, experts=8, d_expert=3072, **_p1_routing(top_k))
-        yield (
-            xmoe,
-            Preset(f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_}", six, moe, None, train, SEQ_LEN),
-        )
-        moe = fixed(heads=2, experts=8, d_expert=equal_parameter_width(2, 8), **_p1_routing(top_k))
+        about = f"review of P1, 6 layers, X-MoE, top {top_k} experts; {open_}"
+        yield xmoe, Preset(about, six, _p1_moe(1, 8, top_k), None, train, SEQ_LEN)
         about = f"review of P1, 6 layers, MH-MoE h 2, top {top_k} experts; {open_}"
-        yield f"rebuttal-mhmoe-k{top_k}", Preset(about, six, moe, xmoe, train, SEQ_LEN)
+        yield f"rebuttal-mhmoe-k{top_k}", Preset(about, six, _p1_moe(2, 8, top_k), xmoe, train, SEQ_LEN)
     three = {**_P1_TRUNK, "layers": 3}
     train = {**_P1_TRAIN, "steps": 20_000, **rhythm(20_000)}
     for experts, top_k, reference in [(128, 1, None), (256, 2, "rebuttal-smoe-128-k1")]:
         about = f"review of P1, 3 layers, {experts} experts, top {top_k}; widths and router are not stated, here P1's"
-        moe = fixed(heads=1, experts=experts, d_expert=3072, **{**_p1_routing(top_k), "normalize_gates": top_k > 1})
+        moe = _p1_moe(1, experts, top_k)
         yield f"rebuttal-smoe-{experts}-k{top_k}", Preset(about, three, moe, reference, train, SEQ_LEN)
 
 
