@@ -11,9 +11,13 @@ from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_
 
 def report(
     runs: Annotated[
-        list[str],
-        typer.Argument(help="Ids, beginnings of ids, or paths; of a sweep its name.", autocompletion=complete.runs),
-    ],
+        list[str] | None,
+        typer.Argument(
+            help="Ids, beginnings of ids, or paths; of a sweep its name. The newest run by default.",
+            autocompletion=complete.runs,
+            show_default=False,
+        ),
+    ] = None,
     to: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
     baseline: Annotated[
         str | None, typer.Option(help="What the others are compared with; the first by default.")
@@ -33,8 +37,8 @@ def report(
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.sweeps import sweep_dir
 
-    found = []
-    for name in runs:
+    found = [] if runs else [find_run(None, storage, with_job=True)]
+    for name in runs or []:
         sweep = sweep_dir(location(storage).absolute(), name)
         found += list(sweep.runs().values()) if sweep.exists else [find_run(name, storage, with_job=True)]
     verdicts = write_report(list(dict.fromkeys(found)), to, baseline)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.resolve import resolve_spec
-from mhmoe_ray.spec import RunSpec, SweepRun, SweepSpec
+from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
 
 
 def planned_runs(
@@ -31,10 +31,10 @@ def planned_runs(
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
     common = sweep.sizes[size]
     variants: dict[str, dict[str, Any]] = {}
-    for name, keys in _variants(sweep, common.only):
+    for name, keys in _variants(sweep, common):
         if name in variants:
             raise SpecError(f"sweep {sweep.name}", f"two of its runs are called {name}", "give them names of their own")
-        variants[name] = {**common.set, **keys, **common.runs.get(name, {})}
+        variants[name] = keys
     return [
         SweepRun(variant=name, seed=seed, spec=_spec(sweep, folder / common.spec, name, seed, keys, overrides))
         for seed in sweep.seeds
@@ -42,13 +42,15 @@ def planned_runs(
     ]
 
 
-def _variants(sweep: SweepSpec, only: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    named = {name: keys for name, keys in sweep.runs.items() if only is None or name in only} or {"": {}}
+def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names, and the keys that make each of the common spec; the grid's come last."""
+    named = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {"": {}}
     for name, keys in named.items():
         for values in itertools.product(*sweep.grid.values()):
             chosen = dict(zip(sweep.grid, values, strict=True))
             said = [f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items()]
-            yield _as_name("-".join(filter(None, [name, *said]))), {**keys, **chosen}
+            whole = _as_name("-".join(filter(None, [name, *said])))
+            yield whole, {**size.set, **keys, **size.runs.get(name, {}), **chosen}
 
 
 def _as_name(text: str) -> str:

@@ -18,7 +18,7 @@ from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
-from mhmoe_ray.spec.sweep import SweepRun, SweepSpec
+from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SourceMix",
     "SourceSpec",
     "SweepRun",
+    "SweepSize",
     "SweepSpec",
     "TrainSpec",
     "checked",

@@ -1,11 +1,14 @@
 """Users' mistakes: one clear line, an exit code by kind, no traceback."""
 
 import json
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.errors import DOCTOR_EXIT_CODE, MhmoeError
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 
@@ -105,3 +108,12 @@ def test_prepared_data_of_other_settings(corpus, local_cluster, tmp_path):
     assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
     result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
     assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
+
+
+def test_readme_lists_every_exit_code():
+    def codes(of):
+        return {of.exit_code}.union(*(codes(below) for below in of.__subclasses__()))
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = {int(code) for code in re.findall(r"^\| (\d+) +\| ", readme, re.M)}
+    assert listed == codes(MhmoeError) | {2, DOCTOR_EXIT_CODE}

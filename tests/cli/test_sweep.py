@@ -1,5 +1,6 @@
 """Sweeps as a user starts them, on a real cluster, with real deaths."""
 
+import json
 import os
 import signal
 import subprocess
@@ -85,7 +86,8 @@ def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project
     assert len(list_runs(project / "runs")) == 2
     write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
     second = mhmoe(project, "sweep", "sweep.yaml", "--only", "h1", "--json")
-    rows = {row["variant"]: row for row in second.json()}
+    assert second.code == 9  # it failed again
+    rows = {row["variant"]: row for row in json.loads(second.out)}
     # What was started before stays in the table, what is finished stays finished, and what failed was tried again.
     assert {name: row["states"] for name, row in rows.items()} == {
         "h1": {"finished": 1},

@@ -1,0 +1,86 @@
+"""Sweeps of the papers, and of any keys."""
+
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sweep import planned_runs
+from mhmoe_ray.spec import SweepSpec, load_sweep
+
+PAPER = Path(__file__).parents[2] / "jobs/paper"
+SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read_text())
+
+
+def planned(name, size):
+    path = PAPER / f"{name}.yaml"
+    return {run.variant: run.spec for run in planned_runs(load_sweep(path), PAPER, size)}
+
+
+@pytest.mark.parametrize("size", ["small", "paper"])
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_papers_sweeps_stand_at_both_sizes(path, size):
+    sweep = load_sweep(path)
+    runs = planned_runs(sweep, path.parent, size)
+    assert sweep.name == path.stem
+    assert len(runs) == len({run.name for run in runs}) >= 2
+    gpus = {run.spec.cluster.gpus_per_worker for run in runs}
+    assert gpus == {0 if size == "small" else 1}
+
+
+def test_the_small_size_is_a_quarter_of_the_papers_in_width():
+    small, paper = planned("follow-up", "small"), planned("follow-up", "paper")
+    for name, spec in paper.items():
+        its = small[name].model
+        assert 4 * its.d_model == spec.model.d_model
+        assert (its.moe and 4 * its.moe.d_expert) == (spec.model.moe and spec.model.moe.d_expert)
+        assert (its.moe and its.moe.experts) == (spec.model.moe and spec.model.moe.experts)
+
+
+def test_the_first_papers_small_models_are_equal_in_parameters():
+    small = planned("heads", "small")
+    base = sizes(small["xmoe"].model).parameters
+    ratios = {name: sizes(spec.model).parameters / base for name, spec in small.items()}
+    assert all(0.998 < ratio <= 1 for ratio in ratios.values()), ratios
+    assert small["h4"].model.moe.router == "xmoe_torchscale"
+
+
+def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
+    (tmp_path / "base.yaml").write_text((PAPER / "small.yaml").read_text())
+    sweep = SweepSpec.model_validate(
+        {
+            "name": "both",
+            "sizes": {"only": {"spec": "base.yaml", "set": {"train.steps": 7}, "runs": {"a": {"train.lr": 0.5}}}},
+            "runs": {"a": {"preset": "p2-mhmoe-h2"}, "b": {"preset": "p2-smoe", "train.lr": 0.25}},
+            "grid": {"model.moe.z_weight": [0.0, 0.1]},
+            "seeds": [3, 4],
+        }
+    )
+    runs = planned_runs(sweep, tmp_path, None, ["train.warmup_steps=1"])
+    assert [run.name for run in runs[:4]] == [f"{v}-z-weight-{z}-s3" for v in "ab" for z in ("0-0", "0-1")]
+    assert {run.seed for run in runs[4:]} == {4}
+    first, last = runs[0].spec, runs[-1].spec
+    assert (first.name, first.seed, first.train.steps, first.train.lr) == ("both-a-z-weight-0-0-s3", 3, 7, 0.5)
+    assert (last.seed, last.train.lr, last.model.moe.z_weight, last.train.warmup_steps) == (4, 0.25, 0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"runs": {}, "grid": {}}, "there is nothing to vary"),
+        ({"grid": {"train.lr": []}}, "grid has no value for train.lr"),
+        ({"seeds": [1, 1]}, "a seed is there twice"),
+        ({"sizes": {"s": {"spec": "x", "only": ["c"]}}}, "names the run 'c'"),
+    ],
+)
+def test_mistakes_in_a_sweep(change, why):
+    good = {"name": "n", "sizes": {"s": {"spec": "x"}}, "runs": {"a": {}}}
+    with pytest.raises(ValueError, match=why):
+        SweepSpec.model_validate({**good, **change})
+
+
+def test_a_mistake_in_a_run_names_the_run():
+    sweep = load_sweep(PAPER / "heads.yaml", ["runs.h5.preset=p1-mhmoe-8-h5"])
+    with pytest.raises(SpecError, match="sweep heads, run h5: preset p1-mhmoe-8-h5: there is none of this name"):
+        planned_runs(sweep, PAPER)
