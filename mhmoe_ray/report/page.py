@@ -13,7 +13,7 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.request import all_stored
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.routes import routes
+from mhmoe_ray.report.routes import compared_use, routes
 from mhmoe_ray.report.variants import Variant, matched_step, variants
 from mhmoe_ray.report.verdict import Verdict, verdict
 from mhmoe_ray.runs import events, metrics
@@ -69,6 +69,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             step=step,
             verdicts=verdicts,
             figures=figures,
+            use=_use(found, first),
             differences=_differences(found),
             runs=[_run(run) for run in read],
             uncounted=[v.name for v in found if v.first.spec.model.moe and not _is_evaluated(v)],
@@ -108,6 +109,16 @@ def _figures(found: Sequence[Variant], baseline: Variant) -> "Iterator[tuple[str
                 yield f"activation{'_relative' if relative else ''}", figure
     for name, counted in named.items():
         yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.heat_map(name, counted, most)
+
+
+def _use(found: Sequence[Variant], baseline: Variant) -> list[str]:
+    """Sentences on experts in use."""
+    base = routes(baseline.first.run)
+    others = {v.name: r for v in found if v is not baseline and (r := routes(v.first.run))}
+    if base is None:
+        return []
+    said = (compared_use(baseline.name, name, base, routes_) for name, routes_ in others.items())
+    return [sentence for sentence in said if sentence]
 
 
 def _written(figure: "Figure", png: Path) -> str:

@@ -50,3 +50,26 @@ def routes(run: RunDir) -> Routes | None:
     load = counts / counts.sum(1, keepdims=True).clip(min=1) * counts.shape[1]
     relative = [float((load > threshold).mean()) for threshold in activation.RELATIVE]
     return Routes(load, f"training text up to step {found['step']:,}", None, relative, None, None)
+
+
+def compared_use(baseline: str, other: str, of_baseline: Routes, of_other: Routes) -> str | None:
+    """A sentence on which of two variants has the larger share of its experts in use, threshold by threshold; None
+    where one was not evaluated.
+
+    Args:
+        baseline, other: their names.
+        of_baseline, of_other: their routes.
+    """
+    if of_baseline.activated is None or of_other.activated is None:
+        return None
+    pairs = zip(activation.THRESHOLDS, of_other.activated, of_baseline.activated, strict=True)
+    above: list[str] = []
+    below: list[str] = []
+    for threshold, ours, theirs in pairs:
+        if ours != theirs:
+            (above if ours > theirs else below).append(f"{threshold:g} ({ours:.1%} to {theirs:.1%})")
+    if not above and not below:
+        return f"{other} has as many of its experts in use as {baseline} at every threshold"
+    said = [f"more at {', '.join(above)}"] if above else []
+    said += [f"fewer at {', '.join(below)}"] if below else []
+    return f"{other} has, beside {baseline}, {' and '.join(said)} of its experts in use, and else as many"

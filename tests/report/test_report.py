@@ -104,6 +104,21 @@ def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_pat
     assert verdict(dense, mhmoe, 19) is None
 
 
+def store_evaluation(run, tokens_of, distinct):
+    counts = RoutingCounts(
+        tokens=100,
+        counts=[[100] * 4],
+        tokens_of=[tokens_of],
+        distinct=[distinct],
+        agreement=[[[100, 10], [10, 100]]],
+        first_weight=[80.0],
+    )
+    request = EvalRequest(run=str(run.path), checkpoint="step_00000020.1", prepared="/data")
+    score = Score(nats=300.0, tokens=100, text_bytes=400)
+    answer = {"domains": {"a": score}, "routing": {"a": counts}}
+    store(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, **answer))
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -115,31 +130,40 @@ class Links(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_the_pictures_lie_beside_it(tmp_path):
-    runs = six(tmp_path)
-    counts = RoutingCounts(
-        tokens=100, counts=[[100] * 4], tokens_of=[[60] * 4], distinct=[[0, 0, 0, 60, 40]],
-        agreement=[[[100, 10], [10, 100]]], first_weight=[80.0],
-    )  # fmt: skip
-    request = EvalRequest(run=str(runs[3].path), checkpoint="step_00000020.1", prepared="/data")
-    score = Score(nats=300.0, tokens=100, text_bytes=400)
-    store(
-        runs[3],
-        Evaluation(request=request, step=20, tokens=2560, seconds=1.0, domains={"a": score}, routing={"a": counts}),
-    )
-    verdicts = write_report(runs, tmp_path / "out", baseline="dense")
-    assert [v.other for v in verdicts] == ["mhmoe-h2"]
+    runs = [*six(tmp_path), made(tmp_path, "top-1", 0, 3.0, moe={**MOE, "top_k": 1})]
+    store_evaluation(runs[3], tokens_of=[60] * 4, distinct=[0, 0, 0, 60, 40])
+    store_evaluation(runs[6], tokens_of=[60, 60, 60, 0], distinct=[0, 100, 0])
+    verdicts = write_report(runs, tmp_path / "out", baseline="mhmoe-h2")
+    assert [v.other for v in verdicts] == ["dense", "top-1"]
     page = (tmp_path / "out" / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert [link for link in links.outside if not link.startswith(("#", "data:"))] == []
     assert "<script" not in page
-    for part in (verdicts[0].said, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%"):
+    use = "top-1 has, beside mhmoe-h2, fewer at 0.001 (75.0% to 100.0%), 0.002"
+    for part in (verdicts[0].said, "h 2, E 4, k 2, f 24", "model.moe.heads", "85.0%", "10.0%", use):
         assert part in page, part
     pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
     assert {"loss_by_steps", "loss_by_flops", "loss_beside_baseline", "activation", "load_mhmoe_h2"} <= pictures
     assert page.count("<figure") == len(pictures)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
     assert "dropped" not in pictures  # nothing was
+
+
+def test_use_of_experts_is_compared_threshold_by_threshold():
+    from mhmoe_ray.report.routes import Routes, compared_use
+
+    def routes(*activated):
+        return Routes(None, "", [*activated, *([0.0] * (9 - len(activated)))], [], None, None)
+
+    assert compared_use("smoe", "mhmoe", routes(1.0, 0.5), routes(1.0, 0.5)) == (
+        "mhmoe has as many of its experts in use as smoe at every threshold"
+    )
+    assert compared_use("smoe", "mhmoe", routes(1.0, 0.5, 0.5), routes(1.0, 0.75, 0.25)) == (
+        "mhmoe has, beside smoe, more at 0.002 (75.0% to 50.0%) and fewer at 0.005 (25.0% to 50.0%) of its experts in "
+        "use, and else as many"
+    )
+    assert compared_use("smoe", "mhmoe", Routes(None, "", None, [], None, None), routes(1.0)) is None
 
 
 def test_mistakes(tmp_path):
