@@ -114,6 +114,7 @@ def _start(
     started, now = place.runs(), {run.name for run in planned}
     others = [run for run in (before.entries if before else []) if run.name in started and run.name not in now]
     jobs, entries = before.jobs if before else [], [*planned, *others]
+    place.stop_file.unlink(missing_ok=True)
     # The job looks at this again and again, so that runs can be added to a sweep that runs.
     place.define(Definition(size=size, concurrent=concurrent, entries=entries, jobs=jobs))
     told = f"; {len(started)} of them were started before" if started else ""
@@ -192,6 +193,7 @@ def _stop(place: "SweepDir") -> None:
 
     if not place.exists:
         raise RunError(f"sweep {place.name}", "it was never started", "start it without --stop")
+    place.stop_file.touch()  # first: whoever follows it would start the job again
     if _is_alive(place):
         last = place.definition().jobs[-1]
         jobs.stop(connect(last.address), last.job)

@@ -54,7 +54,7 @@ def follow(place: "SweepDir", alive: Callable[[], bool], again: Callable[[], Non
             while not view.refresh():
                 if time.monotonic() - asked > ASK_SECONDS:
                     if not alive() and not view.refresh():
-                        if restarts == MOST_RESTARTS or not view.is_unfinished:
+                        if restarts == MOST_RESTARTS or not view.is_unfinished or place.stop_file.exists():
                             break
                         restarts += 1
                         note.print("the job that starts the runs has ended; it is started again")

@@ -42,8 +42,10 @@ class Sweep:
         self._prepared: set[Path] = set()
 
     def run(self) -> None:
-        """Until every run is over. Commands may add some meanwhile."""
-        while any(entry.name not in self._over for entry in self._definition.entries):
+        """Until every run is over, or no more are to start. Commands may add some meanwhile."""
+        while not self._place.stop_file.exists() and any(
+            entry.name not in self._over for entry in self._definition.entries
+        ):
             self._definition = self._place.definition()
             entries = self._definition.entries
             self._prepare(entries)

@@ -3,6 +3,7 @@
 <storage>/sweeps/<name>/
   sweep.json     written by commands: the runs, how many at a time, and the jobs that start them
   runs.json      written by the job that starts them: which run directory each is
+  stop           present while somebody asks that no more runs start
 """
 
 import json
@@ -47,6 +48,10 @@ class SweepDir:
     @property
     def runs_file(self) -> Location:
         return self.path / "runs.json"
+
+    @property
+    def stop_file(self) -> Location:
+        return self.path / "stop"
 
     @property
     def exists(self) -> bool:

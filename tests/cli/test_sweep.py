@@ -148,3 +148,26 @@ def running_worker(place, done):
         if name not in done and events.state(events.events(run)) == "running" and 0 < step_of(run) < 18:
             return started(run)[-1]["workers"][0]["pid"]
     return None
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_stopped_sweep_starts_no_more_and_goes_on_where_it_was(project, local_cluster):
+    write_sweep(project, runs={"dense": {**DENSE, "train.steps": 400}, "h1": ONE_HEAD})
+    follower = subprocess.Popen(
+        command("sweep", "sweep.yaml"), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    place = sweep_dir(project / "runs", "heads-small")
+    run = wait_until(lambda: place.exists and place.runs().get("dense-s0"), "the first run")
+    wait_until(lambda: step_of(run) >= 5, "step 5")
+    stopped = mhmoe(project, "sweep", "sweep.yaml", "--stop")
+    assert stopped.code == 0, stopped.err
+    assert "dense-s0: stopping after a checkpoint" in stopped.err
+    follower.communicate(timeout=120)  # it does not start the job again
+    assert len(place.definition().jobs) == 1
+    wait_until(lambda: events.state(events.events(run)) == "stopped", "the end of the first run")
+    assert list(place.runs()) == ["dense-s0"]
+    reached = step_of(run)
+    assert mhmoe(project, "sweep", "sweep.yaml").code == 0
+    assert started(run)[-1]["step"] == reached < 400 == step_of(run)
+    assert step_of(place.runs()["h1-s0"]) == 20
