@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.bench.timing import interleaved
 from mhmoe_ray.errors import JobError
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.state import Attempt, add_attempt
@@ -84,12 +85,15 @@ def _long_run(spec: RunSpec, lines: int) -> RunDir:
 def _submit(spec_file: Path) -> float:
     """Seconds to the job's first event; the run is ended and stays."""
     began = time.time()
-    run = RunDir(Path(json.loads(_command("submit", str(spec_file), "--detach", "--json"))["path"]))
+    run = RunDir(location(json.loads(_command("submit", str(spec_file), "--detach", "--json"))["path"]))
     try:
         while time.time() - began < MOST_SECONDS:
             if first := next((e for e in events.events(run) if e["event"] != "submitted"), None):
+                if first["event"] == "failed":
+                    raise JobError(f"run {run.id}", first["reason"], "see `mhmoe logs`")
                 return float(first["time"]) - began
             time.sleep(0.05)
         raise JobError(f"run {run.id}", f"no sign of its job in {MOST_SECONDS:.0f} s", "see `mhmoe logs`")
     finally:
-        _command("stop", str(run.path), "--now")
+        if not events.is_over(events.state(events.events(run))):
+            _command("stop", str(run.path), "--now")

@@ -11,7 +11,6 @@ from mhmoe_ray.cli.common import (
     CheckpointOption,
     JsonOption,
     RunArg,
-    SetOption,
     StorageOption,
     number_table,
     out,
@@ -28,7 +27,13 @@ TextOption = Annotated[
     list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Also if the run directory has the answer already.")]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Of each domain of --text, at most.")]
+SamplesOption = Annotated[int | None, typer.Option(min=1, help="Of each domain of --text, at most; 512 by default.")]
+TextSetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option(min=0, max=1, help="To compute on; by default as many as a worker of the training had.")
+]
 
 
 def eval_(
@@ -39,9 +44,10 @@ def eval_(
     ] = None,
     task_folder: Annotated[list[Path], typer.Option(help="With tasks of your own, as lm-eval reads them.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
-    samples: SamplesOption = 512,
-    set_: SetOption = [],  # noqa: B006
+    samples: SamplesOption = None,
+    set_: TextSetOption = [],  # noqa: B006
     checkpoint: CheckpointOption = None,
+    gpus: GpusOption = None,
     again: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
@@ -57,7 +63,7 @@ def eval_(
 
     found = find_run(run, storage)
     named = [task.strip() for task in tasks.split(",")] if tasks else []
-    request = make_request(found, checkpoint, text, set_, samples, named, task_folder, limit)
+    request = make_request(found, checkpoint, text, set_, samples, named, task_folder, limit, gpus)
     evaluation = evaluation_of(found, request, again, address)
     if json:
         print_json({**evaluation.model_dump(exclude={"routing"}), "figures": _figures(evaluation)})

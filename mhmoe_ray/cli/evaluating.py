@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from mhmoe_ray.cli import launch
 from mhmoe_ray.cli.common import note, pick_checkpoint
 from mhmoe_ray.cli.job import Job
+
+SAMPLES = 512
+"""Of each domain of raw text, at most."""
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
@@ -17,16 +22,21 @@ def make_request(
     checkpoint: str | None,
     text: list[str],
     overrides: list[str],
-    samples: int,
+    samples: int | None,
     tasks: list[str],
     task_folders: list[Path],
     limit: int | None,
+    gpus: int | None,
 ) -> "EvalRequest":
     """Of raw text where some is named, else of the held-out samples, unless there are only tasks."""
     from mhmoe_ray.cli.survey import raw_text
     from mhmoe_ray.evaluate.request import EvalRequest
     from mhmoe_ray.spec import ClusterSpec
 
+    if not text and (overrides or samples):
+        raise typer.BadParameter("--set and --samples are about --text: name some")
+    if not tasks and (limit or task_folders):
+        raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
     path, _ = pick_checkpoint(run, checkpoint)
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
@@ -36,14 +46,14 @@ def make_request(
         checkpoint=path.name,
         prepared=str(spec.data.prepared) if spec and held_out else None,
         text=raw_text(text, overrides).data if text else None,
-        samples=samples if text else 0,
+        samples=(samples or SAMPLES) if text else 0,
         tasks=tasks,
         task_folders=[str(folder.absolute()) for folder in task_folders],
         limit=limit,
         batch=spec.train.micro_batch_size if spec else 1,
         half=spec is not None and spec.train.precision == "bfloat16",
         cpus=max(cluster.cpus_per_worker, 1),
-        gpus=cluster.gpus_per_worker,
+        gpus=cluster.gpus_per_worker if gpus is None else gpus,
     )
 
 
@@ -61,6 +71,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         DataError, CheckpointError, SpecError, JobError: as the job's own.
     """
     from mhmoe_ray.cluster.connect import is_local
+    from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.evaluate.job import SAYS
     from mhmoe_ray.evaluate.request import stored
@@ -68,11 +79,13 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
 
     if not request.said:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
+    if request.prepared:
+        require_data_manifest(Path(request.prepared))
     if not again and (found := stored(run, request)):
-        note.print(f"as evaluated before, in {run.path / 'evaluations'}; --again does it anew", soft_wrap=True)
+        note.print(f"as evaluated before, in {run.evaluations}; --again does it anew", soft_wrap=True)
         return found
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
-    needed = [run.path, *([Path(request.prepared)] if request.prepared else [])]
+    needed = [run.path, *_local(request)]
     cpus = request.cpus if is_local(address) else 1
     connection = launch.cluster_for(section, needed, _at_least(cpus), address)
     job = Job.start(
@@ -85,6 +98,13 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     if made is None or not job.has_succeeded:
         raise job.error(f"evaluation of {run.id}")
     return made
+
+
+def _local(request: "EvalRequest") -> list[Path]:
+    """Files of this machine that it reads."""
+    named = [request.prepared] if request.prepared else []
+    named += [source.path for source in request.text.sources.values()] if request.text else []
+    return [Path(path) for path in (*named, *request.task_folders) if "://" not in path]
 
 
 def _at_least(cpus: int) -> int:

@@ -54,6 +54,20 @@ def name_of(run: "RunDir") -> str:
     return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
 
 
+def check_data(spec: "RunSpec") -> None:
+    """What is wrong with the data is said now, not by a job that has just started."""
+    from mhmoe_ray.data.order.mixture import training_order
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.sources import find_files
+
+    prepared = read_data_manifest(spec.data.prepared)
+    if prepared:
+        check_recipe(spec.data.prepared, prepared, spec)
+        training_order(spec, prepared)
+    else:
+        find_files(spec.data)
+
+
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     """Submit the next attempt, and say so."""
     from mhmoe_ray.cluster.attempts import start_attempt

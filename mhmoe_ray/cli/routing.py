@@ -8,14 +8,13 @@ from mhmoe_ray.cli.common import (
     CheckpointOption,
     JsonOption,
     RunArg,
-    SetOption,
     StorageOption,
     number_table,
     out,
     print_json,
     print_whole,
 )
-from mhmoe_ray.cli.eval import AgainOption, SamplesOption, TextOption
+from mhmoe_ray.cli.eval import AgainOption, GpusOption, SamplesOption, TextOption, TextSetOption
 from mhmoe_ray.cli.evaluating import evaluation_of, make_request
 
 if TYPE_CHECKING:
@@ -27,9 +26,10 @@ CURVE_POINTS = 8
 def routing(
     run: RunArg = None,
     text: TextOption = [],  # noqa: B006 - typer needs the list
-    samples: SamplesOption = 512,
-    set_: SetOption = [],  # noqa: B006
+    samples: SamplesOption = None,
+    set_: TextSetOption = [],  # noqa: B006
     checkpoint: CheckpointOption = None,
+    gpus: GpusOption = None,
     again: AgainOption = False,
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
@@ -45,7 +45,9 @@ def routing(
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage)
-    request = make_request(found, checkpoint, text, set_, samples, [], [], None)
+    if not found.is_imported and found.spec().model.moe is None:
+        raise RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
+    request = make_request(found, checkpoint, text, set_, samples, [], [], None, gpus)
     evaluation = evaluation_of(found, request, again, address)
     if not evaluation.routing:
         raise RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")

@@ -56,7 +56,7 @@ def submit(
         note.print(f"going on with run {run.id}")
         connection = go_on(run, resolved, address)
     else:
-        _check_data(resolved)
+        launch.check_data(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
             plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
@@ -70,37 +70,24 @@ def submit(
         follow(run, connection, from_now=again)
 
 
-def _check_data(spec: "RunSpec") -> None:
-    """What is wrong with the data is said now, not by a job that has just started."""
-    from mhmoe_ray.data.order.mixture import training_order
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.sources import find_files
-
-    prepared = read_data_manifest(spec.data.prepared)
-    if prepared:
-        check_recipe(spec.data.prepared, prepared, spec)
-        training_order(spec, prepared)
-    else:
-        find_files(spec.data)
-
-
 def _unfinished(spec: "RunSpec") -> "RunDir | None":
     """The newest run of this spec, if it is over without being finished.
 
     Raises:
         RunError: it may still run, or its spec is another one.
     """
+    from mhmoe_ray.cluster.sweeps import ELSEWHERE
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.layout import list_runs
 
     runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
     if not runs:
         return None
-    newest, free = runs[-1], {"cluster", "serve"}
+    newest = runs[-1]
     over = ended(newest, force=False, patient=True)
     if over and over.state == "finished":
         return None
-    before, now = (s.model_dump(mode="json", exclude=free) for s in (newest.spec(), spec))
+    before, now = (s.model_dump(mode="json", exclude=ELSEWHERE) for s in (newest.spec(), spec))
     if other := [key for key in now if now[key] != before[key]]:
         why = f"it is unfinished, and its spec differs in {', '.join(other)}"
         raise RunError(f"run {newest.id}", why, "submit without --continue to start anew, or give the spec that it has")

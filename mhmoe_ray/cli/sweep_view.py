@@ -1,7 +1,6 @@
 """What `mhmoe sweep` shows: what would run, how far it is, and the table in the end."""
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -9,12 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mhmoe_ray.cli.common import nats, note, number_table, out, print_whole
 
 if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.sweeps import SweepDir
     from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0
 MOST_RESTARTS = 3
+UNANSWERED = 12  # questions in a row, after which following ends
 
 
 def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
@@ -36,35 +37,52 @@ def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
     out.print(f"{len(variants)} variants x {seeds} seeds = {len(planned)} runs, {concurrent} at a time")
 
 
-def follow(place: "SweepDir", alive: Callable[[], bool], again: Callable[[], None]) -> bool:
-    """Show progress until no run is to be waited for.
+def follow(place: "SweepDir", connection: "Connection") -> bool:
+    """Show progress until the job that starts runs has ended. Where that was killed, start it again.
 
     Args:
         place: its directory.
-        alive: whether the job that starts runs goes on.
-        again: starts that job once more.
+        connection: to the cluster.
 
     Returns:
         False if the user stopped following.
+
+    Raises:
+        MhmoeError: the job ended for a reason of its own.
+        ClusterError: the cluster does not answer any more.
     """
-    restarts, asked = 0, time.monotonic()
+    from mhmoe_ray.cluster import sweeps
+    from mhmoe_ray.errors import ClusterError, TokenError
+
+    restarts, unanswered, asked = 0, 0, time.monotonic()
     try:
         with _bar() as bar:
             view = _View(place, bar)
-            while not view.refresh():
-                if time.monotonic() - asked > ASK_SECONDS:
-                    if not alive() and not view.refresh():
-                        if restarts == MOST_RESTARTS or not view.is_unfinished or place.stop_file.exists():
-                            break
+            while True:
+                over = view.refresh()
+                if over or time.monotonic() - asked > ASK_SECONDS:
+                    try:
+                        alive, unanswered = sweeps.is_alive(place), 0
+                    except TokenError:
+                        raise
+                    except ClusterError:
+                        unanswered += 1
+                        if unanswered == UNANSWERED:
+                            raise
+                        alive = True
+                    asked = time.monotonic()
+                    if not alive:
+                        if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
+                            return True
+                        if error := sweeps.own_error(place):
+                            raise error
                         restarts += 1
                         note.print("the job that starts the runs has ended; it is started again")
-                        again()
-                    asked = time.monotonic()
+                        sweeps.submit(place, connection, retry=False)
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         note.print("\ndetached; the sweep goes on. The same command follows it again; with --stop it ends it")
         return False
-    return True
 
 
 def _bar() -> Progress:
@@ -75,17 +93,10 @@ def _bar() -> Progress:
 class _View:
     def __init__(self, place: "SweepDir", bar: Progress) -> None:
         self._place, self._bar = place, bar
-        self._entries = place.definition().entries
+        self._entries = place.definition().wanted_entries
         self._whole = bar.add_task("runs", total=len(self._entries), said="")
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, str] = {}
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether a run is left that is not over."""
-        from mhmoe_ray.runs import events
-
-        return any(not events.is_over(self._told.get(entry.name, "")) for entry in self._entries)
 
     def refresh(self) -> bool:
         """Whether all are over."""
@@ -94,6 +105,9 @@ class _View:
         runs, over = self._place.runs(), 0
         for entry in self._entries:
             if (run := runs.get(entry.name)) is None:
+                continue
+            if self._told.get(entry.name) == "finished":  # which it stays
+                over += 1
                 continue
             state = events.state(events.events(run)) if run.state_file.exists() else "submitted"
             over += events.is_over(state)

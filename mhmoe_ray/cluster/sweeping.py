@@ -1,8 +1,8 @@
 """The job of a sweep: start its runs, so many at a time, each as a job of its own.
 
-Run by Ray Jobs as `python -m mhmoe_ray.cluster.sweeping SWEEP_DIR`. A run is an ordinary one: `mhmoe status`, `logs`,
-`stop` and `resume` know it, and what happens to it leaves the others alone. This job may be killed and started again at
-any time: what runs goes on by itself, and what is finished stays so.
+Run by Ray Jobs as `python -m mhmoe_ray.cluster.sweeping SWEEP_DIR JOB`. A run is an ordinary one: `mhmoe status`,
+`logs`, `stop` and `resume` know it, and what happens to it leaves the others alone. This job may be killed and started
+again at any time: what runs goes on by itself, and what is finished stays so. It makes way for a newer one.
 """
 
 import sys
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import ray
 
-from mhmoe_ray.cluster import tokens
+from mhmoe_ray.cluster import jobs, tokens
 from mhmoe_ray.cluster.attempts import start_attempt
-from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.watch import Outcome, outcome, recorded_outcome
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.location import location
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.state import read_attempts
+from mhmoe_ray.runs.state import last_attempt, read_attempts
 from mhmoe_ray.runs.sweeps import SweepDir
 from mhmoe_ray.spec import SweepRun
 
@@ -29,40 +30,53 @@ MOST_STARTS = 3
 
 
 class Sweep:
-    def __init__(self, place: SweepDir, connection: Connection) -> None:
+    def __init__(self, place: SweepDir, job: str, connection: Connection) -> None:
         """Args:
         place: its directory.
+        job: the name of this job.
         connection: to the cluster, from within it.
         """
-        self._place, self._connection = place, connection
-        self._definition = place.definition()
+        self._place, self._job, self._connection = place, job, connection
+        definition = place.definition()
+        self._concurrent = definition.concurrent
+        self._entries = definition.wanted_entries
+        [own] = [j for j in definition.jobs if j.job == job]
+        self._retry, self._address = own.retry, own.address
+        self._before = [j.job for j in definition.jobs if j.job != job and j.address == own.address]
         self._runs: dict[str, RunDir] = dict(place.runs())
         self._starts: dict[str, int] = {}
         self._over: set[str] = set()
-        self._prepared: set[Path] = set()
 
     def run(self) -> None:
-        """Until every run is over, or no more are to start. Commands may add some meanwhile."""
-        while not self._place.stop_file.exists() and any(
-            entry.name not in self._over for entry in self._definition.entries
-        ):
-            self._definition = self._place.definition()
-            entries = self._definition.entries
-            self._prepare(entries)
-            alive = [entry.name for entry in entries if self._is_alive(entry.name)]
-            for entry in entries:
-                if len(alive) >= self._definition.concurrent:
+        """Until every run is over, no more are to start, or another job does this."""
+        while self._before and self._lives(self._before[-1]):  # it may be starting a run
+            time.sleep(POLL_SECONDS)
+        self._runs = dict(self._place.runs())
+        if not self._retry:
+            self._over |= {name for name, run in self._runs.items() if _is_recorded(run)}
+        prepared: dict[Path, bool] = {}
+        while self._is_its_turn and any(entry.name not in self._over for entry in self._entries):
+            alive = [entry.name for entry in self._entries if self._is_alive(entry.name)]
+            for entry in self._entries:
+                if len(alive) >= self._concurrent or not self._is_its_turn:
                     break
-                if entry.name not in self._over and entry.name not in alive and self._start(entry):
+                if entry.name in self._over or entry.name in alive:
+                    continue
+                folder = entry.spec.data.prepared
+                if folder not in prepared:
+                    prepared[folder] = _prepare(entry)
+                if not prepared[folder]:
+                    self._over.add(entry.name)
+                elif self._start(entry):
                     alive.append(entry.name)
             time.sleep(POLL_SECONDS)
 
-    def _prepare(self, entries: list[SweepRun]) -> None:
-        """The text of all runs, before any of them starts: two would do it at the same time."""
-        for entry in entries:
-            if (folder := entry.spec.data.prepared) not in self._prepared:
-                prepare(entry.spec)
-                self._prepared.add(folder)
+    @property
+    def _is_its_turn(self) -> bool:
+        return not self._place.stop_file.exists() and self._place.definition().jobs[-1].job == self._job
+
+    def _lives(self, job: str) -> bool:
+        return jobs.status(self._connection, job) in ("PENDING", "RUNNING")
 
     def _is_alive(self, name: str) -> bool:
         """Whether a job of it goes on; what is over for good is remembered."""
@@ -70,20 +84,25 @@ class Sweep:
         if run is None or name in self._over or not read_attempts(run):
             return False
         try:
-            over = outcome(run, self._connection)
+            over = self._outcome(run)
         except ClusterError as e:
             print(f"{name}: {e}", flush=True)
             return True
         if over is None:
             return True
-        if over.state == "finished" or (name in self._starts and not self._was_killed(run, name)):
+        if over.state == "finished" or (name in self._starts and not self._was_killed(run, name, over)):
             self._over.add(name)
             print(f"{name}: {over.state} {over.reason}".rstrip(), flush=True)
         return False
 
-    def _was_killed(self, run: RunDir, name: str) -> bool:
+    def _outcome(self, run: RunDir) -> Outcome | None:
+        """As its own cluster says, which need not be this one."""
+        address = last_attempt(run).address
+        return outcome(run, self._connection if address == self._address else connect(address))
+
+    def _was_killed(self, run: RunDir, name: str, over: Outcome) -> bool:
         """Its job ended without a word, and is to be started again."""
-        return recorded_outcome(run) is None and self._starts[name] < MOST_STARTS
+        return over.state == "failed" and recorded_outcome(run) is None and self._starts[name] < MOST_STARTS
 
     def _start(self, entry: SweepRun) -> bool:
         run = self._runs.get(entry.name)
@@ -94,9 +113,8 @@ class Sweep:
             run.write_spec(entry.spec)  # where it computes may have changed
         self._starts[entry.name] = self._starts.get(entry.name, 0) + 1
         run.stop_file.unlink(missing_ok=True)
-        address = self._definition.jobs[-1].address
         try:
-            job = start_attempt(run, entry.spec, self._connection, known_as=address)
+            job = start_attempt(run, entry.spec, self._connection, known_as=self._address)
         except MhmoeError as e:
             print(f"{entry.name}: {e}", flush=True)
             self._over.add(entry.name)
@@ -105,13 +123,29 @@ class Sweep:
         return True
 
 
+def _is_recorded(run: RunDir) -> bool:
+    """Whether it failed or was stopped, by its own account."""
+    return events.state(events.events(run)) in ("failed", "stopped")
+
+
+def _prepare(entry: SweepRun) -> bool:
+    """Make the text of a run ready before any run with that text starts: two would do it at the same time. Says why
+    that cannot be."""
+    try:
+        prepare(entry.spec)
+    except MhmoeError as e:
+        print(f"error: {e}", flush=True)
+        return False
+    return True
+
+
 def main() -> None:
-    place = SweepDir(location(sys.argv[1]))
+    place, job = SweepDir(location(sys.argv[1])), sys.argv[2]
     try:
         context = ray.init()
         local = place.definition().jobs[-1].local
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
-        Sweep(place, connection).run()
+        Sweep(place, job, connection).run()
     except MhmoeError as e:
         print(f"error: {e}")
         sys.exit(e.exit_code)

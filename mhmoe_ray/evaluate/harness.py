@@ -107,7 +107,10 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
             return list(tokenizer.encode(string, add_special_tokens=False).ids)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
-            return scored([(context, answer) for _, context, answer in requests], score)
+            # As in training and in serving, a text begins with the token that says so.
+            start = self.eot_token_id
+            begun = [([start] if context[:1] != [start] else []) + list(context) for _, context, _ in requests]
+            return scored([(context, answer) for context, (_, _, answer) in zip(begun, requests, strict=True)], score)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             found = []

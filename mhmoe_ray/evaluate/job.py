@@ -13,7 +13,7 @@ import torch
 
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
-from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.errors import ClusterError, DataError, MhmoeError
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
@@ -21,7 +21,7 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest, describe_file, run_tokenizer
 from mhmoe_ray.runs.model import load_model
 
 SAYS = "eval: "
@@ -32,6 +32,10 @@ EVERY_SECONDS = 5.0
 def main() -> None:
     request = EvalRequest.model_validate_json(os.environ["MHMOE_REQUEST"])
     ray.init()
+    if request.gpus > ray.cluster_resources().get("GPU", 0):
+        e = ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
+        print(f"error: {e}")
+        sys.exit(e.exit_code)
     task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
     try:
         ray.get(task.remote(request))
@@ -57,6 +61,7 @@ def _evaluate(request: EvalRequest) -> None:
     if request.text:
         samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
     elif request.prepared:
+        _check_data(Path(request.prepared), manifest)
         samples = held_out(Path(request.prepared))
     domains, routing = measure(
         model,
@@ -91,6 +96,15 @@ def _evaluate(request: EvalRequest) -> None:
         tasks=tasks,
     )
     store(run, evaluation)
+
+
+def _check_data(folder: Path, manifest: Manifest) -> None:
+    """Raises:
+    DataError: the folder is not the one that the checkpoint was trained on.
+    """
+    if describe_file(folder / "manifest.json").sha256 != manifest.data_sha256:
+        fix = "restore the folder that the run began with, or give --text"
+        raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 
 
 def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -73,24 +73,20 @@ class Evaluation(BaseModel):
         return sum(self.domains.values(), Score())
 
 
-def evaluations_folder(run: RunDir) -> Location:
-    return run.path / "evaluations"
-
-
 def store(run: RunDir, evaluation: Evaluation) -> Location:
-    path = evaluations_folder(run) / f"{evaluation.request.key}.json"
+    path = run.evaluations / f"{evaluation.request.key}.json"
     write_json(path, evaluation.model_dump(mode="json"))
     return path
 
 
 def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
-    path = evaluations_folder(run) / f"{request.key}.json"
+    path = run.evaluations / f"{request.key}.json"
     return Evaluation.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def all_stored(run: RunDir) -> list[Evaluation]:
     """Of a run, the least trained first."""
-    if not evaluations_folder(run).exists():
+    if not run.evaluations.exists():
         return []
-    found = [Evaluation.model_validate_json(p.read_text()) for p in evaluations_folder(run).glob("*.json")]
+    found = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
     return sorted(found, key=lambda e: e.step)

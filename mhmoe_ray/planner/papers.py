@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.preset import Preset, Tree, fixed, rhythm
 from mhmoe_ray.planner.width import dense_width
 
@@ -98,8 +99,11 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
     """P1's expert layers. On another trunk than its own they have the width that gives equal parameters there."""
 
     def on(trunk: Mapping[str, Any]) -> Tree:
-        d_model, hidden = trunk.get("d_model", 0), dense_width(trunk)
+        d_model, hidden = trunk.get("d_model"), dense_width(trunk)
         width = hidden
+        if not isinstance(d_model, int):
+            fix = "give it a number"
+            raise SpecError("model.d_model", f"widths of experts follow from it, and it is {d_model!r}", fix)
         if heads == 4 and (d_model, hidden) == (_P1_TRUNK["d_model"], _P1_TRUNK["d_ff"]):
             width = P1_FITTED[experts]
         elif heads > 1:

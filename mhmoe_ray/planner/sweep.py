@@ -63,6 +63,8 @@ def _spec(
     whole = f"{sweep.name}-{name}-s{seed}"
     own = [f"name={whole}", f"seed={seed}"]
     try:
-        return resolve_spec(path, [*(f"{key}={json.dumps(value)}" for key, value in keys.items()), *overrides, *own])
+        return resolve_spec(
+            path, [*(f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()), *overrides, *own]
+        )
     except SpecError as e:
         raise SpecError(f"sweep {sweep.name}, run {name}: {e.what}", e.why, e.fix) from e

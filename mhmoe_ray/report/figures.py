@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mhmoe_ray.planner.sizes import Sizes, sizes
+from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
-
-FLOPS_PER_MAC = 2
-BACKWARD = 2
-"""Times the multiply-adds of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,12 @@ class RunFigures:
         return self.steps >= self.spec.train.steps
 
     @property
+    def is_diverged(self) -> bool:
+        """Its last validation was not finite."""
+        validated = [line for line in self.lines if metrics.VAL_LOSS in line]
+        return bool(validated) and validated[-1][metrics.STEP] not in self.validations
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Median over the steps; the first ones after a start, which are slow, do not move it."""
         speeds = [line[metrics.TOKENS_PER_S] for line in self.lines]
@@ -61,5 +63,5 @@ class RunFigures:
         return statistics.fmean(values) if values else None
 
     def flops(self, tokens: float) -> float:
-        """That training on so many tokens takes: matrix products of forward and backward, routers included."""
-        return tokens * self.sizes.macs_per_token * FLOPS_PER_MAC * (1 + BACKWARD)
+        """That training on so many takes: all matrix products of forward and backward, as `mhmoe plan` counts them."""
+        return tokens * flops_per_token(self.spec.model, self.spec.data.seq_len).training

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from mhmoe_ray.errors import RunError
+from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.request import all_stored
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
@@ -18,7 +18,7 @@ from mhmoe_ray.report.variants import Variant, matched_step, variants
 from mhmoe_ray.report.verdict import Verdict, verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import RunSpec, leaves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,15 +40,18 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         The verdicts on the page.
 
     Raises:
-        RunError: a run has no numbers yet, or there is no such baseline.
+        RunError: no run has numbers yet, or there is no such baseline.
         DataError: matplotlib or scipy is not installed.
     """
-    import matplotlib as mpl
-
-    read = [RunFigures.read(run) for run in runs]
-    if empty := [run.run.id for run in read if not run.lines]:
-        raise RunError(f"run {empty[0]}", "it has no numbers yet", "wait for its first steps, or leave it out")
-    found = variants(read)
+    try:
+        import matplotlib as mpl
+    except ImportError as e:
+        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
+    read = [one for run in runs if (one := RunFigures.read(run)).lines]
+    if not read:
+        raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
+    diverged = [one.run.id for one in read if one.is_diverged]
+    found = variants([one for one in read if not one.is_diverged] or read)
     first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
     if first is None:
         names = ", ".join(v.name for v in found)
@@ -72,6 +75,9 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             use=_use(found, first),
             differences=_differences(found),
             runs=[_run(run) for run in read],
+            left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
+            diverged=diverged,
+            unequal=_unequal(found),
             uncounted=[v.name for v in found if v.first.spec.model.moe and not _is_evaluated(v)],
         )
     )
@@ -148,6 +154,7 @@ def _row(variant: Variant, baseline: Variant, step: int | None) -> dict[str, Any
         "speed": run.tokens_per_s,
         "balance": run.late(metrics.BALANCE),
         "dropped": run.late(metrics.DROPPED),
+        "routes_of": counted.source if counted else "",
         "distinct": counted.distinct if counted else None,
         "agreement": counted.agreement if counted else None,
     }
@@ -177,15 +184,19 @@ def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
     }
 
 
-def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
-    def walk(tree: Any, before: str) -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{before}{key}.")
-            elif value is not None:
-                yield f"{before}{key}", value
+def _unequal(found: Sequence[Variant]) -> list[str]:
+    """What makes losses of the same step hard to compare, in words."""
+    specs = [v.first.spec for v in found]
+    what: dict[str, set[Any]] = {
+        "tokens in a step": {spec.tokens_per_step for spec in specs},
+        "held-out text or tokenizer": {(str(spec.data.prepared), spec.model.vocab_size) for spec in specs},
+        "length of a sample": {spec.data.seq_len for spec in specs},
+    }
+    return [name for name, values in what.items() if len(values) > 1]
 
-    return walk(spec.model_dump(mode="json", include={"model", "data", "train"}), "")
+
+def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
+    return leaves(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
 def _run(run: RunFigures) -> dict[str, Any]:

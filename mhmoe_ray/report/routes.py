@@ -1,4 +1,4 @@
-"""A run's routes, from its newest evaluation or else from its training."""
+"""A run's routes, from its newest evaluation on held-out text or else from its training."""
 
 import json
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Routes(NamedTuple):
 
 def routes(run: RunDir) -> Routes | None:
     """None for a dense model, and for a run without checkpoints."""
-    evaluated = [e for e in all_stored(run) if e.routing]
+    evaluated = [e for e in all_stored(run) if e.routing and e.request.prepared]  # texts of users' own differ
     if evaluated:
         whole = activation.joined(evaluated[-1].routing.values())
         agreement = activation.mean_agreement(whole)

@@ -20,10 +20,11 @@ def table(place: SweepDir) -> list[dict[str, Any]]:
         if run.state_file.exists() and run.spec_file.exists()
     }
     over = {name for name, run in figures.items() if run.is_finished}
-    names = list(dict.fromkeys(entry.variant for entry in definition.entries))
+    shown = [e for e in definition.entries if e.name in started or e.name in set(definition.wanted)]
+    names = list(dict.fromkeys(entry.variant for entry in shown))
     found = []
     for name in names:
-        entries = [entry for entry in definition.entries if entry.variant == name]
+        entries = [entry for entry in shown if entry.variant == name]
         states = Counter(
             events.state(events.events(started[e.name])) if e.name in figures else "waiting" for e in entries
         )

@@ -55,8 +55,8 @@ def variants(runs: Sequence[RunFigures]) -> list[Variant]:
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
     """The last step that every run of them has validated; None without one."""
-    common = set.intersection(*(set(run.validations) for variant in compared for run in variant.runs))
-    return max(common, default=None)
+    validated = [set(run.validations) for variant in compared for run in variant.runs]
+    return max(set.intersection(*validated), default=None) if validated else None
 
 
 def _what_is_trained(spec: RunSpec) -> str:

@@ -7,10 +7,13 @@
   metrics.jsonl      one line a step
   routing/           expert counts per layer, one file per checkpointed step
   tensorboard/       event files
+  evaluations/       what `mhmoe eval` and `mhmoe routing` found, one file for each question
   tokenizer.json
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, by the n-th start of workers
   stop               present while somebody asks the run to stop
   ray/               Ray Train's own folder, never read by us
+
+Beside runs there may be <storage>/sweeps/ (sweeps.py).
 
 On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.py).
 

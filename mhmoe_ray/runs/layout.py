@@ -45,6 +45,10 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def evaluations(self) -> Location:
+        return self.path / "evaluations"
+
+    @property
     def tokenizer_file(self) -> Location:
         return self.path / "tokenizer.json"
 

@@ -24,13 +24,23 @@ class SweepJob(BaseModel):
     """The cluster's dashboard, as commands reach it."""
     local: bool
     submitted: float
+    retry: bool = True
+    """Whether it starts those again that failed or were stopped before."""
 
 
 class Definition(BaseModel):
     size: str
     concurrent: int
     entries: list[SweepRun]
+    """All that the file has, and those that were started when it had them."""
+    wanted: list[str]
+    """Names of those that are to run now."""
     jobs: list[SweepJob] = []
+    """The last one starts runs; others have made way for it."""
+
+    @property
+    def wanted_entries(self) -> list[SweepRun]:
+        return [entry for entry in self.entries if entry.name in set(self.wanted)]
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,12 @@ class SweepDir:
         write_json(self.definition_file, definition.model_dump(mode="json"))
 
     def runs(self) -> dict[str, RunDir]:
-        """By the names of the entries that were started."""
+        """By the names of the entries that were started; without those that were removed since."""
         if not self.runs_file.exists():
             return {}
         found: dict[str, str] = json.loads(self.runs_file.read_text())
-        return {entry: RunDir(self.path.parent.parent / run) for entry, run in found.items()}
+        runs = {entry: RunDir(self.path.parent.parent / run) for entry, run in found.items()}
+        return {entry: run for entry, run in runs.items() if run.spec_file.exists()}
 
     def write_runs(self, runs: Mapping[str, RunDir]) -> None:
         write_json(self.runs_file, {entry: run.id for entry, run in runs.items()})

@@ -6,6 +6,7 @@ from mhmoe_ray.spec.filters import FilterSpec, SignalRule
 from mhmoe_ray.spec.load import (
     checked,
     dump_spec,
+    leaves,
     load_deploy_spec,
     load_site,
     load_spec,
@@ -43,6 +44,7 @@ __all__ = [
     "TrainSpec",
     "checked",
     "dump_spec",
+    "leaves",
     "load_deploy_spec",
     "load_site",
     "load_spec",

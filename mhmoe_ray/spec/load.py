@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -102,6 +102,15 @@ def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", 
         return section.model_validate(tree)
     except ValidationError as e:
         raise _explain(section, e, what, below, also) from e
+
+
+def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a dumped spec, as `--set` takes them, and their values; those without one are left out."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{before}{key}.")
+        elif value is not None:
+            yield f"{before}{key}", value
 
 
 def dump_spec(spec: RunSpec) -> str:

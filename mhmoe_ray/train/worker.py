@@ -30,7 +30,7 @@ from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
-from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
+from mhmoe_ray.train.telemetry import End, Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse
 
 LOG = logging.getLogger("mhmoe")
@@ -89,6 +89,14 @@ class Worker:
         LOG.info("%d workers, from step %d on, process %d", mesh.world, self.start, pulse.place.pid)
 
     def train(self) -> None:
+        end: End = "FAILED"
+        try:
+            self._train()
+            end = "FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED"
+        finally:
+            self.telemetry.close(end)
+
+    def _train(self) -> None:
         spec, trainer = self.spec, self.trainer
         held_out = self._held_out()
         stream = self._stream()
@@ -126,7 +134,6 @@ class Worker:
                     LOG.info("step %d: loss %.4f, validation loss %.4f", trainer.step, loss, held)
                 ray.train.report(line)
         self.saver.wait()
-        self.telemetry.close()
 
     def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
         """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream

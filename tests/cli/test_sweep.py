@@ -1,6 +1,5 @@
 """Sweeps as a user starts them, on a real cluster, with real deaths."""
 
-import json
 import os
 import signal
 import subprocess
@@ -76,6 +75,10 @@ def test_a_dry_run_shows_every_variant_and_starts_nothing(project):
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--size", "huge"), 3, "choose from small, large")
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--only", "h3"), 3, "choose from dense-lr-0-001, ")
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--show"), 7, "it was never started")
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--stop"), 7, "it was never started")
+    (project / "raw").rename(project / "gone")
+    assert_one_line(mhmoe(project, "sweep", "sweep.yaml"), 4, "source web", "there is no folder")
+    assert not (project / "runs").exists()
 
 
 @pytest.mark.ray
@@ -84,11 +87,13 @@ def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project
     first = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
     assert len(list_runs(project / "runs")) == 2
+    again = mhmoe(project, "sweep", "sweep.yaml")
+    assert_one_line_after_progress(again, 9, "wrong-s0 failed")
+    wrong = sweep_dir(project / "runs", "heads-small").runs()["wrong-s0"]
+    assert [e["event"] for e in events.events(wrong)].count("submitted") == 2  # what failed is tried again
     write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
-    second = mhmoe(project, "sweep", "sweep.yaml", "--only", "h1", "--json")
-    assert second.code == 9  # it failed again
-    rows = {row["variant"]: row for row in json.loads(second.out)}
-    # What was started before stays in the table, what is finished stays finished, and what failed was tried again.
+    rows = {row["variant"]: row for row in mhmoe(project, "sweep", "sweep.yaml", "--only", "h1", "--json").json()}
+    # What was started before stays in the table, and what is finished stays finished.
     assert {name: row["states"] for name, row in rows.items()} == {
         "h1": {"finished": 1},
         "dense": {"finished": 1},

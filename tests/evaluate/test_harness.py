@@ -51,8 +51,9 @@ def folder(tmp_path):
 @torch.inference_mode()
 def log_probability(model, tokenizer, before, answer):
     """Of the answer's tokens, one after another; the model sees SEQ_LEN tokens at most."""
-    ids, total = tokenizer.encode(before).ids, 0.0
-    for token in tokenizer.encode(before + answer).ids[len(ids) :]:
+    context = tokenizer.encode(before).ids
+    ids, total = [0, *context], 0.0  # as in training, a text begins with its start token
+    for token in tokenizer.encode(before + answer).ids[len(context) :]:
         seen = torch.tensor([ids[-SEQ_LEN:]])
         total += float(model(seen).logits_BTV[0, -1].log_softmax(-1)[token])
         ids.append(token)
@@ -83,16 +84,20 @@ def test_log_probabilities_are_those_of_one_token_at_a_time(tokenizer):
     for before, answer in texts:
         context = tokenizer.encode(before).ids
         pairs.append((context, tokenizer.encode(before + answer).ids[len(context) :]))
-    assert max(len(context) + len(answer) for context, answer in pairs) > SEQ_LEN  # one is cut at its beginning
-    found = [value for value, _ in _scores(model, pairs, 64, False)]
-    monkey = [log_probability_whole(model, context, answer) for context, answer in pairs]
-    assert found == pytest.approx(monkey, rel=1e-4)
+    for seq_len in (64, 12):
+        found = [value for value, _ in _scores(model, pairs, seq_len, False)]
+        expected = [log_probability_whole(model, context, answer, seq_len) for context, answer in pairs]
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert max(len(context) + len(answer) for context, answer in pairs) > 13  # one was cut at its beginning
 
 
 @torch.inference_mode()
-def log_probability_whole(model, context, answer):
-    logprob = model(torch.tensor([context + answer])).logits_BTV[0].log_softmax(-1)
-    return sum(float(logprob[len(context) - 1 + i, token]) for i, token in enumerate(answer))
+def log_probability_whole(model, context, answer, seq_len):
+    ids = (context + answer)[-(seq_len + 1) :]
+    logprob = model(torch.tensor([ids[:-1]])).logits_BTV[0].log_softmax(-1)
+    answer = answer[-(len(ids) - 1) :]
+    start = len(ids) - 1 - len(answer)
+    return sum(float(logprob[start + i, token]) for i, token in enumerate(answer))
 
 
 def test_the_papers_tasks_are_lm_evals(tokenizer):

@@ -10,7 +10,7 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
 from mhmoe_ray.evaluate.routing import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
 from mhmoe_ray.report.variants import Variant, matched_step, variants
@@ -23,9 +23,10 @@ from tests.specs import tiny_spec
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
-def made(folder, name, seed, final, moe=MOE, steps=20, validated=5) -> RunDir:
+def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4) -> RunDir:
     """A run whose validation loss comes down to `final` at its last step."""
-    spec = tiny_spec(folder, model={"moe": moe}).model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
+    spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
+    spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
     run = create_run(spec)
     add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
     for step in range(1, steps + 1):
@@ -73,10 +74,25 @@ def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
     assert len(alone.runs) == 1
 
 
-def test_training_flops_are_six_times_the_multiply_adds(tmp_path):
+def test_training_flops_are_those_of_the_plan(tmp_path):
     run = RunFigures.read(made(tmp_path, "a", 0, 3.0))
-    assert run.flops(1000) == 6000 * sizes(run.spec.model).macs_per_token
+    assert run.flops(1000) == 1000 * flops_per_token(run.spec.model, 16).training
     assert run.tokens_per_s == 110.5
+
+
+def test_what_diverged_or_has_no_numbers_is_left_out_and_named(tmp_path):
+    runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan), made(tmp_path, "waiting", 0, 3.0, steps=0)]
+    verdicts = write_report(runs, tmp_path / "out")
+    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 20)]
+    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"not finite:</strong> {runs[6].id}." in page
+    assert f"no numbers yet: {runs[7].id}." in page
+
+
+def test_unequal_trainings_are_said_to_be(tmp_path):
+    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, micro_batches=8)]
+    write_report(runs, tmp_path / "out")
+    assert "<strong>They differ in tokens in a step</strong>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
@@ -169,5 +185,5 @@ def test_use_of_experts_is_compared_threshold_by_threshold():
 def test_mistakes(tmp_path):
     with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
         write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
-    with pytest.raises(RunError, match="it has no numbers yet"):
+    with pytest.raises(RunError, match="none of the runs has numbers yet"):
         write_report([made(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")

@@ -15,8 +15,9 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     content = json.loads(tokenizer.to_str())
     special = {token["id"] for token in content["added_tokens"] if token["special"]}
     byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
-    widths = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for token, number in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    widths = np.zeros(max(vocabulary.values()) + 1, np.int64)  # there may be gaps
+    for token, number in vocabulary.items():
         if number not in special:
             widths[number] = _width(token, byte_level)
     return widths

@@ -11,6 +11,7 @@ What concerns the whole run, rank 0 tells.
 """
 
 from mhmoe_ray.train.telemetry.line import Totals, Waits, step_line
+from mhmoe_ray.train.telemetry.mlflow import End
 from mhmoe_ray.train.telemetry.sinks import Telemetry
 
-__all__ = ["Telemetry", "Totals", "Waits", "step_line"]
+__all__ = ["End", "Telemetry", "Totals", "Waits", "step_line"]

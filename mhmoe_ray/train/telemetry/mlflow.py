@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import RunSpec, leaves
 from mhmoe_ray.train.telemetry.tags import tagged
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mhmoe")
 SEND_SECONDS = 5.0
-CLOSE_SECONDS = 30.0
+CLOSE_SECONDS = 10.0
 """That the end of training waits for what is not sent yet."""
 MOST_METRICS = 1000
 """That MLflow takes in one request."""
 LONGEST_VALUE = 6000
 """Of a parameter, in MLflow."""
 TAG = "mhmoe_run"
+End = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class MlflowRun:
@@ -39,7 +40,7 @@ class MlflowRun:
         spec: its own; names a server.
 
         Raises:
-            JobError: MLflow is not installed.
+            JobError: MLflow is not installed, or takes no such address.
         """
         assert spec.tracking.mlflow is not None
         self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
@@ -49,6 +50,7 @@ class MlflowRun:
         self._unsent: list[Metric] = []
         self._warned = False
         self._over = Event()
+        self._end = "FINISHED"
         self._thread = Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -59,8 +61,13 @@ class MlflowRun:
         for tag, value in tagged(line).items():
             self._queue.put(Metric(tag, value, when, step))
 
-    def close(self) -> None:
-        """Return when all of it is there, or the server did not take it for a while."""
+    def close(self, end: End) -> None:
+        """Return when all of it is there, or the server did not take it for a while.
+
+        Args:
+            end: how the training ended, in MLflow's words.
+        """
+        self._end = end
         self._over.set()
         self._thread.join(CLOSE_SECONDS)
         left = len(self._unsent) + self._queue.qsize()
@@ -75,7 +82,7 @@ class MlflowRun:
             try:
                 self._send()
                 if last:
-                    self._client.set_terminated(self._id)
+                    self._client.set_terminated(self._id, status=self._end)
                     return
             except MlflowException as e:
                 if not self._warned:
@@ -102,17 +109,24 @@ class MlflowRun:
         found = self._client.search_runs([self._experiment()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
         if not found:
             return None
-        self._client.update_run(found[0].info.run_id, status="RUNNING")
-        return str(found[0].info.run_id)
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        if not found[0].data.params:
+            self._describe(run_id)
+        return run_id
 
     def _create(self) -> str:
+        made = self._client.create_run(self._experiment(), run_name=self._run.id, tags={TAG: self._run.id})
+        run_id = str(made.info.run_id)
+        self._describe(run_id)
+        return run_id
+
+    def _describe(self, run_id: str) -> None:
         from mlflow.entities import Param
 
-        made = self._client.create_run(self._experiment(), run_name=self._run.id, tags={TAG: self._run.id})
         tree = self._spec.model_dump(mode="json", include={"seed", "origin", "model", "train"})
-        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in _leaves(tree)]
-        self._client.log_batch(made.info.run_id, params=params)
-        return str(made.info.run_id)
+        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in leaves(tree)]
+        self._client.log_batch(run_id, params=params)
 
 
 def _client(server: str) -> Any:
@@ -123,7 +137,13 @@ def _client(server: str) -> Any:
     except ImportError as e:
         fix = "install mhmoe-ray[mlflow] where workers run, or remove the key"
         raise JobError("tracking.mlflow", "MLflow is not installed there", fix) from e
-    return MlflowClient(tracking_uri=server)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return MlflowClient(tracking_uri=server)
+    except MlflowException as e:
+        fix = "give a server, http://host:5000"
+        raise JobError(f"tracking.mlflow {server}", str(e).splitlines()[0], fix) from e
 
 
 def _drained(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
@@ -132,11 +152,3 @@ def _drained(queue: "SimpleQueue[Metric]") -> "Iterator[Metric]":
             yield queue.get_nowait()
         except Empty:
             return
-
-
-def _leaves(tree: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{before}{key}.")
-        elif value is not None:
-            yield f"{before}{key}", value

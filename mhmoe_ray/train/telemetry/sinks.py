@@ -8,7 +8,7 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry.line import Waits
-from mhmoe_ray.train.telemetry.mlflow import MlflowRun
+from mhmoe_ray.train.telemetry.mlflow import End, MlflowRun
 from mhmoe_ray.train.telemetry.ray_metrics import Gauges, add_rank, add_run, tell_rank, tell_run
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
@@ -52,9 +52,12 @@ class Telemetry:
         if self._board:
             self._board.flush()
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
+        """Args:
+        end: how the training ended.
+        """
         self._gauges.close()
         if self._board:
             self._board.close()
         if self._mlflow:
-            self._mlflow.close()
+            self._mlflow.close(end)

@@ -38,11 +38,13 @@ def test_a_run_that_goes_on_goes_on_in_the_same_mlflow_run(tmp_path):
     first = MlflowRun(run, spec(server))
     for step in (1, 2):
         first.tell(line(step))
-    first.close()
+    first.close("FAILED")
+    client = MlflowClient(tracking_uri=server)
+    [found] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert found.info.status == "FAILED"
     second = MlflowRun(run, spec(server))
     second.tell(line(3, **{metrics.VAL_LOSS: 2.5, metrics.GRAD_NORM: float("nan")}))
-    second.close()
-    client = MlflowClient(tracking_uri=server)
+    second.close("FINISHED")
     [found] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert found.info.run_name == "tiny-abc123"
     assert found.info.status == "FINISHED"
@@ -59,9 +61,9 @@ def test_a_server_that_is_away_is_told_of_once_and_costs_training_nothing(tmp_pa
         run = MlflowRun(RunDir(tmp_path / "tiny-abc123"), spec(f"http://127.0.0.1:{taken.getsockname()[1]}"))
         with caplog.at_level(logging.WARNING, "mhmoe"):
             run.tell(line(1))
-            run.close()
+            run.close("FINISHED")
     warnings = [r.getMessage() for r in caplog.records if r.name == "mhmoe"]
-    assert len(warnings) == 2
+    assert len(warnings) == 2, warnings
     assert "trying again" in warnings[0]
     assert "2 numbers never reached MLflow" in warnings[1]
 
@@ -70,3 +72,8 @@ def test_without_mlflow_a_run_that_wants_it_says_what_to_install(tmp_path, monke
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     with pytest.raises(JobError, match=r"install mhmoe-ray\[mlflow\] where workers run"):
         MlflowRun(RunDir(tmp_path), spec("http://127.0.0.1:1"))
+
+
+def test_an_address_that_is_none_is_a_users_mistake(tmp_path):
+    with pytest.raises(JobError, match=r"tracking\.mlflow htp://host:5000"):
+        MlflowRun(RunDir(tmp_path), spec("htp://host:5000"))
