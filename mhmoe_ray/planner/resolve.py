@@ -37,7 +37,10 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         SpecError: as `load_spec`; or there is no such preset, or a match has no solution.
     """
     what = f"spec {path}"
-    tree = _worked_out(read_tree(path, overrides), what)
+    tree = read_tree(path, overrides)
+    if "sizes" in tree and "model" not in tree:
+        raise SpecError(what, "it is a sweep, not the spec of one run", "give it to `mhmoe sweep`")
+    tree = _worked_out(tree, what)
     return checked(RunSpec, tree, what, also=list(Shorthands.model_fields))
 
 

@@ -8,7 +8,7 @@ from mhmoe_ray.planner.presets import every_preset
 from tests.cli.run import mhmoe
 
 JOBS = Path(__file__).parents[2] / "jobs"
-SPECS = sorted(JOBS.rglob("*.yaml"))
+SPECS = sorted(path for path in JOBS.rglob("*.yaml") if "\nsizes:" not in path.read_text())
 
 
 def test_plan_shows_sizes_and_layout(corpus):
@@ -59,6 +59,12 @@ def test_every_spec_of_ours_can_be_planned(tmp_path, spec):
     plan = mhmoe(tmp_path, "plan", str(spec), "--json").json()
     assert plan["sizes"]["parameters"] > 0
     assert plan["spec"]["name"] == spec.stem
+
+
+def test_a_sweep_is_no_spec(tmp_path):
+    wrong = mhmoe(tmp_path, "plan", str(JOBS / "paper" / "heads.yaml"))
+    assert (wrong.code, wrong.err.count("\n")) == (3, 1)
+    assert "it is a sweep, not the spec of one run; give it to `mhmoe sweep`" in wrong.err
 
 
 def test_a_wide_number_is_never_cut(tmp_path):
