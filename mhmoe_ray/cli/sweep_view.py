@@ -66,6 +66,8 @@ def follow(place: "SweepDir", connection: "Connection") -> bool:
                     except TokenError:
                         raise
                     except ClusterError:
+                        if over:
+                            return True
                         unanswered += 1
                         if unanswered == UNANSWERED:
                             raise

@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pexpect
 import psutil
 import pytest
 import yaml
@@ -104,6 +105,15 @@ def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project
     loss = metrics.last(runs["dense-s0"])[metrics.VAL_LOSS]
     assert rows["dense"]["losses"] == {"0": loss}
     assert rows["dense"]["parameters_ratio"] == 1 < rows["h1"]["parameters_ratio"]
+    # On a terminal it is drawn; what is finished is not trained again.
+    words = command("sweep", "sweep.yaml", "--only", "h1")
+    drawn = pexpect.spawn(words[0], words[1:], cwd=project, dimensions=(40, 80), encoding="utf-8")
+    drawn.expect(r"runs .*1/1", timeout=120)
+    drawn.expect("1 finished", timeout=120)
+    drawn.expect(pexpect.EOF, timeout=120)
+    drawn.close()
+    assert drawn.exitstatus == 0
+    assert len(started(runs["h1-s0"])) == 1
     assert not list(project.rglob("pwned"))
     assert not list(Path.cwd().glob("pwned"))
     write_sweep(project, runs={"dense": {**DENSE, "train.lr": 0.001}})
