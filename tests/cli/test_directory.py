@@ -134,6 +134,18 @@ def test_resume_does_not_guess_when_its_token_is_refused(tmp_path, run, local_cl
     assert_one_line(mhmoe(tmp_path, "resume", **home), 6, local_cluster.address)
 
 
+def test_evaluating_refuses_options_that_would_do_nothing_and_runs_without_experts(tmp_path, run):
+    for words, about in [(("--samples", "5"), "--text"), (("--limit", "5"), "--tasks"), (("--set", "a=1"), "--text")]:
+        refused = mhmoe(tmp_path, "eval", run.id, *words)
+        assert refused.code == 2
+        assert f"{about}: name some" in " ".join(refused.err.split())
+    assert_one_line(mhmoe(tmp_path, "eval", run.id), 8, "it has no checkpoint yet")
+    dense = create_run(tiny_spec(tmp_path, model={"moe": None}))
+    add_attempt(dense, Attempt("job-2", "http://127.0.0.1:1", local=True))
+    assert_one_line(mhmoe(tmp_path, "routing", dense.id), 7, "it is a dense model, without a router")
+    assert_one_line(mhmoe(tmp_path, "report", dense.id), 7, "none of the runs has numbers yet")
+
+
 def test_a_reason_with_brackets_is_shown_as_it_is(tmp_path, run):
     """Ray, torch and gloo put paths and hints in brackets, which a terminal library may take for its own."""
     reason = "worker 0: [/third_party/gloo/pair.cc:525] Connection closed by peer; [enforce fail at x] :warning:"
