@@ -76,9 +76,9 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     Raises:
         RunError: it may still run, or its spec is another one.
     """
-    from mhmoe_ray.cluster.sweeps import ELSEWHERE
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.layout import list_runs
+    from mhmoe_ray.sweep.control import ELSEWHERE
 
     runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
     if not runs:

@@ -35,10 +35,10 @@ def sweep(
     failed, were stopped or interrupted go on from their checkpoints; runs that the file has got since are added. For
     example `mhmoe sweep jobs/paper/heads.yaml --size small --seeds 0,1`.
     """
-    from mhmoe_ray.cluster import sweeps
     from mhmoe_ray.planner.sweep import planned_runs
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.spec import load_sweep
+    from mhmoe_ray.sweep import control
 
     own = ([f"concurrent={concurrent}"] if concurrent else []) + ([f"seeds=[{seeds}]"] if seeds else [])
     known = load_sweep(file, own)
@@ -56,7 +56,7 @@ def sweep(
             show_plan(wanted, known.concurrent)
         return
     if stop:
-        for name in sweeps.stop(place):
+        for name in control.stop(place):
             note.print(f"{name}: stopping after a checkpoint")
     elif not show:
         connection = _start(place, planned, wanted, size, known.concurrent, address)
@@ -97,12 +97,12 @@ def _start(
     address: str | None,
 ) -> "Connection":
     """Check all that can be checked now, and submit the job that starts runs."""
-    from mhmoe_ray.cluster import sweeps
+    from mhmoe_ray.sweep import control
 
     specs = [run.spec for run in wanted]
     for spec in {spec.data.prepared: spec for spec in specs}.values():
         launch.check_data(spec)
-    sweeps.define(place, planned, [run.name for run in wanted], size, concurrent)
+    control.define(place, planned, [run.name for run in wanted], size, concurrent)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
     connection = launch.cluster_for(specs[0].cluster, needed, cpus, address)
@@ -110,7 +110,7 @@ def _start(
     again = len(names & started.keys())
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)
-    sweeps.submit(place, connection, retry=True)
+    control.submit(place, connection, retry=True)
     return connection
 
 

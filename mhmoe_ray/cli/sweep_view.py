@@ -51,8 +51,8 @@ def follow(place: "SweepDir", connection: "Connection") -> bool:
         MhmoeError: the job ended for a reason of its own.
         ClusterError: the cluster does not answer any more.
     """
-    from mhmoe_ray.cluster import sweeps
     from mhmoe_ray.errors import ClusterError, TokenError
+    from mhmoe_ray.sweep import control
 
     restarts, unanswered, asked = 0, 0, time.monotonic()
     try:
@@ -62,7 +62,7 @@ def follow(place: "SweepDir", connection: "Connection") -> bool:
                 over = view.refresh()
                 if over or time.monotonic() - asked > ASK_SECONDS:
                     try:
-                        alive, unanswered = sweeps.is_alive(place), 0
+                        alive, unanswered = control.is_alive(place), 0
                     except TokenError:
                         raise
                     except ClusterError:
@@ -76,11 +76,11 @@ def follow(place: "SweepDir", connection: "Connection") -> bool:
                     if not alive:
                         if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
                             return True
-                        if error := sweeps.own_error(place):
+                        if error := control.own_error(place):
                             raise error
                         restarts += 1
                         note.print("the job that starts the runs has ended; it is started again")
-                        sweeps.submit(place, connection, retry=False)
+                        control.submit(place, connection, retry=False)
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         note.print("\ndetached; the sweep goes on. The same command follows it again; with --stop it ends it")

@@ -60,7 +60,7 @@ def drivers(project):
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or ()
-        if "mhmoe_ray.cluster.sweeping" in line and any(str(project) in part for part in line):
+        if "mhmoe_ray.sweep.job" in line and any(str(project) in part for part in line):
             found.append(process)
     return found
 

@@ -1,4 +1,4 @@
-"""Starting, following and stopping a sweep from outside; `sweeping.py` is the job that does the work."""
+"""Starting, following and stopping a sweep from outside; `job.py` is what does the work."""
 
 import time
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def submit(place: SweepDir, connection: Connection, *, retry: bool) -> None:
     definition = place.definition()
     spec = definition.entries[0].spec
     name = f"sweep-{place.name}-{int(time.time())}-{len(definition.jobs) + 1}"
-    args = ["-m", "mhmoe_ray.cluster.sweeping", str(place.path), name]
+    args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
     request = jobs.request(args, name, local=connection.local, runtime_env=spec.cluster.runtime_env)
     job = SweepJob(job=name, address=connection.address, local=connection.local, submitted=time.time(), retry=retry)
     place.define(definition.model_copy(update={"jobs": [*definition.jobs, job]}))

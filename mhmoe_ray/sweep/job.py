@@ -1,6 +1,6 @@
 """The job of a sweep: start its runs, so many at a time, each as a job of its own.
 
-Run by Ray Jobs as `python -m mhmoe_ray.cluster.sweeping SWEEP_DIR JOB`. A run is an ordinary one: `mhmoe status`,
+Run by Ray Jobs as `python -m mhmoe_ray.sweep.job SWEEP_DIR JOB`. A run is an ordinary one: `mhmoe status`,
 `logs`, `stop` and `resume` know it, and what happens to it leaves the others alone. This job may be killed and started
 again at any time: what runs goes on by itself, and what is finished stays so. It makes way for a newer one.
 """
