@@ -69,7 +69,7 @@ clean:
 	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[sample]'
+	$(BIN)/python -m pip install -e '.[report,sample]'
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python

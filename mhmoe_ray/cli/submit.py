@@ -78,7 +78,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.layout import list_runs
-    from mhmoe_ray.sweep.control import ELSEWHERE
+    from mhmoe_ray.spec import ELSEWHERE
 
     runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
     if not runs:

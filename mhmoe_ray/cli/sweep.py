@@ -40,6 +40,8 @@ def sweep(
     from mhmoe_ray.spec import load_sweep
     from mhmoe_ray.sweep import control
 
+    if json and detach:
+        raise typer.BadParameter("--json prints the table of a sweep that is followed: leave out --detach")
     own = ([f"concurrent={concurrent}"] if concurrent else []) + ([f"seeds=[{seeds}]"] if seeds else [])
     known = load_sweep(file, own)
     size = size or next(iter(known.sizes))

@@ -1,10 +1,13 @@
 """What a checkpoint knows and where it sends its tokens: on held-out text, on any text, and on tasks.
 
-request.py   what is asked, and the answer
-samples.py   text as samples of a model's length, domain by domain
-score.py     loss, perplexity, bits per byte
-routing.py   which experts tokens go to, counted as the model computes
-measure.py   both, of a checkpoint
-harness.py   the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)
-job.py       runs all that on a cluster
+    request.py      what is asked, and the answer
+    samples.py      text as samples of a model's length, domain by domain
+    score.py        loss, perplexity, bits per byte
+    routing.py      which experts tokens go to, counted as the model computes
+    activation.py   what such counts say of the use of experts
+    measure.py      losses and routes of a checkpoint
+    harness.py      the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)
+    job.py          runs all that on a cluster
+
+Routing is dropless throughout, as in serving.
 """

@@ -8,8 +8,10 @@ function of the threshold. Selections are of tokens: one whose sub-tokens go to 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.model.balance import load_entropy
 
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -45,9 +47,7 @@ def load(counts: RoutingCounts) -> np.ndarray:
 
 def entropy(counts: RoutingCounts) -> np.ndarray:
     """(L,): of the shares, over the highest; 1 is uniform."""
-    share = load(counts) / len(counts.counts[0])
-    logs = np.log(share, where=share > 0, out=np.zeros_like(share))
-    return np.asarray(-(share * logs).sum(1) / np.log(share.shape[1]))
+    return load_entropy(torch.tensor(counts.counts)).numpy()
 
 
 def activated(counts: RoutingCounts, thresholds: Sequence[float] = THRESHOLDS) -> list[float]:

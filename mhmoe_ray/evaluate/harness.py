@@ -3,7 +3,7 @@
 The English tasks of the first paper's table 2 and the languages of its table 3 have these names in lm-eval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,7 @@ def run_tasks(
         limit: questions of each task, at most.
 
     Raises:
-        MhmoeError: lm-eval is not installed.
-        SpecError: it knows no such task.
+        SpecError: lm-eval is not installed, or knows no such task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -110,33 +109,28 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
             # As in training and in serving, a text begins with the token that says so.
             start = self.eot_token_id
             begun = [([start] if context[:1] != [start] else []) + list(context) for _, context, _ in requests]
-            return scored([(context, answer) for context, (_, _, answer) in zip(begun, requests, strict=True)], score)
+            return scored([(context, answer) for context, (_, _, answer) in zip(begun, requests, strict=True)])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             found = []
             for request in requests:
                 ids = [self.eot_token_id, *self.tok_encode(request.args[0])]
                 windows = [(ids[i : i + 1], ids[i + 1 : i + 1 + seq_len]) for i in range(0, len(ids) - 1, seq_len)]
-                found.append(sum(value for value, _ in scored(windows, score)))
+                found.append(sum(value for value, _ in scored(windows)))
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             why = "it lets a model write, which `mhmoe eval` does not do"
             raise SpecError("task", why, "serve the checkpoint and use lm-eval's `local-completions`")
 
-    def score(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        return _scores(model, pairs, seq_len, half)
-
-    def scored(
-        pairs: Sequence[tuple[list[int], list[int]]],
-        of_some: Callable[[Sequence[tuple[list[int], list[int]]]], list[tuple[float, bool]]],
-    ) -> list[tuple[float, bool]]:
+    def scored(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Longest first, so that those of a batch are about equally long."""
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         found: dict[int, tuple[float, bool]] = {}
         for first in range(0, len(order), batch):
             some = order[first : first + batch]
-            found |= dict(zip(some, of_some([pairs[i] for i in some]), strict=True))
+            scores = _scores(model, [pairs[i] for i in some], seq_len, half)
+            found |= dict(zip(some, scores, strict=True))
         return [found[i] for i in range(len(pairs))]
 
     return Checkpoint()

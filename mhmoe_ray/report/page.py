@@ -13,7 +13,7 @@ from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.request import all_stored
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.routes import compared_use, routes
+from mhmoe_ray.report.routes import Routes, compared_use, routes
 from mhmoe_ray.report.variants import Variant, matched_step, variants
 from mhmoe_ray.report.verdict import Verdict, verdict
 from mhmoe_ray.runs import events, metrics
@@ -58,21 +58,22 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         raise RunError(f"baseline {baseline}", "there is no such variant among the runs", f"choose from {names}")
     step = matched_step(found)
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
+    counted = {v.name: r for v in found if (r := routes(v.first.run)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(plots.STYLE):
-        figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first)}
+        figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
     page = (
         _environment()
         .get_template("page.html")
         .render(
             title=", ".join(v.name for v in found),
             made=time.strftime("%Y-%m-%d %H:%M"),
-            rows=[_row(v, first, step) for v in found],
+            rows=[_row(v, first, step, counted.get(v.name)) for v in found],
             baseline=first.name,
             step=step,
             verdicts=verdicts,
             figures=figures,
-            use=_use(found, first),
+            use=_use(first.name, counted),
             differences=_differences(found),
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
@@ -91,7 +92,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _figures(found: Sequence[Variant], baseline: Variant) -> "Iterator[tuple[str, Figure]]":
+def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Routes]) -> "Iterator[tuple[str, Figure]]":
     """Names for files, and what is in them."""
     if len(found) > 1:
         yield "loss_beside_baseline", plots.differences(found, baseline)
@@ -106,7 +107,6 @@ def _figures(found: Sequence[Variant], baseline: Variant) -> "Iterator[tuple[str
         if figure := plots.curve(found, metric, title, label):
             yield metric, figure
     yield "throughput", plots.throughput(found)
-    named = {v.name: r for v in found if (r := routes(v.first.run)) is not None}
     colours = {v.name: number for number, v in enumerate(found)}
     most = min(MOST_LOAD, max((float(r.load.max()) for r in named.values()), default=1.0))
     if named:
@@ -117,13 +117,11 @@ def _figures(found: Sequence[Variant], baseline: Variant) -> "Iterator[tuple[str
         yield f"load_{re.sub('[^a-z0-9]+', '_', name)}", plots.heat_map(name, counted, most)
 
 
-def _use(found: Sequence[Variant], baseline: Variant) -> list[str]:
+def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
     """Sentences on experts in use."""
-    base = routes(baseline.first.run)
-    others = {v.name: r for v in found if v is not baseline and (r := routes(v.first.run))}
-    if base is None:
+    if baseline not in named:
         return []
-    said = (compared_use(baseline.name, name, base, routes_) for name, routes_ in others.items())
+    said = (compared_use(baseline, name, named[baseline], r) for name, r in named.items() if name != baseline)
     return [sentence for sentence in said if sentence]
 
 
@@ -136,9 +134,9 @@ def _written(figure: "Figure", png: Path) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.getvalue()[svg.getvalue().index("<svg") :])
 
 
-def _row(variant: Variant, baseline: Variant, step: int | None) -> dict[str, Any]:
+def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
     of, base, run = variant.first.sizes, baseline.first.sizes, variant.first
-    moe, counted = run.spec.model.moe, routes(run.run)
+    moe = run.spec.model.moe
     return {
         "name": variant.name,
         "runs": len(variant.runs),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import ELSEWHERE, RunSpec
 
-_FREE = {"name", "storage", "seed", "origin", "reference", "cluster", "serve", "tracking"}
+_FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys that do not change what is trained."""
 
 

@@ -17,12 +17,13 @@ from mhmoe_ray.spec.load import (
 )
 from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
-from mhmoe_ray.spec.run import ReferenceSpec, RunSpec
+from mhmoe_ray.spec.run import ELSEWHERE, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec
 from mhmoe_ray.spec.sweep import SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 __all__ = [
+    "ELSEWHERE",
     "ClusterSpec",
     "DataSpec",
     "DeploySpec",

@@ -15,6 +15,8 @@ from mhmoe_ray.spec.tracking import TrackingSpec
 from mhmoe_ray.spec.train import TrainSpec
 
 StoragePath = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
+ELSEWHERE = {"cluster", "serve", "tracking"}
+"""Sections that do not change what a run trains."""
 NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
 
 

@@ -8,11 +8,9 @@ from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.errors import JobError, MhmoeError, RunError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.sweeps import Definition, SweepDir, SweepJob
-from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.spec import ELSEWHERE, SweepRun
 
 POLL_SECONDS = 0.5
-ELSEWHERE = {"cluster", "serve", "tracking"}
-"""Sections that do not change what a run trains."""
 
 
 def define(place: SweepDir, planned: Sequence[SweepRun], wanted: Sequence[str], size: str, concurrent: int) -> None:

@@ -12,7 +12,6 @@ from mhmoe_ray.evaluate.harness import PAPER_TASKS, expanded, run_tasks
 from tests.data.texts import documents
 from tests.evaluate.test_measure import model_of
 
-pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # its own and its libraries'
 
 QUESTIONS = [
