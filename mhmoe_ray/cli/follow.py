@@ -128,7 +128,9 @@ class _View:
 
         kind = event["event"]
         self._progress.update(self._task, description=kind)
-        if kind == "preparing":
+        if kind == "began":
+            note.print(f"its job runs on {event['host']}")
+        elif kind == "preparing":
             note.print(f"preparing data in {event['folder']}", soft_wrap=True)
         elif kind == "started":
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"

@@ -14,7 +14,7 @@ from mhmoe_ray.spec import RunSpec
 def job_request(run: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
     """What Ray Jobs is asked for; `submit --dry-run` prints it."""
     return jobs.request(
-        ["-m", "mhmoe_ray.train.driver", str(run)],
+        ["-m", "mhmoe_ray.train.job", str(run)],
         f"{run.name}-{attempt}",
         local=local,
         runtime_env=spec.cluster.runtime_env,

@@ -8,6 +8,7 @@ from mhmoe_ray.runs.layout import RunDir
 
 Kind = Literal[
     "submitted",  # attempt, job, address
+    "began",  # attempt, host, pid (of its job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
@@ -30,6 +31,7 @@ State = Literal["submitted", "preparing", "running", "finished", "stopped", "fai
 
 _STATE_AFTER: dict[str, State] = {
     "submitted": "submitted",
+    "began": "preparing",
     "preparing": "preparing",
     "started": "running",
     "finished": "finished",

@@ -1,6 +1,7 @@
 """What a Ray Train worker runs, and the driver of the job that starts the workers.
 
-    driver.py       the job: prepare data, start workers, say how it ended
+    job.py          the process of a job: that it began, and how it ended
+    driver.py       what it does: prepare data, start workers
     ray_trainer.py elastic.py           what a run changes about Ray Train: retries, sizes of groups, start of streams
     worker.py       one rank: restore, train, validate, save
     watchdog.py     an actor beside the workers that names the one that hangs, and ends it

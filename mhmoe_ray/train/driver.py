@@ -1,21 +1,16 @@
-"""The job of a run: prepare what is missing, start Ray Train's workers, and say in the run directory how it ended.
-
-Run by Ray Jobs as `python -m mhmoe_ray.train.driver RUN_DIR`.
-"""
+"""What the job of a run does: prepare the data that is missing, and train with Ray Train's workers."""
 
 import os
-import sys
-from typing import Any, Literal
+from typing import Any
 
-import ray
 import ray.data
 import ray.train
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.verify import verify_shards
-from mhmoe_ray.errors import DataError, JobError, MhmoeError, StorageError
-from mhmoe_ray.location import ObjectPath, location
+from mhmoe_ray.errors import DataError, JobError, MhmoeError
+from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
@@ -26,7 +21,6 @@ from mhmoe_ray.runs.manifest import (
     newest_checkpoint,
     step_and_group,
 )
-from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
 from mhmoe_ray.train.hashing import describe_together
@@ -34,39 +28,6 @@ from mhmoe_ray.train.lost import RecordLost
 from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest, error_of_ours
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
-
-
-def main() -> None:
-    run = RunDir(location(sys.argv[1]))
-    attempt = len(read_attempts(run))
-    try:
-        # Actors of Ray's own look for "the" cluster of a machine, which may have several.
-        ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
-        drive(run, attempt)
-    except MhmoeError as e:
-        print(f"error: {e}")
-        _record_end(run, attempt, "failed", reason=str(e))
-        sys.exit(e.exit_code)
-    except SystemExit as e:  # Ray turns SIGTERM, with which it stops a job, into this
-        if run.stop_file.exists():
-            _record_end(run, attempt, "stopped", reason="its job was ended")
-        else:
-            _record_end(run, attempt, "failed", reason=f"its job was ended from outside ({e})")
-        raise
-    except BaseException as e:
-        _record_end(run, attempt, "failed", reason=f"{type(e).__name__}: {e}".splitlines()[0])
-        raise
-
-
-def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
-    """Unless a later attempt has taken over: the end of this one is not the run's."""
-    if len(read_attempts(run)) == attempt:
-        try:
-            events.record(run, kind, reason=reason)
-        except StorageError as e:  # the job's log has both, and `status` takes the reason from there
-            print(f"error: {e}")
-            if str(e) != reason:
-                print(f"error: {reason}")
 
 
 def drive(run: RunDir, attempt: int) -> None:
@@ -171,7 +132,3 @@ def _explain(run: RunDir, error: Exception) -> MhmoeError:
         return JobError(f"worker {rank}", lines[-1].strip(), "see its log")
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return JobError(f"run {run.id}", lines[-1].strip(), "see its log")
-
-
-if __name__ == "__main__":
-    main()

@@ -50,7 +50,7 @@ def test_every_verb_explains_itself(tmp_path, verb):
 
 def test_a_dry_run_prints_the_request_and_starts_nothing(corpus):
     request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run").json()
-    assert "-m mhmoe_ray.train.driver" in request["entrypoint"]
+    assert "-m mhmoe_ray.train.job" in request["entrypoint"]
     assert not (corpus / "runs").exists()
     remote = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", "http://head:8265").json()
     assert json.dumps(remote["runtime_env"]).count("mhmoe_") == 2

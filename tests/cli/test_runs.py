@@ -33,7 +33,12 @@ def finished(corpus, local_cluster):
 def test_submit_shows_the_plan_then_progress_then_the_end(finished):
     run, result = finished
     assert "workers" in result.out
-    for part in ("preparing data in", "training from step 0 on 2 workers, dp 1 x ep 2", "step 20: validation loss"):
+    for part in (
+        "its job runs on",
+        "preparing data in",
+        "training from step 0 on 2 workers, dp 1 x ep 2",
+        "step 20: validation loss",
+    ):
         assert part in result.err
     assert result.out.endswith(f"run {run.id} finished at step 30\n")
     assert_read_as_ordered(run)

@@ -95,7 +95,7 @@ def test_history_takes_repeated_steps_from_the_last_who_did_them(run):
 
 def test_state_follows_events(run):
     seen = []
-    for kind in ("submitted", "preparing", "prepared", "started", "checkpoint", "failed", "submitted", "finished"):
+    for kind in ("submitted", "began", "prepared", "started", "checkpoint", "failed", "submitted", "finished"):
         events.record(run, kind)
         seen.append(events.state(events.events(run)))
     assert seen == ["submitted", "preparing", "preparing", "running", "running", "failed", "submitted", "finished"]

@@ -1,0 +1,58 @@
+"""The process of a run's job: say that it has begun, train, and say in the run directory how it ended.
+
+Run by Ray Jobs as `python -m mhmoe_ray.train.job RUN_DIR`.
+"""
+
+import os
+import socket
+import sys
+from typing import Literal
+
+from mhmoe_ray.errors import MhmoeError, StorageError
+from mhmoe_ray.location import location
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import read_attempts
+
+
+def main() -> None:
+    run = RunDir(location(sys.argv[1]))
+    attempt = len(read_attempts(run))
+    events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+    try:
+        # Imported only now: they take seconds, for which whoever submitted the run would see nothing.
+        import ray
+
+        from mhmoe_ray.train.driver import drive
+
+        # Actors of Ray's own look for "the" cluster of a machine, which may have several.
+        ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
+        drive(run, attempt)
+    except MhmoeError as e:
+        print(f"error: {e}")
+        _record_end(run, attempt, "failed", reason=str(e))
+        sys.exit(e.exit_code)
+    except SystemExit as e:  # Ray turns SIGTERM, with which it stops a job, into this
+        if run.stop_file.exists():
+            _record_end(run, attempt, "stopped", reason="its job was ended")
+        else:
+            _record_end(run, attempt, "failed", reason=f"its job was ended from outside ({e})")
+        raise
+    except BaseException as e:
+        _record_end(run, attempt, "failed", reason=f"{type(e).__name__}: {e}".splitlines()[0])
+        raise
+
+
+def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
+    """Unless a later attempt has taken over: the end of this one is not the run's."""
+    if len(read_attempts(run)) == attempt:
+        try:
+            events.record(run, kind, reason=reason)
+        except StorageError as e:  # the job's log has both, and `status` takes the reason from there
+            print(f"error: {e}")
+            if str(e) != reason:
+                print(f"error: {reason}")
+
+
+if __name__ == "__main__":
+    main()
