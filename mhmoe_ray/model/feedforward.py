@@ -47,6 +47,16 @@ class FeedForward(nn.Module):
         return self.function(*_for_autocast(x_BTM, tuple(self.parameters())))
 
 
+def matrices(model: nn.Module) -> set[str]:
+    """Names of the parameters that are matrices; of experts, which are stacked, those that are one for each expert."""
+    return {
+        name
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(path, recurse=False)
+        if parameter.ndim - isinstance(module, Experts) >= 2
+    }
+
+
 class Experts(nn.Module):
     """The experts `held` of a layer's E; all of them unless expert parallelism spreads them over ranks.
 

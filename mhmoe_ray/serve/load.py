@@ -10,6 +10,7 @@ from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.feedforward import matrices
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
 from mhmoe_ray.runs.model import load_model
@@ -122,8 +123,9 @@ def torch_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int,
 
 def _halve(model: Decoder) -> None:
     """Weights of matrix products in bfloat16; not the routers', nor those of norms."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and ".router." not in name:
+    for name in matrices(model):
+        if ".router." not in name:
+            parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

@@ -4,21 +4,22 @@ import torch
 from torch import nn
 
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.feedforward import matrices
 from mhmoe_ray.spec import TrainSpec
 from mhmoe_ray.train.gradients import expert_parameters
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
-    """Weight decay for matrices and experts; none for norms and biases.
+    """Weight decay for matrices, the experts' among them; none for norms and biases.
 
     Experts have groups of their own, since they are spread over ranks in another way: as whole tensors beside slices of
     tensors, or as slices over fewer ranks.
     """
-    experts = set(expert_parameters(model))
+    experts, decays = set(expert_parameters(model)), matrices(model)
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kinds.setdefault((name in experts, parameter.ndim >= 2), []).append(parameter)
-    groups = [{"params": p, "weight_decay": spec.weight_decay * decays} for (_, decays), p in kinds.items()]
+        kinds.setdefault((name in experts, name in decays), []).append(parameter)
+    groups = [{"params": p, "weight_decay": spec.weight_decay * decay} for (_, decay), p in kinds.items()]
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 

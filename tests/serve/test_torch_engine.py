@@ -305,15 +305,21 @@ def test_only_tokens_with_text_are_drawn(answerer, tokenizer):
     assert max(drawn) < tokenizer.get_vocab_size() < SPEC.vocab_size
 
 
-def test_in_bfloat16_scores_stay_near_those_of_float32(answerer, tokenizer):
-    half = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec(precision="bfloat16"))
-    ids = tuple(answerer.encode("the quick brown fox"))
-    request = Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)
-    [found], [expected] = (together(one.engine, [request]) for one in (half, answerer))
-    half.engine.close()
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_in_bfloat16_scores_stay_near_those_of_float32(tokenizer, backbone):
+    found, expected = (scores_of_a_prompt(backbone, precision, tokenizer) for precision in ("bfloat16", "float32"))
     for rough, exact in zip(found.prompt[1:], expected.prompt[1:], strict=True):
         assert rough.logprob == pytest.approx(exact.logprob, abs=0.2)
     assert found.prompt != expected.prompt
+
+
+def scores_of_a_prompt(backbone, precision, tokenizer):
+    model = build_model(SPEC.model_copy(update={"backbone": backbone}))
+    answerer = answerer_of(model, tokenizer, SEQ_LEN, ServeSpec(precision=precision))
+    ids = tuple(answerer.encode("the quick brown fox"))
+    [answer] = together(answerer.engine, [Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)])
+    answerer.engine.close()
+    return answer
 
 
 def test_seeds_give_other_answers(answerer):

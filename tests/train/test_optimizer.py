@@ -1,7 +1,9 @@
 import pytest
 
+from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import TrainSpec
-from mhmoe_ray.train.optimizer import learning_rate
+from mhmoe_ray.train.optimizer import build_optimizer, learning_rate
+from tests.specs import tiny_spec
 
 
 def spec(**fields):
@@ -22,3 +24,14 @@ def test_the_first_papers_logged_rate():
     """6e-4, warm-up 375, to 0 at step 300,000: the log of step 14,050 says 5.72616e-4."""
     p1 = TrainSpec(steps=300_000, micro_batches=1, micro_batch_size=1, lr=6e-4, min_lr=0, warmup_steps=375)
     assert learning_rate(p1, 14_050) == pytest.approx(5.72616e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "subln"])
+def test_matrices_decay_and_biases_and_norms_do_not_in_experts_as_elsewhere(backbone):
+    model = Decoder(tiny_spec(model={"backbone": backbone}).model)
+    decays = {
+        p: g["weight_decay"] for g in build_optimizer(model, spec(weight_decay=0.1)).param_groups for p in g["params"]
+    }
+    found = {name for name, parameter in model.named_parameters() if decays[parameter] == 0.1}
+    assert found == {name for name, _ in model.named_parameters() if "bias" not in name and "norm" not in name}
+    assert {decays[parameter] for name, parameter in model.named_parameters() if name not in found} == {0}
