@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
@@ -186,3 +187,24 @@ def test_a_stopped_sweep_starts_no_more_and_goes_on_where_it_was(project, local_
     assert mhmoe(project, "sweep", "sweep.yaml").code == 0
     assert started(run)[-1]["step"] == reached < 400 == step_of(run)
     assert step_of(place.runs()["h1-s0"]) == 20
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_on_s3_is_trained_shown_and_found_finished(project, s3, wide_cluster):
+    query, _ = s3  # whose credentials the cluster, started after it, has
+    storage = f"s3://bucket/sweeps?{query}"
+    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD}, concurrent=2)
+    words = ("sweep", "sweep.yaml", "--set", f"storage={storage}")
+    done = mhmoe(project, *words)
+    assert done.code == 0, done.err
+    place = sweep_dir(location(storage), "heads-small")
+    assert {name: len(started(run)) for name, run in place.runs().items()} == {"dense-s0": 1, "h1-s0": 1}
+    rows = mhmoe(project, *words, "--show", "--json").json()
+    assert [row["states"] for row in rows] == [{"finished": 1}] * 2
+    again = mhmoe(project, *words)
+    assert again.code == 0, again.err
+    assert {name: len(started(run)) for name, run in place.runs().items()} == {"dense-s0": 1, "h1-s0": 1}
+    assert not (project / "runs").exists()
+    page = mhmoe(project, "report", "heads-small", "--storage", storage, "--to", "report")
+    assert page.code == 0, page.err

@@ -1,0 +1,29 @@
+"""What the documents point at is there."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+DOCUMENTS = [name for name in TRACKED if name.endswith(".md")]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_there_are(name):
+    document = ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text()):
+        path, _, heading = target.partition("#")
+        linked = document.parent / path if path else document
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, target
+
+
+def test_claims_name_tests_that_there_are():
+    named = set(re.findall(r"\btests/[\w/]+(?:\.py)?", (ROOT / "tests/CLAIMS.md").read_text()))
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
