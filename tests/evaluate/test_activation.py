@@ -46,3 +46,7 @@ def test_texts_joined_count_as_one(parts):
     assert whole == counts_of(np.sum(parts, 0).tolist())
     shares = activation.activated(whole)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_there_may_be_any_number_of_texts():
+    assert activation.joined([counts_of([1, 2])] * 2000) == counts_of([2000, 4000])
