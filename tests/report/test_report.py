@@ -17,7 +17,7 @@ from mhmoe_ray.report.variants import Variant, matched_step, variants
 from mhmoe_ray.report.verdict import verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.state import Attempt, add_attempt
+from mhmoe_ray.runs.state import Attempt, add_attempt, mark_imported
 from tests.specs import tiny_spec
 
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
@@ -183,6 +183,11 @@ def test_use_of_experts_is_compared_threshold_by_threshold():
 
 
 def test_mistakes(tmp_path):
+    imported = RunDir(tmp_path / "imported-000000")
+    imported.path.mkdir()
+    mark_imported(imported)
+    with pytest.raises(RunError, match="run imported-000000: it was imported"):
+        write_report([imported], tmp_path / "out")
     with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
         write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
     with pytest.raises(RunError, match="none of the runs has numbers yet"):
