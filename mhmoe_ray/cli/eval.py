@@ -81,7 +81,7 @@ def eval_(
         print_whole(number_table(["", "measure", "value"], rows))
 
 
-def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float]]]:
+def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:
     found = {
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
@@ -91,7 +91,8 @@ def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float]]]
 
 def _show_scores(evaluation: "Evaluation") -> None:
     def row(name: str, score: "Score") -> list[str]:
-        figures = [f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}"]
+        perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
+        figures = [f"{score.loss:.4f}", perplexity, f"{score.bits_per_byte:.4f}"]
         return [name, *figures, f"{score.tokens:,}", f"{score.text_bytes:,}"]
 
     columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]

@@ -89,8 +89,9 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
             axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
     _ends_count(axis, variants)
     axis.set(xlabel=title, ylabel="nats per token", title=f"validation loss against {title}")
-    second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
-    second.set_ylabel("perplexity")
+    if metrics.perplexity(axis.get_ylim()[1]) is not None:
+        second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
+        second.set_ylabel("perplexity")
     axis.legend()
     return figure
 

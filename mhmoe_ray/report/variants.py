@@ -1,7 +1,6 @@
 """Runs that differ in their seed alone, as one."""
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import ELSEWHERE, RunSpec
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
@@ -35,8 +35,7 @@ class Variant:
 
     def perplexity(self, step: int) -> float | None:
         """Of the mean loss."""
-        loss = self.mean_loss(step)
-        return None if loss is None else math.exp(loss)
+        return metrics.perplexity(self.mean_loss(step))
 
     @property
     def first(self) -> RunFigures:

@@ -1,10 +1,10 @@
 """Which of two variants is better, and how sure that is."""
 
-import math
 from typing import NamedTuple
 
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.report.variants import Variant
+from mhmoe_ray.runs import metrics
 
 CONFIDENCE = 0.95
 
@@ -31,9 +31,10 @@ class Verdict(NamedTuple):
     @property
     def said(self) -> str:
         """In a sentence."""
-        size, percent = abs(self.difference), 100 * (math.exp(self.difference) - 1)
         word = "lower" if self.difference < 0 else "higher"
-        figures = f"{size:.4f} nats {word}, perplexity {abs(percent):.1f}% {word}"
+        figures = f"{abs(self.difference):.4f} nats {word}"
+        if (ratio := metrics.perplexity(self.difference)) is not None:
+            figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
         if self.low is None:
             return f"{self.other} to {self.baseline}: {figures}; one seed, so nobody knows how sure that is"
         how = f"{self.seeds} seeds{', paired' if self.paired else ''}"

@@ -166,6 +166,13 @@ def test_the_page_needs_nothing_else_and_the_pictures_lie_beside_it(tmp_path):
     assert "dropped" not in pictures  # nothing was
 
 
+def test_a_loss_whose_perplexity_no_float_holds_is_reported(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
+    runs += [made(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
+    [found] = write_report(runs, tmp_path / "out")
+    assert found.said.startswith("b to a: 797.4500 nats higher (")
+
+
 def test_use_of_experts_is_compared_threshold_by_threshold():
     from mhmoe_ray.report.routes import Routes, compared_use
 
