@@ -85,8 +85,8 @@ def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
 
 
 def all_stored(run: RunDir) -> list[Evaluation]:
-    """Of a run, the least trained first."""
+    """Of a run, the least trained first, of equal ones by name."""
     if not run.evaluations.exists():
         return []
     found = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
-    return sorted(found, key=lambda e: e.step)
+    return sorted(found, key=lambda e: (e.step, e.request.key))

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.request import Evaluation, all_stored
 from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
@@ -33,6 +34,11 @@ class RunFigures:
     @cached_property
     def sizes(self) -> Sizes:
         return sizes(self.spec.model)
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """On held-out text, the newest last; texts of users' own differ."""
+        return [e for e in all_stored(self.run) if e.request.prepared]
 
     @property
     def validations(self) -> dict[int, float]:

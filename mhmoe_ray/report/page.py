@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from mhmoe_ray.errors import DataError, RunError
-from mhmoe_ray.evaluate.request import all_stored
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
@@ -58,7 +57,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         raise RunError(f"baseline {baseline}", "there is no such variant among the runs", f"choose from {names}")
     step = matched_step(found)
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
-    counted = {v.name: r for v in found if (r := routes(v.first.run)) is not None}
+    counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(plots.STYLE):
         figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
@@ -79,7 +78,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
             diverged=diverged,
             unequal=_unequal(found),
-            uncounted=[v.name for v in found if v.first.spec.model.moe and not _is_evaluated(v)],
+            uncounted=[name for name, r in counted.items() if r.activated is None],
         )
     )
     (folder / PAGE).write_text(page)
@@ -162,15 +161,11 @@ def _bits_per_byte(variant: Variant) -> float | None:
     """Of the runs' newest evaluations on held-out text, where all have one."""
     found = []
     for run in variant.runs:
-        scores = [e.total for e in all_stored(run.run) if e.request.prepared and e.domains]
+        scores = [e.total for e in run.evaluations if e.domains]
         if not scores:
             return None
         found.append(scores[-1].bits_per_byte)
     return sum(found) / len(found)
-
-
-def _is_evaluated(variant: Variant) -> bool:
-    return any(evaluation.routing for evaluation in all_stored(variant.first.run))
 
 
 def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, all_stored, store
 from mhmoe_ray.evaluate.routing import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
@@ -18,6 +18,7 @@ from mhmoe_ray.report.verdict import verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.state import Attempt, add_attempt, mark_imported
+from mhmoe_ray.spec import DataSpec
 from tests.specs import tiny_spec
 
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
@@ -120,7 +121,7 @@ def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_pat
     assert verdict(dense, mhmoe, 19) is None
 
 
-def store_evaluation(run, tokens_of, distinct):
+def store_evaluation(run, tokens_of, distinct, **asked):
     counts = RoutingCounts(
         tokens=100,
         counts=[[100] * 4],
@@ -129,10 +130,27 @@ def store_evaluation(run, tokens_of, distinct):
         agreement=[[[100, 10], [10, 100]]],
         first_weight=[80.0],
     )
-    request = EvalRequest(run=str(run.path), checkpoint="step_00000020.1", prepared="/data")
+    request = EvalRequest(run=str(run.path), checkpoint="step_00000020.1", **(asked or {"prepared": "/data"}))
     score = Score(nats=300.0, tokens=100, text_bytes=400)
     answer = {"domains": {"a": score}, "routing": {"a": counts}}
     store(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, **answer))
+
+
+def test_loads_are_said_to_be_those_of_training_where_only_other_texts_were_counted(tmp_path):
+    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1})]
+    store_evaluation(runs[0], [60] * 4, [0, 0, 0, 60, 40])
+    text = DataSpec.model_validate({"sources": {"own": {"path": "own.txt"}}, "prepared": "none", "seq_len": 16})
+    store_evaluation(runs[1], [60] * 4, [0, 60, 40], text=text)
+    write_report(runs, tmp_path / "out")
+    assert '<p class="small">Loads of b are those of training.' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_of_evaluations_of_one_step_the_last_by_name_is_the_newest(tmp_path):
+    run = made(tmp_path, "a", 0, 3.0)
+    for n in range(20):
+        store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], prepared=f"/data/{n}")
+    found = [evaluation.request.key for evaluation in all_stored(run)]
+    assert found == sorted(found)
 
 
 class Links(HTMLParser):
