@@ -49,12 +49,14 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     read = [one for run in runs if (one := RunFigures.read(run)).lines]
     if not read:
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
-    diverged = [one.run.id for one in read if one.is_diverged]
-    found = variants([one for one in read if not one.is_diverged] or read)
+    diverged = [one for one in read if one.is_diverged]
+    compared = [one for one in read if not one.is_diverged] or read
+    found = variants(compared)
     first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
     if first is None:
-        names = ", ".join(v.name for v in found)
-        raise RunError(f"baseline {baseline}", "there is no such variant among the runs", f"choose from {names}")
+        left_out = baseline in [v.name for v in variants(read)]
+        why = "the last validation of its runs is not finite" if left_out else "there is no such variant among the runs"
+        raise RunError(f"baseline {baseline}", why, f"choose from {', '.join(v.name for v in found)}")
     step = matched_step(found)
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
     counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
@@ -76,7 +78,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             differences=_differences(found),
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
-            diverged=diverged,
+            diverged=[one.run.id for one in diverged],
+            all_diverged=diverged == compared,
             unequal=_unequal(found),
             uncounted=[name for name, r in counted.items() if r.activated is None],
         )

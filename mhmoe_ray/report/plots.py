@@ -92,7 +92,8 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
     if metrics.perplexity(axis.get_ylim()[1]) is not None:
         second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
         second.set_ylabel("perplexity")
-    axis.legend()
+    if axis.has_data():
+        axis.legend()
     return figure
 
 

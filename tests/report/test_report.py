@@ -90,6 +90,20 @@ def test_what_diverged_or_has_no_numbers_is_left_out_and_named(tmp_path):
     assert f"no numbers yet: {runs[7].id}." in page
 
 
+def test_runs_that_all_diverged_are_compared_and_not_said_to_be_left_out(tmp_path):
+    runs = [made(tmp_path, "a", 0, math.nan), made(tmp_path, "b", 0, math.nan, moe={**MOE, "top_k": 1})]
+    write_report(runs, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The last validation of none of them is finite" in page
+    assert "Left out" not in page
+
+
+def test_a_baseline_that_diverged_is_said_to_have(tmp_path):
+    runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
+    with pytest.raises(RunError, match="baseline nan: the last validation of its runs is not finite; choose from d"):
+        write_report(runs, tmp_path / "out", baseline="nan")
+
+
 def test_unequal_trainings_are_said_to_be(tmp_path):
     runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, micro_batches=8)]
     write_report(runs, tmp_path / "out")
