@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,10 +51,12 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, *
 
 
 def first_error(stderr: str, code: int) -> str:
-    """Of a process that ended with this exit code: the first error of a traceback, which caused the others."""
+    """Of a process that ended with this exit code, or by the signal of this number where it is negative: the first
+    error of a traceback, which caused the others."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return next(iter(errors or lines[-1:]), f"exit code {code}")
+    ended = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
+    return next(iter(errors or lines[-1:]), ended)
 
 
 def main() -> None:
