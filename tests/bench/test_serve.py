@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
 from mhmoe_ray.bench.serve.contest import Figures, Shape, engines, servers
 from mhmoe_ray.bench.serve.engines import Place
@@ -99,6 +100,14 @@ def test_a_contestant_that_fails_says_why(place):
     gone = place._replace(checkpoint=place.checkpoint / "gone")
     with pytest.raises(JobError, match=r"bench serve, torch: .*manifest\.json"), Child("torch", gone):
         pass
+
+
+def test_a_contestant_that_hangs_is_ended_and_named(place, monkeypatch):
+    monkeypatch.setattr(child, "MOST_SECONDS", 0.1)
+    own = Child("torch", place)
+    with pytest.raises(JobError, match="bench serve, torch: it has not answered in 0 s"), own:
+        pass
+    assert own._process.returncode
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):
