@@ -90,8 +90,8 @@ def test_engines_and_servers_answer_each_in_a_process_of_its_own(place):
     [streamed] = servers(["torch, alone"], place, Shape(8, 4), [2], True, 1, said.append)
     assert streamed.first[0] > 0
     assert [line.split(":")[0] for line in said] == [
-        "round 1, 1 at a time",
         "round 1, 2 at a time",
+        "round 1, 1 at a time",
         "round 1, 2 clients",
     ]
 

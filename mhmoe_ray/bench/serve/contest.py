@@ -11,6 +11,7 @@ from mhmoe_ray.bench.serve.child import Child
 from mhmoe_ray.bench.serve.engines import Asked, Place
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB
+from mhmoe_ray.bench.timing import turns
 
 PACKAGES = {
     "vllm": "vllm",
@@ -89,18 +90,16 @@ def engines(
     Raises:
         JobError: one of them failed.
     """
-    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for name in places for n in clients}
+    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in places}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(engine, place)) for name, (engine, place) in places.items()}
-        for turn in range(-1, rounds):
-            for n in clients:
-                asked = shape.requests(4 * n, f"{turn} {n}")
-                counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
-                for name in children if turn % 2 else reversed(children):
-                    seconds = children[name].ask(asked, n)
-                    if turn >= 0:
-                        rates[name, n].append(counted / seconds)
-                        tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
+        for turn, (name, n) in turns(rates, rounds, warm_up=True):
+            asked = shape.requests(4 * n, f"{turn} {n}")
+            counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
+            seconds = children[name].ask(asked, n)
+            if turn >= 0:
+                rates[name, n].append(counted / seconds)
+                tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
     return [Figures(name, n, found, []) for (name, n), found in rates.items()]
 
 
@@ -149,16 +148,14 @@ def _served(
     rounds: int,
     tell: Tell,
 ) -> Iterator[Figures]:
-    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for name in names for n in clients}
+    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, place)) for name in names}
-        for turn in range(-1, rounds):
-            for n in clients:
-                for name in children if turn % 2 else reversed(children):
-                    load = once(children[name].told["url"], n, turn)
-                    if turn >= 0:
-                        found[name, n].append(load)
-                        tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+        for turn, (name, n) in turns(found, rounds, warm_up=True):
+            load = once(children[name].told["url"], n, turn)
+            if turn >= 0:
+                found[name, n].append(load)
+                tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
     for (name, n), loads in found.items():
         streamed = loads[0].asked[0].first is not None
         yield Figures(name, n, [load.rate for load in loads], [load.first(0.5) for load in loads] if streamed else [])
