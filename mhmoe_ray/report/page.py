@@ -137,8 +137,7 @@ def _written(figure: "Figure", png: Path) -> str:
 
 
 def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
-    of, base, run = variant.first.sizes, baseline.first.sizes, variant.first
-    moe = run.spec.model.moe
+    of, base, moe = variant.first.sizes, baseline.first.sizes, variant.first.spec.model.moe
     return {
         "name": variant.name,
         "runs": len(variant.runs),
@@ -151,9 +150,9 @@ def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes 
         "deviation": variant.deviation(step) if step else None,
         "perplexity": variant.perplexity(step) if step else None,
         "bits_per_byte": _bits_per_byte(variant),
-        "speed": run.tokens_per_s,
-        "balance": run.late(metrics.BALANCE),
-        "dropped": run.late(metrics.DROPPED),
+        "speed": variant.tokens_per_s,
+        "balance": variant.late(metrics.BALANCE),
+        "dropped": variant.late(metrics.DROPPED),
         "routes_of": counted.source if counted else "",
         "distinct": counted.distinct if counted else None,
         "agreement": counted.agreement if counted else None,

@@ -9,7 +9,7 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes
-from mhmoe_ray.report.variants import Variant
+from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics
 
 if TYPE_CHECKING:
@@ -98,23 +98,19 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
 
 
 def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Validation loss less the baseline's, seed by seed where both have the seed: the mean, and a band from the lowest
-    to the highest."""
+    """Validation loss less the baseline's, paired as for a verdict: the mean, and a band from the lowest to the
+    highest."""
     figure, [axis] = new_figure()
     axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
     for number, variant in enumerate(variants):
         if variant is baseline:
             continue
         steps = sorted(set.intersection(*(set(r.validations) for r in (*variant.runs, *baseline.runs))))
-        rows = []
-        for step in steps:
-            own, other = variant.losses(step), baseline.losses(step)
-            common = own.keys() & other.keys()
-            mean = sum(other.values()) / len(other)
-            rows.append([own[s] - (other[s] if common else mean) for s in sorted(common or own)])
-        if not rows:
+        if not steps:
             continue
-        found, style = np.array(rows), style_of(number)
+        losses = (losses_at(step, baseline, variant) for step in steps)
+        found = np.array([both.differences for both in losses if both is not None])
+        style = style_of(number)
         axis.plot(steps, found.mean(1), label=variant.name, marker=".", markersize=4, **style)
         if found.shape[1] > 1:
             axis.fill_between(steps, found.min(1), found.max(1), color=style["color"], alpha=0.12, linewidth=0)
@@ -163,9 +159,9 @@ def throughput(variants: Sequence[Variant]) -> "Figure":
     """Tokens a second, a bar for each variant; marks are its runs."""
     figure, [axis] = new_figure(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
     for number, variant in enumerate(variants):
-        speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s]
-        if speeds:
-            axis.barh(number, np.mean(speeds), color=style_of(number)["color"], alpha=0.8)
+        if variant.tokens_per_s is not None:
+            speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s is not None]
+            axis.barh(number, variant.tokens_per_s, color=style_of(number)["color"], alpha=0.8)
             axis.plot(speeds, [number] * len(speeds), "k|", markersize=8)
     axis.set_yticks(range(len(variants)), [v.name for v in variants])
     axis.invert_yaxis()

@@ -3,9 +3,10 @@
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.runs import metrics
@@ -13,6 +14,22 @@ from mhmoe_ray.spec import ELSEWHERE, RunSpec
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys that do not change what is trained."""
+
+
+class Losses(NamedTuple):
+    """Of two variants, to be held against each other."""
+
+    baseline: list[float]
+    other: list[float]
+    paired: bool
+    """They are of the same seeds one by one: of those that both have, where these are two or more."""
+
+    @property
+    def differences(self) -> list[float]:
+        """The other's less the baseline's: seed by seed, else less their mean."""
+        if self.paired:
+            return [b - a for a, b in zip(self.baseline, self.other, strict=True)]
+        return [b - statistics.fmean(self.baseline) for b in self.other]
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,7 @@ class Variant:
         return {r.spec.seed: r.validations[step] for r in self.runs if step in r.validations}
 
     def mean_loss(self, step: int) -> float | None:
-        found = list(self.losses(step).values())
-        return statistics.fmean(found) if found else None
+        return _mean(self.losses(step).values())
 
     def deviation(self, step: int) -> float | None:
         """Sample standard deviation over the seeds; None with fewer than two."""
@@ -37,9 +53,28 @@ class Variant:
         """Of the mean loss."""
         return metrics.perplexity(self.mean_loss(step))
 
+    def late(self, metric: str) -> float | None:
+        """Of the runs that have it, the mean of `RunFigures.late`."""
+        return _mean(run.late(metric) for run in self.runs)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return _mean(run.tokens_per_s for run in self.runs)
+
     @property
     def first(self) -> RunFigures:
         return self.runs[0]
+
+
+def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
+    """None where one of them has no loss there."""
+    a, b = baseline.losses(step), other.losses(step)
+    if not a or not b:
+        return None
+    common = sorted(a.keys() & b.keys())
+    if len(common) > 1:
+        return Losses([a[seed] for seed in common], [b[seed] for seed in common], paired=True)
+    return Losses(list(a.values()), list(b.values()), paired=False)
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
@@ -56,6 +91,11 @@ def matched_step(compared: Sequence[Variant]) -> int | None:
     """The last step that every run of them has validated; None without one."""
     validated = [set(run.validations) for variant in compared for run in variant.runs]
     return max(set.intersection(*validated), default=None) if validated else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
 
 
 def _what_is_trained(spec: RunSpec) -> str:

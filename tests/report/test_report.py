@@ -13,7 +13,8 @@ from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
-from mhmoe_ray.report.variants import Variant, matched_step, variants
+from mhmoe_ray.report.plots import differences
+from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants
 from mhmoe_ray.report.verdict import verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, create_run
@@ -24,7 +25,7 @@ from tests.specs import tiny_spec
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
-def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4) -> RunDir:
+def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4, speed=100.0) -> RunDir:
     """A run whose validation loss comes down to `final` at its last step."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
@@ -32,7 +33,7 @@ def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batche
     add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
     for step in range(1, steps + 1):
         line = {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: final + 1 / step, metrics.GROUP: 1}
-        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0 + step}
+        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: speed + step}
         if moe:
             line |= {metrics.BALANCE: 1 + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
         if step % validated == 0:
@@ -122,6 +123,29 @@ def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     assert found.is_clear
     assert found.paired
     assert found.said.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
+
+
+def test_losses_are_paired_over_two_common_seeds_or_more(tmp_path):
+    dense, mhmoe = read(six(tmp_path))
+    two = losses_at(20, dense, Variant("two", mhmoe.runs[1:]))
+    assert two.paired
+    assert two.differences == pytest.approx([-0.12, -0.09])
+    first, last = Variant("first", dense.runs[:2]), Variant("last", mhmoe.runs[1:])
+    one = losses_at(20, first, last)
+    assert not one.paired
+    assert one.differences == pytest.approx([2.98 - 3.05, 3.11 - 3.05])
+    [axis] = differences([first, last], first).axes
+    assert axis.lines[1].get_ydata()[-1] == pytest.approx(verdict(first, last, 20).difference)
+
+
+def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0, speed=1000.0 * seed) for seed in (1, 2, 3)]
+    [variant] = read(runs)
+    assert variant.tokens_per_s == pytest.approx(2010.5)
+    assert variant.late(metrics.BALANCE) == pytest.approx(1 + (1 / 19 + 1 / 20) / 2)
+    assert variant.late(metrics.MFU) is None
+    write_report(runs, tmp_path / "out")
+    assert "<td>2,010</td>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):
