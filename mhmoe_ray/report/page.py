@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray import pictures
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-PNG_DPI = 200
 MOST_LOAD = 2.0
 
 
@@ -42,10 +42,6 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         RunError: no run has numbers yet, or there is no such baseline.
         DataError: matplotlib or scipy is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as e:
-        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
     read = [one for run in runs if (one := RunFigures.read(run)).lines]
     if not read:
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
@@ -61,7 +57,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
     counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(plots.STYLE):
+    with pictures.style():
         figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
     page = (
         _environment()
@@ -129,7 +125,7 @@ def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
 
 def _written(figure: "Figure", png: Path) -> str:
     """The figure as SVG for the page, after it was written as PNG."""
-    figure.savefig(png, format="png", dpi=PNG_DPI)
+    pictures.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     # Without a fixed size, so that it takes that of its place.

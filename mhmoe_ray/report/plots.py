@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate import activation
+from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes
 from mhmoe_ray.report.variants import Variant, losses_at
@@ -16,20 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
 POINTS = 300
 """Of a curve: more than a page shows."""
 
@@ -55,16 +43,9 @@ AXES: dict[str, tuple[str, X]] = {
 }
 
 
-def new_figure(rows: int = 1, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
-    """Raises:
-    DataError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(rows, 1)).flat)
+def _new(height: float = HEIGHT) -> "tuple[Figure, Axes]":
+    figure = new_figure(WIDTH, height)
+    return figure, figure.subplots()
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -74,7 +55,7 @@ def style_of(number: int) -> dict[str, Any]:
 def validation(variants: Sequence[Variant], over: str) -> "Figure":
     """Validation loss, mean over seeds with a band from the lowest to the highest."""
     title, x_of = AXES[over]
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     for number, variant in enumerate(variants):
         run = variant.first
         steps = sorted(set.intersection(*(set(r.validations) for r in variant.runs)))
@@ -100,7 +81,7 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
 def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
     """Validation loss less the baseline's, paired as for a verdict: the mean, and a band from the lowest to the
     highest."""
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
     for number, variant in enumerate(variants):
         if variant is baseline:
@@ -135,7 +116,7 @@ def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
 def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
     """A metric of the first run of each variant over steps, smoothed over a fiftieth of them; None where no run has
     it, or it is 0 throughout."""
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     drawn = False
     for number, variant in enumerate(variants):
         points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first.lines if ln.get(metric) is not None]
@@ -157,7 +138,7 @@ def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "
 
 def throughput(variants: Sequence[Variant]) -> "Figure":
     """Tokens a second, a bar for each variant; marks are its runs."""
-    figure, [axis] = new_figure(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
+    figure, axis = _new(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
     for number, variant in enumerate(variants):
         if variant.tokens_per_s is not None:
             speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s is not None]
@@ -178,7 +159,7 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
         most: load at the end of the colour scale, which all maps of a page share.
     """
     layers, experts = routes.load.shape
-    figure, [axis] = new_figure(height=1.15 + 0.22 * layers)
+    figure, axis = _new(height=1.15 + ROW_INCHES * layers)
     image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
     axis.set(xlabel="expert", ylabel="layer", title=f"{name}: load of experts")
     axis.set_yticks(range(layers))
@@ -189,7 +170,7 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
 
 def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
     """Share of experts in use as a function of the threshold; None where no run was evaluated for it."""
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     drawn = False
     for name, routes in named.items():
         shares = routes.activated_relative if relative else routes.activated
