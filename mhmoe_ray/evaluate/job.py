@@ -2,7 +2,6 @@
 run directory."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
-from mhmoe_ray.errors import ClusterError, DataError, MhmoeError
+from mhmoe_ray.errors import ClusterError, DataError, MhmoeError, logging_errors
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
@@ -32,18 +31,16 @@ EVERY_SECONDS = 5.0
 def main() -> None:
     request = EvalRequest.model_validate_json(os.environ["MHMOE_REQUEST"])
     ray.init()
-    if request.gpus > ray.cluster_resources().get("GPU", 0):
-        e = ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
-        print(f"error: {e}")
-        sys.exit(e.exit_code)
-    task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
-    try:
-        ray.get(task.remote(request))
-    except ray.exceptions.RayTaskError as e:
-        if not isinstance(e.cause, MhmoeError):
+    with logging_errors():
+        if request.gpus > ray.cluster_resources().get("GPU", 0):
+            raise ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
+        task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
+        try:
+            ray.get(task.remote(request))
+        except ray.exceptions.RayTaskError as e:
+            if isinstance(e.cause, MhmoeError):
+                raise e.cause from e
             raise
-        print(f"error: {e.cause}")
-        sys.exit(e.cause.exit_code)
 
 
 def _evaluate(request: EvalRequest) -> None:
