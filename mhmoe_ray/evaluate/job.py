@@ -13,6 +13,7 @@ import torch
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
 from mhmoe_ray.errors import ClusterError, DataError, MhmoeError, logging_errors
+from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
@@ -23,8 +24,6 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, describe_file, run_tokenizer
 from mhmoe_ray.runs.model import load_model
 
-SAYS = "eval: "
-"""Begins the job's own lines."""
 EVERY_SECONDS = 5.0
 
 

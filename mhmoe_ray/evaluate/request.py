@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import write_json

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, all_stored, store
-from mhmoe_ray.evaluate.routing import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
