@@ -11,6 +11,7 @@ import ray
 import torch
 
 from mhmoe_ray.data.inspect import languages
+from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
 from mhmoe_ray.errors import ClusterError, DataError, MhmoeError, logging_errors
 from mhmoe_ray.evaluate import SAYS
@@ -21,7 +22,7 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.runs.model import load_model
 
 EVERY_SECONDS = 5.0
@@ -98,7 +99,7 @@ def _check_data(folder: Path, manifest: Manifest) -> None:
     """Raises:
     DataError: the folder is not the one that the checkpoint was trained on.
     """
-    if describe_file(folder / "manifest.json").sha256 != manifest.data_sha256:
+    if data_digest(folder) != manifest.data_sha256:
         fix = "restore the folder that the run began with, or give --text"
         raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 
