@@ -14,6 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.spec import RunSpec
 
@@ -37,8 +38,7 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, *
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     place = {"module": measurement.__module__, "function": measurement.__qualname__}
     request = json.dumps({**place, "spec": spec.model_dump_json(), "folder": folder, "number": number})
-    # A Ray of its own, which listens on loopback only and has a token, as that of `mhmoe cluster up`.
-    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    ray = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}  # of a Ray of its own
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray | more)

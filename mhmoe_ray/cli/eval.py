@@ -17,7 +17,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
-from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+from mhmoe_ray.cli.evaluating import SAMPLES, evaluation_of, make_request
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
@@ -27,7 +27,9 @@ TextOption = Annotated[
     list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Also if the run directory has the answer already.")]
-SamplesOption = Annotated[int | None, typer.Option(min=1, help="Of each domain of --text, at most; 512 by default.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(min=1, help=f"Of each domain of --text, at most; {SAMPLES} by default.")
+]
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
 ]

@@ -1,7 +1,6 @@
 """Runs that differ in their seed alone, as one."""
 
 import json
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import ELSEWHERE, RunSpec
+from mhmoe_ray.spec.sweep import unseeded
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys that do not change what is trained."""
@@ -82,7 +82,7 @@ def variants(runs: Sequence[RunFigures]) -> list[Variant]:
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
         found.setdefault(_what_is_trained(run.spec), []).append(run)
-    names = _short([_stem(same[0].spec.name) for same in found.values()])
+    names = _short([unseeded(same[0].spec.name) for same in found.values()])
     counted = [[run for run in same if run.is_finished] or same for same in found.values()]
     return [Variant(name, same) for name, same in zip(names, counted, strict=True)]
 
@@ -100,11 +100,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _what_is_trained(spec: RunSpec) -> str:
     return json.dumps(spec.model_dump(mode="json", exclude=_FREE), sort_keys=True)
-
-
-def _stem(name: str) -> str:
-    """Without a sweep's seed."""
-    return re.sub(r"-s\d+$", "", name)
 
 
 def _short(names: Sequence[str]) -> list[str]:

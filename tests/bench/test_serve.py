@@ -70,10 +70,11 @@ def test_clients_count_tokens_and_time_first_ones(place):
             assert 0 < (asked.first or asked.whole) <= asked.whole <= load.seconds
 
 
-def test_shares_of_waiting():
+def test_the_first_token_is_waited_for_as_the_median_request_did():
     load = Load(2.0, [Asked(first / 10, 1.0, 5) for first in range(1, 11)])
     assert load.rate == 25
-    assert (load.first(0.5), load.first(0.99)) == (0.6, 1.0)
+    assert load.first == pytest.approx(0.55)
+    assert Load(2.0, [Asked(None, 1.0, 5)]).first is None
 
 
 def test_a_contestant_is_set_beside_another_round_by_round():

@@ -23,7 +23,8 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
         tokens=4, counts=[[4, 0]], tokens_of=[[4, 0]], distinct=[[0, 4]], agreement=[[[4]]], first_weight=[4.0]
     )
     score = Score(nats=8.0, tokens=4, text_bytes=9)
-    store(run, Evaluation(request=request, step=1, tokens=0, seconds=1.0, domains={"a": score}, routing={"a": counts}))
+    answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
+    store(run, Evaluation(request=request, step=1, tokens=0, seconds=1.0, **answer))
     code = (
         "import sys\n"
         f"sys.argv = ['mhmoe', 'eval', {str(run.path)!r}, '--text', {str(tmp_path / 'one.txt')!r}, '--json']\n"

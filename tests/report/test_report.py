@@ -168,9 +168,12 @@ def store_evaluation(run, tokens_of, distinct, **asked):
         agreement=[[[100, 10], [10, 100]]],
         first_weight=[80.0],
     )
-    request = EvalRequest(run=str(run.path), checkpoint="step_00000020.1", **(asked or {"prepared": "/data"}))
+    none = {"prepared": None, "text": None, "samples": 0, "tasks": [], "task_folders": [], "limit": None}
+    how = {"batch": 8, "half": False, "cpus": 1, "gpus": 0}
+    named = {"run": str(run.path), "checkpoint": "step_00000020.1"}
+    request = EvalRequest(**named, **how, **(none | (asked or {"prepared": "/data"})))
     score = Score(nats=300.0, tokens=100, text_bytes=400)
-    answer = {"domains": {"a": score}, "routing": {"a": counts}}
+    answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
     store(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, **answer))
 
 

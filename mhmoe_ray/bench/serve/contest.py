@@ -157,5 +157,5 @@ def _served(
                 found[name, n].append(load)
                 tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
     for (name, n), loads in found.items():
-        streamed = loads[0].asked[0].first is not None
-        yield Figures(name, n, [load.rate for load in loads], [load.first(0.5) for load in loads] if streamed else [])
+        first = [load.first for load in loads if load.first is not None]
+        yield Figures(name, n, [load.rate for load in loads], first)

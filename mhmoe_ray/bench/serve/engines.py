@@ -15,6 +15,9 @@ from mhmoe_ray.serve.engine import Engine, Request, Sampling
 from mhmoe_ray.serve.load import torch_engine as own_engine
 from mhmoe_ray.spec import ServeSpec
 
+NAME = "bench"
+"""That a model is served under."""
+
 
 class Place(NamedTuple):
     """What is served, and how."""
