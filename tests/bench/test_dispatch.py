@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.bench.apart import first_error
 from mhmoe_ray.bench.dispatch import link
 from mhmoe_ray.bench.dispatch.link import slow_link
 from mhmoe_ray.bench.dispatch.measure import first_failed
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.errors import SpecError
 from tests.cli.run import command, mhmoe
 
@@ -49,9 +49,8 @@ def test_the_first_rank_that_fails_is_named_also_where_a_signal_ended_it(end):
         for process in ranks:
             process.kill()
             process.wait()
-    assert (
-        first_error("", ranks[1].returncode) == {3: "exit code 3", -9: "it was ended by SIGKILL"}[ranks[1].returncode]
-    )
+    why = {"exit 3": "exit code 3", "kill -9 $$": "it was ended by SIGKILL"}[end]
+    assert str(failure("rank 1", "", ranks[1].returncode)) == f"rank 1: {why}; mend that and measure again"
 
 
 def test_ranks_that_all_end_well_have_none_that_failed():

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from mhmoe_ray.bench.apart import first_error
 from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Expected, expected, layers
 from mhmoe_ray.bench.dispatch.link import INTERFACE, Namespace, slow_link
-from mhmoe_ray.errors import JobError
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.spec import MoESpec
 
 
@@ -102,8 +101,7 @@ def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
                 process.kill()
                 process.wait()
         if failed is not None:
-            why = first_error(Path(folder, f"{failed}.err").read_text(), ranks[failed].returncode)
-            raise JobError(f"rank {failed}", why, "mend that and measure again")
+            raise failure(f"rank {failed}", Path(folder, f"{failed}.err").read_text(), ranks[failed].returncode)
         result: dict[str, Any] = json.loads(Path(folder, "0.out").read_text().splitlines()[-1])
         return result
 

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.apart import Measurement, run_apart
@@ -61,9 +60,3 @@ def contest(
         own = found[next(n for n in OURS if CONTESTANTS[n].task == CONTESTANTS[name].task)]
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(results, own, strict=True)]
         yield Figures(name, results, statistics.median(ratios))
-
-
-def missing(name: str) -> str | None:
-    """The package that it needs and that is not installed."""
-    package = CONTESTANTS[name].package
-    return package if find_spec(package) is None else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mhmoe_ray.bench.apart import first_error
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.bench.serve.engines import ENGINES, Asked, Place
 from mhmoe_ray.bench.serve.servers import SERVERS
 from mhmoe_ray.errors import JobError
@@ -86,8 +86,7 @@ class Child:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            what = f"bench serve, {self._name}"
-            raise JobError(what, first_error(self._errors.read(), code), "mend that and measure again")
+            raise failure(f"bench serve, {self._name}", self._errors.read(), code)
         found: dict[str, Any] = json.loads(line)
         return found
 

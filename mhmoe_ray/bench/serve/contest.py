@@ -4,7 +4,6 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
@@ -67,12 +66,6 @@ class Figures(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "rate": self.rate}
-
-
-def missing(name: str) -> str | None:
-    """The package that it needs and that is not installed."""
-    package = PACKAGES.get(name)
-    return package if package and find_spec(package) is None else None
 
 
 def engines(
