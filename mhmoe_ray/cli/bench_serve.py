@@ -12,7 +12,7 @@ from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli.common import JsonOption, note, out, print_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.serve.contest import Figures
+    from mhmoe_ray.bench.serve.contest import Rates
     from mhmoe_ray.bench.serve.engines import Place
     from mhmoe_ray.spec import ModelSpec
 
@@ -111,9 +111,7 @@ def _place(model: "ModelSpec", folder: Path, precision: str, threads: int, most:
     return Place(checkpoint, folder / "exported", precision, threads, most)
 
 
-def _engines(
-    place: "Place", shape: Any, clients: Sequence[int], peers: bool, rounds: int
-) -> "dict[str, list[Figures]]":
+def _engines(place: "Place", shape: Any, clients: Sequence[int], peers: bool, rounds: int) -> "dict[str, list[Rates]]":
     from mhmoe_ray.bench.serve.contest import engines
     from mhmoe_ray.bench.serve.engines import ENGINES
 
@@ -121,7 +119,7 @@ def _engines(
     return {"engines, tokens a second": engines({n: (n, place) for n in names}, shape, clients, rounds, _say)}
 
 
-def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Figures]]":
+def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Rates]]":
     from importlib.util import find_spec
 
     from mhmoe_ray.bench.serve.contest import Shape, engines
@@ -144,7 +142,7 @@ def _servers(
     rate: float | None,
     seconds: float,
     rounds: int,
-) -> "dict[str, list[Figures]]":
+) -> "dict[str, list[Rates]]":
     from mhmoe_ray.bench.serve.contest import by_chance, servers
     from mhmoe_ray.bench.serve.servers import SERVERS
 

@@ -6,7 +6,7 @@ import pytest
 
 from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.contest import Figures, Shape, engines, servers
+from mhmoe_ray.bench.serve.contest import Rates, Shape, engines, servers
 from mhmoe_ray.bench.serve.engines import Place
 from mhmoe_ray.bench.serve.load import Asked, Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB, plain_model, write_run
@@ -78,7 +78,7 @@ def test_the_first_token_is_waited_for_as_the_median_request_did():
 
 
 def test_a_contestant_is_set_beside_another_round_by_round():
-    ours, theirs = Figures("ours", 4, [10, 20, 30], []), Figures("theirs", 4, [10, 10, 10], [])
+    ours, theirs = Rates("ours", 4, [10, 20, 30], []), Rates("theirs", 4, [10, 10, 10], [])
     assert ours.rate == 20
     assert ours.to(theirs) == 2
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from mhmoe_ray.bench.failed import failure
-from mhmoe_ray.bench.serve.engines import ENGINES, Asked, Place
+from mhmoe_ray.bench.serve.engines import ENGINES, Place, Prompt
 from mhmoe_ray.bench.serve.servers import SERVERS
 from mhmoe_ray.errors import JobError
 
@@ -55,7 +55,7 @@ class Child:
     ) -> None:
         self._end()
 
-    def ask(self, asked: Sequence[Asked], clients: int) -> float:
+    def ask(self, asked: Sequence[Prompt], clients: int) -> float:
         """Seconds that an engine takes for these, so many at a time."""
         assert self._process.stdin is not None
         print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.engines import Asked, Place
+from mhmoe_ray.bench.serve.engines import Place, Prompt
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB
 from mhmoe_ray.bench.timing import turns
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     equal: bool = True
     """Whether all are of that length; else both are anything from a quarter of it to seven quarters."""
 
-    def requests(self, count: int, seed: str) -> list[Asked]:
+    def requests(self, count: int, seed: str) -> list[Prompt]:
         """That no other seed gives."""
         draws = random.Random(seed)
 
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
         ]
 
 
-class Figures(NamedTuple):
+class Rates(NamedTuple):
     """One contestant at one number of clients."""
 
     name: str
@@ -60,7 +60,7 @@ class Figures(NamedTuple):
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    def to(self, reference: "Figures") -> float:
+    def to(self, reference: "Rates") -> float:
         """Rate over another's, the median of rounds."""
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
 
@@ -70,7 +70,7 @@ class Figures(NamedTuple):
 
 def engines(
     places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """So many requests at a time, four times over.
 
     Args:
@@ -93,12 +93,12 @@ def engines(
             if turn >= 0:
                 rates[name, n].append(counted / seconds)
                 tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
-    return [Figures(name, n, found, []) for (name, n), found in rates.items()]
+    return [Rates(name, n, found, []) for (name, n), found in rates.items()]
 
 
 def servers(
     names: Sequence[str], place: Place, shape: Shape, clients: Sequence[int], stream: bool, rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """So many clients, each of which asks again when it has its answer.
 
     Args:
@@ -118,7 +118,7 @@ def servers(
 
 def by_chance(
     names: Sequence[str], place: Place, shape: Shape, rate: float, seconds: float, rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """Requests that come at random, streamed; `clients` of the figures are then none.
 
     Args:
@@ -140,7 +140,7 @@ def _served(
     once: Callable[[str, int, int], Load],
     rounds: int,
     tell: Tell,
-) -> Iterator[Figures]:
+) -> Iterator[Rates]:
     found: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, place)) for name in names}
@@ -151,4 +151,4 @@ def _served(
                 tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
     for (name, n), loads in found.items():
         first = [load.first for load in loads if load.first is not None]
-        yield Figures(name, n, [load.rate for load in loads], first)
+        yield Rates(name, n, [load.rate for load in loads], first)

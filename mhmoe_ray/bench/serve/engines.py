@@ -35,9 +35,9 @@ class Place(NamedTuple):
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
 
-Asked = tuple[list[int], int]
+Prompt = tuple[list[int], int]
 """A prompt, and how many tokens its answer has."""
-Answer = Callable[[Sequence[Asked], int], None]
+Answer = Callable[[Sequence[Prompt], int], None]
 """All of these, so many at a time, greedily."""
 
 NEVER = frozenset[int]()
@@ -76,7 +76,7 @@ def vllm_offline(place: Place) -> Answer:
     ).llm_engine
     numbers = itertools.count()
 
-    def answer(asked: Sequence[Asked], clients: int) -> None:
+    def answer(asked: Sequence[Prompt], clients: int) -> None:
         left = list(reversed(asked))
         while left or engine.has_unfinished_requests():
             while left and engine.get_num_unfinished_requests() < clients:
@@ -96,7 +96,7 @@ def transformers_generate(place: Place) -> Answer:
     model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=getattr(torch, place.precision)).eval()
 
     @torch.inference_mode()
-    def answer(asked: Sequence[Asked], clients: int) -> None:
+    def answer(asked: Sequence[Prompt], clients: int) -> None:
         for at in range(0, len(asked), clients):
             batch = asked[at : at + clients]
             longest, tokens = max(len(ids) for ids, _ in batch), max(tokens for _, tokens in batch)
@@ -115,7 +115,7 @@ def transformers_generate(place: Place) -> Answer:
 
 
 def _asking(engine: Engine) -> Answer:
-    async def every(asked: Sequence[Asked], clients: int) -> None:
+    async def every(asked: Sequence[Prompt], clients: int) -> None:
         waiting = iter(asked)
 
         async def client() -> None:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from mhmoe_ray.bench.serve.engines import NAME
-from mhmoe_ray.bench.serve.engines import Asked as Request
+from mhmoe_ray.bench.serve.engines import NAME, Prompt
 
 
 class Asked(NamedTuple):
@@ -40,7 +39,7 @@ class Load(NamedTuple):
         return median(found) if found else None
 
 
-def closed_loop(url: str, requests: Sequence[Request], clients: int, stream: bool) -> Load:
+def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
     """So many clients, each of which sends its next request when it has the answer to the last one."""
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
@@ -54,7 +53,7 @@ def closed_loop(url: str, requests: Sequence[Request], clients: int, stream: boo
     return _timed(run, clients)
 
 
-def open_loop(url: str, requests: Sequence[Request], rate: float, seed: int) -> Load:
+def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
     """Requests that come by chance (Poisson), so many a second on average, whether others are answered or not."""
     draws = random.Random(seed)
 
