@@ -15,7 +15,10 @@
 of ours. Errors that are not in this tree are bugs and keep their traceback.
 """
 
-from typing import Self
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DOCTOR_EXIT_CODE = 11
 
@@ -38,12 +41,9 @@ class MhmoeError(Exception):
     def __str__(self) -> str:
         return " ".join(f"{self.what}: {self.why}; {self.fix}".split())
 
-    @classmethod
-    def parse(cls, line: str) -> Self:
-        """The error that `str` made this line of, as a job's log holds it."""
-        what, _, rest = line.partition(": ")
-        why, _, fix = rest.rpartition("; ")
-        return cls(what, why, fix)
+    def log(self) -> None:
+        """Print the line in a job's log, where `logged` finds it."""
+        print(f"error {self.exit_code}: {self}", flush=True)
 
 
 class SpecError(MhmoeError):
@@ -80,3 +80,25 @@ class JobError(MhmoeError):
 
 class ServeError(MhmoeError):
     exit_code = 10
+
+
+_KINDS = (SpecError, DataError, ClusterError, TokenError, RunError, CheckpointError, JobError, ServeError)
+
+
+@contextmanager
+def logging_errors() -> Iterator[None]:
+    """Around all that a job does: an error of ours is a line of its log, and its exit code that of the kind."""
+    try:
+        yield
+    except MhmoeError as e:
+        e.log()
+        sys.exit(e.exit_code)
+
+
+def logged(log: str) -> MhmoeError | None:
+    """The last error in a job's log, of its own kind."""
+    found = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
+    if not found:
+        return None
+    code, *parts = found[-1]
+    return next(kind for kind in _KINDS if kind.exit_code == int(code))(*parts)

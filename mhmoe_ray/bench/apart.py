@@ -1,9 +1,8 @@
-"""Measurements that start Ray: each in a process of its own, so that nothing of one is left for the next."""
+"""Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next."""
 
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from mhmoe_ray.errors import JobError
+from mhmoe_ray.bench.failed import failure
+from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
@@ -36,24 +36,16 @@ def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, *
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     place = {"module": measurement.__module__, "function": measurement.__qualname__}
     request = json.dumps({**place, "spec": spec.model_dump_json(), "folder": folder, "number": number})
-    # A Ray of its own, which listens on loopback only and has a token, as that of `mhmoe cluster up`.
-    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    ray = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}  # of a Ray of its own
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray | more)
     finally:
         shutil.rmtree(folder)
     if done.returncode:
-        raise JobError(what, first_error(done.stderr, done.returncode), "mend that and measure again")
+        raise failure(what, done.stderr, done.returncode)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def first_error(stderr: str, code: int) -> str:
-    """Of a process that ended with this exit code: the first error of a traceback, which caused the others."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return next(iter(errors or lines[-1:]), f"exit code {code}")
 
 
 def main() -> None:

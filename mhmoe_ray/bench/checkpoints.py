@@ -10,6 +10,7 @@ import torch
 
 from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.steps import Case
+from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import create_run
@@ -53,7 +54,7 @@ class Figures(NamedTuple):
 
 
 def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Figures:
-    """Both ways in each round, in turn the one or the other first.
+    """Both ways, and a step by itself, in turn.
 
     Args:
         spec: what is trained.
@@ -69,6 +70,9 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
     saver, file = Saver(run, case.trainer, group=1), folder / "torch.pt"
     state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.state()]
     found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], [], None)
+
+    def nothing() -> None:
+        found.steps.append(_timed(case.step))
 
     def synchronous() -> None:
         found.torch_save.append(_timed(lambda: torch.save(dict(state), file)))
@@ -89,10 +93,8 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
     synchronous()
     for warm_up in (found.pauses, found.committed, found.beside, found.torch_save):
         warm_up.clear()
-    for turn in range(rounds):
-        found.steps.append(_timed(case.step))
-        for way in (synchronous, asynchronous) if turn % 2 else (asynchronous, synchronous):
-            way()
+    for _, way in turns((nothing, asynchronous, synchronous), rounds):
+        way()
     return found
 
 

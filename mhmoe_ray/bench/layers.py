@@ -12,7 +12,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
-from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.spec import ModelSpec, MoESpec
 
 DTypeName = Literal["float32", "bfloat16"]
@@ -98,7 +98,10 @@ def our_layers(
     """
     plain = shape.plain
     moes: dict[str, MoESpec] = {"SMoE": plain, "X-MoE": plain.model_copy(update={"router": "xmoe"})}
-    moes |= {f"MH-MoE h {h}": _multi_head(shape, plain, h) for h in heads}
+    for h in heads:
+        moe = matched_heads(_model(shape, plain), h, plain.top_k).moe
+        assert moe is not None
+        moes[f"MH-MoE h {h}"] = moe
     fine = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
     moes["fine-grained"] = plain.model_copy(update=fine)
     can_run, absent = _usable(kernels, device)
@@ -112,14 +115,6 @@ def our_layers(
             found[f"{name} static"] = moes[name].model_copy(update=static_routing)
     dense = Layer("dense", None, partial(_dense, shape))
     return [dense, *(Layer(name, moe, partial(mixture, shape, moe)) for name, moe in found.items())], absent
-
-
-def _multi_head(shape: Shape, plain: MoESpec, h: int) -> MoESpec:
-    if h < 1 or shape.d_model % h:
-        raise SpecError(f"heads {h}", f"{shape.d_model} does not split into so many parts", "choose others")
-    start = plain.model_copy(update={"heads": h})
-    d_expert, experts = solve(_model(shape, start), _model(shape, plain), MatchSpec(to="SMoE", by="both"))
-    return start.model_copy(update={"d_expert": d_expert, "experts": experts})
 
 
 def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], list[Absent]]:

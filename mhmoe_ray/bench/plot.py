@@ -7,31 +7,29 @@ from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.layers import has_masks
 from mhmoe_ray.bench.measure import Figures, Request
 from mhmoe_ray.bench.sweep import AXES, Sweep
+from mhmoe_ray.pictures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    new_figure,
+    save,
+    short,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
-BLACK, BLUE, SKY, VERMILION = "#000000", "#0072B2", "#56B4E9", "#D55E00"
-ORANGE, GREEN, PURPLE, GREY = "#E69F00", "#009E73", "#CC79A7", "#7F7F7F"
-
 COLOURS = {"dense": BLACK, "SMoE": BLUE, "X-MoE": SKY, "fine-grained": GREEN, "transformers": PURPLE, "DeepSpeed": GREY}
 OF_HEADS = (VERMILION, ORANGE)
 """Of multi-head layers in their order, again from the first where there are more; marks tell these apart."""
 MARKS = "osD^vPX<>*pd"
-
-KI = 1024
-
-FONT: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "legend.fontsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 class Style(NamedTuple):
@@ -42,18 +40,18 @@ class Style(NamedTuple):
 
 
 def plot(swept: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
-    """Write a PNG. Needs matplotlib (extra `plots`)."""
-    import matplotlib as mpl
+    """Write a PNG.
 
-    with mpl.rc_context(FONT):
-        picture(swept, request, hardware).savefig(path, dpi=200, format="png")
+    Raises:
+        DataError: matplotlib is not installed, or the file cannot be written.
+    """
+    with style():
+        save(picture(swept, request, hardware), path)
 
 
 def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
     """Three panels and a legend."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
     dense = {at: figures[0].median for at, figures in swept.points.items()}
     styles = styles_of(swept.series)
@@ -67,8 +65,8 @@ def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
         _finish(axes, swept, title)
     if AXES[swept.over].grows:
         _guide(time, dense)
-    figure.legend(loc="outside right center", frameon=False, handlelength=2.4, labelspacing=0.7)
-    figure.suptitle(_says(swept, request, hardware), x=0.01, ha="left", fontsize=10)
+    figure.legend(loc="outside right center", handlelength=2.4, labelspacing=0.7)
+    figure.suptitle(_says(swept, request, hardware), x=0.01, ha="left", fontsize="medium")
     return figure
 
 
@@ -109,9 +107,8 @@ def _finish(axes: "Axes", swept: Sweep, title: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(swept.points), [_short(at) for at in swept.points])
-    thousands = any(at >= KI for at in swept.points)
-    axes.set_xlabel(AXES[swept.over].label + (f" (1K = {KI:,})" if thousands else ""))
+    axes.set_xticks(list(swept.points), labels := [short(at) for at in swept.points])
+    axes.set_xlabel(AXES[swept.over].label + (" (1K = 1,024)" if "K" in "".join(labels) else ""))
     low, high = axes.get_ylim()
     within_decades = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high / low < 5 else (1, 2, 5)
     axes.yaxis.set_major_locator(LogLocator(subs=within_decades if high / low < 200 else (1,), numticks=99))
@@ -128,7 +125,7 @@ def _guide(axes: "Axes", dense: dict[int, float]) -> None:
     axes.plot(list(at), list(at.values()), color=GREY, linewidth=1, linestyle=":")
     middle = (first * last) ** 0.5
     place = (middle, at[first] * middle / first)
-    axes.annotate("slope 1", place, (8, -10), textcoords="offset points", color=GREY, fontsize=9)
+    axes.annotate("slope 1", place, (8, -10), textcoords="offset points", color=GREY)
 
 
 def _says(swept: Sweep, request: Request, hardware: Hardware) -> str:
@@ -143,7 +140,3 @@ def _says(swept: Sweep, request: Request, hardware: Hardware) -> str:
         f"One layer, forward and backward; plain layer {fixed}; {request.dtype}; {hardware}\n"
         f"medians of {request.rounds} interleaved rounds{remarks}"
     )
-
-
-def _short(at: int) -> str:
-    return f"{at // KI}K" if at >= KI and at % KI == 0 else f"{at:,}"

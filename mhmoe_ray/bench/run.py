@@ -16,6 +16,7 @@ import ray
 import torch
 
 from mhmoe_ray.bench.apart import Measurement, run_apart
+from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
@@ -82,12 +83,11 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
     ways: dict[str, tuple[Measurement, dict[str, str]]]
     ways = {"run": (a_run, {}), "loop": (a_loop, {}), "settled": (a_loop, settings)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for turn in range(rounds):
-        for name in ways if turn % 2 == 0 else reversed(ways):
-            way, environment = ways[name]
-            result = run_apart(way, spec, threads, f"bench run, {name}", **environment)
-            tell(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
-            found[name].append(result)
+    for turn, name in turns(ways, rounds):
+        way, environment = ways[name]
+        result = run_apart(way, spec, threads, f"bench run, {name}", **environment)
+        tell(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
+        found[name].append(result)
     if len(losses := {result["loss"] for results in found.values() for result in results}) > 1:
         raise JobError("bench run", f"losses differ: {losses}", "this is a defect; their steps are not the same")
     return Figures(**found)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mhmoe_ray.bench.hardware import Hardware, clock
-from mhmoe_ray.bench.paper import TOKENS_A_SECOND
+from mhmoe_ray.bench.paper import time_ratio
 from mhmoe_ray.bench.timing import interleaved
 from mhmoe_ray.planner.families import FAMILIES, Size
 from mhmoe_ray.planner.match import matched_heads
@@ -85,7 +85,7 @@ def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -
     specs = matched_models(size, heads)
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
     found = interleaved(cases, rounds, clock(hardware.device))
-    plain, papers = found["SMoE"].median, TOKENS_A_SECOND["SMoE", "dynamic"]
+    plain = found["SMoE"].median
     return [
         Figures(
             name,
@@ -93,7 +93,7 @@ def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -
             timing.seconds,
             timing.median,
             timing.median / plain,
-            papers / TOKENS_A_SECOND["SMoE" if name == "SMoE" else "MH-MoE", "dynamic"],
+            time_ratio("SMoE" if name == "SMoE" else "MH-MoE", "dynamic"),
         )
         for name, timing in found.items()
     ]

@@ -2,8 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+Case = TypeVar("Case")
 
 
 class Timing(NamedTuple):
@@ -30,14 +32,24 @@ def interleaved(
         warm_up: a first round that is not counted; not needed for cases that have run before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(-1 if warm_up else 0, rounds):
-        for name in _order(cases, turn):
-            start = clock()
-            cases[name]()
-            if turn >= 0:
-                seconds[name].append(clock() - start)
+    for turn, name in turns(cases, rounds, warm_up):
+        start = clock()
+        cases[name]()
+        if turn >= 0:
+            seconds[name].append(clock() - start)
     return {name: Timing(found) for name, found in seconds.items()}
 
 
-def _order(cases: dict[str, Callable[[], object]], turn: int) -> Iterator[str]:
-    return iter(cases) if turn % 2 else reversed(cases)
+def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator[tuple[int, Case]]:
+    """Every case once a round with the round's number, from 0; every other round in reverse order.
+
+    Args:
+        cases: in the order of the first round.
+        rounds: that are counted.
+        warm_up: a round -1 before them.
+    """
+    order = list(cases)
+    for turn in range(-1 if warm_up else 0, rounds):
+        for case in order:
+            yield turn, case
+        order.reverse()

@@ -31,7 +31,8 @@ def ingest(
     The spec names its tokenizer: training one is not measured. Text is prepared anew in a temporary folder; the stream
     is of the spec's own prepared data, all of its train.steps. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS, contest, missing
+    from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS, contest
+    from mhmoe_ray.bench.installed import there
     from mhmoe_ray.data.shards.manifest import prepared_for
     from mhmoe_ray.errors import SpecError
 
@@ -40,11 +41,8 @@ def ingest(
         fix = "prepare it, set data.tokenizer to the tokenizer.json in there and data.prepared to another folder"
         raise SpecError("bench ingest", "the spec has no data.tokenizer", fix)
     prepared_for(resolved)
-    names = [name for name in CONTESTANTS if name in OURS or (peers and missing(name) is None)]
-    for name in CONTESTANTS:
-        if peers and missing(name):
-            note.print(f"{name} is left out: {missing(name)} is not installed")
-    figures = list(contest(resolved, names, rounds, processes, lambda line: note.print(line)))
+    names = there({name: one.package for name, one in CONTESTANTS.items()}, note.print) if peers else list(OURS)
+    figures = list(contest(resolved, names, rounds, processes, note.print))
     rows = []
     for f in figures:
         seconds, first = f.median("seconds"), f.rounds[0]

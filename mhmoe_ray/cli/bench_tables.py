@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.bench import steps as steps_
     from mhmoe_ray.bench.layers import Absent
     from mhmoe_ray.bench.measure import Figures
-    from mhmoe_ray.bench.serve.contest import Figures as Answers
+    from mhmoe_ray.bench.serve.contest import Rates
     from mhmoe_ray.bench.sweep import Sweep
 
 Part = str | tuple[str, Table]
@@ -64,7 +64,7 @@ def steps(figures: Sequence["steps_.Figures"]) -> Table:
     return _table(columns, rows)
 
 
-def answers(figures: "Sequence[Answers]") -> Table:
+def answers(figures: "Sequence[Rates]") -> Table:
     """Each number of clients; rates over those of each contestant before."""
     rows = []
     for f in figures:

@@ -17,7 +17,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
-from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+from mhmoe_ray.cli.evaluating import SAMPLES, evaluation_of, make_request
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
@@ -27,7 +27,9 @@ TextOption = Annotated[
     list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Also if the run directory has the answer already.")]
-SamplesOption = Annotated[int | None, typer.Option(min=1, help="Of each domain of --text, at most; 512 by default.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(min=1, help=f"Of each domain of --text, at most; {SAMPLES} by default.")
+]
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
 ]
@@ -81,7 +83,7 @@ def eval_(
         print_whole(number_table(["", "measure", "value"], rows))
 
 
-def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float]]]:
+def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:
     found = {
         "domains": {name: score.figures() for name, score in evaluation.domains.items()},
         "languages": {name: score.figures() for name, score in evaluation.languages.items()},
@@ -91,7 +93,8 @@ def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float]]]
 
 def _show_scores(evaluation: "Evaluation") -> None:
     def row(name: str, score: "Score") -> list[str]:
-        figures = [f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}"]
+        perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
+        figures = [f"{score.loss:.4f}", perplexity, f"{score.bits_per_byte:.4f}"]
         return [name, *figures, f"{score.tokens:,}", f"{score.text_bytes:,}"]
 
     columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]

@@ -73,7 +73,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.evaluate.job import SAYS
+    from mhmoe_ray.evaluate import SAYS
     from mhmoe_ray.evaluate.request import stored
     from mhmoe_ray.spec import ClusterSpec
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mhmoe_ray import pictures
 from mhmoe_ray.cli import inspect_tables, survey
 from mhmoe_ray.cli.common import AddressOption, JsonOption, out, print_json
 
@@ -36,6 +37,8 @@ def inspect(
     if samples:
         _show_samples(meant, at, samples, json)
         return
+    if png:
+        pictures.check(png)
     found = {"name": meant.name, **as_dict(survey.make(meant, address, rules=False)), "prepared": prepared(meant)}
     if png:
         from mhmoe_ray.cli.inspect_plot import draw

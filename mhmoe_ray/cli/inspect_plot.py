@@ -1,9 +1,12 @@
 """The picture of `mhmoe data inspect`: how long documents are by domain, and fertility by language."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.picture import ROW_INCHES, new_figure, save
+from mhmoe_ray.pictures import BLUE, ROW_INCHES, VERMILION, new_figure, save, short, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BAR_INCHES = 0.2  # of the scale of shades
 
@@ -18,8 +21,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
     """
+    with style():
+        save(_picture(found), path)
+
+
+def _picture(found: dict[str, Any]) -> "Figure":
     rows = max(len(found["domains"]), len(found["languages"]))
-    figure = new_figure(13, 2.4 + ROW_INCHES * rows, path)
+    figure = new_figure(13, 2.4 + ROW_INCHES * rows)
     panels = 3 if found["tokenized"] else 2
     axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
     for axis in axes:
@@ -27,13 +35,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
     _lengths(figure, axes[0], found)
     languages = {name or "(not named)": row for name, row in found["languages"].items()}
     if found["tokenized"]:
-        _bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", "C0")
-        _bars(axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", "C1")
+        _bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", BLUE)
+        _bars(
+            axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", VERMILION
+        )
     else:
-        _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", "C0")
+        _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", BLUE)
     for axis in axes:  # rows of one height, whether there are more domains or more languages
         axis.set_ylim(rows - 0.5, -0.5)
-    save(figure, path)
+    return figure
 
 
 def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
@@ -53,7 +63,7 @@ def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
     image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="none")
     axis.set_yticks(range(len(by_domain)), by_domain)
     step = -(-len(powers) // 8)
-    axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [_short(1 << p) for p in powers[::step]])
+    axis.set_xticks([i - 0.5 for i in range(0, len(powers), step)], [short(1 << p) for p in powers[::step]])
     axis.set_title(f"length of documents in {unit}")
     figure.colorbar(
         image,
@@ -72,12 +82,3 @@ def _bars(axis: Any, values: dict[str, float | None], title: str, color: str) ->
     axis.set_yticks(range(len(values)), values)
     axis.set_title(title)
     axis.grid(axis="x", alpha=0.3)
-
-
-def _short(number: int) -> str:
-    """1024 to 1k."""
-    for unit in ("", "k", "M", "G"):
-        if number < 1024:
-            return f"{number}{unit}"
-        number //= 1024
-    return f"{number}T"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.errors import DataError
+    from mhmoe_ray.errors import MhmoeError
     from mhmoe_ray.spec import ClusterSpec
 
 
@@ -60,12 +60,11 @@ class Job:
 
         return jobs.logs(self.connection, self.name)
 
-    def error(self, what: str) -> "DataError":
+    def error(self, what: str) -> "MhmoeError":
         """Its own last error; without one, Ray's remark on it, said of `what`."""
         from mhmoe_ray.cluster import jobs
-        from mhmoe_ray.errors import DataError
+        from mhmoe_ray.errors import JobError, logged
 
-        told = [line.removeprefix("error: ") for line in self.log.splitlines() if line.startswith("error: ")]
-        if told:
-            return DataError.parse(told[-1])
-        return DataError(what, jobs.message(self.connection, self.name), "see the job in the dashboard")
+        if error := logged(self.log):
+            return error
+        return JobError(what, jobs.message(self.connection, self.name), "see the job in the dashboard")

@@ -62,7 +62,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     """Submit the job and follow it to its end.
 
     Raises:
-        DataError: it failed.
+        MhmoeError: it failed, as it says itself.
     """
     from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest

@@ -97,8 +97,7 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
         rules: whether texts are held against the rules of `lint`.
 
     Raises:
-        DataError: as the job's own.
-        ClusterError, JobError: as other jobs.
+        MhmoeError: as the job's own.
     """
     from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.data.inspect import SAYS

@@ -13,6 +13,14 @@ from mhmoe_ray.errors import ClusterError
 
 OBJECT_STORE_BYTES = 512 << 20
 
+PRIVATE = {
+    "RAY_AUTH_MODE": "token",
+    # Makes Ray take 127.0.0.1 as the node's address and listen there only; --node-ip-address does not: Ray puts the
+    # address of the network card in the place of a loopback one.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Variables of a Ray that this machine alone can reach, with a token."""
+
 # What ties a `ray start` to another cluster.
 _FOREIGN = (
     "RAY_ADDRESS",
@@ -63,14 +71,11 @@ def spawn(cpus: int) -> LocalCluster:
         command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
     environment = {k: v for k, v in os.environ.items() if k not in _FOREIGN} | {
         processes.MARK: str(folder),
-        "RAY_AUTH_MODE": "token",
+        **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),
         # Away from Ray's fixed 44217 and 44227.
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
-        # Makes Ray take 127.0.0.1 as the node's address and listen there only; --node-ip-address does not: Ray puts
-        # the address of the network card in the place of a loopback one.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.http.proxy:middlewares",
         # Serve's replicas and proxies hand a token on from thread to thread, and log each request on its way, unless

@@ -1,6 +1,5 @@
 """All that `mhmoe status` tells of a run: from its directory, and from its cluster where that answers."""
 
-import math
 from typing import Any
 
 from mhmoe_ray.cluster.connect import connect
@@ -82,8 +81,7 @@ def _newest(happened: Happened, kind: str) -> dict[str, Any] | None:
 def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:
     if line is None:
         return None
-    loss = line[metrics.VAL_LOSS]
-    return {**line, "val_perplexity": math.exp(loss) if loss is not None and loss < 700 else None}
+    return {**line, "val_perplexity": metrics.perplexity(line[metrics.VAL_LOSS])}
 
 
 def _asked(spec: RunSpec) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     request.py      what is asked, and the answer
     samples.py      text as samples of a model's length, domain by domain
     score.py        loss, perplexity, bits per byte
-    routing.py      which experts tokens go to, counted as the model computes
+    counts.py       which experts tokens go to
+    routing.py      counts that as the model computes
     activation.py   what such counts say of the use of experts
     measure.py      losses and routes of a checkpoint
     harness.py      the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)
@@ -11,3 +12,6 @@
 
 Routing is dropless throughout, as in serving.
 """
+
+SAYS = "eval: "
+"""Begins the job's own lines."""

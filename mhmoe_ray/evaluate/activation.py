@@ -6,11 +6,12 @@ function of the threshold. Selections are of tokens: one whose sub-tokens go to 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.model.balance import load_entropy
 
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -20,23 +21,12 @@ RELATIVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 def joined(counts: Iterable[RoutingCounts]) -> RoutingCounts:
     """Of several texts together."""
-    first, *others = counts
-    if not others:
-        return first
-    rest = joined(others)
+    every = list(counts)
 
-    def added(name: str) -> list[list[int]]:
-        total: list[list[int]] = (np.array(getattr(first, name)) + np.array(getattr(rest, name))).tolist()
-        return total
+    def added(name: str) -> Any:
+        return np.sum([np.array(getattr(one, name)) for one in every], axis=0).tolist()
 
-    return RoutingCounts(
-        tokens=first.tokens + rest.tokens,
-        counts=added("counts"),
-        tokens_of=added("tokens_of"),
-        distinct=added("distinct"),
-        agreement=[a.tolist() for a in np.array(first.agreement) + np.array(rest.agreement)],
-        first_weight=(np.array(first.first_weight) + np.array(rest.first_weight)).tolist(),
-    )
+    return RoutingCounts(**{name: added(name) for name in RoutingCounts.model_fields})
 
 
 def load(counts: RoutingCounts) -> np.ndarray:

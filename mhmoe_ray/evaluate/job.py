@@ -2,7 +2,6 @@
 run directory."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,10 @@ import ray
 import torch
 
 from mhmoe_ray.data.inspect import languages
+from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
-from mhmoe_ray.errors import ClusterError, DataError, MhmoeError
+from mhmoe_ray.errors import ClusterError, DataError, MhmoeError, logging_errors
+from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
@@ -21,29 +22,25 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.runs.model import load_model
 
-SAYS = "eval: "
-"""Begins the job's own lines."""
 EVERY_SECONDS = 5.0
 
 
 def main() -> None:
     request = EvalRequest.model_validate_json(os.environ["MHMOE_REQUEST"])
     ray.init()
-    if request.gpus > ray.cluster_resources().get("GPU", 0):
-        e = ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
-        print(f"error: {e}")
-        sys.exit(e.exit_code)
-    task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
-    try:
-        ray.get(task.remote(request))
-    except ray.exceptions.RayTaskError as e:
-        if not isinstance(e.cause, MhmoeError):
+    with logging_errors():
+        if request.gpus > ray.cluster_resources().get("GPU", 0):
+            raise ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
+        task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_evaluate)
+        try:
+            ray.get(task.remote(request))
+        except ray.exceptions.RayTaskError as e:
+            if isinstance(e.cause, MhmoeError):
+                raise e.cause from e
             raise
-        print(f"error: {e.cause}")
-        sys.exit(e.cause.exit_code)
 
 
 def _evaluate(request: EvalRequest) -> None:
@@ -102,7 +99,7 @@ def _check_data(folder: Path, manifest: Manifest) -> None:
     """Raises:
     DataError: the folder is not the one that the checkpoint was trained on.
     """
-    if describe_file(folder / "manifest.json").sha256 != manifest.data_sha256:
+    if data_digest(folder) != manifest.data_sha256:
         fix = "restore the folder that the run began with, or give --text"
         raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhmoe_ray.evaluate.routing import Collector, RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
+from mhmoe_ray.evaluate.routing import Collector
 from mhmoe_ray.evaluate.samples import DomainSamples
 from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.model.attention import document_of
 from mhmoe_ray.model.decoder import Decoder, token_losses
 
 
@@ -21,8 +23,8 @@ def measure(
     *,
     batch: int,
     start_token: int,
-    half: bool = False,
-    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+    half: bool,
+    on_progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
     """By domain: what its tokens cost, and where they went; no routes for a dense model.
 
@@ -59,4 +61,4 @@ def measure(
 
 def _documents(model: Decoder, token_BT: Tensor, start_token: int) -> Tensor | None:
     """Which document each input token belongs to."""
-    return token_BT[:, :-1].eq(start_token).cumsum(1) if model.spec.document_masks else None
+    return document_of(token_BT[:, :-1], start_token) if model.spec.document_masks else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import write_json
@@ -19,23 +19,23 @@ class EvalRequest(BaseModel):
     """Path of the run directory."""
     checkpoint: str
     """Its name."""
-    prepared: str | None = None
+    prepared: str | None
     """Folder whose held-out samples are read."""
-    text: DataSpec | None = None
+    text: DataSpec | None
     """Or raw text."""
-    samples: int = 512
+    samples: int
     """Of each domain of raw text, at most."""
-    tasks: list[str] = []
+    tasks: list[str]
     """Of lm-eval."""
-    task_folders: list[str] = []
+    task_folders: list[str]
     """With tasks of the user's own."""
-    limit: int | None = None
+    limit: int | None
     """Questions of each task, at most."""
-    batch: int = 8
-    half: bool = False
+    batch: int
+    half: bool
     """Matrix products in bfloat16."""
-    cpus: int = 1
-    gpus: int = 0
+    cpus: int
+    gpus: int
 
     @property
     def key(self) -> str:
@@ -60,12 +60,12 @@ class Evaluation(BaseModel):
     tokens: int
     """That the checkpoint was trained on."""
     seconds: float
-    domains: dict[str, Score] = {}
-    languages: dict[str, Score] = {}
+    domains: dict[str, Score]
+    languages: dict[str, Score]
     """Of the domains whose folders are named by a language."""
-    routing: dict[str, RoutingCounts] = {}
+    routing: dict[str, RoutingCounts]
     """By domain; empty for a dense model."""
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, Any]]
     """lm-eval's results by task: metrics and their standard errors."""
 
     @property
@@ -85,8 +85,8 @@ def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
 
 
 def all_stored(run: RunDir) -> list[Evaluation]:
-    """Of a run, the least trained first."""
+    """Of a run, the least trained first, of equal ones by name."""
     if not run.evaluations.exists():
         return []
     found = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]
-    return sorted(found, key=lambda e: e.step)
+    return sorted(found, key=lambda e: (e.step, e.request.key))

@@ -55,11 +55,13 @@ def of_text(data: DataSpec, encoder: DocumentEncoder, seq_len: int, most: int) -
     wanted = most * seq_len + 1
     for file in find_files(data):
         found = by_domain.setdefault(file.domain, [])
+        if len(found) >= wanted:
+            continue  # before another file is opened
         for item in Reading(file, data):
-            if len(found) >= wanted:
-                break
             if isinstance(item, Document):
                 found += encoder.encode([item.text])[0]
+            if len(found) >= wanted:
+                break
     for domain, ids in by_domain.items():
         if len(ids) < 2:
             raise DataError(f"text {domain}", "nothing of it can be read", "see `mhmoe data inspect`")

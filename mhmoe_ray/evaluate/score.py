@@ -5,6 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel
 
+from mhmoe_ray.runs import metrics
+
 
 class Score(BaseModel):
     nats: float = 0.0
@@ -27,15 +29,15 @@ class Score(BaseModel):
         return self.nats / self.tokens
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        return metrics.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, which losses per token are not."""
         return self.nats / math.log(2) / self.text_bytes
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | None]:
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,

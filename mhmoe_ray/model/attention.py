@@ -41,6 +41,11 @@ def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
     return Rotary((cos * fade).float(), (sin * fade).float(), (cos / fade).float(), (sin / fade).float())
 
 
+def document_of(token_BT: Tensor, start_token: int) -> Tensor:
+    """Which document each token belongs to: each start token begins one."""
+    return token_BT.eq(start_token).cumsum(1)
+
+
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to attention scores: 0 where the later token may look at the earlier one, -inf elsewhere.
 

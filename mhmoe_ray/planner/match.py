@@ -76,7 +76,7 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
         SpecError: the width does not split into so many, or none matches.
     """
     assert plain.moe is not None
-    if plain.d_model % heads:
+    if heads < 1 or plain.d_model % heads:
         raise SpecError(f"heads {heads}", f"{plain.d_model} does not split into so many parts", "choose others")
     moe = plain.moe.model_copy(update={"heads": heads, "top_k": top_k or heads, "experts": MOST, "d_expert": 8})
     d_expert, experts = solve(plain.with_moe(moe), plain, MatchSpec(to="smoe", by="both"))

@@ -10,6 +10,7 @@ from typing import Any
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.resolve import resolve_spec
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
+from mhmoe_ray.spec.sweep import seeded
 
 
 def planned_runs(
@@ -60,7 +61,7 @@ def _as_name(text: str) -> str:
 def _spec(
     sweep: SweepSpec, path: Path, name: str, seed: int, keys: Mapping[str, Any], overrides: Sequence[str]
 ) -> RunSpec:
-    whole = f"{sweep.name}-{name}-s{seed}"
+    whole = seeded(f"{sweep.name}-{name}", seed)
     own = [f"name={whole}", f"seed={seed}"]
     try:
         return resolve_spec(

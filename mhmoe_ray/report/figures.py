@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mhmoe_ray.errors import RunError
+from mhmoe_ray.evaluate.request import Evaluation, all_stored
 from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
@@ -24,11 +26,19 @@ class RunFigures:
         """Raises:
         RunError: it was imported, not trained.
         """
+        if run.is_imported:
+            why = "it was imported, not trained here, so it has no numbers"
+            raise RunError(f"run {run.id}", why, "leave it out")
         return cls(run, run.spec(), metrics.history(run))
 
     @cached_property
     def sizes(self) -> Sizes:
         return sizes(self.spec.model)
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """On held-out text, the newest last; texts of users' own differ."""
+        return [e for e in all_stored(self.run) if e.request.prepared]
 
     @property
     def validations(self) -> dict[int, float]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from mhmoe_ray.errors import DataError, RunError
-from mhmoe_ray.evaluate.request import all_stored
+from mhmoe_ray import pictures
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-PNG_DPI = 200
 MOST_LOAD = 2.0
 
 
@@ -43,24 +42,22 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         RunError: no run has numbers yet, or there is no such baseline.
         DataError: matplotlib or scipy is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as e:
-        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
     read = [one for run in runs if (one := RunFigures.read(run)).lines]
     if not read:
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
-    diverged = [one.run.id for one in read if one.is_diverged]
-    found = variants([one for one in read if not one.is_diverged] or read)
+    diverged = [one for one in read if one.is_diverged]
+    compared = [one for one in read if not one.is_diverged] or read
+    found = variants(compared)
     first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
     if first is None:
-        names = ", ".join(v.name for v in found)
-        raise RunError(f"baseline {baseline}", "there is no such variant among the runs", f"choose from {names}")
+        left_out = baseline in [v.name for v in variants(read)]
+        why = "the last validation of its runs is not finite" if left_out else "there is no such variant among the runs"
+        raise RunError(f"baseline {baseline}", why, f"choose from {', '.join(v.name for v in found)}")
     step = matched_step(found)
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
-    counted = {v.name: r for v in found if (r := routes(v.first.run)) is not None}
+    counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(plots.STYLE):
+    with pictures.style():
         figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
     page = (
         _environment()
@@ -77,9 +74,10 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             differences=_differences(found),
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
-            diverged=diverged,
+            diverged=[one.run.id for one in diverged],
+            all_diverged=diverged == compared,
             unequal=_unequal(found),
-            uncounted=[v.name for v in found if v.first.spec.model.moe and not _is_evaluated(v)],
+            uncounted=[name for name, r in counted.items() if r.activated is None],
         )
     )
     (folder / PAGE).write_text(page)
@@ -127,7 +125,7 @@ def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
 
 def _written(figure: "Figure", png: Path) -> str:
     """The figure as SVG for the page, after it was written as PNG."""
-    figure.savefig(png, format="png", dpi=PNG_DPI)
+    pictures.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     # Without a fixed size, so that it takes that of its place.
@@ -135,8 +133,7 @@ def _written(figure: "Figure", png: Path) -> str:
 
 
 def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
-    of, base, run = variant.first.sizes, baseline.first.sizes, variant.first
-    moe = run.spec.model.moe
+    of, base, moe = variant.first.sizes, baseline.first.sizes, variant.first.spec.model.moe
     return {
         "name": variant.name,
         "runs": len(variant.runs),
@@ -149,9 +146,9 @@ def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes 
         "deviation": variant.deviation(step) if step else None,
         "perplexity": variant.perplexity(step) if step else None,
         "bits_per_byte": _bits_per_byte(variant),
-        "speed": run.tokens_per_s,
-        "balance": run.late(metrics.BALANCE),
-        "dropped": run.late(metrics.DROPPED),
+        "speed": variant.tokens_per_s,
+        "balance": variant.late(metrics.BALANCE),
+        "dropped": variant.late(metrics.DROPPED),
         "routes_of": counted.source if counted else "",
         "distinct": counted.distinct if counted else None,
         "agreement": counted.agreement if counted else None,
@@ -162,15 +159,11 @@ def _bits_per_byte(variant: Variant) -> float | None:
     """Of the runs' newest evaluations on held-out text, where all have one."""
     found = []
     for run in variant.runs:
-        scores = [e.total for e in all_stored(run.run) if e.request.prepared and e.domains]
+        scores = [e.total for e in run.evaluations if e.domains]
         if not scores:
             return None
         found.append(scores[-1].bits_per_byte)
     return sum(found) / len(found)
-
-
-def _is_evaluated(variant: Variant) -> bool:
-    return any(evaluation.routing for evaluation in all_stored(variant.first.run))
 
 
 def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:

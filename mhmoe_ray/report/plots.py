@@ -5,31 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate import activation
+from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes
-from mhmoe_ray.report.variants import Variant
+from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which paper swallows.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
 POINTS = 300
 """Of a curve: more than a page shows."""
 
@@ -55,16 +43,9 @@ AXES: dict[str, tuple[str, X]] = {
 }
 
 
-def new_figure(rows: int = 1, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
-    """Raises:
-    DataError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DataError("figures", "matplotlib is missing", "pip install 'mhmoe-ray[report]'") from e
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(rows, 1)).flat)
+def _new(height: float = HEIGHT) -> "tuple[Figure, Axes]":
+    figure = new_figure(WIDTH, height)
+    return figure, figure.subplots()
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -74,7 +55,7 @@ def style_of(number: int) -> dict[str, Any]:
 def validation(variants: Sequence[Variant], over: str) -> "Figure":
     """Validation loss, mean over seeds with a band from the lowest to the highest."""
     title, x_of = AXES[over]
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     for number, variant in enumerate(variants):
         run = variant.first
         steps = sorted(set.intersection(*(set(r.validations) for r in variant.runs)))
@@ -89,30 +70,28 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
             axis.fill_between(x, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, linewidth=0)
     _ends_count(axis, variants)
     axis.set(xlabel=title, ylabel="nats per token", title=f"validation loss against {title}")
-    second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
-    second.set_ylabel("perplexity")
-    axis.legend()
+    if metrics.perplexity(axis.get_ylim()[1]) is not None:
+        second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
+        second.set_ylabel("perplexity")
+    if axis.has_data():
+        axis.legend()
     return figure
 
 
 def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Validation loss less the baseline's, seed by seed where both have the seed: the mean, and a band from the lowest
-    to the highest."""
-    figure, [axis] = new_figure()
+    """Validation loss less the baseline's, paired as for a verdict: the mean, and a band from the lowest to the
+    highest."""
+    figure, axis = _new()
     axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
     for number, variant in enumerate(variants):
         if variant is baseline:
             continue
         steps = sorted(set.intersection(*(set(r.validations) for r in (*variant.runs, *baseline.runs))))
-        rows = []
-        for step in steps:
-            own, other = variant.losses(step), baseline.losses(step)
-            common = own.keys() & other.keys()
-            mean = sum(other.values()) / len(other)
-            rows.append([own[s] - (other[s] if common else mean) for s in sorted(common or own)])
-        if not rows:
+        if not steps:
             continue
-        found, style = np.array(rows), style_of(number)
+        losses = (losses_at(step, baseline, variant) for step in steps)
+        found = np.array([both.differences for both in losses if both is not None])
+        style = style_of(number)
         axis.plot(steps, found.mean(1), label=variant.name, marker=".", markersize=4, **style)
         if found.shape[1] > 1:
             axis.fill_between(steps, found.min(1), found.max(1), color=style["color"], alpha=0.12, linewidth=0)
@@ -137,7 +116,7 @@ def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
 def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
     """A metric of the first run of each variant over steps, smoothed over a fiftieth of them; None where no run has
     it, or it is 0 throughout."""
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     drawn = False
     for number, variant in enumerate(variants):
         points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first.lines if ln.get(metric) is not None]
@@ -159,11 +138,11 @@ def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "
 
 def throughput(variants: Sequence[Variant]) -> "Figure":
     """Tokens a second, a bar for each variant; marks are its runs."""
-    figure, [axis] = new_figure(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
+    figure, axis = _new(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
     for number, variant in enumerate(variants):
-        speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s]
-        if speeds:
-            axis.barh(number, np.mean(speeds), color=style_of(number)["color"], alpha=0.8)
+        if variant.tokens_per_s is not None:
+            speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s is not None]
+            axis.barh(number, variant.tokens_per_s, color=style_of(number)["color"], alpha=0.8)
             axis.plot(speeds, [number] * len(speeds), "k|", markersize=8)
     axis.set_yticks(range(len(variants)), [v.name for v in variants])
     axis.invert_yaxis()
@@ -180,7 +159,7 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
         most: load at the end of the colour scale, which all maps of a page share.
     """
     layers, experts = routes.load.shape
-    figure, [axis] = new_figure(height=1.15 + 0.22 * layers)
+    figure, axis = _new(height=1.15 + ROW_INCHES * layers)
     image = axis.imshow(routes.load, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
     axis.set(xlabel="expert", ylabel="layer", title=f"{name}: load of experts")
     axis.set_yticks(range(layers))
@@ -191,7 +170,7 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
 
 def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
     """Share of experts in use as a function of the threshold; None where no run was evaluated for it."""
-    figure, [axis] = new_figure()
+    figure, axis = _new()
     drawn = False
     for name, routes in named.items():
         shares = routes.activated_relative if relative else routes.activated

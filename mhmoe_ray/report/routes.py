@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mhmoe_ray.evaluate import activation
-from mhmoe_ray.evaluate.request import all_stored
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.report.figures import RunFigures
 
 
 class Routes(NamedTuple):
@@ -25,9 +24,9 @@ class Routes(NamedTuple):
     """Of different heads, mean over layers."""
 
 
-def routes(run: RunDir) -> Routes | None:
+def routes(figures: RunFigures) -> Routes | None:
     """None for a dense model, and for a run without checkpoints."""
-    evaluated = [e for e in all_stored(run) if e.routing and e.request.prepared]  # texts of users' own differ
+    evaluated = [e for e in figures.evaluations if e.routing]
     if evaluated:
         whole = activation.joined(evaluated[-1].routing.values())
         agreement = activation.mean_agreement(whole)
@@ -40,6 +39,7 @@ def routes(run: RunDir) -> Routes | None:
             float(activation.distinct_experts(whole).mean()) / per_token,
             None if agreement is None else float(agreement.mean()),
         )
+    run = figures.run
     counted = sorted(path.name for path in run.routing.glob("*.json")) if run.routing.exists() else []
     if not counted:
         return None

@@ -35,23 +35,22 @@ def table(place: SweepDir) -> list[dict[str, Any]]:
     rows = []
     for spec, states, variant in found:
         of = sizes(spec.model)
-        row: dict[str, Any] = {
-            "variant": variant.name,
-            "states": dict(states),
-            "parameters": of.parameters,
-            "parameters_ratio": of.parameters / first.parameters,
-            "macs_per_token": of.macs_per_token,
-            "macs_ratio": of.macs_per_token / first.macs_per_token,
-            "step": step,
-            "losses": variant.losses(step) if step else {},
-            "loss": variant.mean_loss(step) if step else None,
-            "deviation": variant.deviation(step) if step else None,
-            "perplexity": variant.perplexity(step) if step else None,
-        }
-        for key, metric in [("balance", metrics.BALANCE), ("dropped", metrics.DROPPED)]:
-            late = [value for run in variant.runs if (value := run.late(metric)) is not None]
-            row[key] = sum(late) / len(late) if late else None
-        speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s]
-        row["tokens_per_s"] = sum(speeds) / len(speeds) if speeds else None
-        rows.append(row)
+        rows.append(
+            {
+                "variant": variant.name,
+                "states": dict(states),
+                "parameters": of.parameters,
+                "parameters_ratio": of.parameters / first.parameters,
+                "macs_per_token": of.macs_per_token,
+                "macs_ratio": of.macs_per_token / first.macs_per_token,
+                "step": step,
+                "losses": variant.losses(step) if step else {},
+                "loss": variant.mean_loss(step) if step else None,
+                "deviation": variant.deviation(step) if step else None,
+                "perplexity": variant.perplexity(step) if step else None,
+                "balance": variant.late(metrics.BALANCE),
+                "dropped": variant.late(metrics.DROPPED),
+                "tokens_per_s": variant.tokens_per_s,
+            }
+        )
     return rows

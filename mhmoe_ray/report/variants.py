@@ -1,18 +1,35 @@
 """Runs that differ in their seed alone, as one."""
 
 import json
-import math
-import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 from mhmoe_ray.report.figures import RunFigures
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import ELSEWHERE, RunSpec
+from mhmoe_ray.spec.sweep import unseeded
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
 """Sections and keys that do not change what is trained."""
+
+
+class Losses(NamedTuple):
+    """Of two variants, to be held against each other."""
+
+    baseline: list[float]
+    other: list[float]
+    paired: bool
+    """They are of the same seeds one by one: of those that both have, where these are two or more."""
+
+    @property
+    def differences(self) -> list[float]:
+        """The other's less the baseline's: seed by seed, else less their mean."""
+        if self.paired:
+            return [b - a for a, b in zip(self.baseline, self.other, strict=True)]
+        return [b - statistics.fmean(self.baseline) for b in self.other]
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,7 @@ class Variant:
         return {r.spec.seed: r.validations[step] for r in self.runs if step in r.validations}
 
     def mean_loss(self, step: int) -> float | None:
-        found = list(self.losses(step).values())
-        return statistics.fmean(found) if found else None
+        return _mean(self.losses(step).values())
 
     def deviation(self, step: int) -> float | None:
         """Sample standard deviation over the seeds; None with fewer than two."""
@@ -35,12 +51,30 @@ class Variant:
 
     def perplexity(self, step: int) -> float | None:
         """Of the mean loss."""
-        loss = self.mean_loss(step)
-        return None if loss is None else math.exp(loss)
+        return metrics.perplexity(self.mean_loss(step))
+
+    def late(self, metric: str) -> float | None:
+        """Of the runs that have it, the mean of `RunFigures.late`."""
+        return _mean(run.late(metric) for run in self.runs)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return _mean(run.tokens_per_s for run in self.runs)
 
     @property
     def first(self) -> RunFigures:
         return self.runs[0]
+
+
+def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
+    """None where one of them has no loss there."""
+    a, b = baseline.losses(step), other.losses(step)
+    if not a or not b:
+        return None
+    common = sorted(a.keys() & b.keys())
+    if len(common) > 1:
+        return Losses([a[seed] for seed in common], [b[seed] for seed in common], paired=True)
+    return Losses(list(a.values()), list(b.values()), paired=False)
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
@@ -48,7 +82,7 @@ def variants(runs: Sequence[RunFigures]) -> list[Variant]:
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
         found.setdefault(_what_is_trained(run.spec), []).append(run)
-    names = _short([_stem(same[0].spec.name) for same in found.values()])
+    names = _short([unseeded(same[0].spec.name) for same in found.values()])
     counted = [[run for run in same if run.is_finished] or same for same in found.values()]
     return [Variant(name, same) for name, same in zip(names, counted, strict=True)]
 
@@ -59,13 +93,13 @@ def matched_step(compared: Sequence[Variant]) -> int | None:
     return max(set.intersection(*validated), default=None) if validated else None
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
+
+
 def _what_is_trained(spec: RunSpec) -> str:
     return json.dumps(spec.model_dump(mode="json", exclude=_FREE), sort_keys=True)
-
-
-def _stem(name: str) -> str:
-    """Without a sweep's seed."""
-    return re.sub(r"-s\d+$", "", name)
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Which of two variants is better, and how sure that is."""
 
-import math
+import statistics
 from typing import NamedTuple
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.report.variants import Variant
+from mhmoe_ray.report.variants import Losses, Variant, losses_at
+from mhmoe_ray.runs import metrics
 
 CONFIDENCE = 0.95
 
@@ -31,13 +32,14 @@ class Verdict(NamedTuple):
     @property
     def said(self) -> str:
         """In a sentence."""
-        size, percent = abs(self.difference), 100 * (math.exp(self.difference) - 1)
         word = "lower" if self.difference < 0 else "higher"
-        figures = f"{size:.4f} nats {word}, perplexity {abs(percent):.1f}% {word}"
+        figures = f"{abs(self.difference):.4f} nats {word}"
+        if (ratio := metrics.perplexity(self.difference)) is not None:
+            figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
         if self.low is None:
             return f"{self.other} to {self.baseline}: {figures}; one seed, so nobody knows how sure that is"
         how = f"{self.seeds} seeds{', paired' if self.paired else ''}"
-        interval = f"95% interval {self.low:+.4f} to {self.high:+.4f}, {how}"
+        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}, {how}"
         if self.is_clear:
             return f"{self.other} to {self.baseline}: {figures} ({interval})"
         return f"{self.other} to {self.baseline}: not told apart; {figures} ({interval})"
@@ -54,26 +56,22 @@ def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
     Raises:
         DataError: scipy is not installed.
     """
-    a, b = baseline.losses(step), other.losses(step)
-    if not a or not b:
+    losses = losses_at(step, baseline, other)
+    if losses is None:
         return None
-    common = sorted(a.keys() & b.keys())
-    if paired := len(common) > 1:
-        a, b = {s: a[s] for s in common}, {s: b[s] for s in common}
-    seeds = min(len(a), len(b))
-    difference = sum(b.values()) / len(b) - sum(a.values()) / len(a)
-    low, high = None, None
-    if seeds > 1:
-        low, high = _interval(list(a.values()), list(b.values()), paired)
-    return Verdict(baseline.name, other.name, step, difference, low, high, seeds, paired)
+    seeds = min(len(losses.baseline), len(losses.other))
+    low, high = _interval(losses) if seeds > 1 else (None, None)
+    difference = statistics.fmean(losses.differences)
+    return Verdict(baseline.name, other.name, step, difference, low, high, seeds, losses.paired)
 
 
-def _interval(a: list[float], b: list[float], paired: bool) -> tuple[float, float]:
-    """Of the mean of b less a: Student's where they are pairs, else Welch's."""
+def _interval(losses: Losses) -> tuple[float, float]:
+    """Of the mean difference: Student's where they are pairs, else Welch's."""
     try:
         from scipy import stats
     except ImportError as e:
         raise DataError("intervals", "scipy is missing", "pip install 'mhmoe-ray[report]'") from e
-    test = stats.ttest_rel(b, a) if paired else stats.ttest_ind(b, a, equal_var=False)
+    a, b = losses.baseline, losses.other
+    test = stats.ttest_rel(b, a) if losses.paired else stats.ttest_ind(b, a, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return float(interval.low), float(interval.high)

@@ -33,6 +33,13 @@ SKIPPED_STEPS = "skipped_steps"  # such steps so far; absent while there are non
 VAL_LOSS = "val_loss"  # nats per token
 VAL_TOKENS = "val_tokens"
 
+_MOST_NATS = 709.0  # of which a float holds the exponential
+
+
+def perplexity(loss: float | None) -> float | None:
+    """Of a loss in nats per token; None where there is none, it is not finite, or it is beyond what a float holds."""
+    return math.exp(loss) if loss is not None and loss < _MOST_NATS else None
+
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
     """A number that is not finite, for which JSON has no word, becomes null."""

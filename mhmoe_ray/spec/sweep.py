@@ -1,5 +1,6 @@
 """A sweep: many runs that differ in some keys of the spec, each with several seeds."""
 
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,6 +54,16 @@ class SweepSpec(Section):
         return self
 
 
+def seeded(name: str, seed: int) -> str:
+    """The name of what is called so, with this seed."""
+    return f"{name}-s{seed}"
+
+
+def unseeded(name: str) -> str:
+    """A name of `seeded` without its seed; any other as it is."""
+    return re.sub(r"-s\d+$", "", name)
+
+
 class SweepRun(Section):
     """One of the runs that a sweep comes to."""
 
@@ -64,4 +75,4 @@ class SweepRun(Section):
     @property
     def name(self) -> str:
         """Within the sweep."""
-        return f"{self.variant}-s{self.seed}"
+        return seeded(self.variant, self.seed)

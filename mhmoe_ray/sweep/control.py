@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.errors import JobError, MhmoeError, RunError, SpecError
+from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.sweeps import Definition, SweepDir, SweepJob
 from mhmoe_ray.spec import ELSEWHERE, SweepRun
@@ -75,8 +75,7 @@ def own_error(place: SweepDir) -> MhmoeError | None:
     connection = connect(last.address)
     if jobs.status(connection, last.job) is None:
         return None
-    told = [line for line in jobs.logs(connection, last.job).splitlines() if line.startswith("error: ")]
-    return JobError.parse(told[-1].removeprefix("error: ")) if told else None
+    return logged(jobs.logs(connection, last.job))
 
 
 def stop(place: SweepDir) -> list[str]:

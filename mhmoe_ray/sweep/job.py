@@ -16,7 +16,7 @@ from mhmoe_ray.cluster.attempts import start_attempt
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.watch import Outcome, outcome, recorded_outcome
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.errors import ClusterError, MhmoeError
+from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, create_run
@@ -134,21 +134,18 @@ def _prepare(entry: SweepRun) -> bool:
     try:
         prepare(entry.spec)
     except MhmoeError as e:
-        print(f"error: {e}", flush=True)
+        e.log()
         return False
     return True
 
 
 def main() -> None:
     place, job = SweepDir(location(sys.argv[1])), sys.argv[2]
-    try:
+    with logging_errors():
         context = ray.init()
         local = place.definition().jobs[-1].local
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
         Sweep(place, job, connection).run()
-    except MhmoeError as e:
-        print(f"error: {e}")
-        sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ray.train
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.location import ObjectPath
@@ -104,7 +105,7 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
 def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
     """The prepared folder is still the one the checkpoint's position counts in."""
     folder = spec.data.prepared
-    if describe_file(folder / "manifest.json").sha256 != checkpoint.data_sha256:
+    if data_digest(folder) != checkpoint.data_sha256:
         fix = "restore the folder that the run began with, or submit a new run"
         raise DataError(f"prepared data {folder}", "it is not what the run was trained on so far", fix)
 

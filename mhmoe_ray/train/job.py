@@ -8,7 +8,7 @@ import socket
 import sys
 from typing import Literal
 
-from mhmoe_ray.errors import MhmoeError, StorageError
+from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
@@ -19,6 +19,11 @@ def main() -> None:
     run = RunDir(location(sys.argv[1]))
     attempt = len(read_attempts(run))
     events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+    with logging_errors():
+        _train(run, attempt)
+
+
+def _train(run: RunDir, attempt: int) -> None:
     try:
         # Imported only now: they take seconds, for which whoever submitted the run would see nothing.
         import ray
@@ -29,9 +34,8 @@ def main() -> None:
         ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
         drive(run, attempt)
     except MhmoeError as e:
-        print(f"error: {e}")
         _record_end(run, attempt, "failed", reason=str(e))
-        sys.exit(e.exit_code)
+        raise
     except SystemExit as e:  # Ray turns SIGTERM, with which it stops a job, into this
         if run.stop_file.exists():
             _record_end(run, attempt, "stopped", reason="its job was ended")
@@ -49,7 +53,7 @@ def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], r
         try:
             events.record(run, kind, reason=reason)
         except StorageError as e:  # the job's log has both, and `status` takes the reason from there
-            print(f"error: {e}")
+            e.log()
             if str(e) != reason:
                 print(f"error: {reason}")
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
@@ -62,8 +63,8 @@ class Saver:
         self._stream = torch.cuda.Stream(trainer.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copied = Event()
         self._pause = 0.0
-        prepared = trainer.spec.data.prepared / "manifest.json"
-        self._data, self._tokenizer = (describe_file(f).sha256 for f in (prepared, run.tokenizer_file))
+        self._data = data_digest(trainer.spec.data.prepared)
+        self._tokenizer = describe_file(run.tokenizer_file).sha256
         self._thread: Thread | None = None
         self._error: Exception | None = None
 

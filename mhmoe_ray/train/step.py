@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhmoe_kernels import why_not
 from mhmoe_ray.errors import JobError, SpecError
+from mhmoe_ray.model.attention import document_of
 from mhmoe_ray.model.balance import moved_bias
 from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
@@ -211,7 +212,7 @@ class Trainer:
         if self.spec.model.document_masks:
             assert self._start_token is not None
             # Padding, as token 0, may look like starts of documents: of some at the end, which no target asks about.
-            document_BT = token_BT.eq(self._start_token).cumsum(1)
+            document_BT = document_of(token_BT, self._start_token)
         with torch.autocast(self.device.type, dtype, enabled=enabled):
             model = self.strategy.module if torch.is_grad_enabled() else self.model
             output: Output = model(token_BT, noise=noise, document_BT=document_BT)

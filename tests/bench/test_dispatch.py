@@ -11,6 +11,8 @@ import pytest
 
 from mhmoe_ray.bench.dispatch import link
 from mhmoe_ray.bench.dispatch.link import slow_link
+from mhmoe_ray.bench.dispatch.measure import first_failed
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.errors import SpecError
 from tests.cli.run import command, mhmoe
 
@@ -36,6 +38,24 @@ def test_dispatch_sends_what_the_drawn_routes_demand(tmp_path):
     # Nearly every row has one of 8 experts on the other node, where it goes once in place of 4 times.
     assert ratio["fine-grained x 8"] == pytest.approx(0.25, abs=0.02)
     assert "fine-grained x 8" in shown.err
+
+
+@pytest.mark.parametrize("end", ["exit 3", "kill -9 $$"])
+def test_the_first_rank_that_fails_is_named_also_where_a_signal_ended_it(end):
+    ranks = [subprocess.Popen(["/bin/sh", "-c", script]) for script in ("exit 0", end, "exec sleep 60")]
+    try:
+        assert first_failed(ranks) == 1
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    why = {"exit 3": "exit code 3", "kill -9 $$": "it was ended by SIGKILL"}[end]
+    assert str(failure("rank 1", "", ranks[1].returncode)) == f"rank 1: {why}; mend that and measure again"
+
+
+def test_ranks_that_all_end_well_have_none_that_failed():
+    ranks = [subprocess.Popen(["/bin/sh", "-c", f"sleep 0.{i}"]) for i in range(3)]
+    assert first_failed(ranks) is None
 
 
 @pytest.mark.parametrize("rate", ["fast", "200", "200mbit; reboot"])

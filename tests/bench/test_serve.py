@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.contest import Figures, Shape, engines, servers
+from mhmoe_ray.bench.serve.contest import Rates, Shape, engines, servers
 from mhmoe_ray.bench.serve.engines import Place
 from mhmoe_ray.bench.serve.load import Asked, Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB, plain_model, write_run
@@ -69,14 +70,15 @@ def test_clients_count_tokens_and_time_first_ones(place):
             assert 0 < (asked.first or asked.whole) <= asked.whole <= load.seconds
 
 
-def test_shares_of_waiting():
+def test_the_first_token_is_waited_for_as_the_median_request_did():
     load = Load(2.0, [Asked(first / 10, 1.0, 5) for first in range(1, 11)])
     assert load.rate == 25
-    assert (load.first(0.5), load.first(0.99)) == (0.6, 1.0)
+    assert load.first == pytest.approx(0.55)
+    assert Load(2.0, [Asked(None, 1.0, 5)]).first is None
 
 
 def test_a_contestant_is_set_beside_another_round_by_round():
-    ours, theirs = Figures("ours", 4, [10, 20, 30], []), Figures("theirs", 4, [10, 10, 10], [])
+    ours, theirs = Rates("ours", 4, [10, 20, 30], []), Rates("theirs", 4, [10, 10, 10], [])
     assert ours.rate == 20
     assert ours.to(theirs) == 2
 
@@ -89,8 +91,8 @@ def test_engines_and_servers_answer_each_in_a_process_of_its_own(place):
     [streamed] = servers(["torch, alone"], place, Shape(8, 4), [2], True, 1, said.append)
     assert streamed.first[0] > 0
     assert [line.split(":")[0] for line in said] == [
-        "round 1, 1 at a time",
         "round 1, 2 at a time",
+        "round 1, 1 at a time",
         "round 1, 2 clients",
     ]
 
@@ -99,6 +101,14 @@ def test_a_contestant_that_fails_says_why(place):
     gone = place._replace(checkpoint=place.checkpoint / "gone")
     with pytest.raises(JobError, match=r"bench serve, torch: .*manifest\.json"), Child("torch", gone):
         pass
+
+
+def test_a_contestant_that_hangs_is_ended_and_named(place, monkeypatch):
+    monkeypatch.setattr(child, "MOST_SECONDS", 0.1)
+    own = Child("torch", place)
+    with pytest.raises(JobError, match="bench serve, torch: it has not answered in 0 s"), own:
+        pass
+    assert own._process.returncode
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):

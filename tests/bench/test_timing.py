@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.bench.timing import interleaved, turns
 
 
 def test_every_case_runs_once_a_round_in_turning_order_and_the_first_round_is_not_counted():
@@ -13,3 +13,12 @@ def test_every_case_runs_once_a_round_in_turning_order_and_the_first_round_is_no
     assert "".join(order) == "abc" + "cba" + "abc" + "cba" + "abc"
     assert {name: timing.seconds for name, timing in found.items()} == {name: [0.5] * 4 for name in "abc"}
     assert found["a"].median == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_the_first_round_there_is_goes_forwards(warm_up):
+    found = list(turns("ab", 2, warm_up))
+    assert (
+        found[-4:] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")] if warm_up else [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    )
+    assert found[:-4] == [(-1, "a"), (-1, "b")] * warm_up

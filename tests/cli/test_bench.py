@@ -1,9 +1,11 @@
+import sys
+
 import pytest
 import torch
 
 from mhmoe_ray.bench.peers import PEERS
 from mhmoe_ray.cli.bench_layer import layer
-from mhmoe_ray.errors import SpecError
+from mhmoe_ray.errors import DataError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
 
 SMALL = ("--tokens", "16", "--d-model", "48", "--experts", "4", "--d-expert", "96", "--rounds", "2")
@@ -49,8 +51,8 @@ def test_sizes_that_do_not_fit_are_one_line(tmp_path):
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SpecError, match=r"matplotlib is not installed; pip install 'mhmoe-ray\[plots\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DataError, match=r"matplotlib is missing; pip install 'mhmoe-ray\[plots\]'"):
         layer(over="tokens", png=tmp_path / "a.png")
 
 
@@ -70,11 +72,13 @@ def test_options_that_do_not_fit_together_are_refused(options, why):
         layer(**options)
 
 
-def test_a_plot_needs_an_axis_and_a_folder(tmp_path):
+def test_a_plot_needs_an_axis_and_a_file_that_can_be_written(tmp_path):
     with pytest.raises(SpecError, match="give --over"):
         layer(png=tmp_path / "a.png")
-    with pytest.raises(SpecError, match="no such folder"):
+    with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory"):
         layer(over="tokens", png=tmp_path / "no" / "a.png")
+    with pytest.raises(DataError, match="Is a directory"):
+        layer(over="tokens", png=tmp_path)
 
 
 def test_bench_train_shows_steps_of_matched_models(tmp_path):

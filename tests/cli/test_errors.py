@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.errors import DOCTOR_EXIT_CODE, MhmoeError
+from mhmoe_ray.errors import (
+    DOCTOR_EXIT_CODE,
+    CheckpointError,
+    DataError,
+    MhmoeError,
+    RunError,
+    ServeError,
+    SpecError,
+    TokenError,
+    logged,
+    logging_errors,
+)
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 
@@ -108,6 +119,18 @@ def test_prepared_data_of_other_settings(corpus, local_cluster, tmp_path):
     assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
     result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
     assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
+
+
+@pytest.mark.parametrize("kind", [SpecError, DataError, TokenError, RunError, CheckpointError, ServeError])
+def test_an_error_in_a_jobs_log_is_of_its_own_kind(kind, capsys):
+    told = kind("task a: b", "it is not: there; or", "see `x`")
+    with pytest.raises(SystemExit) as ended, logging_errors():
+        raise told
+    assert ended.value.code == kind.exit_code
+    found = logged(f"error: of others\n{capsys.readouterr().out}more\n")
+    assert type(found) is kind
+    assert str(found) == str(told)
+    assert logged("error: of others\n") is None
 
 
 def test_readme_lists_every_exit_code():

@@ -121,6 +121,8 @@ def test_lint_of_a_spec_strictly(project):
 def test_mistakes_are_one_line(tmp_path):
     write_corpus(tmp_path / "raw")
     write_spec(tmp_path)
+    drawn = mhmoe(tmp_path, "data", "inspect", "raw", "--png", "no/a.png")  # before any text is read
+    assert_one_line(drawn, 4, "picture no/a.png", "No such file")
     for verb in ("inspect", "lint"):
         assert_one_line(mhmoe(tmp_path, "data", verb, "nowhere"), 4, "source nowhere", "there is no folder")
         assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "stands beside other data")

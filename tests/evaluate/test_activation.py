@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.evaluate import activation
-from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
 
 
 def counts_of(routes, heads=1):
@@ -24,12 +24,12 @@ def counts_of(routes, heads=1):
 
 def test_uniform_routing_is_1_everywhere_and_collapse_0():
     uniform, collapsed = counts_of([25] * 4), counts_of([100, 0, 0, 0])
-    assert activation.load(uniform).tolist() == [[1, 1, 1, 1]]
+    assert activation.load(uniform.counts).tolist() == [[1, 1, 1, 1]]
     assert activation.entropy(uniform) == pytest.approx([1])
     assert activation.entropy(collapsed) == pytest.approx([0])
-    assert activation.activated(uniform, [0.1, 0.25, 0.3]) == [1, 0, 0]
-    assert activation.activated(collapsed, [0.1, 0.25, 0.3]) == [0.25, 0.25, 0.25]
-    assert activation.activated_relative(uniform, [0.9, 1.0]) == [1, 0]
+    assert activation.activated(uniform) == [1 if t < 0.25 else 0 for t in activation.THRESHOLDS]
+    assert activation.activated(collapsed) == [0.25] * len(activation.THRESHOLDS)
+    assert activation.activated_relative(uniform.counts) == [1 if t < 1 else 0 for t in activation.RELATIVE]
     assert activation.specialisation(collapsed, uniform) == pytest.approx(0.75)
     assert activation.specialisation(uniform, uniform) == 0
 
@@ -46,3 +46,7 @@ def test_texts_joined_count_as_one(parts):
     assert whole == counts_of(np.sum(parts, 0).tolist())
     shares = activation.activated(whole)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_there_may_be_any_number_of_texts():
+    assert activation.joined([counts_of([1, 2])] * 2000) == counts_of([2000, 4000])

@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from mhmoe_ray.evaluate.measure import measure
+from mhmoe_ray.evaluate import measure as measuring
 from mhmoe_ray.evaluate.samples import DomainSamples
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from tests.specs import tiny_spec
 
 WIDTHS = np.arange(300) % 5
+
+
+def measure(model, samples, batch):
+    return measuring.measure(
+        model, samples, WIDTHS, batch=batch, start_token=0, half=False, on_progress=lambda *_: None
+    )
 
 
 def model_of(**moe):
@@ -30,7 +36,7 @@ def samples_of(domain, count, seed):
 def test_is_what_counting_by_hand_gives(heads, top_k):
     model = model_of(heads=heads, top_k=top_k)
     samples = [samples_of("web/a", 5, 0), samples_of("web/b", 3, 1)]
-    scores, routing = measure(model, samples, WIDTHS, batch=2, start_token=0)
+    scores, routing = measure(model, samples, batch=2)
     assert scores.keys() == routing.keys() == {"web/a", "web/b"}
     for domain, tokens, counts in samples:
         nats, size = 0.0, 0
@@ -73,14 +79,12 @@ def test_a_dense_model_has_losses_and_no_routes():
     spec = tiny_spec(model={"moe": None})
     model = Decoder(spec.model)
     init_weights(model, 0)
-    scores, routing = measure(model.eval(), [samples_of("web", 2, 0)], WIDTHS, batch=2, start_token=0)
+    scores, routing = measure(model.eval(), [samples_of("web", 2, 0)], batch=2)
     assert scores["web"].loss > 0
     assert routing == {}
 
 
 def test_static_routing_drops_nothing_here_as_in_serving():
     model, narrow = model_of(), model_of(capacity_factor=0.25)
-    found = [
-        measure(m, [samples_of("web", 4, 0)], WIDTHS, batch=4, start_token=0)[0]["web"].nats for m in (model, narrow)
-    ]
+    found = [measure(m, [samples_of("web", 4, 0)], batch=4)[0]["web"].nats for m in (model, narrow)]
     assert found[0] == found[1]

@@ -3,7 +3,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import MatchSpec, solve
+from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
@@ -45,6 +45,12 @@ def test_the_first_papers_width_is_the_one_of_equal_parameters():
         width, experts = solve(ours, xmoe, MatchSpec(to="x", by="params", multiple=1))
         assert experts == 32
         assert abs(width - equal_parameter_width(heads, 32)) <= 3
+
+
+@pytest.mark.parametrize("heads", [-2, 0, 5])
+def test_heads_that_a_width_does_not_split_into_are_refused(heads):
+    with pytest.raises(SpecError, match=f"heads {heads}: 768 does not split into so many parts"):
+        matched_heads(SMOE, heads)
 
 
 @settings(max_examples=80)

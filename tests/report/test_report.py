@@ -7,23 +7,25 @@ from html.parser import HTMLParser
 import pytest
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
-from mhmoe_ray.evaluate.routing import RoutingCounts
+from mhmoe_ray.evaluate.counts import RoutingCounts
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, all_stored, store
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
-from mhmoe_ray.report.variants import Variant, matched_step, variants
+from mhmoe_ray.report.plots import differences
+from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants
 from mhmoe_ray.report.verdict import verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.state import Attempt, add_attempt
+from mhmoe_ray.runs.state import Attempt, add_attempt, mark_imported
+from mhmoe_ray.spec import DataSpec
 from tests.specs import tiny_spec
 
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
-def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4) -> RunDir:
+def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4, speed=100.0) -> RunDir:
     """A run whose validation loss comes down to `final` at its last step."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
@@ -31,7 +33,7 @@ def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batche
     add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
     for step in range(1, steps + 1):
         line = {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: final + 1 / step, metrics.GROUP: 1}
-        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0 + step}
+        line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: speed + step}
         if moe:
             line |= {metrics.BALANCE: 1 + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
         if step % validated == 0:
@@ -89,6 +91,20 @@ def test_what_diverged_or_has_no_numbers_is_left_out_and_named(tmp_path):
     assert f"no numbers yet: {runs[7].id}." in page
 
 
+def test_runs_that_all_diverged_are_compared_and_not_said_to_be_left_out(tmp_path):
+    runs = [made(tmp_path, "a", 0, math.nan), made(tmp_path, "b", 0, math.nan, moe={**MOE, "top_k": 1})]
+    write_report(runs, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The last validation of none of them is finite" in page
+    assert "Left out" not in page
+
+
+def test_a_baseline_that_diverged_is_said_to_have(tmp_path):
+    runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
+    with pytest.raises(RunError, match="baseline nan: the last validation of its runs is not finite; choose from d"):
+        write_report(runs, tmp_path / "out", baseline="nan")
+
+
 def test_unequal_trainings_are_said_to_be(tmp_path):
     runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, micro_batches=8)]
     write_report(runs, tmp_path / "out")
@@ -109,6 +125,29 @@ def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     assert found.said.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
 
 
+def test_losses_are_paired_over_two_common_seeds_or_more(tmp_path):
+    dense, mhmoe = read(six(tmp_path))
+    two = losses_at(20, dense, Variant("two", mhmoe.runs[1:]))
+    assert two.paired
+    assert two.differences == pytest.approx([-0.12, -0.09])
+    first, last = Variant("first", dense.runs[:2]), Variant("last", mhmoe.runs[1:])
+    one = losses_at(20, first, last)
+    assert not one.paired
+    assert one.differences == pytest.approx([2.98 - 3.05, 3.11 - 3.05])
+    [axis] = differences([first, last], first).axes
+    assert axis.lines[1].get_ydata()[-1] == pytest.approx(verdict(first, last, 20).difference)
+
+
+def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0, speed=1000.0 * seed) for seed in (1, 2, 3)]
+    [variant] = read(runs)
+    assert variant.tokens_per_s == pytest.approx(2010.5)
+    assert variant.late(metrics.BALANCE) == pytest.approx(1 + (1 / 19 + 1 / 20) / 2)
+    assert variant.late(metrics.MFU) is None
+    write_report(runs, tmp_path / "out")
+    assert "<td>2,010</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):
     dense, mhmoe = read(six(tmp_path))
     two = verdict(dense, Variant("two", mhmoe.runs[1:]), 20)
@@ -120,7 +159,7 @@ def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_pat
     assert verdict(dense, mhmoe, 19) is None
 
 
-def store_evaluation(run, tokens_of, distinct):
+def store_evaluation(run, tokens_of, distinct, **asked):
     counts = RoutingCounts(
         tokens=100,
         counts=[[100] * 4],
@@ -129,10 +168,30 @@ def store_evaluation(run, tokens_of, distinct):
         agreement=[[[100, 10], [10, 100]]],
         first_weight=[80.0],
     )
-    request = EvalRequest(run=str(run.path), checkpoint="step_00000020.1", prepared="/data")
+    none = {"prepared": None, "text": None, "samples": 0, "tasks": [], "task_folders": [], "limit": None}
+    how = {"batch": 8, "half": False, "cpus": 1, "gpus": 0}
+    named = {"run": str(run.path), "checkpoint": "step_00000020.1"}
+    request = EvalRequest(**named, **how, **(none | (asked or {"prepared": "/data"})))
     score = Score(nats=300.0, tokens=100, text_bytes=400)
-    answer = {"domains": {"a": score}, "routing": {"a": counts}}
+    answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
     store(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, **answer))
+
+
+def test_loads_are_said_to_be_those_of_training_where_only_other_texts_were_counted(tmp_path):
+    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1})]
+    store_evaluation(runs[0], [60] * 4, [0, 0, 0, 60, 40])
+    text = DataSpec.model_validate({"sources": {"own": {"path": "own.txt"}}, "prepared": "none", "seq_len": 16})
+    store_evaluation(runs[1], [60] * 4, [0, 60, 40], text=text)
+    write_report(runs, tmp_path / "out")
+    assert '<p class="small">Loads of b are those of training.' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_of_evaluations_of_one_step_the_last_by_name_is_the_newest(tmp_path):
+    run = made(tmp_path, "a", 0, 3.0)
+    for n in range(20):
+        store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], prepared=f"/data/{n}")
+    found = [evaluation.request.key for evaluation in all_stored(run)]
+    assert found == sorted(found)
 
 
 class Links(HTMLParser):
@@ -166,6 +225,13 @@ def test_the_page_needs_nothing_else_and_the_pictures_lie_beside_it(tmp_path):
     assert "dropped" not in pictures  # nothing was
 
 
+def test_a_loss_whose_perplexity_no_float_holds_is_reported(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
+    runs += [made(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
+    [found] = write_report(runs, tmp_path / "out")
+    assert found.said.startswith("b to a: 797.4500 nats higher (")
+
+
 def test_use_of_experts_is_compared_threshold_by_threshold():
     from mhmoe_ray.report.routes import Routes, compared_use
 
@@ -183,6 +249,11 @@ def test_use_of_experts_is_compared_threshold_by_threshold():
 
 
 def test_mistakes(tmp_path):
+    imported = RunDir(tmp_path / "imported-000000")
+    imported.path.mkdir()
+    mark_imported(imported)
+    with pytest.raises(RunError, match="run imported-000000: it was imported"):
+        write_report([imported], tmp_path / "out")
     with pytest.raises(RunError, match="choose from dense, mhmoe-h2"):
         write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
     with pytest.raises(RunError, match="none of the runs has numbers yet"):

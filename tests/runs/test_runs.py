@@ -1,8 +1,10 @@
 import json
+import math
 
 import pytest
 
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.layout import create_run, find_run, list_runs
 from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
@@ -139,3 +141,9 @@ def test_if_all_are_damaged_training_does_not_silently_begin_anew(run):
     (write_checkpoint(run, 5) / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError):
         newest_checkpoint(run)
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(0.0, 1.0), (700.0, math.exp(700)), (710.0, None), (None, None)])
+def test_a_perplexity_is_a_number_or_none(loss, perplexity):
+    assert metrics.perplexity(loss) == perplexity
+    assert loss is None or Score(nats=10 * loss, tokens=10, text_bytes=1).perplexity == perplexity

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from mhmoe_ray.bench.apart import first_error
 from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Expected, expected, layers
 from mhmoe_ray.bench.dispatch.link import INTERFACE, Namespace, slow_link
-from mhmoe_ray.errors import JobError
+from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.spec import MoESpec
 
 
@@ -96,17 +95,23 @@ def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
                         command, env=os.environ | env, stdout=out, stderr=err, start_new_session=True
                     )
                 ranks.append(started)
-            while any(process.poll() is None for process in ranks):
-                if any(process.poll() for process in ranks):
-                    break  # the others would wait for it
-                time.sleep(0.1)
+            failed = first_failed(ranks)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-        for rank, process in enumerate(ranks):
-            if process.returncode > 0:
-                why = first_error(Path(folder, f"{rank}.err").read_text(), process.returncode)
-                raise JobError(f"rank {rank}", why, "mend that and measure again")
+        if failed is not None:
+            raise failure(f"rank {failed}", Path(folder, f"{failed}.err").read_text(), ranks[failed].returncode)
         result: dict[str, Any] = json.loads(Path(folder, "0.out").read_text().splitlines()[-1])
         return result
+
+
+def first_failed(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """Wait for all of them, or for the first that fails: the others would wait for it. Returns which one did."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            return failed[0]
+        if None not in codes:
+            return None
+        time.sleep(0.1)

@@ -4,8 +4,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch.distributed as dist
 
 from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, layers, spread
 from mhmoe_ray.bench.dispatch.link import crossed
-from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.model.feedforward import Dispatch, Experts
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
@@ -53,30 +51,26 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
     for layer, model in layers().items():
         case = Case(model, tokens, mesh)
         counted: dict[str, int] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in DISPATCHES}
         over_link: dict[str, list[int]] = {name: [] for name in DISPATCHES}
-
-        def passed(name: str, case: Case, counted: dict[str, int], over_link: dict[str, list[int]]) -> None:
+        for turn, name in turns(DISPATCHES, rounds, warm_up=True):
             dispatch = dispatches[name]
             assert dispatch is not None
             before = crossed() if link else 0
-            dist.barrier()  # none begins, or goes on to the next, before all have read
+            began = _together()  # none begins before all have read
             case.run(dispatch)
-            dist.barrier()
-            if link:
-                over_link[name].append(crossed() - before)
+            ended = _together()
             counted[name] = dispatch.pop_sent().between_nodes
-
-        passes: dict[str, Callable[[], object]] = {
-            name: partial(passed, name, case, counted, over_link) for name in DISPATCHES
-        }
-        times = interleaved(passes, rounds, _together)
+            if turn >= 0:
+                seconds[name].append(ended - began)
+                over_link[name] += [crossed() - before] if link else []
         total = torch.tensor([counted[name] for name in DISPATCHES])
         dist.all_reduce(total)
         found[layer] = {
             name: {
-                "seconds": times[name].seconds,
+                "seconds": seconds[name],
                 "counted": counted_bytes,
-                "over_link": over_link[name][1:],  # the first was to warm up
+                "over_link": over_link[name],
             }
             for name, counted_bytes in zip(DISPATCHES, total.tolist(), strict=True)
         }

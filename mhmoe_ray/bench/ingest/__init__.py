@@ -3,5 +3,5 @@
 ours.py        `prepare` and the training stream
 peers.py       Hugging Face's datasets and MosaicML's streaming, where they are installed
 contest.py     all of them in turn, each in a process of its own
-processes.py   the memory of a process and those it started
+memory.py      what a process and those below it take of it
 """

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.apart import Measurement, run_apart
 from mhmoe_ray.bench.ingest import ours, peers
+from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.spec import RunSpec
 
 
@@ -52,18 +52,11 @@ def contest(
         JobError: one of them failed.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            result = run_apart(CONTESTANTS[name].run, spec, processes, f"bench ingest, {name}")
-            tell(f"round {turn + 1}: {name} took {result['seconds']:.1f} s")
-            found[name].append(result)
+    for turn, name in turns(names, rounds):
+        result = run_apart(CONTESTANTS[name].run, spec, processes, f"bench ingest, {name}")
+        tell(f"round {turn + 1}: {name} took {result['seconds']:.1f} s")
+        found[name].append(result)
     for name, results in found.items():
         own = found[next(n for n in OURS if CONTESTANTS[n].task == CONTESTANTS[name].task)]
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(results, own, strict=True)]
         yield Figures(name, results, statistics.median(ratios))
-
-
-def missing(name: str) -> str | None:
-    """The package that it needs and that is not installed."""
-    package = CONTESTANTS[name].package
-    return package if find_spec(package) is None else None

@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import ray.data
 
-from mhmoe_ray.bench.ingest.processes import Peak
+from mhmoe_ray.bench.ingest.memory import Peak
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.spec import RunSpec

@@ -2,6 +2,8 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,10 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mhmoe_ray.bench.apart import first_error
-from mhmoe_ray.bench.serve.engines import ENGINES, Asked, Place
+from mhmoe_ray.bench.failed import failure
+from mhmoe_ray.bench.serve.engines import ENGINES, Place, Prompt
 from mhmoe_ray.bench.serve.servers import SERVERS
 from mhmoe_ray.errors import JobError
+
+MOST_SECONDS = 1800.0
+"""That an answer is waited for, and the start of a contestant."""
+END_SECONDS = 60.0
+"""That a contestant which did not answer has to end what it started."""
 
 
 class Child:
@@ -48,7 +55,7 @@ class Child:
     ) -> None:
         self._end()
 
-    def ask(self, asked: Sequence[Asked], clients: int) -> float:
+    def ask(self, asked: Sequence[Prompt], clients: int) -> float:
         """Seconds that an engine takes for these, so many at a time."""
         assert self._process.stdin is not None
         print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)
@@ -62,14 +69,24 @@ class Child:
         self._process.stdout.close()
         self._errors.close()
 
+    def _interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], MOST_SECONDS)[0]:
+            self._interrupt()
+            why = f"it has not answered in {MOST_SECONDS:,.0f} s"
+            raise JobError(f"bench serve, {self._name}", why, "ask for less of it, or leave it out")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            what = f"bench serve, {self._name}"
-            raise JobError(what, first_error(self._errors.read(), code), "mend that and measure again")
+            raise failure(f"bench serve, {self._name}", self._errors.read(), code)
         found: dict[str, Any] = json.loads(line)
         return found
 

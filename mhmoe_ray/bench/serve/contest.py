@@ -4,13 +4,13 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mhmoe_ray.bench.serve.child import Child
-from mhmoe_ray.bench.serve.engines import Asked, Place
+from mhmoe_ray.bench.serve.engines import Place, Prompt
 from mhmoe_ray.bench.serve.load import Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB
+from mhmoe_ray.bench.timing import turns
 
 PACKAGES = {
     "vllm": "vllm",
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     equal: bool = True
     """Whether all are of that length; else both are anything from a quarter of it to seven quarters."""
 
-    def requests(self, count: int, seed: str) -> list[Asked]:
+    def requests(self, count: int, seed: str) -> list[Prompt]:
         """That no other seed gives."""
         draws = random.Random(seed)
 
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
         ]
 
 
-class Figures(NamedTuple):
+class Rates(NamedTuple):
     """One contestant at one number of clients."""
 
     name: str
@@ -60,7 +60,7 @@ class Figures(NamedTuple):
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    def to(self, reference: "Figures") -> float:
+    def to(self, reference: "Rates") -> float:
         """Rate over another's, the median of rounds."""
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
 
@@ -68,15 +68,9 @@ class Figures(NamedTuple):
         return {**self._asdict(), "rate": self.rate}
 
 
-def missing(name: str) -> str | None:
-    """The package that it needs and that is not installed."""
-    package = PACKAGES.get(name)
-    return package if package and find_spec(package) is None else None
-
-
 def engines(
     places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """So many requests at a time, four times over.
 
     Args:
@@ -89,24 +83,22 @@ def engines(
     Raises:
         JobError: one of them failed.
     """
-    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for name in places for n in clients}
+    rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in places}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(engine, place)) for name, (engine, place) in places.items()}
-        for turn in range(-1, rounds):
-            for n in clients:
-                asked = shape.requests(4 * n, f"{turn} {n}")
-                counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
-                for name in children if turn % 2 else reversed(children):
-                    seconds = children[name].ask(asked, n)
-                    if turn >= 0:
-                        rates[name, n].append(counted / seconds)
-                        tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
-    return [Figures(name, n, found, []) for (name, n), found in rates.items()]
+        for turn, (name, n) in turns(rates, rounds, warm_up=True):
+            asked = shape.requests(4 * n, f"{turn} {n}")
+            counted = sum(tokens if shape.tokens > 1 else len(ids) for ids, tokens in asked)
+            seconds = children[name].ask(asked, n)
+            if turn >= 0:
+                rates[name, n].append(counted / seconds)
+                tell(f"round {turn + 1}, {n} at a time: {name} {rates[name, n][-1]:,.0f} tokens/s")
+    return [Rates(name, n, found, []) for (name, n), found in rates.items()]
 
 
 def servers(
     names: Sequence[str], place: Place, shape: Shape, clients: Sequence[int], stream: bool, rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """So many clients, each of which asks again when it has its answer.
 
     Args:
@@ -126,7 +118,7 @@ def servers(
 
 def by_chance(
     names: Sequence[str], place: Place, shape: Shape, rate: float, seconds: float, rounds: int, tell: Tell
-) -> list[Figures]:
+) -> list[Rates]:
     """Requests that come at random, streamed; `clients` of the figures are then none.
 
     Args:
@@ -148,17 +140,15 @@ def _served(
     once: Callable[[str, int, int], Load],
     rounds: int,
     tell: Tell,
-) -> Iterator[Figures]:
-    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for name in names for n in clients}
+) -> Iterator[Rates]:
+    found: dict[tuple[str, int], list[Load]] = {(name, n): [] for n in clients for name in names}
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, place)) for name in names}
-        for turn in range(-1, rounds):
-            for n in clients:
-                for name in children if turn % 2 else reversed(children):
-                    load = once(children[name].told["url"], n, turn)
-                    if turn >= 0:
-                        found[name, n].append(load)
-                        tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
+        for turn, (name, n) in turns(found, rounds, warm_up=True):
+            load = once(children[name].told["url"], n, turn)
+            if turn >= 0:
+                found[name, n].append(load)
+                tell(f"round {turn + 1}, {n or 'random'} clients: {name} {load.rate:,.0f} tokens/s")
     for (name, n), loads in found.items():
-        streamed = loads[0].asked[0].first is not None
-        yield Figures(name, n, [load.rate for load in loads], [load.first(0.5) for load in loads] if streamed else [])
+        first = [load.first for load in loads if load.first is not None]
+        yield Rates(name, n, [load.rate for load in loads], first)

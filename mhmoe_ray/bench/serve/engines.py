@@ -15,6 +15,9 @@ from mhmoe_ray.serve.engine import Engine, Request, Sampling
 from mhmoe_ray.serve.load import torch_engine as own_engine
 from mhmoe_ray.spec import ServeSpec
 
+NAME = "bench"
+"""That a model is served under."""
+
 
 class Place(NamedTuple):
     """What is served, and how."""
@@ -32,9 +35,9 @@ class Place(NamedTuple):
         return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
 
 
-Asked = tuple[list[int], int]
+Prompt = tuple[list[int], int]
 """A prompt, and how many tokens its answer has."""
-Answer = Callable[[Sequence[Asked], int], None]
+Answer = Callable[[Sequence[Prompt], int], None]
 """All of these, so many at a time, greedily."""
 
 NEVER = frozenset[int]()
@@ -73,7 +76,7 @@ def vllm_offline(place: Place) -> Answer:
     ).llm_engine
     numbers = itertools.count()
 
-    def answer(asked: Sequence[Asked], clients: int) -> None:
+    def answer(asked: Sequence[Prompt], clients: int) -> None:
         left = list(reversed(asked))
         while left or engine.has_unfinished_requests():
             while left and engine.get_num_unfinished_requests() < clients:
@@ -93,7 +96,7 @@ def transformers_generate(place: Place) -> Answer:
     model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=getattr(torch, place.precision)).eval()
 
     @torch.inference_mode()
-    def answer(asked: Sequence[Asked], clients: int) -> None:
+    def answer(asked: Sequence[Prompt], clients: int) -> None:
         for at in range(0, len(asked), clients):
             batch = asked[at : at + clients]
             longest, tokens = max(len(ids) for ids, _ in batch), max(tokens for _, tokens in batch)
@@ -112,7 +115,7 @@ def transformers_generate(place: Place) -> Answer:
 
 
 def _asking(engine: Engine) -> Answer:
-    async def every(asked: Sequence[Asked], clients: int) -> None:
+    async def every(asked: Sequence[Prompt], clients: int) -> None:
         waiting = iter(asked)
 
         async def client() -> None:

@@ -5,11 +5,12 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import aiohttp
 
-from mhmoe_ray.bench.serve.engines import Asked as Request
+from mhmoe_ray.bench.serve.engines import NAME, Prompt
 
 
 class Asked(NamedTuple):
@@ -31,17 +32,14 @@ class Load(NamedTuple):
         """Tokens of answers a second."""
         return sum(a.tokens for a in self.asked) / self.seconds
 
-    def first(self, share: float) -> float:
-        """Seconds until the first token, which this share of the requests did not exceed."""
-        found = sorted(a.first for a in self.asked if a.first is not None)
-        return found[min(len(found) - 1, int(share * len(found)))]
-
-    def whole(self, share: float) -> float:
-        found = sorted(a.whole for a in self.asked)
-        return found[min(len(found) - 1, int(share * len(found)))]
+    @property
+    def first(self) -> float | None:
+        """Seconds until the first token, the median; None where nothing was streamed."""
+        found = [a.first for a in self.asked if a.first is not None]
+        return median(found) if found else None
 
 
-def closed_loop(url: str, requests: Sequence[Request], clients: int, stream: bool) -> Load:
+def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
     """So many clients, each of which sends its next request when it has the answer to the last one."""
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
@@ -55,7 +53,7 @@ def closed_loop(url: str, requests: Sequence[Request], clients: int, stream: boo
     return _timed(run, clients)
 
 
-def open_loop(url: str, requests: Sequence[Request], rate: float, seed: int) -> Load:
+def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
     """Requests that come by chance (Poisson), so many a second on average, whether others are answered or not."""
     draws = random.Random(seed)
 
@@ -75,7 +73,7 @@ async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], toke
     Raises:
         aiohttp.ClientError: it was refused, or broke off.
     """
-    body: dict[str, Any] = {"model": "bench", "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
+    body: dict[str, Any] = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     began, first, used = time.perf_counter(), None, 0

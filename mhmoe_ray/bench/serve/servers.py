@@ -13,14 +13,13 @@ from pathlib import Path
 
 import uvicorn
 
-from mhmoe_ray.bench.serve.engines import Place
+from mhmoe_ray.bench.serve.engines import NAME, Place
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 
-NAME = "bench"
 START_SECONDS = 300
 
 Server = Callable[[Place], AbstractContextManager[str]]
@@ -75,7 +74,7 @@ def vllm_server(place: Place) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place.folder)]
     command += ["--served-model-name", NAME, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
     command += ["--dtype", place.precision, "--max-num-seqs", str(place.most), "--kv-cache-memory-bytes", str(1 << 30)]
-    with Path(tempfile.mkstemp(prefix="mhmoe-bench-vllm-")[1]).open("w+") as log:
+    with tempfile.NamedTemporaryFile(prefix="mhmoe-bench-vllm-") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", process, Path(log.name))
@@ -83,7 +82,6 @@ def vllm_server(place: Place) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
-            Path(log.name).unlink()
 
 
 def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -1,25 +1,20 @@
 """The job of `mhmoe data inspect` and `lint`: the request comes as JSON in MHMOE_REQUEST, the survey is in its log."""
 
 import os
-import sys
 
 import ray
 
 from mhmoe_ray.data.inspect.result import Request, lines_of
 from mhmoe_ray.data.inspect.survey import survey
-from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.errors import logging_errors
 
 
 def main() -> None:
     request = Request.model_validate_json(os.environ["MHMOE_REQUEST"])
     ray.init()
-    try:
-        found = survey(request)
-    except MhmoeError as e:
-        print(f"error: {e}")
-        sys.exit(e.exit_code)
-    for line in lines_of(found):
-        print(line)
+    with logging_errors():
+        for line in lines_of(survey(request)):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
         raise DataError(f"prepared data {folder}", "its manifest.json cannot be read", "remove the folder") from e
 
 
+def data_digest(folder: Path) -> str:
+    """SHA-256 of a prepared folder's manifest, by which checkpoints know what they were trained on."""
+    return describe_file(folder / "manifest.json").sha256
+
+
 def require_data_manifest(folder: Path) -> DataManifest:
     """Raises:
     DataError: the folder is not prepared.

@@ -31,7 +31,7 @@ def test_both_tasks_are_done_anew_and_whole(project):
     missing = [name for name in PEERS if find_spec(CONTESTANTS[name].package) is None]
     assert set(found) == set(CONTESTANTS) - set(missing)
     for name in missing:
-        assert f"{name} is left out: {CONTESTANTS[name].package} is not installed" in shown.err
+        assert f"{name} is not measured: {CONTESTANTS[name].package} is not installed" in shown.err
     for part in ("tokens/s", "micro-batches/s", "time to ours", "1 rounds in turn"):
         assert part in shown.err
     assert sorted(project.rglob("*")) == before

@@ -1,0 +1,38 @@
+"""`mhmoe eval` where the run directory has the answer."""
+
+import json
+import subprocess
+import sys
+
+from mhmoe_ray.bench.serve.model import plain_model, write_run
+from mhmoe_ray.cli.evaluating import make_request
+from mhmoe_ray.evaluate.counts import RoutingCounts
+from mhmoe_ray.evaluate.request import Evaluation, store
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.state import mark_imported
+
+
+def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
+    run = RunDir(tmp_path / "bench-000000")
+    write_run(plain_model(64, 1, 2, 1, 32), 16, tmp_path / "bench-000000")
+    mark_imported(run)
+    (tmp_path / "one.txt").write_text("some text\n")
+    request = make_request(run, None, [str(tmp_path / "one.txt")], [], None, [], [], None, None)
+    counts = RoutingCounts(
+        tokens=4, counts=[[4, 0]], tokens_of=[[4, 0]], distinct=[[0, 4]], agreement=[[[4]]], first_weight=[4.0]
+    )
+    score = Score(nats=8.0, tokens=4, text_bytes=9)
+    answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
+    store(run, Evaluation(request=request, step=1, tokens=0, seconds=1.0, **answer))
+    code = (
+        "import sys\n"
+        f"sys.argv = ['mhmoe', 'eval', {str(run.path)!r}, '--text', {str(tmp_path / 'one.txt')!r}, '--json']\n"
+        "from mhmoe_ray.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'ray'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["figures"]["total"]["all"]["loss"] == 2.0
+    assert done.stderr.splitlines()[-1] == "set()"
