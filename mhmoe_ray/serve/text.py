@@ -5,6 +5,8 @@ from itertools import groupby
 
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER
+
 REPLACEMENT = "\ufffd"
 CONTEXT = 8  # tokens of the prompt that are decoded along
 
@@ -133,15 +135,4 @@ class TokenTexts:
         name = self._tokenizer.id_to_token(token) or ""
         if name.startswith("<0x"):
             return f"bytes:{name[3:5].lower()}"
-        return "bytes:" + bytes(_BYTE_OF[character] for character in name).hex()
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """Byte-level tokenizers spell bytes as characters that can be seen: those of Latin-1 as they are, and for the rest,
-    in order, those from 256 on."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _bytes_by_character()
+        return "bytes:" + bytes(BYTE_OF_LETTER[character] for character in name).hex()
