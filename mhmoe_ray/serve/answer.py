@@ -104,31 +104,26 @@ class Answerer:
         count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
-                scores = [*self._scored(update.prompt[own:]), *self._scored(update.tokens)]
+                told = (*update.prompt[own:], *update.tokens) if request.logprobs is not None else ()
+                scores = tuple(map(self._scored, told))
                 text, opening = opening, ""
                 for scored in update.tokens:
                     count += 1
                     text += stream.push(scored.token)
                 if stream.stopped:
-                    yield Piece(text, count, self._asked(request, scores), "stop")
+                    yield Piece(text, count, scores, "stop")
                     return
                 if update.finish:
                     text += stream.finish()
                     reason: FinishReason = "stop" if stream.stopped else update.finish
-                    yield Piece(text, count, self._asked(request, scores), reason)
+                    yield Piece(text, count, scores, reason)
                     return
-                yield Piece(text, count, self._asked(request, scores))
+                yield Piece(text, count, scores)
 
-    def _asked(self, request: Request, scores: list[ScoredText]) -> tuple[ScoredText, ...]:
-        return tuple(scores) if request.logprobs is not None else ()
-
-    def _scored(self, tokens: Sequence[Scored]) -> list[ScoredText]:
-        return [
-            ScoredText(
-                self._texts[s.token],
-                not self._texts.is_special(s.token),
-                s.logprob,
-                {self._texts[token]: lp for token, lp in s.alternatives},
-            )
-            for s in tokens
-        ]
+    def _scored(self, scored: Scored) -> ScoredText:
+        return ScoredText(
+            self._texts[scored.token],
+            not self._texts.is_special(scored.token),
+            scored.logprob,
+            {self._texts[token]: logprob for token, logprob in scored.alternatives},
+        )

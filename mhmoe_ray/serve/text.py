@@ -135,4 +135,6 @@ class TokenTexts:
         name = self._tokenizer.id_to_token(token) or ""
         if name.startswith("<0x"):
             return f"bytes:{name[3:5].lower()}"
-        return "bytes:" + bytes(BYTE_OF_LETTER[character] for character in name).hex()
+        if BYTE_OF_LETTER.keys() >= set(name):
+            return "bytes:" + bytes(BYTE_OF_LETTER[letter] for letter in name).hex()
+        return text  # U+FFFD itself, which a vocabulary may have

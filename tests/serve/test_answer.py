@@ -6,7 +6,8 @@ import pytest
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.engine import Request, Sampling
-from mhmoe_ray.serve.text import TokenTexts
+from mhmoe_ray.serve.text import TextDecoder, TokenTexts
+from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.test_text import DECODERS, TOKENIZERS
 
 from .asking import pieces
@@ -53,6 +54,12 @@ def test_an_answer_whose_reader_leaves_ends_the_work(answerer):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave(), 60))
+
+
+def test_a_replacement_character_in_the_vocabulary_is_a_text_like_others():
+    tokenizer = llama_tokenizer(["a b", "\ufffd \ufffd"], 300)
+    texts = TokenTexts(tokenizer, TextDecoder(tokenizer))
+    assert [texts[tokenizer.token_to_id(name)] for name in ("\ufffd", "a", "<0xE6>")] == ["\ufffd", "a", "bytes:e6"]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
