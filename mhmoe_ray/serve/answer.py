@@ -10,7 +10,7 @@ from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
-from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenTexts
+from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenBytes
 
 
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -24,14 +24,14 @@ def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 class ScoredText(NamedTuple):
-    """A token as clients read it."""
+    """A token as what it stands for."""
 
-    text: str
-    """What it stands for; "bytes:" and its bytes in hexadecimal where that is no whole character."""
+    part: bytes
+    """Of a text in UTF-8; maybe no whole characters."""
     in_text: bool
     """Whether that is in the answer's text, which special tokens are not."""
     logprob: float | None
-    alternatives: dict[str, float]
+    alternatives: list[tuple[bytes, float]]
 
 
 class Piece(NamedTuple):
@@ -60,7 +60,7 @@ class Answerer:
         self.start = edges.start
         self.edges = edge_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
-        self._texts = TokenTexts(tokenizer, self.decode)
+        self._bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the start of a document."""
@@ -122,8 +122,8 @@ class Answerer:
 
     def _scored(self, scored: Scored) -> ScoredText:
         return ScoredText(
-            self._texts[scored.token],
-            not self._texts.is_special(scored.token),
+            self._bytes[scored.token],
+            not self._bytes.is_special(scored.token),
             scored.logprob,
-            {self._texts[token]: logprob for token, logprob in scored.alternatives},
+            [(self._bytes[token], logprob) for token, logprob in scored.alternatives],
         )

@@ -14,7 +14,7 @@ from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
 
 from .asking import call
-from .conftest import SEQ_LEN, build_model
+from .conftest import SEQ_LEN, build_model, build_tokenizer
 
 
 @pytest.fixture
@@ -127,6 +127,18 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
     assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
     assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
     assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
+
+
+def test_a_token_that_spells_what_marks_bytes_is_a_text_like_others():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["bytes:fo", "bytes:e6"])
+    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
+    app = create_app(answerer, "tiny", ServeSpec())
+    asked = {"prompt": "a bytes:fo bytes:e6 z", "logprobs": 0, "echo": True, "max_tokens": 0}
+    logprobs = completion(app, **asked)["choices"][0]["logprobs"]
+    answerer.engine.close()
+    assert logprobs["tokens"] == ["a", " ", "bytes:fo", " ", "bytes:e6", " ", "z"]
+    assert logprobs["text_offset"] == [0, 1, 2, 10, 11, 19, 20]
 
 
 def test_tokens_and_text_go_both_ways(app, answerer):
