@@ -76,7 +76,7 @@ def _texts(data: Data) -> Iterator[Problem]:
     for name, rule in textrules.RULES.items():
         for domain, survey in data.survey.domains.items():
             if found := survey.findings.get(name):
-                yield Problem(name, rule.severe, domain, rule.says, rule.fix, found.count, _seen(found))
+                yield Problem(name, False, domain, rule.says, rule.fix, found.count, _seen(found))
 
 
 def _seen(finding: Finding) -> list[tuple[str, str]]:

@@ -48,8 +48,8 @@ def test_sound_text_has_no_problem(folder):
 
 def test_damaged_texts_by_domain_with_their_places(folder):
     write_documents(folder / "raw/a/web.jsonl", ["lost \ufffd", "too \ufffd", *documents("x", 2), "a <|endoftext|> b"])
-    special, lost = of_spec(folder)
-    assert (special.rule, special.severe, special.where, special.count) == ("special-token", True, "web/a", 1)
+    lost, special = of_spec(folder)
+    assert (special.rule, special.severe, special.where, special.count) == ("special-token", False, "web/a", 1)
     assert special.examples == [(f"{folder}/raw/a/web.jsonl:5", "'a <|endoftext|> b'")]
     assert (lost.rule, lost.severe, lost.count) == ("replacement-character", False, 2)
     assert [place for place, _ in lost.examples] == [f"{folder}/raw/a/web.jsonl:{line}" for line in (1, 2)]
