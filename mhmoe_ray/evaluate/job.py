@@ -12,7 +12,7 @@ import ray
 import torch
 
 from mhmoe_ray.data.inspect import languages
-from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
 from mhmoe_ray.errors import ClusterError, DataError, MhmoeError
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
@@ -21,7 +21,7 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest, describe_file
 from mhmoe_ray.runs.model import load_model
 
 SAYS = "eval: "
@@ -54,9 +54,7 @@ def _evaluate(request: EvalRequest) -> None:
     model, manifest = load_model(checkpoint)
     if request.gpus:
         model.to("cuda")
-    tokenizer = load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
-    edges = boundaries(tokenizer)
-    assert edges is not None
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
     samples: Iterator[DomainSamples] = iter(())
     if request.text:
         samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
@@ -68,7 +66,7 @@ def _evaluate(request: EvalRequest) -> None:
         samples,
         _padded(token_widths(tokenizer), manifest.model.vocab_size),
         batch=request.batch,
-        start_token=edges.start,
+        start_token=boundaries(tokenizer).start,
         half=request.half,
         on_progress=_say,
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
@@ -16,7 +16,6 @@ from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenBytes
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
     """The token that starts a document, and one that ends it."""
     edges = boundaries(tokenizer)
-    assert edges is not None
     begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
     assert begin is not None
     assert end is not None
@@ -55,9 +54,9 @@ class Answerer:
         template: of conversations, where the model knows such.
         """
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
-        edges = boundaries(tokenizer)
-        assert edges is not None
-        self.start = edges.start
+        self.start = boundaries(tokenizer).start
+        self.tokens = token_count(tokenizer)
+        """Ids are below it."""
         self.edges = edge_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
         self._bytes = TokenBytes(tokenizer, self.decode)

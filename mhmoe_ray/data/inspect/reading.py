@@ -14,7 +14,7 @@ from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, boundaries, read_tokenizer, unknown_token
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_tokenizer, unknown_token
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -41,7 +41,7 @@ def open_encoder(path: Path) -> Encoder:
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    documents = DocumentEncoder(tokenizer) if boundaries(tokenizer) else None
+    documents = DocumentEncoder(tokenizer) if find_boundaries(tokenizer) else None
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         if documents:

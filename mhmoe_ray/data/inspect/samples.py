@@ -52,16 +52,15 @@ def decoded(spec: RunSpec, start: int, count: int) -> list[Shown]:
     positions = np.arange(start, start + count)
     domain, sample = order(positions)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
-    edges = boundaries(tokenizer)
-    assert edges is not None, "load_tokenizer has seen to it"
+    begin = boundaries(tokenizer).start
     shown = []
     for i, row in enumerate(TrainingSamples(spec).read(positions)):
         real = row[row != padding_token(manifest.token_bytes)].tolist()
-        starts = [at for at, token in enumerate(real) if token == edges.start]
+        starts = [at for at, token in enumerate(real) if token == begin]
         cuts = sorted({0, *starts, len(real)})
         parts = []
         for a, b in pairwise(cuts):
-            begins = real[a] == edges.start
+            begins = real[a] == begin
             text = tokenizer.decode(real[a + begins : b], skip_special_tokens=False)
             parts.append(Part(begins, b - a, text))
         place = int(positions[i])
