@@ -61,7 +61,7 @@ def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None) -> l
     elif format == "huggingface":
         found = _huggingface(what, storage, root, listed)
     else:
-        found = _by_suffix(source, root, format, listed)
+        found = _by_suffix(source, storage, root, format, listed)
     files = [RawFile(f"{name}/{sub}", path, size, format) for sub, (path, size) in found]
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
@@ -101,9 +101,11 @@ def _domain(root: str, path: str) -> str:
     return below.partition("/")[0] if "/" in below else WHOLE
 
 
-def _by_suffix(source: SourceSpec, root: str, format: Format, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
+def _by_suffix(
+    source: SourceSpec, storage: Storage, root: str, format: Format, listed: list[Listed]
+) -> Iterator[tuple[str, Listed]]:
     """Files that a pattern or a path names one by one are taken whatever their names end in."""
-    named = source.format is not None and (len(listed) == 1 or "*" in source.path)
+    named = source.format is not None and (len(listed) == 1 or storage.is_pattern)
     for file in listed:
         if named or file.path.endswith(SUFFIXES[format]):
             yield _domain(root, file.path), file
