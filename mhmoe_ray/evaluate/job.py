@@ -11,6 +11,7 @@ import numpy as np
 import ray
 import torch
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
 from mhmoe_ray.errors import ClusterError, DataError, MhmoeError
@@ -113,7 +114,7 @@ def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
 def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
     found: dict[str, Score] = {}
     for domain, score in domains.items():
-        if language := languages.of_folder(domain.partition("/")[2]):
+        if language := languages.of_folder(subfolder_of(domain)):
             found[language] = found.get(language, Score()) + score
     return found
 

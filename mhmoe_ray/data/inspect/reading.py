@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.inspect.copies import ENTRY, hash_of
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
@@ -71,7 +72,7 @@ def survey_file(
         rules: whether texts are held against textrules.py.
     """
     survey, entries = DomainSurvey(), []
-    folder = languages.of_folder(file.domain.partition("/")[2])
+    folder = languages.of_folder(subfolder_of(file.domain))
     encoder = open_encoder(tokenizer) if tokenizer else None
     special = any_of(encoder.special if encoder else [END_OF_TEXT])
     reading = Reading(file, spec)

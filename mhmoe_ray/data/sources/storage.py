@@ -81,8 +81,8 @@ class Storage:
         found = _local(root) if self._prefix == "" else self._objects(root)
         if plain < len(parts):
             pattern = _translate(parts[plain:])
-            found = (file for file in found if pattern.fullmatch(_below(root, file.path)))
-        wanted = (file for file in found if not re.search(r"(^|/)[._]", _below(root, file.path)))
+            found = (file for file in found if pattern.fullmatch(below(root, file.path)))
+        wanted = (file for file in found if not re.search(r"(^|/)[._]", below(root, file.path)))
         ordered = sorted(wanted, key=lambda file: file.path.split("/"))
         return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
 
@@ -133,7 +133,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
-def _below(root: str, path: str) -> str:
+def below(root: str, path: str) -> str:
+    """The path of a file from a folder on that holds it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 

@@ -16,6 +16,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.order.apportion import apportion
 from mhmoe_ray.data.order.mixture import phase_shares
 from mhmoe_ray.data.order.order import OrderedDomain
@@ -62,7 +63,7 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
         spec: says how they are mixed; a domain that its first phase does not read counts as in the first one that does.
     """
     names = sorted(sizes)
-    domains = [OrderedDomain(name, name.partition("/")[0], 0) for name in names]
+    domains = [OrderedDomain(name, source_of(name), 0) for name in names]
     weights = [0.0] * len(names)
     for mixes in spec.mixes.values():
         shares = phase_shares(mixes, domains, [max(1, sizes[name]) for name in names], flat=True)

@@ -85,6 +85,9 @@ def test_files_that_no_format_takes(folder):
     assert {place for place, _ in problem.examples} == {f"{folder}/raw/README.md", f"{folder}/raw/b/old.csv"}
     shares = {"sources": {"web": {"path": "raw", "shares": {"a": 1}}}}
     assert of_spec(folder, **shares) == [], "only what is in folders that are read"
+    write_documents(folder / "raw/top.jsonl", documents("top", 40))
+    shares = {"sources": {"web": {"path": "raw", "shares": {"all": 1}}}}
+    assert only(of_spec(folder, **shares)).examples == [(f"{folder}/raw/README.md", "")]
 
 
 def test_files_beside_redpajama_v2s_are_no_problem(tmp_path):
