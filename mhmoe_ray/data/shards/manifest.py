@@ -41,7 +41,7 @@ class Domain(BaseModel):
     tokens: int
     """Of its training documents, one start token for each included."""
     validation_tokens: int
-    """Of its held-out documents, likewise."""
+    """Of all its held-out documents, likewise; the samples that are kept may have fewer."""
     samples: int
     validation_samples: int
     """Held-out samples that were kept."""
@@ -75,10 +75,10 @@ class DataManifest(BaseModel):
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Predicted ones: padding of a last sample does not count."""
+    """Predicted ones of the samples in `validation`, without padding; those of domains are all held-out tokens."""
     baselines: Baselines
     bad_lines: int
-    """All in quarantine."""
+    """All in quarantine, lost parts included, which `Tally.bad_lines` leaves out."""
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
