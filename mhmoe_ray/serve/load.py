@@ -110,9 +110,9 @@ def torch_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int,
         known,
         seq_len,
         concurrency=spec.max_concurrency,
-        cache_tokens=spec.cache_tokens,
         queue=spec.max_waiting,
         threads=spec.cpus_per_replica,
+        cache_tokens=spec.cache_tokens,
     )
 
 

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.inspect.figures import EXAMPLES, Figures, Place, total
-from mhmoe_ray.data.inspect.lengths import histogram
 from mhmoe_ray.data.inspect.result import lines_of, survey_in
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Reason
 from mhmoe_ray.data.tokenizer import DocumentEncoder
-from tests.data.inspect.surveys import survey_serially
+from tests.data.inspect.surveys import histogram, survey_serially
 from tests.data.sources.read import data_spec
 from tests.data.texts import documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
