@@ -40,7 +40,7 @@ class SharedLimits:
         self._limits = Limits(keys)
 
     async def begin(self, client: str) -> Spent | None:
-        return self._limits.begin(client)
+        return await self._limits.begin(client)
 
     async def used(self, client: str, tokens: int) -> None:
         self._limits.used(client, tokens)
