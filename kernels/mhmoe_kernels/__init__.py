@@ -5,6 +5,21 @@ Shape suffixes, here and in mhmoe_ray.model:
     N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
     K  experts per row (top-k)                     E  experts held here
     R  routed rows, N * K                          F  hidden width of an expert
+
+    seam.py             the one seam: rows and their routes in, the experts' outputs combined per row out
+    weights.py          a stack of experts
+    permute.py          sorting routes by expert and bringing them back
+    pieces.py           how sorted rows are cut into what goes through an expert at once
+    reference.py        the oracle: a loop over experts, written to be read
+    grouped.py          each expert once on its contiguous rows; the default
+    sorted_swiglu.py    SwiGLU experts over sorted rows, with a backward by hand
+    grouped_matmul.py   both kinds of experts over a grouped GEMM, one product for all at once
+    megablocks.py       MegaBlocks' sort, histogram and copies around it; CUDA only
+    capacity.py         GShard's static routing, to be compared with
+    padded.py           for inference on CPUs: what a row gives depends on no other
+    packed.py           for inference on CPUs: matrices laid out once as oneDNN multiplies fastest
+    triton/             experts as fused Triton kernels
+    cpp/                experts as one fused kernel for CPUs
 """
 
 from mhmoe_kernels.permute import RoutePlan, combine, permute, plan_routes

@@ -112,10 +112,9 @@ def a_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes
-    edges = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size))
-    assert edges is not None, "checked when the data were prepared"
+    start = boundaries(load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)).start
     device = torch.device("cuda" if spec.cluster.gpus_per_worker else "cpu")
-    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, edges.start)
+    trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], device.type), device, start)
     positions = np.arange(spec.train.steps * spec.samples_per_step).reshape(spec.train.steps, -1)
     steps = [split_padding(TrainingSamples.open(spec).read(row), token_bytes) for row in positions]
     b, loss = spec.train.micro_batch_size, 0.0

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.common import in_bytes, number_table, out, print_whole
+from mhmoe_ray.data.domains import source_of, subfolder_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.samples import Shown
@@ -56,11 +57,10 @@ def _nested(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each domain, indented below the name of its source."""
     source = None
     for name, row in found["domains"].items():
-        above, _, below = name.partition("/")
-        if above != source:
-            yield above, {}
-        source = above
-        yield f"  {below}", row
+        if source_of(name) != source:
+            source = source_of(name)
+            yield source, {}
+        yield f"  {subfolder_of(name)}", row
 
 
 def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli.common import JsonOption, SetOption, SpecArg, number_table, out, print_json, print_whole, read_spec
+from mhmoe_ray.data.domains import source_of, subfolder_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
@@ -120,8 +121,8 @@ def _nested(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():
-            if name.partition("/")[0] == source:
-                yield f"  {name.partition('/')[2]}", {**row, "key": name}
+            if source_of(name) == source:
+                yield f"  {subfolder_of(name)}", {**row, "key": name}
 
 
 def _shares(row: dict[str, float]) -> list[str]:

@@ -7,5 +7,6 @@ tokenizer/   text to token ids
 prepare/     sources -> tokenizer -> packed samples, once, as a job
 shards/      what that made: a folder of samples and its manifest
 order/       which sample comes when: a pure function of (seed, position)
+domains.py   names of domains
 stream.py    shards in that order, to the workers of a training
 """

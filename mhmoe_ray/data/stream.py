@@ -1,4 +1,4 @@
-"""Training samples as a Ray Dataset in the order of order.py, and the fixed validation micro-batches.
+"""Training samples as a Ray Dataset in the order of order/order.py, and the fixed validation micro-batches.
 
 Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. Ray's
 `streaming_split(equal=True)` deals blocks to ranks in turn when order is preserved and blocks are of equal size. So a
@@ -82,14 +82,20 @@ class TrainingSamples:
     def __init__(self, spec: RunSpec) -> None:
         folder = spec.data.prepared
         manifest = require_data_manifest(folder)
-        names, self._order = training_order(spec, manifest)
-        self._readers = [ShardReader(folder, manifest.domains[n].shards, manifest.token_bytes) for n in names]
-        self._dtype = token_dtype(manifest.token_bytes)
+        self._names, self._order = training_order(spec, manifest)
+        self.token_bytes = manifest.token_bytes
+        """As of `DataManifest`."""
+        self._readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
     def open(spec: RunSpec) -> "TrainingSamples":
         """Kept open within a process, since tasks come back for the next positions."""
         return _open(spec.model_dump_json())
+
+    def place(self, position: int) -> tuple[str, int]:
+        """The domain, and which of its samples."""
+        domain, sample = self._order(np.array([position]))
+        return self._names[domain[0]], int(sample[0])
 
     def read(self, position: np.ndarray) -> np.ndarray:
         """(positions, T + 1) token ids as stored, unsigned; `split_padding` is for them."""
@@ -99,7 +105,7 @@ class TrainingSamples:
             wanted = domain == d
             tokens = self._readers[d].read(sample[wanted])
             if rows is None:
-                rows = np.empty((len(position), tokens.shape[1]), self._dtype)
+                rows = np.empty((len(position), tokens.shape[1]), token_dtype(self.token_bytes))
             rows[wanted] = tokens
         assert rows is not None
         return rows

@@ -98,9 +98,7 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
 
         @property
         def eot_token_id(self) -> int:
-            edges = boundaries(tokenizer)
-            assert edges is not None
-            return edges.start
+            return boundaries(tokenizer).start
 
         def tok_encode(self, string: str, **_: Any) -> list[int]:
             return list(tokenizer.encode(string, add_special_tokens=False).ids)

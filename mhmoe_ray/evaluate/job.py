@@ -10,9 +10,10 @@ import numpy as np
 import ray
 import torch
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.shards.manifest import data_digest
-from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_tokenizer, token_widths
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
 from mhmoe_ray.errors import ClusterError, DataError, MhmoeError, logging_errors
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
@@ -22,7 +23,7 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.runs.model import load_model
 
 EVERY_SECONDS = 5.0
@@ -51,9 +52,7 @@ def _evaluate(request: EvalRequest) -> None:
     model, manifest = load_model(checkpoint)
     if request.gpus:
         model.to("cuda")
-    tokenizer = load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
-    edges = boundaries(tokenizer)
-    assert edges is not None
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
     samples: Iterator[DomainSamples] = iter(())
     if request.text:
         samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
@@ -65,7 +64,7 @@ def _evaluate(request: EvalRequest) -> None:
         samples,
         _padded(token_widths(tokenizer), manifest.model.vocab_size),
         batch=request.batch,
-        start_token=edges.start,
+        start_token=boundaries(tokenizer).start,
         half=request.half,
         on_progress=_say,
     )
@@ -112,7 +111,7 @@ def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
 def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
     found: dict[str, Score] = {}
     for domain, score in domains.items():
-        if language := languages.of_folder(domain.partition("/")[2]):
+        if language := languages.of_folder(subfolder_of(domain)):
             found[language] = found.get(language, Score()) + score
     return found
 

@@ -59,7 +59,6 @@ def _write(folder: Path, checkpoint: Location, manifest: Manifest, tokenizer: Lo
     names = write_files(folder, _exported(checkpoint / "weights", groups, dtypes), len(groups))
     copy_file(tokenizer, folder / "tokenizer.json")
     edges = boundaries(load_tokenizer(tokenizer, manifest.model.vocab_size))
-    assert edges is not None
     main = dtypes["embedding.weight"]
     config = to_config(
         manifest.model, manifest.seq_len, main, (edges.start, sorted(edges.ends)), manifest.tokenizer_sha256

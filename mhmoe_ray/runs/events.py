@@ -10,7 +10,7 @@ Kind = Literal[
     "submitted",  # attempt, job, address
     "began",  # attempt, host, pid (of its job)
     "preparing",  # folder
-    "prepared",  # validation_tokens, and the fields of data.manifest.Baselines
+    "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),

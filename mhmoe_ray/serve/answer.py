@@ -6,17 +6,16 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer import boundaries
+from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
-from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenTexts
+from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenBytes
 
 
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
     """The token that starts a document, and one that ends it."""
     edges = boundaries(tokenizer)
-    assert edges is not None
     begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
     assert begin is not None
     assert end is not None
@@ -24,14 +23,14 @@ def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 class ScoredText(NamedTuple):
-    """A token as clients read it."""
+    """A token as what it stands for."""
 
-    text: str
-    """What it stands for; "bytes:" and its bytes in hexadecimal where that is no whole character."""
+    part: bytes
+    """Of a text in UTF-8; maybe no whole characters."""
     in_text: bool
     """Whether that is in the answer's text, which special tokens are not."""
     logprob: float | None
-    alternatives: dict[str, float]
+    alternatives: list[tuple[bytes, float]]
 
 
 class Piece(NamedTuple):
@@ -55,12 +54,12 @@ class Answerer:
         template: of conversations, where the model knows such.
         """
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
-        edges = boundaries(tokenizer)
-        assert edges is not None
-        self.start = edges.start
+        self.start = boundaries(tokenizer).start
+        self.tokens = token_count(tokenizer)
+        """Ids are below it."""
         self.edges = edge_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
-        self._texts = TokenTexts(tokenizer, self.decode)
+        self._bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the start of a document."""
@@ -104,31 +103,26 @@ class Answerer:
         count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
-                scores = [*self._scored(update.prompt[own:]), *self._scored(update.tokens)]
+                told = (*update.prompt[own:], *update.tokens) if request.logprobs is not None else ()
+                scores = tuple(map(self._scored, told))
                 text, opening = opening, ""
                 for scored in update.tokens:
                     count += 1
                     text += stream.push(scored.token)
                 if stream.stopped:
-                    yield Piece(text, count, self._asked(request, scores), "stop")
+                    yield Piece(text, count, scores, "stop")
                     return
                 if update.finish:
                     text += stream.finish()
                     reason: FinishReason = "stop" if stream.stopped else update.finish
-                    yield Piece(text, count, self._asked(request, scores), reason)
+                    yield Piece(text, count, scores, reason)
                     return
-                yield Piece(text, count, self._asked(request, scores))
+                yield Piece(text, count, scores)
 
-    def _asked(self, request: Request, scores: list[ScoredText]) -> tuple[ScoredText, ...]:
-        return tuple(scores) if request.logprobs is not None else ()
-
-    def _scored(self, tokens: Sequence[Scored]) -> list[ScoredText]:
-        return [
-            ScoredText(
-                self._texts[s.token],
-                not self._texts.is_special(s.token),
-                s.logprob,
-                {self._texts[token]: lp for token, lp in s.alternatives},
-            )
-            for s in tokens
-        ]
+    def _scored(self, scored: Scored) -> ScoredText:
+        return ScoredText(
+            self._bytes[scored.token],
+            not self._bytes.is_special(scored.token),
+            scored.logprob,
+            [(self._bytes[token], logprob) for token, logprob in scored.alternatives],
+        )

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from mhmoe_ray.data.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
@@ -15,7 +16,7 @@ from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http.app import create_app, told
 from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
-from mhmoe_ray.serve.load import check_engine, load_answerer, load_run_tokenizer
+from mhmoe_ray.serve.load import check_engine, load_answerer
 from mhmoe_ray.serve.ray_metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
 
@@ -39,7 +40,7 @@ class SharedLimits:
         self._limits = Limits(keys)
 
     async def begin(self, client: str) -> Spent | None:
-        return self._limits.begin(client)
+        return await self._limits.begin(client)
 
     async def used(self, client: str, tokens: int) -> None:
         self._limits.used(client, tokens)

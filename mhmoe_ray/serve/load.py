@@ -6,13 +6,13 @@ import torch
 from tokenizers import Tokenizer
 
 from mhmoe_kernels import packed
-from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_run_tokenizer, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import matrices
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, read_manifest, run_tokenizer
+from mhmoe_ray.runs.manifest import Manifest, read_manifest
 from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
@@ -65,9 +65,7 @@ def _vllm_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer,
     check_engine(manifest, spec)
     from mhmoe_ray.serve.vllm.engine import VllmEngine
 
-    edges = boundaries(tokenizer)
-    assert edges is not None
-    return VllmEngine(checkpoint, manifest, edges.ends, tokenizer.get_vocab_size(), spec)
+    return VllmEngine(checkpoint, manifest, boundaries(tokenizer).ends, token_count(tokenizer), spec)
 
 
 def answerer_of(
@@ -82,10 +80,8 @@ def answerer_of(
         spec: precision, and how many requests.
         template: of conversations.
     """
-    edges = boundaries(tokenizer)
-    assert edges is not None
     # The model may have more rows than the tokenizer has tokens.
-    engine = torch_engine(model, edges.ends, tokenizer.get_vocab_size(), seq_len, spec)
+    engine = torch_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template)
 
 
@@ -115,9 +111,9 @@ def torch_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int,
         known,
         seq_len,
         concurrency=spec.max_concurrency,
-        cache_tokens=spec.cache_tokens,
         queue=spec.max_waiting,
         threads=spec.cpus_per_replica,
+        cache_tokens=spec.cache_tokens,
     )
 
 
@@ -127,13 +123,3 @@ def _halve(model: Decoder) -> None:
         if ".router." not in name:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of the run that the checkpoint lies in.
-
-    Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
-        DataError: it is no tokenizer for a model of this size.
-    """
-    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

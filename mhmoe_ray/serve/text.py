@@ -5,6 +5,8 @@ from itertools import groupby
 
 from tokenizers import Tokenizer
 
+from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER
+
 REPLACEMENT = "\ufffd"
 CONTEXT = 8  # tokens of the prompt that are decoded along
 
@@ -104,8 +106,16 @@ def _open_stop(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
-class TokenTexts:
-    """What each token stands for by itself, in the middle of a text."""
+def shown(part: bytes) -> str:
+    """A token as clients read it: "bytes:" and its bytes in hexadecimal where it is no whole characters."""
+    try:
+        return part.decode()
+    except UnicodeDecodeError:
+        return f"bytes:{part.hex()}"
+
+
+class TokenBytes:
+    """What each token stands for by itself, in the middle of a text in UTF-8."""
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode
@@ -114,9 +124,9 @@ class TokenTexts:
         self._special = {
             token: added.content for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
         }
-        self._known: dict[int, str] = {}
+        self._known: dict[int, bytes] = {}
 
-    def __getitem__(self, token: int) -> str:
+    def __getitem__(self, token: int) -> bytes:
         if token not in self._known:
             self._known[token] = self._found(token)
         return self._known[token]
@@ -124,24 +134,14 @@ class TokenTexts:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
-    def _found(self, token: int) -> str:
+    def _found(self, token: int) -> bytes:
         if token in self._special:
-            return self._special[token]
+            return self._special[token].encode()
         text = self._decode([*self._before, token])[len(self._decode(self._before)) :]
-        if REPLACEMENT not in text:
-            return text
-        name = self._tokenizer.id_to_token(token) or ""
-        if name.startswith("<0x"):
-            return f"bytes:{name[3:5].lower()}"
-        return "bytes:" + bytes(_BYTE_OF[character] for character in name).hex()
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """Byte-level tokenizers spell bytes as characters that can be seen: those of Latin-1 as they are, and for the rest,
-    in order, those from 256 on."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _bytes_by_character()
+        if REPLACEMENT in text:
+            name = self._tokenizer.id_to_token(token) or ""
+            if name.startswith("<0x"):
+                return bytes.fromhex(name[3:5])
+            if BYTE_OF_LETTER.keys() >= set(name):
+                return bytes(BYTE_OF_LETTER[letter] for letter in name)
+        return text.encode()  # maybe U+FFFD itself, which a vocabulary may have

@@ -5,12 +5,16 @@
     ray_trainer.py elastic.py           what a run changes about Ray Train: retries, sizes of groups, start of streams
     worker.py       one rank: restore, train, validate, save
     watchdog.py     an actor beside the workers that names the one that hangs, and ends it
+    lost.py         workers that fail, for the record
     preemption.py   leaving a node that is to be taken away
     memory.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
+    optimizer.py    AdamW and its schedule
+    digest.py       a fingerprint of what a step read
     mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
-    saver.py state.py                   checkpoints: written beside training; restored
+    saver.py state.py hashing.py        checkpoints: written beside training; restored; hashed by all nodes
+    telemetry/      where metrics go beside metrics.jsonl
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):
 

@@ -65,9 +65,8 @@ class Worker:
         rank = pulse.place.rank
         places = _gather(pulse.place)
         mesh = build_mesh(spec.cluster, [p.node for p in places], device.type, _domains(spec, places))
-        edges = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size))
-        assert edges is not None
-        self.trainer = Trainer(spec, mesh, device, edges.start, on_progress=pulse.beat)
+        start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
+        self.trainer = Trainer(spec, mesh, device, start, on_progress=pulse.beat)
         self.data = require_data_manifest(spec.data.prepared)
         self.rank = rank
         # Ray has the stream made when the first rank asks, and with it the choice of the checkpoint.

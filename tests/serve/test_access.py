@@ -1,5 +1,6 @@
 """Who may ask, how much, how large and how long."""
 
+import asyncio
 import hashlib
 import json
 
@@ -58,17 +59,21 @@ def test_prompts_are_logged_only_where_that_is_asked_for(answerer, caplog):
 def test_each_client_has_limits_of_its_own():
     clock = Clock()
     limits = Limits([key("a", requests_per_minute=2), key("b", tokens_per_minute=60), key("c")], clock)
-    assert limits.begin("a") is None
-    assert limits.begin("a") is None
-    assert limits.begin("a") == ("requests", 30)
+
+    def begin(client):
+        return asyncio.run(limits.begin(client))
+
+    assert begin("a") is None
+    assert begin("a") is None
+    assert begin("a") == ("requests", 30)
     for client in ("b", "c"):
-        assert limits.begin(client) is None
+        assert begin(client) is None
         limits.used(client, 100)
-    assert limits.begin("b") == ("tokens", 41)
-    assert limits.begin("c") is None
+    assert begin("b") == ("tokens", 41)
+    assert begin("c") is None
     clock.now += 41
-    assert limits.begin("a") is None
-    assert limits.begin("b") is None
+    assert begin("a") is None
+    assert begin("b") is None
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.engine import Request, Sampling
-from mhmoe_ray.serve.text import TokenTexts
+from mhmoe_ray.serve.text import TextDecoder, TokenBytes
+from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.test_text import DECODERS, TOKENIZERS
 
 from .asking import pieces
@@ -55,13 +56,16 @@ def test_an_answer_whose_reader_leaves_ends_the_work(answerer):
     asyncio.run(asyncio.wait_for(leave(), 60))
 
 
+def test_a_replacement_character_in_the_vocabulary_is_a_text_like_others():
+    tokenizer = llama_tokenizer(["a b", "\ufffd \ufffd"], 300)
+    parts = TokenBytes(tokenizer, TextDecoder(tokenizer))
+    found = [parts[tokenizer.token_to_id(name)] for name in ("\ufffd", "a", "<0xE6>")]
+    assert found == ["\ufffd".encode(), b"a", b"\xe6"]
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", ["the quick brown", "ein älterer Jäger", "日本 🦊"])
 def test_texts_of_tokens_join_to_the_text(kind, text):
-    """Those that are bytes of a character as bytes."""
-    texts = TokenTexts(TOKENIZERS[kind], DECODERS[kind])
-    joined = b""
-    for token in TOKENIZERS[kind].encode(text, add_special_tokens=False).ids:
-        part = texts[token]
-        joined += bytes.fromhex(part[6:]) if part.startswith("bytes:") else part.encode()
-    assert joined.decode().strip() == text
+    parts = TokenBytes(TOKENIZERS[kind], DECODERS[kind])
+    ids = TOKENIZERS[kind].encode(text, add_special_tokens=False).ids
+    assert b"".join(parts[token] for token in ids).decode().strip() == text

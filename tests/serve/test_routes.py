@@ -7,6 +7,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.schema import MOST_CHOICES
@@ -14,7 +15,7 @@ from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
 
 from .asking import call
-from .conftest import SEQ_LEN, build_model
+from .conftest import SEQ_LEN, build_model, build_tokenizer
 
 
 @pytest.fixture
@@ -127,6 +128,32 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
     assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
     assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
     assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
+
+
+def test_ids_may_have_gaps():
+    """The last one is a token like others: it may be asked for, and an answer may have it."""
+    content = json.loads(build_tokenizer().to_str())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 310
+    answerer = answerer_of(build_model(), Tokenizer.from_str(json.dumps(content)), SEQ_LEN, ServeSpec())
+    app = create_app(answerer, "tiny", ServeSpec())
+    found = completion(app, prompt=[310], logit_bias={"310": 100}, max_tokens=1, echo=True)["choices"][0]
+    refused = call(app, "POST", "/v1/completions", json={"prompt": [311]})
+    answerer.engine.close()
+    assert found["text"] == 2 * answerer.decode([310]) != ""
+    assert "there is no token 311" in refused.text
+
+
+def test_a_token_that_spells_what_marks_bytes_is_a_text_like_others():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["bytes:fo", "bytes:e6"])
+    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
+    app = create_app(answerer, "tiny", ServeSpec())
+    asked = {"prompt": "a bytes:fo bytes:e6 z", "logprobs": 0, "echo": True, "max_tokens": 0}
+    logprobs = completion(app, **asked)["choices"][0]["logprobs"]
+    answerer.engine.close()
+    assert logprobs["tokens"] == ["a", " ", "bytes:fo", " ", "bytes:e6", " ", "z"]
+    assert logprobs["text_offset"] == [0, 1, 2, 10, 11, 19, 20]
 
 
 def test_tokens_and_text_go_both_ways(app, answerer):

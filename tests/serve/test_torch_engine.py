@@ -24,7 +24,7 @@ KNOWN = 300
 
 def engine_of(model, **more):
     pack(model)
-    settings = {"concurrency": 32, **more}
+    settings = {"concurrency": 32, "queue": 1000, "threads": 1, **more}
     return TorchEngine(model, torch.float32, frozenset(), KNOWN, settings.pop("seq_len", SEQ_LEN), **settings)
 
 

@@ -1,6 +1,9 @@
 """SwiGLU experts in bfloat16 as one fused kernel for CPUs, in C++: the hidden layer stays in the cache, both ways.
 
 Compiled where it first runs, in two seconds, if there is a compiler. No part of the base install needs it.
+
+    build.py      compiles this folder's kernels for the CPU at hand
+    autograd.py   them as a function of torch
 """
 
 import torch

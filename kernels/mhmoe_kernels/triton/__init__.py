@@ -1,6 +1,16 @@
 """Experts as fused Triton kernels: the hidden layer stays on the chip, forward and backward.
 
 Nothing here imports Triton before it is used: it is no part of the base install.
+
+    autograd.py    experts between routed rows and combined output, differentiable
+    launch.py      the three kernels of each kind of expert behind one set of calls
+    swiglu.py      SwiGLU experts on sorted rows
+    gelu.py        GELU experts with biases and an inner norm
+    combine.py     un-permute: a row's routes weighted and added
+    chunks.py      tiles of rows as chunks whose widths are powers of two
+    schedule.py    which program runs which rows
+    blocks.py      block sizes for sm_90
+    resources.py   what the compiler makes of each of them, without a GPU
 """
 
 import os

@@ -29,11 +29,10 @@ def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
     """
     file = spec.data.prepared / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
-    edges = boundaries(tokenizer)
-    assert edges is not None, "checked when the data were prepared"
+    start = boundaries(tokenizer).start
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [[edges.start, *encoding.ids] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [[start, *encoding.ids] for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     return _prepare_datasets(spec, folder, processes, encode)
 

@@ -64,7 +64,7 @@ class Figures:
     unknown: int = 0
     """Of those, the tokenizer's token for what it does not know."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """In characters, as `histogram` gives them."""
+    """Of texts in characters, by `bin_of`."""
     token_lengths: Counter[int] = field(default_factory=Counter)
     longest: int = 0
     """Characters of the longest document."""

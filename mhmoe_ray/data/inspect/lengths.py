@@ -5,7 +5,7 @@ exact, and a quantile is at most a sixteenth below the true one.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 STEPS = 4  # halvings of an octave
 
@@ -14,10 +14,6 @@ def bin_of(length: int) -> int:
     """The smallest length of its bin."""
     shift = max(0, length.bit_length() - 1 - STEPS)
     return length >> shift << shift
-
-
-def histogram(lengths: Iterable[int]) -> Counter[int]:
-    return Counter(map(bin_of, lengths))
 
 
 def quantile(bins: Mapping[int, int], share: float) -> int:

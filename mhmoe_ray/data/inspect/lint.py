@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.inspect import textrules
 from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Finding
 from mhmoe_ray.data.inspect.result import Survey
@@ -12,6 +13,7 @@ from mhmoe_ray.data.order.mixture import mixture
 from mhmoe_ray.data.prepare.quarantine import Limit
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.sources import Reason, Tally, find_files
+from mhmoe_ray.data.sources.find import subfolder_at
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
@@ -76,7 +78,7 @@ def _texts(data: Data) -> Iterator[Problem]:
     for name, rule in textrules.RULES.items():
         for domain, survey in data.survey.domains.items():
             if found := survey.findings.get(name):
-                yield Problem(name, rule.severe, domain, rule.says, rule.fix, found.count, _seen(found))
+                yield Problem(name, False, domain, rule.says, rule.fix, found.count, _seen(found))
 
 
 def _seen(finding: Finding) -> list[tuple[str, str]]:
@@ -86,14 +88,15 @@ def _seen(finding: Finding) -> list[tuple[str, str]]:
 def _unread_files(data: Data) -> Iterator[Problem]:
     files = find_files(data.data)
     read = {file.path for file in files}
-    formats = {file.domain.partition("/")[0]: file.format for file in files}
+    formats = {source_of(file.domain): file.format for file in files}
     for name, source in data.data.sources.items():
         if formats[name] in ("redpajama-v2", "huggingface"):  # these have other files beside them
             continue
         root, listed = Storage(source.path).files()
         chosen = data.data.subfolders(name)
-        below = {path: path.removeprefix(root.rstrip("/") + "/").partition("/")[0] for path, _ in listed}
-        left = [path for path, sub in below.items() if path not in read and (chosen is None or sub in chosen)]
+        left = [path for path, _ in listed if path not in read]
+        if chosen is not None:
+            left = [path for path in left if subfolder_at(root, path) in chosen]
         if left:
             says = f"files that are not of format {formats[name]} are not read"
             fix = "move them elsewhere, or name the files by a pattern and their format"
@@ -120,12 +123,11 @@ def _too_small(data: Data) -> Iterator[Problem]:
         return
     T = data.data.seq_len
     for name, domain in data.survey.domains.items():
-        source, _, subfolder = name.partition("/")
         if not _fills_a_sample(name, domain, data):
-            shares = data.data.sources[source].shares or {}
+            shares = data.data.sources[source_of(name)].shares or {}
             says, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
             where = [(name, _size(domain, data))]
-            yield Problem("too-small", subfolder in shares, name, says, fix, domain.whole.documents, where)
+            yield Problem("too-small", subfolder_of(name) in shares, name, says, fix, domain.whole.documents, where)
         if not domain.whole.held_out:
             says = "none of its documents is held out, so that validation says nothing of it"
             fix = "raise data.validation_fraction or add documents"

@@ -1,21 +1,21 @@
 """One raw file: its figures and findings, and an entry for each document."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.inspect.copies import ENTRY, hash_of
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, read_tokenizer, unknown_token
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_tokenizer, unknown_token
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -24,9 +24,10 @@ ENTRIES_AT_ONCE = 1 << 18
 
 
 class Encoder(NamedTuple):
-    tokenizer: Tokenizer
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    """Token ids of texts alone: as preparing finds them, where the tokenizer is one to prepare with."""
     special: list[str]
-    """Tokens that encoding finds in a text that spells them out."""
+    """Tokens that a text may spell out."""
     unknown: int | None
     """The id of its token for what it does not know."""
 
@@ -39,8 +40,17 @@ def open_encoder(path: Path) -> Encoder:
         DataError: it cannot be read.
     """
     tokenizer = read_tokenizer(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    documents = DocumentEncoder(tokenizer) if find_boundaries(tokenizer) else None
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        if documents:
+            return [ids for _, *ids in documents.encode(texts)]
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return Encoder(tokenizer, special, unknown_token(tokenizer))
+    return Encoder(encode, special, unknown_token(tokenizer))
 
 
 class Whole(NamedTuple):
@@ -62,19 +72,19 @@ def survey_file(
         rules: whether texts are held against textrules.py.
     """
     survey, entries = DomainSurvey(), []
-    folder = languages.of_folder(file.domain.partition("/")[2])
+    folder = languages.of_folder(subfolder_of(file.domain))
     encoder = open_encoder(tokenizer) if tokenizer else None
     special = any_of(encoder.special if encoder else [END_OF_TEXT])
     reading = Reading(file, spec)
-    for document, encoding in _encoded(_documents(reading, survey), encoder):
+    for document, ids in _encoded(_documents(reading, survey), encoder):
         text, place = document.text, Place(file.path, document.line)
         words, size = text.split(), len(text.encode())
         own = languages.of_record(document.language)
         figures = survey.languages.setdefault(own or folder, Figures())
-        tokens = None if encoding is None else len(encoding.ids)
+        tokens = None if ids is None else len(ids)
         figures.count(text, size, len(words), tokens, is_validation(text, spec.validation_fraction), place)
-        if encoding is not None and encoder is not None and encoder.unknown is not None:
-            figures.unknown += encoding.ids.count(encoder.unknown)
+        if ids is not None and encoder is not None and encoder.unknown is not None:
+            figures.unknown += ids.count(encoder.unknown)
         if rules:
             for rule, saw in broken_by(text, words, own, file.domain, special).items():
                 survey.findings.setdefault(rule, Finding()).add(1, [(place, saw)])
@@ -97,14 +107,13 @@ def _documents(reading: Reading, survey: DomainSurvey) -> Iterator[Document]:
             finding.add(1, [(Place(item.path, item.line), item.detail)])
 
 
-def _encoded(documents: Iterator[Document], encoder: Encoder | None) -> Iterator[tuple[Document, Encoding | None]]:
+def _encoded(documents: Iterator[Document], encoder: Encoder | None) -> Iterator[tuple[Document, list[int] | None]]:
     """Each document with its tokens."""
     if encoder is None:
         yield from ((document, None) for document in documents)
         return
     while batch := list(_some(documents)):
-        texts = [document.text for document in batch]
-        yield from zip(batch, encoder.tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True)
+        yield from zip(batch, encoder.encode([document.text for document in batch]), strict=True)
 
 
 def _some(documents: Iterator[Document]) -> Iterator[Document]:

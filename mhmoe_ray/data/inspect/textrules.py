@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 
 
@@ -25,7 +26,6 @@ class Seen(NamedTuple):
 class TextRule(NamedTuple):
     check: Callable[[Seen], str | None]
     """What it saw, in a few characters; None if all is well."""
-    severe: bool
     says: str
     fix: str
 
@@ -108,30 +108,29 @@ def _language(seen: Seen) -> str | None:
 
 RULES: dict[str, TextRule] = {
     "repeated-line": TextRule(
-        _repeated_line, False, "nearly all of it is one line again and again", "leave such documents out"
+        _repeated_line, "nearly all of it is one line again and again", "leave such documents out"
     ),
     "long-word": TextRule(
-        _long_word, False, f"a word of over {LONG_WORD:,} ASCII characters", "cut out base64 and binary rests"
+        _long_word, f"a word of over {LONG_WORD:,} ASCII characters", "cut out base64 and binary rests"
     ),
     "few-letters": TextRule(
-        _few_letters, False, f"under {FEW_LETTERS:.0%} of its characters are letters", "see if it is text at all"
+        _few_letters, f"under {FEW_LETTERS:.0%} of its characters are letters", "see if it is text at all"
     ),
     "replacement-character": TextRule(
-        _replaced, False, "it holds U+FFFD, which stands for lost characters", "decode the original with its encoding"
+        _replaced, "it holds U+FFFD, which stands for lost characters", "decode the original with its encoding"
     ),
     "mojibake": TextRule(
-        _mojibake, False, "UTF-8 that was read as Latin-1", "text.encode('cp1252').decode('utf-8') mends most of it"
+        _mojibake, "UTF-8 that was read as Latin-1", "text.encode('cp1252').decode('utf-8') mends most of it"
     ),
-    "control-characters": TextRule(_control, False, "it holds control characters", "strip them"),
-    "html": TextRule(_html, False, "it holds tags or entities of HTML", "extract the text, unless it is code"),
+    "control-characters": TextRule(_control, "it holds control characters", "strip them"),
+    "html": TextRule(_html, "it holds tags or entities of HTML", "extract the text, unless it is code"),
     "special-token": TextRule(
         _special_token,
-        True,
-        "it spells out a special token, which would be read as one",
-        "take it out of the text, or change its spelling",
+        "it spells out a special token, which is encoded as these letters",
+        "cut the text there if the token was meant, else leave it",
     ),
     "language": TextRule(
-        _language, False, "its record names another language than its folder", "correct the one or the other"
+        _language, "its record names another language than its folder", "correct the one or the other"
     ),
 }
 """By name."""
@@ -152,7 +151,7 @@ def broken_by(text: str, words: list[str], language: str, domain: str, special: 
         domain: source/subfolder.
         special: `any_of` the tokenizer's special tokens.
     """
-    seen = Seen(text, words, language, languages.of_folder(domain.partition("/")[2]), special)
+    seen = Seen(text, words, language, languages.of_folder(subfolder_of(domain)), special)
     return {name: saw for name, rule in RULES.items() if (saw := rule.check(seen)) is not None}
 
 

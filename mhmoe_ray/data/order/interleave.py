@@ -24,9 +24,6 @@ import numpy as np
 
 from mhmoe_ray.data.order.permutation import I64
 
-SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
-"""In slots, as above."""
-
 MAX_WEIGHT = 2**50
 """Of a root. Slots up to twice that, times a ratio of at most a half, are less than one off in float64."""
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from math import fsum
 
+from mhmoe_ray.data.domains import source_of, subfolder_of
 from mhmoe_ray.data.order.apportion import apportion
 from mhmoe_ray.data.order.interleave import MAX_WEIGHT
 from mhmoe_ray.data.order.order import Order, OrderedDomain, Phase
@@ -66,8 +67,8 @@ def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
     Raises:
         DataError: a named domain has no sample, a source has none at all, or the limits leave steps without data.
     """
-    names = sorted(name for name, d in manifest.domains.items() if d.samples and _source(name) in spec.data.sources)
-    domains = [OrderedDomain(name, _source(name), manifest.domains[name].samples) for name in names]
+    names = sorted(name for name, d in manifest.domains.items() if d.samples and source_of(name) in spec.data.sources)
+    domains = [OrderedDomain(name, source_of(name), manifest.domains[name].samples) for name in names]
     tokens = [manifest.domains[name].tokens for name in names]
     limits = _limits(spec, manifest, domains)
     begins = [step for step in spec.data.mixes if step < spec.train.steps]
@@ -103,14 +104,6 @@ def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Or
     return [d.name for d in mixed.domains], mixed.order
 
 
-def _source(domain: str) -> str:
-    return domain.partition("/")[0]
-
-
-def _subfolder(domain: str) -> str:
-    return domain.partition("/")[2]
-
-
 def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDomain]) -> list[int | None]:
     for name, source in spec.data.sources.items():
         for sub in source.max_epochs_of:
@@ -120,7 +113,7 @@ def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDoma
     limits: list[int | None] = []
     for domain in domains:
         source = spec.data.sources[domain.source]
-        epochs = source.max_epochs_of.get(_subfolder(domain.name), source.max_epochs)
+        epochs = source.max_epochs_of.get(subfolder_of(domain.name), source.max_epochs)
         # As written: 0.29 epochs of 100 samples are 29, which is not so in binary.
         limits.append(None if epochs is None else int(Decimal(str(epochs)) * domain.samples))
     return limits
@@ -135,7 +128,7 @@ def phase_shares(
     for name, mix in mixes.items():
         if not mix.weight:
             continue
-        own = {_subfolder(d.name): i for i, d in enumerate(domains) if d.source == name}
+        own = {subfolder_of(d.name): i for i, d in enumerate(domains) if d.source == name}
         if mix.shares:
             empty = sorted(mix.shares.keys() - own.keys())
             if empty:

@@ -148,9 +148,7 @@ class _Preparation:
             train = ray.remote(train_tokenizer).options(num_cpus=1)
             tokenizer: Tokenizer = ray.get(train.remote(self._files, self._data, vocab_size))
             tokenizer.save(str(path))
-        edges = boundaries(load_tokenizer(path, vocab_size))
-        assert edges is not None, "checked by load_tokenizer"
-        return edges.start
+        return boundaries(load_tokenizer(path, vocab_size)).start
 
     def _tokenise(self) -> list[Tokenised]:
         """All chunks, by file and number; and the quarantine file.

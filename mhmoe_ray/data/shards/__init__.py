@@ -1,1 +1,6 @@
-"""A folder of prepared samples: manifest.py says what is in it, files.py writes and reads its Arrow files."""
+"""A folder of prepared samples.
+
+manifest.py   what is in it, and what made it
+files.py      its Arrow files, written and read
+verify.py     whether they are what was written
+"""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
@@ -41,7 +41,7 @@ class Domain(BaseModel):
     tokens: int
     """Of its training documents, one start token for each included."""
     validation_tokens: int
-    """Of its held-out documents, likewise."""
+    """Of all its held-out documents, likewise; the samples that are kept may have fewer."""
     samples: int
     validation_samples: int
     """Held-out samples that were kept."""
@@ -75,10 +75,10 @@ class DataManifest(BaseModel):
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Predicted ones: padding of a last sample does not count."""
+    """Predicted ones of the samples in `validation`, without padding; those of domains are all held-out tokens."""
     baselines: Baselines
     bad_lines: int
-    """All in quarantine."""
+    """All in quarantine, lost parts included, which `Tally.bad_lines` leaves out."""
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
@@ -121,12 +121,20 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
     Raises:
         DataError: it is there without a readable manifest.
     """
-    if not folder.exists():
-        return None
+    what, other = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
-        return DataManifest.model_validate(json.loads((folder / "manifest.json").read_text()))
-    except (OSError, ValueError, ValidationError) as e:
-        raise DataError(f"prepared data {folder}", "its manifest.json cannot be read", "remove the folder") from e
+        if not folder.exists():
+            return None
+        content = (folder / "manifest.json").read_bytes()
+    except FileNotFoundError as e:
+        raise DataError(what, "it has no manifest.json", other) from e
+    except OSError as e:
+        why = f"its manifest.json cannot be read ({e.strerror or e})"
+        raise DataError(what, why, "see to its disk and permissions; the data may be sound") from e
+    try:
+        return DataManifest.model_validate(json.loads(content))
+    except ValueError as e:
+        raise DataError(what, "its manifest.json is damaged, or another version's", other) from e
 
 
 def data_digest(folder: Path) -> str:

@@ -14,7 +14,8 @@
 | huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
 | text         | a file, or a part of it between delimiter lines     | text.py         |
 
-storage.py -> compression.py -> lines.py -> a format's file -> reading.py; find.py says which files there are.
+storage.py -> compression.py -> lines.py -> a format's file -> reading.py, which gives what items.py describes; find.py
+says which files there are, signals.py which documents filters keep.
 Files of JSON lines and of text may be zstd or gzip, whatever their names say.
 """
 

@@ -7,9 +7,10 @@ itself are of the domain `all`.
 import json
 from collections.abc import Iterator
 
+from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.redpajama_v2 import NAME, Beside
-from mhmoe_ray.data.sources.storage import Listed, Storage, one_line
+from mhmoe_ray.data.sources.storage import Listed, Storage, below, one_line
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 
@@ -61,20 +62,20 @@ def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None) -> l
     elif format == "huggingface":
         found = _huggingface(what, storage, root, listed)
     else:
-        found = _by_suffix(source, root, format, listed)
+        found = _by_suffix(source, storage, root, format, listed)
     files = [RawFile(f"{name}/{sub}", path, size, format) for sub, (path, size) in found]
     if not files:
         fix = "correct its path, format or filters, or name its files by a pattern with *"
         raise DataError(what, f"nothing below {source.path} is a file of format {format}", fix)
     expected = subfolders
     if subfolders is None and format in SUFFIXES:
-        expected = sorted({_domain(root, path) for path, _ in listed} - {WHOLE})
+        expected = sorted({subfolder_at(root, path) for path, _ in listed} - {WHOLE})
     filled = {file.domain for file in files}
     for sub in expected or ():
         if f"{name}/{sub}" not in filled:
             fix = "remove the folder, or correct data.sources"
             raise DataError(f"{what}/{sub}", f"{root} has no file of format {format} for it", fix)
-    return [file for file in files if subfolders is None or file.domain.partition("/")[2] in subfolders]
+    return [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
 
 
 def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:
@@ -96,17 +97,20 @@ def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:
     raise DataError(what, why, fix)
 
 
-def _domain(root: str, path: str) -> str:
-    below = path.removeprefix(root.rstrip("/") + "/")
-    return below.partition("/")[0] if "/" in below else WHOLE
+def subfolder_at(root: str, path: str) -> str:
+    """Which one a file is of that was found below a root."""
+    first, slash, _ = below(root, path).partition("/")
+    return first if slash else WHOLE
 
 
-def _by_suffix(source: SourceSpec, root: str, format: Format, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
+def _by_suffix(
+    source: SourceSpec, storage: Storage, root: str, format: Format, listed: list[Listed]
+) -> Iterator[tuple[str, Listed]]:
     """Files that a pattern or a path names one by one are taken whatever their names end in."""
-    named = source.format is not None and (len(listed) == 1 or "*" in source.path)
+    named = source.format is not None and (len(listed) == 1 or storage.is_pattern)
     for file in listed:
         if named or file.path.endswith(SUFFIXES[format]):
-            yield _domain(root, file.path), file
+            yield subfolder_at(root, file.path), file
 
 
 def _huggingface(what: str, storage: Storage, root: str, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
@@ -124,7 +128,7 @@ def _huggingface(what: str, storage: Storage, root: str, listed: list[Listed]) -
             continue
         whole = above if above in split_of else folder
         for name in _data_files(what, storage, f"{folder}/{_STATE}"):
-            yield _domain(root, f"{whole}/{name}"), Listed(f"{folder}/{name}", sizes.get(f"{folder}/{name}", 0))
+            yield subfolder_at(root, f"{whole}/{name}"), Listed(f"{folder}/{name}", sizes.get(f"{folder}/{name}", 0))
 
 
 def _data_files(what: str, storage: Storage, path: str) -> list[str]:

@@ -61,10 +61,10 @@ class BadLine(NamedTuple):
 class DamageError(Exception):
     """No more can be read of a file; everything before was."""
 
-    def __init__(self, reason: str, rest: bytes = b"") -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.rest = rest
+        self.rest = b""
         """The last line's beginning."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.sources.columns import read_parquet, read_stream
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
 from mhmoe_ray.data.sources.jsonl import read_jsonl
@@ -40,7 +41,7 @@ class Reading:
 
 
 def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:
-    source = spec.sources[file.domain.partition("/")[0]]
+    source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
     limit = int(spec.max_document_mb * 1e6)
     field = source.text_field or (TEXT_FIELD if file.format == "redpajama-v2" else "text")

@@ -55,6 +55,11 @@ class Storage:
         except (OSError, pa.ArrowException) as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the path has wildcards, and is no name of something that is there."""
+        return bool(self._wild.search(self._pattern)) and not Path(self._pattern).exists()
+
     def files(self) -> tuple[str, list[Listed]]:
         """All files, sorted by their names, and the folder that they are below: that before the first wildcard, or that
         of a single file. Hidden ones (a leading dot or underscore) are left out.
@@ -65,7 +70,7 @@ class Storage:
         """
         parts = self._pattern.rstrip("/").split("/")
         plain = len(parts)
-        if self._wild.search(self._pattern) and not Path(self._pattern).exists():
+        if self.is_pattern:
             plain = next(i for i, part in enumerate(parts) if self._wild.search(part))
         root = "/".join(parts[:plain]) or "/"
         info = self._fs.get_file_info(root)
@@ -76,8 +81,8 @@ class Storage:
         found = _local(root) if self._prefix == "" else self._objects(root)
         if plain < len(parts):
             pattern = _translate(parts[plain:])
-            found = (file for file in found if pattern.fullmatch(_below(root, file.path)))
-        wanted = (file for file in found if not re.search(r"(^|/)[._]", _below(root, file.path)))
+            found = (file for file in found if pattern.fullmatch(below(root, file.path)))
+        wanted = (file for file in found if not re.search(r"(^|/)[._]", below(root, file.path)))
         ordered = sorted(wanted, key=lambda file: file.path.split("/"))
         return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
 
@@ -128,7 +133,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
-def _below(root: str, path: str) -> str:
+def below(root: str, path: str) -> str:
+    """The path of a file from a folder on that holds it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 

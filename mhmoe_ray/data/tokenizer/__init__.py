@@ -21,14 +21,22 @@ encoded as these letters, never as the token. A prompt is not: it may name speci
     tiktoken.py    tiktoken's format to the tokenizers library, exactly
     train.py       a byte-level BPE or Unigram model of its own
     sample.py      the text that it is trained on
-    widths.py      how many bytes a token stands for
+    widths.py      how many tokens there are, how many bytes each stands for
 """
 
 from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, document_encoder
-from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, Boundaries, boundaries, unknown_token
-from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_tokenizer, store_given
+from mhmoe_ray.data.tokenizer.edges import (
+    BEGIN,
+    END,
+    END_OF_TEXT,
+    Boundaries,
+    boundaries,
+    find_boundaries,
+    unknown_token,
+)
+from mhmoe_ray.data.tokenizer.load import load_run_tokenizer, load_tokenizer, read_tokenizer, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
-from mhmoe_ray.data.tokenizer.widths import token_widths
+from mhmoe_ray.data.tokenizer.widths import token_count, token_widths
 
 __all__ = [
     "BEGIN",
@@ -38,9 +46,12 @@ __all__ = [
     "DocumentEncoder",
     "boundaries",
     "document_encoder",
+    "find_boundaries",
+    "load_run_tokenizer",
     "load_tokenizer",
     "read_tokenizer",
     "store_given",
+    "token_count",
     "token_widths",
     "train_tokenizer",
     "unknown_token",

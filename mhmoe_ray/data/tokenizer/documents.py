@@ -21,9 +21,7 @@ class DocumentEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        edges = boundaries(tokenizer)
-        assert edges is not None, "checked where the tokenizer was loaded"
-        self._start = edges.start
+        self._start = boundaries(tokenizer).start
         content = _of_text_alone(tokenizer)
         self._library = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         self._fast = fast_encoding(content)

@@ -25,8 +25,20 @@ def unknown_token(tokenizer: Tokenizer) -> int | None:
     return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else unknown
 
 
-def boundaries(tokenizer: Tokenizer) -> Boundaries | None:
-    """By the package's table; None for a tokenizer of neither kind."""
+def boundaries(tokenizer: Tokenizer) -> Boundaries:
+    """By the package's table.
+
+    Raises:
+        ValueError: it is of neither kind, which `load_tokenizer` refuses.
+    """
+    found = find_boundaries(tokenizer)
+    if found is None:
+        raise ValueError(f"no {END_OF_TEXT}, {BEGIN} and {END} in the tokenizer")
+    return found
+
+
+def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
+    """As `boundaries`; None for a tokenizer of neither kind."""
     both, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN, END))
     if both is not None:
         return Boundaries(both, frozenset([both]))

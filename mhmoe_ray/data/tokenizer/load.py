@@ -4,10 +4,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, boundaries, unknown_token
+from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, find_boundaries, unknown_token
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
+from mhmoe_ray.data.tokenizer.widths import token_count
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.location import Location
+from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.spec import DataSpec
 
 
@@ -23,6 +25,16 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
     tokenizer.no_padding()
     _check(tokenizer, path, vocab_size)
     return tokenizer
+
+
+def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of the run that a checkpoint lies in.
+
+    Raises:
+        CheckpointError: it is missing, or it is not the one the model was trained with.
+        DataError: it is no tokenizer for a model of this size.
+    """
+    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
 
 
 def read_tokenizer(path: Location) -> Tokenizer:
@@ -72,12 +84,11 @@ def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
 
 
 def _check(tokenizer: Tokenizer, path: Location, vocab_size: int) -> None:
-    # Ids may have gaps, so that the highest can be above the number of entries.
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    size = token_count(tokenizer)
     if size > vocab_size:
         fix = f"use one of at most model.vocab_size ({vocab_size}), or a model with more"
         raise DataError(f"tokenizer {path}", f"it has {size} entries", fix)
-    edges = boundaries(tokenizer)
+    edges = find_boundaries(tokenizer)
     if edges is None:
         why = f"it has neither the token {END_OF_TEXT} nor the two tokens {BEGIN} and {END}"
         raise DataError(f"tokenizer {path}", why, "add one or the other as special tokens")

@@ -4,7 +4,8 @@
                  files by size. Sizes are those of the stored files; what is compressed counts as three times that.
     files        evenly spread, as many as leave each one MIN_FILE characters to give and hold four times the budget;
                  all of them, where these are not enough
-    documents    those of the smallest hashes among the first REACH budgets of a file
+    documents    those of the smallest hashes among the first REACH budgets of a file; of other hashes than those that
+                 hold documents out, or these would be what the tokenizer knows best
 
 So the sample depends on names, sizes and texts alone, a file up to REACH times its budget is sampled from beginning to
 end, and neither memory nor reading grows with the corpus.
@@ -15,6 +16,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 
+from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.order.apportion import apportion
 from mhmoe_ray.data.order.mixture import phase_shares
 from mhmoe_ray.data.order.order import OrderedDomain
@@ -61,7 +63,7 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
         spec: says how they are mixed; a domain that its first phase does not read counts as in the first one that does.
     """
     names = sorted(sizes)
-    domains = [OrderedDomain(name, name.partition("/")[0], 0) for name in names]
+    domains = [OrderedDomain(name, source_of(name), 0) for name in names]
     weights = [0.0] * len(names)
     for mixes in spec.mixes.values():
         shares = phase_shares(mixes, domains, [max(1, sizes[name]) for name in names], flat=True)
@@ -81,7 +83,7 @@ def _sample(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
     for item in Reading(file, spec):
         if not isinstance(item, Document):
             continue  # counted where it matters, when the file is tokenised
-        digest = hashlib.blake2b(item.text.encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(item.text.encode(), digest_size=8, person=b"tokenizer").digest()
         heapq.heappush(kept, (-int.from_bytes(digest, "big"), item.line, item.text))
         size += len(item.text)
         while size - len(kept[0][2]) >= characters:

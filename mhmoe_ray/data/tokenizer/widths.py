@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for."""
+"""How many tokens there are, and how many bytes of text each stands for."""
 
 import json
 import re
@@ -9,15 +9,19 @@ from tokenizers import Tokenizer
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
+def token_count(tokenizer: Tokenizer) -> int:
+    """Ids are below it. There may be gaps among them, so that it can be more than the number of entries."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of UTF-8 by token id, int64; 0 for special tokens. Those of a document's tokens add up to its own, but for
     a space that some tokenizers put before its first word."""
     content = json.loads(tokenizer.to_str())
     special = {token["id"] for token in content["added_tokens"] if token["special"]}
     byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
-    vocabulary = tokenizer.get_vocab()
-    widths = np.zeros(max(vocabulary.values()) + 1, np.int64)  # there may be gaps
-    for token, number in vocabulary.items():
+    widths = np.zeros(token_count(tokenizer), np.int64)
+    for token, number in tokenizer.get_vocab().items():
         if number not in special:
             widths[number] = _width(token, byte_level)
     return widths

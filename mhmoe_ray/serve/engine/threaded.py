@@ -44,10 +44,10 @@ T = TypeVar("T", bound=Ticket)
 class ThreadedEngine(ABC, Generic[T]):
     """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for `_round`."""
 
-    def __init__(self, seq_len: int, queue: int | None) -> None:
+    def __init__(self, seq_len: int, queue: int) -> None:
         """Args:
         seq_len: tokens that prompt and answer may have together.
-        queue: requests that may wait; by default any number.
+        queue: requests that may wait.
         """
         self._seq_len, self._queue = seq_len, queue
         self._wake = Condition()
@@ -99,7 +99,7 @@ class ThreadedEngine(ABC, Generic[T]):
         with self._wake:
             if self._broken or self._closed:
                 raise EngineError(self.why_broken or "it was closed")
-            if self._queue is not None and self._waiting() >= self._queue:
+            if self._waiting() >= self._queue:
                 raise BusyError(f"{self._queue} requests wait already")
             ticket = self._enter(request, room, deliver)
             self._wake.notify()

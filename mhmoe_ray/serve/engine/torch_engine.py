@@ -32,9 +32,9 @@ class TorchEngine(ThreadedEngine[Sequence]):
         seq_len: int,
         *,
         concurrency: int,
+        queue: int,
+        threads: int,
         cache_tokens: int | None = None,
-        queue: int | None = None,
-        threads: int | None = None,
     ) -> None:
         """Args:
         model: with all experts, in evaluation mode, on its device.
@@ -43,11 +43,11 @@ class TorchEngine(ThreadedEngine[Sequence]):
         known: tokens that the tokenizer has; the model may have more rows, which have no text.
         seq_len: tokens that prompt and answer may have together.
         concurrency: requests that are computed at a time.
+        queue: requests that may wait.
+        threads: of its computation on a CPU. Where other threads of the process have computed on several before, its
+            own wait for each other more slowly: libgomp sees more of them than CPUs.
         cache_tokens: tokens whose keys and values there is room for; by default, so many that no request of these waits
             for room.
-        queue: requests that may wait; by default any number.
-        threads: of its computation on a CPU; by default torch's. Where other threads of the process have computed on
-            several before, its own wait for each other more slowly: libgomp sees more of them than CPUs.
         """
         super().__init__(seq_len, queue)
         self._model, self._ends, self._known = model, ends, known
@@ -65,8 +65,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         self._thread.start()
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)
         super()._run()
 
     def _enter(self, request: Request, room: int, deliver: Deliver) -> Sequence:

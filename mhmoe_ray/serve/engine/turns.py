@@ -33,12 +33,11 @@ class Turns(Generic[T]):
             self._queues[client] = queue
         return one
 
-    def remove(self, client: str, one: T) -> bool:
-        """Whether it was there."""
+    def remove(self, client: str, one: T) -> None:
+        """If it is there."""
         queue = self._queues.get(client)
         if queue is None or one not in queue:
-            return False
+            return
         queue.remove(one)
         if not queue:
             del self._queues[client]
-        return True

@@ -5,9 +5,11 @@ completions.py   /v1/completions
 chat.py          /v1/chat/completions
 page.py          / (page.html)
 metrics.py       what /metrics says
-access.py        who may ask, how much, how large
+access.py        who may ask, and how large a request may be
+limits.py        how much each client may have a minute
 stream.py        pieces of answers: merged, counted, as events
 schema.py        shapes of requests, answers and errors
 service.py       what routes share
 errors.py        what clients get where there is no answer
+proxy.py         the same of Serve's proxies, where no replica answered
 """

@@ -11,7 +11,7 @@ from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.http import chat, completions, page
 from mhmoe_ray.serve.http.access import Access, SmallBodies
 from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
-from mhmoe_ray.serve.http.limits import Counter, Here, Limits
+from mhmoe_ray.serve.http.limits import Counter, Limits
 from mhmoe_ray.serve.http.metrics import exposition
 from mhmoe_ray.serve.http.schema import (
     AllStats,
@@ -47,7 +47,7 @@ def create_app(
         everyone: what `told` gives of each of them; by default this one is alone.
         limits: of keys, counted for all of them together; by default here.
     """
-    service = Service(answerer, model, spec, Access(spec.keys, limits or Here(Limits(spec.keys))))
+    service = Service(answerer, model, spec, Access(spec.keys, limits or Limits(spec.keys)))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.router(service), responses=RESPONSES)

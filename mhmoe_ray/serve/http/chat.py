@@ -25,6 +25,7 @@ from mhmoe_ray.serve.http.schema import (
 )
 from mhmoe_ray.serve.http.service import Service
 from mhmoe_ray.serve.http.stream import DESCRIBED
+from mhmoe_ray.serve.text import shown
 
 
 def router(service: Service) -> APIRouter:
@@ -90,10 +91,5 @@ def _more(piece: Piece) -> dict[str, Any]:
 
 def _chosen(score: ScoredText) -> ChosenLogprob:
     assert score.logprob is not None
-    tops = [TokenLogprob(token=token, logprob=lp, bytes=_bytes(token)) for token, lp in score.alternatives.items()]
-    return ChosenLogprob(token=score.text, logprob=score.logprob, bytes=_bytes(score.text), top_logprobs=tops)
-
-
-def _bytes(token: str) -> list[int]:
-    part_of_one = token.startswith("bytes:")
-    return list(bytes.fromhex(token.removeprefix("bytes:")) if part_of_one else token.encode())
+    tops = [TokenLogprob(token=shown(part), logprob=lp, bytes=list(part)) for part, lp in score.alternatives]
+    return ChosenLogprob(token=shown(score.part), logprob=score.logprob, bytes=list(score.part), top_logprobs=tops)

@@ -16,6 +16,7 @@ from mhmoe_ray.serve.http.errors import RequestError
 from mhmoe_ray.serve.http.schema import MOST_CHOICES, Choice, Completion, CompletionRequest, Logprobs, Usage
 from mhmoe_ray.serve.http.service import Service
 from mhmoe_ray.serve.http.stream import DESCRIBED
+from mhmoe_ray.serve.text import shown
 
 
 def router(service: Service) -> APIRouter:
@@ -80,18 +81,23 @@ class _Offsets:
 
     def logprobs(self, scores: Sequence[ScoredText]) -> Logprobs:
         return Logprobs(
-            tokens=[score.text for score in scores],
+            tokens=[shown(score.part) for score in scores],
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=[score.alternatives if score.logprob is not None else None for score in scores],
+            top_logprobs=[None if score.logprob is None else _tops(score) for score in scores],
             text_offset=[self._place(score) for score in scores],
         )
 
     def _place(self, score: ScoredText) -> int:
-        text = score.text
-        if text.startswith("bytes:"):  # part of a character
-            self._bytes += bytes.fromhex(text.removeprefix("bytes:"))
+        try:
+            text = score.part.decode()
+        except UnicodeDecodeError:  # part of a character
+            self._bytes += score.part
             return self._at
         self._at += len(self._bytes.decode("utf-8", "replace"))
         self._bytes = b""
         place, self._at = self._at, self._at + len(text) * score.in_text
         return place
+
+
+def _tops(score: ScoredText) -> dict[str, float]:
+    return {shown(part): logprob for part, logprob in score.alternatives}

@@ -119,7 +119,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         503: "The server cannot answer, or did not in time.",
     }.items()
 }
-"""Of every route that takes a body, for the API's description."""
+"""Of all routes that ask for a key, for the API's description."""
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     RequestError: _refused,

@@ -35,7 +35,7 @@ class Spent(NamedTuple):
 
 
 class Limits:
-    """Of all clients, by name."""
+    """A `Counter` in this process. Of all clients, by name."""
 
     def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
         def bucket(per_minute: int | None) -> Bucket | None:
@@ -44,7 +44,7 @@ class Limits:
         self._requests = {key.name: bucket(key.requests_per_minute) for key in keys}
         self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
 
-    def begin(self, client: str) -> Spent | None:
+    async def begin(self, client: str) -> Spent | None:
         """One request more of a client's, unless it has had its share."""
         requests = self._requests.get(client)
         for what, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
@@ -66,19 +66,6 @@ class Counter(Protocol):
     async def begin(self, client: str) -> Spent | None: ...
 
     def used(self, client: str, tokens: int) -> None: ...
-
-
-class Here:
-    """In this process, which is the only one."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-
-    async def begin(self, client: str) -> Spent | None:
-        return self._limits.begin(client)
-
-    def used(self, client: str, tokens: int) -> None:
-        self._limits.used(client, tokens)
 
 
 def any_limit(keys: Sequence[KeySpec]) -> bool:

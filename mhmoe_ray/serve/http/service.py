@@ -48,7 +48,7 @@ class Service:
         return tuple(ids)
 
     def _check_tokens(self, ids: Iterable[int], param: str) -> None:
-        known = self.answerer.tokenizer.get_vocab_size()
+        known = self.answerer.tokens
         if unknown := next((token for token in ids if token >= known), None):
             raise RequestError(400, f"{param!r}: there is no token {unknown}; there are {known}", param)
 

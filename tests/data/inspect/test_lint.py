@@ -48,8 +48,8 @@ def test_sound_text_has_no_problem(folder):
 
 def test_damaged_texts_by_domain_with_their_places(folder):
     write_documents(folder / "raw/a/web.jsonl", ["lost \ufffd", "too \ufffd", *documents("x", 2), "a <|endoftext|> b"])
-    special, lost = of_spec(folder)
-    assert (special.rule, special.severe, special.where, special.count) == ("special-token", True, "web/a", 1)
+    lost, special = of_spec(folder)
+    assert (special.rule, special.severe, special.where, special.count) == ("special-token", False, "web/a", 1)
     assert special.examples == [(f"{folder}/raw/a/web.jsonl:5", "'a <|endoftext|> b'")]
     assert (lost.rule, lost.severe, lost.count) == ("replacement-character", False, 2)
     assert [place for place, _ in lost.examples] == [f"{folder}/raw/a/web.jsonl:{line}" for line in (1, 2)]
@@ -85,6 +85,9 @@ def test_files_that_no_format_takes(folder):
     assert {place for place, _ in problem.examples} == {f"{folder}/raw/README.md", f"{folder}/raw/b/old.csv"}
     shares = {"sources": {"web": {"path": "raw", "shares": {"a": 1}}}}
     assert of_spec(folder, **shares) == [], "only what is in folders that are read"
+    write_documents(folder / "raw/top.jsonl", documents("top", 40))
+    shares = {"sources": {"web": {"path": "raw", "shares": {"all": 1}}}}
+    assert only(of_spec(folder, **shares)).examples == [(f"{folder}/raw/README.md", "")]
 
 
 def test_files_beside_redpajama_v2s_are_no_problem(tmp_path):

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.inspect.figures import EXAMPLES, Figures, Place, total
-from mhmoe_ray.data.inspect.lengths import histogram
 from mhmoe_ray.data.inspect.result import lines_of, survey_in
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Reason
-from tests.data.inspect.surveys import survey_serially
+from mhmoe_ray.data.tokenizer import DocumentEncoder
+from tests.data.inspect.surveys import histogram, survey_serially
 from tests.data.sources.read import data_spec
 from tests.data.texts import documents, write_corpus, write_documents, write_lines
 from tests.llama_tokenizer import llama_tokenizer
@@ -51,6 +51,17 @@ def test_figures_of_a_corpus(tmp_path, tokenizer):
     longest = max(texts["web/b"], key=len)
     place = Place(str(tmp_path / "raw/b/three.jsonl.gz"), texts["web/b"].index(longest) + 1)
     assert found.domains["web/b"].whole.longest_at == place
+
+
+def test_tokens_are_counted_as_preparing_encodes_them(tmp_path, tokenizer):
+    """Letters that spell a special token are letters."""
+    texts = ["<s>struck</s> out", "nothing special", "</s>"]
+    write_documents(tmp_path / "raw" / "x.jsonl", texts)
+    made, path = tokenizer
+    whole = survey_serially(data_spec(tmp_path / "raw"), path).domains["web/all"].whole
+    prepared = sum(map(len, DocumentEncoder(made).encode(texts)))
+    assert whole.tokens + whole.documents == prepared
+    assert whole.tokens > sum(len(made.encode(text, add_special_tokens=False).ids) for text in texts)
 
 
 DOCUMENTS = st.lists(st.tuples(st.sampled_from("ab c\né漢"), st.integers(1, 70), st.integers(0, 3)), max_size=12)

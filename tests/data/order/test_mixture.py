@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order.interleave import DOMAIN_ERROR
 from mhmoe_ray.data.order.mixture import mixture
 from mhmoe_ray.errors import DataError
+from tests.data.order.plain_order import DOMAIN_ERROR
 from tests.data.shards.manifests import T, manifest_of
 from tests.specs import tiny_spec
 

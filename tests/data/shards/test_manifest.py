@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import check_recipe, recipe
+from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest, recipe
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import manifest_of
 from tests.specs import tiny_spec
@@ -39,3 +39,20 @@ def test_another_way_to_train_one_is_another_folder(tmp_path, keys, message):
     check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data={"tokenizer_model": "bpe", "tokenizer_train_mb": 20}))
     with pytest.raises(DataError, match=message):
         check_recipe(tmp_path, manifest, tiny_spec(tmp_path, data=keys))
+
+
+def test_a_manifest_that_cannot_be_read_now_costs_nobody_the_folder(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)") as raised:
+        read_data_manifest(tmp_path)
+    assert "remove" not in str(raised.value)
+
+
+def test_a_folder_without_a_whole_manifest_is_none_of_ours(tmp_path):
+    assert read_data_manifest(tmp_path / "nowhere") is None
+    with pytest.raises(DataError, match=r"it has no manifest\.json; set data\.prepared to another folder"):
+        read_data_manifest(tmp_path)
+    for content in ('{"recipe": {', "{}", "\xff"):
+        (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
+        with pytest.raises(DataError, match=r"is damaged, or another version's; set data\.prepared"):
+            read_data_manifest(tmp_path)

@@ -57,6 +57,9 @@ def test_a_pattern_and_a_format_take_files_of_any_name(tmp_path):
         found(tmp_path)
     assert texts(read(tmp_path / "a" / "shard-*", format="jsonl")[0]) == ["text"]
     assert texts(read(tmp_path / "a" / "shard-1", format="jsonl")[0]) == ["text"]
+    write_documents(tmp_path / "a" / "shard-2", ["text"])
+    for pattern in ("shard-*", "shard-?", "shard-[12]"):
+        assert texts(read(tmp_path / "a" / pattern, format="jsonl")[0]) == ["text", "text"]
 
 
 def test_a_folder_may_be_named_like_a_pattern(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import RawFile, find_files
 from mhmoe_ray.data.tokenizer import sample
 from mhmoe_ray.data.tokenizer.sample import domain_budgets, file_budgets, sample_texts
@@ -93,6 +94,16 @@ def test_a_sample_is_spread_over_every_file(corpus, monkeypatch):
         places = sorted(starts[t[:20]] for t in found if t[:20] in starts)
         assert len(places) == len(set(places)) > 40
         assert max(b - a for a, b in itertools.pairwise([0, *places, 400])) < 60
+
+
+def test_documents_that_are_held_out_are_as_likely_in_a_sample_as_others(corpus):
+    spec, files, made = corpus
+    found = tuple(sample_texts(files, spec))
+    texts = [text for texts in made.values() for text in texts]
+    sampled = [text for text in texts if text.startswith(found)]
+    assert len(sampled) > 100
+    shares = [sum(is_validation(text, 0.1) for text in some) / len(some) for some in (texts, sampled)]
+    assert shares[1] == pytest.approx(shares[0], abs=0.08)
 
 
 def test_a_huge_file_is_not_read_to_its_end(corpus, monkeypatch):
