@@ -53,7 +53,7 @@ class MistakesAreFinal(DefaultFailurePolicy):  # type: ignore[misc]
 
 def error_of_ours(error: Exception) -> MhmoeError | None:
     """That of any rank inside an error of Ray Train's; when one rank fails, others fail in their exchanges with it."""
-    causes = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    causes = getattr(error, "worker_failures", {}).values()
     return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)
 
 
