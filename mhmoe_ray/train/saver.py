@@ -46,13 +46,14 @@ class _Copy(NamedTuple):
 class Saver:
     """Of one rank. All ranks call the same methods in the same order."""
 
-    def __init__(self, run: RunDir, trainer: Trainer, group: int) -> None:
+    def __init__(self, run: RunDir, trainer: Trainer, group: int, on_piece: Callable[[], None] = lambda: None) -> None:
         """Args:
         run: that the checkpoints are of.
         trainer: whose state they are.
         group: number of this start of the workers, in the checkpoints' names: no other start writes to the same.
+        on_piece: called in the background, as long as writing gets on.
         """
-        self._run, self._trainer, self._group = run, trainer, group
+        self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         trainer.before_update = self._until_copied
         # However long the others take to write: whoever hangs is the watchdog's concern.
         patience = timedelta(days=1)
@@ -180,9 +181,7 @@ class Saver:
             written = {}
             for part in PARTS:
                 slices = {copy.name: copy.slice for copy in share if copy.part == part}
-                written[f"{part}/{file_name(rank)}"] = save_slices(
-                    checkpoint / part, slices, rank, self._trainer.on_progress
-                )
+                written[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank, self._on_piece)
             return written
 
         def finish() -> None:

@@ -75,7 +75,7 @@ class Worker:
         self.group, restored = self._agree()
         if restored:
             restore(self.trainer, *restored)
-        self.saver = Saver(run, self.trainer, self.group)
+        self.saver = Saver(run, self.trainer, self.group, on_piece=pulse.stir)
         self.start = self.trainer.step
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
         if rank == 0:
