@@ -182,6 +182,25 @@ def test_a_compiler_that_fails_is_a_reason_in_one_line(tmp_path):
 
 
 @runs_here
+def test_a_library_that_cannot_be_loaded_is_a_reason_too(tmp_path):
+    """As in a cache without leave to execute, or of a machine with another C library."""
+    assert said(start(tmp_path)) == "None"
+    [library] = (tmp_path / "mhmoe").iterdir()
+    library.unlink()
+    library.write_text("no library")
+    assert said(start(tmp_path)) == f"what was compiled cannot be loaded: {library}: file too short"
+
+
+@runs_here
+def test_a_library_that_cannot_be_moved_to_its_place_is_a_reason_too(tmp_path):
+    compiler = tmp_path / "c++"  # a folder is in its place
+    in_the_way = '[ "$1" = -shared ] && mkdir -p "$(dirname "$(dirname "$4")")/$(basename "$4")/x"'
+    compiler.write_text(f'#!/bin/sh\n{in_the_way}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    assert said(start(tmp_path, CXX=str(compiler))).startswith("what was compiled cannot be kept: ")
+
+
+@runs_here
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
