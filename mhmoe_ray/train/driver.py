@@ -43,11 +43,11 @@ def drive(run: RunDir, attempt: int) -> None:
     spec = run.spec()
     _prepare(run, spec)
     if newest := newest_checkpoint(run, parts=()):
-        _check_data(spec, newest[1])
-    if newest and newest[1].step >= spec.train.steps:
+        _check_data(spec, newest.manifest)
+    if newest and newest.manifest.step >= spec.train.steps:
         whole = newest_checkpoint(run, describe=describe_together)
-        if whole and whole[1].step >= spec.train.steps:
-            events.record(run, "finished", step=whole[1].step)
+        if whole and whole.manifest.step >= spec.train.steps:
+            events.record(run, "finished", step=whole.manifest.step)
             return
     workers = spec.cluster.workers
     watchdog = Watchdog.start(run, spec.cluster.hang_seconds)

@@ -71,12 +71,14 @@ class StreamFromNewest(ray.train.DataConfig):  # type: ignore[misc]
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """`datasets` has the names alone."""
         newest = newest_checkpoint(self._run, describe=describe_together)
-        for error in newest[2] if newest else []:
+        for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
         for folder in unfinished(self._run):
             remove_tree(folder)
-        name, step, position = (newest[0].name, newest[1].step, newest[1].position) if newest else (None, 0, 0)
+        name, step, position = None, 0, 0
+        if newest:
+            name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
         events.record(self._run, "restoring", name=name, step=step)
         stream = training_stream(self._spec, position, world_size)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)

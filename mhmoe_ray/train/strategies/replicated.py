@@ -80,7 +80,8 @@ class Strategy:
         return self._as_global({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named})
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; zero before the first step."""
+        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; there are none before the first
+        step or `begin_at`."""
         state = self.optimizer.state
         found: dict[str, Tensor] = {}
         for moment in MOMENTS:
