@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_ray.model.balance import balance_loss, z_loss
+from mhmoe_ray.model.balance import balance_loss, route_counts, z_loss
 from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.spec import MoESpec
 
@@ -117,7 +117,7 @@ class Router(nn.Module):
         expert_NK, gate_NK, probability_NE = self.choose(logits_NE)
         places = moe.places(rows) if self.training else None
         kept_NK = self._kept(expert_NK, gate_NK, places, generator)
-        count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
+        count_E = route_counts(expert_NK, moe.experts, kept_NK)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
         return Routing(
             expert_NK,

@@ -112,7 +112,7 @@ class Worker:
             batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
             try:
-                update = trainer.update()
+                update = trainer.update(sums)
             except JobError:
                 self.saver.wait()  # a checkpoint that is being written is worth having, the more so now
                 raise
@@ -190,7 +190,7 @@ class Worker:
         count_LE = routes.sum(0).long().view_as(sums.count_LE)
         digest = combine_digests(int(d) for d in digests.T.flatten())  # r's j-th micro-batch is number j * world + r
         all_sent = Sent(int(rows), int(counts), int(between_nodes))
-        whole = Totals(loss, balance, dropped, count_LE, all_sent, int(least), digest)
+        whole = Totals(sums.targets, loss, balance, dropped, count_LE, all_sent, int(least), digest)
         longest, seconds = Waits(data_wait, exchange_wait), time.monotonic() - began
         line = step_line(spec, trainer, self.group, whole, longest, update, seconds)
         return line, count_LE, waited, bool(stops), bool(leaves)

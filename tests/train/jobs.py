@@ -72,11 +72,11 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
             first = whole(trainer.strategy.gradients())
-        norms.append(trainer.update().norm)
+        norms.append(trainer.update(sums).norm)
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
-        losses.append(float(total) / trainer.targets)
+        losses.append(float(total) / sums.targets)
     return {
         "gradients": first,
         "losses": losses,
@@ -96,8 +96,8 @@ def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None
 
 def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
     for step in range(trainer.step, trainer.step + steps):
-        trainer.accumulate(batches(spec, step, trainer))
-        trainer.update()
+        sums = trainer.accumulate(batches(spec, step, trainer))
+        trainer.update(sums)
 
 
 def save(run: RunDir, trainer: Trainer) -> None:
@@ -120,11 +120,11 @@ def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[s
 def _step(spec: RunSpec, step: int, trainer: Trainer) -> float:
     """The mean loss of a step, over all ranks."""
     sums = trainer.accumulate(batches(spec, step, trainer))
-    trainer.update()
+    trainer.update(sums)
     total = torch.tensor(sums.loss, dtype=torch.float64)
     if trainer.mesh.world > 1:
         dist.all_reduce(total)
-    return float(total) / trainer.targets
+    return float(total) / sums.targets
 
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
@@ -143,5 +143,5 @@ def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
             layer.head.weight.zero_()
             layer.router.scores.weight_ED[2:] = 1.0
     sums = trainer.accumulate(batches(spec, 0, trainer))
-    trainer.update()
+    trainer.update(sums)
     return {"counts": sums.count_LE, "weights": [p.detach().clone() for p in trainer.model.parameters()]}
