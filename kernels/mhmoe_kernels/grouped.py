@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from mhmoe_kernels.permute import combine, permute, plan_routes
 from mhmoe_kernels.pieces import Piece, pieces
 from mhmoe_kernels.sorted_swiglu import swiglu_sorted
-from mhmoe_kernels.weights import ExpertWeights, swiglu
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 
 def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
@@ -26,7 +26,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         counts: rows per expert, adding up to R.
         weights: len(counts) experts.
     """
-    if weights.function is swiglu:
+    if isinstance(weights.function, Swiglu):
         gate_EFD, up_EFD, down_EDF = weights.stacked
         return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF, weights.recompute)
     # unbind and split, not indexing: their backward puts parts together once instead of adding full-size tensors.

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhmoe_kernels import wide
 from mhmoe_ray.model.attention import Attend, Attention, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
-from mhmoe_ray.model.router import Routing, wide
+from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 R = TypeVar("R")

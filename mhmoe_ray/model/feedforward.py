@@ -1,13 +1,12 @@
 """Feed-forward parts: the backbone's dense layer, its norm, and the stack of experts, which are the same function."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mhmoe_kernels import ExpertWeights, choose, gelu_subln, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, Function, GeluSubln, Swiglu, choose, run_experts
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
@@ -20,8 +19,8 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return (nn.RMSNorm if spec.backbone == "llama" else nn.LayerNorm)(spec.d_model, spec.norm_eps)
 
 
-def _function(spec: ModelSpec) -> Callable[..., Tensor]:
-    return swiglu if spec.backbone == "llama" else partial(gelu_subln, eps=spec.norm_eps)
+def _function(spec: ModelSpec) -> Function:
+    return Swiglu() if spec.backbone == "llama" else GeluSubln(spec.norm_eps)
 
 
 class FeedForward(nn.Module):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhmoe_kernels import wide
 from mhmoe_ray.model.balance import balance_loss, route_counts, z_loss
 from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.spec import MoESpec
@@ -28,11 +29,6 @@ class Routing(NamedTuple):
     """Routes that were not kept, int64 scalar."""
     places: int | None
     """Rows that an expert takes at most, where routing is static; None where it is dropless."""
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32: of two scores that bfloat16 cannot tell apart, one must still be the larger."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 class LinearScores(nn.Module):

@@ -5,10 +5,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mhmoe_kernels import wide
 from mhmoe_kernels.packed import PackedMatrix, packed, run_packed
 from mhmoe_ray.model.decoder import Block, Decoder
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
-from mhmoe_ray.model.router import Router, Routing, wide
+from mhmoe_ray.model.router import Router, Routing
 
 
 class PackedLinear(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhmoe_kernels.cpp.build import BuildError, library
 from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, swiglu
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 
 def why_not(device: torch.device) -> str | None:
@@ -44,7 +44,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         weights: len(counts) experts.
 
     Raises:
-        ValueError: for sizes or a function that it does not compute.
+        ValueError: for sizes or experts that it does not compute.
         TypeError: for a dtype.
         RuntimeError: where `why_not` has a reason.
     """
@@ -59,7 +59,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
 
 
 def _refusal(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
-    if weights.function is not swiglu:
+    if not isinstance(weights.function, Swiglu):
         return ValueError("kernel cpp computes SwiGLU experts only")
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} != {torch.bfloat16}:
         return TypeError("kernel cpp computes in bfloat16 only")

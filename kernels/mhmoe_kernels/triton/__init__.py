@@ -26,7 +26,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
     """See `mhmoe_kernels.run_experts`. float32 and bfloat16; sums are float32, and bitwise the same each time.
 
     Raises:
-        TypeError: for a function or dtype that no kernel here computes.
+        TypeError: for a dtype that no kernel here computes.
         RuntimeError: where `why_not` has a reason.
     """
     if reason := why_not(x_ND.device):
