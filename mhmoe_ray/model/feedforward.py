@@ -89,9 +89,7 @@ class Experts(nn.Module):
 
     def backend(self, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
         """The kernel that rows like `x_ND`, which are cast, go through."""
-        # Without a limit there is no static layout.
-        kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
-        return choose(kernel, x_ND, weights)
+        return choose(self.kernel, x_ND, weights, places)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and the experts held here, in autocast's dtype where it is on."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels.cpp.build import BuildError, library
-from mhmoe_kernels.permute import combine, permute, plan_routes
+from mhmoe_kernels.grouped import sort_first
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 
@@ -31,8 +31,7 @@ def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """See `mhmoe_kernels.run_experts`, and `run_sorted` for what it raises."""
-    plan = plan_routes(expert_NK, len(weights.stacked[0]))
-    return combine(run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights), gate_NK, plan)
+    return sort_first(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
