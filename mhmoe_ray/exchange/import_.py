@@ -20,7 +20,7 @@ from mhmoe_ray.runs.layout import CHAT_TEMPLATE, RunDir, new_directory
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.state import mark_imported
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.run import NAME
+from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 
 
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
@@ -96,9 +96,10 @@ def _chat_template(source: Path) -> str | None:
 
 def _name(source: Path, name: str | None) -> str:
     if name is None:
-        return re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:41].strip("-") or "imported"
+        name = re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:NAME_LENGTH].strip("-")
+        return name or "imported"
     if not re.fullmatch(NAME, name):
-        why = "it is not made of lower-case letters, digits and dashes, 41 at most"
+        why = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
         raise SpecError(f"name {name}", why, "choose another --name")
     return name
 

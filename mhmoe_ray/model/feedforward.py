@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import ExpertWeights, Function, GeluSubln, Swiglu, choose, run_experts
+from mhmoe_ray.model.held import local
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
@@ -94,8 +94,7 @@ class Experts(nn.Module):
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and the experts held here, in autocast's dtype where it is on."""
         # Where training slices experts over ranks, these are DTensors of what this rank holds.
-        held = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters())
-        x_ND, *stacked = _for_autocast(x_ND, tuple(held))
+        x_ND, *stacked = _for_autocast(x_ND, tuple(local(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 

@@ -20,7 +20,8 @@ ELSEWHERE = {"cluster", "serve", "tracking"}
 XPOS_TOKENS = 32_768
 """Keys grow by (7/2)^(1/512) with each position, and overflow some 3,500 tokens later; as many times less than float32
 holds is left for what is rotated."""
-NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
+NAME_LENGTH = 41
+NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):

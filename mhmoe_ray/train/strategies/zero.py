@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.held import local
 from mhmoe_ray.spec import TrainSpec
 from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import Mesh
@@ -154,13 +154,13 @@ class Zero(Strategy):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.model.named_parameters():
-            weight = _local(weights[name])
+            weight = local(weights[name])
             if self._stage == 3:  # what forward reads and what the optimizer updates are two copies there
                 with GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(weight)
             safe_set_full_fp32_param(parameter, weight)
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, _local(moments[f"{moment}.{name}"]), moment)
+                safe_set_full_optimizer_state(parameter, local(moments[f"{moment}.{name}"]), moment)
 
 
 def _compile_nothing() -> None:
@@ -170,10 +170,6 @@ def _compile_nothing() -> None:
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _with_marker(model: Decoder) -> nn.Module:
