@@ -56,6 +56,18 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Whole ones of the step, between `accumulate` and `update`. Collective."""
+    named = dict(trainer.model.named_parameters())
+    if trainer.strategy.gathers:
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {name: safe_get_full_grad(p) for name, p in named.items()}
+    else:
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    return whole(trainer.strategy._as_global(found))
+
+
 def held_out(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples that do not divide evenly, some of whose targets do not count."""
     g = torch.Generator().manual_seed(0)
@@ -71,7 +83,7 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
     for step in range(steps):
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
-            first = whole(trainer.strategy.gradients())
+            first = gradients(trainer)
         norms.append(trainer.update(sums).norm)
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:

@@ -74,11 +74,6 @@ class Strategy:
         what is shared out as slices of the whole. Views: to fill them is to load."""
         return self._as_global(self.model.tensors())
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Those of the step, between `finish` and `apply`, in the same way."""
-        named = self.model.named_parameters()
-        return self._as_global({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named})
-
     def moments(self) -> dict[str, Tensor]:
         """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; there are none before the first
         step or `begin_at`."""

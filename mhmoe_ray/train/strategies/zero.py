@@ -103,11 +103,6 @@ class Zero(Strategy):
     def weights(self) -> dict[str, Tensor]:
         return dict(self._weights())
 
-    def gradients(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_grad
-
-        return self._as_global({n: safe_get_full_grad(p) for n, p in self.model.named_parameters()})
-
     def moments(self) -> dict[str, Tensor]:
         return dict(self._moments())
 
