@@ -1,6 +1,6 @@
 """Sorting routes by expert and bringing them back. Both directions gather, forward and backward: no scatter-add."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,14 +44,12 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
     """x_RD: row n appears once per route, sorted by expert."""
-    result: Tensor = _Permute.apply(x_ND, plan)  # type: ignore[no-untyped-call]
-    return result
+    return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
     """y_n = sum_k gate_nk * out[slot_nk], added in float32 or wider, returned in the dtype of `out_RD`."""
-    result: Tensor = _Combine.apply(out_RD, gate_NK, plan)  # type: ignore[no-untyped-call]
-    return result
+    return _combine(out_RD, gate_NK, plan)
 
 
 class _Permute(torch.autograd.Function):
@@ -65,6 +63,9 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return F.embedding_bag(ctx.slot_NK, grad_RD, mode="sum"), None
+
+
+_permute: Callable[[Tensor, RoutePlan], Tensor] = _Permute.apply
 
 
 class _Combine(torch.autograd.Function):
@@ -96,6 +97,9 @@ class _Combine(torch.autograd.Function):
             torch.sum(wide(out_RD[at]) * grad, 1, out=grad_gate_R[at])
             grad_out_RD[at] = grad.mul_(gate_R1[at])
         return grad_out_RD, grad_gate_R[slot_R].view_as(gate_NK).to(gate_NK.dtype), None
+
+
+_combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _blocks(x_RD: Tensor) -> Iterator[slice]:

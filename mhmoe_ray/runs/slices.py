@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,7 +117,15 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
     return found
 
 
-def read_into(target: Slice, stored: StoredSlice, file: BinaryIO) -> int:
+class Readable(Protocol):
+    """An open file of bytes."""
+
+    def seek(self, offset: int, /) -> int: ...
+
+    def readinto(self, into: memoryview, /) -> int | None: ...
+
+
+def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
     """Fill what the two have in common, in the target's dtype; returns the number of values that are.
 
     Args:
@@ -148,9 +156,9 @@ def read_into(target: Slice, stored: StoredSlice, file: BinaryIO) -> int:
     return wanted.numel()
 
 
-def _fill(file: BinaryIO, into: memoryview) -> None:
+def _fill(file: Readable, into: memoryview) -> None:
     while into:
-        count = file.readinto(into)  # type: ignore[attr-defined]
+        count = file.readinto(into)
         if not count:
             raise ValueError("it ends too early")
         into = into[count:]

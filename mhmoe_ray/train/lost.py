@@ -20,7 +20,7 @@ LINES = 40
 LOG_SECONDS = 5
 
 
-class RecordLost(ray.train.UserCallback):  # type: ignore[misc]
+class RecordLost(ray.train.UserCallback):
     """Ray Train calls it in the process that watches over workers."""
 
     def __init__(self, run: RunDir) -> None:

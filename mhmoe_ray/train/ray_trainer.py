@@ -25,7 +25,7 @@ from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.hashing import describe_together
 
 
-class RunTrainer(TorchTrainer):  # type: ignore[misc]
+class RunTrainer(TorchTrainer):
     def __init__(self, run: RunDir, spec: RunSpec, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         self._run, self._spec = run, spec
@@ -40,7 +40,7 @@ class RunTrainer(TorchTrainer):  # type: ignore[misc]
         return super()._initialize_and_run_controller(**given)
 
 
-class MistakesAreFinal(DefaultFailurePolicy):  # type: ignore[misc]
+class MistakesAreFinal(DefaultFailurePolicy):
     """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
     finite. All else is tried again: workers that were killed, and storage, which may come back."""
 
@@ -57,7 +57,7 @@ def error_of_ours(error: Exception) -> MhmoeError | None:
     return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)
 
 
-class StreamFromNewest(ray.train.DataConfig):  # type: ignore[misc]
+class StreamFromNewest(ray.train.DataConfig):
     """Deals the training stream from the newest whole checkpoint on, to as many workers as a group has.
 
     Ray Train asks at every start of a group, when no worker runs, and here alone does it say how many there are. What

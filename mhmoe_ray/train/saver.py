@@ -31,6 +31,7 @@ from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
 from mhmoe_ray.train.step import Trainer
 
 T = TypeVar("T")
+_stream_of: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
 _FIX = "make room or mend the storage, then `mhmoe resume`: the checkpoint before it is whole"
 
 
@@ -59,8 +60,7 @@ class Saver:
         patience = timedelta(days=1)
         self._peers = dist.new_group(backend="gloo", timeout=patience) if trainer.mesh.world > 1 else None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
-        on_gpu = trainer.device.type == "cuda"
-        self._stream = torch.cuda.Stream(trainer.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(trainer.device) if trainer.device.type == "cuda" else None
         self._copied = Event()
         self._pause = 0.0
         prepared = trainer.spec.data.prepared / "manifest.json"

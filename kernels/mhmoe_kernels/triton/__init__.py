@@ -38,6 +38,6 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
     from mhmoe_kernels.triton.schedule import sort_routes
 
     kind = kind_of(weights.function)
-    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
         routes = sort_routes(expert_NK, len(weights.stacked[0]))
         return fused_experts(kind, x_ND, gate_NK, weights.stacked, routes)

@@ -78,8 +78,8 @@ class Zero(Strategy):
         mesh, devices = self.mesh, self.mesh.devices
         assert devices is not None
         for parameter in self._experts.values():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self._group_name  # type: ignore[attr-defined]
+            parameter.allreduce = False  # type: ignore[attr-defined]  # where DeepSpeed looks for it
+            parameter.group_name = self._group_name  # type: ignore[attr-defined]  # the same
         groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.ep_group
         groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = next(g for g in mesh.groups if mesh.rank in g)
         groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.dp_group
@@ -171,7 +171,7 @@ def _with_marker(model: Decoder) -> nn.Module:
     """The model, with an empty layer by whose class DeepSpeed knows that there are experts."""
     from deepspeed.moe.layer import MoE
 
-    class Marker(MoE):  # type: ignore[misc]
+    class Marker(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = 1
