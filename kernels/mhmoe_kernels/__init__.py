@@ -22,21 +22,23 @@ Shape suffixes, here and in mhmoe_ray.model:
     cpp/                experts as one fused kernel for CPUs
 """
 
-from mhmoe_kernels.permute import RoutePlan, combine, permute, plan_routes
+from mhmoe_kernels.permute import combine, permute, plan_routes
+from mhmoe_kernels.precision import wide
 from mhmoe_kernels.seam import BACKENDS, choose, run_experts, run_sorted_experts, why_not
-from mhmoe_kernels.weights import ExpertWeights, gelu_subln, swiglu
+from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
     "BACKENDS",
     "ExpertWeights",
-    "RoutePlan",
+    "Function",
+    "GeluSubln",
+    "Swiglu",
     "choose",
     "combine",
-    "gelu_subln",
     "permute",
     "plan_routes",
     "run_experts",
     "run_sorted_experts",
-    "swiglu",
     "why_not",
+    "wide",
 ]

@@ -17,7 +17,7 @@ def capacity(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWe
 
     First choices get places before second ones, so none that routing kept under this capacity is without one.
     """
-    experts, top_k = len(weights.stacked[0]), expert_NK.shape[1]
+    experts, top_k, places = len(weights.stacked[0]), expert_NK.shape[1], max(1, places)  # no rows make no places
     kept_NK = gate_NK != 0
     chosen_NKE = F.one_hot(expert_NK, experts) * kept_NK[..., None]
     first_KNE = chosen_NKE.transpose(0, 1).reshape(-1, experts)  # all first choices, then all second ones

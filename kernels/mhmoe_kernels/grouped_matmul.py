@@ -1,12 +1,11 @@
 """Both kinds of experts written over a grouped GEMM, which the caller brings: one product for all experts at once."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhmoe_kernels.weights import ExpertWeights, gelu_subln, swiglu
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """(x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its own expert. Rows are sorted by expert."""
@@ -17,18 +16,14 @@ def run_grouped(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
 
     Outside autocast, which makes a norm's output float32, and no grouped GEMM takes two dtypes.
     """
-    function = weights.function
-    if function is swiglu:
+    if isinstance(weights.function, Swiglu):
         return _swiglu(matmul, x_RD, *weights.stacked)
-    keywords = function.keywords if isinstance(function, partial) else {}
-    return _gelu_subln(matmul, x_RD, *weights.stacked, **keywords)
+    return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Whether the experts are of a kind known here, and their rows aligned as grouped GEMMs want: to 16 bytes."""
-    function = weights.function
-    known = function is swiglu or (function.func if isinstance(function, partial) else function) is gelu_subln
-    return known and all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
+    """Whether the experts' rows are aligned as grouped GEMMs want: to 16 bytes."""
+    return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 
 def _swiglu(matmul: Matmul, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -37,6 +32,7 @@ def _swiglu(matmul: Matmul, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down
 
 def _gelu_subln(
     matmul: Matmul,
+    eps: float,
     x_RD: Tensor,
     fc1_EFD: Tensor,
     fc1_bias_EF: Tensor,
@@ -44,8 +40,6 @@ def _gelu_subln(
     norm_bias_EF: Tensor,
     fc2_EDF: Tensor,
     fc2_bias_ED: Tensor,
-    *,
-    eps: float = 1e-5,
 ) -> Tensor:
     # An expert's vector comes to its rows as the product of a one with a matrix of that one column: the gradient, a sum
     # over the expert's rows, is then a grouped GEMM too, which adds in float32. Indexing would add in bfloat16.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.permute import combine, plan_routes
-from mhmoe_kernels.weights import gelu_subln, swiglu
+from mhmoe_kernels.weights import Function, Swiglu
 
 LIKELY_ROWS = 16
 """That the layout is chosen for; any others will do."""
@@ -45,26 +45,24 @@ class PackedMatrix:
         return y_NO
 
 
-Function = Callable[[Tensor], Tensor]
+Rows = Callable[[Tensor], Tensor]
 """x_ND -> y_ND."""
 
 
-def packed(function: Callable[..., Tensor], weights: Sequence[Tensor]) -> Function:
+def packed(function: Function, weights: Sequence[Tensor]) -> Rows:
     """A feed-forward layer, or one expert, of packed matrices.
 
     Args:
-        function: swiglu or gelu_subln, perhaps with its eps.
+        function: of its weights.
         weights: in the order of its arguments.
     """
-    if function is swiglu:
+    if isinstance(function, Swiglu):
         gate_FD, up_FD, down_DF = weights
         return partial(_swiglu, PackedMatrix(torch.cat([gate_FD, up_FD])), PackedMatrix(down_DF))
-    assert isinstance(function, partial)
-    assert function.func is gelu_subln
     fc1_FD, fc1_bias_F, norm_weight_F, norm_bias_F, fc2_DF, fc2_bias_D = weights
-    norm = partial(F.layer_norm, normalized_shape=norm_weight_F.shape, weight=norm_weight_F, bias=norm_bias_F)
-    fc1, fc2 = PackedMatrix(fc1_FD, fc1_bias_F), PackedMatrix(fc2_DF, fc2_bias_D)
-    return partial(_gelu_subln, fc1, partial(norm, **function.keywords), fc2)
+    shape, eps = norm_weight_F.shape, function.eps
+    norm = partial(F.layer_norm, normalized_shape=shape, weight=norm_weight_F, bias=norm_bias_F, eps=eps)
+    return partial(_gelu_subln, PackedMatrix(fc1_FD, fc1_bias_F), norm, PackedMatrix(fc2_DF, fc2_bias_D))
 
 
 def _swiglu(gate_up: PackedMatrix, down: PackedMatrix, x_ND: Tensor) -> Tensor:
@@ -72,11 +70,11 @@ def _swiglu(gate_up: PackedMatrix, down: PackedMatrix, x_ND: Tensor) -> Tensor:
     return down(F.silu(gate_NF).mul_(up_NF))
 
 
-def _gelu_subln(fc1: PackedMatrix, norm: Function, fc2: PackedMatrix, x_ND: Tensor) -> Tensor:
+def _gelu_subln(fc1: PackedMatrix, norm: Rows, fc2: PackedMatrix, x_ND: Tensor) -> Tensor:
     return fc2(norm(F.gelu(fc1(x_ND).float())))
 
 
-def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[Function]) -> Tensor:
+def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[Rows]) -> Tensor:
     """See `mhmoe_kernels.run_experts`; without a backward. Experts without rows are not touched."""
     plan = plan_routes(expert_NK, len(experts))
     parts = torch.split(x_ND.index_select(0, plan.row_R), plan.count_E.tolist())

@@ -1,12 +1,14 @@
 """Sorting routes by expert and bringing them back. Both directions gather, forward and backward: no scatter-add."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.precision import wide
 
 CACHED = 1 << 17
 """Values in float32 that a CPU's cache holds beside others of their kind."""
@@ -42,14 +44,12 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
     """x_RD: row n appears once per route, sorted by expert."""
-    result: Tensor = _Permute.apply(x_ND, plan)  # type: ignore[no-untyped-call]
-    return result
+    return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
     """y_n = sum_k gate_nk * out[slot_nk], added in float32 or wider, returned in the dtype of `out_RD`."""
-    result: Tensor = _Combine.apply(out_RD, gate_NK, plan)  # type: ignore[no-untyped-call]
-    return result
+    return _combine(out_RD, gate_NK, plan)
 
 
 class _Permute(torch.autograd.Function):
@@ -63,6 +63,9 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return F.embedding_bag(ctx.slot_NK, grad_RD, mode="sum"), None
+
+
+_permute: Callable[[Tensor, RoutePlan], Tensor] = _Permute.apply
 
 
 class _Combine(torch.autograd.Function):
@@ -88,20 +91,18 @@ class _Combine(torch.autograd.Function):
         gate_R1 = gate_NK.new_empty(len(out_RD), 1)
         gate_R1[slot_R, 0] = gate_NK.flatten()
         grad_out_RD = torch.empty_like(out_RD)
-        grad_gate_R = torch.empty(len(out_RD), dtype=_wide(gate_NK).dtype, device=gate_NK.device)
+        grad_gate_R = torch.empty(len(out_RD), dtype=wide(gate_NK).dtype, device=gate_NK.device)
         for at in _blocks(out_RD):
-            grad = _wide(grad_ND.index_select(0, plan.row_R[at]))
-            torch.sum(_wide(out_RD[at]) * grad, 1, out=grad_gate_R[at])
+            grad = wide(grad_ND.index_select(0, plan.row_R[at]))
+            torch.sum(wide(out_RD[at]) * grad, 1, out=grad_gate_R[at])
             grad_out_RD[at] = grad.mul_(gate_R1[at])
         return grad_out_RD, grad_gate_R[slot_R].view_as(gate_NK).to(gate_NK.dtype), None
+
+
+_combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _blocks(x_RD: Tensor) -> Iterator[slice]:
     """All rows at once; on a CPU so few that they stay in its cache, since each is read and written several times."""
     rows = max(1, CACHED // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, since sums over experts in bfloat16 lose what routing learns from."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
 from mhmoe_kernels.capacity import capacity
-from mhmoe_kernels.grouped import grouped, run_sorted
+from mhmoe_kernels.grouped import RunSorted, grouped, run_sorted
 from mhmoe_kernels.padded import padded
 from mhmoe_kernels.reference import reference
 from mhmoe_kernels.weights import ExpertWeights
@@ -23,16 +23,20 @@ class Backend(NamedTuple):
     """(x_ND, expert_NK, gate_NK, weights) -> y_ND."""
     why_not: Callable[[torch.device], str | None] = _anywhere
     """Why it cannot run on this device here, in one line; None where it can."""
+    run_sorted: RunSorted | None = None
+    """The same for rows that are sorted by expert, where it sorts them itself."""
     trains: bool = True
     """Whether it has a backward."""
+    takes_places: bool = False
+    """Whether it is for static routing: `run` is told the places of an expert too."""
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference),
-    "grouped": Backend(grouped),
-    "cpp": Backend(cpp.run, cpp.why_not),
+    "grouped": Backend(grouped, run_sorted=run_sorted),
+    "cpp": Backend(cpp.run, cpp.why_not, cpp.run_sorted),
     "padded": Backend(padded, trains=False),
-    "capacity": Backend(capacity),
+    "capacity": Backend(capacity, takes_places=True),
     "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),
 }
@@ -47,15 +51,17 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None if name == "auto" else BACKENDS[name].why_not(device)
 
 
-def choose(name: str, x_ND: Tensor, weights: ExpertWeights) -> str:
-    """The backend that a name means: a key of `BACKENDS`, or `auto` for what should be fastest here.
+def choose(name: str, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
+    """The backend that a name means: a key of `BACKENDS`, or `auto` for what should be fastest here. Where nothing is
+    dropped, one of static routing has no layout, and means `auto`.
 
     Args:
         name: as in `MoESpec.kernel`.
         x_ND: rows, in the dtype that experts get them in.
         weights: the experts.
+        places: as in `run_experts`.
     """
-    if name != "auto":
+    if name != "auto" and (places is not None or not BACKENDS[name].takes_places):
         return name
     if x_ND.device.type == "cuda":
         fused = x_ND.shape[1] <= FUSED_UP_TO and triton.why_not(x_ND.device) is None
@@ -74,34 +80,34 @@ def run_experts(
         expert_NK: int64, the K different experts of each row, each in 0..E-1.
         gate_NK: routing weights, in the dtype of x or float32; 0 for a route that was dropped.
         weights: the E experts.
-        places: rows that an expert takes at most, where routing is static; only `capacity` needs to know.
+        places: rows that an expert takes at most, where routing is static; for a backend that `takes_places`.
 
     Returns:
         y_ND in the dtype of x. Every route is computed, dropped ones with weight 0, but for `capacity`. N may be 0,
         and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on;
         a backend that does not train (`Backend.trains`) has none.
     """
-    run = BACKENDS[backend].run
-    more = {"places": places} if backend == "capacity" else {}
-    return run(x_ND, expert_NK, gate_NK, weights, **more)
+    found = BACKENDS[backend]
+    more = {"places": places} if found.takes_places else {}
+    return found.run(x_ND, expert_NK, gate_NK, weights, **more)
 
 
-def run_sorted_experts(backend: str, x_RD: Tensor, count_E: list[int], weights: ExpertWeights) -> Tensor:
+def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
     """Each row through its one expert, for rows that are sorted by expert.
 
     Args:
         backend: a key of `BACKENDS`.
-        x_RD: rows; the first count_E[0] belong to expert 0, and so on.
-        count_E: rows per expert, adding up to R.
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
         weights: the E experts.
 
     Returns:
         y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
     """
-    if backend in (sort_first := {"grouped": run_sorted, "cpp": cpp.run_sorted}):
-        return sort_first[backend](x_RD, count_E, weights)
+    if (ready := BACKENDS[backend].run_sorted) is not None:
+        return ready(x_RD, counts, weights)
     # The others take routes and sort them again. For `triton` these are R numbers: it reads rows where they lie.
-    expert_E = torch.arange(len(count_E), device=x_RD.device)
-    expert_R = expert_E.repeat_interleave(torch.tensor(count_E, device=x_RD.device), output_size=len(x_RD))
+    expert_E = torch.arange(len(counts), device=x_RD.device)
+    expert_R = expert_E.repeat_interleave(torch.tensor(counts, device=x_RD.device), output_size=len(x_RD))
     one_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
     return run_experts(backend, x_RD, expert_R[:, None], one_R1, weights)

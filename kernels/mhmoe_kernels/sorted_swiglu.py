@@ -8,6 +8,7 @@ A piece runs on its window (pieces.py), which may reach into the rows after it. 
 rows writes again; from sums over rows they are kept out by zeros.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ def swiglu_sorted(
         recompute: share of the rows whose hidden layer is not kept for the backward. In bfloat16 the gradient of an
             expert's weights is then rounded once per `PIECE` of these rows.
     """
-    result: Tensor = _SwiGLU.apply(x_RD, counts, recompute, gate_EFD, up_EFD, down_EDF)  # type: ignore[no-untyped-call]
-    return result
+    return _swiglu(x_RD, counts, recompute, gate_EFD, up_EFD, down_EDF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -90,6 +90,9 @@ class _SwiGLU(torch.autograd.Function):
             for gradient in gradients:
                 gradient[idle].zero_()
         return dx_RD, None, None, *gradients
+
+
+_swiglu: Callable[[Tensor, list[int], float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
 
 
 def _scratch(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:

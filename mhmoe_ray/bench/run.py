@@ -123,6 +123,6 @@ def a_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
             began = time.perf_counter()
         parts = (torch.from_numpy(whole).to(device).view(-1, b, whole.shape[1]) for whole in (token_ST, counts_ST))
         sums = trainer.accumulate([MicroBatch(*pair) for pair in zip(*parts, strict=True)])
-        trainer.update()
-        loss = sums.loss / max(1, trainer.targets)
+        trainer.update(sums)
+        loss = sums.loss / max(1, sums.targets)
     return {"seconds": time.perf_counter() - began, "loss": loss}

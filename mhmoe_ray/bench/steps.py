@@ -72,8 +72,8 @@ class Case:
     def step(self) -> float:
         """One step; returns its mean loss in nats per token."""
         sums = self.trainer.accumulate(self.batches)
-        self.trainer.update()
-        return sums.loss / self.trainer.targets
+        self.trainer.update(sums)
+        return sums.loss / sums.targets
 
 
 def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[Figures]:

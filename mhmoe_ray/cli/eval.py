@@ -44,10 +44,10 @@ def eval_(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval, by commas; `english` and `xnli` are the papers' lists.")
     ] = None,
-    task_folder: Annotated[list[Path], typer.Option(help="With tasks of your own, as lm-eval reads them.")] = [],  # noqa: B006
+    task_folder: Annotated[list[Path], typer.Option(help="With tasks of your own, as lm-eval reads them.")] = [],  # noqa: B006 - typer needs the list
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
     samples: SamplesOption = None,
-    set_: TextSetOption = [],  # noqa: B006
+    set_: TextSetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
     again: AgainOption = False,

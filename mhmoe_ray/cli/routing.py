@@ -27,7 +27,7 @@ def routing(
     run: RunArg = None,
     text: TextOption = [],  # noqa: B006 - typer needs the list
     samples: SamplesOption = None,
-    set_: TextSetOption = [],  # noqa: B006
+    set_: TextSetOption = [],  # noqa: B006 - typer needs the list
     checkpoint: CheckpointOption = None,
     gpus: GpusOption = None,
     again: AgainOption = False,

@@ -16,6 +16,7 @@ from mhmoe_ray.exchange.files import INDEX, write_files
 from mhmoe_ray.exchange.names import Entry, entries
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import copy_file, write_json
+from mhmoe_ray.runs.layout import CHAT_TEMPLATE
 from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.runs.tensors import load_tensors, stored_dtypes
 
@@ -27,7 +28,8 @@ class Exported(NamedTuple):
 
 
 def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
-    """Write safetensors with their index, config.json and tokenizer.json; one layer at a time is in memory.
+    """Write safetensors with their index, config.json, tokenizer.json and chat_template.jinja, if the run has one; one
+    layer at a time is in memory.
 
     Args:
         checkpoint: inside its run directory, already checked.
@@ -58,6 +60,8 @@ def _write(folder: Path, checkpoint: Location, manifest: Manifest, tokenizer: Lo
     groups, dtypes = entries(manifest.model), stored_dtypes(checkpoint / "weights")
     names = write_files(folder, _exported(checkpoint / "weights", groups, dtypes), len(groups))
     copy_file(tokenizer, folder / "tokenizer.json")
+    if (template := tokenizer.parent / CHAT_TEMPLATE).exists():
+        copy_file(template, folder / CHAT_TEMPLATE)
     edges = boundaries(load_tokenizer(tokenizer, manifest.model.vocab_size))
     main = dtypes["embedding.weight"]
     config = to_config(

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.runs.slices import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 
 class Stored:
@@ -51,10 +52,10 @@ class Stored:
         CheckpointError: its numbers are not floats of 16 to 64 bits.
         """
         found = self._slice(name).get_dtype()
-        if found not in DTYPES:
-            why = f"{name} is stored as {found}, and only {', '.join(DTYPES)} are understood"
+        if found not in FLOATS:
+            why = f"{name} is stored as {found}, and only {', '.join(FLOATS)} are understood"
             raise CheckpointError(f"folder {self._folder}", why, "use weights that are not quantised")
-        return DTYPES[found]
+        return FLOATS[found]
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)

@@ -16,11 +16,11 @@ from mhmoe_ray.exchange.names import Entry, entries
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
-from mhmoe_ray.runs.layout import RunDir, new_directory
+from mhmoe_ray.runs.layout import CHAT_TEMPLATE, RunDir, new_directory
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
 from mhmoe_ray.runs.state import mark_imported
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.run import NAME
+from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 
 
 def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: int | None) -> RunDir:
@@ -49,6 +49,7 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         why = "its tokenizer.json is not the one the model was trained with"
         raise CheckpointError(f"folder {source}", why, "restore that file")
     load_tokenizer(tokenizer, config.model.vocab_size)
+    template = _chat_template(source)
     with open_stored(source) as stored:
         groups = entries(config.model)
         _check_tensors(source, stored, groups)
@@ -56,8 +57,8 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         folder = root.absolute() / run.id
         try:
             copy_file(tokenizer, run.tokenizer_file)
-            if template := _chat_template(source):
-                (folder / run.chat_template_file.name).write_text(template)
+            if template:
+                (folder / CHAT_TEMPLATE).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
             write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
@@ -74,19 +75,31 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
 
 
 def _chat_template(source: Path) -> str | None:
-    """A file of its own, or in older folders an entry of the tokenizer's settings."""
-    file, settings = source / "chat_template.jinja", source / "tokenizer_config.json"
-    if file.exists():
-        return file.read_text()
-    found = json.loads(settings.read_text()).get("chat_template") if settings.exists() else None
-    return found if isinstance(found, str) else None
+    """A file of its own, or in older folders an entry of the tokenizer's settings.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file, settings = source / CHAT_TEMPLATE, source / "tokenizer_config.json"
+    read = file if file.exists() else settings
+    try:
+        if read == file:
+            return file.read_text()
+        found = json.loads(settings.read_text()) if settings.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"folder {source}", f"{read.name} cannot be read ({e})", "get the folder again") from e
+    template = found.get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def _name(source: Path, name: str | None) -> str:
     if name is None:
-        return re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:41].strip("-") or "imported"
+        name = re.sub("[^a-z0-9]+", "-", source.absolute().name.lower()).strip("-")[:NAME_LENGTH].strip("-")
+        return name or "imported"
     if not re.fullmatch(NAME, name):
-        why = "it is not made of lower-case letters, digits and dashes, 41 at most"
+        why = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
         raise SpecError(f"name {name}", why, "choose another --name")
     return name
 

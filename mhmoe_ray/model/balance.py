@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
+    """Of each expert, int64; of all routes or of those kept. Not bincount, which makes the host wait for a GPU."""
+    weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
+    zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
+    return zero_E.scatter_add_(0, expert_NK.flatten(), weight_NK.flatten())
+
+
 def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
     """E * sum_e mean_n(p_ne) * share of the given choices that are e, before any drop.
 
@@ -14,7 +21,7 @@ def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
     probabilities alone.
     """
     experts = probability_NE.shape[1]
-    share_E = torch.bincount(expert_NK.flatten(), minlength=experts).to(probability_NE.dtype) / expert_NK.numel()
+    share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
     return experts * (probability_NE.mean(0) * share_E).sum()
 
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhmoe_kernels import wide
 from mhmoe_ray.model.attention import Attend, Attention, Rotary, document_mask, rotary
 from mhmoe_ray.model.feedforward import FeedForward, make_norm
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
-from mhmoe_ray.model.router import Routing, wide
+from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 R = TypeVar("R")
@@ -43,16 +44,16 @@ class Block(nn.Module):
         self.attention_norm = make_norm(spec)
         self.attention = Attention(spec)
         self.ffn_norm = make_norm(spec)
-        if spec.is_moe_layer(layer):
-            self.moe = MultiHeadMoE(spec, held)
-        else:
+        self.moe = MultiHeadMoE(spec, held) if spec.is_moe_layer(layer) else None
+        self.ffn: FeedForward | None = None
+        if self.moe is None:
             assert spec.d_ff is not None
             self.ffn = FeedForward(spec, spec.d_ff)
 
     @property
     def is_spread(self) -> bool:
         """Whether experts of its layer are on other ranks."""
-        return hasattr(self, "moe") and self.moe.dispatch is not dispatch_locally
+        return self.moe is not None and self.moe.dispatch is not dispatch_locally
 
     def forward(
         self,
@@ -81,9 +82,10 @@ class Block(nn.Module):
         x_BTM = _recomputed(attend, x_BTM) if recompute else attend(x_BTM)
         generator = made[0]  # where attention has left it
         y_BTM = self.ffn_norm(x_BTM)
-        if hasattr(self, "moe"):
+        if self.moe is not None:
             y_BTM, routing = self.moe(y_BTM, generator)  # dropout is inside, on each expert's output
             return x_BTM + y_BTM, routing
+        assert self.ffn is not None
         return x_BTM + dropout(self.ffn(y_BTM), self.dropout, generator), None
 
 

@@ -1,13 +1,12 @@
 """Feed-forward parts: the backbone's dense layer, its norm, and the stack of experts, which are the same function."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from mhmoe_kernels import ExpertWeights, choose, gelu_subln, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, Function, GeluSubln, Swiglu, choose, run_experts
+from mhmoe_ray.model.held import local
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
@@ -20,8 +19,8 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return (nn.RMSNorm if spec.backbone == "llama" else nn.LayerNorm)(spec.d_model, spec.norm_eps)
 
 
-def _function(spec: ModelSpec) -> Callable[..., Tensor]:
-    return swiglu if spec.backbone == "llama" else partial(gelu_subln, eps=spec.norm_eps)
+def _function(spec: ModelSpec) -> Function:
+    return Swiglu() if spec.backbone == "llama" else GeluSubln(spec.norm_eps)
 
 
 class FeedForward(nn.Module):
@@ -100,15 +99,12 @@ class Experts(nn.Module):
 
     def backend(self, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
         """The kernel that rows like `x_ND`, which are cast, go through."""
-        # Without a limit there is no static layout.
-        kernel = "auto" if self.kernel == "capacity" and places is None else self.kernel
-        return choose(kernel, x_ND, weights)
+        return choose(self.kernel, x_ND, weights, places)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
         """Rows and the experts held here, in autocast's dtype where it is on."""
         # Where training slices experts over ranks, these are DTensors of what this rank holds.
-        held = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters())
-        x_ND, *stacked = _for_autocast(x_ND, tuple(held))
+        x_ND, *stacked = _for_autocast(x_ND, tuple(local(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 

@@ -1,16 +1,16 @@
 """Initial weights as a pure function of (seed, tensor name, global expert id): the same at any number of ranks."""
 
-import hashlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
+from mhmoe_ray.model.held import local, offset
+from mhmoe_ray.model.noise import seeded_generator
 from mhmoe_ray.model.router import XMoEScores
 
 
@@ -42,25 +42,17 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}"
-            here, offset = _held(tensor)
+            here, at = local(tensor), offset(tensor)
             if isinstance(module, Experts):
-                first = offset[0] if isinstance(tensor, DTensor) else module.held.start
+                first = at[0] if isinstance(tensor, DTensor) else module.held.start
                 for expert, weight in enumerate(here, start=first):
-                    weight.copy_(_drawn(module, full, weight, _generator(seed, f"{full}.{expert}"), scale))
+                    weight.copy_(_drawn(module, full, weight, seeded_generator(f"{seed}:{full}.{expert}"), scale))
             else:
-                whole = _drawn(module, full, tensor, _generator(seed, full), scale)
-                here.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, here.shape, strict=True))])
+                whole = _drawn(module, full, tensor, seeded_generator(f"{seed}:{full}"), scale)
+                here.copy_(whole[tuple(slice(o, o + n) for o, n in zip(at, here.shape, strict=True))])
             on_tensor()
         for buffer in module.buffers(recurse=False):
             buffer.zero_()
-
-
-def _held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What this rank has of a tensor, and where that begins in the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.ndim
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offset)
 
 
 def _drawn(module: nn.Module, name: str, like: Tensor, g: torch.Generator, scale: float) -> Tensor:
@@ -113,8 +105,3 @@ def _scale(name: str, t: Tensor, factor: float) -> None:
         t[-len(t) // 3 :] *= factor
     elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
         t *= factor
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -11,6 +11,12 @@ EMBEDDING = -1
 """The embedding's place among the layers."""
 
 
+def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """One that gives the same draws for the same name, in any process."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 class Noise:
     """The random draws of one micro-batch's forward pass. Evaluation has none: there, no Noise is given."""
 
@@ -18,8 +24,7 @@ class Noise:
         self._name = f"{seed}:{micro_batch}"
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self._name}:{layer}".encode(), digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return seeded_generator(f"{self._name}:{layer}", device)
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:

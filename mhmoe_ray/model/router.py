@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhmoe_ray.model.balance import balance_loss, z_loss
+from mhmoe_kernels import wide
+from mhmoe_ray.model.balance import balance_loss, route_counts, z_loss
 from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.spec import MoESpec
 
@@ -28,11 +29,6 @@ class Routing(NamedTuple):
     """Routes that were not kept, int64 scalar."""
     places: int | None
     """Rows that an expert takes at most, where routing is static; None where it is dropless."""
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32: of two scores that bfloat16 cannot tell apart, one must still be the larger."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 class LinearScores(nn.Module):
@@ -117,7 +113,7 @@ class Router(nn.Module):
         expert_NK, gate_NK, probability_NE = self.choose(logits_NE)
         places = moe.places(rows) if self.training else None
         kept_NK = self._kept(expert_NK, gate_NK, places, generator)
-        count_E = torch.bincount(expert_NK[kept_NK], minlength=moe.experts)
+        count_E = route_counts(expert_NK, moe.experts, kept_NK)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
         return Routing(
             expert_NK,

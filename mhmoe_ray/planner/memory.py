@@ -171,9 +171,10 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
     return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
 
 
-def _hidden_of_expert(model: ModelSpec, hidden: int, size: int) -> int:
-    """On average, as the kernel `grouped` keeps it, of which SwiGLU's is gate and up alone; `cpp` keeps none of it."""
-    full = 2 * hidden * size if model.backbone == "llama" else _hidden(model, hidden, size)
+def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
+    """On average. Of SwiGLU's the kernel `grouped` keeps gate and up alone."""
+    by_hand = model.backbone == "llama" and moe.kernel in ("auto", "grouped")
+    full = 2 * moe.d_expert * size if by_hand else _hidden(model, moe.d_expert, size)
     return round((1 - model.recomputes) * full)
 
 
@@ -192,7 +193,7 @@ def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
     rows = routes * d // moe.heads * size
     kept = 0
     if moe.kernel != "capacity":
-        kept += rows + routes * _hidden_of_expert(model, moe.d_expert, size) + rows + routes * FLOAT32
+        kept += rows + routes * _hidden_of_expert(model, moe, size) + rows + routes * FLOAT32
     # The head projection's result as the router's input, and the merge projection's operand.
     kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
     # Probabilities and logits; choice and mask of each route.

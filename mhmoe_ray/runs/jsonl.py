@@ -53,7 +53,8 @@ def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
-        os.write(fd, line)
+        while line:  # only a disk that is full takes a part of one; to write the rest says so
+            line = line[os.write(fd, line) :]
     finally:
         os.close(fd)
 

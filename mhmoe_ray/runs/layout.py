@@ -11,6 +11,8 @@ from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_spec
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -55,7 +57,7 @@ class RunDir:
     @property
     def chat_template_file(self) -> Location:
         """How conversations are spelled, as a Jinja template, for models that know such."""
-        return self.path / "chat_template.jinja"
+        return self.path / CHAT_TEMPLATE
 
     @property
     def checkpoints(self) -> Location:

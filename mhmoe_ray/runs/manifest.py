@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -155,10 +156,17 @@ def committed(run: RunDir) -> list[Location]:
     return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=step_and_group)
 
 
+class Newest(NamedTuple):
+    checkpoint: Location
+    manifest: Manifest
+    skipped: list[CheckpointError]
+    """What was wrong with newer ones."""
+
+
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe = describe_files
-) -> tuple[Location, Manifest, list[CheckpointError]] | None:
-    """The newest whole checkpoint of a run and what was wrong with newer ones; None if there is none.
+) -> Newest | None:
+    """The newest whole checkpoint of a run; None if there is none.
 
     A directory without a manifest was never committed; it is passed over without a word.
 
@@ -166,11 +174,14 @@ def newest_checkpoint(
         run: whose checkpoints are looked at.
         parts: whose files are checked; without any, of each manifest only whether it can be read.
         describe: finds the files' sizes and hashes.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; of the newest one.
     """
     skipped: list[CheckpointError] = []
     for checkpoint in reversed(committed(run)):
         try:
-            return checkpoint, read_manifest(checkpoint, parts, describe), skipped
+            return Newest(checkpoint, read_manifest(checkpoint, parts, describe), skipped)
         except CheckpointError as e:
             skipped.append(e)
     if skipped:

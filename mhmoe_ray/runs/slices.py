@@ -8,20 +8,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mhmoe_ray.location import Location
+from mhmoe_ray.model.held import local, offset
 from mhmoe_ray.runs.manifest import FileEntry
 
 SUFFIX = ".safetensors"
 PIECE = 16 << 20  # bytes in memory at a time
 _OFFSETS, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +30,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Slice(NamedTuple):
@@ -46,10 +45,7 @@ class Slice(NamedTuple):
 
 def slice_of(tensor: Tensor) -> Slice:
     """A view of this rank's part of a DTensor, or of the whole of any other tensor."""
-    if isinstance(tensor, DTensor):
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return Slice(tensor.to_local().detach(), tuple(offset), tuple(tensor.shape))
-    return Slice(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
+    return Slice(local(tensor).detach(), offset(tensor), tuple(tensor.shape))
 
 
 def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
@@ -112,16 +108,24 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
     offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
     found = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is of dtype {entry['dtype']}")
         shape = tuple(entry["shape"])
         offset = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
         start = 8 + length + entry["data_offsets"][0]
-        found[name] = StoredSlice(file, start, _DTYPES[entry["dtype"]], shape, offset)
+        found[name] = StoredSlice(file, start, DTYPES[entry["dtype"]], shape, offset)
     return found
 
 
-def read_into(target: Slice, stored: StoredSlice, file: BinaryIO) -> int:
+class Readable(Protocol):
+    """An open file of bytes."""
+
+    def seek(self, offset: int, /) -> int: ...
+
+    def readinto(self, into: memoryview, /) -> int | None: ...
+
+
+def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
     """Fill what the two have in common, in the target's dtype; returns the number of values that are.
 
     Args:
@@ -152,9 +156,9 @@ def read_into(target: Slice, stored: StoredSlice, file: BinaryIO) -> int:
     return wanted.numel()
 
 
-def _fill(file: BinaryIO, into: memoryview) -> None:
+def _fill(file: Readable, into: memoryview) -> None:
     while into:
-        count = file.readinto(into)  # type: ignore[attr-defined]
+        count = file.readinto(into)
         if not count:
             raise ValueError("it ends too early")
         into = into[count:]

@@ -103,6 +103,7 @@ def build(args: Args) -> serve.Application:
         load_run_tokenizer(checkpoint, manifest)
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
-    # The decorators made them Deployments.
-    limits = SharedLimits.bind(args.serve.keys) if any_limit(args.serve.keys) else None  # type: ignore[attr-defined]
-    return Completions.bind(args, limits)  # type: ignore[attr-defined]
+    limits = None
+    if any_limit(args.serve.keys):
+        limits = SharedLimits.bind(args.serve.keys)  # type: ignore[attr-defined]  # a Deployment by its decorator
+    return Completions.bind(args, limits)  # type: ignore[attr-defined]  # the same

@@ -5,10 +5,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mhmoe_kernels import wide
 from mhmoe_kernels.packed import PackedMatrix, packed, run_packed
 from mhmoe_ray.model.decoder import Block, Decoder
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward
-from mhmoe_ray.model.router import Router, Routing, wide
+from mhmoe_ray.model.router import Router, Routing
 
 
 class PackedLinear(nn.Module):
@@ -64,21 +65,21 @@ def pack(model: Decoder) -> None:
     """
     for block in cast("list[Block]", model.blocks):
         _pack_linears(block.attention)
-        if hasattr(block, "moe"):
-            block.moe.router = ChoosingRouter(block.moe.router)  # type: ignore[assignment]
-            block.moe.experts = PackedExperts(block.moe.experts)  # type: ignore[assignment]
-            if block.moe.shared is not None:
-                block.moe.shared = PackedFeedForward(block.moe.shared)  # type: ignore[assignment]
-            _pack_linears(block.moe)
-        else:
-            block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]
+        if (moe := block.moe) is not None:
+            moe.router = ChoosingRouter(moe.router)  # type: ignore[assignment]  # called as one
+            moe.experts = PackedExperts(moe.experts)  # type: ignore[assignment]  # the same
+            if moe.shared is not None:
+                moe.shared = PackedFeedForward(moe.shared)  # type: ignore[assignment]  # the same
+            _pack_linears(moe)
+        if block.ffn is not None:
+            block.ffn = PackedFeedForward(block.ffn)  # type: ignore[assignment]  # the same
     output = model.output
     if output is None:
         vocab, width = model.embedding.weight.shape
         with torch.device("meta"):
             output = nn.Linear(width, vocab, bias=False)
         output.weight = model.embedding.weight
-    model.output = PackedLinear(output)  # type: ignore[assignment]
+    model.output = PackedLinear(output)  # type: ignore[assignment]  # the same
 
 
 def _pack_linears(module: nn.Module) -> None:

@@ -73,7 +73,8 @@ class MoESpec(Section):
     recompute: float | None = Field(default=None, ge=0, le=1)
     """Share of the routes whose hidden rows the backward computes anew rather than keeps. By default 0.6 where an
     expert is at least 8 times as wide as a row, which keeps a layer of 4 heads near the memory of a plain one of the
-    same work (kernels/README.md), and else 0. For kernels grouped, and auto where it picks that; others keep none."""
+    same work (kernels/README.md), and else 0. For kernels grouped, and auto where it picks that; of the others, cpp
+    and triton keep none and the rest all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -195,8 +196,8 @@ class ModelSpec(Section):
         moe = self.moe
         if moe is None:
             return 0.0
-        if moe.kernel == "cpp":
-            return 1.0
+        if moe.kernel not in ("auto", "grouped"):
+            return float(moe.kernel in ("cpp", "triton"))
         if moe.recompute is not None:
             return moe.recompute
         return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0

@@ -17,7 +17,11 @@ from mhmoe_ray.spec.train import TrainSpec
 StoragePath = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
 ELSEWHERE = {"cluster", "serve", "tracking"}
 """Sections that do not change what a run trains."""
-NAME = r"^[a-z0-9][a-z0-9-]{0,40}$"
+XPOS_TOKENS = 32_768
+"""Keys grow by (7/2)^(1/512) with each position, and overflow some 3,500 tokens later; as many times less than float32
+holds is left for what is rotated."""
+NAME_LENGTH = 41
+NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):
@@ -63,6 +67,11 @@ class RunSpec(Section):
             raise ValueError(
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
+            )
+        if self.model.backbone == "subln" and self.data.seq_len > XPOS_TOKENS:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}, but beyond {XPOS_TOKENS} tokens subln's positions (xPos) grow "
+                "past float32: lower it, or set model.backbone to llama"
             )
         for workers in (self.cluster.workers.min, self.cluster.workers.max):
             if self.train.micro_batches % workers:

@@ -32,8 +32,8 @@ class TrainSpec(Section):
     clip_norm: PositiveFloat = 2.0
     """Upper bound of the global gradient norm, over all ranks and experts."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose gradient is not finite: stop the run, or go on without its update. Ten skipped in a
-    row stop it too."""
+    """What to do with a step whose gradient is not finite: stop the run, or go on without its update. More than
+    ten skipped in a row stop it too."""
     validate_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt | None = None

@@ -25,8 +25,8 @@ from mhmoe_ray.runs.manifest import (
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import memory
 from mhmoe_ray.train.hashing import describe_together
-from mhmoe_ray.train.lost import RecordLost
-from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest, error_of_ours
+from mhmoe_ray.train.lost import RecordLost, first_cause, reason
+from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
 
@@ -44,11 +44,11 @@ def drive(run: RunDir, attempt: int) -> None:
     spec = run.spec()
     _prepare(run, spec)
     if newest := newest_checkpoint(run, parts=()):
-        _check_data(spec, newest[1])
-    if newest and newest[1].step >= spec.train.steps:
+        _check_data(spec, newest.manifest)
+    if newest and newest.manifest.step >= spec.train.steps:
         whole = newest_checkpoint(run, describe=describe_together)
-        if whole and whole[1].step >= spec.train.steps:
-            events.record(run, "finished", step=whole[1].step)
+        if whole and whole.manifest.step >= spec.train.steps:
+            events.record(run, "finished", step=whole.manifest.step)
             return
     workers = spec.cluster.workers
     watchdog = Watchdog.start(run, spec.cluster.hang_seconds)
@@ -124,12 +124,9 @@ def _resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _explain(run: RunDir, error: Exception) -> MhmoeError:
-    """The error of ours inside Ray's, or one line of what is inside."""
-    if told := error_of_ours(error):
-        return told
-    for rank, failure in getattr(error, "worker_failures", {}).items():
-        cause = getattr(failure, "cause", None) or failure
-        lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        return JobError(f"worker {rank}", lines[-1].strip(), "see its log")
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return JobError(f"run {run.id}", lines[-1].strip(), "see its log")
+    """The first cause inside Ray's error: ours as it is, any other in one line."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        rank = first_cause(error.worker_failures)
+        cause: Exception = error.worker_failures[rank]
+        return cause if isinstance(cause, MhmoeError) else JobError(f"worker {rank}", reason(cause), "see its log")
+    return JobError(f"run {run.id}", reason(getattr(error, "controller_failure", error)), "see its log")

@@ -22,7 +22,7 @@ from mhmoe_ray.runs.manifest import committed, step_and_group
 from mhmoe_ray.spec import RunSpec
 
 
-class AllowedSizes(ElasticScalingPolicy):  # type: ignore[misc]
+class AllowedSizes(ElasticScalingPolicy):
     """The largest allowed number of workers that there is room for.
 
     Ray ends a group to let it grow, in the middle of a step. So growth is considered once after each checkpoint, seen

@@ -20,22 +20,21 @@ LINES = 40
 LOG_SECONDS = 5
 
 
-class RecordLost(ray.train.UserCallback):  # type: ignore[misc]
+class RecordLost(ray.train.UserCallback):
     """Ray Train calls it in the process that watches over workers."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = str(run.path)
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
-        causes = {rank: getattr(error, "_base_exc", error) for rank, error in worker_exceptions.items()}
-        if all(isinstance(cause, PreemptedError) for cause in causes.values()):
+        if all(isinstance(cause, PreemptedError) for cause in worker_exceptions.values()):
             return  # they have recorded it themselves
         run = RunDir(location(self._run))
-        rank = first_cause(causes)
-        place = _place(run, rank)
-        told = {"rank": rank, "ranks": len(causes), "reason": reason(causes[rank]), "host": place.get("host")}
+        rank = first_cause(worker_exceptions)
+        cause, place = worker_exceptions[rank], _place(run, rank)
+        told = {"rank": rank, "ranks": len(worker_exceptions), "reason": reason(cause), "host": place.get("host")}
         # An error of ours says all there is to say; what is logged with it is a traceback.
-        lines = [] if isinstance(causes[rank], MhmoeError) else _last_lines(place)
+        lines = [] if isinstance(cause, MhmoeError) else _last_lines(place)
         try:
             events.record(run, "lost", **told, lines=lines)
         except StorageError as e:  # the group is started again all the same

@@ -9,8 +9,9 @@ columns both ascend is a place in the mesh the place in the group. Groups by nod
 So rows are exchanged in process groups of the groups, and tensors are sliced over `devices`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,19 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         fix = "free whole nodes, lower cluster.ep, or set cluster.straddling to warn"
         raise ClusterError("placement", groups.why_refused, fix)
     if not dist.is_initialized():
-        return Mesh(1, 0, 1, 0, None, None, None, groups.ranks, nodes, 0, 0)
+        return Mesh(
+            world=1,
+            rank=0,
+            ep=1,
+            ep_rank=0,
+            devices=None,
+            everyone=None,
+            ep_group=None,
+            groups=groups.ranks,
+            nodes=nodes,
+            straddling=0,
+            apart=0,
+        )
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
@@ -98,14 +111,24 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     devices = DeviceMesh(device_type, ranks.sort(dim=0).values, mesh_dim_names=("dp", "ep"))
     everyone = DeviceMesh(device_type, torch.arange(world), mesh_dim_names=("world",))
     rows_are_groups = torch.equal(devices.mesh, ranks)
-    ep_group = devices.get_group("ep") if rows_are_groups else group_of(groups.ranks)
-    ep_rank = next(group.index(rank) for group in groups.ranks if rank in group)
-    distances = len(groups.straddling), len(groups.apart)
-    return Mesh(world, rank, spec.ep, ep_rank, devices, everyone, ep_group, groups.ranks, nodes, *distances)
+    return Mesh(
+        world=world,
+        rank=rank,
+        ep=spec.ep,
+        ep_rank=next(group.index(rank) for group in groups.ranks if rank in group),
+        devices=devices,
+        everyone=everyone,
+        ep_group=devices.get_group("ep") if rows_are_groups else group_of(groups.ranks),
+        groups=groups.ranks,
+        nodes=nodes,
+        straddling=len(groups.straddling),
+        apart=len(groups.apart),
+    )
 
 
 def group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
     """This rank's of several new process groups, which all ranks make in the same order; None if it is in none."""
-    own: dist.ProcessGroup | None
-    own, _ = dist.new_subgroups_by_enumeration(groups)  # type: ignore[no-untyped-call]
-    return own
+    return _new_groups(groups)[0]
+
+
+_new_groups: Callable[[list[list[int]]], tuple[dist.ProcessGroup | None, Any]] = dist.new_subgroups_by_enumeration

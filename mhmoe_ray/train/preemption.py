@@ -10,7 +10,7 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.context import get_train_context
 
 
-class PreemptedError(RayActorError):  # type: ignore[misc]
+class PreemptedError(RayActorError):
     """Ends a rank of such a group.
 
     Ray Train has no word for that: a rank that returns ends the run, one that raises has failed. But it forgives the

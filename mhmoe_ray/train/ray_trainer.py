@@ -25,7 +25,7 @@ from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.hashing import describe_together
 
 
-class RunTrainer(TorchTrainer):  # type: ignore[misc]
+class RunTrainer(TorchTrainer):
     def __init__(self, run: RunDir, spec: RunSpec, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         self._run, self._spec = run, spec
@@ -40,7 +40,7 @@ class RunTrainer(TorchTrainer):  # type: ignore[misc]
         return super()._initialize_and_run_controller(**given)
 
 
-class MistakesAreFinal(DefaultFailurePolicy):  # type: ignore[misc]
+class MistakesAreFinal(DefaultFailurePolicy):
     """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
     finite. All else is tried again: workers that were killed, and storage, which may come back."""
 
@@ -53,11 +53,11 @@ class MistakesAreFinal(DefaultFailurePolicy):  # type: ignore[misc]
 
 def error_of_ours(error: Exception) -> MhmoeError | None:
     """That of any rank inside an error of Ray Train's; when one rank fails, others fail in their exchanges with it."""
-    causes = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    causes = getattr(error, "worker_failures", {}).values()
     return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)
 
 
-class StreamFromNewest(ray.train.DataConfig):  # type: ignore[misc]
+class StreamFromNewest(ray.train.DataConfig):
     """Deals the training stream from the newest whole checkpoint on, to as many workers as a group has.
 
     Ray Train asks at every start of a group, when no worker runs, and here alone does it say how many there are. What
@@ -71,12 +71,14 @@ class StreamFromNewest(ray.train.DataConfig):  # type: ignore[misc]
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """`datasets` has the names alone."""
         newest = newest_checkpoint(self._run, describe=describe_together)
-        for error in newest[2] if newest else []:
+        for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
         for folder in unfinished(self._run):
             remove_tree(folder)
-        name, step, position = (newest[0].name, newest[1].step, newest[1].position) if newest else (None, 0, 0)
+        name, step, position = None, 0, 0
+        if newest:
+            name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
         events.record(self._run, "restoring", name=name, step=step)
         stream = training_stream(self._spec, position, world_size)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)

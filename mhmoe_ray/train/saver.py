@@ -32,6 +32,7 @@ from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
 from mhmoe_ray.train.step import Trainer
 
 T = TypeVar("T")
+_stream_of: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
 _FIX = "make room or mend the storage, then `mhmoe resume`: the checkpoint before it is whole"
 
 
@@ -47,20 +48,20 @@ class _Copy(NamedTuple):
 class Saver:
     """Of one rank. All ranks call the same methods in the same order."""
 
-    def __init__(self, run: RunDir, trainer: Trainer, group: int) -> None:
+    def __init__(self, run: RunDir, trainer: Trainer, group: int, on_piece: Callable[[], None] = lambda: None) -> None:
         """Args:
         run: that the checkpoints are of.
         trainer: whose state they are.
         group: number of this start of the workers, in the checkpoints' names: no other start writes to the same.
+        on_piece: called in the background, as long as writing gets on.
         """
-        self._run, self._trainer, self._group = run, trainer, group
+        self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         trainer.before_update = self._until_copied
         # However long the others take to write: whoever hangs is the watchdog's concern.
         patience = timedelta(days=1)
         self._peers = dist.new_group(backend="gloo", timeout=patience) if trainer.mesh.world > 1 else None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
-        on_gpu = trainer.device.type == "cuda"
-        self._stream = torch.cuda.Stream(trainer.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(trainer.device) if trainer.device.type == "cuda" else None
         self._copied = Event()
         self._pause = 0.0
         self._data = data_digest(trainer.spec.data.prepared)
@@ -181,9 +182,7 @@ class Saver:
             written = {}
             for part in PARTS:
                 slices = {copy.name: copy.slice for copy in share if copy.part == part}
-                written[f"{part}/{file_name(rank)}"] = save_slices(
-                    checkpoint / part, slices, rank, self._trainer.on_progress
-                )
+                written[f"{part}/{file_name(rank)}"] = save_slices(checkpoint / part, slices, rank, self._on_piece)
             return written
 
         def finish() -> None:

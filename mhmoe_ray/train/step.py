@@ -33,6 +33,8 @@ class MicroBatch(NamedTuple):
 class RankSums(NamedTuple):
     """What this rank's micro-batches of a step add up to."""
 
+    targets: int
+    """Targets that count; those of all ranks."""
     loss: float
     """Nats, summed over targets that count."""
     balance: float
@@ -98,9 +100,6 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         """Targets that counted in the steps so far, over all ranks."""
-        self.targets = 0
-        """Those of the newest step."""
-        self._count_LE = self.zero_counts()
         self.before_update: Callable[[], None] = lambda: None
         """Called when the state is about to change."""
         self.skipped = 0
@@ -124,32 +123,33 @@ class Trainer:
         spec, m = self.spec, self.spec.train.micro_batches
         here = m // self.mesh.world
         moe = spec.model.moe
-        sums = RankSums(0.0, 0.0, 0, self.zero_counts())
+        # On the device until the end, so that the host waits for none of its micro-batches.
+        loss_balance_dropped = torch.zeros(3, dtype=torch.float64, device=self.device)
+        count_LE = self.zero_counts().to(self.device)
         if self._dispatch:
             self._dispatch.pop_sent()  # of validation
             self._dispatch.pop_waited()
-        batches, self.targets = self._with_targets(batches)
+        batches, targets = self._with_targets(batches)
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
             with self.strategy.micro_batch(last=i == here):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
                 output = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
                 loss = (token_losses(output.logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
                 # What it adds to the mean over all targets, times M, since the mean over micro-batches is to come.
-                objective = loss / (max(1, self.targets) / m)
-                balance, dropped = 0.0, 0
+                objective = loss / (max(1, targets) / m)
+                loss_balance_dropped[0] += loss.detach()
                 if moe:
                     objective = objective + routing_loss(spec.model, output.routing)
-                    balance = sum(r.balance_loss.item() for r in output.routing)
-                    dropped = sum(int(r.dropped) for r in output.routing)
-                    sums.count_LE.add_(torch.stack([r.count_E for r in output.routing]).cpu())
+                    balance_L = torch.stack([r.balance_loss.detach() for r in output.routing])
+                    loss_balance_dropped[1] += balance_L.double().sum()
+                    loss_balance_dropped[2] += torch.stack([r.dropped for r in output.routing]).sum()
+                    count_LE += torch.stack([r.count_E for r in output.routing])
                 # Strategies divide by the world; the mean wanted is over the step's M.
                 self.strategy.backward(objective * (self.mesh.world / m))
-            sums = sums._replace(
-                loss=sums.loss + loss.item(), balance=sums.balance + balance, dropped=sums.dropped + dropped
-            )
             self.on_progress()
         self.strategy.finish()
-        self._count_LE = sums.count_LE
+        summed, balance, dropped = loss_balance_dropped.tolist()
+        sums = RankSums(targets, summed, balance, int(dropped), count_LE.cpu())
         if moe and self._dispatch:
             row_bytes = spec.model.d_model // moe.heads * compute_bytes(spec)
             least = least_sent(sums.count_LE, self.mesh.held(moe.experts), row_bytes)
@@ -181,8 +181,11 @@ class Trainer:
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
             layer.router.bias_E.copy_(moved_bias(layer.router.bias_E, count_E, rate))
 
-    def update(self) -> Update:
+    def update(self, sums: RankSums) -> Update:
         """Clip the accumulated gradients and apply them, unless their norm is not finite.
+
+        Args:
+            sums: what `accumulate` gave.
 
         Raises:
             JobError: it is not, on all ranks alike, and the spec does not skip such steps, or skipped too many.
@@ -193,7 +196,7 @@ class Trainer:
         applied = math.isfinite(norm)
         moe = self.spec.model.moe
         if applied and moe and moe.bias_rate:
-            self._move_biases(self._count_LE, moe.bias_rate)
+            self._move_biases(sums.count_LE, moe.bias_rate)
         self._in_a_row = 0 if applied else self._in_a_row + 1
         if not applied and (self.spec.train.on_nonfinite == "stop" or self._in_a_row > MOST_SKIPPED):
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
@@ -202,7 +205,7 @@ class Trainer:
             raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
         self.skipped += not applied
         self.step += 1
-        self.tokens += self.targets
+        self.tokens += sums.targets
         return Update(norm, lr, applied)
 
     def forward(self, token_BT: Tensor, noise: Noise | None = None) -> Output:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, Literal
 
 import psutil
@@ -50,8 +50,10 @@ class Progress:
     """How far a rank is."""
 
     place: Place
-    beats: int = 0
-    """Grows with whatever it gets done."""
+    life: int = 0
+    """Grows with whatever it gets done, in any thread."""
+    done: int = 0
+    """Grows with what training itself gets done, which is as much on all ranks; what they write is not."""
     step: int = 0
     doing: Doing = "restoring"
 
@@ -66,6 +68,7 @@ class Pulse(AbstractContextManager["Pulse"]):
         """
         self.place = place
         self._watchdog, self._progress, self._over = watchdog, Progress(place), Event()
+        self._lock = Lock()
         self._thread = Thread(target=self._tell, name="pulse", daemon=True)
 
     def at(self, step: int, doing: Doing) -> None:
@@ -73,11 +76,20 @@ class Pulse(AbstractContextManager["Pulse"]):
         step: the last that is done.
         doing: what comes now.
         """
-        self._progress = replace(self._progress, step=step, doing=doing, beats=self._progress.beats + 1)
+        self._move(step=step, doing=doing)
 
     def beat(self) -> None:
-        """Something got done."""
-        self._progress = replace(self._progress, beats=self._progress.beats + 1)
+        """Something of training got done."""
+        self._move()
+
+    def stir(self) -> None:
+        """Something got done beside it."""
+        self._move(done=0)
+
+    def _move(self, done: int = 1, **news: Any) -> None:
+        with self._lock:
+            now = self._progress
+            self._progress = replace(now, life=now.life + 1, done=now.done + done, **news)
 
     def __enter__(self) -> "Pulse":
         self._thread.start()
@@ -124,7 +136,7 @@ class Watchdog:
     async def hear(self, progress: Progress) -> None:
         now = time.monotonic()
         before = self._ranks.get(progress.place)
-        moved = now if before is None or progress.beats > before.progress.beats else before.moved
+        moved = now if before is None or progress.life > before.progress.life else before.moved
         self._ranks[progress.place] = _Heard(progress, now, moved)
 
     async def forget(self, place: Place) -> None:
@@ -151,8 +163,8 @@ class Watchdog:
         silent = [r for r in ranks if now - r.heard > self._patience]
         if silent or not ranks or any(now - r.moved <= self._patience for r in ranks):
             return silent
-        behind = min((r.progress.step, r.progress.beats) for r in ranks)
-        return [r for r in ranks if (r.progress.step, r.progress.beats) == behind]
+        behind = min((r.progress.step, r.progress.done) for r in ranks)
+        return [r for r in ranks if (r.progress.step, r.progress.done) == behind]
 
     async def _end(self, hung: _Heard, now: float) -> None:
         """Kill the process, if it is there still: ranks of a group that Ray ended are silent too."""

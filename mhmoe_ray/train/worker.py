@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from mhmoe_ray.train.telemetry import End, Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse
 
 LOG = logging.getLogger("mhmoe")
+LOOK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -74,8 +76,10 @@ class Worker:
         self.group, restored = self._agree()
         if restored:
             restore(self.trainer, *restored)
-        self.saver = Saver(run, self.trainer, self.group)
+        self.saver = Saver(run, self.trainer, self.group, on_piece=pulse.stir)
         self.start = self.trainer.step
+        self._looks = 0.0
+        """When rank 0 next looks into the run directory."""
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
         if rank == 0:
             workers = [vars(p) for p in places]
@@ -107,7 +111,7 @@ class Worker:
             batches = _Timed(stream, spec.train.micro_batches // trainer.mesh.world, self.data.token_bytes)
             sums = trainer.accumulate(batches)
             try:
-                update = trainer.update()
+                update = trainer.update(sums)
             except JobError:
                 self.saver.wait()  # a checkpoint that is being written is worth having, the more so now
                 raise
@@ -169,29 +173,41 @@ class Worker:
         """The step's metrics over all ranks, its routes per expert, what this rank waited for, whether to stop, and
         whether a node is taken away from the group."""
         spec, trainer = self.spec, self.trainer
-        stop = self.rank == 0 and self.run.stop_file.exists()
-        if self.rank == 0 and len(read_attempts(self.run)) > self.attempt:
-            raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
+        stop = self.rank == 0 and self._is_to_stop()
         seconds = time.monotonic() - began
-        exchanged = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
-        flags = [stop, announced() is not None, self.saver.failed]
         waited = Waits(batches.waited / seconds, sums.waited / seconds)
-        scalars = [sums.loss, sums.balance, sums.dropped, *exchanged, *waited, *flags]
-        own = [*scalars, *batches.digests, *sums.count_LE.flatten()]
-        every = _gather_numbers(torch.tensor([float(x) for x in own], dtype=torch.float64))
-        loss, balance, dropped, rows, least, counts, between_nodes = every[:, :7].sum(0).tolist()
-        data_wait, exchange_wait, stops, leaves, failures = every[:, 7:12].max(0).values.tolist()
+        sent = [sums.sent.rows, sums.least_sent, sums.sent.counts, sums.sent.between_nodes]
+        summed = [sums.loss, sums.balance, sums.dropped, *sent]
+        largest = [*waited, stop, announced() is not None, self.saver.failed]
+        own: list[list[float]] = [summed, largest, [*batches.digests], sums.count_LE.flatten().tolist()]
+        every = _gather_numbers(torch.tensor(list(chain(*own)), dtype=torch.float64))
+        totals, most, digests, routes = torch.split(every, [len(part) for part in own], dim=1)
+        loss, balance, dropped, rows, least, counts, between_nodes = totals.sum(0).tolist()
+        data_wait, exchange_wait, stops, leaves, failures = most.max(0).values.tolist()
         if failures:
             self.saver.wait()  # raises, on all ranks at the same step
-        digests_at, counts_at = len(scalars), len(scalars) + len(batches.digests)
-        digests = every[:, digests_at:counts_at]
-        count_LE = every[:, counts_at:].sum(0).long().view_as(sums.count_LE)
+        count_LE = routes.sum(0).long().view_as(sums.count_LE)
         digest = combine_digests(int(d) for d in digests.T.flatten())  # r's j-th micro-batch is number j * world + r
-        sent = Sent(int(rows), int(counts), int(between_nodes))
-        totals = Totals(loss, balance, dropped, count_LE, sent, int(least), digest)
+        all_sent = Sent(int(rows), int(counts), int(between_nodes))
+        whole = Totals(sums.targets, loss, balance, dropped, count_LE, all_sent, int(least), digest)
         longest, seconds = Waits(data_wait, exchange_wait), time.monotonic() - began
-        line = step_line(spec, trainer, self.group, totals, longest, update, seconds)
+        line = step_line(spec, trainer, self.group, whole, longest, update, seconds)
         return line, count_LE, waited, bool(stops), bool(leaves)
+
+    def _is_to_stop(self) -> bool:
+        """What the run directory says, once a second: on an object store it takes round trips, for which all ranks
+        wait.
+
+        Raises:
+            RunError: the run has a newer job.
+        """
+        now = time.monotonic()
+        if now < self._looks:
+            return False
+        self._looks = now + LOOK_SECONDS
+        if len(read_attempts(self.run)) > self.attempt:
+            raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
+        return self.run.stop_file.exists()
 
     def _leave(self) -> None:
         """After a checkpoint, so that nothing is lost.

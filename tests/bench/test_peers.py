@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_kernels import ExpertWeights, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
 from mhmoe_ray.bench.layers import Case, Shape, mixture
 from mhmoe_ray.bench.peers import PEERS, installed, peer_layers, why_not
 
@@ -51,7 +51,7 @@ def test_deepspeeds_capacity_drops_what_our_static_routing_drops():
     routing = ours.router(x[0])
     assert routing.dropped > 0
     gate = routing.gate_NK / routing.gate_NK.sum(-1, keepdim=True).clamp(min=1e-9)
-    weights = ExpertWeights(swiglu, tuple(ours.experts.parameters()))
+    weights = ExpertWeights(Swiglu(), tuple(ours.experts.parameters()))
     expected = run_experts("reference", x[0], routing.expert_NK, gate, weights)
     torch.testing.assert_close(peer(x)[0][0], expected, rtol=1e-4, atol=1e-6)
 

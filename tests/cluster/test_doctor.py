@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from typing import get_args
 
 import pytest
 
 from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.location import location
+from mhmoe_ray.spec.model import MoESpec
 from tests.cli.run import mhmoe
 from tests.watch import wait_until
 
@@ -25,6 +27,8 @@ def test_this_machine_can_do_what_tests_do():
     for what in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
         assert found[what].level == "ok", found[what]
     assert all(f.fix for f in found.values() if f.level != "ok")
+    kernels = {what.removeprefix("kernel ") for what in found if what.startswith("kernel ")}
+    assert kernels == set(get_args(MoESpec.model_fields["kernel"].annotation)) - {"auto"}
 
 
 def test_another_ray_is_an_error(monkeypatch):

@@ -54,6 +54,7 @@ def their_logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("kind", MODELS)
 def test_export_import_export_is_the_same_to_the_bit(tmp_path, kind):
     first = make_run(tmp_path, MODELS[kind])
+    first.chat_template_file.write_text("{{ messages[0].content }}\n")
     done = exported(first, tmp_path / "one")
     second = import_folder(tmp_path / "one", "again", tmp_path / "runs", None)
     exported(second, tmp_path / "two")
@@ -69,6 +70,7 @@ def test_export_import_export_is_the_same_to_the_bit(tmp_path, kind):
     total = sum(t.nbytes for tensors in files.values() for t in tensors.values())
     assert index["metadata"]["total_size"] == done.bytes == total
     assert done.tensors == len(index["weight_map"])
+    assert (tmp_path / "two" / "chat_template.jinja").read_text() == first.chat_template_file.read_text()
     assert done.model_type == ("mixtral" if kind == "mixtral" else "mhmoe")
 
 
@@ -252,6 +254,13 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
         (lambda f: (f / "config.json").write_text("["), "config.json is damaged"),
+        (lambda f: (f / "tokenizer_config.json").write_text("["), r"tokenizer_config\.json cannot be read \(Expecting"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), r"tokenizer_config\.json cannot be read \(it is no"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_bytes(b"\xff"),
+            r"tokenizer_config\.json cannot be read \('utf-8'",
+        ),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), r"chat_template\.jinja cannot be read \('utf-8'"),
     ],
 )
 def test_what_cannot_be_imported_is_said(tmp_path, mixtral_folder, spoil, reason):

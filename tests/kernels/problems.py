@@ -2,10 +2,12 @@
 
 import torch
 
-from mhmoe_kernels import ExpertWeights, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
+
+SWIGLU = Swiglu()
 
 
-def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None, function=swiglu, device="cpu"):
+def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None, function=SWIGLU, device="cpu"):
     """Random rows, routes and weights; `only` keeps the routes to the first few experts, so that others stay empty."""
     g = torch.Generator().manual_seed(seed)
     expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices.to(device)
@@ -13,7 +15,7 @@ def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None, function=swiglu
     def make(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
 
-    if function is swiglu:
+    if isinstance(function, Swiglu):
         stacked = (make(e, f, d), make(e, f, d), make(e, d, f))
     else:
         stacked = (make(e, f, d), make(e, f), make(e, f), make(e, f), make(e, d, f), make(e, d))

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from mhmoe_kernels import (
     ExpertWeights,
+    GeluSubln,
+    Swiglu,
     combine,
-    gelu_subln,
     permute,
     pieces,
     plan_routes,
     run_experts,
     run_sorted_experts,
-    swiglu,
 )
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
@@ -35,7 +35,7 @@ def test_reference_is_the_formula():
 @settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
-    dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([swiglu, gelu_subln]),
+    dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([Swiglu(), GeluSubln()]),
     recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), steps=st.sampled_from([1, 4, 32]),
 )  # fmt: skip
 def test_grouped_agrees_with_reference_with_empty_experts_among_them(
@@ -84,7 +84,7 @@ def test_numbers_of_rows_are_few():
 def test_sorted_rows_go_through_the_experts_they_are_counted_for(backend, count_E):
     x, _, _, w = problem(4, n=sum(count_E), d=6, f=5, e=4, k=1)
     experts = (tuple(t[e] for t in w.stacked) for e in range(4))
-    expected = torch.cat([swiglu(rows, *expert) for rows, expert in zip(x.split(count_E), experts, strict=True)])
+    expected = torch.cat([Swiglu()(rows, *expert) for rows, expert in zip(x.split(count_E), experts, strict=True)])
     found = run_sorted_experts(backend, x, count_E, w)
     for ours, oracle in zip(with_gradients(found, w.stacked), with_gradients(expected, w.stacked), strict=True):
         torch.testing.assert_close(ours, oracle)
@@ -94,7 +94,7 @@ def test_grouped_in_bfloat16_is_near_float32():
     x, expert, gate, w = problem(3, n=64, d=16, f=32, e=4, k=2, dtype=torch.float32)
     exact = run_experts("grouped", x, expert, gate, w)
     rounded = run_experts(
-        "grouped", x.bfloat16(), expert, gate, ExpertWeights(swiglu, tuple(t.bfloat16() for t in w.stacked))
+        "grouped", x.bfloat16(), expert, gate, ExpertWeights(Swiglu(), tuple(t.bfloat16() for t in w.stacked))
     )
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() / exact.norm() < 0.02

@@ -26,7 +26,7 @@ def test_masks_give_what_routes_that_fit_give(seed, n, e, data):
     k = data.draw(st.integers(1, e), label="k")
     x, expert, gate, weights = problem(seed, n, d=6, f=5, e=e, k=k)
     factor = data.draw(st.sampled_from([0.3, 1.0, 2.0]), label="factor")
-    places = MoESpec(experts=e, top_k=k, d_expert=5, capacity_factor=factor).places(n) or 1
+    places = MoESpec(experts=e, top_k=k, d_expert=5, capacity_factor=factor).places(n)
     kept = fits(expert, torch.ones_like(expert, dtype=torch.bool), e, places)
     gate = (gate.detach() * kept).requires_grad_()
     ours = outputs_and_gradients("capacity", x, expert, gate, weights, places)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import ExpertWeights, choose, cpp, gelu_subln, run_experts, run_sorted_experts, swiglu
+from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, choose, cpp, run_experts, run_sorted_experts
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def rounded(seed, n, d, f, e, k, only=None):
     x, gate = x.detach().bfloat16(), gate.detach().float()
 
     def of(dtype, gate_dtype):
-        weights = ExpertWeights(swiglu, tuple(t.to(dtype).requires_grad_() for t in stacked))
+        weights = ExpertWeights(Swiglu(), tuple(t.to(dtype).requires_grad_() for t in stacked))
         return x.to(dtype).requires_grad_(), expert, gate.to(gate_dtype).requires_grad_(), weights
 
     return of(torch.bfloat16, torch.float32), of(torch.float64, torch.float64)
@@ -73,7 +73,7 @@ def test_is_nearer_to_float64_than_reference_in_bfloat16():
 def test_sorted_rows_go_through_the_experts_they_are_counted_for(count_E):
     (x, _, _, w), _ = rounded(4, n=sum(count_E), d=6, f=10, e=4, k=1)
     experts = (tuple(t[e] for t in w.stacked) for e in range(4))
-    expected = torch.cat([swiglu(rows, *expert) for rows, expert in zip(x.split(count_E), experts, strict=True)])
+    expected = torch.cat([Swiglu()(rows, *expert) for rows, expert in zip(x.split(count_E), experts, strict=True)])
     found = run_sorted_experts("cpp", x, count_E, w)
     for ours, oracle in zip(with_gradients(found, w.stacked), with_gradients(expected, w.stacked), strict=True):
         torch.testing.assert_close(ours, oracle, atol=2e-2, rtol=2e-2)
@@ -128,7 +128,7 @@ def test_needs_no_gradients():
         ({"dtype": torch.float32}, TypeError, "bfloat16 only"),
         ({"d": 7}, ValueError, "even sizes only: rows are 7 wide, experts 8"),
         ({"f": 9}, ValueError, "even sizes only: rows are 6 wide, experts 9"),
-        ({"function": gelu_subln}, ValueError, "SwiGLU experts only"),
+        ({"function": GeluSubln()}, ValueError, "SwiGLU experts only"),
     ],
 )
 def test_refuses_what_it_does_not_compute(change, kind, why):
@@ -179,6 +179,25 @@ def test_a_compiler_that_fails_is_a_reason_in_one_line(tmp_path):
     why = said(start(tmp_path, CXX=str(compiler)))
     assert why == f"{compiler} fails: x.cpp:1: error: no such thing"
     assert list((tmp_path / "mhmoe").iterdir()) == []
+
+
+@runs_here
+def test_a_library_that_cannot_be_loaded_is_a_reason_too(tmp_path):
+    """As in a cache without leave to execute, or of a machine with another C library."""
+    assert said(start(tmp_path)) == "None"
+    [library] = (tmp_path / "mhmoe").iterdir()
+    library.unlink()
+    library.write_text("no library")
+    assert said(start(tmp_path)) == f"what was compiled cannot be loaded: {library}: file too short"
+
+
+@runs_here
+def test_a_library_that_cannot_be_moved_to_its_place_is_a_reason_too(tmp_path):
+    compiler = tmp_path / "c++"  # a folder is in its place
+    in_the_way = '[ "$1" = -shared ] && mkdir -p "$(dirname "$(dirname "$4")")/$(basename "$4")/x"'
+    compiler.write_text(f'#!/bin/sh\n{in_the_way}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    assert said(start(tmp_path, CXX=str(compiler))).startswith("what was compiled cannot be kept: ")
 
 
 @runs_here

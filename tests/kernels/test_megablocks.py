@@ -4,7 +4,6 @@ On a CPU, `tests/kernels/megablocks_ops.py` stands for its compiled extension, a
 """
 
 import sys
-from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate, product
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import ExpertWeights, gelu_subln, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, run_experts
 from mhmoe_kernels.grouped_matmul import can_group
 from mhmoe_kernels.megablocks import _missing, why_not
 from tests.kernels import megablocks_ops
@@ -48,7 +47,7 @@ def agree(ours, oracle, tolerance):
 
 
 @installed
-@pytest.mark.parametrize("function", [swiglu, gelu_subln, partial(gelu_subln, eps=0.1)])
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln(), GeluSubln(0.1)])
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 12), e=st.integers(1, 9), data=st.data(),
@@ -63,7 +62,7 @@ def test_it_agrees_with_reference_with_empty_experts_among_them(interpreted, fun
 
 
 @installed
-@pytest.mark.parametrize("function", [swiglu, gelu_subln])
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 @pytest.mark.parametrize("d", [12, 16], ids=["loop", "grouped_mm"])
 def test_bfloat16_is_near_float32_and_may_have_float32_gates(interpreted, function, d):
     x, expert, gate, weights = problem(3, n=24, d=d, f=32, e=5, k=2, function=function, dtype=torch.bfloat16, only=4)
@@ -94,7 +93,7 @@ def test_rows_and_gates_need_not_be_contiguous(interpreted):
 def test_more_than_its_indices_can_hold_is_refused():
     x, expert = torch.zeros(1, 1).expand(2**20, 2**10), torch.zeros(1, 1, dtype=torch.int64).expand(2**20, 2)
     with pytest.raises(ValueError, match="1048576 rows x 2 experts x width 1024"):
-        run_experts("megablocks", x, expert, expert.float(), ExpertWeights(swiglu, (torch.zeros(4, 1, 1),)))
+        run_experts("megablocks", x, expert, expert.float(), ExpertWeights(Swiglu(), (torch.zeros(4, 1, 1),)))
 
 
 @settings(max_examples=50)
@@ -118,7 +117,7 @@ def test_on_cuda_it_agrees_with_reference():
         pytest.skip(reason)
     tolerances = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
     widths, rows = [(64, 128), (96, 40), (12, 20)], [(0, 8), (1, 2), (1000, 5)]
-    for function, dtype, (d, f), (n, only) in product([swiglu, gelu_subln], tolerances, widths, rows):
+    for function, dtype, (d, f), (n, only) in product([Swiglu(), GeluSubln()], tolerances, widths, rows):
         x, expert, gate, weights = problem(n, n, d, f, 8, 2, dtype, only, function, "cuda")
         exact = [t.double().detach().requires_grad_() for t in (x, gate, *weights.stacked)]
         oracle = exact[0], expert, exact[1], ExpertWeights(function, tuple(exact[2:]))

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import gelu_subln, run_experts, swiglu
+from mhmoe_kernels import GeluSubln, Swiglu, run_experts
 from tests.kernels.problems import problem
 
 
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
-    function=st.sampled_from([swiglu, gelu_subln]),
+    function=st.sampled_from([Swiglu(), GeluSubln()]),
 )  # fmt: skip
 def test_padded_agrees_with_reference(seed, n, e, data, function):
     k = data.draw(st.integers(1, e), label="k")
@@ -23,7 +23,7 @@ def test_padded_agrees_with_reference(seed, n, e, data, function):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("function", [swiglu, gelu_subln])
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 @torch.no_grad()
 def test_a_row_gives_the_same_bits_alone_and_among_others(function, threads):
     before = torch.get_num_threads()

@@ -14,12 +14,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_kernels import ExpertWeights, combine, gelu_subln, plan_routes, run_experts, swiglu
+from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, combine, plan_routes, run_experts
 from mhmoe_kernels.triton import run, why_not
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = {"swiglu": swiglu, "gelu": partial(gelu_subln, eps=1e-5)}
+KINDS = {"swiglu": Swiglu(), "gelu": GeluSubln()}
 # ||ours - float64|| / ||float64||, inputs rounded before both. Seen: 1e-6 and, by the interpreter, 1.2e-2.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -145,7 +145,7 @@ def test_chunks_are_powers_of_two_that_pad_a_width_by_less_than_16(width):
 def test_what_it_cannot_run_is_said(monkeypatch):
     x, expert, gate, weights = problem("swiglu", 0, n=3, d=8, f=5, e=2, k=1)
     with pytest.raises(TypeError, match="float64"):
-        run(x.double(), expert, gate, ExpertWeights(swiglu, tuple(w.double() for w in weights.stacked)))
+        run(x.double(), expert, gate, ExpertWeights(Swiglu(), tuple(w.double() for w in weights.stacked)))
     with pytest.raises(TypeError, match="no kernel for"):
         run(x, expert, gate, ExpertWeights(torch.nn.functional.linear, weights.stacked))
     assert why_not(DEVICE) is None

@@ -84,3 +84,12 @@ def test_xpos_fades_with_distance():
     assert product[-1] == pytest.approx(spec.head_width, rel=1e-4)
     base = (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8)
     assert product[0] == pytest.approx(2 * float((base**2).sum()), rel=1e-4)  # 1,024 tokens: two factors
+
+
+def test_xpos_stays_far_within_float32_as_far_as_a_spec_allows():
+    from mhmoe_ray.model.attention import rotary
+    from mhmoe_ray.spec.run import XPOS_TOKENS
+
+    at = rotary(build(backbone="subln").spec, torch.tensor([XPOS_TOKENS - 1, XPOS_TOKENS + 4000]))
+    assert all(part[0].abs().max() < torch.finfo(torch.float32).max / 1000 for part in at)
+    assert at.k_cos_TC[1].isinf().any()

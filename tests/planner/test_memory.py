@@ -112,14 +112,33 @@ def test_activations_of_compiled_experts():
     assert found.activations < memory(spec).activations
 
 
+@pytest.mark.parametrize("kind", ["llama", "subln"])
+def test_activations_of_experts_that_keep_all(kind):
+    """Wide ones, of which `grouped` would keep less; `reference` keeps places of routes too."""
+    spec = spec_of(kind, "recomputed")
+    plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
+    spec = spec.model_copy(update={"model": plain})
+    assert memory(spec).activations == pytest.approx(kept_by_autograd(spec), rel=0.03)
+
+
+def test_activations_of_experts_that_keep_nothing():
+    spec = spec_of("subln", "kept")
+    moe = spec.model.moe
+    fused = spec.model.with_moe(moe.model_copy(update={"kernel": "triton", "recompute": None}))
+    hidden = moe.heads * moe.top_k * spec.model.moe_layers * moe.d_expert * (4 + 2 * 4)  # GELU's input, output, norm
+    tokens = spec.train.micro_batch_size * spec.data.seq_len
+    saved = memory(spec).activations - memory(spec.model_copy(update={"model": fused})).activations
+    assert saved == pytest.approx(tokens * hidden, rel=0.01)
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_weights_gradients_and_moments_are_those_of_a_trainer(experts):
     spec = spec_of("llama", experts)
     trainer = Trainer(spec, build_mesh(spec.cluster, ["here"], "cpu"), torch.device("cpu"))
-    trainer.accumulate(micro_batches(spec, 0))
+    sums = trainer.accumulate(micro_batches(spec, 0))
     parameters = list(trainer.model.parameters())
     gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    trainer.update()
+    trainer.update(sums)
     states = trainer.strategy.optimizer.state.values()
     moments = sum(s[key].nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
     found = memory(spec)
@@ -159,12 +178,12 @@ def test_expert_parallelism_spreads_experts_and_nothing_else():
 def held_by_a_rank(spec):
     """Bytes of weights, gradients after a step's last backward, and moments."""
     trainer = trainer_of(spec)
-    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
+    sums = trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
     parameters = list(trainer.model.parameters())
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     weights = sum(local(p).nbytes for p in parameters)
     held = sum(g.nbytes for g in gradients)
-    trainer.update()
+    trainer.update(sums)
     states = trainer.strategy.optimizer.state.values()
     return weights, held, sum(local(s[key]).nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
 

@@ -1,9 +1,10 @@
 import json
 import math
+import resource
 
 import pytest
 
-from mhmoe_ray.errors import CheckpointError, RunError, SpecError
+from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.layout import create_run, find_run, list_runs
@@ -71,6 +72,20 @@ def test_lines_survive_a_writer_killed_in_mid_line(tmp_path):
     jsonl.append(path, {"a": 1})
     with path.open("ab") as f:
         f.write(b'{"a": 2, "b"')
+    jsonl.append(path, {"a": 3})
+    assert [r["a"] for r in jsonl.read(path)] == [1, 3]
+
+
+def test_a_line_that_has_no_room_is_told_and_those_after_it_survive(tmp_path):
+    path, (soft, hard) = tmp_path / "x.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        jsonl.append(path, {"a": 1})
+        with pytest.raises(StorageError, match="it cannot be written: File too large; make room"):
+            jsonl.append(path, {"a": "2" * 100})  # of which a part is written
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == 100
     jsonl.append(path, {"a": 3})
     assert [r["a"] for r in jsonl.read(path)] == [1, 3]
 

@@ -30,6 +30,6 @@ def trained_alone(spec: RunSpec, steps: int) -> Alone:
         stored = samples.read(step * m * b + np.arange(m * b)).reshape(m, b, -1)
         parts = (split_padding(micro_batch, token_bytes) for micro_batch in stored)
         sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in parts])
-        trainer.update()
-        losses.append(sums.loss / trainer.targets)
+        trainer.update(sums)
+        losses.append(sums.loss / sums.targets)
     return Alone(losses, {name: t.detach() for name, t in trainer.strategy.weights().items()})

@@ -5,6 +5,7 @@ import pytest
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import dump_spec, load_spec
+from mhmoe_ray.spec.run import XPOS_TOKENS
 
 QUICKSTART = Path("jobs/quickstart.yaml")
 
@@ -87,6 +88,14 @@ def test_what_a_given_tokenizer_has_no_use_for_is_refused(tmp_path, key, value):
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     assert load_spec(tmp_path / "spec.yaml") == spec
     assert load_spec(QUICKSTART, [f"data.{key}={value}"]).data.train_mb == 20
+
+
+def test_samples_longer_than_xpos_can_count_are_refused():
+    assert load_spec(QUICKSTART, ["data.seq_len=40000"]).data.seq_len == 40_000
+    load_spec(QUICKSTART, ["model.backbone=subln", f"data.seq_len={XPOS_TOKENS}"])
+    with pytest.raises(SpecError, match=r"data\.seq_len is 40000, but beyond 32768 tokens subln's positions") as raised:
+        load_spec(QUICKSTART, ["model.backbone=subln", "data.seq_len=40000"])
+    assert "\n" not in str(raised.value)
 
 
 def test_a_schedule_changes_key_by_key():

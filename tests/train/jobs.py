@@ -56,6 +56,18 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Whole ones of the step, between `accumulate` and `update`. Collective."""
+    named = dict(trainer.model.named_parameters())
+    if trainer.strategy.gathers:
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {name: safe_get_full_grad(p) for name, p in named.items()}
+    else:
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    return whole(trainer.strategy._as_global(found))
+
+
 def held_out(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples that do not divide evenly, some of whose targets do not count."""
     g = torch.Generator().manual_seed(0)
@@ -71,12 +83,12 @@ def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = N
     for step in range(steps):
         sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 0:
-            first = whole(trainer.strategy.gradients())
-        norms.append(trainer.update().norm)
+            first = gradients(trainer)
+        norms.append(trainer.update(sums).norm)
         total = torch.tensor(sums.loss, dtype=torch.float64)
         if trainer.mesh.world > 1:
             dist.all_reduce(total)
-        losses.append(float(total) / trainer.targets)
+        losses.append(float(total) / sums.targets)
     return {
         "gradients": first,
         "losses": losses,
@@ -96,8 +108,8 @@ def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None
 
 def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
     for step in range(trainer.step, trainer.step + steps):
-        trainer.accumulate(batches(spec, step, trainer))
-        trainer.update()
+        sums = trainer.accumulate(batches(spec, step, trainer))
+        trainer.update(sums)
 
 
 def save(run: RunDir, trainer: Trainer) -> None:
@@ -120,11 +132,11 @@ def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[s
 def _step(spec: RunSpec, step: int, trainer: Trainer) -> float:
     """The mean loss of a step, over all ranks."""
     sums = trainer.accumulate(batches(spec, step, trainer))
-    trainer.update()
+    trainer.update(sums)
     total = torch.tensor(sums.loss, dtype=torch.float64)
     if trainer.mesh.world > 1:
         dist.all_reduce(total)
-    return float(total) / trainer.targets
+    return float(total) / sums.targets
 
 
 def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tensor) -> tuple[float, int]:
@@ -143,5 +155,5 @@ def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
             layer.head.weight.zero_()
             layer.router.scores.weight_ED[2:] = 1.0
     sums = trainer.accumulate(batches(spec, 0, trainer))
-    trainer.update()
+    trainer.update(sums)
     return {"counts": sums.count_LE, "weights": [p.detach().clone() for p in trainer.model.parameters()]}

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     autocast: bool = False
     model: tuple[tuple[str, object], ...] = ()
     kernel: str = "auto"
+    recompute: float = 0.0
 
     @property
     def experts(self) -> int:
@@ -36,12 +37,11 @@ def made(case, held, only_rank=None):
     g = torch.Generator().manual_seed(5)
     moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
     model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
-    recompute = model.pop("recompute", None)
     experts = Experts(tiny_spec(model=model).model, held).double()
     for p in experts.parameters():
         whole = torch.randn(case.experts, *p.shape[1:], generator=g, dtype=torch.float64) / 4
         p.data.copy_(whole[held.start : held.stop])
-    experts.recompute = bool(recompute)
+    experts.recompute = case.recompute
     parts = []
     for rank, n in enumerate(case.rows):
         only = torch.tensor(case.only or range(case.experts)) + (rank * HELD if case.own else 0)

@@ -16,7 +16,7 @@ RANKS = 3
 CASES = {
     "swiglu": Case(),
     "gelu": Case(model=(("backbone", "subln"),)),
-    "recomputed": Case(kernel="grouped", model=(("recompute", True),)),
+    "recomputed": Case(kernel="grouped", recompute=1.0),
     "kernel without sorted rows": Case(kernel="reference"),
     "many choices": Case(top_k=5),
     "no row at a rank": Case(rows=(11, 0, 9)),

@@ -1,8 +1,12 @@
 """Which of the workers that failed is the cause, and how that is said."""
 
+import pytest
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mhmoe_ray.errors import JobError
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train.driver import _explain
 from mhmoe_ray.train.lost import first_cause, reason
 
 RAYS = """The actor died unexpectedly before finishing this task.
@@ -29,3 +33,19 @@ def test_reasons_are_one_line_without_guesses():
     assert reason(ValueError("first\n  second\n")) == "ValueError: second"
     assert reason(JobError("training", "why", "fix")) == "training: why; fix"
     assert len(reason(ValueError("x" * 10_000))) == 500
+
+
+NOT_FINITE = JobError("training", "the gradient is not finite", "lower train.lr")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (WorkerGroupError("", {0: EXCHANGE, 1: ValueError("shape")}), "worker 1: ValueError: shape; see its log"),
+        (WorkerGroupError("", {0: EXCHANGE, 1: GONE}), f"worker 1: {reason(GONE)}; see its log"),
+        (WorkerGroupError("", {0: EXCHANGE, 1: NOT_FINITE}), str(NOT_FINITE)),
+        (ControllerError(ValueError("first\nsecond")), "run tiny-1: ValueError: second; see its log"),
+    ],
+)
+def test_the_run_fails_for_the_cause_that_is_recorded(tmp_path, error, told):
+    assert str(_explain(RunDir(tmp_path / "tiny-1"), error)) == told

@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
@@ -64,11 +65,15 @@ def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decisio
 )
 def test_what_a_new_start_would_only_meet_again_is_not_tried_again(raised, decision):
     policy = MistakesAreFinal(FailureConfig(max_failures=3))
-    failed = WorkerGroupError(
-        "", {0: RuntimeError("of another rank"), 1: UserExceptionWithTraceback(raised, "traceback")}
-    )
+    failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
     assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
     assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
+
+
+def test_ray_tells_of_failures_as_they_were_raised():
+    failure = UserExceptionWithTraceback(JobError("training", "it is not finite", "lower it"), "traceback")
+    status = WorkerGroupPollStatus({0: WorkerStatus(running=False, error=failure)})
+    assert error_of_ours(status.get_worker_group_error()) is failure._base_exc
 
 
 def test_a_worker_is_told_of_a_preemption_where_it_looks():

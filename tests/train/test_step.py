@@ -14,11 +14,11 @@ from tests.train.jobs import batches, trainer_of, whole
 def test_a_gradient_that_is_not_finite_changes_nothing():
     spec = tiny_spec()
     trainer = trainer_of(spec)
-    trainer.accumulate(batches(spec, 0, trainer))
+    sums = trainer.accumulate(batches(spec, 0, trainer))
     before = {name: weight.clone() for name, weight in trainer.strategy.weights().items()}
     next(trainer.model.parameters()).grad.view(-1)[0] = torch.inf
     with pytest.raises(JobError, match="gradient of step 1 is not finite"):
-        trainer.update()
+        trainer.update(sums)
     assert trainer.step == 0
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.strategy.weights().items())
 
@@ -28,11 +28,11 @@ def skipping(spec):
     trainer = trainer_of(spec)
     updates, held = [], {}
     for step in range(6):
-        trainer.accumulate(batches(spec, step, trainer))
+        sums = trainer.accumulate(batches(spec, step, trainer))
         if step == 2:
             spoil(trainer)
             held = whole(trainer.strategy.weights())
-        updates.append(trainer.update())
+        updates.append(trainer.update(sums))
         if step == 2:
             assert all(torch.equal(t, held[name]) for name, t in whole(trainer.strategy.weights()).items())
     return [u.applied for u in updates], trainer.skipped, [math.isfinite(u.norm) for u in updates]
@@ -61,10 +61,10 @@ def test_more_than_ten_skipped_in_a_row_stop_the_run():
     spec = tiny_spec(train={"on_nonfinite": "skip"})
     trainer = trainer_of(spec)
     for _ in range(10):
-        trainer.accumulate(batches(spec, 0, trainer))
+        sums = trainer.accumulate(batches(spec, 0, trainer))
         spoil(trainer)
-        trainer.update()
-    trainer.accumulate(batches(spec, 0, trainer))
+        trainer.update(sums)
+    sums = trainer.accumulate(batches(spec, 0, trainer))
     spoil(trainer)
     with pytest.raises(JobError, match=r"gradient of step 11 is not finite .*, as those of the 10 steps before it"):
-        trainer.update()
+        trainer.update(sums)

@@ -1,13 +1,15 @@
 """Whom the watchdog takes for hung. tests/faults has it at work."""
 
 import asyncio
+import sys
+from threading import Thread
 
 import pytest
 
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train import watchdog
-from mhmoe_ray.train.watchdog import Place, Progress, Watchdog
+from mhmoe_ray.train.watchdog import Place, Progress, Pulse, Watchdog
 
 PATIENCE = 10.0
 PLACES = [Place(rank, 100 + rank, 0.0, "host", "node") for rank in range(3)]
@@ -31,7 +33,7 @@ def hear(dog, *beats, step=7):
     """Each rank's own count, None where it says nothing."""
     for place, count in zip(PLACES, beats, strict=True):
         if count is not None:
-            asyncio.run(dog.hear(Progress(place, count, step, "training")))
+            asyncio.run(dog.hear(Progress(place, life=count, done=count, step=step, doing="training")))
 
 
 def culprits(dog, clock):
@@ -70,6 +72,30 @@ def test_or_all_where_none_is(dog, clock):
     clock.now += 11
     hear(dog, 9, 9, 9)
     assert culprits(dog, clock) == [0, 1, 2]
+
+
+def test_not_those_that_had_less_to_write_beside_it(dog, clock):
+    for place, pieces, done in zip(PLACES, (40, 3, 11), (9, 9, 8), strict=True):
+        asyncio.run(dog.hear(Progress(place, life=done + pieces, done=done, step=7, doing="training")))
+    clock.now += 11
+    for place in PLACES:
+        asyncio.run(dog.hear(dog._ranks[place].progress))
+    assert culprits(dog, clock) == [2]
+
+
+def test_threads_of_a_rank_lose_nothing_of_what_each_other_did():
+    pulse, times = Pulse(None, PLACES[0]), 50_000
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        saver = Thread(target=lambda: [pulse.stir() for _ in range(times)])
+        saver.start()
+        for _ in range(times):
+            pulse.beat()
+        saver.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert pulse._progress == Progress(PLACES[0], life=2 * times, done=times)
 
 
 def test_one_that_ended_is_not_missed(dog, clock):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels.cpp.build import BuildError, library
-from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, swiglu
+from mhmoe_kernels.grouped import sort_first
+from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 
 def why_not(device: torch.device) -> str | None:
@@ -34,8 +34,7 @@ def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """See `mhmoe_kernels.run_experts`, and `run_sorted` for what it raises."""
-    plan = plan_routes(expert_NK, len(weights.stacked[0]))
-    return combine(run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights), gate_NK, plan)
+    return sort_first(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
@@ -47,7 +46,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         weights: len(counts) experts.
 
     Raises:
-        ValueError: for sizes or a function that it does not compute.
+        ValueError: for sizes or experts that it does not compute.
         TypeError: for a dtype.
         RuntimeError: where `why_not` has a reason.
     """
@@ -62,7 +61,7 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
 
 
 def _refusal(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
-    if weights.function is not swiglu:
+    if not isinstance(weights.function, Swiglu):
         return ValueError("kernel cpp computes SwiGLU experts only")
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} != {torch.bfloat16}:
         return TypeError("kernel cpp computes in bfloat16 only")

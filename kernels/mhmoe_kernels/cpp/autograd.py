@@ -1,6 +1,7 @@
 """The compiled SwiGLU experts as a function of torch."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ def swiglu_sorted(x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Ten
         counts: rows per expert, adding up to R.
         gate_EFD, up_EFD, down_EDF: weights of E experts.
     """
-    result: Tensor = _SwiGLU.apply(x_RD, counts, gate_EFD, up_EFD, down_EDF)  # type: ignore[no-untyped-call]
-    return result
+    return _swiglu(x_RD, counts, gate_EFD, up_EFD, down_EDF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -45,6 +45,9 @@ class _SwiGLU(torch.autograd.Function):
         tensors = (x_RD, *weights, dy_RD.contiguous(), dx_RD, *gradients, work, ctx.count_E)
         library().backward(*_pointers(*tensors), *sizes)
         return dx_RD, None, *gradients
+
+
+_swiglu: Callable[[Tensor, list[int], Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:

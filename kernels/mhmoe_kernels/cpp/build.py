@@ -38,7 +38,11 @@ def library() -> ctypes.CDLL:
 def _once() -> ctypes.CDLL | BuildError:
     """A failure is kept too: no layer should try again."""
     try:
-        return ctypes.CDLL(str(_built()))
+        path = _built()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # a folder without leave to execute, another machine's C library
+            raise BuildError(f"what was compiled cannot be loaded: {error}") from error
     except BuildError as error:
         return error
 
@@ -58,7 +62,10 @@ def _built() -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhmoe"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhmoe"
+    except RuntimeError as error:
+        raise BuildError(f"no place to keep what is compiled: {error}") from error
 
 
 def _fingerprint(compiler: str) -> str:
@@ -88,6 +95,8 @@ def _build(compiler: str, path: Path) -> None:
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", str(_openmp())]
         _run([compiler, "-shared", str(compiled), "-o", str(linked), *libraries])
         linked.replace(path)
+    except OSError as error:
+        raise BuildError(f"what was compiled cannot be kept: {error}") from error
     finally:
         shutil.rmtree(folder)
 

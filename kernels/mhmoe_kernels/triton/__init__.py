@@ -36,7 +36,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
     """See `mhmoe_kernels.run_experts`. float32 and bfloat16; sums are float32, and bitwise the same each time.
 
     Raises:
-        TypeError: for a function or dtype that no kernel here computes.
+        TypeError: for a dtype that no kernel here computes.
         RuntimeError: where `why_not` has a reason.
     """
     if reason := why_not(x_ND.device):
@@ -48,6 +48,6 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
     from mhmoe_kernels.triton.schedule import sort_routes
 
     kind = kind_of(weights.function)
-    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x_ND):  # type: ignore[no-untyped-call]  # torch has no types for it
         routes = sort_routes(expert_NK, len(weights.stacked[0]))
         return fused_experts(kind, x_ND, gate_NK, weights.stacked, routes)

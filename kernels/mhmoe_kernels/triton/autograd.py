@@ -4,6 +4,7 @@ The hidden layer is recomputed, and so is what the routing weights' gradients ne
 numbers a route, are kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from mhmoe_kernels.triton.schedule import Routes
 
 def fused_experts(kind: Kind, x_ND: Tensor, gate_NK: Tensor, weights: tuple[Tensor, ...], routes: Routes) -> Tensor:
     """y_ND: each row's routes through their experts, weighted by `gate_NK` and added."""
-    result: Tensor = _FusedExperts.apply(kind, routes, x_ND, gate_NK, *weights)  # type: ignore[no-untyped-call]
-    return result
+    return _fused_experts(kind, routes, x_ND, gate_NK, *weights)
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -47,3 +47,6 @@ class _FusedExperts(torch.autograd.Function):
         if any(ctx.needs_input_grad[4:]):
             dweights = kind.backward_weights(x_ND, dy_ND, scale_R, weights, found, routes)
         return None, None, dx_ND, dgate_NK, *dweights
+
+
+_fused_experts: Callable[..., Tensor] = _FusedExperts.apply

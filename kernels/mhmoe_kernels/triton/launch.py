@@ -1,8 +1,6 @@
 """The experts' three kernels of each kind, behind one set of calls: what a kind keeps between them is its own."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +12,7 @@ from mhmoe_kernels.triton.chunks import chunk_widths
 from mhmoe_kernels.triton.gelu import gelu_backward_rows, gelu_backward_weights, gelu_forward, weighted_row_sums
 from mhmoe_kernels.triton.schedule import Routes, RowTiles, row_tiles
 from mhmoe_kernels.triton.swiglu import swiglu_backward_rows, swiglu_backward_weights, swiglu_forward
-from mhmoe_kernels.weights import gelu_subln, swiglu
+from mhmoe_kernels.weights import Function, Swiglu
 
 Tensors = tuple[Tensor, ...]
 
@@ -36,7 +34,7 @@ class Kind(Protocol):
         """Gradients of `weights`."""
 
 
-class Swiglu:
+class SwigluKernels:
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
         F, D = weights[0].shape[1:]
         block = blocks_for("swiglu", "forward", D, x_ND.dtype)
@@ -70,7 +68,7 @@ class Swiglu:
 
 
 @dataclass
-class GeluSubln:
+class GeluSublnKernels:
     eps: float
 
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
@@ -121,14 +119,8 @@ class GeluSubln:
         return grads
 
 
-def kind_of(function: Callable[..., Tensor]) -> Kind:
-    """The kernels for an expert's function (`mhmoe_kernels.weights`)."""
-    if function is swiglu:
-        return Swiglu()
-    given = function if isinstance(function, partial) else partial(function)
-    if given.func is gelu_subln and not given.args:
-        return GeluSubln(**{"eps": 1e-5, **given.keywords})
-    raise TypeError(f"triton has no kernel for {function}")
+def kind_of(function: Function) -> Kind:
+    return SwigluKernels() if isinstance(function, Swiglu) else GeluSublnKernels(function.eps)
 
 
 def options(width: int, block: Blocks) -> dict[str, Any]:

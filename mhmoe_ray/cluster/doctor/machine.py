@@ -84,7 +84,7 @@ def _accelerators() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in BACKENDS:
+    for name in (name for name, backend in BACKENDS.items() if backend.trains):
         if reason := why_not(name, device):
             yield Finding(
                 "note", f"kernel {name}", reason, "leave model.moe.kernel at auto, which chooses among the others"

@@ -130,8 +130,7 @@ def _transpose(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
 
 def _through_experts(x_RD: Tensor, crossing: _Crossing, backend: str, weights: ExpertWeights) -> Tensor:
     differentiable = torch.is_grad_enabled()  # never so within a Function
-    result: Tensor = _Experts.apply(x_RD, crossing, backend, weights, differentiable, *weights.stacked)  # type: ignore[no-untyped-call]
-    return result
+    return _experts(x_RD, crossing, backend, weights, differentiable, *weights.stacked)
 
 
 class _Experts(torch.autograd.Function):
@@ -161,6 +160,9 @@ class _Experts(torch.autograd.Function):
         dx_RD = ctx.crossing(dy_RD.contiguous(), own.backward, theirs.backward)
         dstacked = (a.add_(b) for a, b in zip(own.dstacked, theirs.dstacked, strict=True))
         return dx_RD, None, None, None, None, *dstacked
+
+
+_experts: Callable[..., Tensor] = _Experts.apply
 
 
 class _Part:

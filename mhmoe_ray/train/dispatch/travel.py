@@ -1,5 +1,6 @@
 """Rows to other ranks as a step of the autograd graph: their gradients travel the same way back."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,7 @@ def travel(exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) ->
         leaving, arriving: the rows of every tensor before and after.
         tensors: two-dimensional. Of one row, what is in all of them travels in one piece.
     """
-    arrived: tuple[Tensor, ...] = _Travel.apply(exchange, leaving, arriving, *tensors)  # type: ignore[no-untyped-call]
-    return arrived
+    return _travel(exchange, leaving, arriving, *tensors)
 
 
 def _exchanged(exchange: Exchange, leaving: End, arriving: End, tensors: list[Tensor]) -> list[Tensor]:
@@ -58,3 +58,6 @@ class _Travel(torch.autograd.Function):
         exchange, leaving, arriving = ctx.way_back
         arrived = iter(_exchanged(exchange, leaving, arriving, travelling))
         return None, None, None, *(next(arrived) if g.is_floating_point() else None for g in gradients)
+
+
+_travel: Callable[..., tuple[Tensor, ...]] = _Travel.apply

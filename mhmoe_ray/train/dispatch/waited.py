@@ -1,10 +1,12 @@
 """How long a rank waits for the rows of others."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 class Waited:
@@ -21,7 +23,7 @@ class Waited:
         device: that waits in it.
         """
         if device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began, ended = (_event(enable_timing=True) for _ in range(2))
             began.record()
             yield
             ended.record()

@@ -18,6 +18,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Fill = Callable[[Decoder], None]
 """Gives a model on the meta device its memory and its initial weights; of DTensors, slices."""
 
+_leave_out: Callable[[nn.Module, list[str]], None]
+_leave_out = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+
 
 class Strategy:
     """And what the others have in common with it."""
@@ -41,8 +44,7 @@ class Strategy:
         fill(self.model)
         if self.mesh.world == 1:
             return self.model
-        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(self.model, list(expert_parameters(self.model)))  # type: ignore[no-untyped-call]
+        _leave_out(self.model, list(expert_parameters(self.model)))
         return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
@@ -74,13 +76,9 @@ class Strategy:
         what is shared out as slices of the whole. Views: to fill them is to load."""
         return self._as_global(self.model.tensors())
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Those of the step, between `finish` and `apply`, in the same way."""
-        named = self.model.named_parameters()
-        return self._as_global({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named})
-
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; zero before the first step."""
+        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; there are none before the first
+        step or `begin_at`."""
         state = self.optimizer.state
         found: dict[str, Tensor] = {}
         for moment in MOMENTS:

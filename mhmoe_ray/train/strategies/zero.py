@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.held import local
 from mhmoe_ray.spec import TrainSpec
 from mhmoe_ray.train.gradients import expert_parameters
 from mhmoe_ray.train.mesh import Mesh
@@ -78,8 +78,8 @@ class Zero(Strategy):
         mesh, devices = self.mesh, self.mesh.devices
         assert devices is not None
         for parameter in self._experts.values():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self._group_name  # type: ignore[attr-defined]
+            parameter.allreduce = False  # type: ignore[attr-defined]  # where DeepSpeed looks for it
+            parameter.group_name = self._group_name  # type: ignore[attr-defined]  # the same
         groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.ep_group
         groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = next(g for g in mesh.groups if mesh.rank in g)
         groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.dp_group
@@ -102,11 +102,6 @@ class Zero(Strategy):
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self._weights())
-
-    def gradients(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_grad
-
-        return self._as_global({n: safe_get_full_grad(p) for n, p in self.model.named_parameters()})
 
     def moments(self) -> dict[str, Tensor]:
         return dict(self._moments())
@@ -154,13 +149,13 @@ class Zero(Strategy):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.model.named_parameters():
-            weight = _local(weights[name])
+            weight = local(weights[name])
             if self._stage == 3:  # what forward reads and what the optimizer updates are two copies there
                 with GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(weight)
             safe_set_full_fp32_param(parameter, weight)
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, _local(moments[f"{moment}.{name}"]), moment)
+                safe_set_full_optimizer_state(parameter, local(moments[f"{moment}.{name}"]), moment)
 
 
 def _compile_nothing() -> None:
@@ -172,15 +167,11 @@ def _compile_nothing() -> None:
     ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _with_marker(model: Decoder) -> nn.Module:
     """The model, with an empty layer by whose class DeepSpeed knows that there are experts."""
     from deepspeed.moe.layer import MoE
 
-    class Marker(MoE):  # type: ignore[misc]
+    class Marker(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = 1

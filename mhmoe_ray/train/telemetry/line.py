@@ -16,6 +16,7 @@ from mhmoe_ray.train.step import Trainer, Update
 class Totals(NamedTuple):
     """Of a step, over all ranks; see `RankSums`."""
 
+    targets: int
     loss: float
     balance: float
     dropped: float
@@ -47,12 +48,12 @@ def step_line(
     update: what the optimizer did.
     seconds: that the step took.
     """
-    moe, tokens_per_s = spec.model.moe, trainer.targets / seconds
+    moe, tokens_per_s = spec.model.moe, totals.targets / seconds
     line: dict[str, Any] = {
         metrics.STEP: trainer.step,
         metrics.GROUP: group,
         metrics.TIME: time.time(),
-        metrics.LOSS: totals.loss / max(1, trainer.targets),
+        metrics.LOSS: totals.loss / max(1, totals.targets),
         metrics.GRAD_NORM: update.norm,
         metrics.LR: update.lr,
         metrics.TOKENS: trainer.tokens,
