@@ -70,7 +70,6 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         RunError: there is nothing to evaluate.
         DataError, CheckpointError, SpecError, JobError: as the job's own.
     """
-    from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.evaluate.job import SAYS
@@ -86,8 +85,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         return found
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
-    cpus = request.cpus if is_local(address) else 1
-    connection = launch.cluster_for(section, needed, _at_least(cpus), address)
+    connection = launch.cluster_for(section, needed, request.cpus, address)
     job = Job.start(
         connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
     )
@@ -105,10 +103,3 @@ def _local(request: "EvalRequest") -> list[Path]:
     named = [request.prepared] if request.prepared else []
     named += [source.path for source in request.text.sources.values()] if request.text else []
     return [Path(path) for path in (*named, *request.task_folders) if "://" not in path]
-
-
-def _at_least(cpus: int) -> int:
-    """A local cluster of any size will do; one that is started now should do for training afterwards."""
-    from mhmoe_ray.cluster.local import find_local
-
-    return cpus if find_local() else max(cpus, launch.LOCAL_CPUS)

@@ -14,33 +14,32 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 LOCAL_CPUS = 8
-"""Logical CPUs of a local cluster that is not started for a certain run."""
+"""Logical CPUs that a local cluster is started with at least."""
 
 
 def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
-    """The cluster to run on; a local one is started where none is named.
+    """The cluster to run on. A local one is started where none is named, large enough to train on afterwards.
 
     Args:
         section: of the spec.
         needed: what its nodes read and write.
-        cpus: logical CPUs that are needed.
+        cpus: logical CPUs that a local one must have.
         address: the one asked for.
 
     Raises:
         ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
         SpecError: paths of this machine mean nothing there.
     """
-    from mhmoe_ray.cluster.connect import connect_or_start, is_local
-    from mhmoe_ray.cluster.local import find_local
+    from mhmoe_ray.cluster.connect import connect_if_there, start
     from mhmoe_ray.errors import ClusterError, SpecError
 
-    if is_local(address) and find_local() is None:
+    connection = connect_if_there(address)
+    if connection is None:
         note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
-    connection = connect_or_start(address, cpus)
-    local = find_local() if connection.local else None
-    if local and local.cpus < cpus:
+        connection = start(max(cpus, section.cpus, LOCAL_CPUS))
+    if connection.cpus is not None and connection.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
-        raise ClusterError("local cluster", f"it has {local.cpus} CPUs and {cpus} are needed", fix)
+        raise ClusterError("local cluster", f"it has {connection.cpus} CPUs and {cpus} are needed", fix)
     own = next((place for place in needed if isinstance(place, Path)), None)
     if own and not connection.is_local_machine and not section.shared_filesystem:
         why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"

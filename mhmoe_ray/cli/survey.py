@@ -100,16 +100,12 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
         DataError: as the job's own.
         ClusterError, JobError: as other jobs.
     """
-    from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.data.inspect import SAYS
     from mhmoe_ray.data.inspect.result import Request, survey_in
     from mhmoe_ray.data.sources import find_files
 
     find_files(what.data)
-    # A local cluster of any size will do; one that is started now should do for training afterwards.
-    running = find_local()
-    cpus = running.cpus if running else max(launch.LOCAL_CPUS, what.cluster.cpus)
-    connection = launch.cluster_for(what.cluster, what.needed, cpus, address)
+    connection = launch.cluster_for(what.cluster, what.needed, 1, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     env = {"MHMOE_REQUEST": request.model_dump_json()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)

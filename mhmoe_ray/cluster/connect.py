@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
-from mhmoe_ray.cluster.local import find_local, start_local
+from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
 from mhmoe_ray.errors import ClusterError
@@ -22,6 +22,8 @@ class Connection:
     is_local_machine: bool
     """It has one node, and that is this machine. A loopback address alone does not tell: it may be a tunnel."""
     token: Token | None
+    cpus: int | None = None
+    """Logical ones of a cluster that we started, where that is known."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -37,37 +39,40 @@ def connect(address: str | None = None) -> Connection:
             given and no local cluster runs.
         TokenError: the cluster wants another token.
     """
+    connection = connect_if_there(address)
+    if connection is None:
+        raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
+    return connection
+
+
+def connect_if_there(address: str | None = None) -> Connection | None:
+    """As `connect`; None where no address is given and no local cluster runs."""
     address = _chosen(address)
-    if address is None:
-        ours = find_local()
-        if ours is None:
-            raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
+    # The local cluster is looked for where it is meant and nowhere else: it may be another machine's, or not answer.
+    ours = find_local() if address is None or _is_ours(address) else None
+    if ours:
         return _to_ours(ours)
+    if address is None:
+        return None
     address = normalised(address)
-    if dashboard.is_loopback(address):
-        ours = find_local()
-        if ours and ours.address == address:
-            return _to_ours(ours)
     token = _token(address)
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
 
 
-def connect_if_there(address: str | None = None) -> Connection | None:
-    """As `connect`; None where no address is given and no local cluster runs."""
-    return connect(address) if _chosen(address) or find_local() else None
+def start(cpus: int) -> Connection:
+    """To our own cluster, started with that many logical CPUs unless it runs already."""
+    return _to_ours(start_local(cpus))
 
 
 def is_local(address: str | None) -> bool:
-    """Whether `connect_or_start` would take a local cluster of ours for this address."""
+    """Whether a command would take a local cluster of ours for this address."""
     address = _chosen(address)
-    ours = find_local()
-    return address is None or (ours is not None and normalised(address) == ours.address)
+    return address is None or _is_ours(address)
 
 
-def connect_or_start(address: str | None, cpus: int) -> Connection:
-    """As `connect`, but start a local cluster with that many CPUs where no address is given and none runs."""
-    return connect(address) if _chosen(address) else _to_ours(start_local(cpus))
+def _is_ours(address: str) -> bool:
+    return normalised(address) == recorded_address()
 
 
 def normalised(address: str) -> str:
@@ -112,7 +117,7 @@ def _token(address: str) -> Token | None:
 
 
 def _to_ours(cluster: LocalCluster) -> Connection:
-    return Connection(cluster.address, True, True, tokens.own_token())
+    return Connection(cluster.address, True, True, tokens.own_token(), cluster.cpus)
 
 
 def _is_here(address: str, token: Token | None) -> bool:
