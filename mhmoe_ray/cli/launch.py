@@ -37,9 +37,9 @@ def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int,
     if connection is None:
         note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
         connection = start(max(cpus, section.cpus, LOCAL_CPUS))
-    if connection.cpus is not None and connection.cpus < cpus:
+    if connection.ours and connection.ours.cpus < cpus:
         fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
-        raise ClusterError("local cluster", f"it has {connection.cpus} CPUs and {cpus} are needed", fix)
+        raise ClusterError("local cluster", f"it has {connection.ours.cpus} CPUs and {cpus} are needed", fix)
     own = next((place for place in needed if isinstance(place, Path)), None)
     if own and not connection.is_local_machine and not section.shared_filesystem:
         why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"

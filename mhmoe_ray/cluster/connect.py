@@ -22,8 +22,8 @@ class Connection:
     is_local_machine: bool
     """It has one node, and that is this machine. A loopback address alone does not tell: it may be a tunnel."""
     token: Token | None
-    cpus: int | None = None
-    """Logical ones of a cluster that we started, where that is known."""
+    ours: LocalCluster | None = None
+    """Of a local one, where this process is not within it."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -117,7 +117,7 @@ def _token(address: str) -> Token | None:
 
 
 def _to_ours(cluster: LocalCluster) -> Connection:
-    return Connection(cluster.address, True, True, tokens.own_token(), cluster.cpus)
+    return Connection(cluster.address, True, True, tokens.own_token(), cluster)
 
 
 def _is_here(address: str, token: Token | None) -> bool:
