@@ -41,11 +41,14 @@ def findings(folder: Location) -> Iterator[Finding]:
     rates = f"writes {SIZE / (written - start) / 1e6:,.0f} MB/s, reads {SIZE / (read - written) / 1e6:,.0f} MB/s"
     yield Finding("ok", "storage", f"{folder}: {rates}")
     if isinstance(folder, Path) and not made:
-        loose = [p.name for p in folder.iterdir() if (p / "run.json").exists() and _is_for_all(p)]
+        loose = [p.name for p in folder.iterdir() if _is_loose_run(p)]
         if loose:
             said = f"others can read {', '.join(loose[:3])}" + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")
             yield Finding("warning", "run directories", said, "chmod 700 them")
 
 
-def _is_for_all(path: Path) -> bool:
-    return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG))
+def _is_loose_run(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & (stat.S_IRWXO | stat.S_IRWXG)) and (path / "run.json").exists()
+    except OSError:  # somebody else's, or gone meanwhile
+        return False
