@@ -33,8 +33,9 @@ class ObjectPath:
         uri: scheme://bucket/path?query
 
         Raises:
-            SpecError: the scheme is not known.
+            SpecError: the scheme is not known, or there is a password in it.
         """
+        refuse_password(uri)
         self._scheme, separator, rest = uri.partition("://")
         if not separator or self._scheme not in SCHEMES:
             why = f"{self._scheme}:// is not known"
@@ -188,9 +189,22 @@ class ObjectPath:
 Location: TypeAlias = Path | ObjectPath
 
 
+def refuse_password(uri: str) -> None:
+    """A name alone may stand before the bucket's: gs://anonymous@bucket.
+
+    Raises:
+        SpecError: there is a password beside it, which would be seen in specs, logs and metadata of jobs.
+    """
+    scheme, separator, rest = uri.partition("://")
+    user, at, host = rest.partition("/")[0].rpartition("@")
+    if separator and at and ":" in user:
+        why = "it holds a password, which others would see in specs and logs"
+        raise SpecError(f"path {scheme}://...@{host}", why, "leave it to the environment, or to the vendor's own files")
+
+
 def location(text: "str | Location") -> Location:
     """Raises:
-    SpecError: a scheme that is not known.
+    SpecError: a scheme that is not known, or a password in it.
     """
     if isinstance(text, Path | ObjectPath):
         return text

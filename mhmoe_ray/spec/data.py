@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from mhmoe_ray.location import refuse_password
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
@@ -37,6 +38,12 @@ class SourceSpec(Section):
     subfolders in proportion, and where all of them are at their limits, to the other sources."""
     max_epochs_of: dict[str, Epochs] = Field(default_factory=dict)
     """The same for single subfolders, before `max_epochs`."""
+
+    @field_validator("path")
+    @classmethod
+    def _without_password(cls, path: str) -> str:
+        refuse_password(path)
+        return path
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,6 +104,13 @@ class DataSpec(Section):
     """Or up to this share of all of them, where that is more."""
     max_bad_files: NonNegativeInt = 0
     """Files of which a part is lost (cut off, damaged, vanished) before the job stops; what was read is used."""
+
+    @field_validator("prepared", "tokenizer", mode="before")
+    @classmethod
+    def _is_a_path(cls, given: object) -> object:
+        if "://" in str(given):
+            raise ValueError("it must be a path on a file system that the nodes share, not a URI")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
