@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
 
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
+]
 QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
 
 
@@ -26,9 +29,7 @@ def resume(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     detach: DetachOption = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
-    ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Go on with a run that stopped, failed or lost its cluster, from its newest whole checkpoint.
 
@@ -119,5 +120,5 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
             time.sleep(QUIET_SECONDS - quiet)
         return None
     if over is None:
-        raise RunError(f"run {run.id}", "it is still running", "follow it with `mhmoe status`")
+        raise RunError(f"run {run.id}", "it is still running", "see `mhmoe status`, or end it first: mhmoe stop")
     return over

@@ -187,20 +187,31 @@ def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended):
     assert_one_line(mhmoe(tmp_path, "list", "--since", "soon"), 3, "it is no time")
 
 
+def test_a_run_whose_cluster_is_gone_is_removed_once_it_is_quiet_or_by_force(tmp_path, run, ended):
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    os.utime(run.metrics_file, (time.time() - 10_000,) * 2)
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    os.utime(run.events_file, (time.time() - 10_000,) * 2)
+    assert mhmoe(tmp_path, "rm", run.id, "--yes").code == 0
+    events.record(ended, "submitted", attempt=2, job="job-3", address="http://127.0.0.1:1")
+    assert_one_line(mhmoe(tmp_path, "rm", ended.id, "--yes"), 7, "--force")
+    assert mhmoe(tmp_path, "rm", ended.id, "--yes", "--force").code == 0
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_runs_that_are_over_are_removed_when_somebody_says_so(tmp_path, run, ended):
-    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "it is unknown", "mhmoe stop")
     assert_one_line(mhmoe(tmp_path, "rm", ended.id), 7, "--yes")
     assert_one_line(mhmoe(tmp_path, "rm", ended.id, run.id, "--yes"), 7, run.id)
     assert ended.path.exists()
     words = command("rm", ended.id)
-    for answer, code in (("n", 1), ("y", 0)):
+    for answer in ("n", "y"):
         asking = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")
         asking.expect_exact(f"remove {ended.id}, with all checkpoints?", timeout=60)
         assert ended.path.exists()
         asking.sendline(answer)
         asking.expect(pexpect.EOF, timeout=60)
         asking.close()
-        assert asking.exitstatus == code
+        assert asking.exitstatus == 0
     assert not ended.path.exists()
     assert run.path.exists()
 
