@@ -1,5 +1,6 @@
 """One GET from a Ray dashboard, with every way it can go wrong as one line."""
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,17 @@ def date(address: str, token: Token | None) -> str | None:
         raise unreachable(address, e) from e
     told: str | None = answer.headers.get("Date")
     return told
+
+
+def url_at(host: str, port: int) -> str:
+    """Of a server that listens there, as its own machine reaches it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if address.is_unspecified:
+        return f"http://127.0.0.1:{port}"
+    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:
