@@ -134,7 +134,7 @@ def _prepare(entry: SweepRun) -> bool:
     try:
         prepare(entry.spec)
     except MhmoeError as e:
-        print(f"error: {e}", flush=True)
+        print(f"{entry.name}: {e}", flush=True)
         return False
     return True
 
