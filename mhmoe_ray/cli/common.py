@@ -110,9 +110,14 @@ def print_whole(table: Table) -> None:
     Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
 
 
+def figure(value: float | None, form: str) -> str:
+    """A number of a run's history, in which one that was not finite is null."""
+    return "not finite" if value is None else format(value, form)
+
+
 def nats(value: float | None) -> str:
     """A loss in a few digits."""
-    return "not finite" if value is None else f"{value:.4f}"
+    return figure(value, ".4f")
 
 
 def in_bytes(count: int) -> str:

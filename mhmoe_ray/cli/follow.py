@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from mhmoe_ray.cli.common import nats, note, out
+from mhmoe_ray.cli.common import figure, nats, note, out
 from mhmoe_ray.cli.launch import name_of
 from mhmoe_ray.cli.preparing import PreparingView
 
@@ -115,7 +115,7 @@ class _View:
         for line in self._metrics.new():
             figures = f"loss {nats(line[metrics.LOSS])}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
             if metrics.BALANCE in line:
-                figures += f"  balance {line[metrics.BALANCE]:.2f}"
+                figures += f"  balance {figure(line[metrics.BALANCE], '.2f')}"
             self._progress.update(self._task, completed=line[metrics.STEP], figures=figures, description="training")
             if metrics.VAL_LOSS in line:
                 loss = nats(line[metrics.VAL_LOSS])

@@ -1,6 +1,7 @@
 """Which cluster a command speaks to, and with whose token."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,6 +59,24 @@ def connect_if_there(address: str | None = None) -> Connection | None:
     token = _token(address)
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
+
+
+def each_once() -> Callable[[str], Connection]:
+    """A `connect` that asks each address once, also one where nothing answers."""
+    known: dict[str, Connection | ClusterError] = {}
+
+    def connected(address: str) -> Connection:
+        if address not in known:
+            try:
+                known[address] = connect(address)
+            except ClusterError as e:
+                known[address] = e
+        found = known[address]
+        if isinstance(found, ClusterError):
+            raise found
+        return found
+
+    return connected
 
 
 def start(cpus: int) -> Connection:

@@ -1,9 +1,10 @@
 """All that `mhmoe status` tells of a run: from its directory, and from its cluster where that answers."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.cluster.watch import outcome, recorded_outcome
 from mhmoe_ray.errors import ClusterError, MhmoeError
@@ -61,14 +62,14 @@ def standing(run: RunDir) -> dict[str, Any]:
     }
 
 
-def state_of(run: RunDir, happened: Happened) -> tuple[str, str, str]:
+def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connection] = connect) -> tuple[str, str, str]:
     """The state, the reason of a failure, and what the cluster said: "unknown" where it should but does not answer."""
     attempts = read_attempts(run)
     over, cluster = recorded_outcome(run), "not asked: the run is over"
     said = events.state(happened)
     if over is None and attempts:
         try:
-            over = outcome(run, connect(attempts[-1].address))
+            over = outcome(run, connected(attempts[-1].address))
             cluster = "the job is alive" if over is None else "the job is dead"
         except ClusterError as e:
             return "unknown", "", f"it said {said} last, but {e}"
