@@ -58,7 +58,7 @@ def write_sweep(folder, **keys):
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
 
 
-@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning")  # of Ray's own making
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
 def test_text_that_cannot_be_prepared_is_no_error_of_the_job_itself(tmp_path, capsys):
     entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
     assert not _prepare(entry)
