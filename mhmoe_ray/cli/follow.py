@@ -56,7 +56,7 @@ def _show_last_lines(run: "RunDir") -> None:
     """Of the worker that failed last, where one did."""
     from mhmoe_ray.runs import events
 
-    lost = next((e for e in reversed(events.events(run)) if e["event"] == "lost"), None)
+    lost = events.newest(events.events(run), "lost")
     if lost and lost["lines"]:
         note.print(f"last lines of rank {lost['rank']} on {lost['host']}:")
         for line in lost["lines"]:

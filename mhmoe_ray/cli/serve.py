@@ -89,7 +89,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     connection = connect(address)
     config, host, port = serving.declared(connection, name)
     before = location(config["args"]["checkpoint"])
-    path, _ = pick_checkpoint(RunDir(before.parent.parent), checkpoint)
+    path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint)
     if path.name == before.name:
         out.print(f"{before.name} is the newest checkpoint, and is served")
         return
@@ -97,7 +97,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     serving.deploy(connection, config, host, port)
     note.print(f"deploying {path.name} in place of {before.name}")
     url = serving.wait_until_running(connection, name, START_SECONDS).url
-    _record(RunDir(path.parent.parent), connection, name, url, path.name)
+    _record(RunDir.of_checkpoint(path), connection, name, url, path.name)
     out.print(f"serving {path.name}")
 
 

@@ -24,14 +24,14 @@ def chosen(
     spec_file: Location | None = None
     if target and target.endswith((".yaml", ".yml")):
         spec_file, whole = Path(target), load_spec(Path(target))
-        runs = [r for r in list_runs(whole.storage) if r.id.rpartition("-")[0] == whole.name]
+        runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
         if not runs:
             raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")
         run = runs[-1]
     elif target and (location(target) / MANIFEST).exists():
         path = location(target).absolute()
         read_manifest(path, ("weights",))
-        run = RunDir(path.parent.parent)
+        run = RunDir.of_checkpoint(path)
         return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
     else:
         run = find_run(target, storage)

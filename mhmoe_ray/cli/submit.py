@@ -78,17 +78,15 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.layout import list_runs
-    from mhmoe_ray.spec import ELSEWHERE
 
-    runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
+    runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
     if not runs:
         return None
     newest = runs[-1]
     over = ended(newest, force=False, patient=True)
     if over and over.state == "finished":
         return None
-    before, now = (s.model_dump(mode="json", exclude=ELSEWHERE) for s in (newest.spec(), spec))
-    if other := [key for key in now if now[key] != before[key]]:
+    if other := spec.changed_from(newest.spec()):
         why = f"it is unfinished, and its spec differs in {', '.join(other)}"
         raise RunError(f"run {newest.id}", why, "submit without --continue to start anew, or give the spec that it has")
     return newest

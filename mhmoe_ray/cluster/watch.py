@@ -52,5 +52,5 @@ def recorded_outcome(run: RunDir) -> Outcome | None:
     state = events.state(happened)
     if not events.is_over(state):
         return None
-    reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
-    return Outcome(state, reason if state == "failed" else "")
+    failed = events.newest(happened, "failed") if state == "failed" else None
+    return Outcome(state, failed["reason"] if failed else "")
