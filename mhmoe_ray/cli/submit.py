@@ -34,6 +34,7 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
+    from mhmoe_ray.cli.plan_estimate import estimated
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.attempts import job_request
     from mhmoe_ray.cluster.connect import is_local
@@ -59,7 +60,8 @@ def submit(
         launch.check_data(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
-            plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
+            layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
+            plan.show(resolved, estimated(resolved, layout))
         needed = [resolved.storage, resolved.data.prepared]
         connection = launch.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
         run = create_run(resolved)
