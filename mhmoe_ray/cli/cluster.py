@@ -18,7 +18,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
-from mhmoe_ray.cli.launch import LOCAL_CPUS
+from mhmoe_ray.cli.connecting import LOCAL_CPUS
 
 app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)
 

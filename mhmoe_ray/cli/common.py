@@ -46,6 +46,9 @@ StorageOption = Annotated[
     str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
 ]
 CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
+]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
 STORAGE = complete.STORAGE
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import note, pick_checkpoint
 from mhmoe_ray.cli.job import Job
 
@@ -85,7 +85,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         return found
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
-    connection = launch.cluster_for(section, needed, request.cpus, address)
+    connection = connecting.cluster_for(section, needed, request.cpus, address)
     job = Job.start(
         connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
     )

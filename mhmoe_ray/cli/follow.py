@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from mhmoe_ray.cli.common import figure, nats, note, out
-from mhmoe_ray.cli.launch import name_of
+from mhmoe_ray.cli.connecting import name_of
 from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import (
     AddressOption,
     JsonOption,
@@ -48,7 +48,7 @@ def prepare(
     manifest = read_data_manifest(folder)
     if manifest is None:
         find_files(resolved.data)
-        connection = launch.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
+        connection = connecting.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run(resolved, connection)
     check_recipe(folder, manifest, resolved)
     if json:

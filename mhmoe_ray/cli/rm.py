@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.common import STORAGE, StorageOption, note, out
-from mhmoe_ray.cli.resume import ForceOption, ended
+from mhmoe_ray.cli.common import STORAGE, ForceOption, StorageOption, note, out
+from mhmoe_ray.cli.launch import ended
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir

@@ -57,7 +57,7 @@ def deploy(
     address: AddressOption = None,
 ) -> None:
     """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
-    from mhmoe_ray.cli import launch
+    from mhmoe_ray.cli import connecting
     from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.serve.config import application_config
@@ -69,7 +69,7 @@ def deploy(
             f"warning: whoever reaches {spec.serve.host}:{spec.serve.port} may ask; serve.keys or {KEYS} limit it"
         )
     cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = launch.cluster_for(spec.cluster, [found.path], cpus, address)
+    connection = connecting.cluster_for(spec.cluster, [found.path], cpus, address)
     config = application_config(name, path, spec.serve, found.id, _route(name))
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")

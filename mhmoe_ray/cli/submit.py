@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli import launch, plan
+from mhmoe_ray.cli import connecting, launch, plan
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg, note, print_json, read_spec
 from mhmoe_ray.cli.follow import follow
-from mhmoe_ray.cli.resume import ended, go_on
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -55,15 +54,15 @@ def submit(
     again = run is not None
     if run:
         note.print(f"going on with run {run.id}")
-        connection = go_on(run, resolved, address)
+        connection = launch.go_on(run, resolved, address)
     else:
-        launch.check_data(resolved)
+        connecting.check_data(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
             layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
             plan.show(resolved, estimated(resolved, layout))
         needed = [resolved.storage, resolved.data.prepared]
-        connection = launch.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
+        connection = connecting.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
         run = create_run(resolved)
         launch.start(run, resolved, connection)
     if json:
@@ -85,7 +84,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     if not runs:
         return None
     newest = runs[-1]
-    over = ended(newest, force=False, patient=True)
+    over = launch.ended(newest, force=False, patient=True)
     if over and over.state == "finished":
         return None
     if other := spec.changed_from(newest.spec()):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import note, read_spec
 from mhmoe_ray.cli.job import Job
 
@@ -105,7 +105,7 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     from mhmoe_ray.data.sources import find_files
 
     find_files(what.data)
-    connection = launch.cluster_for(what.cluster, what.needed, 1, address)
+    connection = connecting.cluster_for(what.cluster, what.needed, 1, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     env = {"MHMOE_REQUEST": request.model_dump_json()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)
