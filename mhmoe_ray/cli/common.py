@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,21 @@ def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Location, Manifes
     for error in skipped:
         note.print(f"warning: {error}", soft_wrap=True)
     return path, manifest
+
+
+@contextmanager
+def detaching(hint: str) -> Iterator[None]:
+    """In it Ctrl-C ends the command, which only follows something, and says what goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note.print(f"\ndetached; {hint}", soft_wrap=True)
+        raise typer.Exit from None
+
+
+def say(line: str) -> None:
+    """Beside the results, as it is."""
+    note.print(line, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

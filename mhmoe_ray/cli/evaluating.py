@@ -89,9 +89,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     job = Job.start(
         connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
     )
-    for line in job.lines():
-        if line.startswith(SAYS):
-            note.print(line, soft_wrap=True)
+    job.say(SAYS)
     made = stored(run, request)
     if made is None or not job.has_succeeded:
         raise job.error(f"evaluation of {run.id}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli import connecting
-from mhmoe_ray.cli.common import note, read_spec
+from mhmoe_ray.cli.common import read_spec
 from mhmoe_ray.cli.job import Job
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     env = {"MHMOE_REQUEST": request.model_dump_json()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)
-    for line in job.lines():
-        if line.startswith(SAYS):
-            note.print(line, soft_wrap=True)
+    job.say(SAYS)
     found = survey_in(job.log)
     if found is None:
         raise job.error(f"data of {what.name}")

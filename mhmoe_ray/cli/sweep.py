@@ -65,8 +65,7 @@ def sweep(
         if detach:
             note.print(f"see it with `mhmoe sweep {file} --size {size} --show`", soft_wrap=True)
             return
-        if not follow(place, connection):
-            return
+        follow(place, connection)
     table = rows(place)
     if json:
         print_json(table)
