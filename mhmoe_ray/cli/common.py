@@ -1,4 +1,4 @@
-"""What verbs share: options, consoles, and how an error is said."""
+"""What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown."""
 
 import json
 import sys

@@ -52,7 +52,7 @@ def make_request(
         limit=limit,
         batch=spec.train.micro_batch_size if spec else 1,
         half=spec is not None and spec.train.precision == "bfloat16",
-        cpus=max(cluster.cpus_per_worker, 1),
+        cpus=cluster.cpus_per_worker,
         gpus=cluster.gpus_per_worker if gpus is None else gpus,
     )
 

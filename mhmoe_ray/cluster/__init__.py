@@ -1,1 +1,2 @@
-"""How the command line talks to Ray: over HTTP, with a token. No module here imports ray or torch when imported."""
+"""How the command line talks to Ray: over HTTP, with a token. No module here but
+doctor/machine.py imports ray or torch when imported."""

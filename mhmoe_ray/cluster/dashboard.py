@@ -11,7 +11,7 @@ from mhmoe_ray.cluster.tokens import Token, refused
 from mhmoe_ray.errors import ClusterError
 
 
-def get(address: str, path: str, token: Token | None, timeout: float = 10, *, missing_ok: bool = False) -> Any:
+def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False) -> Any:
     """The JSON at this path; None where the dashboard has no such thing and `missing_ok` allows it.
 
     Raises:
@@ -22,7 +22,7 @@ def get(address: str, path: str, token: Token | None, timeout: float = 10, *, mi
 
     _keep_off_proxies(address)
     try:
-        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=timeout)
+        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=10)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):

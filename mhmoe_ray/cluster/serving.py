@@ -14,6 +14,8 @@ from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
+REMOVE_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class Application:
@@ -115,7 +117,7 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return bool(config["import_path"] == IMPORT_PATH)
 
 
-def remove(connection: Connection, name: str, timeout: float = 60) -> None:
+def remove(connection: Connection, name: str) -> None:
     """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
 
     Raises:
@@ -132,10 +134,10 @@ def remove(connection: Connection, name: str, timeout: float = 60) -> None:
             _client(connection).delete_applications()
             return
         _put(connection, details, others, details["http_options"])
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + REMOVE_SECONDS
     while name in {a.name for a in applications(connection)}:
         if time.monotonic() > deadline:
-            raise ServeError(what, f"it is still there after {timeout:.0f} s", "see the dashboard")
+            raise ServeError(what, f"it is still there after {REMOVE_SECONDS:.0f} s", "see the dashboard")
         time.sleep(0.5)
 
 

@@ -281,6 +281,8 @@ def test_a_shell_is_offered_runs_and_keys(tmp_path, run, ended):
     assert offered("mhmoe logs ti") == [run.id]
     assert offered("mhmoe sta") == ["status"]
     assert offered("mhmoe plan x.yaml --set train.l") == ["train.lr="]
+    assert offered("mhmoe plan x.yaml --set p") == ["preset="]
+    assert "match.by=" in offered("mhmoe plan x.yaml --set ma")
     assert "model.moe.experts=" in offered("mhmoe submit x.yaml --set model.moe.e")
 
 
