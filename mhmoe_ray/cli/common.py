@@ -52,6 +52,9 @@ ForceOption = Annotated[
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
 STORAGE = complete.STORAGE
+SPEC_SUFFIXES = (".yaml", ".yml")
+"""By which an argument that may be a spec or something else is told to be one."""
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":

@@ -4,7 +4,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from mhmoe_ray.cli.common import pick_checkpoint
+from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
@@ -22,7 +22,7 @@ def chosen(
         if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
-    if target and target.endswith((".yaml", ".yml")):
+    if target and target.endswith(SPEC_SUFFIXES):
         spec_file, whole = Path(target), load_spec(Path(target))
         runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
         if not runs:

@@ -8,9 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mhmoe_ray.cli.common import facts, figure, in_bytes, nats, out
-
-BARS = "▁▂▃▄▅▆▇█"
+from mhmoe_ray.cli.common import BARS, facts, figure, in_bytes, nats, out
 
 
 def view(found: dict[str, Any]) -> RenderableType:

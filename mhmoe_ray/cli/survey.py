@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli import connecting
-from mhmoe_ray.cli.common import read_spec
+from mhmoe_ray.cli.common import SPEC_SUFFIXES, read_spec
 from mhmoe_ray.cli.job import Job
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; of raw text, of its data or cluster."),
 ]
-SPEC_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass

@@ -141,7 +141,6 @@ def _to_ours(cluster: LocalCluster) -> Connection:
 
 def _is_here(address: str, token: Token | None) -> bool:
     """Whether the cluster is a single node whose session folder, a name used once, exists on this machine."""
-    nodes = dashboard.get(address, "/nodes?view=summary", token)["data"]["summary"]
-    alive = [n["raylet"] for n in nodes if n["raylet"].get("state") != "DEAD"]
+    alive, _ = dashboard.nodes(address, token)
     here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
     return len(alive) == 1 and here

@@ -70,6 +70,17 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     return version
 
 
+def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What /nodes says of each node that is alive, and Ray's lines of usage by the id of a node.
+
+    Raises:
+        ClusterError, TokenError: as `get`.
+    """
+    told = get(address, "/nodes?view=summary", token)["data"]
+    raylets = (node["raylet"] for node in told["summary"])
+    return [r for r in raylets if r.get("state") != "DEAD"], told["nodeLogicalResources"]
+
+
 def is_open(address: str) -> bool:
     """Whether a dashboard answers there to whoever asks, without a token."""
     import requests

@@ -39,7 +39,8 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
     for found in shipped(runtime_env):
         if found.size > GCS_STORAGE_MAX_SIZE:
             largest = ", ".join(f"{name} {_mb(each)}" for name, each in list(found.parts.items())[:SHOWN])
-            why = f"{found.folder} has {_mb(found.size)}, and Ray sends at most {_mb(GCS_STORAGE_MAX_SIZE)}; largest: {largest}"
+            sizes = f"{_mb(found.size)}, and Ray sends at most {_mb(GCS_STORAGE_MAX_SIZE)}"
+            why = f"{found.folder} has {sizes}; largest: {largest}"
             fix = "leave things out by `excludes` of cluster.runtime_env or a .rayignore, or name a smaller folder"
             raise SpecError("cluster.runtime_env", why, fix)
 

@@ -88,7 +88,11 @@ def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(
         def do_GET(self):
             asked[self.path] += 1
             job = {"status": "FAILED", "message": "killed", "end_time": 1_000_000}
-            told = {"ray_version": "2"} if "version" in self.path else {"data": {"summary": []}}
+            told = (
+                {"ray_version": "2"}
+                if "version" in self.path
+                else {"data": {"summary": [], "nodeLogicalResources": {}}}
+            )
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps(job if "jobs" in self.path else told).encode())
