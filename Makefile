@@ -18,7 +18,7 @@ help:
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
 	@echo "make render       write the files of cluster/ anew, from cluster/site.yaml"
-	@echo "make clean        remove .venv and what quickstart wrote"
+	@echo "make clean        remove .venv, and runs, data and sample text of quickstart; other runs stay"
 
 quickstart: .venv/installed
 	$(BIN)/python jobs/quickstart.py $(QUICKSTART_SET)
@@ -57,7 +57,7 @@ render: .venv/installed
 	$(BIN)/mhmoe cluster render cluster/site.yaml
 
 clean:
-	rm -rf .venv .venv-vllm data runs
+	rm -rf .venv .venv-vllm runs/quickstart-* data/quickstart data/sample
 
 # vLLM wants other versions than the rest, and is large. On a CPU build of torch, torchaudio and torchcodec, which it
 # brings along, cannot be imported, and transformers tries to.

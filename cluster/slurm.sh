@@ -33,6 +33,8 @@ finish() {
   rm -f "$RAY_AUTH_TOKEN_PATH"
   # Steps of this job, and no other Ray of these nodes.
   scancel --signal=TERM "$SLURM_JOB_ID" 2> /dev/null || true
+  wait "${head:-}" 2> /dev/null || true
+  srun --overlap rm -rf "$folder" 2> /dev/null || true
 }
 trap finish EXIT
 
@@ -45,16 +47,17 @@ for host in "${hosts[@]:1}"; do
 done
 
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$board
+field() { python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; }
 for i in {1..100}; do  # until all nodes are there
-  mhmoe doctor --json 2> /dev/null | grep -q "\"found\": \"${#hosts[@]} with" && break
+  nodes=$(mhmoe cluster status --json 2> /dev/null | field nodes 2> /dev/null) || nodes=0
+  [ "$nodes" -ge "${#hosts[@]}" ] && break
   kill -0 "$head" && [ "$i" -lt 100 ] || { echo "error: not all of ${hosts[*]} came to the cluster" >&2; exit 1; }
   sleep 3
 done
-run=$(mhmoe submit "$spec" --continue --detach --json \
-  | python -c 'import json, sys; print(json.load(sys.stdin)["path"])')
+run=$(mhmoe submit "$spec" --continue --detach --json | field path)
 # Before the time is over: a checkpoint, then the end of the job, which is put into the queue again.
 trap 'mhmoe stop "$run" && scontrol requeue "$SLURM_JOB_ID"' USR1
 mhmoe status "$run" --watch &
 wait $!
 mhmoe status "$run"
-mhmoe list --state finished --state stopped --json | grep -qF "\"$run\""
+[[ $(mhmoe status "$run" --json | field state) =~ ^(finished|stopped)$ ]]

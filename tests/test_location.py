@@ -82,6 +82,14 @@ def test_a_place_is_its_uri(s3):
     assert location(str(place)) == place.absolute()
 
 
+def test_a_password_in_a_uri_is_refused_without_showing_it():
+    with pytest.raises(SpecError, match=r"path s3://\.\.\.@bucket: it holds a password") as e:
+        location("s3://KEY:SECRET@bucket/x")
+    assert "SECRET" not in str(e.value)
+    for fine in ("gs://anonymous@bucket/x", "s3://bucket/a:b@c"):
+        assert str(location(fine)) == fine
+
+
 def test_a_scheme_that_is_not_known_is_said():
     with pytest.raises(SpecError, match="ftp:// is not known; use a local path, s3:// or gs://"):
         location("ftp://host/x")

@@ -10,8 +10,9 @@ Shape suffixes, here and in mhmoe_ray.model:
     weights.py          a stack of experts
     permute.py          sorting routes by expert and bringing them back
     pieces.py           how sorted rows are cut into what goes through an expert at once
+    precision.py        at least float32
     reference.py        the oracle: a loop over experts, written to be read
-    grouped.py          each expert once on its contiguous rows; the default
+    grouped.py          each expert once on its contiguous rows
     sorted_swiglu.py    SwiGLU experts over sorted rows, with a backward by hand
     grouped_matmul.py   both kinds of experts over a grouped GEMM, one product for all at once
     megablocks.py       MegaBlocks' sort, histogram and copies around it; CUDA only

@@ -119,7 +119,7 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
-    from mhmoe_ray.cli.launch import name_of
+    from mhmoe_ray.cli.connecting import name_of
     from mhmoe_ray.exchange.import_ import import_folder
 
     note.print(f"importing {source}", soft_wrap=True)

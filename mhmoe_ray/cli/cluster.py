@@ -7,8 +7,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, SetOption, StorageOption, facts, out, print_json, read_spec
-from mhmoe_ray.cli.launch import LOCAL_CPUS
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    AddressOption,
+    JsonOption,
+    SetOption,
+    StorageOption,
+    facts,
+    out,
+    print_json,
+    read_spec,
+)
+from mhmoe_ray.cli.connecting import LOCAL_CPUS
 
 app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)
 
@@ -27,17 +37,26 @@ def up(
 
 
 @app.command()
-def status(json: JsonOption = False) -> None:
-    """Show it."""
-    from mhmoe_ray.cluster.local import find_local
+def status(address: AddressOption = None, json: JsonOption = False) -> None:
+    """Show the one that commands speak to: its nodes, and what is free on them."""
+    from mhmoe_ray.cluster.connect import connect_if_there
+    from mhmoe_ray.cluster.nodes import free_nodes
 
-    cluster = find_local()
+    connection = connect_if_there(address)
+    if connection is None:
+        print_json(None) if json else out.print("no local cluster runs")
+        return
+    nodes = free_nodes(connection, None)
+    found = {"dashboard": connection.address, "nodes": len(nodes)}
+    found |= {"free CPUs": sum(n.cpus for n in nodes), "free GPUs": sum(n.gpus for n in nodes)}
+    if connection.ours:
+        found |= {"CPUs": connection.ours.cpus, "folder": str(connection.ours.folder)}
     if json:
-        print_json(asdict(cluster) if cluster else None)
-    elif cluster is None:
-        out.print("no local cluster runs")
+        print_json({name.lower().replace(" ", "_"): value for name, value in found.items()})
     else:
-        out.print(facts({"dashboard": cluster.address, "cpus": str(cluster.cpus), "folder": str(cluster.folder)}))
+        out.print(
+            facts({name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()})
+        )
 
 
 @app.command()

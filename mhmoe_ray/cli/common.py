@@ -1,8 +1,9 @@
-"""What verbs share: options, consoles, and how an error is said."""
+"""What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown."""
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,14 @@ StorageOption = Annotated[
     str, typer.Option(help="Folder that holds run directories; a path or s3://, gs://.", envvar="MHMOE_STORAGE")
 ]
 CheckpointOption = Annotated[str | None, typer.Option(help="Name of one of the run's checkpoints; newest by default.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
+]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
 STORAGE = complete.STORAGE
+SPEC_SUFFIXES = (".yaml", ".yml")
+"""By which an argument that may be a spec or something else is told to be one."""
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
@@ -76,6 +83,21 @@ def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Location, Manifes
     for error in skipped:
         note.print(f"warning: {error}", soft_wrap=True)
     return path, manifest
+
+
+@contextmanager
+def detaching(hint: str) -> Iterator[None]:
+    """In it Ctrl-C ends the command, which only follows something, and says what goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note.print(f"\ndetached; {hint}", soft_wrap=True)
+        raise typer.Exit from None
+
+
+def say(line: str) -> None:
+    """Beside the results, as it is."""
+    note.print(line, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -110,9 +132,14 @@ def print_whole(table: Table) -> None:
     Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
 
 
+def figure(value: float | None, form: str) -> str:
+    """A number of a run's history, in which one that was not finite is null."""
+    return "not finite" if value is None else format(value, form)
+
+
 def nats(value: float | None) -> str:
     """A loss in a few digits."""
-    return "not finite" if value is None else f"{value:.4f}"
+    return figure(value, ".4f")
 
 
 def in_bytes(count: int) -> str:

@@ -20,10 +20,11 @@ def runs(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Keys of a spec, as --set takes them."""
+    """Keys of a spec, as --set takes them, shorthands first."""
+    from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
-    return [key for key in _keys(RunSpec) if key.startswith(incomplete)]
+    return [key for section in (Shorthands, RunSpec) for key in _keys(section) if key.startswith(incomplete)]
 
 
 def _keys(model: Any, before: str = "") -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import note, pick_checkpoint
 from mhmoe_ray.cli.job import Job
 
@@ -52,7 +52,7 @@ def make_request(
         limit=limit,
         batch=spec.train.micro_batch_size if spec else 1,
         half=spec is not None and spec.train.precision == "bfloat16",
-        cpus=max(cluster.cpus_per_worker, 1),
+        cpus=cluster.cpus_per_worker,
         gpus=cluster.gpus_per_worker if gpus is None else gpus,
     )
 
@@ -70,7 +70,6 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         RunError: there is nothing to evaluate.
         DataError, CheckpointError, SpecError, JobError: as the job's own.
     """
-    from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.evaluate import SAYS
@@ -86,14 +85,11 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         return found
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
-    cpus = request.cpus if is_local(address) else 1
-    connection = launch.cluster_for(section, needed, _at_least(cpus), address)
+    connection = connecting.cluster_for(section, needed, request.cpus, address)
     job = Job.start(
         connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
     )
-    for line in job.lines():
-        if line.startswith(SAYS):
-            note.print(line, soft_wrap=True)
+    job.say(SAYS)
     made = stored(run, request)
     if made is None or not job.has_succeeded:
         raise job.error(f"evaluation of {run.id}")
@@ -105,10 +101,3 @@ def _local(request: "EvalRequest") -> list[Path]:
     named = [request.prepared] if request.prepared else []
     named += [source.path for source in request.text.sources.values()] if request.text else []
     return [Path(path) for path in (*named, *request.task_folders) if "://" not in path]
-
-
-def _at_least(cpus: int) -> int:
-    """A local cluster of any size will do; one that is started now should do for training afterwards."""
-    from mhmoe_ray.cluster.local import find_local
-
-    return cpus if find_local() else max(cpus, launch.LOCAL_CPUS)

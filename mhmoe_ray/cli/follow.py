@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from mhmoe_ray.cli.common import nats, note, out
-from mhmoe_ray.cli.launch import name_of
+from mhmoe_ray.cli.common import detaching, figure, nats, note, out, say
+from mhmoe_ray.cli.connecting import name_of
 from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between questions to the cluster; the directory is read at every poll
-UNANSWERED = 12  # questions in a row, after which following ends
 
 
 def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -> None:
@@ -34,18 +33,13 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
     from mhmoe_ray.errors import JobError
     from mhmoe_ray.runs.manifest import committed, step_and_group
 
-    try:
-        with _bar() as progress:
-            view = _View(run, progress, from_now)
-            over = _watch(run, connection, view)
-            view.refresh()
-    except KeyboardInterrupt:
-        name = name_of(run)
-        hint = f"detached; the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
-        note.print(f"\n{hint}", soft_wrap=True)
-        return
+    name = name_of(run)
+    hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
+    with detaching(hint), _bar() as progress:
+        view = _View(run, progress, from_now)
+        over = _watch(run, connection, view)
+        view.refresh()
     if over.state == "failed":
-        name = name_of(run)
         _show_last_lines(run)
         raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
     step = max((step_and_group(path)[0] for path in committed(run)), default=0)
@@ -56,7 +50,7 @@ def _show_last_lines(run: "RunDir") -> None:
     """Of the worker that failed last, where one did."""
     from mhmoe_ray.runs import events
 
-    lost = next((e for e in reversed(events.events(run)) if e["event"] == "lost"), None)
+    lost = events.newest(events.events(run), "lost")
     if lost and lost["lines"]:
         note.print(f"last lines of rank {lost['rank']} on {lost['host']}:")
         for line in lost["lines"]:
@@ -65,24 +59,15 @@ def _show_last_lines(run: "RunDir") -> None:
 
 def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
     """Refresh the view until the run is over. A cluster that is slow to answer does not end it."""
+    from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.cluster.watch import outcome, recorded_outcome
-    from mhmoe_ray.errors import ClusterError, TokenError
 
-    asked, unanswered = time.monotonic(), 0
+    asked, patience = time.monotonic(), Patience(say)
     while True:
         view.refresh()
         over = recorded_outcome(run)
         if over is None and time.monotonic() - asked > ASK_SECONDS:
-            try:
-                over, unanswered = outcome(run, connection), 0
-            except TokenError:
-                raise
-            except ClusterError as e:
-                unanswered += 1
-                if unanswered == UNANSWERED:
-                    raise
-                if unanswered == 1:
-                    note.print(f"still following, but {e}", soft_wrap=True)
+            over = patience.ask(lambda: outcome(run, connection), None)
             asked = time.monotonic()
         if over:
             return over
@@ -115,7 +100,7 @@ class _View:
         for line in self._metrics.new():
             figures = f"loss {nats(line[metrics.LOSS])}  {line[metrics.TOKENS_PER_S]:,.0f} tok/s"
             if metrics.BALANCE in line:
-                figures += f"  balance {line[metrics.BALANCE]:.2f}"
+                figures += f"  balance {figure(line[metrics.BALANCE], '.2f')}"
             self._progress.update(self._task, completed=line[metrics.STEP], figures=figures, description="training")
             if metrics.VAL_LOSS in line:
                 loss = nats(line[metrics.VAL_LOSS])

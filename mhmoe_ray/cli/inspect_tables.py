@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mhmoe_ray.cli.common import in_bytes, number_table, out, print_whole
+from mhmoe_ray.cli.common import BARS, in_bytes, number_table, out, print_whole
 from mhmoe_ray.data.domains import source_of, subfolder_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.samples import Shown
 
-BARS = "▁▂▃▄▅▆▇█"
 UNNAMED = "(not named)"
 LISTED = 10
 """Pairs of domains that share texts, at most."""

@@ -2,8 +2,11 @@
 
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mhmoe_ray.cli.common import detaching, say
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -35,11 +38,22 @@ class Job:
         jobs.submit(connection, jobs.request(["-m", module], job.name, local=connection.local, runtime_env=environment))
         return job
 
+    def detaching(self) -> AbstractContextManager[None]:
+        """In it Ctrl-C ends the command and says that the job goes on."""
+        return detaching(f"job {self.name} goes on; see it in the dashboard, {self.connection.address}")
+
     def lines(self) -> Iterator[str]:
         """Its log's, as they come, to its end; the last ones of a job that fails may be missing."""
         from mhmoe_ray.cluster import jobs
 
         return jobs.follow_logs(self.connection, self.name)
+
+    def say(self, prefix: str) -> None:
+        """Its lines that begin so, to its end."""
+        with self.detaching():
+            for line in self.lines():
+                if line.startswith(prefix):
+                    say(line)
 
     @property
     def is_running(self) -> bool:

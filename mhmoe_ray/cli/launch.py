@@ -1,71 +1,18 @@
-"""Starting an attempt of a run, which `submit` and `resume` share."""
+"""Attempts of runs: how the last one ended, and starting the next one."""
 
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
+import time
 from typing import TYPE_CHECKING
 
-from mhmoe_ray.cli.common import STORAGE, note
+from mhmoe_ray.cli.common import note
+from mhmoe_ray.cli.connecting import cluster_for
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.location import Location
+    from mhmoe_ray.cluster.watch import Outcome
     from mhmoe_ray.runs.layout import RunDir
-    from mhmoe_ray.spec import ClusterSpec, RunSpec
+    from mhmoe_ray.spec import RunSpec
 
-LOCAL_CPUS = 8
-"""Logical CPUs of a local cluster that is not started for a certain run."""
-
-
-def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
-    """The cluster to run on; a local one is started where none is named.
-
-    Args:
-        section: of the spec.
-        needed: what its nodes read and write.
-        cpus: logical CPUs that are needed.
-        address: the one asked for.
-
-    Raises:
-        ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
-        SpecError: paths of this machine mean nothing there.
-    """
-    from mhmoe_ray.cluster.connect import connect_or_start, is_local
-    from mhmoe_ray.cluster.local import find_local
-    from mhmoe_ray.errors import ClusterError, SpecError
-
-    if is_local(address) and find_local() is None:
-        note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
-    connection = connect_or_start(address, cpus)
-    local = find_local() if connection.local else None
-    if local and local.cpus < cpus:
-        fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
-        raise ClusterError("local cluster", f"it has {local.cpus} CPUs and {cpus} are needed", fix)
-    own = next((place for place in needed if isinstance(place, Path)), None)
-    if own and not connection.is_local_machine and not section.shared_filesystem:
-        why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"
-        fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
-        raise SpecError("storage", why, fix)
-    return connection
-
-
-def name_of(run: "RunDir") -> str:
-    """What to call a run in a command: its id where the default storage finds it, else its path."""
-    return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
-
-
-def check_data(spec: "RunSpec") -> None:
-    """What is wrong with the data is said now, not by a job that has just started."""
-    from mhmoe_ray.data.order.mixture import training_order
-    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
-    from mhmoe_ray.data.sources import find_files
-
-    prepared = read_data_manifest(spec.data.prepared)
-    if prepared:
-        check_recipe(spec.data.prepared, prepared, spec)
-        training_order(spec, prepared)
-    else:
-        find_files(spec.data)
+QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
 
 
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
@@ -74,3 +21,64 @@ def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
 
     job = start_attempt(run, spec, connection)
     note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)
+
+
+def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
+    """Start the next attempt of a run, and return its cluster.
+
+    Args:
+        run: that is over, and not finished.
+        spec: its own, perhaps with another cluster section.
+        address: of the cluster, as commands take it.
+    """
+    needed = [spec.storage, spec.data.prepared]
+    connection = cluster_for(spec.cluster, needed, spec.cluster.cpus, address)
+    run.write_spec(spec)
+    run.stop_file.unlink(missing_ok=True)
+    start(run, spec, connection)
+    return connection
+
+
+def _quiet(run: "RunDir") -> float:
+    """Seconds since it last wrote a line."""
+    from mhmoe_ray.runs import jsonl
+
+    return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
+
+
+def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | None":
+    """How the run ended; None if its cluster is gone.
+
+    Args:
+        run: the run.
+        force: take it for gone although the run wrote a moment ago.
+        patient: where it did, wait until that is a while ago.
+
+    Raises:
+        RunError: it runs, or may still run.
+        TokenError: its cluster wants a token that we do not have, so nobody can tell.
+    """
+    from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.errors import ClusterError, RunError, TokenError
+    from mhmoe_ray.runs.state import last_attempt
+
+    over = recorded_outcome(run)
+    if over:
+        return over
+    try:
+        over = outcome(run, connect(last_attempt(run).address))
+    except TokenError:
+        raise
+    except ClusterError as e:
+        while (quiet := _quiet(run)) < QUIET_SECONDS and not force:
+            if not patient:
+                why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
+                fix = "make sure that no job of it runs any more, then wait, or use --force"
+                raise RunError(f"run {run.id}", why, fix) from e
+            note.print(f"waiting: its cluster does not answer, but it wrote something {quiet:.0f} s ago")
+            time.sleep(QUIET_SECONDS - quiet)
+        return None
+    if over is None:
+        raise RunError(f"run {run.id}", "it is still running", "see `mhmoe status`, or end it first: mhmoe stop")
+    return over

@@ -9,6 +9,9 @@ from rich.table import Table
 from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.layout import RunDir
 
 
@@ -28,11 +31,13 @@ def list_(
     For example `mhmoe list tiny --state running --since 1d`.
     """
     from mhmoe_ray.cli.log_lines import moment
+    from mhmoe_ray.cluster.connect import each_once
     from mhmoe_ray.runs.layout import list_runs
 
     start = moment(since) if since else 0.0
     wanted = [run for run in list_runs(storage) if run.id.startswith(name or "") and run.created() >= start]
-    found = [row for row in map(_row, wanted) if not state or row["state"] in state]
+    connected = each_once()
+    found = [row for row in (_row(run, connected) for run in wanted) if not state or row["state"] in state]
     if json:
         print_json(found)
         return
@@ -46,7 +51,7 @@ def list_(
     out.print(table if found else f"no runs in {storage}{fewer}")
 
 
-def _row(run: "RunDir") -> dict[str, Any]:
+def _row(run: "RunDir", connected: "Callable[[str], Connection]") -> dict[str, Any]:
     from mhmoe_ray.cluster.standing import state_of
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs import events, metrics
@@ -58,7 +63,7 @@ def _row(run: "RunDir") -> dict[str, Any]:
         if not run.is_imported:
             spec = run.spec()
             steps, preset = spec.train.steps, spec.origin
-        state, _, _ = state_of(run, events.events(run))
+        state, _, _ = state_of(run, events.events(run), connected)
     except SpecError:  # written by another version; the other runs are still worth a list
         steps, state = "?", "unreadable spec"
     return {

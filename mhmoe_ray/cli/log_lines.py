@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
-from mhmoe_ray.errors import SpecError
+import typer
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 STAMP = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
@@ -16,24 +16,24 @@ def moment(text: str) -> float:
     """Seconds since the epoch: 90s, 10m, 2h or 1d ago, or a date and time.
 
     Raises:
-        SpecError: it is neither.
+        BadParameter: it is neither.
     """
     if match := re.fullmatch(r"(\d+)([smhd])", text):
         return time.time() - int(match[1]) * UNITS[match[2]]
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError as e:
-        raise SpecError(f"--since {text}", "it is no time", "write 90s, 10m, 2h, 1d or 2026-11-26T14:00") from e
+        raise typer.BadParameter(f"--since {text}: it is no time; write 90s, 10m, 2h, 1d or 2026-11-26T14:00") from e
 
 
 def pattern(text: str) -> re.Pattern[str]:
     """Raises:
-    SpecError: it is no regular expression.
+    BadParameter: it is no regular expression.
     """
     try:
         return re.compile(text)
     except re.error as e:
-        raise SpecError(f"--grep {text}", f"it is no regular expression: {e}", "escape signs like ( with \\") from e
+        raise typer.BadParameter(f"--grep {text}: it is no regular expression: {e}; escape signs like ( with \\") from e
 
 
 def chosen(lines: Iterable[str], since: float | None, wanted: re.Pattern[str] | None) -> Iterator[str]:

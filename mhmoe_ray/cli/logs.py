@@ -70,7 +70,7 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    started = next((e for e in reversed(events.events(run)) if e["event"] == "started"), None)
+    started = events.newest(events.events(run), "started")
     if started is None:
         raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
     place = next((w for w in started["workers"] if w["rank"] == rank), None)

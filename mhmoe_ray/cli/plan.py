@@ -18,7 +18,7 @@ from mhmoe_ray.cli.common import (
 
 if TYPE_CHECKING:
     from mhmoe_ray.cli.plan_placement import Placement
-    from mhmoe_ray.placement.layout import Layout
+    from mhmoe_ray.planner.estimate import Estimate
     from mhmoe_ray.planner.links import Links
     from mhmoe_ray.spec import RunSpec
 
@@ -40,34 +40,32 @@ def plan(
     """
     from mhmoe_ray.cli import plan_estimate, plan_tables
     from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
-    from mhmoe_ray.placement.layout import Layout
 
     if (nodes is None) != (gpus is None) or (nodes and address):
         raise typer.BadParameter("a cluster on paper is --nodes and --gpus, both of them and no --address")
-    on_paper: Layout | None = None
     if nodes and gpus:
         own = [f"cluster.workers={nodes * gpus}", "cluster.gpus_per_worker=1"]
         resolved = read_spec(spec, [*set_, *own])
         placed = placement_on_paper(resolved, nodes, gpus)
-        on_paper = placed.layout
     else:
         resolved = read_spec(spec, set_)
         placed = placement(resolved, address)
+    layout, found = placed.layout, plan_estimate.estimated(resolved, placed.layout)
     if json:
-        estimate = plan_estimate.as_dict(resolved, on_paper) if on_paper else None
+        estimate = plan_estimate.as_dict(resolved, layout, found) if nodes and layout and found else None
         print_json({**as_dict(resolved, placed), "estimate": estimate})
         return
-    show(resolved, placed.layout)
+    show(resolved, found)
     for title, table in plan_tables.tables(resolved, placed):
         out.print(f"\n{title}", style="bold")
         print_whole(table)
     for line in said_of(placed):
         out.print(line, soft_wrap=True)
-    if on_paper:
+    if nodes and layout and found:
         out.print("\nestimated for that cluster, and not checked on GPUs", style="bold")
-        for line in plan_estimate.said_of(resolved, on_paper):
+        for line in plan_estimate.said_of(resolved, found):
             out.print(line)
-        for title, table in plan_estimate.tables(resolved, on_paper):
+        for title, table in plan_estimate.tables(resolved, layout, found):
             out.print(f"\n{title}", style="bold")
             print_whole(table)
 
@@ -83,7 +81,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     from mhmoe_ray.planner.traffic import exchanges
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
-    layout = placed.layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
+    layout = placed.layout or on_one_node(cluster.world, cluster.ep)
     step, held = expert_step(spec), memory(spec)
     fewest = memory(spec.with_workers(spec.worker_counts[0]))
     ratios = parity(spec.model, reference) if reference else {}
@@ -119,12 +117,12 @@ def _links(links: "Links") -> dict[str, Any]:
     return {name: sends._asdict() for name, sends in links._asdict().items()}
 
 
-def show(spec: "RunSpec", layout: "Layout | None") -> None:
+def show(spec: "RunSpec", found: "Estimate | None") -> None:
     """The facts that `submit` prints too.
 
     Args:
         spec: of a run.
-        layout: of its ranks; None where they find no place.
+        found: what it costs, where that can be told.
     """
     from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.cli.plan_estimate import cost
@@ -169,7 +167,7 @@ def show(spec: "RunSpec", layout: "Layout | None") -> None:
         "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
         + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
-        "cost": cost(spec, layout) if layout else None,
+        "cost": cost(spec, found) if found else None,
         "experts per rank": f"{moe.experts // cluster.ep} of each layer" if moe else None,
         "storage": str(spec.storage),
     }

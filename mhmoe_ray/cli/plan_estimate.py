@@ -18,35 +18,31 @@ OVER = ("within a node", "between nodes", "between domains")
 DAY = 24 * 3600
 
 
-def as_dict(spec: RunSpec, layout: Layout) -> dict[str, Any]:
-    found, accelerator, held = estimate(spec, layout), spec.cluster.accelerator, memory(spec).total
+def as_dict(spec: RunSpec, layout: Layout, found: Estimate) -> dict[str, Any]:
+    accelerator, held = spec.cluster.accelerator, memory(spec).total
     return {
         "memory": {"needed": held, "there": accelerator.memory, "fits": held <= accelerator.memory},
-        "traffic_per_rank": {
-            "rows to experts and back": _sent(dispatches(spec, layout)),
-            **{e.name: _sent([e]) for e in reductions(spec, layout)},
-        },
+        "traffic_per_rank": _traffic_per_rank(spec, layout),
         "step": {
             "parts": [time._asdict() for time in [*found.computing, *found.exchanging]],
             "longest": found.longest._asdict(),
             **_figures(found),
         },
-        "dispatches": {name: _dispatched(spec, layout, name) for name in DISPATCHES} if spec.cluster.ep > 1 else {},
+        "dispatches": _dispatched(spec, layout, found) if spec.cluster.ep > 1 else {},
     }
 
 
-def tables(spec: RunSpec, layout: Layout) -> Iterator[tuple[str, Table]]:
+def tables(spec: RunSpec, layout: Layout, found: Estimate) -> Iterator[tuple[str, Table]]:
     yield "estimated: sent in a step by one rank, on average, over links", _traffic(spec, layout)
-    found = estimate(spec, layout)
     yield "estimated: time of a step by its parts", _parts(found)
     yield "estimated: a step in turn; at best, with exchanges behind computation", _step(spec, found)
     if spec.cluster.ep > 1:
-        yield "estimated: rows to experts and back, by cluster.dispatch", _compared(spec, layout)
+        yield "estimated: rows to experts and back, by cluster.dispatch", _compared(spec, layout, found)
 
 
-def said_of(spec: RunSpec, layout: Layout) -> list[str]:
+def said_of(spec: RunSpec, found: Estimate) -> list[str]:
     """What a user asks first, a line each."""
-    held, accelerator, found = memory(spec).total, spec.cluster.accelerator, estimate(spec, layout)
+    held, accelerator = memory(spec).total, spec.cluster.accelerator
     there = f"{held / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
     fits = f"memory: fits, {there}" if held <= accelerator.memory else f"memory: does not fit, {there}"
     longest = found.longest
@@ -57,11 +53,14 @@ def said_of(spec: RunSpec, layout: Layout) -> list[str]:
     ]
 
 
-def cost(spec: RunSpec, layout: Layout) -> str | None:
-    """Accelerator hours of the whole run, as a line; None on CPUs."""
-    if not spec.cluster.gpus_per_worker:
-        return None
-    found, gpus = estimate(spec, layout), len(layout.nodes) * spec.cluster.gpus_per_worker
+def estimated(spec: RunSpec, layout: Layout | None) -> Estimate | None:
+    """None on CPUs, of which no speed is told, and where ranks find no place."""
+    return estimate(spec, layout) if layout and spec.cluster.gpus_per_worker else None
+
+
+def cost(spec: RunSpec, found: Estimate) -> str:
+    """Accelerator hours of the whole run, as a line."""
+    gpus = spec.cluster.world * spec.cluster.gpus_per_worker
     best, worst = (gpus * took * spec.train.steps / 3600 for took in (found.overlapped, found.in_turn))
     hours = f"{in_digits(best)} to {in_digits(worst)} hours of an {spec.cluster.accelerator.name}"
     return f"about {hours}, on {gpus:,} of them (estimated, not checked)"
@@ -95,21 +94,30 @@ def _sent(found: list[Exchange]) -> dict[str, float]:
     return dict(zip(Links._fields, map(sum, zip(*over, strict=True)), strict=True)) if over else {}
 
 
-def _dispatched(spec: RunSpec, layout: Layout, name: str) -> dict[str, Any]:
-    """Of the same run with this kind of dispatch."""
-    cluster = spec.cluster.model_copy(update={"dispatch": name})
-    other = spec.model_copy(update={"cluster": cluster})
-    found, whole = dispatches(other, layout), estimate(other, layout)
-    return {
-        "sent": _sent(found),
-        "seconds": sum(seconds(e, other, layout).seconds for e in found),
-        "seconds_in_turn": whole.in_turn,
-        "seconds_overlapped": whole.overlapped,
-    }
+def _traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, float]]:
+    rows = {"rows to experts and back": _sent(dispatches(spec, layout))}
+    return {**rows, **{e.name: _sent([e]) for e in reductions(spec, layout)}}
+
+
+def _dispatched(spec: RunSpec, layout: Layout, found: Estimate) -> dict[str, dict[str, Any]]:
+    """Of the same run with each kind of dispatch."""
+    result = {}
+    for name in DISPATCHES:
+        own = name == spec.cluster.dispatch
+        cluster = spec.cluster.model_copy(update={"dispatch": name})
+        other = spec if own else spec.model_copy(update={"cluster": cluster})
+        sends, whole = dispatches(other, layout), found if own else estimate(other, layout)
+        result[name] = {
+            "sent": _sent(sends),
+            "seconds": sum(seconds(e, other, layout).seconds for e in sends),
+            "seconds_in_turn": whole.in_turn,
+            "seconds_overlapped": whole.overlapped,
+        }
+    return result
 
 
 def _traffic(spec: RunSpec, layout: Layout) -> Table:
-    found = as_dict(spec, layout)["traffic_per_rank"]
+    found = _traffic_per_rank(spec, layout)
     rows = [(name, *(in_bytes(int(b)) for b in sent.values())) for name, sent in found.items() if sent]
     every = [[*sent.values()] for sent in found.values() if sent]
     total = [in_bytes(int(sum(column))) for column in zip(*every, strict=True)]
@@ -141,11 +149,10 @@ def _step(spec: RunSpec, found: Estimate) -> Table:
     return number_table(["", "step", "tokens/s", "of peak FLOP/s", f"{spec.train.steps:,} steps"], rows)
 
 
-def _compared(spec: RunSpec, layout: Layout) -> Table:
+def _compared(spec: RunSpec, layout: Layout, found: Estimate) -> Table:
     rows = []
-    for name in DISPATCHES:
-        found = _dispatched(spec, layout, name)
+    for name, told in _dispatched(spec, layout, found).items():
         this = f"{name} (this spec)" if name == spec.cluster.dispatch else name
-        times = (found["seconds"], found["seconds_in_turn"], found["seconds_overlapped"])
-        rows.append((this, *(in_bytes(int(b)) for b in found["sent"].values()), *map(in_seconds, times)))
+        times = (told["seconds"], told["seconds_in_turn"], told["seconds_overlapped"])
+        rows.append((this, *(in_bytes(int(b)) for b in told["sent"].values()), *map(in_seconds, times)))
     return number_table(["", *OVER, "time", "step in turn", "at best"], rows)

@@ -68,14 +68,14 @@ def placement(spec: "RunSpec", address: str | None = None) -> Placement:
     except ClusterError as e:
         note.print(f"warning: {e}", soft_wrap=True)
         why = "the cluster could not be asked"
-    workers = cluster.dp * cluster.ep
+    workers = cluster.world
     one = Node("one node", workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
     return _placement(spec, f"if one node holds all workers: {why}", [one])
 
 
 def _placement(spec: "RunSpec", of: str, nodes: list[Node]) -> Placement:
     cluster = spec.cluster
-    workers, cpus, gpus = cluster.dp * cluster.ep, cluster.cpus_per_worker, cluster.gpus_per_worker
+    workers, cpus, gpus = cluster.world, cluster.cpus_per_worker, cluster.gpus_per_worker
     places = packed(nodes, cpus, gpus, workers)
     if len(places) < workers:
         each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")

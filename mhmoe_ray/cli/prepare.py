@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import (
     AddressOption,
     JsonOption,
@@ -18,6 +18,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
     read_spec,
+    say,
 )
 from mhmoe_ray.cli.job import Job
 from mhmoe_ray.cli.preparing import PreparingView
@@ -48,7 +49,7 @@ def prepare(
     manifest = read_data_manifest(folder)
     if manifest is None:
         find_files(resolved.data)
-        connection = launch.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
+        connection = connecting.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run(resolved, connection)
     check_recipe(folder, manifest, resolved)
     if json:
@@ -64,6 +65,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     Raises:
         MhmoeError: it failed, as it says itself.
     """
+    from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.spec import dump_spec
@@ -71,9 +73,10 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     folder, env = spec.data.prepared, {"MHMOE_SPEC": dump_spec(spec)}
     job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar:
+    patience = Patience(say)
+    with job.detaching(), Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar:
         view = PreparingView(shared_folder(spec), bar)
-        while job.is_running:
+        while patience.ask(lambda: job.is_running, True):
             view.refresh()
             time.sleep(POLL_SECONDS)
     manifest = read_data_manifest(folder)

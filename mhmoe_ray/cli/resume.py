@@ -1,23 +1,13 @@
 """`mhmoe resume`: go on with a run from its newest whole checkpoint."""
 
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from mhmoe_ray.cli import launch
-from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, RunArg, SetOption, StorageOption, note
+from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, ForceOption, RunArg, SetOption, StorageOption
 from mhmoe_ray.cli.follow import follow
+from mhmoe_ray.cli.launch import ended, go_on
 
 if TYPE_CHECKING:
-    from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.watch import Outcome
-    from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.runs.state import Attempt
-    from mhmoe_ray.spec import RunSpec
-
-
-QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
 
 
 def resume(
@@ -26,9 +16,7 @@ def resume(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
     detach: DetachOption = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
-    ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Go on with a run that stopped, failed or lost its cluster, from its newest whole checkpoint.
 
@@ -60,64 +48,3 @@ def _where(attempt: "Attempt") -> str:
     from mhmoe_ray.cluster.contexts import LOCAL
 
     return LOCAL if attempt.local else attempt.address
-
-
-def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
-    """Start the next attempt of a run, and return its cluster.
-
-    Args:
-        run: that is over, and not finished.
-        spec: its own, perhaps with another cluster section.
-        address: of the cluster, as commands take it.
-    """
-    needed = [spec.storage, spec.data.prepared]
-    connection = launch.cluster_for(spec.cluster, needed, spec.cluster.cpus, address)
-    run.write_spec(spec)
-    run.stop_file.unlink(missing_ok=True)
-    launch.start(run, spec, connection)
-    return connection
-
-
-def _quiet(run: "RunDir") -> float:
-    """Seconds since it last wrote a line."""
-    from mhmoe_ray.runs import jsonl
-
-    return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
-
-
-def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | None":
-    """How the run ended; None if its cluster is gone.
-
-    Args:
-        run: the run.
-        force: take it for gone although the run wrote a moment ago.
-        patient: where it did, wait until that is a while ago.
-
-    Raises:
-        RunError: it runs, or may still run.
-        TokenError: its cluster wants a token that we do not have, so nobody can tell.
-    """
-    from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
-    from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs.state import last_attempt
-
-    over = recorded_outcome(run)
-    if over:
-        return over
-    try:
-        over = outcome(run, connect(last_attempt(run).address))
-    except TokenError:
-        raise
-    except ClusterError as e:
-        while (quiet := _quiet(run)) < QUIET_SECONDS and not force:
-            if not patient:
-                why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
-                fix = "make sure that no job of it runs any more, then wait, or use --force"
-                raise RunError(f"run {run.id}", why, fix) from e
-            note.print(f"waiting: its cluster does not answer, but it wrote something {quiet:.0f} s ago")
-            time.sleep(QUIET_SECONDS - quiet)
-        return None
-    if over is None:
-        raise RunError(f"run {run.id}", "it is still running", "follow it with `mhmoe status`")
-    return over

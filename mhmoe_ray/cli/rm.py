@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.common import STORAGE, StorageOption, note, out
+from mhmoe_ray.cli.common import STORAGE, ForceOption, StorageOption, note, out
+from mhmoe_ray.cli.launch import ended
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 def rm(
     runs: Annotated[list[str], typer.Argument(help="Ids, beginnings of ids, or paths.", autocompletion=complete.runs)],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: ForceOption = False,
     storage: StorageOption = STORAGE,
 ) -> None:
-    """Remove runs that are over, with their checkpoints. There is no way back.
+    """Remove runs that are over or lost their cluster, with their checkpoints. There is no way back.
 
     For example `mhmoe rm tiny-3f tiny-9a`.
     """
@@ -27,31 +29,29 @@ def rm(
 
     found = [find_run(name, storage) for name in dict.fromkeys(runs)]
     for run in found:
-        _check(run)
+        _check(run, force)
     names = ", ".join(run.id for run in found)
     if not yes:
         if not sys.stdin.isatty():
             raise RunError(f"runs {names}", "nobody is there to be asked", "give --yes if they are to be removed")
         if not typer.confirm(f"remove {names}, with all checkpoints?", err=True):
             note.print("nothing was removed")
-            raise typer.Exit(1)
+            return
     for run in found:
         remove_tree(run.path)
         out.print(f"removed {run.id}")
 
 
-def _check(run: "RunDir") -> None:
+def _check(run: "RunDir", force: bool) -> None:
     """Raises:
     RunError: it runs, may still run, or is served.
+    TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
-    from mhmoe_ray.cluster.standing import served, state_of
+    from mhmoe_ray.cluster.standing import served
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    happened = events.events(run)
-    state, _, cluster = state_of(run, happened)
-    if not events.is_over(state):
-        raise RunError(f"run {run.id}", f"it is {state}: {cluster}", "stop it first: mhmoe stop")
-    for where in served(run, happened):
+    ended(run, force)
+    for where in served(run, events.events(run)):
         if where["status"] != "unknown":
             raise RunError(f"run {run.id}", f"it is served at {where['url']}", "take it away first: mhmoe serve down")

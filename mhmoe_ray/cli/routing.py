@@ -45,12 +45,13 @@ def routing(
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage)
+    dense = RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
     if not found.is_imported and found.spec().model.moe is None:
-        raise RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
+        raise dense  # before anything is evaluated
     request = make_request(found, checkpoint, text, set_, samples, [], [], None, gpus)
     evaluation = evaluation_of(found, request, again, address)
     if not evaluation.routing:
-        raise RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
+        raise dense
     figures = figures_of(evaluation.routing)
     training = [] if found.is_imported else _training(found)
     if json:

@@ -57,7 +57,7 @@ def deploy(
     address: AddressOption = None,
 ) -> None:
     """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
-    from mhmoe_ray.cli import launch
+    from mhmoe_ray.cli import connecting
     from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.serve.config import application_config
@@ -69,13 +69,11 @@ def deploy(
             f"warning: whoever reaches {spec.serve.host}:{spec.serve.port} may ask; serve.keys or {KEYS} limit it"
         )
     cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
-    connection = launch.cluster_for(spec.cluster, [found.path], cpus, address)
-    config = application_config(name, path, spec.serve, found.id)
-    config["route_prefix"] = _route(name)
+    connection = connecting.cluster_for(spec.cluster, [found.path], cpus, address)
+    config = application_config(name, path, spec.serve, found.id, _route(name))
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")
-    serving.wait_until_running(connection, name, START_SECONDS)
-    url = f"http://{spec.serve.host}:{spec.serve.port}{_route(name).rstrip('/')}"
+    url = serving.wait_until_running(connection, name, START_SECONDS).url
     _record(found, connection, name, url, path.name)
     out.print(f"serving {found.id} at {url}/v1/completions; ask it: {curl_line(url)}", soft_wrap=True)
 
@@ -91,16 +89,15 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     connection = connect(address)
     config, host, port = serving.declared(connection, name)
     before = location(config["args"]["checkpoint"])
-    path, _ = pick_checkpoint(RunDir(before.parent.parent), checkpoint)
+    path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint)
     if path.name == before.name:
         out.print(f"{before.name} is the newest checkpoint, and is served")
         return
     config["args"] = {**config["args"], "checkpoint": str(path)}
     serving.deploy(connection, config, host, port)
     note.print(f"deploying {path.name} in place of {before.name}")
-    serving.wait_until_running(connection, name, START_SECONDS)
-    url = next(a.url for a in serving.applications(connection) if a.name == name)
-    _record(RunDir(path.parent.parent), connection, name, url, path.name)
+    url = serving.wait_until_running(connection, name, START_SECONDS).url
+    _record(RunDir.of_checkpoint(path), connection, name, url, path.name)
     out.print(f"serving {path.name}")
 
 
@@ -113,7 +110,9 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     from mhmoe_ray.cluster.connect import connect
 
     found = serving.applications(connect(address))
-    stats = {a.name: serving.stats(a.url, os.environ.get(KEY)) for a in found if a.status == "RUNNING"}
+    # A key goes to applications of ours alone.
+    ours = [a for a in found if a.checkpoint and a.status == "RUNNING"]
+    stats = {a.name: serving.stats(a.url, os.environ.get(KEY)) for a in ours}
     if json:
         print_json([{**asdict(a), "stats": stats.get(a.name)} for a in found])
         return

@@ -4,7 +4,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from mhmoe_ray.cli.common import pick_checkpoint
+from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
@@ -22,16 +22,16 @@ def chosen(
         if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
-    if target and target.endswith((".yaml", ".yml")):
+    if target and target.endswith(SPEC_SUFFIXES):
         spec_file, whole = Path(target), load_spec(Path(target))
-        runs = [r for r in list_runs(whole.storage) if r.id.rpartition("-")[0] == whole.name]
+        runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
         if not runs:
             raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")
         run = runs[-1]
     elif target and (location(target) / MANIFEST).exists():
         path = location(target).absolute()
         read_manifest(path, ("weights",))
-        run = RunDir(path.parent.parent)
+        run = RunDir.of_checkpoint(path)
         return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
     else:
         run = find_run(target, storage)

@@ -8,9 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mhmoe_ray.cli.common import facts, in_bytes, nats, out
-
-BARS = "▁▂▃▄▅▆▇█"
+from mhmoe_ray.cli.common import BARS, facts, figure, in_bytes, nats, out
 
 
 def view(found: dict[str, Any]) -> RenderableType:
@@ -71,7 +69,8 @@ def _quality(found: dict[str, Any]) -> dict[str, str | None]:
         )
     if last and "balance" in last:
         rows["balance"] = (
-            f"{last['balance']:.3f} (1 is uniform); the least used expert has {last['least_expert']:.2f} of its share"
+            f"{figure(last['balance'], '.3f')} (1 is uniform); the least used expert has "
+            f"{figure(last['least_expert'], '.2f')} of its share"
         )
         if last.get("dropped"):
             rows["dropped"] = f"{last['dropped']:.2%} of routes"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, RunArg, StorageOption, note, out
+from mhmoe_ray.cli.common import STORAGE, RunArg, StorageOption, note, out, say
 
 POLL_SECONDS = 0.5
 
@@ -21,6 +21,7 @@ def stop(
     """
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.cluster.watch import outcome, recorded_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
@@ -38,7 +39,8 @@ def stop(
         jobs.stop(connection, attempt.job)
     else:
         note.print("waiting for its checkpoint; `mhmoe stop --now` does not")
-    while (over := outcome(found, connection)) is None:
+    patience = Patience(say)
+    while (over := patience.ask(lambda: outcome(found, connection), None)) is None:
         time.sleep(POLL_SECONDS)
     if over.state == "stopped" and recorded_outcome(found) is None:
         events.record(found, "stopped", reason="its job was ended")

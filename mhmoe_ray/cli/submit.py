@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli import launch, plan
+from mhmoe_ray.cli import connecting, launch, plan
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg, note, print_json, read_spec
 from mhmoe_ray.cli.follow import follow
-from mhmoe_ray.cli.resume import ended, go_on
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -34,6 +33,7 @@ def submit(
     Without an address, a Ray cluster is started on this machine. Missing data is prepared first, as part of the job.
     For example `mhmoe submit jobs/quickstart.yaml --set train.steps=50`.
     """
+    from mhmoe_ray.cli.plan_estimate import estimated
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.attempts import job_request
     from mhmoe_ray.cluster.connect import is_local
@@ -54,14 +54,15 @@ def submit(
     again = run is not None
     if run:
         note.print(f"going on with run {run.id}")
-        connection = go_on(run, resolved, address)
+        connection = launch.go_on(run, resolved, address)
     else:
-        launch.check_data(resolved)
+        connecting.check_data(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
-            plan.show(resolved, placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None)
+            layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
+            plan.show(resolved, estimated(resolved, layout))
         needed = [resolved.storage, resolved.data.prepared]
-        connection = launch.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
+        connection = connecting.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
         run = create_run(resolved)
         launch.start(run, resolved, connection)
     if json:
@@ -78,17 +79,15 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.layout import list_runs
-    from mhmoe_ray.spec import ELSEWHERE
 
-    runs = [run for run in list_runs(spec.storage) if run.id.rpartition("-")[0] == spec.name and not run.is_imported]
+    runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
     if not runs:
         return None
     newest = runs[-1]
-    over = ended(newest, force=False, patient=True)
+    over = launch.ended(newest, force=False, patient=True)
     if over and over.state == "finished":
         return None
-    before, now = (s.model_dump(mode="json", exclude=ELSEWHERE) for s in (newest.spec(), spec))
-    if other := [key for key in now if now[key] != before[key]]:
+    if other := spec.changed_from(newest.spec()):
         why = f"it is unfinished, and its spec differs in {', '.join(other)}"
         raise RunError(f"run {newest.id}", why, "submit without --continue to start anew, or give the spec that it has")
     return newest

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli import launch
-from mhmoe_ray.cli.common import note, read_spec
+from mhmoe_ray.cli import connecting
+from mhmoe_ray.cli.common import SPEC_SUFFIXES, read_spec
 from mhmoe_ray.cli.job import Job
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; of raw text, of its data or cluster."),
 ]
-SPEC_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass
@@ -99,22 +98,16 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     Raises:
         MhmoeError: as the job's own.
     """
-    from mhmoe_ray.cluster.local import find_local
     from mhmoe_ray.data.inspect import SAYS
     from mhmoe_ray.data.inspect.result import Request, survey_in
     from mhmoe_ray.data.sources import find_files
 
     find_files(what.data)
-    # A local cluster of any size will do; one that is started now should do for training afterwards.
-    running = find_local()
-    cpus = running.cpus if running else max(launch.LOCAL_CPUS, what.cluster.cpus)
-    connection = launch.cluster_for(what.cluster, what.needed, cpus, address)
+    connection = connecting.cluster_for(what.cluster, what.needed, 1, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
     env = {"MHMOE_REQUEST": request.model_dump_json()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)
-    for line in job.lines():
-        if line.startswith(SAYS):
-            note.print(line, soft_wrap=True)
+    job.say(SAYS)
     found = survey_in(job.log)
     if found is None:
         raise job.error(f"data of {what.name}")

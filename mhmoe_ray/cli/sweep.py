@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli import launch
+from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, note, print_json
 from mhmoe_ray.cli.sweep_view import follow, rows, show_plan, show_rows
 
@@ -65,8 +65,7 @@ def sweep(
         if detach:
             note.print(f"see it with `mhmoe sweep {file} --size {size} --show`", soft_wrap=True)
             return
-        if not follow(place, connection):
-            return
+        follow(place, connection)
     table = rows(place)
     if json:
         print_json(table)
@@ -103,11 +102,11 @@ def _start(
 
     specs = [run.spec for run in wanted]
     for spec in {spec.data.prepared: spec for spec in specs}.values():
-        launch.check_data(spec)
+        connecting.check_data(spec)
     control.define(place, planned, [run.name for run in wanted], size, concurrent)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
-    connection = launch.cluster_for(specs[0].cluster, needed, cpus, address)
+    connection = connecting.cluster_for(specs[0].cluster, needed, cpus, address)
     names, started = {run.name for run in wanted}, place.runs()
     again = len(names & started.keys())
     told = f"; {again} of them were started before" if again else ""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from mhmoe_ray.cli.common import nats, note, number_table, out, print_whole
+from mhmoe_ray.cli.common import detaching, nats, note, number_table, out, print_whole, say
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0
 MOST_RESTARTS = 3
-UNANSWERED = 12  # questions in a row, after which following ends
 
 
 def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
@@ -37,54 +36,38 @@ def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
     out.print(f"{len(variants)} variants x {seeds} seeds = {len(planned)} runs, {concurrent} at a time")
 
 
-def follow(place: "SweepDir", connection: "Connection") -> bool:
+def follow(place: "SweepDir", connection: "Connection") -> None:
     """Show progress until the job that starts runs has ended. Where that was killed, start it again.
 
     Args:
         place: its directory.
         connection: to the cluster.
 
-    Returns:
-        False if the user stopped following.
-
     Raises:
         MhmoeError: the job ended for a reason of its own.
         ClusterError: the cluster does not answer any more.
     """
-    from mhmoe_ray.errors import ClusterError, TokenError
+    from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.sweep import control
 
-    restarts, unanswered, asked = 0, 0, time.monotonic()
-    try:
-        with _bar() as bar:
-            view = _View(place, bar)
-            while True:
-                over = view.refresh()
-                if over or time.monotonic() - asked > ASK_SECONDS:
-                    try:
-                        alive, unanswered = control.is_alive(place), 0
-                    except TokenError:
-                        raise
-                    except ClusterError:
-                        if over:
-                            return True
-                        unanswered += 1
-                        if unanswered == UNANSWERED:
-                            raise
-                        alive = True
-                    asked = time.monotonic()
-                    if not alive:
-                        if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
-                            return True
-                        if error := control.own_error(place):
-                            raise error
-                        restarts += 1
-                        note.print("the job that starts the runs has ended; it is started again")
-                        control.submit(place, connection, retry=False)
-                time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:
-        note.print("\ndetached; the sweep goes on. The same command follows it again; with --stop it ends it")
-        return False
+    restarts, asked, patience = 0, time.monotonic(), Patience(say)
+    hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
+    with detaching(hint), _bar() as bar:
+        view = _View(place, bar)
+        while True:
+            over = view.refresh()
+            if over or time.monotonic() - asked > ASK_SECONDS:
+                alive = patience.ask(lambda: control.is_alive(place), not over)
+                asked = time.monotonic()
+                if not alive:
+                    if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
+                        return
+                    if error := control.own_error(place):
+                        raise error
+                    restarts += 1
+                    note.print("the job that starts the runs has ended; it is started again")
+                    control.submit(place, connection, retry=False)
+            time.sleep(POLL_SECONDS)
 
 
 def _bar() -> Progress:

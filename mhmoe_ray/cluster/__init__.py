@@ -1,4 +1,5 @@
-"""How the command line talks to Ray: over HTTP, with a token. No module here imports ray or torch when imported.
+"""How the command line talks to Ray: over HTTP, with a token. Nothing here but doctor/machine.py
+imports ray or torch when imported.
 
 connect.py     which cluster a command speaks to, and with whose token
 contexts.py    clusters that the user has given names to
@@ -11,6 +12,7 @@ nodes.py       the nodes of a cluster and what is free on them
 dashboard.py   one GET from a Ray dashboard, with every way it can go wrong
 failures.py    what Ray's HTTP clients raise, as our errors
 jobs.py        Ray jobs: submit, look at, follow and stop them
+patience.py    questions that a busy cluster may leave unanswered for a while
 shipping.py    what travels to a cluster with a job
 attempts.py    starting an attempt of a run
 watch.py       how a run stands, from its directory and its job together

@@ -1,9 +1,11 @@
 """Starting an attempt of a run: a job on a cluster, recorded in the run directory."""
 
+from contextlib import suppress
 from typing import Any
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
@@ -35,7 +37,7 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: 
         The job's name.
 
     Raises:
-        JobError, SpecError, ClusterError: the cluster does not take it; the run counts as failed.
+        JobError, SpecError, ClusterError: the cluster does not take it; where it says so, the run counts as failed.
     """
     request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
     job, address = str(request["submission_id"]), known_as or connection.address
@@ -45,6 +47,8 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: 
     try:
         jobs.submit(connection, request)
     except Exception as e:
-        events.record(run, "failed", reason=f"the job could not be submitted: {e}")
+        with suppress(ClusterError):  # one that does not answer may have taken it
+            if jobs.status(connection, job) is None:
+                events.record(run, "failed", reason=f"the job could not be submitted: {e}")
         raise
     return job

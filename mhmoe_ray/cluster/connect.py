@@ -1,13 +1,14 @@
 """Which cluster a command speaks to, and with whose token."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
-from mhmoe_ray.cluster.local import find_local, start_local
+from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
 from mhmoe_ray.errors import ClusterError
@@ -22,6 +23,8 @@ class Connection:
     is_local_machine: bool
     """It has one node, and that is this machine. A loopback address alone does not tell: it may be a tunnel."""
     token: Token | None
+    ours: LocalCluster | None = None
+    """Of a local one, where this process is not within it."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -37,37 +40,58 @@ def connect(address: str | None = None) -> Connection:
             given and no local cluster runs.
         TokenError: the cluster wants another token.
     """
+    connection = connect_if_there(address)
+    if connection is None:
+        raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
+    return connection
+
+
+def connect_if_there(address: str | None = None) -> Connection | None:
+    """As `connect`; None where no address is given and no local cluster runs."""
     address = _chosen(address)
-    if address is None:
-        ours = find_local()
-        if ours is None:
-            raise ClusterError("local cluster", "none runs", "start it: mhmoe cluster up; or give --address")
+    # The local cluster is looked for where it is meant and nowhere else: it may be another machine's, or not answer.
+    ours = find_local() if address is None or _is_ours(address) else None
+    if ours:
         return _to_ours(ours)
+    if address is None:
+        return None
     address = normalised(address)
-    if dashboard.is_loopback(address):
-        ours = find_local()
-        if ours and ours.address == address:
-            return _to_ours(ours)
     token = _token(address)
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
 
 
-def connect_if_there(address: str | None = None) -> Connection | None:
-    """As `connect`; None where no address is given and no local cluster runs."""
-    return connect(address) if _chosen(address) or find_local() else None
+def each_once() -> Callable[[str], Connection]:
+    """A `connect` that asks each address once, also one where nothing answers."""
+    known: dict[str, Connection | ClusterError] = {}
+
+    def connected(address: str) -> Connection:
+        if address not in known:
+            try:
+                known[address] = connect(address)
+            except ClusterError as e:
+                known[address] = e
+        found = known[address]
+        if isinstance(found, ClusterError):
+            raise found
+        return found
+
+    return connected
+
+
+def start(cpus: int) -> Connection:
+    """To our own cluster, started with that many logical CPUs unless it runs already."""
+    return _to_ours(start_local(cpus))
 
 
 def is_local(address: str | None) -> bool:
-    """Whether `connect_or_start` would take a local cluster of ours for this address."""
+    """Whether a command would take a local cluster of ours for this address."""
     address = _chosen(address)
-    ours = find_local()
-    return address is None or (ours is not None and normalised(address) == ours.address)
+    return address is None or _is_ours(address)
 
 
-def connect_or_start(address: str | None, cpus: int) -> Connection:
-    """As `connect`, but start a local cluster with that many CPUs where no address is given and none runs."""
-    return connect(address) if _chosen(address) else _to_ours(start_local(cpus))
+def _is_ours(address: str) -> bool:
+    return normalised(address) == recorded_address()
 
 
 def normalised(address: str) -> str:
@@ -112,12 +136,11 @@ def _token(address: str) -> Token | None:
 
 
 def _to_ours(cluster: LocalCluster) -> Connection:
-    return Connection(cluster.address, True, True, tokens.own_token())
+    return Connection(cluster.address, True, True, tokens.own_token(), cluster)
 
 
 def _is_here(address: str, token: Token | None) -> bool:
     """Whether the cluster is a single node whose session folder, a name used once, exists on this machine."""
-    nodes = dashboard.get(address, "/nodes?view=summary", token)["data"]["summary"]
-    alive = [n["raylet"] for n in nodes if n["raylet"].get("state") != "DEAD"]
+    alive, _ = dashboard.nodes(address, token)
     here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
     return len(alive) == 1 and here

@@ -1,5 +1,6 @@
 """One GET from a Ray dashboard, with every way it can go wrong as one line."""
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from mhmoe_ray.cluster.tokens import Token, refused
 from mhmoe_ray.errors import ClusterError
 
 
-def get(address: str, path: str, token: Token | None, timeout: float = 10, *, missing_ok: bool = False) -> Any:
+def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False) -> Any:
     """The JSON at this path; None where the dashboard has no such thing and `missing_ok` allows it.
 
     Raises:
@@ -21,7 +22,7 @@ def get(address: str, path: str, token: Token | None, timeout: float = 10, *, mi
 
     _keep_off_proxies(address)
     try:
-        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=timeout)
+        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=10)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):
@@ -69,6 +70,17 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     return version
 
 
+def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What /nodes says of each node that is alive, and Ray's lines of usage by the id of a node.
+
+    Raises:
+        ClusterError, TokenError: as `get`.
+    """
+    told = get(address, "/nodes?view=summary", token)["data"]
+    raylets = (node["raylet"] for node in told["summary"])
+    return [r for r in raylets if r.get("state") != "DEAD"], told["nodeLogicalResources"]
+
+
 def is_open(address: str) -> bool:
     """Whether a dashboard answers there to whoever asks, without a token."""
     import requests
@@ -91,6 +103,17 @@ def date(address: str, token: Token | None) -> str | None:
         raise unreachable(address, e) from e
     told: str | None = answer.headers.get("Date")
     return told
+
+
+def url_at(host: str, port: int) -> str:
+    """Of a server that listens there, as its own machine reaches it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if address.is_unspecified:
+        return f"http://127.0.0.1:{port}"
+    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:

@@ -1,4 +1,5 @@
-"""The folder with our state of this user: the token of clusters we start and the record of the one that runs."""
+"""The folder with our state of this user: the token of clusters we start, the record of the one that runs, names of
+others."""
 
 import fcntl
 import os

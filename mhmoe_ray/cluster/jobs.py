@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
@@ -18,6 +18,15 @@ from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import JobError, SpecError
 
 PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
+
+
+class JobInfo(NamedTuple):
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    """Ray's own remark on it in one line."""
+    ended: float
+    """In seconds since the epoch, by the head's clock; 0 where it has not."""
 
 
 def request(
@@ -82,14 +91,26 @@ def status(connection: Connection, job: str) -> str | None:
     Raises:
         ClusterError: no answer in time, or none at all.
     """
-    info = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
-    return None if info is None else str(info["status"])
+    found = info(connection, job)
+    return found.status if found else None
 
 
 def message(connection: Connection, job: str) -> str:
     """Ray's own remark on the job in one line, for example why it could not start."""
-    info = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
-    return reason((info and info["message"]) or "the cluster does not know this job")
+    found = info(connection, job)
+    return found.message if found else "the cluster does not know this job"
+
+
+def info(connection: Connection, job: str) -> JobInfo | None:
+    """None if the cluster knows no such job.
+
+    Raises:
+        ClusterError: as `status`.
+    """
+    told = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
+    if told is None:
+        return None
+    return JobInfo(str(told["status"]), reason(told["message"] or ""), (told["end_time"] or 0) / 1000)
 
 
 def logs(connection: Connection, job: str) -> str:

@@ -58,6 +58,12 @@ def find_local() -> LocalCluster | None:
         return _find()
 
 
+def recorded_address() -> str | None:
+    """That of the local cluster as it was when it started; whether it still runs, nobody has looked."""
+    cluster = _read()
+    return cluster.address if cluster else None
+
+
 def stop_local() -> bool:
     """End the local cluster, with every job on it, and remove its files; False if none runs.
 

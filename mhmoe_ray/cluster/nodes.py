@@ -20,10 +20,8 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
     Raises:
         ClusterError, TokenError: as `dashboard.get`.
     """
-    answer = dashboard.get(connection.address, "/nodes?view=summary", connection.token)["data"]
+    alive, usage = dashboard.nodes(connection.address, connection.token)
     domains = _labels(connection, domain_label) if domain_label else {}
-    alive = [node["raylet"] for node in answer["summary"] if node["raylet"].get("state") != "DEAD"]
-    usage = answer["nodeLogicalResources"]
     hosts = Counter(node["nodeManagerHostname"] for node in alive)
     found = []
     for node in alive:

@@ -10,7 +10,11 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.failures import explained, reason
 from mhmoe_ray.cluster.jobs import with_packages
+from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.config import IMPORT_PATH
+
+REMOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
         _check_address(details, host, port)
         _check_route(details, application)
         if not connection.local:
-            runtime_env = with_packages(application.get("runtime_env", {}))
+            runtime_env = with_packages(without_packages(application.get("runtime_env", {})))
             client._upload_py_modules_if_needed(runtime_env)  # puts URIs, which Serve insists on, in place of folders
             application = {**application, "runtime_env": runtime_env}
         others = [a for a in _declared(details) if a["name"] != application["name"]]
@@ -61,8 +65,15 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
             raise
 
 
-def wait_until_running(connection: Connection, name: str, timeout: float) -> None:
-    """Return when the application answers.
+def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """As it was before it was deployed: what was sent along then are URIs now, and would stand before what is newer."""
+    ours = {"py_modules": [m for m in runtime_env.get("py_modules", []) if not m.startswith("gcs://")]}
+    ours |= {"excludes": [pattern for pattern in runtime_env.get("excludes", []) if pattern not in NEVER]}
+    return {key: value for key, value in {**runtime_env, **ours}.items() if value}
+
+
+def wait_until_running(connection: Connection, name: str, timeout: float) -> Application:
+    """The application, when it answers.
 
     Raises:
         ServeError: it failed, is gone, or is not up in time; with what Serve says about it.
@@ -74,7 +85,7 @@ def wait_until_running(connection: Connection, name: str, timeout: float) -> Non
             raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")
         [application] = found
         if application.status == "RUNNING":
-            return
+            return application
         if application.status == "DEPLOY_FAILED":
             raise ServeError(f"application {name}", application.message, "see its log in the dashboard")
         if time.monotonic() > deadline:
@@ -92,16 +103,21 @@ def applications(connection: Connection) -> list[Application]:
     # Not by Ray's client, which takes longer to import than all else that `mhmoe status` does.
     details = dashboard.get(connection.address, "/api/serve/applications/", connection.token)
     http = details.get("http_options") or {}
-    base = f"http://{http.get('host')}:{http.get('port')}"
+    base = dashboard.url_at(str(http.get("host")), int(http.get("port") or 0))
     found = []
     for name, app in sorted(details["applications"].items()):
         url = base + (app["route_prefix"] or "").rstrip("/")
-        args = (app["deployed_app_config"] or {}).get("args", {})
-        found.append(Application(name, url, app["status"], _message(app), args.get("checkpoint")))
+        config = app["deployed_app_config"]
+        checkpoint = config["args"]["checkpoint"] if config and _is_ours(config) else None
+        found.append(Application(name, url, app["status"], _message(app), checkpoint))
     return found
 
 
-def remove(connection: Connection, name: str, timeout: float = 60) -> None:
+def _is_ours(config: dict[str, Any]) -> bool:
+    return bool(config["import_path"] == IMPORT_PATH)
+
+
+def remove(connection: Connection, name: str) -> None:
     """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
 
     Raises:
@@ -118,10 +134,10 @@ def remove(connection: Connection, name: str, timeout: float = 60) -> None:
             _client(connection).delete_applications()
             return
         _put(connection, details, others, details["http_options"])
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + REMOVE_SECONDS
     while name in {a.name for a in applications(connection)}:
         if time.monotonic() > deadline:
-            raise ServeError(what, f"it is still there after {timeout:.0f} s", "see the dashboard")
+            raise ServeError(what, f"it is still there after {REMOVE_SECONDS:.0f} s", "see the dashboard")
         time.sleep(0.5)
 
 
@@ -173,10 +189,10 @@ def _client(connection: Connection) -> Any:
 
 
 def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """The configuration of an application as it was deployed, and Serve's host and port.
+    """The configuration of an application of ours as it was deployed, and Serve's host and port.
 
     Raises:
-        ServeError: there is no such application, or it was not deployed by a config.
+        ServeError: there is no such application, or it is not one of ours.
     """
     what = f"application {name}"
     with explained(connection, what, ServeError, "see the dashboard"):
@@ -184,6 +200,8 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
     found = next((config for config in _declared(details) if config["name"] == name), None)
     if found is None:
         raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
+    if not _is_ours(found):
+        raise ServeError(what, "it serves no checkpoint of a run", "update it by what deployed it")
     return found, details["http_options"]["host"], details["http_options"]["port"]
 
 

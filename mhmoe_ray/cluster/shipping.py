@@ -30,23 +30,19 @@ def shipped(runtime_env: Mapping[str, Any]) -> list[Shipped]:
     return [Shipped(folder, _sizes(folder, excludes)) for folder in folders]
 
 
-def check_size(runtime_env: Mapping[str, Any]) -> list[Shipped]:
-    """What is sent.
-
-    Raises:
-        SpecError: one of the folders is larger than Ray takes; the largest things in it are named.
+def check_size(runtime_env: Mapping[str, Any]) -> None:
+    """Raises:
+    SpecError: one of the folders that are sent is larger than Ray takes; the largest things in it are named.
     """
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
 
-    found = shipped(runtime_env)
-    for folder, parts in found:
-        size = sum(parts.values())
-        if size > GCS_STORAGE_MAX_SIZE:
-            largest = ", ".join(f"{name} {_mb(each)}" for name, each in list(parts.items())[:SHOWN])
-            why = f"{folder} has {_mb(size)}, and Ray sends at most {_mb(GCS_STORAGE_MAX_SIZE)}; largest: {largest}"
+    for found in shipped(runtime_env):
+        if found.size > GCS_STORAGE_MAX_SIZE:
+            largest = ", ".join(f"{name} {_mb(each)}" for name, each in list(found.parts.items())[:SHOWN])
+            sizes = f"{_mb(found.size)}, and Ray sends at most {_mb(GCS_STORAGE_MAX_SIZE)}"
+            why = f"{found.folder} has {sizes}; largest: {largest}"
             fix = "leave things out by `excludes` of cluster.runtime_env or a .rayignore, or name a smaller folder"
             raise SpecError("cluster.runtime_env", why, fix)
-    return found
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """All that `mhmoe status` tells of a run: from its directory, and from its cluster where that answers."""
 
+from collections.abc import Callable
 from typing import Any
 
-from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.cluster.watch import outcome, recorded_outcome
 from mhmoe_ray.errors import ClusterError, MhmoeError
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.course import course
 from mhmoe_ray.runs.layout import RunDir
@@ -23,8 +25,8 @@ def standing(run: RunDir) -> dict[str, Any]:
     attempts = read_attempts(run)
     state, reason, cluster = state_of(run, happened)
     last = went.last
-    started = _newest(happened, "started")
-    lost = _newest(happened, "lost")
+    started = events.newest(happened, "started")
+    lost = events.newest(happened, "lost")
     eta = None
     if spec and last and state == "running" and went.mean_rate:
         eta = (spec.train.steps - last[metrics.STEP]) * last[metrics.TOKENS] / last[metrics.STEP] / went.mean_rate
@@ -42,14 +44,14 @@ def standing(run: RunDir) -> dict[str, Any]:
         "steps": spec.train.steps if spec else None,
         "last": last,
         "validation": _with_perplexity(went.validation),
-        "baselines": _newest(happened, "prepared"),
+        "baselines": events.newest(happened, "prepared"),
         "asked": _asked(spec) if spec else None,
         "started": started,
         "interruptions": [{"time": when, "what": what} for when, what in events.interruptions(happened)],
         "last_lines": lost["lines"] if lost else [],
         "skipped_steps": last.get(metrics.SKIPPED_STEPS, 0) if last else 0,
         "skipped_checkpoints": [e["name"] for e in happened if e["event"] == "skipped_checkpoint"],
-        "checkpoint": _newest(happened, "checkpoint") or _newest(happened, "imported"),
+        "checkpoint": events.newest(happened, "checkpoint") or events.newest(happened, "imported"),
         "tokens_per_s": went.rate,
         "mean_tokens_per_s": went.mean_rate,
         "eta_seconds": eta,
@@ -60,22 +62,18 @@ def standing(run: RunDir) -> dict[str, Any]:
     }
 
 
-def state_of(run: RunDir, happened: Happened) -> tuple[str, str, str]:
+def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connection] = connect) -> tuple[str, str, str]:
     """The state, the reason of a failure, and what the cluster said: "unknown" where it should but does not answer."""
     attempts = read_attempts(run)
     over, cluster = recorded_outcome(run), "not asked: the run is over"
     said = events.state(happened)
     if over is None and attempts:
         try:
-            over = outcome(run, connect(attempts[-1].address))
+            over = outcome(run, connected(attempts[-1].address))
             cluster = "the job is alive" if over is None else "the job is dead"
         except ClusterError as e:
             return "unknown", "", f"it said {said} last, but {e}"
     return (over.state, over.reason, cluster) if over else (said, "", cluster)
-
-
-def _newest(happened: Happened, kind: str) -> dict[str, Any] | None:
-    return next((e for e in reversed(happened) if e["event"] == kind), None)
 
 
 def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -110,8 +108,8 @@ def served(run: RunDir, happened: Happened) -> list[dict[str, Any]]:
             ]
             continue
         for application in there.values():
-            path, _, name = (application.checkpoint or "").rpartition("/checkpoints/")
-            if path == str(run.path):
-                where = {"application": application.name, "url": application.url, "checkpoint": name}
+            checkpoint = location(application.checkpoint) if application.checkpoint else None
+            if checkpoint and RunDir.of_checkpoint(checkpoint) == run:
+                where = {"application": application.name, "url": application.url, "checkpoint": checkpoint.name}
                 found.append({**where, "status": application.status, "message": application.message})
     return found

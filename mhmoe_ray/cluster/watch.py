@@ -10,6 +10,7 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.state import last_attempt
 
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
+_LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart
 
 
 class Outcome(NamedTuple):
@@ -29,19 +30,20 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
     over = recorded_outcome(run)
     if over:
         return over
-    job = last_attempt(run).job
-    status = jobs.status(connection, job)
-    if status in ("PENDING", "RUNNING"):
+    attempt = last_attempt(run)
+    job = jobs.info(connection, attempt.job)
+    if job and job.status in ("PENDING", "RUNNING"):
         return None
-    time.sleep(_GRACE_SECONDS)
-    over = recorded_outcome(run)
-    if over:
-        return over
-    if status == "STOPPED" and run.stop_file.exists():
+    if abs(time.time() - (job.ended if job else attempt.submitted)) < _LONG_AGO:
+        time.sleep(_GRACE_SECONDS)
+        over = recorded_outcome(run)
+        if over:
+            return over
+    if job is None:
+        return Outcome("failed", f"the cluster does not know its job {attempt.job} any more")
+    if job.status == "STOPPED" and run.stop_file.exists():
         return Outcome("stopped", "")
-    if status is None:
-        return Outcome("failed", f"the cluster does not know its job {job} any more")
-    return Outcome("failed", f"its job ended ({status.lower()}): {jobs.message(connection, job)}")
+    return Outcome("failed", f"its job ended ({job.status.lower()}): {job.message}")
 
 
 def recorded_outcome(run: RunDir) -> Outcome | None:
@@ -50,5 +52,5 @@ def recorded_outcome(run: RunDir) -> Outcome | None:
     state = events.state(happened)
     if not events.is_over(state):
         return None
-    reason = next((e["reason"] for e in reversed(happened) if e["event"] == "failed"), "")
-    return Outcome(state, reason if state == "failed" else "")
+    failed = events.newest(happened, "failed") if state == "failed" else None
+    return Outcome(state, failed["reason"] if failed else "")

@@ -63,7 +63,7 @@ def estimate(spec: RunSpec, layout: Layout) -> Estimate:
     return Estimate(
         _computing(spec, rank_tokens),
         _exchanging(spec, layout),
-        training * rank_tokens / _peak(spec),
+        training * rank_tokens / spec.cluster.accelerator.peak(spec.train.precision),
         spec.tokens_per_step,
     )
 
@@ -72,7 +72,8 @@ def _computing(spec: RunSpec, tokens: float) -> list[Time]:
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / (spec.train.micro_batch_size * spec.data.seq_len)
     passes = 3 + spec.train.recompute
-    speed, moved = _peak(spec) * accelerator.flops_share, accelerator.memory_bandwidth * accelerator.memory_share
+    speed = accelerator.peak(spec.train.precision) * accelerator.flops_share
+    moved = accelerator.memory_bandwidth * accelerator.memory_share
 
     def products(name: str, flops: float, size: float) -> Time:
         return max(Time(name, flops / speed, COMPUTE), Time(name, size / moved, MEMORY), key=lambda time: time.seconds)
@@ -110,8 +111,3 @@ def seconds(exchange: Exchange, spec: RunSpec, layout: Layout) -> Time:
     slowest = max(bytes_took, key=lambda name: bytes_took[name])
     bound = slowest if bytes_took[slowest] > latency else LATENCY
     return Time(exchange.name, exchange.times * (bytes_took[slowest] + latency), bound)
-
-
-def _peak(spec: RunSpec) -> float:
-    accelerator = spec.cluster.accelerator
-    return accelerator.bfloat16_flops if spec.train.precision == "bfloat16" else accelerator.float32_flops

@@ -59,7 +59,7 @@ def whole_gradients(spec: RunSpec) -> int:
     step add up, until its last backward, of all that is sliced, in place of the slices."""
     if not _is_sliced(spec.cluster):
         return 0
-    if spec.train.micro_batches == spec.cluster.dp * spec.cluster.ep:
+    if spec.train.micro_batches == spec.cluster.world:
         return FLOAT32 * (blocks(spec.model).outside + _largest_block(spec))
     found = sizes(spec.model)
     whole = FLOAT32 * (found.parameters - found.expert_parameters + found.expert_parameters // spec.cluster.ep)
@@ -75,17 +75,17 @@ def _largest_block(spec: RunSpec) -> int:
 
 
 def _is_sliced(cluster: ClusterSpec) -> bool:
-    return cluster.strategy == "fsdp" and cluster.dp * cluster.ep > 1
+    return cluster.strategy == "fsdp" and cluster.world > 1
 
 
 def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
     """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp
     ranks that hold the same ones, all else over all ranks. ZeRO updates slices of its own, which weights are copied
     from."""
-    strategy, world = cluster.strategy if cluster.workers.max > 1 else "ddp", cluster.workers.max
+    strategy, world = cluster.strategy if cluster.world > 1 else "ddp", cluster.world
     experts = FLOAT32 * found.expert_parameters / cluster.ep
     others = FLOAT32 * (found.parameters - found.expert_parameters)
-    sliced = others / world + (experts / cluster.dp if strategy != "fsdp" or cluster.shard_experts else experts)
+    sliced = others / world + (experts / cluster.dp if cluster.slices_experts else experts)
     whole = others + experts
     weights, gradients, moments = {
         "ddp": (whole, whole, whole),

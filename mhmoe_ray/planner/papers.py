@@ -120,7 +120,7 @@ def _p1_routing(top_k: int) -> Tree:
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
-def equal_parameter_width(heads: int, experts: int, d: int = 768, hidden: int = 3072) -> int:
+def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
     """Largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1, appendix D,
     with the biases and norms that its code has).
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.families import SizeName
-from mhmoe_ray.planner.match import SOLVED, MatchSpec, solve
+from mhmoe_ray.planner.match import MOST, SOLVED, MatchSpec, solve
 from mhmoe_ray.planner.preset import Preset, Tree
 from mhmoe_ray.planner.presets import find_preset, origin
 from mhmoe_ray.planner.width import dense_width
@@ -103,7 +103,7 @@ def _ep(tree: Tree) -> int:
 
 def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, ep: int, what: str) -> Tree:
     """Experts with the keys that `match` solves, those of them aside that the user gave."""
-    unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), 1 << 20)
+    unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), MOST)
     model = _model(trunk, {**moe, **unknown}, what)
     d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys(), ep)
     return {**moe, "d_expert": d_expert, "experts": experts}

@@ -13,21 +13,18 @@ from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
 from mhmoe_ray.spec.sweep import seeded
 
 
-def planned_runs(
-    sweep: SweepSpec, folder: Path, size: str | None = None, overrides: Sequence[str] = ()
-) -> list[SweepRun]:
+def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
     """All runs: seed by seed, so that a sweep that is ended early has some of each.
 
     Args:
         sweep: as its file says.
         folder: of that file.
-        size: one of its sizes; the first by default.
+        size: one of its sizes.
         overrides: `key.path=value` strings that hold for every run.
 
     Raises:
         SpecError: there is no such size, two variants have one name, or a run's spec is wrong.
     """
-    size = size or next(iter(sweep.sizes))
     if size not in sweep.sizes:
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
     common = sweep.sizes[size]

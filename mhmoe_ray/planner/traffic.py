@@ -52,7 +52,7 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
         return []
-    layout = layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
+    layout = layout or on_one_node(cluster.world, cluster.ep)
     groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
     times = model.moe_layers * _micro_batches(spec)
     tokens = spec.train.micro_batch_size * spec.data.seq_len
@@ -105,13 +105,14 @@ def _has_rails(group: Spread) -> bool:
 def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     """The part of data parallelism."""
     cluster, found = spec.cluster, sizes(spec.model)
-    layout = layout or on_one_node(cluster.dp * cluster.ep, cluster.ep)
+    layout = layout or on_one_node(cluster.world, cluster.ep)
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
     result = _made_whole(spec, cluster.strategy, "all but experts", shared, layout, layout.everyone)
     if spec.model.moe is not None:
-        slices = cluster.strategy != "fsdp" or cluster.shard_experts
         experts = FLOAT32 * found.expert_parameters // cluster.ep
-        result += _made_whole(spec, cluster.strategy if slices else "ddp", "experts", experts, layout, layout.replicas)
+        result += _made_whole(
+            spec, cluster.strategy if cluster.slices_experts else "ddp", "experts", experts, layout, layout.replicas
+        )
     return [exchange for exchange in result if exchange.ranks > 1]
 
 
@@ -141,4 +142,4 @@ def _made_whole(
 
 def _micro_batches(spec: RunSpec) -> int:
     """Of each rank in a step."""
-    return spec.train.micro_batches // (spec.cluster.dp * spec.cluster.ep)
+    return spec.train.micro_batches // spec.cluster.world

@@ -19,7 +19,6 @@ def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) ->
     """
     if not spec.cluster.gpus_per_worker:
         return None
-    accelerator = spec.cluster.accelerator
-    peak = accelerator.bfloat16_flops if spec.train.precision == "bfloat16" else accelerator.float32_flops
+    peak = spec.cluster.accelerator.peak(spec.train.precision)
     needed = flops_per_token(spec.model, spec.data.seq_len).training * tokens_per_s
     return needed / (workers * spec.cluster.gpus_per_worker * peak)

@@ -13,7 +13,7 @@ from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.fit import nodes_for
 from mhmoe_ray.render.grafana import dashboard, provisioning
 from mhmoe_ray.render.prometheus import pod_monitor, prometheus
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.spec.site import SiteSpec
 
 RAY_FOLDER = "/tmp/ray"
@@ -27,7 +27,8 @@ def files(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any
     application: to serve on it, as `serve.config.application_config` makes it.
 
     Raises:
-        SpecError: the run does not fit on the site, or lies elsewhere than on its storage.
+        SpecError: the run does not fit on the site, or it or the checkpoint lies elsewhere than on its storage; or a
+            name is longer than KubeRay takes.
     """
     return dict(_files(site, run, application))
 
@@ -37,9 +38,13 @@ def _files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | No
     if run:
         nodes_for(site, run)
         _check_storage(site, run)
-        spec_path = f"{site.storage.mount}/jobs/{run.name}.yaml"
-        yield f"kuberay/rayjob-{run.name}.yaml", _yaml(kuberay.ray_job(site, spec_path, run.name))
+        spec_path = f"jobs/{run.name}.yaml"
+        yield spec_path, dump_spec(run)
+        job = kuberay.ray_job(site, f"{site.storage.mount}/{spec_path}", run.name)
+        yield f"kuberay/rayjob-{run.name}.yaml", _yaml(job)
     if application:
+        checkpoint = application["args"]["checkpoint"]
+        _check_place(site, checkpoint, f"checkpoint {checkpoint}", "copy its run there, and name it by its path")
         yield f"kuberay/rayservice-{application['name']}.yaml", _yaml(kuberay.ray_service(site, application))
     yield "kuberay/podmonitor.yaml", _yaml(pod_monitor(site))
     if site.aws:
@@ -62,12 +67,15 @@ def _check_storage(site: SiteSpec, run: RunSpec) -> None:
     """Nodes read and write there what the run does."""
     mount = site.storage.mount
     for key, place in (("storage", run.storage), ("data.prepared", run.data.prepared)):
-        if "://" not in str(place) and not str(place).startswith(f"{mount}/"):
-            why = f"{place} is not below {mount}, which nodes of the site share"
-            raise SpecError(f"run {run.name}, {key}", why, f"put it there: --set {key}={mount}/...")
+        _check_place(site, str(place), f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
     if not run.cluster.shared_filesystem:
         why = f"nodes are to share {mount}, and the spec does not say so, without which `mhmoe submit` refuses it there"
         raise SpecError(f"run {run.name}", why, "--set cluster.shared_filesystem=true")
+
+
+def _check_place(site: SiteSpec, place: str, what: str, fix: str) -> None:
+    if "://" not in place and not place.startswith(f"{site.storage.mount}/"):
+        raise SpecError(what, f"{place} is not below {site.storage.mount}, which nodes of the site share", fix)
 
 
 class _Plain(yaml.SafeDumper):

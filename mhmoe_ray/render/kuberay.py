@@ -5,9 +5,12 @@ from typing import Any
 
 import yaml
 
+from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 API = "ray.io/v1"
+LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
+"""Characters of a name: the operator makes longer ones of it."""
 IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
 """An upgrade moves so much of the requests every so often, and meanwhile has so many replicas more."""
@@ -74,6 +77,9 @@ def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    if len(name) > LONGEST[kind]:
+        why = f"its name has {len(name)} characters, and KubeRay takes {LONGEST[kind]}"
+        raise SpecError(f"{kind} {name}", why, "give the site, or the run, a shorter name")
     metadata = {"name": name, "namespace": site.namespace, "labels": {"app.kubernetes.io/part-of": "mhmoe-ray"}}
     return {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
 

@@ -192,7 +192,7 @@ def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
 
 def _run(run: RunFigures) -> dict[str, Any]:
     happened = events.events(run.run)
-    started = next((e for e in reversed(happened) if e["event"] == "started"), None)
+    started = events.newest(happened, "started")
     seconds = run.lines[-1][metrics.TIME] - run.lines[0][metrics.TIME]
     return {
         "id": run.run.id,

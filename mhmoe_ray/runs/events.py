@@ -49,6 +49,11 @@ def events(run: RunDir) -> list[dict[str, Any]]:
     return list(jsonl.read(run.events_file))
 
 
+def newest(happened: list[dict[str, Any]], kind: Kind) -> dict[str, Any] | None:
+    """The last event of this kind."""
+    return next((event for event in reversed(happened) if event["event"] == kind), None)
+
+
 def state(happened: list[dict[str, Any]]) -> State:
     """The state after these events."""
     current: State = "submitted"

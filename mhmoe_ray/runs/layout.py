@@ -22,6 +22,16 @@ class RunDir:
     def id(self) -> str:
         return self.path.name
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Location) -> "RunDir":
+        """The run that a checkpoint lies in."""
+        return cls(checkpoint.parent.parent)
+
+    @property
+    def name(self) -> str:
+        """Its spec's; `new_directory` adds the rest of the id."""
+        return self.id.rpartition("-")[0]
+
     @property
     def spec_file(self) -> Location:
         return self.path / "spec.yaml"

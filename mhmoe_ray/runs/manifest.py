@@ -134,7 +134,7 @@ def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
     Raises:
         CheckpointError: it is missing, or it is not the one the model was trained with.
     """
-    path = RunDir(checkpoint.parent.parent).tokenizer_file
+    path = RunDir.of_checkpoint(checkpoint).tokenizer_file
     what = f"checkpoint {checkpoint}"
     try:
         found = describe_file(path).sha256

@@ -13,7 +13,9 @@ SPARE = 32
 """Requests other than completions that a replica answers at a time."""
 
 
-def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_name: str) -> dict[str, Any]:
+def application_config(
+    name: str, checkpoint: Location, spec: ServeSpec, model_name: str, route: str = "/"
+) -> dict[str, Any]:
     """An element of the `applications` list that is PUT to Serve's REST API.
 
     Args:
@@ -22,6 +24,7 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
             and every node must be able to read it.
         spec: sizes and limits; `host` and `port` belong to the cluster's Serve instance and are not used here.
         model_name: what clients see, and may give, as `model`.
+        route: below which it answers.
     """
     deployment = {
         "name": DEPLOYMENT,
@@ -38,7 +41,7 @@ def application_config(name: str, checkpoint: Location, spec: ServeSpec, model_n
     }
     return {
         "name": name,
-        "route_prefix": "/",
+        "route_prefix": route,
         "import_path": IMPORT_PATH,
         "args": {
             "checkpoint": str(checkpoint.absolute()),

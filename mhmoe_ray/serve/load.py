@@ -40,7 +40,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
     else:
         model, manifest = load_model(checkpoint)
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    template = ChatTemplate.of_run(RunDir(checkpoint.parent.parent), *edge_texts(tokenizer))
+    template = ChatTemplate.of_run(RunDir.of_checkpoint(checkpoint), *edge_texts(tokenizer))
     if spec.engine == "vllm":
         return Answerer(_vllm_engine(checkpoint, manifest, tokenizer, spec), tokenizer, template)
     if spec.gpus_per_replica:

@@ -93,9 +93,19 @@ class ClusterSpec(Section):
     @property
     def cpus(self) -> int:
         """Logical CPUs that a run takes at most, its data stream included."""
-        return self.workers.max * self.cpus_per_worker + STREAM_CPUS
+        return self.world * self.cpus_per_worker + STREAM_CPUS
+
+    @property
+    def world(self) -> int:
+        """Ranks, at most."""
+        return self.workers.max
+
+    @property
+    def slices_experts(self) -> bool:
+        """Whether ranks that hold the same experts share out of them what the strategy shares out of all else."""
+        return self.strategy != "fsdp" or self.shard_experts
 
     @property
     def dp(self) -> int:
         """Data-parallel replicas of the experts, at most."""
-        return self.workers.max // self.ep
+        return self.world // self.ep

@@ -29,6 +29,10 @@ class AcceleratorSpec(Section):
     memory_share: float = Field(default=0.8, gt=0, le=1)
     """Of that peak, what is reached."""
 
+    def peak(self, precision: Literal["float32", "bfloat16"]) -> float:
+        """FLOP/s of matrix products."""
+        return self.bfloat16_flops if precision == "bfloat16" else self.float32_flops
+
 
 class LinkSpec(Section):
     """By default InfiniBand."""

@@ -55,13 +55,13 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return overridden(tree, overrides)
 
 
-def load_site(path: Location, overrides: Sequence[str] = ()) -> SiteSpec:
+def load_site(path: Location) -> SiteSpec:
     """What a cluster is made of.
 
     Raises:
         SpecError: as `load_spec`.
     """
-    return checked(SiteSpec, read_tree(path, overrides), f"site {path}")
+    return checked(SiteSpec, read_tree(path), f"site {path}")
 
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:

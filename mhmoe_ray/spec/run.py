@@ -86,6 +86,11 @@ class RunSpec(Section):
         """The reference's expert layers on this model's trunk."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
+    def changed_from(self, before: Self) -> list[str]:
+        """Keys and sections in which it would train something else."""
+        then, now = (spec.model_dump(mode="json", exclude=ELSEWHERE) for spec in (before, self))
+        return [key for key in now if now[key] != then[key]]
+
     @property
     def worker_counts(self) -> list[int]:
         """Numbers of workers that the run may have, ascending: each gives every worker equally many micro-batches."""

@@ -8,7 +8,7 @@ from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.sweeps import Definition, SweepDir, SweepJob
-from mhmoe_ray.spec import ELSEWHERE, SweepRun
+from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 0.5
 
@@ -32,8 +32,7 @@ def define(place: SweepDir, planned: Sequence[SweepRun], wanted: Sequence[str], 
 
 
 def _check_same(place: SweepDir, was: SweepRun, now: SweepRun) -> None:
-    before, after = (run.spec.model_dump(mode="json", exclude=ELSEWHERE) for run in (was, now))
-    if other := [key for key in after if after[key] != before[key]]:
+    if other := now.spec.changed_from(was.spec):
         why = f"run {was.name} was started with another spec: {', '.join(other)}"
         fix = f"give the sweep another name, or remove {place.path} to begin anew"
         raise SpecError(f"sweep {place.name}", why, fix)

@@ -14,6 +14,7 @@ import ray
 from mhmoe_ray.cluster import jobs, tokens
 from mhmoe_ray.cluster.attempts import start_attempt
 from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.patience import Patience
 from mhmoe_ray.cluster.watch import Outcome, outcome, recorded_outcome
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
@@ -46,6 +47,7 @@ class Sweep:
         self._runs: dict[str, RunDir] = dict(place.runs())
         self._starts: dict[str, int] = {}
         self._over: set[str] = set()
+        self._patience = Patience(lambda line: print(line, flush=True))
 
     def run(self) -> None:
         """Until every run is over, no more are to start, or another job does this."""
@@ -76,7 +78,8 @@ class Sweep:
         return not self._place.stop_file.exists() and self._place.definition().jobs[-1].job == self._job
 
     def _lives(self, job: str) -> bool:
-        return jobs.status(self._connection, job) in ("PENDING", "RUNNING")
+        alive = ("PENDING", "RUNNING")
+        return self._patience.ask(lambda: jobs.status(self._connection, job) in alive, True)
 
     def _is_alive(self, name: str) -> bool:
         """Whether a job of it goes on; what is over for good is remembered."""
@@ -134,7 +137,7 @@ def _prepare(entry: SweepRun) -> bool:
     try:
         prepare(entry.spec)
     except MhmoeError as e:
-        e.log()
+        print(f"{entry.name}: {e}", flush=True)
         return False
     return True
 
@@ -143,7 +146,7 @@ def main() -> None:
     place, job = SweepDir(location(sys.argv[1])), sys.argv[2]
     with logging_errors():
         context = ray.init()
-        local = place.definition().jobs[-1].local
+        [local] = [j.local for j in place.definition().jobs if j.job == job]
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
         Sweep(place, job, connection).run()
 

@@ -72,9 +72,8 @@ def reason(cause: Exception) -> str:
 
 def _place(run: RunDir, rank: int) -> dict[str, Any]:
     """Of the newest start of workers."""
-    happened = events.events(run)
-    workers: list[dict[str, Any]] = next((e["workers"] for e in reversed(happened) if e["event"] == "started"), [])
-    return next((worker for worker in workers if worker["rank"] == rank), {})
+    started = events.newest(events.events(run), "started")
+    return next((worker for worker in started["workers"] if worker["rank"] == rank), {}) if started else {}
 
 
 def _last_lines(place: Mapping[str, Any]) -> list[str]:

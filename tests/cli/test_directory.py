@@ -1,16 +1,23 @@
 """Commands on run directories whose cluster is gone."""
 
+import http.server
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pexpect
 import pytest
 
+from mhmoe_ray.cli.follow import _bar, _View
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.watch import outcome
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import create_run
@@ -61,6 +68,56 @@ def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
     assert (
         "3 MB of rows between ranks in a step (1 MB between nodes), 1.50 times what flat dispatch would send" in shown
     )
+
+
+def test_a_balance_that_was_not_finite_is_said(tmp_path, run):
+    last = {**metrics.last(run), metrics.STEP: 8, metrics.BALANCE: float("nan"), metrics.LEAST_EXPERT: 0.5}
+    metrics.append(run, last)
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "not finite (1 is uniform); the least used expert has 0.50 of its share" in shown
+    with _bar() as bar:
+        view = _View(run, bar, from_now=False)
+        view.refresh()
+    assert "balance not finite" in bar.tasks[0].fields["figures"]
+
+
+def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(tmp_path, run):
+    asked = Counter()
+
+    class Dashboard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            job = {"status": "FAILED", "message": "killed", "end_time": 1_000_000}
+            told = (
+                {"ray_version": "2"}
+                if "version" in self.path
+                else {"data": {"summary": [], "nodeLogicalResources": {}}}
+            )
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(job if "jobs" in self.path else told).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        others = [create_run(tiny_spec(tmp_path)) for _ in range(3)]
+        for other in others:
+            add_attempt(other, Attempt("job-1", address, local=False))
+        try:
+            start = time.monotonic()
+            assert outcome(others[0], connect(address)).reason == "its job ended (failed): killed"
+            assert time.monotonic() - start < 2
+            asked.clear()
+            states = [r["state"] for r in mhmoe(tmp_path, "list", "--json").json()]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert states == ["unknown", *["failed"] * 3]
+    assert asked == {"/api/version": 1, "/nodes?view=summary": 1, "/api/jobs/job-1": 3}
 
 
 def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
@@ -184,23 +241,35 @@ def test_runs_are_listed_by_name_state_and_age(tmp_path, run, ended):
     assert listed("--since", "1h") == [run.id, ended.id]
     assert listed("--since", "2100-01-01") == []
     assert mhmoe(tmp_path, "list", "nothing").out == "no runs in runs that are so\n"
-    assert_one_line(mhmoe(tmp_path, "list", "--since", "soon"), 3, "it is no time")
+    wrong = mhmoe(tmp_path, "list", "--since", "soon")
+    assert (wrong.code, "it is no time" in wrong.err) == (2, True)
+
+
+def test_a_run_whose_cluster_is_gone_is_removed_once_it_is_quiet_or_by_force(tmp_path, run, ended):
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    os.utime(run.metrics_file, (time.time() - 10_000,) * 2)
+    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "its cluster does not answer", "--force")
+    os.utime(run.events_file, (time.time() - 10_000,) * 2)
+    assert mhmoe(tmp_path, "rm", run.id, "--yes").code == 0
+    events.record(ended, "submitted", attempt=2, job="job-3", address="http://127.0.0.1:1")
+    assert_one_line(mhmoe(tmp_path, "rm", ended.id, "--yes"), 7, "--force")
+    assert mhmoe(tmp_path, "rm", ended.id, "--yes", "--force").code == 0
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_runs_that_are_over_are_removed_when_somebody_says_so(tmp_path, run, ended):
-    assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "it is unknown", "mhmoe stop")
     assert_one_line(mhmoe(tmp_path, "rm", ended.id), 7, "--yes")
     assert_one_line(mhmoe(tmp_path, "rm", ended.id, run.id, "--yes"), 7, run.id)
     assert ended.path.exists()
     words = command("rm", ended.id)
-    for answer, code in (("n", 1), ("y", 0)):
+    for answer in ("n", "y"):
         asking = pexpect.spawn(words[0], words[1:], cwd=tmp_path, encoding="utf-8")
         asking.expect_exact(f"remove {ended.id}, with all checkpoints?", timeout=60)
         assert ended.path.exists()
         asking.sendline(answer)
         asking.expect(pexpect.EOF, timeout=60)
         asking.close()
-        assert asking.exitstatus == code
+        assert asking.exitstatus == 0
     assert not ended.path.exists()
     assert run.path.exists()
 
@@ -216,6 +285,8 @@ def test_a_shell_is_offered_runs_and_keys(tmp_path, run, ended):
     assert offered("mhmoe logs ti") == [run.id]
     assert offered("mhmoe sta") == ["status"]
     assert offered("mhmoe plan x.yaml --set train.l") == ["train.lr="]
+    assert offered("mhmoe plan x.yaml --set p") == ["preset="]
+    assert "match.by=" in offered("mhmoe plan x.yaml --set ma")
     assert "model.moe.experts=" in offered("mhmoe submit x.yaml --set model.moe.e")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.cluster.local import RECORD
 from mhmoe_ray.errors import (
     DOCTOR_EXIT_CODE,
     CheckpointError,
@@ -50,6 +51,15 @@ def test_a_port_where_nothing_listens(corpus):
         address = f"http://127.0.0.1:{s.getsockname()[1]}"
         assert_one_line(mhmoe(corpus, "submit", "spec.yaml", "--address", address), 5, address, "nothing answers there")
         assert_one_line(mhmoe(corpus, "serve", "status", "--address", address), 5, address)
+
+
+def test_another_cluster_is_asked_also_where_the_local_one_is_another_machines(corpus, tmp_path):
+    cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
+    (tmp_path / RECORD).write_text(json.dumps({**cluster, "folder": "/tmp/mhmoe-elsewhere"}))
+    words = ("--address", "http://127.0.0.1:1")
+    for verb in (("data", "inspect", "raw"), ("submit", "spec.yaml")):
+        result = mhmoe(corpus, *verb, *words, MHMOE_HOME=str(tmp_path))
+        assert_one_line(result, 5, "http://127.0.0.1:1", "nothing answers there")
 
 
 @pytest.mark.ray

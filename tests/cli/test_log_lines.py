@@ -3,9 +3,9 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from typer import BadParameter
 
 from mhmoe_ray.cli.log_lines import chosen, moment, pattern, stamped
-from mhmoe_ray.errors import SpecError
 
 LOG = [
     "before any time",
@@ -25,7 +25,7 @@ def test_a_moment_is_a_date_and_time():
     assert moment("2026-11-26T10:00:00+00:00") == datetime(2026, 11, 26, 10, tzinfo=UTC).timestamp()
     assert moment("2026-11-26T10:00") == datetime(2026, 11, 26, 10).timestamp()
     for wrong in ("", "10", "soon", "10 m", "-5m"):
-        with pytest.raises(SpecError, match="it is no time"):
+        with pytest.raises(BadParameter, match="it is no time"):
             moment(wrong)
 
 
@@ -44,5 +44,5 @@ def test_lines_are_chosen_by_time_and_by_what_is_in_them():
     assert list(chosen(LOG, since - 1800, None)) == LOG[1:]
     assert list(chosen(LOG, None, pattern("step [13]"))) == [LOG[1], LOG[4]]
     assert list(chosen(LOG, since, pattern(re.escape("[brackets]")))) == [LOG[4]]
-    with pytest.raises(SpecError, match="it is no regular expression"):
+    with pytest.raises(BadParameter, match="it is no regular expression"):
         pattern("step (")

@@ -9,6 +9,7 @@ import pytest
 from mhmoe_ray.cli import plan_estimate
 from mhmoe_ray.cli.plan import as_dict
 from mhmoe_ray.cli.plan_placement import placement_on_paper
+from mhmoe_ray.planner.estimate import estimate
 from mhmoe_ray.planner.resolve import resolve_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec
@@ -29,7 +30,10 @@ def on_paper(*overrides):
     """What `plan --nodes 128 --gpus 8 --json` prints."""
     spec = resolve_spec(Path(TRILLION), overrides)
     placed = placement_on_paper(spec, 128, 8)
-    return {**as_dict(spec, placed), "estimate": plan_estimate.as_dict(spec, placed.layout)}
+    return {
+        **as_dict(spec, placed),
+        "estimate": plan_estimate.as_dict(spec, placed.layout, estimate(spec, placed.layout)),
+    }
 
 
 def shown(folder, *overrides, **env):

@@ -16,9 +16,12 @@ from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
+from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.sweep.job import _prepare
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus
+from tests.specs import tiny_spec
 from tests.watch import started, step_of, wait_until
 
 DENSE = {"model.moe": None}
@@ -54,6 +57,15 @@ def write_sweep(folder, **keys):
         **keys,
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+
+
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
+def test_text_that_cannot_be_prepared_is_no_error_of_the_job_itself(tmp_path, capsys):
+    entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
+    assert not _prepare(entry)
+    told = capsys.readouterr().out
+    assert told.startswith(f"{entry.name}: source web")
+    assert "error: " not in told
 
 
 def drivers(project):

@@ -1,11 +1,13 @@
 import http.server
+import json
 import socket
 import threading
 
 import pytest
 import requests
 
-from mhmoe_ray.cluster.connect import connect, connect_or_start, normalised
+from mhmoe_ray.cluster.connect import connect, is_local, normalised, start
+from mhmoe_ray.cluster.local import RECORD
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError, TokenError
 
@@ -32,7 +34,7 @@ def test_without_an_address_is_to_our_own(local_cluster, monkeypatch):
     assert connection.local
     assert connection.is_local_machine
     assert connect(local_cluster.address + "/") == connection
-    assert connect_or_start(None, 1) == connection
+    assert start(1) == connection
 
 
 @pytest.mark.ray
@@ -90,6 +92,25 @@ def test_nobody_at_the_address_is_one_line(nobody):
         connect(closed)
     with pytest.raises(ClusterError, match="the name of its host is not known here"):
         connect("http://no-such-host.invalid:8265")
+
+
+@pytest.fixture
+def elsewhere(nobody, tmp_path):
+    """A home that another machine shares, on which its local cluster runs: its address here."""
+    cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
+    (tmp_path / RECORD).write_text(json.dumps(cluster | {"folder": "/tmp/mhmoe-elsewhere"}))
+    return cluster["address"]
+
+
+def test_a_local_cluster_elsewhere_comes_between_nobody_and_another_cluster(elsewhere):
+    assert not is_local("http://head:8265")
+    for other in ("http://127.0.0.1:1", "http://no-such-host.invalid:8265"):
+        assert not is_local(other)
+        with pytest.raises(ClusterError, match=r"nothing answers there|is not known here"):
+            connect(other)
+    assert is_local(elsewhere)
+    with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
+        connect(elsewhere)
 
 
 def test_another_kind_of_server_is_one_line(nobody):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -54,6 +55,22 @@ def test_run_directories_that_others_can_read_are_told(tmp_path):
     assert levels(storage.findings(tmp_path))["run directories"] == "warning"
     (tmp_path / "tiny-1").chmod(0o700)
     assert "run directories" not in levels(storage.findings(tmp_path))
+
+
+def test_a_folder_of_somebody_else_beside_ours_is_passed_over():
+    with tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o777)
+        for name, mode in (("closed", 0o000), ("for-a-group", 0o070)):
+            (Path(shared) / name).mkdir()
+            (Path(shared) / name).chmod(mode)
+        (Path(shared) / "dangling").symlink_to("nowhere")
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)  # root is kept out of nothing
+        try:
+            assert levels(storage.findings(Path(shared))) == {"storage": "ok"}
+        finally:
+            os.seteuid(me)
 
 
 def test_the_exit_code_tells_errors(tmp_path):

@@ -6,9 +6,14 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.attempts import start_attempt
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.shipping import NEVER
+from mhmoe_ray.cluster.watch import recorded_outcome
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.layout import create_run
+from tests.specs import tiny_spec
 
 
 @pytest.fixture
@@ -90,6 +95,29 @@ def test_other_clusters_are_sent_our_packages(connection):
     _submit(other, "sent", code)
     assert _wait(other, "sent") == "SUCCEEDED"
     assert jobs.logs(other, "sent").count("/runtime_resources/py_modules_files/_ray_pkg_") == 2
+
+
+@pytest.mark.ray
+def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connection, tmp_path):
+    run = create_run(tiny_spec(tmp_path).model_copy(update={"name": "twice"}))
+    job = start_attempt(run, run.spec(), connection)
+    run.state_file.unlink()  # as another process saw it before
+    with pytest.raises(JobError, match=f"job {job}: .*already exists"):
+        start_attempt(run, run.spec(), connection)
+    _wait(connection, job)
+    run.state_file.unlink()
+    gone = dataclasses.replace(connection, address="http://127.0.0.1:1")
+    with pytest.raises(ClusterError, match="nothing answers there"):
+        start_attempt(run, run.spec(), gone)
+    assert [e for e in events.events(run) if "could not be submitted" in e.get("reason", "")] == []
+
+
+@pytest.mark.ray
+def test_a_run_whose_job_is_not_taken_has_failed(connection, tmp_path):
+    run = create_run(tiny_spec(tmp_path, cluster={"runtime_env": {"pip": 3}}))
+    with pytest.raises(SpecError, match="pip"):
+        start_attempt(run, run.spec(), connection)
+    assert recorded_outcome(run).state == "failed"
 
 
 def test_request_is_what_is_sent():

@@ -11,6 +11,7 @@ from ray.autoscaler._private.util import parse_usage
 
 from mhmoe_ray.cluster.connect import connect, connect_if_there
 from mhmoe_ray.cluster.nodes import _taken, free_nodes
+from tests.cli.run import mhmoe
 from tests.conftest import OF_THE_USER
 
 
@@ -19,6 +20,13 @@ def test_the_local_cluster_is_one_node_of_this_machine(local_cluster):
     [node] = free_nodes(connect(), "no_such_label")
     assert (node.name, node.gpus, node.domain) == (socket.gethostname(), 0, "")
     assert 0 <= node.cpus <= 8
+
+
+@pytest.mark.ray
+def test_the_cluster_that_commands_speak_to_is_shown_with_the_number_of_its_nodes(local_cluster, tmp_path):
+    for words in ((), ("--address", local_cluster.address)):
+        told = mhmoe(tmp_path, "cluster", "status", "--json", *words).json()
+        assert (told["dashboard"], told["nodes"], told["cpus"]) == (local_cluster.address, 1, 8)
 
 
 def test_without_a_cluster_none_is_asked(tmp_path, monkeypatch):

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import requests
 
-from mhmoe_ray.cluster import serving
+from mhmoe_ray.cluster import dashboard, serving
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.errors import ServeError
+from tests.cli.run import assert_one_line, mhmoe
 
-pytestmark = pytest.mark.ray
 HOST = "127.0.0.1"
 
 
@@ -35,6 +36,41 @@ def _get(port, name):
     return requests.get(f"http://{HOST}:{port}/{name}", timeout=10)
 
 
+def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
+    given = {"env_vars": {"A": "b"}, "excludes": ["*.md"]}
+    sent = with_packages(given)
+    deployed = {**sent, "py_modules": [f"gcs://_ray_pkg_{i}.zip" for i in range(len(sent["py_modules"]))]}
+    assert with_packages(serving.without_packages(deployed)) == sent
+    assert serving.without_packages({}) == {}
+
+
+@pytest.mark.ray
+def test_foreign_applications_are_no_runs_and_get_no_key(connection, port, tmp_path):
+    """The key of ours would let whoever runs the other one ask."""
+    serving.deploy(connection, {**_app("a", "x"), "args": {"word": "x", "checkpoint": "/etc"}}, HOST, port)
+    serving.wait_until_running(connection, "a", 60)
+    try:
+        [told] = mhmoe(tmp_path, "serve", "status", "--json", MHMOE_API_KEY="secret").json()
+        assert (told["name"], told["checkpoint"], told["stats"]) == ("a", None, None)
+        assert_one_line(mhmoe(tmp_path, "serve", "update", "a"), 10, "it serves no checkpoint of a run")
+    finally:
+        serving.remove(connection, "a")
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("node3", "http://node3:8000"),
+    ],
+)
+def test_a_server_is_reached_where_it_listens(host, url):
+    assert dashboard.url_at(host, 8000) == url
+
+
+@pytest.mark.ray
 def test_port_that_is_taken(connection):
     with socket.socket() as s:
         s.bind((HOST, 0))
@@ -45,6 +81,7 @@ def test_port_that_is_taken(connection):
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_applications(connection, port):
     serving.deploy(connection, _app("a", "first"), HOST, port)
@@ -53,6 +90,12 @@ def test_two_applications(connection, port):
     serving.deploy(other, _app("b", "other"), HOST, port)
     serving.wait_until_running(connection, "b", 60)
     assert [_get(port, name).text for name in "ab"] == ["first", "other"]
+
+    sent = serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"]
+    serving.deploy(other, {**_app("b", "other"), "runtime_env": sent}, HOST, port)
+    assert serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"] == sent
+    with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
+        serving.declared(connection, "a")
 
     serving.deploy(connection, _app("a", "second"), HOST, port)
     serving.deploy(connection, _app("c", "bad"), HOST, port)

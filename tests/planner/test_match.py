@@ -44,7 +44,7 @@ def test_the_first_papers_width_is_the_one_of_equal_parameters():
         ours = model({"heads": heads, **routing}, **trunk)
         width, experts = solve(ours, xmoe, MatchSpec(to="x", by="params", multiple=1))
         assert experts == 32
-        assert abs(width - equal_parameter_width(heads, 32)) <= 3
+        assert abs(width - equal_parameter_width(heads, 32, 768, 3072)) <= 3
 
 
 @pytest.mark.parametrize("heads", [-2, 0, 5])

@@ -57,7 +57,7 @@ def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
             "seeds": [3, 4],
         }
     )
-    runs = planned_runs(sweep, tmp_path, None, ["train.warmup_steps=1"])
+    runs = planned_runs(sweep, tmp_path, "only", ["train.warmup_steps=1"])
     assert [run.name for run in runs[:4]] == [f"{v}-z-weight-{z}-s3" for v in "ab" for z in ("0-0", "0-1")]
     assert {run.seed for run in runs[4:]} == {4}
     first, last = runs[0].spec, runs[-1].spec
@@ -83,4 +83,4 @@ def test_mistakes_in_a_sweep(change, why):
 def test_a_mistake_in_a_run_names_the_run():
     sweep = load_sweep(PAPER / "heads.yaml", ["runs.h5.preset=p1-mhmoe-8-h5"])
     with pytest.raises(SpecError, match="sweep heads, run h5: preset p1-mhmoe-8-h5: there is none of this name"):
-        planned_runs(sweep, PAPER)
+        planned_runs(sweep, PAPER, "small")

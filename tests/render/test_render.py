@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.location import location
 from mhmoe_ray.placement.packing import on_paper, packed
 from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.files import files
 from mhmoe_ray.render.fit import nodes_for
 from mhmoe_ray.serve.config import application_config
-from mhmoe_ray.spec import ServeSpec, checked, load_site
+from mhmoe_ray.spec import ServeSpec, checked, load_site, load_spec
 from mhmoe_ray.spec.site import SiteSpec
 from tests.specs import tiny_spec
 
@@ -178,6 +179,31 @@ def test_the_folder_cluster_holds_what_is_rendered():
         assert (ROOT / "cluster" / name).read_text() == text, name
     written = {str(p.relative_to(ROOT / "cluster")) for p in (ROOT / "cluster").rglob("*") if p.is_file()}
     assert written - set(files(SITE)) == {"README.md", "site.yaml"}
+
+
+def test_the_spec_that_a_job_submits_is_written_with_its_overrides(tmp_path):
+    rendered = files(SITE, run(train={"steps": 7}))
+    (tmp_path / "spec.yaml").write_text(rendered["jobs/tiny.yaml"])
+    assert load_spec(tmp_path / "spec.yaml").train.steps == 7
+    job = yaml.safe_load(rendered["kuberay/rayjob-tiny.yaml"])
+    assert f"mhmoe submit {MOUNT}/jobs/tiny.yaml " in job["spec"]["entrypoint"]
+
+
+def test_a_checkpoint_of_this_machine_is_refused(tmp_path):
+    def served(folder):
+        return files(SITE, None, application_config("tiny", location(folder) / "checkpoints/a", ServeSpec(), "tiny"))
+
+    with pytest.raises(SpecError, match="is not below /mnt/mhmoe, which nodes of the site share"):
+        served(tmp_path)
+    for place in (MOUNT / "runs/tiny", "s3://bucket/runs/tiny"):
+        assert "kuberay/rayservice-tiny.yaml" in served(place)
+
+
+def test_names_that_kuberay_would_refuse_are_refused():
+    assert "kuberay/rayjob-" + "x" * 41 + ".yaml" in files(SITE, run().model_copy(update={"name": "x" * 41}))
+    long = SITE.model_copy(update={"name": "mhmoe2"})
+    with pytest.raises(SpecError, match="its name has 48 characters, and KubeRay takes 47"):
+        files(long, run().model_copy(update={"name": "x" * 41}))
 
 
 def test_yaml_reads_back():

@@ -61,24 +61,35 @@ def job(tmp_path):
 
 def test_a_run_is_trained_saved_before_the_time_is_over_and_gone_on_with(tmp_path, job):
     write_corpus(tmp_path / "raw")
-    write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
+    spec = write_spec(tmp_path, train={"steps": 400, "checkpoint_every": 100, "validate_every": 100})
+    # Not where commands look for runs by default.
+    spec.write_text(spec.read_text().replace(f"storage: {tmp_path}/runs\n", f"storage: {tmp_path}/elsewhere/runs\n"))
     process = job()
-    run = wait_until(lambda: list_runs(tmp_path / "runs") and newest(tmp_path), "the run")
+    run = wait_until(lambda: list_runs(tmp_path / "elsewhere/runs") and newest(tmp_path / "elsewhere"), "the run")
     wait_until(lambda: step_of(run) >= 20, "step 20")
     assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".mhmoe-token-*")] == [0o600]
+    ray = [word for pid in _pids(tmp_path) for word in psutil.Process(pid).cmdline() if "--temp-dir=" in word]
+    folder = Path(ray[0].partition("=")[2])
+    assert folder.is_dir()
     process.send_signal(signal.SIGUSR1)
     process.wait(120)
     stopped = step_of(run)
     assert events.state(events.events(run)) == "stopped"
     assert f"requeue {os.getpid()}" in (tmp_path / "said").read_text()
     assert not list(tmp_path.glob(".mhmoe-token-*"))
+    assert not folder.exists()
 
-    mine = [int(pid) for pid in (tmp_path / "job").read_text().split()]
+    mine = _pids(tmp_path)
     wait_until(lambda: not any(map(psutil.pid_exists, mine)), "the end of all of the job's processes")
     (tmp_path / "job").unlink()
     again = job()
     assert again.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
-    assert [r.id for r in list_runs(tmp_path / "runs")] == [run.id]
+    assert [r.id for r in list_runs(tmp_path / "elsewhere/runs")] == [run.id]
     starts = [e["step"] for e in events.events(run) if e["event"] == "started"]
     assert starts == [0, stopped]
     assert events.state(events.events(run)) == "finished"
+
+
+def _pids(folder):
+    """Of the job's processes that live."""
+    return [pid for word in (folder / "job").read_text().split() if psutil.pid_exists(pid := int(word))]

@@ -64,6 +64,10 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
             "data.schedule=[{from_step: 5, sources: {redpajama: {}}}, {from_step: 5, sources: {redpajama: {}}}]",
             "schedule must be by from_step, each once, and has 5, 5",
         ),
+        ("data.prepared=s3://bucket/x", "'data.prepared': it must be a path on a file system that the nodes share"),
+        ("data.tokenizer=gs://bucket/t.json", "'data.tokenizer': it must be a path on a file system"),
+        ("data.sources.redpajama.path=s3://KEY:SECRET@bucket/x", "path s3://...@bucket: it holds a password"),
+        ("storage=s3://KEY:SECRET@bucket/x", "path s3://...@bucket: it holds a password"),
         ("data.tokenizer_model=wordpiece", "'data.tokenizer_model': Input should be 'bpe' or 'unigram'"),
         ("data.tokenizer_pattern=gpt2", "tokenizer_pattern is for a given vocabulary in tiktoken's format"),
         ("name.x=3", "name is a value, not a section"),
@@ -77,6 +81,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
         load_spec(QUICKSTART, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])

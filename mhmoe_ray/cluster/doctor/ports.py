@@ -23,7 +23,7 @@ def findings() -> Iterator[Finding]:
         kind = _kind(connection.pid) if connection.pid else None
         if kind and connection.laddr and not ipaddress.ip_address(connection.laddr.ip).is_loopback:
             found.add((kind, connection.laddr.ip, connection.laddr.port))
-    boards = [place for place in found if place[0] == "dashboard" and dashboard.is_open(_url(*place[1:]))]
+    boards = [place for place in found if place[0] == "dashboard" and dashboard.is_open(dashboard.url_at(*place[1:]))]
     for _, host, port in sorted(boards):
         why = f"the dashboard at {host}:{port} of this machine takes jobs from everybody on its network"
         fix = "start it with RAY_AUTH_MODE=token, or with --dashboard-host=127.0.0.1"
@@ -43,10 +43,3 @@ def _kind(pid: int) -> str | None:
     except psutil.Error:
         return None
     return next((kind for part, kind in KINDS.items() if "ray" in command and part in command), None)
-
-
-def _url(host: str, port: int) -> str:
-    address = ipaddress.ip_address(host)
-    if address.is_unspecified:
-        return f"http://127.0.0.1:{port}"
-    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"

@@ -1,0 +1,67 @@
+"""The cluster that a verb runs on, and what verbs say and check before they start there."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mhmoe_ray.cli.common import STORAGE, note
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.location import Location
+    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.spec import ClusterSpec, RunSpec
+
+LOCAL_CPUS = 8
+"""Logical CPUs that a local cluster is started with at least."""
+
+
+def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
+    """The cluster to run on. A local one is started where none is named, large enough to train on afterwards.
+
+    Args:
+        section: of the spec.
+        needed: what its nodes read and write.
+        cpus: logical CPUs that a local one must have.
+        address: the one asked for.
+
+    Raises:
+        ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
+        SpecError: paths of this machine mean nothing there.
+    """
+    from mhmoe_ray.cluster.connect import connect_if_there, start
+    from mhmoe_ray.errors import ClusterError, SpecError
+
+    connection = connect_if_there(address)
+    if connection is None:
+        note.print("starting a Ray cluster on this machine; `mhmoe cluster down` ends it")
+        connection = start(max(cpus, section.cpus, LOCAL_CPUS))
+    if connection.ours and connection.ours.cpus < cpus:
+        fix = "stop it with `mhmoe cluster down`; the next command starts one that is large enough"
+        raise ClusterError("local cluster", f"it has {connection.ours.cpus} CPUs and {cpus} are needed", fix)
+    own = next((place for place in needed if isinstance(place, Path)), None)
+    if own and not connection.is_local_machine and not section.shared_filesystem:
+        why = f"the nodes of {connection.address} cannot be expected to see {own} of this machine"
+        fix = "put storage and data on a file system that all of them mount and set cluster.shared_filesystem"
+        raise SpecError("storage", why, fix)
+    return connection
+
+
+def name_of(run: "RunDir") -> str:
+    """What to call a run in a command: its id where the default storage finds it, else its path."""
+    return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
+
+
+def check_data(spec: "RunSpec") -> None:
+    """What is wrong with the data is said now, not by a job that has just started."""
+    from mhmoe_ray.data.order.mixture import training_order
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.sources import find_files
+
+    prepared = read_data_manifest(spec.data.prepared)
+    if prepared:
+        check_recipe(spec.data.prepared, prepared, spec)
+        training_order(spec, prepared)
+    else:
+        find_files(spec.data)

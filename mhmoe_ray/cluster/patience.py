@@ -1,0 +1,42 @@
+"""Questions to a cluster, time and again, some of which it may be too busy to answer."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from mhmoe_ray.errors import ClusterError, TokenError
+
+T = TypeVar("T")
+SECONDS = 60.0
+"""Without any answer, after which it counts as gone."""
+
+
+class Patience:
+    """Args:
+    say: takes a line on the first of several questions without an answer.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._unanswered_since: float | None = None
+
+    def ask(self, question: Callable[[], T], meanwhile: T) -> T:
+        """The answer, or without one `meanwhile`.
+
+        Raises:
+            ClusterError: there has been none for too long.
+            TokenError: the cluster wants another token.
+        """
+        try:
+            answer = question()
+        except TokenError:
+            raise
+        except ClusterError as e:
+            if self._unanswered_since is None:
+                self._unanswered_since = time.monotonic()
+                self._say(f"still following, but {e}")
+            elif time.monotonic() - self._unanswered_since > SECONDS:
+                raise
+            return meanwhile
+        self._unanswered_since = None
+        return answer

@@ -1,0 +1,39 @@
+import time
+
+import pytest
+import typer
+
+from mhmoe_ray.cli.common import detaching
+from mhmoe_ray.cluster import patience
+from mhmoe_ray.cluster.patience import Patience
+from mhmoe_ray.errors import ClusterError, TokenError
+
+
+def _raise(error=ClusterError):
+    raise error("cluster x", "no answer in time", "check it")
+
+
+def test_late_answers_are_waited_for_and_said_once_and_a_cluster_that_is_gone_is_not(monkeypatch):
+    said = []
+    asking = Patience(said.append)
+    assert [asking.ask(_raise, "meanwhile") for _ in range(3)] == ["meanwhile"] * 3
+    assert said == ["still following, but cluster x: no answer in time; check it"]
+    assert asking.ask(lambda: "answer", "meanwhile") == "answer"
+    monkeypatch.setattr(patience, "SECONDS", 0.01)
+    assert asking.ask(_raise, None) is None
+    assert len(said) == 2
+    time.sleep(0.02)
+    with pytest.raises(ClusterError):
+        asking.ask(_raise, None)
+
+
+def test_a_token_that_is_refused_is_no_late_answer():
+    with pytest.raises(TokenError):
+        Patience(print).ask(lambda: _raise(TokenError), None)
+
+
+def test_who_stops_following_is_told_what_goes_on(capsys):
+    with pytest.raises(typer.Exit) as ended, detaching("job x goes on"):
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 0
+    assert "detached; job x goes on" in capsys.readouterr().err
