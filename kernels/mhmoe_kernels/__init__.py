@@ -6,7 +6,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     K  experts per row (top-k)                     E  experts held here
     R  routed rows, N * K                          F  hidden width of an expert
 
-    seam.py             the one seam: rows and their routes in, the experts' outputs combined per row out
+    backends.py         the one seam: rows and their routes in, the experts' outputs combined per row out
     weights.py          a stack of experts
     permute.py          sorting routes by expert and bringing them back
     pieces.py           how sorted rows are cut into what goes through an expert at once
@@ -23,9 +23,9 @@ Shape suffixes, here and in mhmoe_ray.model:
     cpp/                experts as one fused kernel for CPUs
 """
 
+from mhmoe_kernels.backends import BACKENDS, choose, run_experts, run_sorted_experts, why_not
 from mhmoe_kernels.permute import combine, permute, plan_routes
 from mhmoe_kernels.precision import wide
-from mhmoe_kernels.seam import BACKENDS, choose, run_experts, run_sorted_experts, why_not
 from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [

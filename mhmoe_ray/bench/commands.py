@@ -13,8 +13,8 @@ from mhmoe_ray.bench.timing import interleaved
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.state import Attempt, add_attempt
 from mhmoe_ray.spec import RunSpec
 
 MOST_SECONDS = 60.0

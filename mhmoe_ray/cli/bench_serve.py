@@ -101,7 +101,7 @@ def serve(
 def _place(model: "ModelSpec", folder: Path, precision: str, threads: int, most: int, mixtral: bool) -> "Place":
     from mhmoe_ray.bench.serve.engines import Place
     from mhmoe_ray.bench.serve.model import write_run
-    from mhmoe_ray.exchange.export import export
+    from mhmoe_ray.huggingface.export import export
     from mhmoe_ray.runs.manifest import read_manifest
 
     folder.mkdir()

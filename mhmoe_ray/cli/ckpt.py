@@ -98,7 +98,7 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it lies.
     """
-    from mhmoe_ray.exchange import export as exporting
+    from mhmoe_ray.huggingface import export as exporting
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage)
@@ -120,7 +120,7 @@ def import_(
 ) -> None:
     """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
     from mhmoe_ray.cli.connecting import name_of
-    from mhmoe_ray.exchange.import_ import import_folder
+    from mhmoe_ray.huggingface.import_ import import_folder
 
     note.print(f"importing {source}", soft_wrap=True)
     run = import_folder(source, name, storage, seq_len)

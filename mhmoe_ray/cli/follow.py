@@ -11,7 +11,7 @@ from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.watch import Outcome
+    from mhmoe_ray.cluster.run_outcome import Outcome
     from mhmoe_ray.runs.layout import RunDir
 
 POLL_SECONDS = 0.5
@@ -60,7 +60,7 @@ def _show_last_lines(run: "RunDir") -> None:
 def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
     """Refresh the view until the run is over. A cluster that is slow to answer does not end it."""
     from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 
     asked, patience = time.monotonic(), Patience(say)
     while True:

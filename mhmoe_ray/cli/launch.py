@@ -8,7 +8,7 @@ from mhmoe_ray.cli.connecting import cluster_for
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.watch import Outcome
+    from mhmoe_ray.cluster.run_outcome import Outcome
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import RunSpec
 
@@ -17,7 +17,7 @@ QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer
 
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     """Submit the next attempt, and say so."""
-    from mhmoe_ray.cluster.attempts import start_attempt
+    from mhmoe_ray.cluster.run_start import start_attempt
 
     job = start_attempt(run, spec, connection)
     note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)
@@ -59,9 +59,9 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
         TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs.state import last_attempt
+    from mhmoe_ray.runs.attempts import last_attempt
 
     over = recorded_outcome(run)
     if over:

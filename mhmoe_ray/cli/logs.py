@@ -37,8 +37,8 @@ def logs(
     from mhmoe_ray.cli.log_lines import chosen, moment, pattern
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.runs.attempts import last_attempt
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import last_attempt
 
     start, wanted = moment(since) if since else None, pattern(grep) if grep else None
     found = find_run(run, storage, with_job=True)
@@ -66,7 +66,7 @@ def logs(
 def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
     """What it prints goes to one file and what it logs to another; the first is mostly empty."""
     from mhmoe_ray.cluster.logs import process_log
-    from mhmoe_ray.cluster.watch import recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import recorded_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 

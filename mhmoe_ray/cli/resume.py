@@ -7,7 +7,7 @@ from mhmoe_ray.cli.follow import follow
 from mhmoe_ray.cli.launch import ended, go_on
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.state import Attempt
+    from mhmoe_ray.runs.attempts import Attempt
 
 
 def resume(
@@ -24,8 +24,8 @@ def resume(
     the run goes on exactly as it would have.
     """
     from mhmoe_ray.errors import RunError, SpecError
+    from mhmoe_ray.runs.attempts import last_attempt
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import last_attempt
     from mhmoe_ray.spec import load_spec, parse_overrides
 
     found = find_run(run, storage, with_job=True)

@@ -26,7 +26,7 @@ def status(
     For example `mhmoe status tiny-3` for the run whose id begins so, or `mhmoe status --watch` for the newest.
     """
     from mhmoe_ray.cli.status_view import view
-    from mhmoe_ray.cluster.standing import standing
+    from mhmoe_ray.cluster.run_status import standing
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage, with_job=watch)
@@ -43,7 +43,7 @@ def _watch(run: "RunDir", json: bool) -> None:
     from rich.live import Live
 
     from mhmoe_ray.cli.status_view import view
-    from mhmoe_ray.cluster.standing import standing
+    from mhmoe_ray.cluster.run_status import standing
 
     try:
         if out.is_terminal and not json:

@@ -22,11 +22,11 @@ def stop(
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.watch import outcome, recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
+    from mhmoe_ray.runs.attempts import last_attempt
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.state import last_attempt
 
     found = find_run(run, storage, with_job=True)
     attempt = last_attempt(found)

@@ -35,10 +35,10 @@ def submit(
     """
     from mhmoe_ray.cli.plan_estimate import estimated
     from mhmoe_ray.cli.plan_placement import placement, said_of
-    from mhmoe_ray.cluster.attempts import job_request
     from mhmoe_ray.cluster.connect import is_local
+    from mhmoe_ray.cluster.run_start import job_request
+    from mhmoe_ray.runs.attempts import last_attempt
     from mhmoe_ray.runs.layout import create_run
-    from mhmoe_ray.runs.state import last_attempt
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json tells of a run that is not followed: give --detach too")

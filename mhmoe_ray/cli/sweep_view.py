@@ -94,7 +94,7 @@ class _View:
             if self._told.get(entry.name) == "finished":  # which it stays
                 over += 1
                 continue
-            state = events.state(events.events(run)) if run.state_file.exists() else "submitted"
+            state = events.state(events.events(run)) if run.attempts_file.exists() else "submitted"
             over += events.is_over(state)
             last = metrics.last(run) if run.metrics_file.exists() else None
             if self._told.get(entry.name) != state:

@@ -10,13 +10,13 @@ spawn.py       the `ray start` of it
 processes.py   whose process is it?
 nodes.py       the nodes of a cluster and what is free on them
 dashboard.py   one GET from a Ray dashboard, with every way it can go wrong
-failures.py    what Ray's HTTP clients raise, as our errors
+http_errors.py what Ray's HTTP clients raise, as our errors
 jobs.py        Ray jobs: submit, look at, follow and stop them
 patience.py    questions that a busy cluster may leave unanswered for a while
 shipping.py    what travels to a cluster with a job
-attempts.py    starting an attempt of a run
-watch.py       how a run stands, from its directory and its job together
-standing.py    all that `mhmoe status` tells of a run
+run_start.py   starting an attempt of a run
+run_outcome.py how a run stands, from its directory and its job together
+run_status.py  all that `mhmoe status` tells of a run
 logs.py        what single processes of a cluster wrote
 serving.py     Ray Serve applications: deploy, look at and remove them
 doctor/        what `mhmoe doctor` looks at

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
-from mhmoe_ray.cluster.failures import explained, reason
+from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import JobError, SpecError
 

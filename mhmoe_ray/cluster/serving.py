@@ -8,7 +8,7 @@ from typing import Any
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.failures import explained, reason
+from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ServeError

@@ -2,7 +2,8 @@
 
 from typing import Literal, NamedTuple
 
-from mhmoe_ray.runs import exported, metrics
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
 """Grafana's names: percentunit is of 1, reqps a second."""
@@ -32,7 +33,7 @@ class Dashboard(NamedTuple):
 
 def _train(name: str, *more: str) -> str:
     labels = ",".join(['run=~"$run"', *more])
-    return f"ray_{exported.PREFIX}{name}{{{labels}}}"
+    return f"ray_{PREFIX}{name}{{{labels}}}"
 
 
 def _serve(name: str) -> str:
@@ -52,30 +53,30 @@ TRAINING = Dashboard(
     "training",
     "mhmoe: training",
     "run",
-    f"ray_{exported.PREFIX}{metrics.STEP}",
+    f"ray_{PREFIX}{metrics.STEP}",
     [
-        Panel("Progress", {"{{run}}": f"{_train(metrics.STEP)} / {_train(exported.STEPS[0])}"}, "percentunit", "stat"),
+        Panel("Progress", {"{{run}}": f"{_train(metrics.STEP)} / {_train(STEPS[0])}"}, "percentunit", "stat"),
         Panel("Loss", {"{{run}} training": _train(metrics.LOSS), "{{run}} validation": _train(metrics.VAL_LOSS)}),
         Panel("Tokens a second", {"{{run}}": _train(metrics.TOKENS_PER_S)}),
         Panel("Tokens", {"{{run}}": _train(metrics.TOKENS)}),
         Panel(
-            "Model FLOPs utilisation", {"{{run}}": _train(metrics.MFU)}, "percentunit", about=exported.RUN[metrics.MFU],
+            "Model FLOPs utilisation", {"{{run}}": _train(metrics.MFU)}, "percentunit", about=RUN[metrics.MFU],
             gpu=True,
         ),
         Panel("Gradient norm", {"{{run}}": _train(metrics.GRAD_NORM)}),
         Panel("Learning rate", {"{{run}}": _train(metrics.LR)}),
-        Panel("Steps without an update", {"{{run}}": _train((skipped := exported.SKIPPED_STEPS)[0])}, about=skipped[1]),
+        Panel("Steps without an update", {"{{run}}": _train((skipped := SKIPPED_STEPS)[0])}, about=skipped[1]),
         Panel(
             "Waiting for data",
             {"{{run}}, slowest rank": f"max by (run) ({_train(metrics.DATA_WAIT)})"},
             "percentunit",
-            about=exported.RANK[metrics.DATA_WAIT],
+            about=RANK[metrics.DATA_WAIT],
         ),
         Panel(
             "Waiting for rows of other ranks",
             {"{{run}} {{rank}}": _train(metrics.EXCHANGE_WAIT)},
             "percentunit",
-            about=exported.RANK[metrics.EXCHANGE_WAIT],
+            about=RANK[metrics.EXCHANGE_WAIT],
         ),
     ],
 )  # fmt: skip
@@ -84,23 +85,23 @@ ROUTING = Dashboard(
     "routing",
     "mhmoe: routing",
     "run",
-    f"ray_{exported.PREFIX}{metrics.BALANCE}",
+    f"ray_{PREFIX}{metrics.BALANCE}",
     [
-        Panel("Balance loss", {"{{run}}": _train(metrics.BALANCE)}, about=exported.RUN[metrics.BALANCE]),
-        Panel("Least used expert", {"{{run}}": _train(metrics.LEAST_EXPERT)}, about=exported.RUN[metrics.LEAST_EXPERT]),
+        Panel("Balance loss", {"{{run}}": _train(metrics.BALANCE)}, about=RUN[metrics.BALANCE]),
+        Panel("Least used expert", {"{{run}}": _train(metrics.LEAST_EXPERT)}, about=RUN[metrics.LEAST_EXPERT]),
         Panel("Dropped routes", {"{{run}}": _train(metrics.DROPPED)}, "percentunit"),
         Panel(
             "Entropy of loads, lowest of all layers",
             {"{{run}}": _train(metrics.ENTROPY)},
-            about=exported.RUN[metrics.ENTROPY],
+            about=RUN[metrics.ENTROPY],
         ),
         Panel(
-            "Entropy of each layer's loads", {"{{run}} layer {{layer}}": _train(exported.LAYER_ENTROPY[0])},
-            about=exported.LAYER_ENTROPY[1],
+            "Entropy of each layer's loads", {"{{run}} layer {{layer}}": _train(LAYER_ENTROPY[0])},
+            about=LAYER_ENTROPY[1],
         ),
         Panel(
-            "Load of each expert now", {"layer {{layer}}, {{expert}}": _train(exported.EXPERT_LOAD[0])},
-            kind="bargauge", about=exported.EXPERT_LOAD[1],
+            "Load of each expert now", {"layer {{layer}}, {{expert}}": _train(EXPERT_LOAD[0])},
+            kind="bargauge", about=EXPERT_LOAD[1],
         ),
         Panel(
             "Rows between ranks, a step",

@@ -17,7 +17,7 @@ def table(place: SweepDir) -> list[dict[str, Any]]:
     figures = {
         name: RunFigures.read(run)
         for name, run in started.items()
-        if run.state_file.exists() and run.spec_file.exists()
+        if run.attempts_file.exists() and run.spec_file.exists()
     }
     over = {name for name, run in figures.items() if run.is_finished}
     shown = [e for e in definition.entries if e.name in started or e.name in set(definition.wanted)]

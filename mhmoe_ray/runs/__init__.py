@@ -17,17 +17,17 @@ Beside runs there may be <storage>/sweeps/ (sweeps.py).
 
 On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.py).
 
-An imported run (exchange/) was never trained: it has run.json, events.jsonl, tokenizer.json and one checkpoint, of step
-0. It has no spec, because nobody wrote one.
+An imported run (huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json and one checkpoint, of
+step 0. It has no spec, because nobody wrote one.
 
     layout.py      where things lie in it, and how runs are made and found
     files.py       writing files so that a reader sees the old one or the new one
     jsonl.py       append-only files of JSON lines
     glimpse.py     looks into them here and there
-    state.py       run.json
+    attempts.py    run.json: how often a run was begun, and by which jobs
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     names of the metrics, and their history
-    exported.py    what Prometheus hears of them
+    prometheus.py  what Prometheus hears of them
     course.py      how a run went, from a few looks into that history
     manifest.py    a checkpoint's manifest, whose presence is the commit
     tensors.py     named tensors to and from a checkpoint

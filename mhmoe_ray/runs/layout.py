@@ -37,7 +37,7 @@ class RunDir:
         return self.path / "spec.yaml"
 
     @property
-    def state_file(self) -> Location:
+    def attempts_file(self) -> Location:
         return self.path / "run.json"
 
     @property
@@ -84,7 +84,7 @@ class RunDir:
     @property
     def is_imported(self) -> bool:
         """It came from other weights and was never trained: it has no spec, no attempts and no metrics."""
-        return "imported" in json.loads(self.state_file.read_text())
+        return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
         return load_spec(self.spec_file)
@@ -95,7 +95,7 @@ class RunDir:
 
     def created(self) -> float:
         """When its first attempt or its import was, in seconds since the epoch."""
-        state = json.loads(self.state_file.read_text())
+        state = json.loads(self.attempts_file.read_text())
         return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
 
 
@@ -162,7 +162,7 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
     """
     if name is not None:
         with _reading(name):
-            if RunDir(location(name)).state_file.is_file():
+            if RunDir(location(name)).attempts_file.is_file():
                 return RunDir(location(name).absolute())
     runs = list_runs(storage)
     if name is None:

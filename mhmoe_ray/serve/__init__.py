@@ -9,6 +9,6 @@ text.py            tokens to text that is never taken back
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 load.py            checkpoint and tokenizer from disk
-packing.py         a model's matrices packed for inference on a CPU
+packed_model.py    a model's matrices packed for inference on a CPU
 ray_metrics.py     what an engine counts, as Ray's metrics
 """

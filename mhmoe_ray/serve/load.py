@@ -18,7 +18,7 @@ from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.engine.torch_engine import TorchEngine
-from mhmoe_ray.serve.packing import pack
+from mhmoe_ray.serve.packed_model import pack
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
 

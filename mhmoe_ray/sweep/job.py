@@ -12,16 +12,16 @@ from pathlib import Path
 import ray
 
 from mhmoe_ray.cluster import jobs, tokens
-from mhmoe_ray.cluster.attempts import start_attempt
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.watch import Outcome, outcome, recorded_outcome
+from mhmoe_ray.cluster.run_outcome import Outcome, outcome, recorded_outcome
+from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import last_attempt, read_attempts
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.state import last_attempt, read_attempts
 from mhmoe_ray.runs.sweeps import SweepDir
 from mhmoe_ray.spec import SweepRun
 

@@ -2,18 +2,19 @@
 
     job.py          the process of a job: that it began, and how it ended
     driver.py       what it does: prepare data, start workers
-    ray_trainer.py elastic.py           what a run changes about Ray Train: retries, sizes of groups, start of streams
+    ray_trainer.py  Ray Train with a run's own rules
+    retries.py elastic.py stream_start.py   those: what is tried again, sizes of groups, where the stream begins
     worker.py       one rank: restore, train, validate, save
     watchdog.py     an actor beside the workers that names the one that hangs, and ends it
-    lost.py         workers that fail, for the record
+    worker_failures.py   workers that fail, for the record
     preemption.py   leaving a node that is to be taken away
-    memory.py       what a CPU worker's C library is told
+    malloc.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     optimizer.py    AdamW and its schedule
     digest.py       a fingerprint of what a step read
     mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
-    saver.py state.py hashing.py        checkpoints: written beside training; restored; hashed by all nodes
+    saver.py restore.py hashing.py      checkpoints: written beside training; restored; hashed by all nodes
     telemetry/      where metrics go beside metrics.jsonl
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):

@@ -23,12 +23,13 @@ from mhmoe_ray.runs.manifest import (
     step_and_group,
 )
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train import memory
+from mhmoe_ray.train import malloc
 from mhmoe_ray.train.hashing import describe_together
-from mhmoe_ray.train.lost import RecordLost, first_cause, reason
-from mhmoe_ray.train.ray_trainer import RunTrainer, StreamFromNewest
+from mhmoe_ray.train.ray_trainer import RunTrainer
+from mhmoe_ray.train.stream_start import StreamFromNewest
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker import train_worker
+from mhmoe_ray.train.worker_failures import RecordLost, first_cause, reason
 
 
 def drive(run: RunDir, attempt: int) -> None:
@@ -75,7 +76,7 @@ def drive(run: RunDir, attempt: int) -> None:
                 max_preemption_failures=-1,  # without end
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": memory.settings(os.environ)},
+            worker_runtime_env={} if spec.cluster.gpus_per_worker else {"env_vars": malloc.settings(os.environ)},
         ),
     )
     try:

@@ -11,8 +11,8 @@ from typing import Literal
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import read_attempts
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import read_attempts
 
 
 def main() -> None:

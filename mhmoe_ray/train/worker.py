@@ -20,16 +20,16 @@ from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError, JobError, RunError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.attempts import read_attempts
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, stored_manifest
-from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.preemption import PreemptedError, announced
+from mhmoe_ray.train.restore import restore
 from mhmoe_ray.train.saver import Saver
-from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import End, Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.cli.run import Result, assert_one_line, command, mhmoe
-from tests.exchange.conftest import MIXTRAL, make_run
+from tests.huggingface.conftest import MIXTRAL, make_run
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ import pytest
 
 from mhmoe_ray.cli.follow import _bar, _View
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.watch import outcome
+from mhmoe_ray.cluster.run_outcome import outcome
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import describe_file
-from mhmoe_ray.runs.state import Attempt, add_attempt
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 

@@ -9,8 +9,8 @@ from mhmoe_ray.cli.evaluating import make_request
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import Evaluation, store
 from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.runs.attempts import mark_imported
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import mark_imported
 
 
 def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):

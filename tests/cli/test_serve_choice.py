@@ -6,7 +6,7 @@ from mhmoe_ray.cli.serve_choice import chosen, sizes_set, with_keys
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.spec import ServeSpec, dump_spec
-from tests.exchange.conftest import MIXTRAL, make_run
+from tests.huggingface.conftest import MIXTRAL, make_run
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.attempts import start_attempt
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.run_outcome import recorded_outcome
+from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.cluster.shipping import NEVER
-from mhmoe_ray.cluster.watch import recorded_outcome
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import create_run
@@ -101,11 +101,11 @@ def test_other_clusters_are_sent_our_packages(connection):
 def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path).model_copy(update={"name": "twice"}))
     job = start_attempt(run, run.spec(), connection)
-    run.state_file.unlink()  # as another process saw it before
+    run.attempts_file.unlink()  # as another process saw it before
     with pytest.raises(JobError, match=f"job {job}: .*already exists"):
         start_attempt(run, run.spec(), connection)
     _wait(connection, job)
-    run.state_file.unlink()
+    run.attempts_file.unlink()
     gone = dataclasses.replace(connection, address="http://127.0.0.1:1")
     with pytest.raises(ClusterError, match="nothing answers there"):
         start_attempt(run, run.spec(), gone)

@@ -10,7 +10,7 @@ from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.processes import is_ours
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import MANIFEST, committed, unfinished
-from mhmoe_ray.train import memory
+from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
 from tests.watch import is_over, of_kind, started, step_of, wait_for_the_end, wait_until
@@ -33,7 +33,7 @@ def test_three_random_kills_change_nothing(project, reference):
     """Of a worker, of all workers, and of the driver, whose run is resumed."""
     run = hurt(project, keep_checkpoints=2)
     worker = harness.workers(run, 1)[0]
-    assert set(memory.settings({}).items()) <= _environment(worker["pid"]).items()
+    assert set(malloc.settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=3, seed=34)
     wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)

@@ -166,11 +166,11 @@ def test_values_cannot_hold_what_a_shell_would_run(wrong):
 
 
 def test_every_metric_of_a_run_has_a_panel():
-    from mhmoe_ray.runs import exported
+    from mhmoe_ray.runs import prometheus
 
     queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
-    for name in (*exported.RUN, *exported.RANK, exported.EXPERT_LOAD[0], exported.LAYER_ENTROPY[0]):
-        assert f"{exported.PREFIX}{name}{{" in queries, name
+    for name in (*prometheus.RUN, *prometheus.RANK, prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0]):
+        assert f"{prometheus.PREFIX}{name}{{" in queries, name
 
 
 def test_the_folder_cluster_holds_what_is_rendered():

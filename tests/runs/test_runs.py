@@ -7,9 +7,9 @@ import pytest
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts
 from mhmoe_ray.runs.layout import create_run, find_run, list_runs
 from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
-from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
 from tests.s3 import CREDENTIALS
 from tests.specs import tiny_spec
 

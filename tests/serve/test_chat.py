@@ -92,10 +92,10 @@ def test_a_model_without_a_template_says_so(answerer):
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
 def test_an_imported_model_brings_its_template_along(tmp_path, where):
-    from mhmoe_ray.exchange.export import export
-    from mhmoe_ray.exchange.import_ import import_folder
+    from mhmoe_ray.huggingface.export import export
+    from mhmoe_ray.huggingface.import_ import import_folder
     from mhmoe_ray.runs.manifest import newest_checkpoint
-    from tests.exchange.conftest import MIXTRAL, make_run
+    from tests.huggingface.conftest import MIXTRAL, make_run
 
     checkpoint, manifest, _ = newest_checkpoint(make_run(tmp_path, MIXTRAL), ("weights",))
     export(checkpoint, manifest, tmp_path / "out")

@@ -11,7 +11,7 @@ from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.engine.schedule import PIECE
 from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
 from mhmoe_ray.serve.load import answerer_of
-from mhmoe_ray.serve.packing import pack
+from mhmoe_ray.serve.packed_model import pack
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 

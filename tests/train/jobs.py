@@ -11,8 +11,8 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.restore import restore
 from mhmoe_ray.train.saver import Saver
-from mhmoe_ray.train.state import restore
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 START = 0  # the token that begins a document; as with tokenizers of ours, padding looks the same to a model

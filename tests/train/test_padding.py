@@ -11,7 +11,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.state import restore
+from mhmoe_ray.train.restore import restore
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs

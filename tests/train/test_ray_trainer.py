@@ -1,4 +1,5 @@
-"""What ray_trainer.py, elastic.py and preemption.py hold on to inside Ray 2.60. tests/several has the same at work."""
+"""What ray_trainer.py, retries.py, elastic.py and preemption.py hold on to inside Ray 2.60; tests/several has them at
+work."""
 
 import inspect
 import pickle
@@ -18,7 +19,8 @@ from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.preemption import PreemptedError
-from mhmoe_ray.train.ray_trainer import MistakesAreFinal, RunTrainer, error_of_ours
+from mhmoe_ray.train.ray_trainer import RunTrainer
+from mhmoe_ray.train.retries import MistakesAreFinal, error_of_ours
 from tests.specs import tiny_spec
 
 

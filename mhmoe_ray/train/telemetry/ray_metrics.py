@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhmoe_ray.model.balance import load_entropy
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.exported import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
+from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
 
 AGAIN_SECONDS = 5.0

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.exchange.config import CONFIG, to_config
-from mhmoe_ray.exchange.files import INDEX, write_files
-from mhmoe_ray.exchange.names import Entry, entries
+from mhmoe_ray.huggingface.config import CONFIG, to_config
+from mhmoe_ray.huggingface.files import INDEX, write_files
+from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import copy_file, write_json
 from mhmoe_ray.runs.layout import CHAT_TEMPLATE

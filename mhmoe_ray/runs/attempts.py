@@ -21,9 +21,9 @@ class Attempt:
 
 
 def read_attempts(run: RunDir) -> list[Attempt]:
-    if not run.state_file.exists():
+    if not run.attempts_file.exists():
         return []
-    return [Attempt(**a) for a in json.loads(run.state_file.read_text())["attempts"]]
+    return [Attempt(**a) for a in json.loads(run.attempts_file.read_text())["attempts"]]
 
 
 def last_attempt(run: RunDir) -> Attempt:
@@ -41,10 +41,10 @@ def last_attempt(run: RunDir) -> Attempt:
 def add_attempt(run: RunDir, attempt: Attempt) -> int:
     """Record an attempt; returns its number, from 1."""
     attempts = [*read_attempts(run), attempt]
-    write_json(run.state_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
+    write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
     return len(attempts)
 
 
 def mark_imported(run: RunDir) -> None:
     """From now on it counts as a run."""
-    write_json(run.state_file, {"id": run.id, "attempts": [], "imported": time.time()})
+    write_json(run.attempts_file, {"id": run.id, "attempts": [], "imported": time.time()})

@@ -8,9 +8,9 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.runs.state import Attempt, add_attempt
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.llama_tokenizer import llama_tokenizer
 from tests.saved import save_tensors

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mhmoe_ray.data.tokenizer import load_tokenizer
 from mhmoe_ray.errors import CheckpointError, SpecError
-from mhmoe_ray.exchange.config import read_config
-from mhmoe_ray.exchange.files import Stored, open_stored, write_files
-from mhmoe_ray.exchange.names import Entry, entries
+from mhmoe_ray.huggingface.config import read_config
+from mhmoe_ray.huggingface.files import Stored, open_stored, write_files
+from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import mark_imported
 from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import CHAT_TEMPLATE, RunDir, new_directory
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.runs.state import mark_imported
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 from mhmoe_ray.cluster.serving import applications
-from mhmoe_ray.cluster.watch import outcome, recorded_outcome
 from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.attempts import read_attempts
 from mhmoe_ray.runs.course import course
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import read_attempts
 from mhmoe_ray.spec import RunSpec
 
 Happened = list[dict[str, Any]]

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from mhmoe_ray.errors import CheckpointError, MhmoeError
-from mhmoe_ray.exchange.export import export
-from mhmoe_ray.exchange.import_ import import_folder
+from mhmoe_ray.huggingface.export import export
+from mhmoe_ray.huggingface.import_ import import_folder
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir, find_run

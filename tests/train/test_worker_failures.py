@@ -7,7 +7,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.driver import _explain
-from mhmoe_ray.train.lost import first_cause, reason
+from mhmoe_ray.train.worker_failures import first_cause, reason
 
 RAYS = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, PositiveInt, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.exchange.mixtral import MixtralConfig, is_mixtral
+from mhmoe_ray.huggingface.mixtral import MixtralConfig, is_mixtral
 from mhmoe_ray.spec import ModelSpec
 
 CONFIG = "config.json"

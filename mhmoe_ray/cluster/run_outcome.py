@@ -6,8 +6,8 @@ from typing import NamedTuple
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import last_attempt
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import last_attempt
 
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart

@@ -8,8 +8,8 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.state import Attempt, add_attempt, read_attempts
 from mhmoe_ray.spec import RunSpec
 
 

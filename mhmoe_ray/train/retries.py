@@ -1,0 +1,27 @@
+"""Which failures of workers are tried again.
+
+This reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds on to moves.
+"""
+
+from typing import Any
+
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
+
+
+class MistakesAreFinal(DefaultFailurePolicy):
+    """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
+    finite. All else is tried again: workers that were killed, and storage, which may come back."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        mistake = error_of_ours(training_failed_error)
+        if mistake and not isinstance(mistake, CheckpointError | StorageError):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def error_of_ours(error: Exception) -> MhmoeError | None:
+    """That of any rank inside an error of Ray Train's; when one rank fails, others fail in their exchanges with it."""
+    causes = getattr(error, "worker_failures", {}).values()
+    return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)

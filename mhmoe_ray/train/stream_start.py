@@ -1,0 +1,41 @@
+"""Where the training stream begins, each time that workers start."""
+
+from typing import Any
+
+import ray.data
+import ray.train
+
+from mhmoe_ray.data.stream import training_stream
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.files import remove_tree
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.hashing import describe_together
+
+
+class StreamFromNewest(ray.train.DataConfig):
+    """Deals the training stream from the newest whole checkpoint on, to as many workers as a group has.
+
+    Ray Train asks at every start of a group, when no worker runs, and here alone does it say how many there are. What
+    is chosen is recorded, so that workers start where the stream does.
+    """
+
+    def __init__(self, run: RunDir, spec: RunSpec) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+        self._run, self._spec = run, spec
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        """`datasets` has the names alone."""
+        newest = newest_checkpoint(self._run, describe=describe_together)
+        for error in newest.skipped if newest else []:
+            print(f"warning: {error}")
+            events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
+        for folder in unfinished(self._run):
+            remove_tree(folder)
+        name, step, position = None, 0, 0
+        if newest:
+            name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
+        events.record(self._run, "restoring", name=name, step=step)
+        stream = training_stream(self._spec, position, world_size)
+        return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)
