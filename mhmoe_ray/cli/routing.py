@@ -72,12 +72,12 @@ def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
     layers = [
         {
             "entropy": float(activation.entropy(whole)[layer]),
-            "least": float(activation.load(whole)[layer].min()),
-            "most": float(activation.load(whole)[layer].max()),
+            "least": float(activation.load(whole.counts)[layer].min()),
+            "most": float(activation.load(whole.counts)[layer].max()),
             "distinct": float(activation.distinct_experts(whole)[layer]),
             "agreement": None if agreement is None else float(agreement[layer]),
             "first_weight": float(activation.first_weight(whole)[layer]),
-            "load": activation.load(whole)[layer].tolist(),
+            "load": activation.load(whole.counts)[layer].tolist(),
         }
         for layer in range(len(whole.counts))
     ]
@@ -86,14 +86,14 @@ def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
         "layers": layers,
         "routes_per_token": len(whole.distinct[0]) - 1,
         "activated": dict(zip(activation.THRESHOLDS, activation.activated(whole), strict=True)),
-        "activated_relative": dict(zip(activation.RELATIVE, activation.activated_relative(whole), strict=True)),
+        "activated_relative": dict(zip(activation.RELATIVE, activation.activated_relative(whole.counts), strict=True)),
         "head_agreement": activation.head_agreement(whole).tolist(),
         "domains": {
             name: {
                 "tokens": counts.tokens,
                 "entropy": float(activation.entropy(counts).mean()),
                 "specialisation": activation.specialisation(counts, whole),
-                "load": activation.load(counts).tolist(),
+                "load": activation.load(counts.counts).tolist(),
             }
             for name, counts in by_domain.items()
         },

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from mhmoe_ray.evaluate.counts import RoutingCounts
-from mhmoe_ray.model.balance import load_entropy
+from mhmoe_ray.model import balance
 
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Thresholds in units of what every expert would have if all had the same."""
+
+Counts = Sequence[Sequence[int]]
+"""L x E: routes."""
 
 
 def joined(counts: Iterable[RoutingCounts]) -> RoutingCounts:
@@ -29,27 +32,26 @@ def joined(counts: Iterable[RoutingCounts]) -> RoutingCounts:
     return RoutingCounts(**{name: added(name) for name in RoutingCounts.model_fields})
 
 
-def load(counts: RoutingCounts) -> np.ndarray:
+def load(routes: Counts) -> np.ndarray:
     """(L, E): an expert's share of its layer's routes, times E; 1 is uniform."""
-    routes = np.array(counts.counts, float)
-    return np.asarray(routes / routes.sum(1, keepdims=True).clip(min=1) * routes.shape[1])
+    return balance.load(torch.tensor(routes)).numpy()
 
 
 def entropy(counts: RoutingCounts) -> np.ndarray:
     """(L,): of the shares, over the highest; 1 is uniform."""
-    return load_entropy(torch.tensor(counts.counts)).numpy()
+    return balance.load_entropy(torch.tensor(counts.counts)).numpy()
 
 
-def activated(counts: RoutingCounts, thresholds: Sequence[float] = THRESHOLDS) -> list[float]:
-    """Share of all experts of all layers that more than this share of the tokens select, by threshold."""
+def activated(counts: RoutingCounts) -> list[float]:
+    """Share of all experts of all layers that more than this share of the tokens select, by THRESHOLDS."""
     selected = np.array(counts.tokens_of) / max(1, counts.tokens)
-    return [float((selected > threshold).mean()) for threshold in thresholds]
+    return [float((selected > threshold).mean()) for threshold in THRESHOLDS]
 
 
-def activated_relative(counts: RoutingCounts, thresholds: Sequence[float] = RELATIVE) -> list[float]:
-    """Share of all experts of all layers with more than this share of a uniform load: comparable between models with
-    different numbers of experts or routes, which `activated` is not."""
-    return [float((load(counts) > threshold).mean()) for threshold in thresholds]
+def activated_relative(routes: Counts) -> list[float]:
+    """Share of all experts of all layers with more than this share of a uniform load, by RELATIVE: comparable between
+    models with different numbers of experts or routes, which `activated` is not."""
+    return [float((load(routes) > threshold).mean()) for threshold in RELATIVE]
 
 
 def distinct_experts(counts: RoutingCounts) -> np.ndarray:
@@ -80,5 +82,5 @@ def first_weight(counts: RoutingCounts) -> np.ndarray:
 def specialisation(of: RoutingCounts, whole: RoutingCounts) -> float:
     """How far a text's routes are from those of all texts: half the sum of absolute differences of the experts' shares,
     mean over layers. 0 is equal, 1 is other experts altogether."""
-    difference = np.abs(load(of) - load(whole)).sum(1) / len(whole.counts[0]) / 2
+    difference = np.abs(load(of.counts) - load(whole.counts)).sum(1) / len(whole.counts[0]) / 2
     return float(difference.mean())

@@ -37,6 +37,18 @@ def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * (load_E.mean() - load_E).sign()
 
 
+def load(count_LE: Tensor) -> Tensor:
+    """The shares of routes that a layer's experts got, times E: 1 is uniform; 0 throughout where there are no routes.
+
+    Args:
+        count_LE: routes per layer and expert.
+
+    Returns:
+        (L, E), float64.
+    """
+    return _share(count_LE) * count_LE.shape[1]
+
+
 def load_entropy(count_LE: Tensor) -> Tensor:
     """Entropy of the shares of routes that a layer's experts got, over the highest, log E: 1 is uniform; 0 is all to
     one of them, or no routes at all.
@@ -47,6 +59,9 @@ def load_entropy(count_LE: Tensor) -> Tensor:
     Returns:
         (L,), float64.
     """
-    share_LE = count_LE.double() / count_LE.sum(1, keepdim=True).clamp(min=1)
-    entropy_L: Tensor = torch.special.entr(share_LE).sum(1)
+    entropy_L: Tensor = torch.special.entr(_share(count_LE)).sum(1)
     return entropy_L / math.log(count_LE.shape[1])
+
+
+def _share(count_LE: Tensor) -> Tensor:
+    return count_LE.double() / count_LE.sum(1, keepdim=True).clamp(min=1)

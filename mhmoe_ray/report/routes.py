@@ -32,10 +32,10 @@ def routes(figures: RunFigures) -> Routes | None:
         agreement = activation.mean_agreement(whole)
         per_token = len(whole.distinct[0]) - 1
         return Routes(
-            activation.load(whole),
+            activation.load(whole.counts),
             f"{evaluated[-1].request.said}, step {evaluated[-1].step:,}",
             activation.activated(whole),
-            activation.activated_relative(whole),
+            activation.activated_relative(whole.counts),
             float(activation.distinct_experts(whole).mean()) / per_token,
             None if agreement is None else float(agreement.mean()),
         )
@@ -44,12 +44,11 @@ def routes(figures: RunFigures) -> Routes | None:
     if not counted:
         return None
     found = json.loads((run.routing / counted[-1]).read_text())
-    counts = np.array(found["routes_per_layer_and_expert"], float)
-    if not counts.size:
+    counts = found["routes_per_layer_and_expert"]
+    if not counts:
         return None
-    load = counts / counts.sum(1, keepdims=True).clip(min=1) * counts.shape[1]
-    relative = [float((load > threshold).mean()) for threshold in activation.RELATIVE]
-    return Routes(load, f"training text up to step {found['step']:,}", None, relative, None, None)
+    source = f"training text up to step {found['step']:,}"
+    return Routes(activation.load(counts), source, None, activation.activated_relative(counts), None, None)
 
 
 def compared_use(baseline: str, other: str, of_baseline: Routes, of_other: Routes) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mhmoe_ray.model.balance import load_entropy
+from mhmoe_ray.model.balance import load, load_entropy
 from mhmoe_ray.planner.utilisation import model_flops_utilisation
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import RunSpec
@@ -65,8 +65,7 @@ def step_line(
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))
         line[metrics.BALANCE] = totals.balance / spec.train.micro_batches / spec.model.moe_layers
-        share_LE = count_LE / count_LE.sum(1, keepdim=True) * moe.experts
-        line[metrics.LEAST_EXPERT] = float(share_LE.min())
+        line[metrics.LEAST_EXPERT] = float(load(count_LE).min())
         line[metrics.ENTROPY] = float(load_entropy(count_LE).min())
     if not update.applied:
         line[metrics.SKIPPED] = True

@@ -6,7 +6,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from mhmoe_ray.model.balance import load_entropy
+from mhmoe_ray.model.balance import load, load_entropy
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
@@ -84,8 +84,9 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
     if not len(count_LE):  # a dense model
         return
-    share_LE = count_LE / count_LE.sum(1, keepdim=True).clamp(min=1) * count_LE.shape[1]
-    for layer, (entropy, shares) in enumerate(zip(load_entropy(count_LE).tolist(), share_LE.tolist(), strict=True)):
+    for layer, (entropy, loads) in enumerate(
+        zip(load_entropy(count_LE).tolist(), load(count_LE).tolist(), strict=True)
+    ):
         gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))
-        for expert, share in enumerate(shares):
-            gauges.set(EXPERT_LOAD[0], share, layer=str(layer), expert=str(expert))
+        for expert, value in enumerate(loads):
+            gauges.set(EXPERT_LOAD[0], value, layer=str(layer), expert=str(expert))
