@@ -5,6 +5,8 @@ Shape suffixes, here and in mhmoe_ray.model:
     N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
     K  experts per row (top-k)                     E  experts held here
     R  routed rows, N * K                          F  hidden width of an expert
+    I  values that a matrix takes                  O  values that it gives
+    P  rows with the room that a kernel adds to them
 """
 
 from mhmoe_kernels.permute import combine, permute, plan_routes
