@@ -5,6 +5,8 @@ Shape suffixes, here and in mhmoe_ray.model:
     N  rows (tokens, or sub-tokens when h > 1)     D  width of a row (d, or d/h)
     K  experts per row (top-k)                     E  experts held here
     R  routed rows, N * K                          F  hidden width of an expert
+    I  values that a matrix takes                  O  values that it gives
+    P  rows with the room that a kernel adds to them
 
     backends.py         the one seam: rows and their routes in, the experts' outputs combined per row out
     weights.py          a stack of experts

@@ -1,6 +1,6 @@
 """The model, torch only.
 
-Shape suffixes: those of mhmoe_kernels (N D K E R F), and
+Shape suffixes: those of mhmoe_kernels (N D K E R F and others), and
 
     B  sequences in a batch       H  attention heads
     T  tokens in a sequence       C  width of an attention head

@@ -67,6 +67,8 @@ def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Attention of H heads, whose keys and values several may share; with an inner norm on the `subln` backbone."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         bias = spec.backbone == "subln"

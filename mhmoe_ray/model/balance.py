@@ -14,7 +14,8 @@ def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None)
 
 
 def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
-    """E * sum_e mean_n(p_ne) * share of the given choices that are e, before any drop.
+    """E * sum_e mean_n(p_ne) * share of the given choices that are e, before any drop (Switch Transformers, arXiv
+    2101.03961, equation 4).
 
     With `expert_NK` cut to its first column this is the form of both papers' code; with all of it, the one of
     MegaBlocks. It is exactly 1 when either factor is uniform, at most E, and its gradient flows through the

@@ -90,12 +90,16 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
+    """What a decoder makes of tokens."""
+
     logits_BTV: Tensor
     routing: list[Routing]
     """One per mixture-of-experts layer, from the bottom."""
 
 
 class Decoder(nn.Module):
+    """Tokens to the logits of the next ones, through blocks between an embedding and an output layer."""
+
     def __init__(self, spec: ModelSpec, held: range | None = None) -> None:
         """Weights are left unset: call `model.init.init_weights`, or load a checkpoint.
 

@@ -35,6 +35,8 @@ def _projection(width: int, layers: int) -> nn.Module:
 
 
 class MultiHeadMoE(nn.Module):
+    """Of one block. `dispatch` brings rows to their experts; expert parallelism puts another in its place."""
+
     def __init__(self, spec: ModelSpec, held: range | None = None) -> None:
         """Args:
         spec: its `moe` section must be present.

@@ -84,23 +84,23 @@ class Exchange:
         """Seconds that this rank waited for what others send, since this was last asked."""
         return self._waited.pop()
 
-    def counts(self, count_QX: Tensor) -> Flight:
-        """Start to send count_QX[q] to the q-th other rank; what that sends arrives in the same place."""
-        self._sent = self._sent.plus(Sent(counts=count_QX.nbytes))
+    def counts(self, count_JX: Tensor) -> Flight:
+        """Start to send count_JX[j] to the j-th other rank; what that sends arrives in the same place."""
+        self._sent = self._sent.plus(Sent(counts=count_JX.nbytes))
         each = [1] * len(self._away)
-        return self._send(count_QX, torch.empty_like(count_QX), each, each)
+        return self._send(count_JX, torch.empty_like(count_JX), each, each)
 
-    def rows(self, rows: Tensor, into: Tensor, out_Q: list[int], in_Q: list[int]) -> Flight:
-        """Start to send `rows`, the first out_Q[0] to the first other rank, while theirs arrive in `into`."""
-        far = sum(count for count, away in zip(out_Q, self._away, strict=True) if away)
+    def rows(self, rows: Tensor, into: Tensor, out_J: list[int], in_J: list[int]) -> Flight:
+        """Start to send `rows`, the first out_J[0] to the first other rank, while theirs arrive in `into`."""
+        far = sum(count for count, away in zip(out_J, self._away, strict=True) if away)
         far_bytes = far * rows.shape[1] * rows.itemsize
         self._sent = self._sent.plus(Sent(rows=rows.nbytes, between_nodes=far_bytes))
-        return self._send(rows, into, out_Q, in_Q)
+        return self._send(rows, into, out_J, in_J)
 
-    def _send(self, rows: Tensor, into: Tensor, out_Q: list[int], in_Q: list[int]) -> Flight:
+    def _send(self, rows: Tensor, into: Tensor, out_J: list[int], in_J: list[int]) -> Flight:
         if self.ranks == 1:
             return Flight(None, rows, into, self._waited)
         at = self.rank
-        arriving, leaving = ([*others[:at], 0, *others[at:]] for others in (in_Q, out_Q))
+        arriving, leaving = ([*others[:at], 0, *others[at:]] for others in (in_J, out_J))
         work = dist.all_to_all_single(into, rows, arriving, leaving, group=self._group, async_op=True)
         return Flight(work, rows, into, self._waited)

@@ -86,9 +86,9 @@ class _Crossing(NamedTuple):
     send: Callable[[Tensor, Tensor, list[int], list[int]], Flight]
     own_X: list[int]
     """Rows of this rank for its own experts."""
-    out_QX: list[list[int]]
+    out_JX: list[list[int]]
     """Rows for each other rank's experts."""
-    in_QX: list[list[int]]
+    in_JX: list[list[int]]
     """Rows from each other rank."""
 
     def __call__(
@@ -101,14 +101,14 @@ class _Crossing(NamedTuple):
             on_own, on_theirs: what this rank's experts make of rows of its own, and of the others' rows. Both get them
                 sorted by expert.
         """
-        out_Q, in_Q = [sum(count_X) for count_X in self.out_QX], [sum(count_X) for count_X in self.in_QX]
+        out_J, in_J = [sum(count_X) for count_X in self.out_JX], [sum(count_X) for count_X in self.in_JX]
         own = sum(self.own_X)
-        end = own + sum(out_Q)
-        there = self.send(x_RD[own:end], x_RD.new_empty(sum(in_Q), x_RD.shape[1]), out_Q, in_Q)
+        end = own + sum(out_J)
+        there = self.send(x_RD[own:end], x_RD.new_empty(sum(in_J), x_RD.shape[1]), out_J, in_J)
         y_own = on_own(x_RD[:own])
-        y_SD = on_theirs(_transpose(there.wait(), self.in_QX))
+        y_SD = on_theirs(_transpose(there.wait(), self.in_JX))
         y_RD = y_SD.new_empty(x_RD.shape)
-        back = self.send(_transpose(y_SD, list(zip(*self.in_QX, strict=True))), y_RD[own:end], in_Q, out_Q)
+        back = self.send(_transpose(y_SD, list(zip(*self.in_JX, strict=True))), y_RD[own:end], in_J, out_J)
         y_RD[:own] = y_own
         y_RD[end:] = 0
         back.wait()
@@ -116,7 +116,8 @@ class _Crossing(NamedTuple):
 
 
 def _transpose(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Blocks of rows, first those of A's first for each of B, put in the order of B, then of A.
+    """Blocks of rows, which lie in the order of A, then of B, put in the order of B, then of A: ranks and experts, or
+    experts and ranks.
 
     So the rows of several ranks, each sorted by expert, become one run of rows an expert. It copies blocks, which costs
     at most some per cent of the experts' work; a product for each rank's block was slower at any number of ranks.
@@ -145,7 +146,7 @@ class _Experts(torch.autograd.Function):
         *stacked: Tensor,
     ) -> Tensor:
         leaves = weights._replace(stacked=tuple(w.detach().requires_grad_(differentiable) for w in stacked))
-        own_X, their_X = crossing.own_X, [sum(count_Q) for count_Q in zip(*crossing.in_QX, strict=True)]
+        own_X, their_X = crossing.own_X, [sum(count_J) for count_J in zip(*crossing.in_JX, strict=True)]
         their_X = their_X or [0] * len(own_X)  # there may be no others
         ctx.crossing = crossing
         ctx.own, ctx.theirs = (_Part(backend, count_X, leaves) for count_X in (own_X, their_X))

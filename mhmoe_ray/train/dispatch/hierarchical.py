@@ -1,6 +1,6 @@
 """Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
 
-The ranks of a group are M nodes of L ranks each, in order, so that a node holds a range of experts. A rank's rail is
+The ranks of a group are G nodes of P ranks each, in order, so that a node holds a range of experts. A rank's rail is
 the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
 and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together
 with its own rows for the experts at home. One sum of weighted outputs comes back for each row that was sent, and is
@@ -14,7 +14,7 @@ a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for
 Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
 
 Own rows wait for the rail. To dispatch them while the others are under way takes a second flat dispatch, with five more
-exchanges and twice as many parts of the experts' work, to hide at most the M-th of it (kernels/README.md).
+exchanges and twice as many parts of the experts' work, to hide at most the G-th of it (kernels/README.md).
 
 Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
 crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
@@ -33,7 +33,7 @@ from mhmoe_ray.train.dispatch.travel import End, travel
 
 
 class HierarchicalDispatch:
-    """A `model.feedforward.Dispatch` over M x L ranks, of which the l-th on node m holds the (m * L + l)-th share of
+    """A `model.feedforward.Dispatch` over G x P ranks, of which the p-th on node g holds the (g * P + p)-th share of
     the experts."""
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
@@ -58,29 +58,29 @@ class HierarchicalDispatch:
         each = len(experts.held) * self._flat.ranks  # experts of a node
 
         # A row goes to the nodes of its kept routes as it goes to experts elsewhere, with weight 1.
-        node_M = torch.arange(rail.ranks, device=x_ND.device)
+        node_G = torch.arange(rail.ranks, device=x_ND.device)
         node_NK = (expert_NK // each).masked_fill(gate_NK == 0, rail.ranks)
-        routes_NM = (node_NK[..., None] == node_M).sum(1)
-        goes_NM = (routes_NM > 0) & (node_M != rail.rank)
-        plan = plan_routes(node_M.where(goes_NM, rail.ranks), rail.ranks)
-        count_M2 = torch.stack([plan.count_E, routes_NM.sum(0)], 1)  # rows that go there, and routes that end there
-        counts = rail.counts(torch.cat([count_M2[: rail.rank], count_M2[rail.rank + 1 :]]))
+        routes_NG = (node_NK[..., None] == node_G).sum(1)
+        goes_NG = (routes_NG > 0) & (node_G != rail.rank)
+        plan = plan_routes(node_G.where(goes_NG, rail.ranks), rail.ranks)
+        count_G2 = torch.stack([plan.count_E, routes_NG.sum(0)], 1)  # rows that go there, and routes that end there
+        counts = rail.counts(torch.cat([count_G2[: rail.rank], count_G2[rail.rank + 1 :]]))
         # Here the host waits for the device, and once more in the flat dispatch.
-        numbers = torch.cat([count_M2, counts.wait()]).tolist()
-        of_nodes, in_Q = numbers[: rail.ranks], numbers[rail.ranks :]
-        out_Q = rail.others(of_nodes)
-        plan = plan.trimmed(sum(rows for rows, _ in out_Q))
-        home = End([rows for rows, _ in out_Q], len(plan.row_R))
-        there = End([rows for rows, _ in in_Q], sum(rows for rows, _ in in_Q))
+        numbers = torch.cat([count_G2, counts.wait()]).tolist()
+        of_nodes, in_J = numbers[: rail.ranks], numbers[rail.ranks :]
+        out_J = rail.others(of_nodes)
+        plan = plan.trimmed(sum(rows for rows, _ in out_J))
+        home = End([rows for rows, _ in out_J], len(plan.row_R))
+        there = End([rows for rows, _ in in_J], sum(rows for rows, _ in in_J))
 
         expert_RK = expert_NK.index_select(0, plan.row_R).int()
         arrived = travel(rail, home, there, permute(x_ND, plan), permute(gate_NK, plan), expert_RK)
-        x_TD, gate_TK, expert_TK = (torch.cat(both) for both in zip((x_ND, gate_NK, expert_NK), arrived, strict=True))
-        expert_TK = expert_TK - rail.rank * each
-        here_TK = (expert_TK >= 0) & (expert_TK < each)
-        expert_TK, gate_TK = (t.where(here_TK, 0) for t in (expert_TK, gate_TK))
-        routes = of_nodes[rail.rank][1] + sum(routes for _, routes in in_Q)
-        y_TD = self._flat.through(x_TD, expert_TK, gate_TK, experts.backend(x_ND, weights), weights, routes)
-        y_ND, y_SD = torch.split(y_TD, [len(x_ND), there.rows])
+        x_WD, gate_WK, expert_WK = (torch.cat(both) for both in zip((x_ND, gate_NK, expert_NK), arrived, strict=True))
+        expert_WK = expert_WK - rail.rank * each
+        here_WK = (expert_WK >= 0) & (expert_WK < each)
+        expert_WK, gate_WK = (t.where(here_WK, 0) for t in (expert_WK, gate_WK))
+        routes = of_nodes[rail.rank][1] + sum(routes for _, routes in in_J)
+        y_WD = self._flat.through(x_WD, expert_WK, gate_WK, experts.backend(x_ND, weights), weights, routes)
+        y_ND, y_SD = torch.split(y_WD, [len(x_ND), there.rows])
         (sum_RD,) = travel(rail, there, home, y_SD)
-        return y_ND + combine(sum_RD, goes_NM.to(gate_NK), plan)
+        return y_ND + combine(sum_RD, goes_NG.to(gate_NK), plan)

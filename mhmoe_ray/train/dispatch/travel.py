@@ -13,7 +13,7 @@ from mhmoe_ray.train.dispatch.exchange import Exchange
 class End(NamedTuple):
     """Of the rows that travel, where they set out or where they arrive."""
 
-    count_Q: list[int]
+    count_J: list[int]
     """Those that go to, or come from, each other rank."""
     rows: int
     """With those behind them, which do not travel and are 0 wherever they are written."""
@@ -31,10 +31,10 @@ def travel(exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) ->
 
 
 def _exchanged(exchange: Exchange, leaving: End, arriving: End, tensors: list[Tensor]) -> list[Tensor]:
-    going, coming = sum(leaving.count_Q), sum(arriving.count_Q)
+    going, coming = sum(leaving.count_J), sum(arriving.count_J)
     rows = torch.cat([t[:going].contiguous().view(torch.uint8) for t in tensors], 1)
     into = rows.new_empty(coming, rows.shape[1])
-    exchange.rows(rows, into, leaving.count_Q, arriving.count_Q).wait()
+    exchange.rows(rows, into, leaving.count_J, arriving.count_J).wait()
     arrived = [t.new_empty(arriving.rows, t.shape[1]) for t in tensors]
     for t, part in zip(arrived, torch.split(into, [t.shape[1] * t.itemsize for t in tensors], 1), strict=True):
         t[:coming].view(torch.uint8).copy_(part)
