@@ -104,7 +104,7 @@ def test_lint(project, tmp_path):
     with (tmp_path / "raw" / "b" / "bad.jsonl").open("w") as out:
         out.write('{"text": "a <|endoftext|> b"}\n{torn\n')
     failed = mhmoe(tmp_path, "data", "lint", "raw")
-    assert_one_line(failed, 4, "data of raw: 2 errors and 1 warning")
+    assert_one_line(failed, 4, "data of raw: 1 error and 2 warnings")
     assert f"{tmp_path}/raw/b/bad.jsonl:1  'a <|endoftext|> b'" in failed.out
     assert f"{tmp_path}/raw/b/bad.jsonl:2" in failed.out
 
