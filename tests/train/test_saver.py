@@ -13,7 +13,7 @@ from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest, unfinished
 from mhmoe_ray.train.saver import Saver
 from tests.ranks import run_ranks
 from tests.train import jobs
-from tests.train.test_state import new_run
+from tests.train.test_restore import new_run
 
 
 def saved_while_training(spec, path):
