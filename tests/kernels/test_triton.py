@@ -146,8 +146,6 @@ def test_what_it_cannot_run_is_said(monkeypatch):
     x, expert, gate, weights = problem("swiglu", 0, n=3, d=8, f=5, e=2, k=1)
     with pytest.raises(TypeError, match="float64"):
         run(x.double(), expert, gate, ExpertWeights(Swiglu(), tuple(w.double() for w in weights.stacked)))
-    with pytest.raises(TypeError, match="no kernel for"):
-        run(x, expert, gate, ExpertWeights(torch.nn.functional.linear, weights.stacked))
     assert why_not(DEVICE) is None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "TRITON_INTERPRET=1" in why_not(torch.device("cpu"))
