@@ -44,7 +44,9 @@ def style() -> Iterator[None]:
     try:
         import matplotlib as mpl
     except ImportError as e:
-        raise DataError("pictures", "matplotlib is missing", "pip install 'mhmoe-ray[plots]'") from e
+        raise DataError(
+            "pictures", "matplotlib is missing", "pip install 'mhmoe-ray[plots]', or [report] for reports"
+        ) from e
     with mpl.rc_context(_STYLE):
         yield
 

@@ -59,7 +59,7 @@ class Job:
     def is_running(self) -> bool:
         from mhmoe_ray.cluster import jobs
 
-        return jobs.status(self.connection, self.name) in ("PENDING", "RUNNING")
+        return jobs.is_alive(self.connection, self.name)
 
     @property
     def has_succeeded(self) -> bool:

@@ -28,6 +28,10 @@ class JobInfo(NamedTuple):
     ended: float
     """In seconds since the epoch, by the head's clock; 0 where it has not."""
 
+    @property
+    def is_alive(self) -> bool:
+        return self.status in ("PENDING", "RUNNING")
+
 
 def request(
     args: Sequence[str],
@@ -93,6 +97,16 @@ def status(connection: Connection, job: str) -> str | None:
     """
     found = info(connection, job)
     return found.status if found else None
+
+
+def is_alive(connection: Connection, job: str) -> bool:
+    """Whether it waits or runs.
+
+    Raises:
+        ClusterError: as `status`.
+    """
+    found = info(connection, job)
+    return found is not None and found.is_alive
 
 
 def message(connection: Connection, job: str) -> str:

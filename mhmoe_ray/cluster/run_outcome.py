@@ -32,7 +32,7 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
         return over
     attempt = last_attempt(run)
     job = jobs.info(connection, attempt.job)
-    if job and job.status in ("PENDING", "RUNNING"):
+    if job and job.is_alive:
         return None
     if abs(time.time() - (job.ended if job else attempt.submitted)) < _LONG_AGO:
         time.sleep(_GRACE_SECONDS)

@@ -65,7 +65,7 @@ def is_alive(place: SweepDir) -> bool:
     submitted = place.definition().jobs
     if not submitted:
         return False
-    return jobs.status(connect(submitted[-1].address), submitted[-1].job) in ("PENDING", "RUNNING")
+    return jobs.is_alive(connect(submitted[-1].address), submitted[-1].job)
 
 
 def own_error(place: SweepDir) -> MhmoeError | None:

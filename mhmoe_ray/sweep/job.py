@@ -50,13 +50,17 @@ class Sweep:
         self._patience = Patience(lambda line: print(line, flush=True))
 
     def run(self) -> None:
-        """Until every run is over, no more are to start, or another job does this."""
+        """Until every run is over, no more are to start, or another job does this.
+
+        Raises:
+            MhmoeError: the text of some runs could not be prepared; all others had their turn.
+        """
         while self._before and self._lives(self._before[-1]):  # it may be starting a run
             time.sleep(POLL_SECONDS)
         self._runs = dict(self._place.runs())
         if not self._retry:
             self._over |= {name for name, run in self._runs.items() if _is_recorded(run)}
-        prepared: dict[Path, bool] = {}
+        why_not: dict[Path, MhmoeError | None] = {}
         while self._is_its_turn and any(entry.name not in self._over for entry in self._entries):
             alive = [entry.name for entry in self._entries if self._is_alive(entry.name)]
             for entry in self._entries:
@@ -65,21 +69,22 @@ class Sweep:
                 if entry.name in self._over or entry.name in alive:
                     continue
                 folder = entry.spec.data.prepared
-                if folder not in prepared:
-                    prepared[folder] = _prepare(entry)
-                if not prepared[folder]:
+                if folder not in why_not:
+                    why_not[folder] = _prepare(entry)
+                if why_not[folder]:
                     self._over.add(entry.name)
                 elif self._start(entry):
                     alive.append(entry.name)
             time.sleep(POLL_SECONDS)
+        for error in filter(None, why_not.values()):
+            raise error
 
     @property
     def _is_its_turn(self) -> bool:
         return not self._place.stop_file.exists() and self._place.definition().jobs[-1].job == self._job
 
     def _lives(self, job: str) -> bool:
-        alive = ("PENDING", "RUNNING")
-        return self._patience.ask(lambda: jobs.status(self._connection, job) in alive, True)
+        return self._patience.ask(lambda: jobs.is_alive(self._connection, job), True)
 
     def _is_alive(self, name: str) -> bool:
         """Whether a job of it goes on; what is over for good is remembered."""
@@ -131,15 +136,15 @@ def _is_recorded(run: RunDir) -> bool:
     return events.state(events.events(run)) in ("failed", "stopped")
 
 
-def _prepare(entry: SweepRun) -> bool:
-    """Make the text of a run ready before any run with that text starts: two would do it at the same time. Says why
-    that cannot be."""
+def _prepare(entry: SweepRun) -> MhmoeError | None:
+    """Make the text of a run ready before any run with that text starts: two would do it at the same time. Why that
+    cannot be is said at once, but not as what ended this job, which goes on with other text."""
     try:
         prepare(entry.spec)
     except MhmoeError as e:
         print(f"{entry.name}: {e}", flush=True)
-        return False
-    return True
+        return e
+    return None
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], r
         except StorageError as e:  # the job's log has both, and `status` takes the reason from there
             e.log()
             if str(e) != reason:
-                print(f"error: {reason}")
+                print(reason)
 
 
 if __name__ == "__main__":

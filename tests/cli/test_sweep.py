@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
@@ -62,7 +63,7 @@ def write_sweep(folder, **keys):
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
 def test_text_that_cannot_be_prepared_is_no_error_of_the_job_itself(tmp_path, capsys):
     entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
-    assert not _prepare(entry)
+    assert isinstance(_prepare(entry), DataError)
     told = capsys.readouterr().out
     assert told.startswith(f"{entry.name}: source web")
     assert "error: " not in told
@@ -93,6 +94,15 @@ def test_a_dry_run_shows_every_variant_and_starts_nothing(project):
     (project / "raw").rename(project / "gone")
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml"), 4, "source web", "there is no folder")
     assert not (project / "runs").exists()
+
+
+@pytest.mark.ray
+def test_text_that_the_job_cannot_prepare_ends_the_sweep_in_one_line(project, local_cluster):
+    [file, *_] = sorted((project / "raw").rglob("*.jsonl"))
+    with file.open("a") as f:
+        f.write('{"text": ')
+    write_sweep(project, runs={"dense": DENSE})
+    assert_one_line_after_progress(mhmoe(project, "sweep", "sweep.yaml"), 4, file.name)
 
 
 @pytest.mark.ray
