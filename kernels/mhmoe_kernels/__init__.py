@@ -16,6 +16,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     reference.py        the oracle: a loop over experts, written to be read
     grouped.py          each expert once on its contiguous rows
     sorted_swiglu.py    SwiGLU experts over sorted rows, with a backward by hand
+    sorted_gelu.py      GELU experts likewise
     grouped_matmul.py   both kinds of experts over a grouped GEMM, one product for all at once
     megablocks.py       MegaBlocks' sort, histogram and copies around it; CUDA only
     capacity.py         GShard's static routing, to be compared with

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.pieces import Piece, pieces
+from mhmoe_kernels.sorted_gelu import gelu_sorted
 from mhmoe_kernels.sorted_swiglu import swiglu_sorted
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
@@ -40,18 +38,4 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
     if isinstance(weights.function, Swiglu):
         gate_EFD, up_EFD, down_EDF = weights.stacked
         return swiglu_sorted(x_RD, counts, gate_EFD, up_EFD, down_EDF, weights.recompute)
-    # unbind and split, not indexing: their backward puts parts together once instead of adding full-size tensors.
-    experts = list(zip(*(w.unbind(0) for w in weights.stacked), strict=True))
-    # Without any row, expert 0 still runs on nothing: its output must hang on the graph, so that the exchange of rows
-    # between ranks runs backward here too.
-    parts = pieces(counts, weights.recompute, rounded=False) or [Piece(0, 0, 0, 0, True, True)]
-    rows = torch.split(x_RD, [p.rows for p in parts])
-    return torch.cat([_expert(weights, x, experts[p.expert], p.kept) for x, p in zip(rows, parts, strict=True)])
-
-
-def _expert(weights: ExpertWeights, x: Tensor, expert: tuple[Tensor, ...], keep: bool) -> Tensor:
-    if keep:
-        return weights.function(x, *expert)
-    # Experts draw no random numbers, whose state would be kept otherwise.
-    out: Tensor = checkpoint(weights.function, x, *expert, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return gelu_sorted(x_RD, counts, weights.stacked, weights.function.eps, weights.recompute)

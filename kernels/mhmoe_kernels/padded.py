@@ -1,9 +1,11 @@
 """For inference on CPUs: each expert runs on a number of rows that is rounded up, so that what a row gives depends on
 no other row.
 
-BLAS adds up a product of fewer than four rows in another order than one of more, and gives each thread a part of the
-rows. So a row alone would get other last bits than the same row among others, and a near-tie another token. In products
-of a multiple of eight rows every thread has four or more.
+BLAS adds up a product of few rows in another order than one of more (OpenBLAS and MKL on AMD's CPUs fewer than four,
+MKL on Intel's fewer than sixteen), and gives each thread a part of the rows. So a row alone would get other last bits
+than the same row among others, and a near-tie another token. Not so in products of a multiple of sixteen rows, but for
+MKL's with sums over a thousand values and more and few outputs, which it splits among threads; a torch with MKL has
+oneDNN too, and packs its matrices instead (packed.py).
 """
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from mhmoe_kernels.permute import combine, plan_routes
 from mhmoe_kernels.weights import ExpertWeights
 
-MULTIPLE = 8
+MULTIPLE = 16
 
 
 def padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:

@@ -9,8 +9,15 @@ expert; near the end of all rows, where there is no next one, it is cut in two.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 PIECE = 1024
 """Rows that go through an expert at a time where the hidden layer is not kept."""
+
+CACHE = 4 << 20
+"""Bytes of hidden rows that go through at a time where they shall stay in a CPU's cache. Of 1 to 8 MB the fastest for
+GELU experts with F/D of 4 and of 60, in float32 and in bfloat16."""
 
 STEPS = 32
 """Numbers of rows that a window may have from one power of two to the next."""
@@ -34,27 +41,46 @@ class Piece(NamedTuple):
         return slice(self.start, self.start + self.room)
 
 
-def pieces(counts: list[int], recompute: float, *, rounded: bool) -> list[Piece]:
+def pieces(counts: list[int], recompute: float, *, rounded: bool, row_bytes: int = 0) -> list[Piece]:
     """Rows of the experts in order; as whole experts, or where they are recomputed in pieces of `PIECE` rows.
 
     Args:
         counts: rows per expert.
         recompute: share of all rows, the last ones, that are not kept.
         rounded: whether windows are wider than what is in them, for a CPU's sake.
+        row_bytes: of a hidden row, where all pieces shall be small enough for `CACHE`.
     """
-    return list(_pieces(counts, sum(counts) - round(recompute * sum(counts)), rounded))
+    kept = sum(counts) - round(recompute * sum(counts))
+    if not row_bytes:
+        return list(_pieces(counts, kept, rounded, sum(counts), PIECE))
+    rows = min(PIECE, max(128, 1 << (CACHE // row_bytes).bit_length() >> 1))
+    return list(_pieces(counts, kept, rounded, rows, rows))
 
 
-def _pieces(counts: list[int], kept: int, rounded: bool) -> Iterator[Piece]:
+def _pieces(counts: list[int], kept: int, rounded: bool, most_kept: int, most: int) -> Iterator[Piece]:
     total, start = sum(counts), 0
     for expert, count in enumerate(counts):
         begin, end = start, start + count
         while start < end:
             keep = start < kept
-            rows = min(end, kept if keep else start + PIECE) - start
+            rows = min(end, kept, start + most_kept) - start if keep else min(end, start + most) - start
             step = max(1, (1 << rows.bit_length() - 1) // STEPS) if rounded else 1
             room = -(-rows // step) * step
             if start + room > total:
                 rows = room = rows // step * step
             yield Piece(expert, start, rows, room, start == begin, keep)
             start += rows
+
+
+def hidden_rows(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:
+    """Room for the hidden rows of any one of the pieces, of x's dtype and device."""
+    rows = max((p.room for p in pieces), default=0)
+    return [x_RD.new_empty(rows, width) for _ in range(number)]
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """into += a b, or into = a b for an expert's first piece."""
+    if first:
+        torch.mm(a, b, out=into)
+    else:
+        into.addmm_(a, b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.pieces import Piece, pieces
+from mhmoe_kernels.pieces import add_product, hidden_rows, pieces
 
 
 def swiglu_sorted(
@@ -42,8 +42,8 @@ class _SwiGLU(torch.autograd.Function):
         width = gate_EFD.shape[1]
         kept_rows = max((p.window.stop for p in ctx.pieces if p.kept), default=0)
         kept = [x_RD.new_empty(kept_rows, width) for _ in range(2)]
-        passing = _scratch(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
-        [hidden_PF] = _scratch(1, x_RD, width, ctx.pieces)
+        passing = hidden_rows(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        [hidden_PF] = hidden_rows(1, x_RD, width, ctx.pieces)
         out_RD = torch.empty_like(x_RD)
         for piece in ctx.pieces:
             e, at, here = piece.expert, piece.window, slice(0, piece.room)
@@ -64,8 +64,8 @@ class _SwiGLU(torch.autograd.Function):
         gradients = [torch.empty_like(w) for w in (gate_EFD, up_EFD, down_EDF)]
         dgate_EFD, dup_EFD, ddown_EDF = gradients
         width = gate_EFD.shape[1]
-        passing = _scratch(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
-        scratch = _scratch(3, x_RD, width, ctx.pieces)
+        passing = hidden_rows(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        scratch = hidden_rows(3, x_RD, width, ctx.pieces)
         for piece in ctx.pieces:
             e, at, here, beyond = piece.expert, piece.window, slice(0, piece.room), slice(piece.rows, piece.room)
             x, dout = x_RD[at], dout_RD[at]
@@ -79,11 +79,11 @@ class _SwiGLU(torch.autograd.Function):
             hidden[beyond].zero_()
             torch.mm(dout, down_EDF[e], out=dhidden)
             dhidden[beyond].zero_()  # and so dup and dgate there
-            _add_product(ddown_EDF[e], dout.T, hidden, piece.first)
+            add_product(ddown_EDF[e], dout.T, hidden, piece.first)
             dup = silu.mul_(dhidden)
             dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=hidden)
-            _add_product(dup_EFD[e], dup.T, x, piece.first)
-            _add_product(dgate_EFD[e], dgate.T, x, piece.first)
+            add_product(dup_EFD[e], dup.T, x, piece.first)
+            add_product(dgate_EFD[e], dgate.T, x, piece.first)
             torch.mm(dgate, gate_EFD[e], out=dx_RD[at])
             dx_RD[at].addmm_(dup, up_EFD[e])
         for idle in set(range(len(gate_EFD))) - {piece.expert for piece in ctx.pieces}:
@@ -93,16 +93,3 @@ class _SwiGLU(torch.autograd.Function):
 
 
 _swiglu: Callable[[Tensor, list[int], float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
-
-
-def _scratch(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:
-    """Room for the hidden rows of any one of the pieces."""
-    rows = max((p.room for p in pieces), default=0)
-    return [x_RD.new_empty(rows, width) for _ in range(number)]
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    if first:
-        torch.mm(a, b, out=into)
-    else:
-        into.addmm_(a, b)

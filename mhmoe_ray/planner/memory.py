@@ -150,10 +150,10 @@ def _attention(model: ModelSpec, size: int) -> int:
 
 
 def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
-    """Of one row: gate, its silu, up, their product; or GELU's input (float32), output, and the norm of it."""
+    """Of one row: gate, its silu, up, their product; or GELU's input, output, and the norm of it."""
     if model.backbone == "llama":
         return 4 * hidden * size
-    return hidden * (FLOAT32 + 2 * size) + 2 * size
+    return 3 * hidden * size + 2 * size
 
 
 def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
@@ -172,9 +172,10 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """On average. Of SwiGLU's the kernel `grouped` keeps gate and up alone."""
-    by_hand = model.backbone == "llama" and moe.kernel in ("auto", "grouped")
-    full = 2 * moe.d_expert * size if by_hand else _hidden(model, moe.d_expert, size)
+    """On average. The kernel `grouped` keeps of SwiGLU's gate and up alone, and of GELU's its input."""
+    values = 2 if model.backbone == "llama" else 1
+    by_hand = moe.kernel in ("auto", "grouped")
+    full = values * moe.d_expert * size if by_hand else _hidden(model, moe.d_expert, size)
     return round((1 - model.recomputes) * full)
 
 

@@ -1,0 +1,101 @@
+"""GELU experts with SubLN over sorted rows, with a backward by hand: fewer passes over memory than autograd's, or none.
+
+At h heads a row is d/h wide and meets h times as many hidden values in all, so passes over the hidden layer count for
+more than products. On a CPU rows go through in pieces whose hidden layer stays in the cache. Kept for the backward is
+what goes into the GELU, one value where autograd keeps three, or of rows that are recomputed none.
+
+Windows of pieces reach into the rows after them, as in sorted_swiglu.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mhmoe_kernels.pieces import add_product, hidden_rows, pieces
+from mhmoe_kernels.precision import wide
+
+
+def gelu_sorted(x_RD: Tensor, counts: list[int], weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
+    """fc2(norm(gelu(fc1(x)))) of each row's expert.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        weights: `GeluSubln`'s, stacked.
+        eps: of the norm.
+        recompute: share of the rows of which nothing is kept for the backward. In bfloat16 the gradient of an expert's
+            matrices is rounded once per piece.
+    """
+    return _gelu(x_RD, counts, eps, recompute, *weights)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], eps: float, recompute: float, *weights: Tensor) -> Tensor:
+        fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+        width = fc1_EFD.shape[1]
+        cpu = x_RD.device.type == "cpu"
+        ctx.eps = eps
+        ctx.pieces = pieces(counts, recompute, rounded=cpu, row_bytes=width * x_RD.element_size() if cpu else 0)
+        kept_RF = x_RD.new_empty(max((p.window.stop for p in ctx.pieces if p.kept), default=0), width)
+        [passing_PF] = hidden_rows(1, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        [hidden_PF] = hidden_rows(1, x_RD, width, ctx.pieces)
+        out_RD = torch.empty_like(x_RD)
+        for piece in ctx.pieces:
+            e, at, here = piece.expert, piece.window, slice(0, piece.room)
+            inner = kept_RF[at] if piece.kept else passing_PF[here]
+            torch.addmm(fc1_bias_EF[e], x_RD[at], fc1_EFD[e].T, out=inner)
+            gelu = torch.ops.aten.gelu.out(inner, out=hidden_PF[here])
+            normed = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], eps)[0]
+            torch.addmm(fc2_bias_ED[e], normed, fc2_EDF[e].T, out=out_RD[at])
+        ctx.save_for_backward(x_RD, kept_RF, *weights)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, kept_RF, *weights = ctx.saved_tensors
+        fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
+        width = fc1_EFD.shape[1]
+        dout_RD = dout_RD.contiguous()
+        dx_RD = torch.empty_like(x_RD)
+        dfc1_EFD, dfc2_EDF = torch.empty_like(fc1_EFD), torch.empty_like(fc2_EDF)
+        # Sums over rows of what has no product; in float32, as torch's own sums are.
+        vectors = [torch.zeros_like(wide(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
+        dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors
+        [passing_PF] = hidden_rows(1, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        scratch = hidden_rows(3, x_RD, width, ctx.pieces)
+        for piece in ctx.pieces:
+            e, at, here, beyond = piece.expert, piece.window, slice(0, piece.room), slice(piece.rows, piece.room)
+            x, dout = x_RD[at], dout_RD[at]
+            gelu, dnormed, dinner = (t[here] for t in scratch)
+            inner = kept_RF[at] if piece.kept else passing_PF[here]
+            if not piece.kept:
+                torch.addmm(fc1_bias_EF[e], x, fc1_EFD[e].T, out=inner)
+            torch.ops.aten.gelu.out(inner, out=gelu)
+            normed, mean, rstd = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], ctx.eps)
+            normed[beyond].zero_()
+            torch.mm(dout, fc2_EDF[e], out=dnormed)
+            dnormed[beyond].zero_()  # and so all that follows from it there
+            add_product(dfc2_EDF[e], dout.T, normed, piece.first)
+            dgelu, dnorm, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+                dnormed, gelu, (width,), mean, rstd, norm_EF[e], norm_bias_EF[e], [True, True, True]
+            )
+            torch.ops.aten.gelu_backward.grad_input(dgelu, inner, grad_input=dinner)
+            add_product(dfc1_EFD[e], dinner.T, x, piece.first)
+            torch.mm(dinner, fc1_EFD[e], out=dx_RD[at])
+            dfc1_bias_EF[e] += dinner.sum(0, dtype=vectors[0].dtype)
+            dnorm_EF[e] += dnorm
+            dnorm_bias_EF[e] += dnorm_bias
+            dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=vectors[0].dtype)
+        for idle in set(range(len(fc1_EFD))) - {piece.expert for piece in ctx.pieces}:
+            dfc1_EFD[idle].zero_()
+            dfc2_EDF[idle].zero_()
+        dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
+        return dx_RD, None, None, None, dfc1_EFD, dfc1_bias, dnorm_weight, dnorm_shift, dfc2_EDF, dfc2_bias
+
+
+_gelu: Callable[..., Tensor] = _GELU.apply
