@@ -16,6 +16,11 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
         CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
+    return model_of(checkpoint, manifest), manifest
+
+
+def model_of(checkpoint: Location, manifest: Manifest) -> Decoder:
+    """As `load_model`, of a checkpoint whose manifest was read and whose weights were found whole."""
     model = Decoder(manifest.model).requires_grad_(False).eval()
     load_tensors(checkpoint / "weights", model.tensors())
-    return model, manifest
+    return model

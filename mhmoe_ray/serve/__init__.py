@@ -8,7 +8,8 @@ chat_template.py   conversations to prompts
 text.py            tokens to text that is never taken back
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
-load.py            checkpoint and tokenizer from disk
+load.py            from a checkpoint to what answers
+engines.py         engines by name; where one is added
 packed_model.py    a model's matrices packed for inference on a CPU
 ray_metrics.py     what an engine counts, as Ray's metrics
 """

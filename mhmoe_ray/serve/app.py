@@ -14,9 +14,10 @@ from mhmoe_ray.location import location
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
+from mhmoe_ray.serve.engines import check_engine
 from mhmoe_ray.serve.http.app import create_app, told
 from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
-from mhmoe_ray.serve.load import check_engine, load_answerer
+from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.serve.ray_metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
 

@@ -65,9 +65,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps)
         self.attention = Attention(spec, positions, cache, f"{prefix}.attention")
         self.ffn_norm = RMSNorm(spec.d_model, spec.norm_eps)
-        if spec.is_moe_layer(layer):
-            self.moe = MultiHeadMoE(spec, f"{prefix}.moe")
-        else:
+        self.moe = MultiHeadMoE(spec, f"{prefix}.moe") if spec.is_moe_layer(layer) else None
+        if self.moe is None:
             assert spec.d_ff is not None
             self.ffn = FeedForward(spec.d_model, spec.d_ff, f"{prefix}.ffn")
 
@@ -79,7 +78,7 @@ class Block(nn.Module):
             x_TM, residual_TM = self.attention_norm(x_TM, residual_TM)
         x_TM = self.attention(position_T, x_TM)
         x_TM, residual_TM = self.ffn_norm(x_TM, residual_TM)
-        return (self.moe if hasattr(self, "moe") else self.ffn)(x_TM), residual_TM
+        return (self.ffn if self.moe is None else self.moe)(x_TM), residual_TM
 
 
 @support_torch_compile
