@@ -1,14 +1,14 @@
-"""Routers: scores of E experts for each row, and the choice among them. All in float32 or wider."""
+"""The router: scores of E experts for each row (routers/), and the choice among them. All in float32 or wider."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhmoe_kernels import wide
 from mhmoe_ray.model.balance import balance_loss, route_counts, z_loss
 from mhmoe_ray.model.capacity import fits
+from mhmoe_ray.model.routers import scores
 from mhmoe_ray.spec import MoESpec
 
 
@@ -31,68 +31,13 @@ class Routing(NamedTuple):
     """Rows that an expert takes at most, where routing is static; None where it is dropless."""
 
 
-class LinearScores(nn.Module):
-    """W x (P1, equation 5; P2, section 2.1)."""
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__()
-        self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ wide(self.weight_ED).T
-
-
-class XMoEScores(nn.Module):
-    """cos(W x, e) / tau with a learnable temperature tau, as published (X-MoE, arXiv 2204.09179).
-
-    How tau is held is not published. As a plain parameter it can reach 0 within 500 steps of Adam at a learning rate of
-    6e-4; there scores are infinite, and past it their order is reversed. So the parameter is log(tau - lowest): tau
-    falls by a share of itself, and never below Tutel's bound (a scale of at most 100).
-    """
-
-    INITIAL_TEMPERATURE = 0.3
-    LOWEST_TEMPERATURE = 0.01
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__()
-        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
-        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        self.log_temperature = nn.Parameter(torch.empty(()))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.cosine(x_ND) / self.temperature
-
-    @property
-    def temperature(self) -> Tensor:
-        return self.LOWEST_TEMPERATURE + wide(self.log_temperature).exp()
-
-    def cosine(self, x_ND: Tensor) -> Tensor:
-        return F.normalize(x_ND @ wide(self.reduce_QD).T, dim=-1) @ F.normalize(wide(self.expert_EQ), dim=-1).T
-
-
-class TorchscaleScores(nn.Module):
-    """W x . e / |e| in 16 dimensions: what torchscale computes under X-MoE's name, and P1 ran. The row's side is not
-    normalised and there is no temperature."""
-
-    def __init__(self, width: int, moe: MoESpec) -> None:
-        super().__init__()
-        self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
-        self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return x_ND @ wide(self.reduce_QD).T @ F.normalize(wide(self.expert_EQ), dim=-1, eps=1e-4).T
-
-
-SCORES = {"linear": LinearScores, "xmoe": XMoEScores, "xmoe_torchscale": TorchscaleScores}
-
-
 class Router(nn.Module):
     """softmax of the scores, then the top k."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
         self.moe = moe
-        self.scores: nn.Module = SCORES[moe.router](width, moe)
+        self.scores = scores(width, moe)
         if moe.bias_rate:
             self.bias_E: Tensor
             self.register_buffer("bias_E", torch.zeros(moe.experts))
@@ -118,7 +63,7 @@ class Router(nn.Module):
         return Routing(
             expert_NK,
             gate_NK * kept_NK,
-            balance_loss(self._balanced(x_ND, probability_NE), counted) if rows else logits_NE.sum(),
+            balance_loss(self.scores.balanced(x_ND, probability_NE), counted) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
             expert_NK.numel() - count_E.sum(),
@@ -158,10 +103,3 @@ class Router(nn.Module):
         if places is not None:
             kept_NK = fits(expert_NK, kept_NK, moe.experts, places)
         return kept_NK
-
-    def _balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """X-MoE's loss divides by the initial temperature, not by the learnt one, which could otherwise grow to please
-        it."""
-        if isinstance(self.scores, XMoEScores):
-            return (self.scores.cosine(x_ND) / XMoEScores.INITIAL_TEMPERATURE).softmax(-1)
-        return probability_NE

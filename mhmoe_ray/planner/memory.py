@@ -179,14 +179,9 @@ def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
     return round((1 - model.recomputes) * full)
 
 
-def _router(moe: MoESpec) -> int:
+def _router(moe: MoESpec, width: int) -> int:
     """Of one sub-token: probabilities and logits, and what led to them."""
-    scores = 2 * moe.experts
-    if moe.router == "xmoe_torchscale":
-        scores += moe.routing_width
-    elif moe.router == "xmoe":  # cosines and probabilities once more, at the temperature of the balance loss
-        scores += 2 * moe.experts + 4 * (moe.routing_width + 1)
-    return FLOAT32 * scores
+    return FLOAT32 * (2 * moe.experts + moe.router_sizes(width).kept)
 
 
 def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
@@ -198,7 +193,7 @@ def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
     # The head projection's result as the router's input, and the merge projection's operand.
     kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
     # Probabilities and logits; choice and mask of each route.
-    kept += moe.heads * (_router(moe) + FLOAT32) + routes * (INT64 + 1)
+    kept += moe.heads * (_router(moe, d // moe.heads) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
         kept += _hidden(model, moe.d_shared, size)
     return kept

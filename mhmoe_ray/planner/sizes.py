@@ -64,10 +64,10 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     d, width, layers = spec.d_model, spec.d_model // moe.heads, spec.moe_layers
     projections = (moe.has_head + moe.has_merge) * moe.projection_layers
     expert, expert_macs = _feed_forward(spec, width, moe.d_expert), feed_forward_macs(spec, width, moe.d_expert)
-    routes = moe.heads * moe.top_k
+    routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     found = [
         Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
-        Part(ROUTER, layers, *_all_active(_router(moe, width)), moe.heads * _router_macs(moe, width)),
+        Part(ROUTER, layers, *_all_active(router.parameters), moe.heads * router.macs),
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
     if moe.d_shared:
@@ -159,13 +159,3 @@ def _feed_forward(spec: ModelSpec, width: int, hidden: int) -> int:
     """With subln: two biases, and weight and bias of the inner norm."""
     extra = 3 * hidden + width if spec.backbone == "subln" else 0
     return feed_forward_macs(spec, width, hidden) + extra
-
-
-def _router_macs(moe: MoESpec, width: int) -> int:
-    if moe.router == "linear":
-        return width * moe.experts
-    return moe.routing_width * (width + moe.experts)
-
-
-def _router(moe: MoESpec, width: int) -> int:
-    return _router_macs(moe, width) + (moe.router == "xmoe")  # the temperature

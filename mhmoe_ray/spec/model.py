@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.routers import ROUTERS, RouterName, RouterSizes
 
 
 class MoESpec(Section):
@@ -39,7 +40,7 @@ class MoESpec(Section):
     d_shared: NonNegativeInt = 0
     """Hidden width of a shared expert that sees every whole token, beside the routed ones; 0: there is none."""
 
-    router: Literal["linear", "xmoe", "xmoe_torchscale"] = "linear"
+    router: RouterName = "linear"
     """linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings over a learnable temperature, as
     published. xmoe_torchscale: as coded and used for P1: 16 dimensions, only the expert side normalised, no
     temperature."""
@@ -125,6 +126,10 @@ class MoESpec(Section):
     def routing_width(self) -> int:
         """Dimensions of X-MoE's projection."""
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
+
+    def router_sizes(self, width: int) -> RouterSizes:
+        """Of the router on rows of this width."""
+        return ROUTERS[self.router](self.experts, width, self.routing_width)
 
 
 def usual_width(d_model: int) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mhmoe_ray.huggingface.names import TABLE, entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 
 from .conftest import MODELS
 
@@ -28,7 +29,7 @@ def models(draw) -> ModelSpec:
         merge_projection=merge,
         projection_layers=draw(st.integers(1, 3)) if projected else 1,
         d_shared=draw(st.integers(0, 3)),
-        router=draw(st.sampled_from(["linear", "xmoe", "xmoe_torchscale"])),
+        router=draw(st.sampled_from(list(ROUTERS))),
         bias_rate=draw(st.sampled_from([0.0, 0.1])),
     )
     moe = draw(st.sampled_from([moe, moe, None]))

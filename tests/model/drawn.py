@@ -9,9 +9,9 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 
 WIDTH = 24
-ROUTERS = ["linear", "xmoe", "xmoe_torchscale"]
 
 
 class Drawn(NamedTuple):
@@ -31,7 +31,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         "d_expert": draw(st.integers(1, 6), label="f"),
         "every": 1,
         "heads": draw(st.sampled_from([1, 2, 3, 4, 6]), label="h"),
-        "router": draw(st.sampled_from(ROUTERS)),
+        "router": draw(st.sampled_from(list(ROUTERS))),
         "kernel": draw(st.sampled_from(["grouped", "reference"])),
         "capacity_factor": draw(st.sampled_from([None, 0.2, 0.7, 1.0, 1.5])),
         "normalize_gates": top_k > 1 and draw(st.booleans(), label="normalised"),

@@ -4,6 +4,7 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 from tests.paged import in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
@@ -63,7 +64,7 @@ def test_only_distance_between_tokens_counts_for_attention(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("router", ["linear", "xmoe", "xmoe_torchscale"])
+@pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_parameter_gets_a_gradient(kind, router):
     model, x = build(moe={"router": router, "projection_layers": 2}, **kind), tokens(4, 30)
     model(x).logits_BTV.square().mean().backward()

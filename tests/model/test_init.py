@@ -6,6 +6,7 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 from tests.specs import tiny_spec
 
 
@@ -40,7 +41,7 @@ def test_head_and_merge_projections_start_as_the_authors_do():
 
 
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
-@pytest.mark.parametrize("router", ["linear", "xmoe", "xmoe_torchscale"])
+@pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_weight_starts_within_its_bound(backbone, router):
     """As nn.Linear (+-fan_in^-0.5), but for the projections; on subln some are then sqrt(ln 2L) times that."""
     moe = MoESpec(heads=2, experts=48, top_k=1, d_expert=100, router=router, projection_layers=2)

@@ -7,6 +7,7 @@ from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 
 
 def model(moe, d=768, d_ff=2048, **trunk):
@@ -56,7 +57,7 @@ def test_heads_that_a_width_does_not_split_into_are_refused(heads):
 @settings(max_examples=80)
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
-    router=st.sampled_from(["linear", "xmoe", "xmoe_torchscale"]), backbone=st.sampled_from(["llama", "subln"]),
+    router=st.sampled_from(list(ROUTERS)), backbone=st.sampled_from(["llama", "subln"]),
     d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
     by=st.sampled_from(["flops", "params", "both"]),
 )  # fmt: skip

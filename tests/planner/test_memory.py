@@ -14,6 +14,7 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.memory import memory, whole_gradients, whole_weights
 from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.routers import ROUTERS
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import Trainer
 from tests.ranks import run_ranks
@@ -32,18 +33,20 @@ EXPERTS = {
     "dense": None,
     "plain": {"heads": 1, "experts": 5, "top_k": 1, "d_expert": 100, "d_shared": 60, "every": 1, "kernel": "grouped"},
     "multi-head": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "kernel": "grouped"},
-    "xmoe": {"heads": 4, "experts": 16, "top_k": 3, "d_expert": 80, "router": "xmoe", "kernel": "grouped"},
     "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "kernel": "grouped"},
     "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0, "kernel": "grouped"},
     "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1, "kernel": "grouped"},
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
-    "torchscale": {
-        "heads": 4,
-        "experts": 8,
-        "top_k": 2,
-        "d_expert": 80,
-        "router": "xmoe_torchscale",
-        "kernel": "grouped",
+    **{
+        f"router {name}": {
+            "heads": 4,
+            "experts": 16,
+            "top_k": 3,
+            "d_expert": 80,
+            "router": name,
+            "kernel": "grouped",
+        }
+        for name in ROUTERS
     },
 }
 

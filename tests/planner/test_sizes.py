@@ -3,6 +3,7 @@ import pytest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.routers import ROUTERS
 
 
 def spec(moe=None, d=768, layers=12):
@@ -18,6 +19,7 @@ def spec(moe=None, d=768, layers=12):
         MoESpec(heads=4, experts=6, top_k=3, d_expert=5, every=3, router="xmoe_torchscale", projection_layers=3),
         MoESpec(heads=1, experts=6, top_k=3, d_expert=5, merge_projection=True, projection_layers=2),
         MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
+        *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in ROUTERS),
     ],
 )
 @pytest.mark.parametrize("kind", [{}, {"backbone": "subln"}, {"kv_heads": 4, "tied_embeddings": False}])

@@ -51,7 +51,8 @@ class MatrixProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default):
+        aten = torch.ops.aten
+        if function in (aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm.out):
             self.bytes += sum(t.nbytes for t in [*args, result] if isinstance(t, torch.Tensor) and t.ndim == 2)
         return result
 
