@@ -1,8 +1,9 @@
 """What a user writes: one YAML file that wholly describes a run. No torch, no ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import DataSpec, Format, SourceSpec
+from mhmoe_ray.spec.data import DataSpec, SourceSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
+from mhmoe_ray.spec.formats import Format
 from mhmoe_ray.spec.load import (
     checked,
     dump_spec,

@@ -8,9 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from mhmoe_ray.location import refuse_password
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
+from mhmoe_ray.spec.formats import Format
 from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
-
-Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface"]
 
 
 class SourceSpec(Section):

@@ -6,16 +6,9 @@
             ...
         reading.tally                       # documents, bytes, quarantined by reason, left out by rule
 
-| format       | a document is                                       | read by         |
-| ------------ | --------------------------------------------------- | --------------- |
-| jsonl        | a line: RedPajama-1T, multilingual folders          | jsonl.py        |
-| redpajama-v2 | a line that passes the source's filters             | redpajama_v2.py |
-| parquet      | a row                                               | columns.py      |
-| huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
-| text         | a file, or a part of it between delimiter lines     | text.py         |
-
-storage.py -> compression.py -> lines.py -> a format's file -> reading.py, which gives what items.py describes; find.py
-says which files there are, signals.py which documents filters keep.
+storage.py -> compression.py -> lines.py, or columns.py of a table -> a format's file in formats/ -> reading.py, which
+gives what items.py describes. records.py reads lines of JSON, find.py says which files there are, signals.py which
+documents filters keep.
 Files of JSON lines and of text may be zstd or gzip, whatever their names say.
 """
 

@@ -8,17 +8,13 @@ import json
 from collections.abc import Iterator
 
 from mhmoe_ray.data.domains import subfolder_of
+from mhmoe_ray.data.sources.formats.redpajama_v2 import NAME, Beside
 from mhmoe_ray.data.sources.items import RawFile
-from mhmoe_ray.data.sources.redpajama_v2 import NAME, Beside
 from mhmoe_ray.data.sources.storage import Listed, Storage, below, one_line
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
+from mhmoe_ray.spec.formats import SUFFIXES
 
-SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
-    "parquet": (".parquet",),
-    "text": (".txt", ".txt.gz", ".txt.zst"),
-}
 WHOLE = "all"
 """Domain of files that are in no subfolder."""
 

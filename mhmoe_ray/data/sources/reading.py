@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.sources.columns import read_parquet, read_stream
+from mhmoe_ray.data.sources.formats import reader
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
-from mhmoe_ray.data.sources.jsonl import read_jsonl
-from mhmoe_ray.data.sources.redpajama_v2 import TEXT_FIELD, read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
-from mhmoe_ray.data.sources.text import read_text
-from mhmoe_ray.spec import DataSpec, FilterSpec
+from mhmoe_ray.spec import DataSpec
 
 
 class Reading:
@@ -44,15 +41,4 @@ def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | B
     source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
     limit = int(spec.max_document_mb * 1e6)
-    field = source.text_field or (TEXT_FIELD if file.format == "redpajama-v2" else "text")
-    match file.format:
-        case "jsonl":
-            return read_jsonl(storage, file, field, limit, tally)
-        case "text":
-            return read_text(storage, file, source.delimiter, limit, tally)
-        case "parquet":
-            return read_parquet(storage, file, field, limit, tally)
-        case "huggingface":
-            return read_stream(storage, file, field, limit, tally)
-        case "redpajama-v2":
-            return read_redpajama_v2(storage, file, field, source.filters or FilterSpec(), limit, tally)
+    return reader(file.format)(storage, file, source, limit, tally)

@@ -8,25 +8,16 @@ from collections.abc import Iterator
 
 from mhmoe_ray.data.sources.compression import decompressed
 from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, RawFile, Reason, Tally
-from mhmoe_ray.data.sources.jsonl import BOM
 from mhmoe_ray.data.sources.lines import lines
+from mhmoe_ray.data.sources.records import BOM
 from mhmoe_ray.data.sources.storage import Storage
+from mhmoe_ray.spec import SourceSpec
 
 
-def read_text(
-    storage: Storage, file: RawFile, delimiter: str | None, limit: int, tally: Tally
-) -> Iterator[Document | BadLine]:
-    """The documents of a text file.
-
-    Args:
-        storage: where the file is.
-        file: which one.
-        delimiter: the line that ends a document; None makes the file a document.
-        limit: of a document, in bytes.
-        tally: whose `bytes_read` is kept up to date.
-    """
+def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+    """See `formats.Read`."""
     part = _Part(file.path, limit)
-    end = None if delimiter is None else delimiter.encode()
+    end = None if source.delimiter is None else source.delimiter.encode()
     number = 0
     try:
         for number, line in enumerate(lines(decompressed(storage.chunks(file, tally), file.path), limit), start=1):

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.data.sources.columns import ERRORS, open_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
-from mhmoe_ray.data.sources.jsonl import Record, document_of, read_records
+from mhmoe_ray.data.sources.records import Record, document_of, read_records
 from mhmoe_ray.data.sources.signals import Rule, rules_of
 from mhmoe_ray.data.sources.storage import Storage, one_line
-from mhmoe_ray.spec import FilterSpec
+from mhmoe_ray.spec import FilterSpec, SourceSpec
 
 TEXT_FIELD = "raw_content"
 NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz")
@@ -56,19 +56,10 @@ class Beside(NamedTuple):
         return [path for path, is_wanted in wanted.items() if is_wanted]
 
 
-def read_redpajama_v2(
-    storage: Storage, file: RawFile, text_field: str, filters: FilterSpec, limit: int, tally: Tally
-) -> Iterator[Document | BadLine]:
-    """The documents that pass the filters; those that do not are counted in `tally.dropped`.
-
-    Args:
-        storage: where the file and those beside it are.
-        file: of documents.
-        text_field: the key that holds the text.
-        filters: what is kept.
-        limit: of a line, in bytes.
-        tally: whose `bytes_read` and `dropped` are kept up to date.
-    """
+def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+    """The documents that pass the source's filters; those that do not are counted in `tally.dropped`. See
+    `formats.Read`."""
+    text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
     beside = Beside.of(file.path)
     rules = rules_of(filters)
     signals = _Signals(storage, beside.signals, limit) if rules else None

@@ -1,4 +1,4 @@
-"""JSON lines: RedPajama-1T's seven domains and most other corpora. One object a line; blank lines are passed over.
+"""Records of files of JSON lines: one object a line; blank lines are passed over.
 
 A line is read by orjson; what that refuses gets a second opinion of the standard library, which also takes NaN, a lone
 surrogate outside of the text, and a byte order mark.
@@ -22,14 +22,6 @@ class Record(NamedTuple):
     line: int
     fields: Any
     """Any JSON value: whether it is an object with a text is the reader's question."""
-
-
-def read_jsonl(
-    storage: Storage, file: RawFile, text_field: str, limit: int, tally: Tally
-) -> Iterator[Document | BadLine]:
-    """The documents of a file of JSON lines; arguments as of `read_records`, and the key that holds the text."""
-    for record in read_records(storage, file, limit, tally):
-        yield record if isinstance(record, BadLine) else document_of(record, text_field, file.path)
 
 
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
