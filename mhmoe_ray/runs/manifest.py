@@ -1,9 +1,16 @@
 """A checkpoint's manifest: written last, its presence is the commit.
 
-    checkpoints/step_00000200.3/      step 200, written by the third worker group of the run
-      weights/rank_00000.safetensors  what serving needs; a file for each rank that wrote, with slices of tensors
-      optim/rank_00000.safetensors    AdamW's two moments, in the same way
-      manifest.json                   what follows, as JSON
+    | in checkpoints/step_00000200.3/  | what                                          | written by    | read by      |
+    | -------------------------------- | --------------------------------------------- | ------------- | ------------ |
+    | weights/rank_00000.safetensors   | slices of tensors by name, float32; where one | each rank its | training,    |
+    |                                  | begins in its tensor is in the file's header  | even share    | serving      |
+    | optim/rank_00000.safetensors     | AdamW's two moments, `exp_avg` and            | likewise      | training     |
+    |                                  | `exp_avg_sq` of each name, likewise           |               |              |
+    | manifest.json                    | `Manifest` below: sizes and SHA-256 of all    | rank 0, when  | all, first   |
+    |                                  | these files, and what they go with            | all are there |              |
+
+It is of step 200, by the third worker group of the run. Without manifest.json, or where a file is missing, is one too
+many, or has another size or hash than there, it does not count (`read_manifest`).
 
 A directory is never written twice: readers take every *.safetensors they find, so files of two saves in one folder
 would load as a silent mix. For the same reason a folder must hold exactly the manifest's files.

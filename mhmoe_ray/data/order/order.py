@@ -3,6 +3,18 @@
 A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
 positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
+| what                                  | depends on                                              | where          |
+| ------------------------------------- | ------------------------------------------------------- | -------------- |
+| the samples of a domain, and their    | its files' names and text, tokenizer, T, packing, which | data/prepare/  |
+| numbers from 0                        | documents are held out                                  |                |
+| weights of domains in each phase      | the spec's mixture, numbers of samples, steps * M * b   | mixture.py     |
+| the domain at a position              | seed, weights of its phase                              | interleave.py  |
+| that domain's slot there, n           | how often it was dealt before, over all phases          | interleave.py  |
+| the sample of slot n                  | seed, name and size of the domain, n                    | permutation.py |
+| the rank that reads a position        | world, b: micro-batch m is rank m mod world's           | data/stream.py |
+
+So the text of a step is the same at any number of workers.
+
 Which domain: a phase of the training has whole-number weights and deals positions by them (interleave.py), from a
 seeded place of that sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain
 within 6.72; a phase as long as its weights together reads exactly its weights.
