@@ -24,6 +24,10 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # A core for each lane; what it starts may compute with more threads, which do not spin while they wait.
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if config.getoption("--hypothesis-profile") is None:
         hypothesis.settings.load_profile("house")
     if not torch.cuda.is_available():
