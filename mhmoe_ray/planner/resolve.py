@@ -14,7 +14,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.families import SizeName
 from mhmoe_ray.planner.match import MOST, SOLVED, MatchSpec, solve
 from mhmoe_ray.planner.preset import Preset, Tree
-from mhmoe_ray.planner.presets import find_preset, origin
+from mhmoe_ray.planner.preset_names import find_preset, origin
 from mhmoe_ray.planner.width import dense_width
 from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
 from mhmoe_ray.spec.base import Section

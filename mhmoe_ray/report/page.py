@@ -4,13 +4,14 @@ import io
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from mhmoe_ray import pictures
-from mhmoe_ray.errors import RunError
+from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
@@ -40,7 +41,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 
     Raises:
         RunError: no run has numbers yet, or there is no such baseline.
-        DataError: matplotlib or scipy is not installed.
+        DataError: matplotlib or scipy is not installed, or the folder cannot be written.
     """
     read = [one for run in runs if (one := RunFigures.read(run)).lines]
     if not read:
@@ -56,7 +57,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     step = matched_step(found)
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
     counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with pictures.style():
         figures = {name: _written(figure, folder / f"{name}.png") for name, figure in _figures(found, first, counted)}
     page = (
@@ -80,8 +82,17 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             uncounted=[name for name, r in counted.items() if r.activated is None],
         )
     )
-    (folder / PAGE).write_text(page)
+    with _writing(folder):
+        (folder / PAGE).write_text(page)
     return verdicts
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"report {folder}", e.strerror or str(e), "name a folder you can write") from e
 
 
 def _environment() -> Environment:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mhmoe_ray.errors import RunError
+from mhmoe_ray.errors import DataError, RunError
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, all_stored, store
 from mhmoe_ray.evaluate.score import Score
@@ -246,6 +246,12 @@ def test_use_of_experts_is_compared_threshold_by_threshold():
         "use, and else as many"
     )
     assert compared_use("smoe", "mhmoe", Routes(None, "", None, [], None, None), routes(1.0)) is None
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="report .*file/out: Not a directory; name a folder you can write"):
+        write_report(six(tmp_path), tmp_path / "file" / "out")
 
 
 def test_mistakes(tmp_path):
