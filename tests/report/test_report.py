@@ -250,7 +250,7 @@ def test_use_of_experts_is_compared_threshold_by_threshold():
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="report .*file/out: Not a directory; name a folder you can write"):
+    with pytest.raises(DataError, match=r"report .*file/out: Not a directory; name a folder you can write"):
         write_report(six(tmp_path), tmp_path / "file" / "out")
 
 
