@@ -12,7 +12,7 @@ import torch
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.layout import RunDir, list_runs
 from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
@@ -169,6 +169,7 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):
     schedule = {"steps": 300, "validate_every": 100, "checkpoint_every": 100}
     write_spec(corpus, model={"document_masks": True}, train=schedule)
+    before = {r.id for r in list_runs(corpus / "runs")}
     follower = subprocess.Popen(
         command("submit", "spec.yaml"),
         cwd=corpus,
@@ -178,7 +179,7 @@ def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local
         # As from a terminal: a test run in the background hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    run = wait_until(lambda: (r := newest(corpus)).spec().train.steps == 300 and r, "the run")
+    run = wait_until(lambda: next((r for r in list_runs(corpus / "runs") if r.id not in before), None), "the run")
     wait_until(lambda: step_of(run) >= 20, "step 20")
     follower.send_signal(signal.SIGINT)  # Ctrl-C detaches
     _, err = follower.communicate(timeout=30)
