@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.common import JsonOption, in_bytes, note, number_table, out, print_json
+from mhmoe_ray.cli.common import JsonOption, in_bytes, in_seconds, note, number_table, out, print_json
 
 
 def dispatch(
@@ -33,7 +33,7 @@ def dispatch(
         sizes = (f.moe.heads, f.moe.experts, f.moe.top_k, f.width)
         sent = (in_bytes(round(f.flat.bytes)), in_bytes(round(f.hierarchical.bytes)))
         ratios = (f.hierarchical.bytes / f.flat.bytes, f.expected.hierarchical / f.expected.flat)
-        times = (tables.in_seconds(f.flat.median), tables.in_seconds(f.hierarchical.median))
+        times = (in_seconds(f.flat.median), in_seconds(f.hierarchical.median))
         time_ratio = f"{f.hierarchical.median / f.flat.median:.2f}"
         rows.append([f.name, *map(str, sizes), *sent, *(f"{r:.3f}" for r in ratios), *times, time_ratio])
     columns = ["", "h", "E", "k", "D", "flat", "hierarchical", "ratio", "expected", "flat", "hierarchical", "ratio"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from mhmoe_ray.cli.common import in_bytes
+from mhmoe_ray.cli.common import in_bytes, in_seconds, number_table
 
 if TYPE_CHECKING:
     from mhmoe_ray.bench import checkpoints as checkpoints_
@@ -48,7 +48,7 @@ def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
         kept = "" if f.kept is None else in_bytes(f.kept)
         rows.append((f.name, *map(str, sizes), in_seconds(f.median), *ratios, in_bytes(f.peak), kept))
     columns = ("layer", "E", "k", "f", "median", "to dense", "to SMoE", "peak memory", "kept for backward")
-    return _table(columns, rows)
+    return number_table(columns, rows, names=columns[:1])
 
 
 def steps(figures: Sequence["steps_.Figures"]) -> Table:
@@ -61,7 +61,7 @@ def steps(figures: Sequence["steps_.Figures"]) -> Table:
         size = (*map(str, (moe.experts, moe.top_k, moe.d_expert)), f"{f.parameters:,}")
         speed = (in_seconds(f.median), f"{f.tokens_a_second:,.0f}")
         rows.append((f.name, *size, *speed, f"{f.to_smoe:.3f}", f"{f.paper:.3f}"))
-    return _table(columns, rows)
+    return number_table(columns, rows, names=columns[:1])
 
 
 def answers(figures: "Sequence[Rates]") -> Table:
@@ -73,7 +73,7 @@ def answers(figures: "Sequence[Rates]") -> Table:
         first = in_seconds(median(f.first)) if f.first else ""
         rows.append((str(f.clients or "random"), f.name, f"{f.rate:,.0f}", first, ratios))
     rows.sort(key=lambda row: int(row[0]) if row[0].isdigit() else 0)
-    return _table(("clients", "", "tokens/s", "first token", "rate"), rows)
+    return number_table(("clients", "", "tokens/s", "first token", "rate"), rows, names=("clients", ""))
 
 
 def checkpoints(figures: "checkpoints_.Figures") -> Table:
@@ -89,7 +89,7 @@ def checkpoints(figures: "checkpoints_.Figures") -> Table:
     rows = [(name, in_seconds(median(found)), f"{median(found) / whole:.3f}") for name, found in named.items()]
     if figures.extra is not None and figures.extra_to_state is not None:
         rows.append(("memory, of the state's", in_bytes(figures.extra), f"{figures.extra_to_state:.3f}"))
-    return _table(("", "median", "to torch.save"), rows)
+    return number_table(("", "median", "to torch.save"), rows)
 
 
 def swept(sweep: "Sweep") -> Iterable[Part]:
@@ -104,8 +104,8 @@ def swept(sweep: "Sweep") -> Iterable[Part]:
         grown = f"{sweep.growth[name]:.2f}" if name in sweep.growth else ""
         times.append((name, *(_mark(f, f and in_seconds(f.median)) for f in cells), grown))
         peaks.append((name, *(_mark(f, f and in_bytes(f.peak)) for f in cells)))
-    yield f"median time over {sweep.over}", _table([sweep.over, *points, growth], times)
-    yield f"peak memory over {sweep.over}", _table([sweep.over, *points], peaks)
+    yield f"median time over {sweep.over}", number_table([sweep.over, *points, growth], times, names=[sweep.over])
+    yield f"peak memory over {sweep.over}", number_table([sweep.over, *points], peaks, names=[sweep.over])
     if any(f.extrapolated for figures in sweep.points.values() for f in figures):
         yield "~ not measured: drawn on from fewer rows by the law of static routing's masks, a T + b T^2"
 
@@ -123,7 +123,7 @@ def paper(figures: Sequence["Figures"]) -> Part:
         "Beside the first paper's own throughput. Its figures are of whole models in training on 8 RTX 3090, its h is\n"
         "not stated; ours are of one layer here, so that all beside the layer, which evens ratios out, is not in them."
     )
-    return title, _table(columns, rows)
+    return title, number_table(columns, rows, names=("layer", "the paper's model"))
 
 
 def not_measured(absent: Sequence["Absent"]) -> Iterable[str]:
@@ -131,25 +131,7 @@ def not_measured(absent: Sequence["Absent"]) -> Iterable[str]:
         yield "\n".join(f"not measured: {a.name}: {a.why}" for a in absent)
 
 
-def in_seconds(seconds: float) -> str:
-    """Three digits and a unit: 48.1 ms."""
-    if seconds < 0.9995:
-        milli = seconds * 1e3
-        return f"{milli:.0f} ms" if milli >= 99.95 else f"{milli:.3g} ms"
-    return f"{seconds:.3g} s"
-
-
 def _mark(figures: "Figures | None", text: str | None) -> str:
     if figures is None or text is None:
         return ""
     return f"~{text}" if figures.extrapolated else text
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    texts = ("layer", "the paper's model")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or column in texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

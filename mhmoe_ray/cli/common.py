@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,11 +116,21 @@ def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
     return table
 
 
-def number_table(columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
-    """Names at the left, numbers at the right."""
+def number_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True, names: Collection[str] = ()
+) -> Table:
+    """Names at the left, numbers at the right.
+
+    Args:
+        columns: titles; the first is of names where it has none.
+        rows: cells.
+        header: whether titles are shown.
+        names: titles of other columns that hold names.
+    """
     table = Table(show_header=header, box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 and not column else "right", no_wrap=True)
+        is_name = column in names or (i == 0 and not column)
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -150,3 +160,16 @@ def in_bytes(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def in_digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def in_seconds(seconds: float) -> str:
+    """Three digits and a unit: 48.1 ms."""
+    for unit, in_one in (("us", 1e6), ("ms", 1e3)):
+        if seconds * in_one < 999.5:
+            return f"{in_digits(seconds * in_one)} {unit}"
+    return f"{in_digits(seconds)} s"

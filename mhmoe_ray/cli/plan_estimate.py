@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mhmoe_ray.cli.common import in_bytes, number_table
+from mhmoe_ray.cli.common import in_bytes, in_digits, in_seconds, number_table
 from mhmoe_ray.placement.layout import Layout
 from mhmoe_ray.planner.estimate import Estimate, estimate, seconds
 from mhmoe_ray.planner.links import Links
@@ -66,17 +66,6 @@ def cost(spec: RunSpec, found: Estimate) -> str:
     return f"about {hours}, on {gpus:,} of them (estimated, not checked)"
 
 
-def in_digits(value: float) -> str:
-    """Three of them."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def in_seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} us"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:,.2f} s"
-
-
 def _figures(found: Estimate) -> dict[str, float]:
     return {
         "seconds_in_turn": found.in_turn,
@@ -125,14 +114,9 @@ def _traffic(spec: RunSpec, layout: Layout) -> Table:
 
 
 def _parts(found: Estimate) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("time", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("bound by")
-    for time in [*found.computing, *found.exchanging]:
-        table.add_row(time.name, in_seconds(time.seconds), f"{time.seconds / found.in_turn:.1%}", time.bound)
-    return table
+    every = [*found.computing, *found.exchanging]
+    rows = [(t.name, in_seconds(t.seconds), f"{t.seconds / found.in_turn:.1%}", t.bound) for t in every]
+    return number_table(["", "time", "share", "bound by"], rows, names=["bound by"])
 
 
 def _step(spec: RunSpec, found: Estimate) -> Table:
