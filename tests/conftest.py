@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -37,15 +38,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(scope="session")
-def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A local cluster with 8 logical CPUs, in a home of its own that MHMOE_HOME names for the whole session."""
+@contextmanager
+def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """MHMOE_HOME, and nothing that a user's environment says of clusters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MHMOE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("MHMOE_HOME", str(home))
         for name in OF_THE_USER:
             patch.delenv(name, raising=False)
         # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A local cluster with 8 logical CPUs, in a home of its own that MHMOE_HOME names for the whole session."""
+    with home_of_its_own(tmp_path_factory.mktemp("home")):
         try:
             yield start_local(8)
         finally:

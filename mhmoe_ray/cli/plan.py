@@ -126,8 +126,8 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
     """
     from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.cli.plan_estimate import cost
+    from mhmoe_ray.planner.find_preset import about
     from mhmoe_ray.planner.parity import parity
-    from mhmoe_ray.planner.preset_names import about
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
     from mhmoe_ray.planner.units import FLOAT32
     from mhmoe_ray.spec.cluster import STREAM_CPUS

@@ -23,7 +23,7 @@ def presets(
 ) -> None:
     """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
     from mhmoe_ray.errors import SpecError
-    from mhmoe_ray.planner.preset_names import every_preset
+    from mhmoe_ray.planner.find_preset import every_preset
 
     rows = [_row(name, size, preset) for name, size, preset in every_preset() if part in name]
     if not rows:

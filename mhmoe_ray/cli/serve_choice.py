@@ -9,7 +9,7 @@ from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
 from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
-from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, load_spec, parse_overrides
+from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, load_whole_spec, parse_overrides
 
 KEYS = "MHMOE_API_KEYS"
 
@@ -23,7 +23,7 @@ def chosen(
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
     if target and target.endswith(SPEC_SUFFIXES):
-        spec_file, whole = Path(target), load_spec(Path(target))
+        spec_file, whole = Path(target), load_whole_spec(Path(target))
         runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
         if not runs:
             raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")

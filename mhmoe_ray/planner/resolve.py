@@ -12,9 +12,9 @@ from typing import Any
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.families import SizeName
+from mhmoe_ray.planner.find_preset import find_preset, origin
 from mhmoe_ray.planner.match import MOST, SOLVED, MatchSpec, solve
 from mhmoe_ray.planner.preset import Preset, Tree
-from mhmoe_ray.planner.preset_names import find_preset, origin
 from mhmoe_ray.planner.width import dense_width
 from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
 from mhmoe_ray.spec.base import Section
@@ -34,7 +34,7 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         overrides: `key.path=value` strings, for shorthands too.
 
     Raises:
-        SpecError: as `load_spec`; or there is no such preset, or a match has no solution.
+        SpecError: as `load_whole_spec`; or there is no such preset, or a match has no solution.
     """
     what = f"spec {path}"
     tree = read_tree(path, overrides)

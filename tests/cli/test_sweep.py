@@ -18,7 +18,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.sweep.job import _prepare
+from mhmoe_ray.sweep.scheduler import _prepare
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.preset_names import every_preset
+from mhmoe_ray.planner.find_preset import every_preset
 from mhmoe_ray.planner.resolve import models_of, resolve_spec
 from mhmoe_ray.spec import dump_spec
 
@@ -162,6 +162,6 @@ def test_nothing_of_torch_is_needed():
 
 
 def test_specs_that_name_no_preset_are_read_as_they_are():
-    from mhmoe_ray.spec import load_spec
+    from mhmoe_ray.spec import load_whole_spec
 
-    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_spec(Path("jobs/quickstart.yaml"))
+    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_whole_spec(Path("jobs/quickstart.yaml"))

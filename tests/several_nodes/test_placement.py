@@ -8,8 +8,8 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.runs.tensors import load_tensors
 from tests.cli.audit import assert_read_as_ordered
-from tests.several.alone import trained_alone
-from tests.several.runs import assert_as_planned, command, layout, submit, write
+from tests.several_nodes.alone import trained_alone
+from tests.several_nodes.runs import assert_as_planned, command, layout, submit, write
 from tests.watch import newest, started, wait_for_the_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -41,7 +41,7 @@ class Nodes:
         """
         self.head, self.address, self.environment = head, head.address, environment
         self._there: set[int] = set()
-        command = [sys.executable, "-m", "tests.several.helper", head.gcs_address]
+        command = [sys.executable, "-m", "tests.several_nodes.helper", head.gcs_address]
         with (head.folder / "helper.log").open("wb") as log:
             self._helper = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True

@@ -1,5 +1,4 @@
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +8,9 @@ import pytest
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.processes import MARK
-from tests.conftest import OF_THE_USER
+from tests.conftest import home_of_its_own
 from tests.data.texts import write_corpus
-from tests.several.nodes import SETTINGS, Nodes
+from tests.several_nodes.nodes import SETTINGS, Nodes
 
 
 @contextmanager
@@ -22,13 +21,9 @@ def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
         home: MHMOE_HOME of who starts it.
         elsewhere: that of who uses it.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        for name in OF_THE_USER:
-            patch.delenv(name, raising=False)
+    with home_of_its_own(home) as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
-        patch.setenv("MHMOE_HOME", str(home))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         head = start_local(1)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tokens.token_file())}
         patch.setenv("MHMOE_HOME", str(elsewhere))

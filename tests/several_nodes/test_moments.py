@@ -8,8 +8,8 @@ import pytest
 from mhmoe_ray.cluster import processes
 from mhmoe_ray.runs.layout import RunDir
 from tests.cli.run import mhmoe
-from tests.several.conftest import several
-from tests.several.runs import command, submit
+from tests.several_nodes.conftest import several
+from tests.several_nodes.runs import command, submit
 from tests.watch import started, step_of, wait_for_the_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

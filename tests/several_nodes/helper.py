@@ -1,4 +1,4 @@
-"""`python -m tests.several.helper ADDRESS`: does for a cluster what is asked on stdin, a JSON line each.
+"""`python -m tests.several_nodes.helper ADDRESS`: does for a cluster what is asked on stdin, a JSON line each.
 
 ["start", place, CPUs, labels]  start a node
 ["kill", place]                 its raylet, by SIGKILL; all else on the node dies of that

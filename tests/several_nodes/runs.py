@@ -7,7 +7,7 @@ from mhmoe_ray.placement.groups import Groups, expert_groups
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import Result, mhmoe
-from tests.several.nodes import Nodes
+from tests.several_nodes.nodes import Nodes
 from tests.specs import tiny_spec
 from tests.watch import newest
 

@@ -6,8 +6,8 @@ from mhmoe_ray.placement.groups import expert_groups
 from mhmoe_ray.runs import jsonl, metrics
 from mhmoe_ray.runs.layout import RunDir
 from tests.cli.audit import expected_streams
-from tests.several.alone import trained_alone
-from tests.several.runs import assert_as_planned, command, submit
+from tests.several_nodes.alone import trained_alone
+from tests.several_nodes.runs import assert_as_planned, command, submit
 from tests.watch import of_kind, started, step_of, wait_for_the_end, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
