@@ -38,7 +38,7 @@ def sweep(
     from mhmoe_ray.planner.sweep import planned_runs
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.spec import load_sweep
-    from mhmoe_ray.sweep import control
+    from mhmoe_ray.sweep import client
 
     if json and detach:
         raise typer.BadParameter("--json prints the table of a sweep that is followed: leave out --detach")
@@ -58,7 +58,7 @@ def sweep(
             show_plan(wanted, known.concurrent)
         return
     if stop:
-        for name in control.stop(place):
+        for name in client.stop(place):
             note.print(f"{name}: stopping after a checkpoint")
     elif not show:
         connection = _start(place, planned, wanted, size, known.concurrent, address)
@@ -98,12 +98,12 @@ def _start(
     address: str | None,
 ) -> "Connection":
     """Check all that can be checked now, and submit the job that starts runs."""
-    from mhmoe_ray.sweep import control
+    from mhmoe_ray.sweep import client
 
     specs = [run.spec for run in wanted]
     for spec in {spec.data.prepared: spec for spec in specs}.values():
         connecting.check_data(spec)
-    control.define(place, planned, [run.name for run in wanted], size, concurrent)
+    client.define(place, planned, [run.name for run in wanted], size, concurrent)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
     connection = connecting.cluster_for(specs[0].cluster, needed, cpus, address)
@@ -111,7 +111,7 @@ def _start(
     again = len(names & started.keys())
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)
-    control.submit(place, connection, retry=True)
+    client.submit(place, connection, retry=True)
     return connection
 
 

@@ -48,7 +48,7 @@ def follow(place: "SweepDir", connection: "Connection") -> None:
         ClusterError: the cluster does not answer any more.
     """
     from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.sweep import control
+    from mhmoe_ray.sweep import client
 
     restarts, asked, patience = 0, time.monotonic(), Patience(say)
     hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
@@ -57,16 +57,16 @@ def follow(place: "SweepDir", connection: "Connection") -> None:
         while True:
             over = view.refresh()
             if over or time.monotonic() - asked > ASK_SECONDS:
-                alive = patience.ask(lambda: control.is_alive(place), not over)
+                alive = patience.ask(lambda: client.is_alive(place), not over)
                 asked = time.monotonic()
                 if not alive:
                     if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
                         return
-                    if error := control.own_error(place):
+                    if error := client.own_error(place):
                         raise error
                     restarts += 1
                     note.print("the job that starts the runs has ended; it is started again")
-                    control.submit(place, connection, retry=False)
+                    client.submit(place, connection, retry=False)
             time.sleep(POLL_SECONDS)
 
 

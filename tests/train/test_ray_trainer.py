@@ -1,5 +1,5 @@
-"""What ray_trainer.py, retries.py, elastic.py and preemption.py hold on to inside Ray 2.60; tests/several_nodes has them
-at work."""
+"""What ray_trainer.py, retries.py, elastic.py and preemption.py hold on to inside Ray 2.60; tests/several_nodes has
+them at work."""
 
 import inspect
 import pickle
