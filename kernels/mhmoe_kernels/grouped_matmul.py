@@ -50,5 +50,5 @@ def _gelu_subln(
         return matmul(one_R8, F.pad(v_EF[..., None], (0, 7)))
 
     hidden_RF = matmul(x_RD, fc1_EFD) + to_rows(fc1_bias_EF)
-    normed_RF = F.layer_norm(F.gelu(hidden_RF.float()).to(x_RD.dtype), hidden_RF.shape[1:], eps=eps)
+    normed_RF = F.layer_norm(F.gelu(hidden_RF), hidden_RF.shape[1:], eps=eps)
     return matmul(normed_RF * to_rows(norm_weight_EF) + to_rows(norm_bias_EF), fc2_EDF) + to_rows(fc2_bias_ED)

@@ -3,7 +3,8 @@
 On a CPU a product of a new number of rows costs up to half of its time more: its kernel is compiled for the shape, and
 kept among the last 1,024 that were. Experts get other numbers of rows in each step, so these shapes would never end.
 So a piece runs on a window of rows that is rounded up, by 3 per cent at most, and reaches into the rows of the next
-expert; near the end of all rows, where there is no next one, it is cut in two.
+expert; near the end of all rows, where there is no next one, it is cut in two. What is not finite in those rows reaches
+this expert's gradients too, as zero times it is not zero: they are lost together.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1024
-"""Rows that go through an expert at a time where the hidden layer is not kept."""
+"""Rows that go through an expert at a time, at most, where the hidden layer is not kept or is to stay in the cache."""
 
 CACHE = 4 << 20
 """Bytes of hidden rows that go through at a time where they shall stay in a CPU's cache. Of 1 to 8 MB the fastest for
@@ -33,6 +34,8 @@ class Piece(NamedTuple):
     """Rows of the window, at least `rows`."""
     first: bool
     """Whether none of this expert came before."""
+    last: bool
+    """Whether none of it comes after."""
     kept: bool
     """Whether their hidden rows are kept from forward to backward."""
 
@@ -68,7 +71,7 @@ def _pieces(counts: list[int], kept: int, rounded: bool, most_kept: int, most: i
             room = -(-rows // step) * step
             if start + room > total:
                 rows = room = rows // step * step
-            yield Piece(expert, start, rows, room, start == begin, keep)
+            yield Piece(expert, start, rows, room, start == begin, start + rows == end, keep)
             start += rows
 
 
@@ -78,9 +81,27 @@ def hidden_rows(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> l
     return [x_RD.new_empty(rows, width) for _ in range(number)]
 
 
-def add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """into += a b, or into = a b for an expert's first piece."""
-    if first:
-        torch.mm(a, b, out=into)
-    else:
-        into.addmm_(a, b)
+class SumOfProducts:
+    """Of the pieces of each expert in turn, rounded once: narrow numbers are added up in float32."""
+
+    def __init__(self, like_EOI: Tensor) -> None:
+        """Args:
+        like_EOI: of whose shape and dtype it is.
+        """
+        self.total_EOI = torch.empty_like(like_EOI)
+        """Of experts that have a piece, once their last one was added."""
+        narrow = like_EOI.element_size() < 4
+        self._wide_OI = like_EOI.new_empty(like_EOI.shape[1:], dtype=torch.float32) if narrow else None
+
+    def add(self, piece: Piece, a_OP: Tensor, b_PI: Tensor) -> None:
+        into = self.total_EOI[piece.expert]
+        if piece.first and (piece.last or self._wide_OI is None):
+            torch.mm(a_OP, b_PI, out=into)
+        elif self._wide_OI is None:
+            into.addmm_(a_OP, b_PI)
+        elif piece.first:
+            self._wide_OI.copy_(torch.mm(a_OP, b_PI))
+        else:
+            self._wide_OI += torch.mm(a_OP, b_PI)
+            if piece.last:
+                into.copy_(self._wide_OI)

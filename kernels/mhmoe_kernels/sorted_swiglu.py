@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.pieces import add_product, hidden_rows, pieces
+from mhmoe_kernels.pieces import SumOfProducts, hidden_rows, pieces
 
 
 def swiglu_sorted(
@@ -27,10 +27,9 @@ def swiglu_sorted(
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
         counts: rows per expert, adding up to R.
         gate_EFD, up_EFD, down_EDF: the experts.
-        recompute: share of the rows whose hidden layer is not kept for the backward. In bfloat16 the gradient of an
-            expert's weights is then rounded once per `PIECE` of these rows.
+        recompute: share of the rows whose hidden layer is not kept for the backward.
     """
-    return _swiglu(x_RD, counts, recompute, gate_EFD, up_EFD, down_EDF)
+    return _swiglu(x_RD, counts, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -61,8 +60,8 @@ class _SwiGLU(torch.autograd.Function):
         x_RD, gate_EFD, up_EFD, down_EDF, *kept = ctx.saved_tensors
         dout_RD = dout_RD.contiguous()
         dx_RD = torch.empty_like(x_RD)
-        gradients = [torch.empty_like(w) for w in (gate_EFD, up_EFD, down_EDF)]
-        dgate_EFD, dup_EFD, ddown_EDF = gradients
+        sums = [SumOfProducts(w) for w in (gate_EFD, up_EFD, down_EDF)]
+        of_gate, of_up, of_down = sums
         width = gate_EFD.shape[1]
         passing = hidden_rows(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
         scratch = hidden_rows(3, x_RD, width, ctx.pieces)
@@ -79,13 +78,14 @@ class _SwiGLU(torch.autograd.Function):
             hidden[beyond].zero_()
             torch.mm(dout, down_EDF[e], out=dhidden)
             dhidden[beyond].zero_()  # and so dup and dgate there
-            add_product(ddown_EDF[e], dout.T, hidden, piece.first)
+            of_down.add(piece, dout.T, hidden)
             dup = silu.mul_(dhidden)
             dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=hidden)
-            add_product(dup_EFD[e], dup.T, x, piece.first)
-            add_product(dgate_EFD[e], dgate.T, x, piece.first)
+            of_up.add(piece, dup.T, x)
+            of_gate.add(piece, dgate.T, x)
             torch.mm(dgate, gate_EFD[e], out=dx_RD[at])
             dx_RD[at].addmm_(dup, up_EFD[e])
+        gradients = [s.total_EOI for s in sums]
         for idle in set(range(len(gate_EFD))) - {piece.expert for piece in ctx.pieces}:
             for gradient in gradients:
                 gradient[idle].zero_()
