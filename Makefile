@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
-# Two lanes of tests, a file whole in one of them, in this order; each lane has a Ray cluster of its own.
+# Two lanes of tests, each with a Ray cluster of its own. The files of tests go to whichever is free, in their order.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check render clean
@@ -32,7 +32,7 @@ explore: .venv/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system and not soak"
 
 test-full: check
-	$(BIN)/python -m pytest $(LANES) -m "not system and not soak"
+	$(BIN)/python -m pytest -m "not system and not soak"
 
 test-system: .venv/installed-dev test-vllm
 	$(BIN)/python -m pytest -m system

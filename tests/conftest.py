@@ -1,4 +1,4 @@
-"""The one Ray cluster that all tests share."""
+"""The Ray cluster that all tests of a lane share, and which tests share a lane."""
 
 import os
 import sys
@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
@@ -18,8 +20,9 @@ __all__ = ["local_cluster", "s3"]
 
 OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
-# The same examples each time, so that only a change can make a test fail; `make explore` draws new ones. No deadline: a
-# busy machine is no failure.
+# The same examples each time, so that only a change can make a test fail; but for constants of our own modules, which
+# hypothesis draws too, of those that a lane has imported by then. `make explore` draws new ones. No deadline: a busy
+# machine is no failure.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 
@@ -36,6 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     # Ray's job client passes ssl=None to aiohttp when it follows logs.
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
+
+
+class Lanes(LoadFileScheduling):
+    """A file of tests stays whole in a lane, and these folders do: their clusters would be too many at once."""
+
+    FOLDERS = ("tests/several_nodes/", "tests/faults/")
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((folder for folder in self.FOLDERS if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    return Lanes(config, log)
 
 
 @contextmanager

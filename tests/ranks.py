@@ -6,7 +6,6 @@ nothing, and so has no threads that a fork would lose.
 
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from mhmoe_ray.cluster.spawn import free_ports
 
 multiprocessing.set_forkserver_preload(["tests.train.jobs"])
 
@@ -25,7 +26,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     A failure of any rank ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = (dict(os.environ), world, _free_port(), folder, function, args)
+        given = (dict(os.environ), world, free_ports(1)[0], folder, function, args)
         mp.start_processes(_rank, given, nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -49,10 +50,3 @@ def _rank(
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

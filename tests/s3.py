@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from mhmoe_ray.cluster.spawn import free_ports
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
@@ -20,9 +22,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileS
     missing = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: see the dev extra")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    [port] = free_ports(1)
     log = tmp_path_factory.mktemp("s3") / "log"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:

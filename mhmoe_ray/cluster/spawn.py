@@ -67,6 +67,8 @@ def spawn(cpus: int) -> LocalCluster:
     command += [f"--temp-dir={cluster.ray_folder}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--port={gcs}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={board}"]
     command += [f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0"]
+    # Of workers any that the system gives: two clusters would hand out the same ones of 10002 to 19999.
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
     if not _shared_memory_holds(OBJECT_STORE_BYTES):
         command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
     environment = {k: v for k, v in os.environ.items() if k not in _FOREIGN} | {
@@ -110,7 +112,8 @@ def _shared_memory_holds(size: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports outside those of Ray's workers (10002 to 19999) and those that the system gives out (from 32768)."""
+    """Ports outside those of other clusters' workers (10002 to 19999) and those that the system gives out (from
+    32768)."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20000, 30000), 1000):
         with socket.socket() as s:

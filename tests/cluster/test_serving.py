@@ -8,6 +8,7 @@ import requests
 from mhmoe_ray.cluster import dashboard, serving
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.jobs import with_packages
+from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
 from tests.cli.run import assert_one_line, mhmoe
 
@@ -21,9 +22,7 @@ def connection(local_cluster):
 
 @pytest.fixture(scope="module")
 def port():
-    with socket.socket() as s:
-        s.bind((HOST, 0))
-        return s.getsockname()[1]
+    return free_ports(1)[0]
 
 
 def _app(name, word):

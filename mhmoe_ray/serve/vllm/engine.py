@@ -28,7 +28,7 @@ from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, S
 from mhmoe_ray.serve.engine.stats import Stats
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine, Ticket
 from mhmoe_ray.serve.engine.turns import Turns
-from mhmoe_ray.serve.vllm.folder import FORMAT, write_folder
+from mhmoe_ray.serve.vllm.folder import FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
 
 FIRST = Request((0,), Sampling(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
@@ -52,16 +52,18 @@ class VllmEngine(ThreadedEngine[_Asked]):
     ) -> None:
         """Args:
         checkpoint: inside its run directory, already looked at.
-        manifest: the checkpoint's, of a model that vLLM has layers for (`check_fits`).
+        manifest: the checkpoint's.
         ends: tokens that end an answer and are no part of it.
         known: tokens that the tokenizer has.
         spec: sizes; `max_waiting` is the queue's.
 
         Raises:
+            ServeError: vLLM has no layers for this model.
             EngineError: vLLM does not start; the reason says why.
         """
         super().__init__(manifest.seq_len, spec.max_waiting)
         self._on_cpu = current_platform.is_cpu()
+        check_fits(manifest.model, self._on_cpu)
         self._checkpoint, self._manifest, self._ends, self._known = checkpoint, manifest, ends, known
         self._spec, self._most = spec, spec.max_concurrency
         self._turns = Turns[_Asked]()
