@@ -1,4 +1,4 @@
-"""The engines that `serve.engine` names, each from a checkpoint: where one is added, and in `spec/serve.py` its word."""
+"""The engines that `serve.engine` names, each from a checkpoint. One is added here, and its word in `spec/serve.py`."""
 
 from importlib.util import find_spec
 
