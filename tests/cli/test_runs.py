@@ -167,7 +167,7 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
 
 
 def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local_cluster):
-    schedule = {"steps": 300, "validate_every": 100, "checkpoint_every": 100}
+    schedule = {"steps": 150, "validate_every": 50, "checkpoint_every": 50}
     write_spec(corpus, model={"document_masks": True}, train=schedule)
     before = {r.id for r in list_runs(corpus / "runs")}
     follower = subprocess.Popen(
@@ -189,14 +189,14 @@ def test_a_stopped_run_goes_on_with_fewer_workers_where_it_stopped(corpus, local
     stopped = mhmoe(corpus, "stop", run.id)
     assert stopped.out == f"run {run.id} stopped\n", stopped
     at = step_of(run)
-    assert 20 <= at < 300
+    assert 20 <= at < 150
     assert mhmoe(corpus, "status", run.id, "--json").json()["checkpoint"]["step"] == at
 
     resumed = mhmoe(corpus, "resume", run.id, "--set", "cluster.workers=1", "--set", "cluster.ep=1")
     assert resumed.code == 0, resumed.err
     assert f"training from step {at} on 1 workers, dp 1 x ep 1" in resumed.err
     assert_read_as_ordered(run)
-    assert metrics.last(run)[metrics.TOKENS] == 300 * run.spec().tokens_per_step
+    assert metrics.last(run)[metrics.TOKENS] == 150 * run.spec().tokens_per_step
 
 
 def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):

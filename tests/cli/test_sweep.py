@@ -107,17 +107,19 @@ def test_text_that_the_job_cannot_prepare_ends_the_sweep_in_one_line(project, lo
 
 @pytest.mark.ray
 def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
-    write_sweep(project, runs={"dense": DENSE, "wrong": {"train.on_nonfinite": "stop", "train.lr": 1e30}})
+    diverging = {"train.on_nonfinite": "stop", "train.lr": 1e30}
+    write_sweep(project, runs={"dense": DENSE, "wrong": diverging}, concurrent=2)
     first = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
     assert len(list_runs(project / "runs")) == 2
-    again = mhmoe(project, "sweep", "sweep.yaml")
+    write_sweep(project, runs={"dense": DENSE, "wrong": diverging, "h1": ONE_HEAD}, concurrent=2)
+    again = mhmoe(project, "sweep", "sweep.yaml", "--only", "wrong,h1")
     assert_one_line_after_progress(again, 9, "wrong-s0 failed")
     wrong = sweep_dir(project / "runs", "heads-small").runs()["wrong-s0"]
     assert [e["event"] for e in events.events(wrong)].count("submitted") == 2  # what failed is tried again
-    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
-    rows = {row["variant"]: row for row in mhmoe(project, "sweep", "sweep.yaml", "--only", "h1", "--json").json()}
     # What was started before stays in the table, and what is finished stays finished.
+    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
+    rows = {row["variant"]: row for row in mhmoe(project, "sweep", "sweep.yaml", "--show", "--json").json()}
     assert {name: row["states"] for name, row in rows.items()} == {
         "h1": {"finished": 1},
         "dense": {"finished": 1},

@@ -30,7 +30,7 @@ def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
     defaults: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.1, "moe": moe},
         "train": {"validate_every": 40, "checkpoint_every": 5},
-        "cluster": {"workers": 2, "ep": 2, "max_failures": 1000, "hang_seconds": 15},
+        "cluster": {"workers": 2, "ep": 2, "max_failures": 1000},
     }
     write_spec(folder, **{k: {**defaults.get(k, {}), **sections.get(k, {})} for k in {*defaults, *sections}})
 

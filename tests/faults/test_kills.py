@@ -18,8 +18,8 @@ from tests.watch import is_over, of_kind, started, step_of, wait_for_the_end, wa
 pytestmark = pytest.mark.ray
 
 
-def hurt(project, steps=120, **train):
-    harness.spec_in(project, train={"steps": steps, **train})
+def hurt(project, steps=120, cluster=None, **train):
+    harness.spec_in(project, train={"steps": steps, **train}, cluster=cluster or {})
     return harness.submit(project)
 
 
@@ -44,7 +44,7 @@ def test_three_random_kills_change_nothing(project, reference):
 @pytest.mark.slow  # tests/train/test_watchdog.py has whom it chooses
 def test_a_rank_that_hangs_is_named_ended_and_costs_nothing(project, reference):
     """Stopped, so that it lives but neither computes nor answers; the other waits for it in an exchange."""
-    run = hurt(project)
+    run = hurt(project, cluster={"hang_seconds": 15})
     stopped = harness.workers(run, 1)[1]
     assert harness.kill(stopped["pid"], signal.SIGSTOP)
     at = step_of(run)

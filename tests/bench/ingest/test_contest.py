@@ -50,6 +50,7 @@ def test_every_other_round_is_in_reverse_order_and_ratios_are_by_round(monkeypat
     assert (ours.to_ours, theirs.to_ours) == (1, 4)  # of 1.5, 4 and 5
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 def test_datasets_makes_as_many_samples_but_for_ends(project):
