@@ -108,11 +108,11 @@ def test_text_that_the_job_cannot_prepare_ends_the_sweep_in_one_line(project, lo
 @pytest.mark.ray
 def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
     diverging = {"train.on_nonfinite": "stop", "train.lr": 1e30}
-    write_sweep(project, runs={"dense": DENSE, "wrong": diverging}, concurrent=2)
+    write_sweep(project, runs={"dense": DENSE, "wrong": diverging})
     first = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
     assert len(list_runs(project / "runs")) == 2
-    write_sweep(project, runs={"dense": DENSE, "wrong": diverging, "h1": ONE_HEAD}, concurrent=2)
+    write_sweep(project, runs={"dense": DENSE, "wrong": diverging, "h1": ONE_HEAD})
     again = mhmoe(project, "sweep", "sweep.yaml", "--only", "wrong,h1")
     assert_one_line_after_progress(again, 9, "wrong-s0 failed")
     wrong = sweep_dir(project / "runs", "heads-small").runs()["wrong-s0"]
@@ -154,7 +154,7 @@ def assert_one_line_after_progress(result, code, *parts):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_twelve_runs_survive_the_death_of_the_sweeps_job_and_of_workers(project, wide_cluster):
-    write_sweep(project, seeds=[0, 1, 2, 3], concurrent=2)
+    write_sweep(project, seeds=[0, 1, 2, 3])
     follower = subprocess.Popen(
         command("sweep", "sweep.yaml"), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -218,7 +218,7 @@ def test_a_stopped_sweep_starts_no_more_and_goes_on_where_it_was(project, local_
 def test_a_sweep_on_s3_is_trained_shown_and_found_finished(project, s3, wide_cluster):
     query, _ = s3  # whose credentials the cluster, started after it, has
     storage = f"s3://bucket/sweeps?{query}"
-    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD}, concurrent=2)
+    write_sweep(project, runs={"dense": DENSE, "h1": ONE_HEAD})
     words = ("sweep", "sweep.yaml", "--set", f"storage={storage}")
     done = mhmoe(project, *words)
     assert done.code == 0, done.err
