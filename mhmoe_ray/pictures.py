@@ -1,7 +1,7 @@
 """Pictures of one look, as files (extra `plots`)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +91,17 @@ def short(number: int) -> str:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(what: str, fix: str) -> Iterator[None]:
+    """Turns what storage refuses into a user's mistake.
+
+    Raises:
+        DataError: something could not be written.
+    """
     try:
         yield
     except OSError as e:
-        raise DataError(f"picture {path}", e.strerror or str(e), "name a file you can write") from e
+        raise DataError(what, e.strerror or str(e), fix) from e
+
+
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return writing(f"picture {path}", "name a file you can write")

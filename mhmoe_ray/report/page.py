@@ -4,14 +4,14 @@ import io
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from mhmoe_ray import pictures
-from mhmoe_ray.errors import DataError, RunError
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
@@ -87,12 +87,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     return verdicts
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise DataError(f"report {folder}", e.strerror or str(e), "name a folder you can write") from e
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return pictures.writing(f"report {folder}", "name a folder you can write")
 
 
 def _environment() -> Environment:
