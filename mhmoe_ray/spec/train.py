@@ -14,7 +14,8 @@ class TrainSpec(Section):
     micro_batch_size: PositiveInt
     """b: sequences in one micro-batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast for matrix products; weights, router and loss stay float32."""
+    """bfloat16: autocast for matrix products; weights, router and loss stay float32. On a CPU that pays with AMX or on
+    AMD's AVX512_BF16; on Intel's without AMX products take twice as long as in float32."""
     recompute: bool = False
     """Keep of each block its input alone and compute the rest anew in the backward: less memory, some third more time.
     With expert parallelism also what experts get and give stays, which would have to be exchanged once more."""
