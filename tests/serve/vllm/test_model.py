@@ -32,7 +32,11 @@ KINDS = {
     "experts in every layer": changed({"every": 1}, d_ff=None),
     "selection bias": changed({"bias_rate": 0.01}),
     "dense": ModelSpec.model_validate(SPEC.model_dump() | {"moe": None}),
-    **{router: changed({"router": router, "router_dim": 3 if router == "xmoe" else None}) for router in ROUTERS[1:]},
+    **{
+        router: changed({"router": router, "router_dim": 3 if router == "xmoe" else None})
+        for router in ROUTERS
+        if router != "linear"
+    },
 }
 
 
