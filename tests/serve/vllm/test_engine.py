@@ -14,6 +14,7 @@ from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call, together, tokens
 from tests.serve.conftest import SEQ_LEN, build_model, save
 from tests.serve.test_torch_engine import KNOWN, argmax_loop, mixed, prompts
+from tests.watch import wait_until
 
 from .conftest import GREEDY, SPEC, greedy_of_32, served
 
@@ -119,7 +120,9 @@ def test_it_counts_what_it_does(engine):
     assert after.first_token.count - before.first_token.count == 1
     assert after.each_token.count - before.each_token.count == 4
     assert after.step_tokens - before.step_tokens == 50 + 5
-    routes = torch.tensor(after.count_LE) - torch.tensor(before.count_LE)
+    # It counts once it rests, a moment after the last answer.
+    counted = wait_until(lambda: (c := engine.stats().count_LE) != before.count_LE and c, "the experts' counts")
+    routes = torch.tensor(counted) - torch.tensor(before.count_LE)
     assert routes.sum() == (50 + 4) * SPEC.moe.heads * SPEC.moe.top_k
 
 
