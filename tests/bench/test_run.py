@@ -9,6 +9,7 @@ from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec
 
 
+@pytest.mark.slow  # what it compares is held against one process in tests/train, and the rest of it below
 @pytest.mark.ray
 def test_a_run_and_a_loop_end_with_the_same_loss(project):
     before = sorted(project.rglob("*"))
