@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import RunSpec
 
-QUIET_SECONDS = 120.0  # without a line from a run whose cluster does not answer, after which it counts as dead
-
 
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     """Submit the next attempt, and say so."""
@@ -39,13 +37,6 @@ def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
     return connection
 
 
-def _quiet(run: "RunDir") -> float:
-    """Seconds since it last wrote a line."""
-    from mhmoe_ray.runs import jsonl
-
-    return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
-
-
 def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | None":
     """How the run ended; None if its cluster is gone.
 
@@ -59,7 +50,7 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
         TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, outcome, quiet, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
     from mhmoe_ray.runs.attempts import last_attempt
 
@@ -71,13 +62,13 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
     except TokenError:
         raise
     except ClusterError as e:
-        while (quiet := _quiet(run)) < QUIET_SECONDS and not force:
+        while (since := quiet(run)) < QUIET_SECONDS and not force:
             if not patient:
-                why = f"its cluster does not answer ({e.why}), but it wrote something {quiet:.0f} s ago"
+                why = f"its cluster does not answer ({e.why}), but it wrote something {since:.0f} s ago"
                 fix = "make sure that no job of it runs any more, then wait, or use --force"
                 raise RunError(f"run {run.id}", why, fix) from e
-            note.print(f"waiting: its cluster does not answer, but it wrote something {quiet:.0f} s ago")
-            time.sleep(QUIET_SECONDS - quiet)
+            note.print(f"waiting: its cluster does not answer, but it wrote something {since:.0f} s ago")
+            time.sleep(QUIET_SECONDS - since)
         return None
     if over is None:
         raise RunError(f"run {run.id}", "it is still running", "see `mhmoe status`, or end it first: mhmoe stop")

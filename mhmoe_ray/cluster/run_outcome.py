@@ -1,14 +1,18 @@
 """How a run stands, from its directory and its job together."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.runs import events
+from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.runs import events, jsonl
 from mhmoe_ray.runs.attempts import last_attempt
 from mhmoe_ray.runs.layout import RunDir
 
+QUIET_SECONDS = 120.0
+"""Without a line from a run whose cluster does not answer, after which it counts as dead."""
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart
 
@@ -44,6 +48,34 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
     if job.status == "STOPPED" and run.stop_file.exists():
         return Outcome("stopped", "")
     return Outcome("failed", f"its job ended ({job.status.lower()}): {job.message}")
+
+
+def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome | None:
+    """As `outcome`; and over, too, where its cluster does not answer and it has been quiet for long.
+
+    Args:
+        run: with an attempt.
+        reach: the cluster at an address.
+
+    Raises:
+        ClusterError: its cluster does not answer, but it wrote something a moment ago; or it wants another token.
+    """
+    over = recorded_outcome(run)
+    if over:
+        return over
+    try:
+        return outcome(run, reach(last_attempt(run).address))
+    except TokenError:
+        raise
+    except ClusterError as e:
+        if quiet(run) < QUIET_SECONDS:
+            raise
+        return Outcome("failed", f"its cluster does not answer any more ({e.why})")
+
+
+def quiet(run: RunDir) -> float:
+    """Seconds since it last wrote."""
+    return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
 
 
 def recorded_outcome(run: RunDir) -> Outcome | None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.run_outcome import Outcome, outcome, recorded_outcome
+from mhmoe_ray.cluster.run_outcome import Outcome, outcome_or_gone, recorded_outcome
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import last_attempt, read_attempts
+from mhmoe_ray.runs.attempts import read_attempts
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.sweeps import SweepDir
 from mhmoe_ray.spec import SweepRun
@@ -95,9 +95,8 @@ class Sweep:
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
-        """As its own cluster says, which need not be this one."""
-        address = last_attempt(run).address
-        return outcome(run, self._connection if address == self._address else connect(address))
+        """As its own cluster says, which need not be this one, nor be there any more."""
+        return outcome_or_gone(run, lambda address: self._connection if address == self._address else connect(address))
 
     def _was_killed(self, run: RunDir, name: str, over: Outcome) -> bool:
         """Its job ended without a word, and is to be started again."""

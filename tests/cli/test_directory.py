@@ -17,8 +17,8 @@ import pytest
 
 from mhmoe_ray.cli.follow import _bar, _View
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.run_outcome import outcome
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.cluster.run_outcome import outcome, outcome_or_gone
+from mhmoe_ray.errors import ClusterError, DataError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import create_run
@@ -255,6 +255,17 @@ def test_a_run_whose_cluster_is_gone_is_removed_once_it_is_quiet_or_by_force(tmp
     assert_one_line(mhmoe(tmp_path, "rm", ended.id, "--yes"), 7, "--force")
     assert mhmoe(tmp_path, "rm", ended.id, "--yes", "--force").code == 0
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_sweep_takes_a_run_whose_cluster_is_gone_for_over_once_it_is_quiet(run, ended):
+    """Or it would wait for it for ever, also for one that said itself that it is over."""
+    assert outcome_or_gone(ended, connect).reason == "it did"
+    with pytest.raises(ClusterError, match="nothing answers there"):
+        outcome_or_gone(run, connect)
+    for file in (run.metrics_file, run.events_file):
+        os.utime(file, (time.time() - 10_000,) * 2)
+    assert outcome_or_gone(run, connect).state == "failed"
+    assert "does not answer any more" in outcome_or_gone(run, connect).reason
 
 
 def test_runs_that_are_over_are_removed_when_somebody_says_so(tmp_path, run, ended):
