@@ -12,7 +12,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from mhmoe_ray.cluster.local import start_local, stop_local
+from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from tests.s3 import s3
 
@@ -57,6 +57,14 @@ class Lanes(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     return Lanes(config, log)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the clusters of lanes that were ended: after Ctrl-C a lane has ten seconds, and Ray needs more."""
+    if getattr(config.option, "numprocesses", None):
+        for record in config._tmp_path_factory.getbasetemp().rglob(RECORD):
+            with home_of_its_own(record.parent):
+                stop_local()
 
 
 @contextmanager

@@ -8,7 +8,8 @@
     activation.py   what such counts say of the use of experts
     measure.py      losses and routes of a checkpoint
     harness.py      the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)
-    job.py          runs all that on a cluster
+    answer.py       all that together, as a request asks
+    job.py          has it computed on a cluster
 
 Routing is dropless throughout, as in serving.
 """

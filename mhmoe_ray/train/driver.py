@@ -28,7 +28,6 @@ from mhmoe_ray.train.hashing import describe_together
 from mhmoe_ray.train.ray_trainer import RunTrainer
 from mhmoe_ray.train.stream_start import StreamFromNewest
 from mhmoe_ray.train.watchdog import Watchdog
-from mhmoe_ray.train.worker import train_worker
 from mhmoe_ray.train.worker_failures import RecordLost, first_cause, reason
 
 
@@ -56,7 +55,7 @@ def drive(run: RunDir, attempt: int) -> None:
     trainer = RunTrainer(
         run,
         spec,
-        train_worker,
+        _train_worker,
         train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
         datasets={"train": ray.data.range(1)},  # a name: what it stands for, dataset_config makes for each worker group
         dataset_config=StreamFromNewest(run, spec),
@@ -85,6 +84,13 @@ def drive(run: RunDir, attempt: int) -> None:
         raise _explain(run, e) from e
     step, _ = step_and_group(committed(run)[-1])  # workers end with a checkpoint
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    # Imported only by workers: the model takes a second, in which the job would not even have asked for them.
+    from mhmoe_ray.train.worker import train_worker
+
+    train_worker(config)
 
 
 def _prepare(run: RunDir, spec: RunSpec) -> None:

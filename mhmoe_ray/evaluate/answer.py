@@ -1,0 +1,113 @@
+"""The answer to a request: what it asks for is computed, and becomes a file in the run directory."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mhmoe_ray.data.domains import subfolder_of
+from mhmoe_ray.data.inspect import languages
+from mhmoe_ray.data.shards.manifest import data_digest
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.evaluate import SAYS
+from mhmoe_ray.evaluate.harness import expanded, run_tasks
+from mhmoe_ray.evaluate.measure import measure
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
+from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.location import location
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.manifest import Manifest
+from mhmoe_ray.runs.model import load_model
+
+EVERY_SECONDS = 5.0
+
+
+def answer(request: EvalRequest) -> None:
+    """Compute it in this process, on its GPU if it asks for one.
+
+    Raises:
+        MhmoeError: checkpoint, text or data cannot be read, or are not of the run.
+    """
+    began = time.monotonic()
+    torch.set_num_threads(request.cpus)
+    run = RunDir(location(request.run))
+    checkpoint = run.checkpoints / request.checkpoint
+    model, manifest = load_model(checkpoint)
+    if request.gpus:
+        model.to("cuda")
+    tokenizer = load_run_tokenizer(checkpoint, manifest)
+    samples: Iterator[DomainSamples] = iter(())
+    if request.text:
+        samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
+    elif request.prepared:
+        _check_data(Path(request.prepared), manifest)
+        samples = held_out(Path(request.prepared))
+    domains, routing = measure(
+        model,
+        samples,
+        _padded(token_widths(tokenizer), manifest.model.vocab_size),
+        batch=request.batch,
+        start_token=boundaries(tokenizer).start,
+        half=request.half,
+        on_progress=_say,
+    )
+    tasks = {}
+    if request.tasks:
+        print(f"{SAYS}tasks {', '.join(expanded(request.tasks))}", flush=True)
+        tasks = run_tasks(
+            model,
+            tokenizer,
+            manifest.seq_len,
+            expanded(request.tasks),
+            request.task_folders,
+            batch=request.batch,
+            half=request.half,
+            limit=request.limit,
+        )
+    evaluation = Evaluation(
+        request=request,
+        step=manifest.step,
+        tokens=manifest.tokens,
+        seconds=time.monotonic() - began,
+        domains=domains,
+        languages=_by_language(domains),
+        routing=routing,
+        tasks=tasks,
+    )
+    store(run, evaluation)
+
+
+def _check_data(folder: Path, manifest: Manifest) -> None:
+    """Raises:
+    DataError: the folder is not the one that the checkpoint was trained on.
+    """
+    if data_digest(folder) != manifest.data_sha256:
+        fix = "restore the folder that the run began with, or give --text"
+        raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
+
+
+def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
+    """A model may have more rows than its tokenizer has tokens."""
+    return np.pad(widths, (0, max(0, vocab_size - len(widths))))
+
+
+def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
+    found: dict[str, Score] = {}
+    for domain, score in domains.items():
+        if language := languages.of_folder(subfolder_of(domain)):
+            found[language] = found.get(language, Score()) + score
+    return found
+
+
+_told = 0.0
+
+
+def _say(domain: str, done: int, of: int) -> None:
+    global _told
+    if done == of or time.monotonic() - _told > EVERY_SECONDS:
+        _told = time.monotonic()
+        print(f"{SAYS}{domain} {done:,} of {of:,} samples", flush=True)
