@@ -62,7 +62,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the clusters of lanes that were ended: after Ctrl-C a lane has ten seconds, and Ray needs more."""
     if getattr(config.option, "numprocesses", None):
-        for record in config._tmp_path_factory.getbasetemp().rglob(RECORD):
+        for record in config._tmp_path_factory.getbasetemp().glob(f"popen-*/home*/{RECORD}"):
             with home_of_its_own(record.parent):
                 stop_local()
 

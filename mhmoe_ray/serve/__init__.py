@@ -10,6 +10,7 @@ engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 load.py            from a checkpoint to what answers
 engines.py         engines by name; where one is added
+own_engine.py      our own around a model in memory
 packed_model.py    a model's matrices packed for inference on a CPU
 ray_metrics.py     what an engine counts, as Ray's metrics
 """

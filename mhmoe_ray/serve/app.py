@@ -17,7 +17,6 @@ from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.engines import check_engine
 from mhmoe_ray.serve.http.app import create_app, told
 from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
-from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.serve.ray_metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
 
@@ -65,6 +64,9 @@ class There:
 @serve.ingress()
 class Completions:
     def __init__(self, args: Args, limits: DeploymentHandle | None) -> None:
+        # Imported only by replicas: Serve builds the application, and counts for keys, in processes without a model.
+        from mhmoe_ray.serve.load import load_answerer
+
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)
         self._limits = There(limits) if limits else None
         follow(self._answerer.engine.stats, args.model)

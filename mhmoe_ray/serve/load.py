@@ -10,7 +10,8 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
-from mhmoe_ray.serve.engines import load_engine, torch_engine
+from mhmoe_ray.serve.engines import load_engine
+from mhmoe_ray.serve.own_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -44,5 +45,5 @@ def answerer_of(
         spec: precision, and how many requests.
         template: of conversations.
     """
-    engine = torch_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
+    engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template)

@@ -12,7 +12,7 @@ import torch
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.serve.engine import Engine, Request, Sampling
-from mhmoe_ray.serve.engines import torch_engine as own_engine
+from mhmoe_ray.serve.own_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 NAME = "bench"
