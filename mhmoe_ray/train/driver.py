@@ -55,7 +55,6 @@ def drive(run: RunDir, attempt: int) -> None:
     trainer = RunTrainer(
         run,
         spec,
-        _train_worker,
         train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
         datasets={"train": ray.data.range(1)},  # a name: what it stands for, dataset_config makes for each worker group
         dataset_config=StreamFromNewest(run, spec),
@@ -84,13 +83,6 @@ def drive(run: RunDir, attempt: int) -> None:
         raise _explain(run, e) from e
     step, _ = step_and_group(committed(run)[-1])  # workers end with a checkpoint
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
-
-
-def _train_worker(config: dict[str, Any]) -> None:
-    # Imported only by workers: the model takes a second, in which the job would not even have asked for them.
-    from mhmoe_ray.train.worker import train_worker
-
-    train_worker(config)
 
 
 def _prepare(run: RunDir, spec: RunSpec) -> None:

@@ -17,8 +17,8 @@ from mhmoe_ray.train.retries import MistakesAreFinal
 
 
 class RunTrainer(TorchTrainer):
-    def __init__(self, run: RunDir, spec: RunSpec, *args: Any, **given: Any) -> None:
-        super().__init__(*args, **given)
+    def __init__(self, run: RunDir, spec: RunSpec, **given: Any) -> None:
+        super().__init__(_train_worker, **given)
         self._run, self._spec = run, spec
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
@@ -29,3 +29,10 @@ class RunTrainer(TorchTrainer):
             os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "15")
             given["scaling_policy"] = AllowedSizes(self.scaling_config, self._run, self._spec)
         return super()._initialize_and_run_controller(**given)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    # Imported only by workers: it takes a second, in which the job would not even have asked for them.
+    from mhmoe_ray.train.worker import train_worker
+
+    train_worker(config)
