@@ -64,7 +64,7 @@ class There:
 @serve.ingress()
 class Completions:
     def __init__(self, args: Args, limits: DeploymentHandle | None) -> None:
-        # Imported only by replicas: Serve builds the application, and counts for keys, in processes without a model.
+        # Imported only by replicas: Serve builds the application in a process that needs no model.
         from mhmoe_ray.serve.load import load_answerer
 
         self._args, self._answerer = args, load_answerer(location(args.checkpoint), args.serve)

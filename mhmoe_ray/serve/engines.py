@@ -1,7 +1,6 @@
 """The engines that `serve.engine` names, each from a checkpoint. One is added here, and its word in `spec/serve.py`.
 
-What an engine computes with is imported when it is asked for: whoever only checks, or counts what clients have had,
-does not need it.
+What an engine computes with is imported when it is asked for: whoever only checks does not need it.
 """
 
 from importlib.util import find_spec

@@ -11,7 +11,6 @@ from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engines import load_engine
-from mhmoe_ray.serve.own_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 
@@ -45,5 +44,7 @@ def answerer_of(
         spec: precision, and how many requests.
         template: of conversations.
     """
+    from mhmoe_ray.serve.own_engine import own_engine
+
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template)

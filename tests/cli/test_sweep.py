@@ -87,6 +87,8 @@ def test_a_dry_run_shows_every_variant_and_starts_nothing(project):
     assert "6 variants x 2 seeds = 12 runs, 1 at a time" in shown.out
     [h2] = [line.split() for line in shown.out.splitlines() if line.startswith("h2-lr-0-002")]
     assert h2[1:5] == ["2", "4", "2", "24"]
+    few = mhmoe(project, "sweep", "sweep.yaml", "--only", "dense-lr-0-001,h2-lr-0-002", "--seeds", "1", "--dry-run")
+    assert "2 variants x 1 seeds = 2 runs" in few.out
     assert not (project / "runs").exists()
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--size", "huge"), 3, "choose from small, large")
     assert_one_line(mhmoe(project, "sweep", "sweep.yaml", "--only", "h3"), 3, "choose from dense-lr-0-001, ")

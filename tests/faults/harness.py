@@ -93,7 +93,8 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
         target = rng.choices(["worker", "all", "driver"], [8, 1, 1])[0]
         at = step_of(run)
         if target == "driver":
-            assert kill(driver_of(run))
+            driver = driver_of(run)
+            assert driver and kill(driver)
             wait_until(lambda: outcome(folder, run) == "failed", "the job's end")
             assert mhmoe(folder, "resume", run.id, "--detach").code == 0
         else:

@@ -30,7 +30,7 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def test_two_random_kills_change_nothing(project, reference):
-    """Of a worker, and of the driver, whose run is resumed. Of all workers at once: `make soak-train`."""
+    """Of a worker, and of the driver, whose run is resumed."""
     run = hurt(project, keep_checkpoints=2)
     worker = harness.workers(run, 1)[0]
     assert set(malloc.settings({}).items()) <= _environment(worker["pid"]).items()
@@ -80,13 +80,13 @@ def test_a_worker_killed_while_a_checkpoint_is_written_costs_no_other_checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_killed_in_mid_step_costs_nothing(project, reference, rank):
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_workers_killed_in_mid_step_cost_nothing(project, reference, ranks):
     run = hurt(project)
-    pid = harness.workers(run, 1)[rank]["pid"]
+    workers = harness.workers(run, 1)
     at = step_of(run)
     wait_until(lambda: step_of(run) > at, "the next step")
-    assert harness.kill(pid)
+    assert all([harness.kill(workers[rank]["pid"]) for rank in ranks])
     wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
 
