@@ -94,7 +94,8 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
         at = step_of(run)
         if target == "driver":
             driver = driver_of(run)
-            assert driver and kill(driver)
+            assert driver
+            assert kill(driver)
             wait_until(lambda: outcome(folder, run) == "failed", "the job's end")
             assert mhmoe(folder, "resume", run.id, "--detach").code == 0
         else:

@@ -86,7 +86,7 @@ def test_workers_killed_in_mid_step_cost_nothing(project, reference, ranks):
     workers = harness.workers(run, 1)
     at = step_of(run)
     wait_until(lambda: step_of(run) > at, "the next step")
-    assert all([harness.kill(workers[rank]["pid"]) for rank in ranks])
+    assert all(harness.kill(workers[rank]["pid"]) for rank in ranks)
     wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
 
