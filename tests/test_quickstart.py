@@ -58,8 +58,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(home):
-    """What the first quickstart printed, a tenth as long as it is; its cluster and server are left running."""
-    return home.quickstart("train.steps=70", "train.validate_every=35", "train.checkpoint_every=35", KEEP="1")
+    """What the first quickstart printed, a seventh as long as it is; its cluster and server are left running."""
+    return home.quickstart("train.steps=100", "train.validate_every=50", "train.checkpoint_every=50", KEEP="1")
 
 
 def losses(printed: str) -> tuple[float, float, float]:
@@ -71,7 +71,7 @@ def losses(printed: str) -> tuple[float, float, float]:
 
 def test_it_learns_and_prints_both_figures_to_beat(home, first):
     loss, unigram, bigram = losses(first)
-    assert 0 < loss < unigram - 0.3
+    assert 0 < loss < unigram - 0.5
     assert 0 < bigram < unigram
     [run] = list_runs(home.folder / "runs")
     for part in (f"run directory  {run.path}", "dashboard      http://127.0.0.1:", "ask it         curl http://"):

@@ -44,7 +44,7 @@ def answerer_of(
         spec: precision, and how many requests.
         template: of conversations.
     """
-    from mhmoe_ray.serve.own_engine import own_engine
+    from mhmoe_ray.serve.own_engine import own_engine  # which replicas of vLLM go without
 
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template)

@@ -14,7 +14,7 @@ from tests.specs import tiny_spec
 PEERS = [name for name in CONTESTANTS if name not in OURS]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # below is a quicker one of the command's way into a process and out again
 @pytest.mark.ray
 def test_both_tasks_are_done_anew_and_whole(project):
     before = sorted(project.rglob("*"))
