@@ -81,6 +81,38 @@ def test_a_balance_that_was_not_finite_is_said(tmp_path, run):
     assert "balance not finite" in bar.tasks[0].fields["figures"]
 
 
+def test_who_follows_a_run_is_told_of_all_that_happens_to_it(run, capsys):
+    hung = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
+    workers = [{"host": "x"}, {"host": "y"}]
+    events.record(run, "hung", **hung)
+    events.record(run, "lost", rank=0, ranks=2, host="x", reason="killed", lines=[])
+    events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")
+    events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
+    events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
+    metrics.append(run, {**metrics.last(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
+    with _bar() as bar:
+        _View(run, bar, from_now=False).refresh()
+    assert capsys.readouterr().err.splitlines() == [
+        "training from step 0 on 1 workers, dp 1 x ep 1",
+        "warning: rank 0 (process 3 on x) made no progress for 9 s, training after step 7; it was ended",
+        "warning: rank 0 on x failed, and 1 other with it: killed",
+        "warning: step_00000007.1: it is torn; the one before is used",
+        "training from step 5 on 2 workers, dp 1 x ep 2, start 2 of the workers",
+        "warning: 1 expert-parallel groups lie on more than one node",
+        "node n1 is taken away; saved at step 7, starting elsewhere or smaller",
+        "step 8: validation loss 2.2500, loss 2.5000  9 tok/s",
+        "warning: step 8 updated nothing: its gradient was not finite",
+    ]
+
+
+def test_status_counts_steps_that_updated_nothing_and_routes_that_were_dropped(tmp_path, run):
+    routing = {metrics.BALANCE: 1.0, metrics.LEAST_EXPERT: 0.5, metrics.DROPPED: 0.125}
+    metrics.append(run, {**metrics.last(run), metrics.SKIPPED_STEPS: 2, **routing})
+    shown = mhmoe(tmp_path, "status", COLUMNS="200").out
+    assert "2, whose gradient was not finite" in shown
+    assert "12.50% of routes" in shown
+
+
 def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(tmp_path, run):
     asked = Counter()
 

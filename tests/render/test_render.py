@@ -165,6 +165,22 @@ def test_values_cannot_hold_what_a_shell_would_run(wrong):
         checked(SiteSpec, given, "site")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"workers": {"cpus": 1, "memory_gib": 1, "min": 2, "max": 1}}, r"min \(2\) is more than max \(1\)"),
+        ({"head": {"cpus": 4, "memory_gib": 16, "gpus": 1}}, "head and data nodes are for CPUs"),
+        ({"head": {"cpus": 4, "memory_gib": 16, "labels": {"rack": "r1"}}}, "its labels would be ignored"),
+        ({"redis_secret": "redis"}, "the password of redis, of which there is none"),
+        ({"gcp": {"region": "a", "head": "b", "data": "c", "workers": "d"}}, "gcp needs zone and project"),
+    ],
+)
+def test_a_site_that_contradicts_itself_is_refused(wrong, why):
+    given = {"image": "x", "workers": {"cpus": 1, "memory_gib": 1, "max": 1}, **wrong}
+    with pytest.raises(SpecError, match=why):
+        checked(SiteSpec, given, "site")
+
+
 def test_every_metric_of_a_run_has_a_panel():
     from mhmoe_ray.runs import prometheus
 

@@ -70,6 +70,16 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
         ("storage=s3://KEY:SECRET@bucket/x", "path s3://...@bucket: it holds a password"),
         ("data.tokenizer_model=wordpiece", "'data.tokenizer_model': Input should be 'bpe' or 'unigram'"),
         ("data.tokenizer_pattern=gpt2", "tokenizer_pattern is for a given vocabulary in tiktoken's format"),
+        ("model.moe.experts=7", "model.moe.experts (7) must be a multiple of cluster.ep (2)"),
+        ("model.moe.kernel=triton", "model.moe.kernel triton needs CUDA, but cluster.gpus_per_worker is 0"),
+        ("model.moe.kernel=capacity", "a limited number of places: give capacity_factor"),
+        ("model.moe.every=9", "so none of the 4 layers has experts"),
+        ("model.attention_heads=7", "must be a multiple of twice attention_heads (7)"),
+        ("model.kv_heads=3", "must be a multiple of kv_heads"),
+        ("serve.tensor_parallel=2", "engine torch is one process, so tensor_parallel would be ignored"),
+        ("serve.expert_parallel=true", "expert_parallel shares experts out over tensor_parallel ranks"),
+        ("serve.gpus_per_replica=2", "gpus_per_replica is 2, and a replica uses 1"),
+        ("tracking.mlflow=http://ann:SECRET@host:5000", "mlflow holds a user name, which everybody"),
         ("name.x=3", "name is a value, not a section"),
         ("train", "it is not key=value"),
         ("train.steps=[", "the value is not YAML"),
@@ -82,6 +92,20 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["moe.kernel=capacity", "moe.capacity_factor=1"], "capacity holds all experts, but cluster.ep is 2"),
+        (["moe.kernel=reference", "moe.recompute=0"], "kernel reference does not keep or recompute as told"),
+        (["moe.top_k=1", "moe.balance_choices=all"], "balance_choices: all would be ignored: there is only a first"),
+        (["backbone=subln", "kv_heads=2"], "kv_heads: grouped queries are for the llama backbone"),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_refused(overrides, why):
+    with pytest.raises(SpecError, match=why):
+        load_whole_spec(QUICKSTART, [f"model.{override}" for override in overrides])
 
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
