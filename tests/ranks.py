@@ -1,7 +1,7 @@
 """Run a function on several gloo processes and collect what each returns: distributed logic on any CPU.
 
-They are forked from a server that has imported torch and the package, so that each starts at once; it has computed
-nothing, and so has no threads that a fork would lose.
+They are forked from a server that has imported torch, the package and what their optimizers would import, so that each
+starts at once; it has computed nothing, and so has no threads that a fork would lose.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 from mhmoe_ray.cluster.spawn import free_ports
 
-multiprocessing.set_forkserver_preload(["tests.train.jobs"])
+multiprocessing.set_forkserver_preload(["tests.train.jobs", "torch._dynamo", "deepspeed"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
-from mhmoe_ray.model.held import local, offset
+from mhmoe_ray.model.held import is_shared_out, local, offset
 from mhmoe_ray.model.noise import seeded_generator
 from mhmoe_ray.model.routers import xmoe
 
@@ -44,7 +43,7 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
             full = f"{module_name}.{name}"
             here, at = local(tensor), offset(tensor)
             if isinstance(module, Experts):
-                first = at[0] if isinstance(tensor, DTensor) else module.held.start
+                first = at[0] if is_shared_out(tensor) else module.held.start
                 for expert, weight in enumerate(here, start=first):
                     weight.copy_(_drawn(module, full, weight, seeded_generator(f"{seed}:{full}.{expert}"), scale))
             else:

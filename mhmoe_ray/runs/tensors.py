@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.location import Location
+from mhmoe_ray.model.held import is_shared_out
 from mhmoe_ray.runs.files import create_file
 from mhmoe_ray.runs.manifest import FileEntry
 from mhmoe_ray.runs.slices import SUFFIX, Slice, StoredSlice, read_into, slice_of, stored_slices, write_slices
@@ -41,8 +41,10 @@ class Shares:
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:
         """For each of its slices, the ranks that hold it."""
-        if not isinstance(tensor, DTensor):
+        if not is_shared_out(tensor):
             return [list(range(len(self._load)))]
+        from torch.distributed.tensor import Replicate
+
         mesh = tensor.device_mesh.mesh
         alike = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
         apart = [dim for dim in range(mesh.ndim) if dim not in alike]
