@@ -1,10 +1,5 @@
-"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU.
+"""Run a function on several gloo processes and collect what each returns: distributed logic on any CPU."""
 
-They are forked from a server that has imported torch, the package and what their optimizers would import, so that each
-starts at once; it has computed nothing, and so has no threads that a fork would lose.
-"""
-
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,8 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mhmoe_ray.cluster.spawn import free_ports
-
-multiprocessing.set_forkserver_preload(["tests.train.jobs", "torch._dynamo", "deepspeed"])
+from tests.forked import FORKED, take_over
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -27,7 +21,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (dict(os.environ), world, free_ports(1)[0], folder, function, args)
-        mp.start_processes(_rank, given, nprocs=world, start_method="forkserver")
+        mp.start_processes(_rank, given, nprocs=world, start_method=FORKED.get_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -41,8 +35,7 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.clear()  # of the server, which may have started long ago
-    os.environ |= environment
+    take_over(environment)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     if world > 1:
         dist.init_process_group("gloo")

@@ -14,7 +14,7 @@ from mhmoe_ray.bench.dispatch.link import slow_link
 from mhmoe_ray.bench.dispatch.measure import first_failed
 from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.errors import SpecError
-from tests.cli.run import command, mhmoe
+from tests.cli.run import command, mhmoe_anew
 
 NAMESPACES = Path("/run/netns")
 needs_root = pytest.mark.skipif(
@@ -23,7 +23,7 @@ needs_root = pytest.mark.skipif(
 
 
 def test_dispatch_sends_what_the_drawn_routes_demand(tmp_path):
-    shown = mhmoe(tmp_path, "bench", "dispatch", "--tokens", "16", "--rounds", "1", "--json")
+    shown = mhmoe_anew(tmp_path, "bench", "dispatch", "--tokens", "16", "--rounds", "1", "--json")
     found = shown.json()
     layers = {layer["layer"]: layer for layer in found["layers"]}
     assert list(layers) == ["SMoE", "fine-grained x 2", "fine-grained x 8", "MH-MoE h 2", "MH-MoE h 3"]
@@ -79,7 +79,7 @@ def test_without_root_or_tools_a_link_is_refused(monkeypatch):
 def test_over_a_slow_link_bytes_are_what_the_drawn_routes_demand(tmp_path):
     """Headers and what else TCP says are 1 per cent, at packets as large as a virtual interface takes."""
     options = ("--tokens", "512", "--rounds", "3", "--slow-link", "400mbit", "--json")
-    for layer in mhmoe(tmp_path, "bench", "dispatch", *options).json()["layers"]:
+    for layer in mhmoe_anew(tmp_path, "bench", "dispatch", *options).json()["layers"]:
         for dispatch in ("flat", "hierarchical"):
             crossed, expected = layer[dispatch]["over_link"], layer["expected"][dispatch]
             assert len(crossed) == 3

@@ -5,7 +5,7 @@ import pytest
 from mhmoe_ray.bench import run as bench
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.spec import dump_spec
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, mhmoe_anew
 from tests.specs import tiny_spec
 
 
@@ -13,7 +13,7 @@ from tests.specs import tiny_spec
 @pytest.mark.ray
 def test_a_run_and_a_loop_end_with_the_same_loss(project):
     before = sorted(project.rglob("*"))
-    shown = mhmoe(project, "bench", "run", "spec.yaml", "--threads", "1", "--rounds", "1", "--json")
+    shown = mhmoe_anew(project, "bench", "run", "spec.yaml", "--threads", "1", "--rounds", "1", "--json")
     found = shown.json()
     [run], [loop], [settled] = found["run"], found["loop"], found["settled"]
     assert run["loss"] == loop["loss"] == settled["loss"] > 0
@@ -40,5 +40,5 @@ def test_a_training_of_a_few_steps_is_refused():
 
 def test_it_needs_prepared_data(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(tiny_spec(tmp_path)))
-    result = mhmoe(tmp_path, "bench", "run", "spec.yaml")
+    result = mhmoe_anew(tmp_path, "bench", "run", "spec.yaml")
     assert_one_line(result, 4, "it is not there", "mhmoe data prepare SPEC")

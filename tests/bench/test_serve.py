@@ -16,7 +16,7 @@ from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
-from tests.cli.run import mhmoe
+from tests.cli.run import mhmoe_anew
 from tests.serve.conftest import running
 
 PLAIN = plain_model(64, 2, 4, 2, 64)
@@ -115,7 +115,7 @@ def test_a_contestant_that_hangs_is_ended_and_named(place, monkeypatch):
 def test_the_command_prints_a_table_or_json(tmp_path):
     sizes = ["--d-model", "64", "--layers", "1", "--experts", "2", "--d-expert", "32"]
     rest = ["--clients", "2", "--rounds", "1", "--prompt", "8", "--tokens", "4"]
-    done = mhmoe(tmp_path, "bench", "serve", "engines", *sizes, *rest, "--json")
+    done = mhmoe_anew(tmp_path, "bench", "serve", "engines", *sizes, *rest, "--json")
     found = json.loads(done.out)
     [figures] = found["engines, tokens a second"]
     assert figures["name"] == "torch"

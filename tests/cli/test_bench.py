@@ -6,13 +6,13 @@ import torch
 from mhmoe_ray.bench.peers import PEERS
 from mhmoe_ray.cli.bench_layer import layer
 from mhmoe_ray.errors import DataError, SpecError
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, mhmoe_anew
 
 SMALL = ("--tokens", "16", "--d-model", "48", "--experts", "4", "--d-expert", "96", "--rounds", "2")
 
 
 def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
-    shown = mhmoe(
+    shown = mhmoe_anew(
         tmp_path, "bench", "layer", *SMALL, "--heads", "3", "--static", "--peers", "--json", OMP_NUM_THREADS="1"
     )
     found = shown.json()
@@ -47,7 +47,7 @@ def test_bench_layer_over_an_axis_gives_tables_and_a_plot(tmp_path, capsys):
 
 
 def test_sizes_that_do_not_fit_are_one_line(tmp_path):
-    assert_one_line(mhmoe(tmp_path, "bench", "layer", *SMALL, "--heads", "5"), 3, "does not split")
+    assert_one_line(mhmoe_anew(tmp_path, "bench", "layer", *SMALL, "--heads", "5"), 3, "does not split")
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
@@ -83,16 +83,16 @@ def test_a_plot_needs_an_axis_and_a_file_that_can_be_written(tmp_path):
 
 def test_bench_train_shows_steps_of_matched_models(tmp_path):
     sizes = ("--d-model", "48", "--layers", "2", "--seq-len", "8", "--micro-batch-size", "2", "--rounds", "2")
-    shown = mhmoe(tmp_path, "bench", "train", *sizes, "--heads", "3", "--json", OMP_NUM_THREADS="1")
+    shown = mhmoe_anew(tmp_path, "bench", "train", *sizes, "--heads", "3", "--json", OMP_NUM_THREADS="1")
     found = shown.json()
     assert [row["model"] for row in found["models"]] == ["SMoE", "MH-MoE h 3"]
     assert all(len(row["seconds"]) == 2 for row in found["models"])
     assert "the paper's" in shown.err
-    assert_one_line(mhmoe(tmp_path, "bench", "train", *sizes, "--heads", "5"), 3, "48 does not split")
+    assert_one_line(mhmoe_anew(tmp_path, "bench", "train", *sizes, "--heads", "5"), 3, "48 does not split")
 
 
 def test_bench_commands_times_help_and_the_status_of_a_long_run(corpus):
-    found = mhmoe(
+    found = mhmoe_anew(
         corpus, "bench", "commands", "spec.yaml", "--no-submit", "--lines", "3000", "--rounds", "1", "--json"
     ).json()
     assert found["lines"] == 3000

@@ -8,7 +8,7 @@ import pytest
 from mhmoe_ray.data.shards.manifest import DataManifest, recipe
 from mhmoe_ray.spec import RunSpec, load_whole_spec
 from tests.cli.conftest import write_spec
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, mhmoe, mhmoe_anew
 from tests.data.shards.manifests import T, manifest_of
 
 SAMPLES = {"web/en": 5000, "web/de": 400, "web/sw": 12, "books/a": 300, "books/b": 10}
@@ -95,7 +95,7 @@ def test_a_picture(project):
 def test_a_picture_without_matplotlib(project):
     (project / "matplotlib.py").write_text("raise ImportError")
     path = {"PYTHONPATH": f"{project}:{Path.cwd()}:{Path.cwd() / 'kernels'}"}
-    result = mhmoe(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)
+    result = mhmoe_anew(project, "data", "mix", "spec.yaml", "--png", "mix.png", **path)
     assert_one_line(result, 4, "matplotlib is missing", "pip install 'mhmoe-ray[plots]'")
 
 

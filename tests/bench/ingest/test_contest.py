@@ -8,7 +8,7 @@ from mhmoe_ray.bench.ingest import contest
 from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.spec import dump_spec, load_whole_spec
-from tests.cli.run import assert_one_line, mhmoe
+from tests.cli.run import assert_one_line, mhmoe_anew
 from tests.specs import tiny_spec
 
 PEERS = [name for name in CONTESTANTS if name not in OURS]
@@ -18,7 +18,7 @@ PEERS = [name for name in CONTESTANTS if name not in OURS]
 @pytest.mark.ray
 def test_both_tasks_are_done_anew_and_whole(project):
     before = sorted(project.rglob("*"))
-    shown = mhmoe(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json")
+    shown = mhmoe_anew(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json")
     found = shown.json()["figures"]
     domains = read_data_manifest(project / "prepared").domains.values()
     tokens, text = sum(d.tokens + d.validation_tokens for d in domains), sum(d.text_bytes for d in domains)
@@ -56,7 +56,7 @@ def test_every_other_round_is_in_reverse_order_and_ratios_are_by_round(monkeypat
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 def test_datasets_makes_as_many_samples_but_for_ends(project):
     spec = load_whole_spec(project / "spec.yaml")
-    found = mhmoe(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
+    found = mhmoe_anew(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
     ours, *theirs = (f["rounds"][0]["tokens"] for name, f in found.items() if name.startswith("prepare"))
     ends = 2 * spec.data.seq_len * 2  # of batches of 1,000 documents in each of two processes
     assert all(ours - ends <= tokens <= ours for tokens in theirs)
@@ -67,7 +67,7 @@ def test_datasets_makes_as_many_samples_but_for_ends(project):
 def test_what_fails_is_one_line_with_its_cause(project):
     (project / "raw/a/one.jsonl").rename(project / "one")
     (project / "raw/a/one.jsonl").write_text("no json\n")
-    shown = mhmoe(project, "bench", "ingest", "spec.yaml", "--rounds", "1")
+    shown = mhmoe_anew(project, "bench", "ingest", "spec.yaml", "--rounds", "1")
     (project / "one").rename(project / "raw/a/one.jsonl")
     assert_one_line(shown, 9, "bench ingest, prepare: mhmoe", "DataError")
 
@@ -75,6 +75,8 @@ def test_what_fails_is_one_line_with_its_cause(project):
 def test_it_needs_a_given_tokenizer_and_prepared_data(tmp_path):
     spec = tmp_path / "spec.yaml"
     spec.write_text(dump_spec(tiny_spec(tmp_path)))
-    assert_one_line(mhmoe(tmp_path, "bench", "ingest", "spec.yaml"), 3, "the spec has no data.tokenizer")
+    assert_one_line(mhmoe_anew(tmp_path, "bench", "ingest", "spec.yaml"), 3, "the spec has no data.tokenizer")
     spec.write_text(dump_spec(tiny_spec(tmp_path, data={"tokenizer": "tokenizer.json"})))
-    assert_one_line(mhmoe(tmp_path, "bench", "ingest", "spec.yaml"), 4, "it is not there", "mhmoe data prepare SPEC")
+    assert_one_line(
+        mhmoe_anew(tmp_path, "bench", "ingest", "spec.yaml"), 4, "it is not there", "mhmoe data prepare SPEC"
+    )
