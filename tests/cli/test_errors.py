@@ -23,6 +23,7 @@ from mhmoe_ray.errors import (
 )
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
+from tests.data.texts import write_corpus
 
 
 def test_a_wrong_key(corpus):
@@ -106,29 +107,35 @@ def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(corpus, local_clust
     assert_one_line(result, 4, "no domain fills a single sample", "data.seq_len")
 
 
+@pytest.fixture(scope="module")
+def prepared(local_cluster, tmp_path_factory):
+    """A folder with a spec whose data is prepared."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_corpus(folder / "raw")
+    write_spec(folder)
+    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
+    return folder
+
+
 @pytest.mark.ray
-def test_a_damaged_prepared_shard(corpus, local_cluster, tmp_path):
-    shutil.copytree(corpus / "raw", tmp_path / "raw")
-    write_spec(tmp_path)
-    assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
-    shard = next((tmp_path / "prepared" / "train").rglob("*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    result = mhmoe(tmp_path, "submit", "spec.yaml")
+def test_prepared_data_of_other_settings(prepared):
+    result = mhmoe(prepared, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
+    assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
+
+
+@pytest.mark.ray
+def test_a_damaged_prepared_shard(prepared):
+    shard = next((prepared / "prepared" / "train").rglob("*.arrow"))
+    whole = shard.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    shard.write_bytes(damaged)
+    result = mhmoe(prepared, "submit", "spec.yaml")
+    shard.write_bytes(whole)
     assert result.code == 9
     assert result.err.splitlines()[-1].startswith("error: run tiny-")
     assert "its content is not what was written" in result.err
     assert "Traceback" not in result.err
-
-
-@pytest.mark.ray
-def test_prepared_data_of_other_settings(corpus, local_cluster, tmp_path):
-    shutil.copytree(corpus / "raw", tmp_path / "raw")
-    write_spec(tmp_path)
-    assert mhmoe(tmp_path, "data", "prepare", "spec.yaml").code == 0
-    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
-    assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
 
 
 @pytest.mark.parametrize("kind", [SpecError, DataError, TokenError, RunError, CheckpointError, ServeError])

@@ -113,11 +113,15 @@ def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished
     assert "heads agree" in mhmoe(corpus, "routing", run.id, "--text", "raw/a/one.jsonl", "--samples", "20").out
     assert len(list((run.path / "evaluations").iterdir())) == 2
     assert_one_line(mhmoe(corpus, "eval", run.id, "--text", "nowhere"), 4, "nowhere")
-    unknown = mhmoe(corpus, "eval", run.id, "--tasks", "no-such-task")
-    assert_one_line(unknown, 3, "task no-such-task", "lm-eval knows none of this name")  # told by the job
     reported = mhmoe(corpus, "report", run.id, "--to", "out", "--json").json()
     assert reported["verdicts"] == []
     assert (corpus / "out" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow  # tests/evaluate/test_harness.py asks for such a task, and tests/cli/test_errors.py has jobs' errors
+def test_a_task_that_lm_eval_does_not_know_is_one_line_of_the_job(corpus, finished):
+    unknown = mhmoe(corpus, "eval", finished[0].id, "--tasks", "no-such-task")
+    assert_one_line(unknown, 3, "task no-such-task", "lm-eval knows none of this name")
 
 
 def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):

@@ -125,8 +125,8 @@ def test_two_jobs_at_once_make_the_same_and_leave_nothing(prepared, local_cluste
     spec, _ = prepared
     again = in_folder(spec, tmp_path / "again")
     run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
-    with ThreadPoolExecutor(3) as pool:
-        for job in [pool.submit(run) for _ in range(3)]:
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(run) for _ in range(2)]:
             job.result()
     assert_same_files(spec.data.prepared, again.data.prepared)
     assert list(tmp_path.iterdir()) == [again.data.prepared]
