@@ -73,6 +73,8 @@ def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
     """MHMOE_HOME, and nothing that a user's environment says of clusters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHMOE_HOME", str(home))
+        # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
+        patch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "60")
         for name in OF_THE_USER:
             patch.delenv(name, raising=False)
         # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.

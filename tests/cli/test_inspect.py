@@ -110,6 +110,7 @@ def test_lint(project, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # tests/data/inspect has the rules
 def test_lint_of_a_spec_strictly(project):
     often = ("--set", "train.steps=2000")
     result = mhmoe(project, "data", "lint", "spec.yaml", *often, "--strict", "--json")

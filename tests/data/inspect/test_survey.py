@@ -31,7 +31,7 @@ def request_and_expected(tmp_path_factory):
     "module",
     [
         ["mhmoe_ray.data.inspect.job"],
-        ["tests.data.inspect.survey_otherwise", "serially"],
+        pytest.param(["tests.data.inspect.survey_otherwise", "serially"], marks=pytest.mark.slow),
         # Starts a shuffle's actors.
         pytest.param(["tests.data.inspect.survey_otherwise", "in-partitions"], marks=pytest.mark.slow),
     ],

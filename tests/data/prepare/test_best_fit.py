@@ -54,7 +54,7 @@ def test_no_two_samples_would_fit_into_one(lengths):
 def test_ordinary_documents_leave_less_than_a_sample_of_padding():
     lengths = np.random.default_rng(0).lognormal(5, 1, 5000).astype(int)
     documents = [[START] + [2] * n for n in lengths]
-    made = pack(np.array(sum(documents, []), np.uint16), 2048, START, PADDING)
+    made = pack(np.concatenate(documents).astype(np.uint16), 2048, START, PADDING)
     assert made.padding < 2048
 
 
