@@ -14,6 +14,7 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.train.watchdog",
 )
 
+READING = ("mhmoe_ray.report.page", "mhmoe_ray.report.table", "mhmoe_ray.evaluate.activation", "mhmoe_ray.cli.routing")
 SERVING = ("mhmoe_ray.serve.own_engine", "mhmoe_ray.runs.model", "mhmoe_ray.huggingface.export")
 
 
@@ -29,6 +30,10 @@ def assert_goes_without(unwanted: str, names: tuple[str, ...]) -> None:
 
 def test_jobs_and_actors_that_compute_nothing_have_no_torch():
     assert_goes_without("torch", JOBS_AND_ACTORS)
+
+
+def test_what_reads_runs_and_draws_them_has_no_torch():
+    assert_goes_without("torch", READING)
 
 
 def test_what_serves_or_exports_a_model_has_nothing_of_distributed_tensors():

@@ -1,7 +1,5 @@
 """What keeps experts equally loaded: two losses and a bias. Each is of one layer; a model sums them over its layers."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -36,33 +34,3 @@ def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
     with fewer routes than the mean, down for those with more."""
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()
-
-
-def load(count_LE: Tensor) -> Tensor:
-    """The shares of routes that a layer's experts got, times E: 1 is uniform; 0 throughout where there are no routes.
-
-    Args:
-        count_LE: routes per layer and expert.
-
-    Returns:
-        (L, E), float64.
-    """
-    return _share(count_LE) * count_LE.shape[1]
-
-
-def load_entropy(count_LE: Tensor) -> Tensor:
-    """Entropy of the shares of routes that a layer's experts got, over the highest, log E: 1 is uniform; 0 is all to
-    one of them, or no routes at all.
-
-    Args:
-        count_LE: routes per layer and expert, of at least two experts.
-
-    Returns:
-        (L,), float64.
-    """
-    entropy_L: Tensor = torch.special.entr(_share(count_LE)).sum(1)
-    return entropy_L / math.log(count_LE.shape[1])
-
-
-def _share(count_LE: Tensor) -> Tensor:
-    return count_LE.double() / count_LE.sum(1, keepdim=True).clamp(min=1)

@@ -28,6 +28,7 @@ step 0. It has no spec, because nobody wrote one.
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     names of the metrics, and their history
     prometheus.py  what Prometheus hears of them
+    expert_load.py how evenly routes are spread over experts
     course.py      how a run went, from a few looks into that history
     manifest.py    a checkpoint's manifest, whose presence is the commit
     tensors.py     named tensors to and from a checkpoint

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mhmoe_ray.model.balance import load, load_entropy
 from mhmoe_ray.planner.utilisation import model_flops_utilisation
 from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.expert_load import load, load_entropy
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.step import Trainer, Update
@@ -65,8 +65,8 @@ def step_line(
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))
         line[metrics.BALANCE] = totals.balance / spec.train.micro_batches / spec.model.moe_layers
-        line[metrics.LEAST_EXPERT] = float(load(count_LE).min())
-        line[metrics.ENTROPY] = float(load_entropy(count_LE).min())
+        line[metrics.LEAST_EXPERT] = float(load(count_LE.numpy()).min())
+        line[metrics.ENTROPY] = float(load_entropy(count_LE.numpy()).min())
     if not update.applied:
         line[metrics.SKIPPED] = True
     if trainer.skipped:

@@ -6,7 +6,6 @@ from typing import Any
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from mhmoe_ray.model.balance import load, load_entropy
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
@@ -84,9 +83,8 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
     if not len(count_LE):  # a dense model
         return
-    for layer, (entropy, loads) in enumerate(
-        zip(load_entropy(count_LE).tolist(), load(count_LE).tolist(), strict=True)
-    ):
+    count = count_LE.numpy()
+    for layer, (entropy, loads) in enumerate(zip(load_entropy(count).tolist(), load(count).tolist(), strict=True)):
         gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))
         for expert, value in enumerate(loads):
             gauges.set(EXPERT_LOAD[0], value, layer=str(layer), expert=str(expert))
