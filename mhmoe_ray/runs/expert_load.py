@@ -29,7 +29,7 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
     """
     share_LE = _share(count_LE)
     log_LE = np.log(share_LE, where=share_LE > 0, out=np.zeros_like(share_LE))
-    return -(share_LE * log_LE).sum(1) / math.log(count_LE.shape[1])
+    return np.asarray(-(share_LE * log_LE).sum(1) / math.log(count_LE.shape[1]))
 
 
 def _share(count_LE: np.ndarray) -> np.ndarray:

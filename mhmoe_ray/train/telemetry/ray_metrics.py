@@ -7,6 +7,7 @@ from ray.util.metrics import Gauge
 from torch import Tensor
 
 from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.expert_load import load, load_entropy
 from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
 
@@ -83,8 +84,8 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
     if not len(count_LE):  # a dense model
         return
-    count = count_LE.numpy()
-    for layer, (entropy, loads) in enumerate(zip(load_entropy(count).tolist(), load(count).tolist(), strict=True)):
+    entropy_L, load_LE = load_entropy(count_LE.numpy()), load(count_LE.numpy())
+    for layer, (entropy, loads) in enumerate(zip(entropy_L.tolist(), load_LE.tolist(), strict=True)):
         gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))
         for expert, value in enumerate(loads):
             gauges.set(EXPERT_LOAD[0], value, layer=str(layer), expert=str(expert))
