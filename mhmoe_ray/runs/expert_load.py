@@ -14,7 +14,7 @@ def load(count_LE: np.ndarray) -> np.ndarray:
     Returns:
         (L, E), float64.
     """
-    return _share(count_LE) * count_LE.shape[1]
+    return np.asarray(_share(count_LE) * count_LE.shape[1])
 
 
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
