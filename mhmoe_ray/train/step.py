@@ -225,6 +225,9 @@ class Trainer:
     def validate(self, token_NT: Tensor, counts_NT: Tensor) -> tuple[float, int]:
         """Mean loss in nats over the held-out tokens, and their number; the same on every rank.
 
+        Where routing is static, routes that find no place are dropped as in training, as the first paper's code does
+        (`-1` of its capacity in evaluation); `evaluate.measure` drops none.
+
         Args:
             token_NT: all held-out samples, (N, T + 1); every rank passes the same.
             counts_NT: which targets count, (N, T) bool.
