@@ -32,7 +32,10 @@ def mhmoe(folder: Path, *args: str, **env: str) -> Result:
         out, err = Path(told) / "out", Path(told) / "err"
         process = FORKED.Process(target=_run, args=(folder, args, _environment(env), out, err))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # where a test is ended meanwhile: it would outlive the test, and this process wait for it
         return Result(process.exitcode, out.read_text(), err.read_text())
 
 

@@ -26,6 +26,8 @@ from mhmoe_ray.runs.manifest import describe_file
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 
+HUNG = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
+
 
 @pytest.fixture
 def nobody():
@@ -82,9 +84,8 @@ def test_a_balance_that_was_not_finite_is_said(tmp_path, run):
 
 
 def test_who_follows_a_run_is_told_of_all_that_happens_to_it(run, capsys):
-    hung = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
     workers = [{"host": "x"}, {"host": "y"}]
-    events.record(run, "hung", **hung)
+    events.record(run, "hung", **HUNG)
     events.record(run, "lost", rank=0, ranks=2, host="x", reason="killed", lines=[])
     events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")
     events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
@@ -161,9 +162,8 @@ def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
 
 
 def test_status_tells_what_interrupted_a_run_and_the_last_lines_of_the_worker_that_failed(tmp_path, run):
-    hung = {"rank": 0, "host": "x", "pid": 3, "step": 7, "doing": "training", "seconds": 9.0, "silent": False}
     lost = {"host": "y", "lines": ["Fatal Python error: Segmentation fault", "  File [x]"]}
-    events.record(run, "hung", **hung)
+    events.record(run, "hung", **HUNG)
     events.record(run, "lost", rank=0, ranks=2, reason="killed", **lost)  # since the watchdog ended it
     events.record(run, "lost", rank=1, ranks=2, reason="its process is gone: crashed", **lost)
     told = mhmoe(tmp_path, "status", "--json").json()
