@@ -1,5 +1,13 @@
-from mhmoe_ray.data.shards.verify import problem_with
+import shutil
+
+import pytest
+
+from mhmoe_ray.data.shards.manifest import DataManifest, Shard, read_data_manifest
+from mhmoe_ray.data.shards.verify import problem_with, verify_shards
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.manifest import describe_file
+from tests.data.prepare.test_prepare import on_cluster
+from tests.data.shards.manifests import manifest_of
 
 
 def test_a_file_is_what_was_written_or_the_problem_is_told(tmp_path):
@@ -11,3 +19,54 @@ def test_a_file_is_what_was_written_or_the_problem_is_told(tmp_path):
     assert problem_with(path, sha256) == "its content is not what was written"
     path.unlink()
     assert problem_with(path, sha256) == "it is missing"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A sound one, one with another shard in the place of its own, one without held-out samples."""
+    sound, other, lost = (tmp_path / name for name in ("sound", "other", "lost"))
+    manifest = manifest_of({"book": 2})
+    shards = []
+    for i, file in enumerate(["train/book/00000.arrow", "train/book/00001.arrow", "validation/00000.arrow"]):
+        (sound / file).parent.mkdir(parents=True, exist_ok=True)
+        (sound / file).write_text(f"shard {i}")
+        shards.append(Shard(file=file, rows=1, sha256=describe_file(sound / file).sha256))
+    manifest.domains["book"].shards, manifest.validation = shards[:2], shards[2:]
+    (sound / "tokenizer.json").write_text("{}")
+    manifest.tokenizer_sha256 = describe_file(sound / "tokenizer.json").sha256
+    (sound / "manifest.json").write_text(manifest.model_dump_json())
+    shutil.copytree(sound, other)
+    shutil.copy(sound / shards[0].file, other / shards[1].file)
+    shutil.copytree(sound, lost)
+    (lost / shards[2].file).unlink()
+    return sound, other, lost
+
+
+def problem_of(folder):
+    manifest = read_data_manifest(folder)
+    assert isinstance(manifest, DataManifest)
+    try:
+        verify_shards(folder, manifest)
+    except DataError as e:
+        return str(e)
+    return "sound"
+
+
+def told(folders):
+    _, other, lost = folders
+    return [
+        "sound",
+        f"prepared file {other}/train/book/00001.arrow: its content is not what was written; remove {other} and "
+        "prepare again",
+        f"prepared file {lost}/validation/00000.arrow: it is missing; remove {lost} and prepare again",
+    ]
+
+
+def test_what_is_little_is_checked_here(folders):
+    assert [problem_of(folder) for folder in folders] == told(folders)
+
+
+@pytest.mark.ray
+def test_what_is_much_is_checked_by_tasks_of_the_cluster(folders, local_cluster):
+    lines = on_cluster(local_cluster, "tests.data.shards.verify_by_tasks", *folders)
+    assert [line for line in lines if line.startswith(("sound", "prepared file"))] == told(folders)
