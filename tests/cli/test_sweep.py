@@ -110,12 +110,12 @@ def test_text_that_the_job_cannot_prepare_ends_the_sweep_in_one_line(project, lo
 
 @pytest.mark.ray
 def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
-    diverging = {**DENSE, "train.on_nonfinite": "stop", "train.lr": 1e30}
-    write_sweep(project, runs={"wrong": diverging})
+    wanting = {**DENSE, "data.sources.web.max_epochs": 0.01}  # more text than there is
+    write_sweep(project, runs={"wrong": wanting})
     first = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
     assert len(list_runs(project / "runs")) == 1
-    write_sweep(project, runs={"wrong": diverging, "h1": ONE_HEAD})
+    write_sweep(project, runs={"wrong": wanting, "h1": ONE_HEAD})
     again = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(again, 9, "wrong-s0 failed")
     wrong = sweep_dir(project / "runs", "heads-small").runs()["wrong-s0"]
