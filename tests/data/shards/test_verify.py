@@ -2,12 +2,12 @@ import shutil
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import DataManifest, Shard, read_data_manifest
-from mhmoe_ray.data.shards.verify import problem_with, verify_shards
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.data.shards.manifest import Shard
+from mhmoe_ray.data.shards.verify import problem_with
 from mhmoe_ray.runs.manifest import describe_file
 from tests.data.prepare.test_prepare import on_cluster
 from tests.data.shards.manifests import manifest_of
+from tests.data.shards.verify_by_tasks import problem_of
 
 
 def test_a_file_is_what_was_written_or_the_problem_is_told(tmp_path):
@@ -40,16 +40,6 @@ def folders(tmp_path):
     shutil.copytree(sound, lost)
     (lost / shards[2].file).unlink()
     return sound, other, lost
-
-
-def problem_of(folder):
-    manifest = read_data_manifest(folder)
-    assert isinstance(manifest, DataManifest)
-    try:
-        verify_shards(folder, manifest)
-    except DataError as e:
-        return str(e)
-    return "sound"
 
 
 def told(folders):

@@ -12,14 +12,20 @@ from mhmoe_ray.data.shards import verify
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import DataError
 
+
+def problem_of(folder: Path) -> str:
+    """Of a prepared folder, or that it is sound."""
+    manifest = read_data_manifest(folder)
+    assert manifest is not None
+    try:
+        verify.verify_shards(folder, manifest)
+    except DataError as e:
+        return str(e)
+    return "sound"
+
+
 if __name__ == "__main__":
     verify.LITTLE = 0
     ray.init(log_to_driver=False)
     for folder in map(Path, sys.argv[1:]):
-        manifest = read_data_manifest(folder)
-        assert manifest is not None
-        try:
-            verify.verify_shards(folder, manifest)
-            print("sound", flush=True)
-        except DataError as e:
-            print(e, flush=True)
+        print(problem_of(folder), flush=True)
