@@ -21,6 +21,14 @@ PRIVATE = {
 }
 """Variables of a Ray that this machine alone can reach, with a token."""
 
+_OF_ONE_MACHINE = {
+    # Asks, from a process of its own in each run, whether nodes are to be taken away; there is only this one.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A Python for each core before there is work: jobs have a runtime environment and would not use them.
+    "RAY_prestart_worker_first_driver": "0",
+}
+"""What Ray need not do where nothing joins; the user's own settings go before."""
+
 # What ties a `ray start` to another cluster.
 _FOREIGN = (
     "RAY_ADDRESS",
@@ -71,7 +79,10 @@ def spawn(cpus: int) -> LocalCluster:
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     if not _shared_memory_holds(OBJECT_STORE_BYTES):
         command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
-    environment = {k: v for k, v in os.environ.items() if k not in _FOREIGN} | {
+    ours = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+    environment = {
+        **_OF_ONE_MACHINE,
+        **ours,
         processes.MARK: str(folder),
         **PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(tokens.token_file()),

@@ -27,7 +27,8 @@ SETTINGS = {
     "RAY_enable_worker_prestart": "0",
     # A placement that counts on a dead node is given up after this, not after 15 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-    # Ray Train asks more often than every 5 s and 2 s.
+    # A head that was started as for one machine does not ask at all; Ray Train asks more often than every 5 s and 2 s.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
