@@ -51,11 +51,27 @@ def sizes_set(replicas: str | None, engine: str | None) -> list[str]:
 
 
 def with_keys(spec: ServeSpec) -> ServeSpec:
-    """And the keys that the environment names."""
+    """And the keys that the environment names. Limits are those of a name: one more key of a name that the spec has, as
+    while keys are changed, does not end them.
+
+    Raises:
+        SpecError: two keys of a name have different limits, or the environment's are not what they should be.
+    """
+    known: dict[str, KeySpec] = {}
+    for key in spec.keys:
+        if _limited_as(known.setdefault(key.name, key), key.sha256) != key:
+            why = "two keys of this name have different limits, and limits are counted by name"
+            raise SpecError(f"serve.keys, {key.name}", why, "give both the same, or one another name")
     added = []
     for pair in filter(None, os.environ.get(KEYS, "").split(",")):
-        name, colon, key = pair.partition(":")
-        if not (name and colon and key):
+        name, colon, secret = pair.partition(":")
+        if not (name and colon and secret):
             raise SpecError(KEYS, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
-        added.append(KeySpec(name=name, sha256=sha256(key.encode()).hexdigest()))
+        hashed = sha256(secret.encode()).hexdigest()
+        added.append(_limited_as(known[name], hashed) if name in known else KeySpec(name=name, sha256=hashed))
     return spec.model_copy(update={"keys": (*spec.keys, *added)})
+
+
+def _limited_as(key: KeySpec, hashed: str) -> KeySpec:
+    """Another key of the same client."""
+    return key.model_copy(update={"sha256": hashed})

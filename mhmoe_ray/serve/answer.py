@@ -1,6 +1,6 @@
 """Text in, text out: an engine's answer, decoded as it comes, with stop strings and what clients read of tokens."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ class ScoredText(NamedTuple):
 
     part: bytes
     """Of a text in UTF-8; maybe no whole characters."""
-    in_text: bool
-    """Whether that is in the answer's text, which special tokens are not."""
+    characters: int
+    """Of it in the answer's text, if they are whole: none of a special token, and no space in front that the decoder
+    drops."""
     logprob: float | None
     alternatives: list[tuple[bytes, float]]
 
@@ -103,26 +104,29 @@ class Answerer:
         count, opening = 0, self.decode(request.prompt_ids) if echo else ""
         async with aclosing(self.engine.generate(request)) as updates:
             async for update in updates:
-                told = (*update.prompt[own:], *update.tokens) if request.logprobs is not None else ()
-                scores = tuple(map(self._scored, told))
+                scores: list[ScoredText] = []
+                if request.logprobs is not None:
+                    scores += self._scored(update.prompt[own:], True)
+                    scores += self._scored(update.tokens, stream.at_start)
                 text, opening = opening, ""
                 for scored in update.tokens:
                     count += 1
                     text += stream.push(scored.token)
                 if stream.stopped:
-                    yield Piece(text, count, scores, "stop")
+                    yield Piece(text, count, tuple(scores), "stop")
                     return
                 if update.finish:
                     text += stream.finish()
                     reason: FinishReason = "stop" if stream.stopped else update.finish
-                    yield Piece(text, count, scores, reason)
+                    yield Piece(text, count, tuple(scores), reason)
                     return
-                yield Piece(text, count, scores)
+                yield Piece(text, count, tuple(scores))
 
-    def _scored(self, scored: Scored) -> ScoredText:
-        return ScoredText(
-            self._bytes[scored.token],
-            not self._bytes.is_special(scored.token),
-            scored.logprob,
-            [(self._bytes[token], logprob) for token, logprob in scored.alternatives],
-        )
+    def _scored(self, row: Sequence[Scored], at_start: bool) -> Iterator[ScoredText]:
+        """`at_start`: no token with a text comes before these."""
+        for token, logprob, alternatives in row:
+            part, special = self._bytes[token], token in self.decode.special
+            text = self.decode([token]) if at_start or special else part.decode("utf-8", "replace")
+            at_start &= special
+            tops = [(self._bytes[other], logprob) for other, logprob in alternatives]
+            yield ScoredText(part, len(text), logprob, tops)

@@ -11,7 +11,10 @@ from ray.serve.handle import DeploymentHandle
 from mhmoe_ray.data.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.location import location
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
+from mhmoe_ray.serve.answer import edge_texts
+from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.engines import check_engine
@@ -103,7 +106,8 @@ def build(args: Args) -> serve.Application:
         checkpoint = location(args.checkpoint)
         manifest = read_manifest(checkpoint, parts=("weights",))
         check_engine(manifest, args.serve)
-        load_run_tokenizer(checkpoint, manifest)
+        tokenizer = load_run_tokenizer(checkpoint, manifest)
+        ChatTemplate.of_run(RunDir.of_checkpoint(checkpoint), *edge_texts(tokenizer))
     except MhmoeError as e:
         raise RayServeException(str(e)) from e
     limits = None

@@ -1,9 +1,14 @@
 """Conversations as prompts, by a Jinja template; what it may use is as in Hugging Face's tokenizers."""
 
+import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Scope
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mhmoe_ray.errors import ServeError
@@ -21,12 +26,16 @@ class ChatTemplate:
             ServeError: it is no template.
         """
         self.text = text
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._edges = {"bos_token": begin, "eos_token": end}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _as_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        # There are none of the last two, which templates may ask of.
+        self._given = {"bos_token": begin, "eos_token": end, "tools": None, "documents": None}
         try:
             self._template = environment.from_string(text)
-        except TemplateError as e:
+        except Exception as e:  # Jinja's own, and Python's of the code that it makes
             raise ServeError("the chat template", str(e), "correct chat_template.jinja in the run directory") from e
 
     @classmethod
@@ -42,10 +51,35 @@ class ChatTemplate:
             ServeError: the template does not take these messages.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._edges)
-        except TemplateError as e:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._given)
+        except Exception as e:  # whatever the template's own code raises
             raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for training; here it is the text inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - so Jinja has it
+
+    def parse(self, parser: Parser) -> Scope:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own writes HTML's characters as escapes, and keys in another order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

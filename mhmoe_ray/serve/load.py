@@ -23,7 +23,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec) -> Answerer:
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
-        ServeError: the engine is not installed, or cannot compute this model.
+        ServeError: the engine is not installed, or cannot compute this model; or the run's chat template is none.
     """
     torch.set_num_threads(1)  # of this thread; the engine's own computes (see `TorchEngine`)
     manifest = read_manifest(checkpoint, parts=("weights",))

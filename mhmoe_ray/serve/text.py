@@ -26,13 +26,14 @@ class TextDecoder:
         """The byte of each such token."""
         if len(self._byte) < 256 or tokenizer.decode([next(t for t, b in self._byte.items() if b == 65)]) != "A":
             self._byte = {}
-        self._special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        """Tokens without a text."""
 
     def __call__(self, ids: Sequence[int]) -> str:
         if self._byte.keys().isdisjoint(ids):
             return self._tokenizer.decode(ids)
         parts: list[str] = []
-        for are_bytes, row in groupby((t for t in ids if t not in self._special), self._byte.__contains__):
+        for are_bytes, row in groupby((t for t in ids if t not in self.special), self._byte.__contains__):
             if are_bytes:
                 parts.append(bytes(self._byte[t] for t in row).decode("utf-8", "replace"))
             else:
@@ -64,6 +65,11 @@ class TextStream:
         """Text that was taken and not given away."""
         self.stopped = False
         """A stop string has come: no more tokens are wanted."""
+
+    @property
+    def at_start(self) -> bool:
+        """Whether nothing that has a text comes before the next token."""
+        return self._decode.special.issuperset(self._ids)
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token; often empty."""
@@ -130,9 +136,6 @@ class TokenBytes:
         if token not in self._known:
             self._known[token] = self._found(token)
         return self._known[token]
-
-    def is_special(self, token: int) -> bool:
-        return token in self._special
 
     def _found(self, token: int) -> bytes:
         if token in self._special:

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from aiohttp import ClientError
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.bench.serve import child
 from mhmoe_ray.bench.serve.child import Child
@@ -68,6 +71,18 @@ def test_clients_count_tokens_and_time_first_ones(place):
         for asked in load.asked:
             assert (asked.first is not None) == streamed
             assert 0 < (asked.first or asked.whole) <= asked.whole <= load.seconds
+
+
+def test_an_answer_that_fails_on_the_way_is_no_answer():
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    def fails():
+        events = ['data: {"choices": []}\n\n', 'data: {"error": {"message": "the server failed"}}\n\n']
+        return StreamingResponse(iter(events), media_type="text/event-stream")
+
+    with running(app) as url, pytest.raises(ClientError, match="the server failed"):
+        closed_loop(url, [((1,), 4)], 1, stream=True)
 
 
 def test_the_first_token_is_waited_for_as_the_median_request_did():

@@ -3,9 +3,14 @@
 import asyncio
 import hashlib
 import json
+from contextlib import aclosing
 
+import httpx
 import pytest
 
+from mhmoe_ray.cli.serve_choice import with_keys
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.serve.engine import Request, Sampling
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.limits import Bucket, Limits
 from mhmoe_ray.serve.load import answerer_of
@@ -101,6 +106,32 @@ def test_without_a_key_there_is_nothing_to_see(app, headers, method, path):
     assert call(app, "GET", "/health").status_code == call(app, "GET", "/ready").status_code == 200
 
 
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER"])
+def test_the_scheme_of_a_key_may_be_in_small_letters(app, scheme):
+    headers = {"authorization": f"{scheme} secret of ann"}
+    assert call(app, "GET", "/v1/models", headers=headers).status_code == 200
+
+
+def test_a_key_more_of_a_name_has_its_limits(answerer, monkeypatch):
+    """So that keys can be changed one after the other."""
+    monkeypatch.setenv("MHMOE_API_KEYS", "bob:another,new:one")
+    spec = with_keys(ServeSpec(keys=(key("bob", requests_per_minute=2),)))
+    assert [(one.name, one.requests_per_minute) for one in spec.keys] == [("bob", 2), ("bob", 2), ("new", None)]
+    app = create_app(answerer, "tiny", spec)
+    keys = ["secret of bob", "another", "another", "secret of bob", "one"]
+    sent = [call(app, "POST", "/v1/completions", json=BODY, headers={"authorization": f"Bearer {k}"}) for k in keys]
+    assert [response.status_code for response in sent] == [200, 200, 429, 429, 200]
+
+
+def test_two_keys_of_a_name_have_the_same_limits(monkeypatch):
+    monkeypatch.delenv("MHMOE_API_KEYS", raising=False)
+    old, new = key("bob", requests_per_minute=2), KeySpec(name="bob", sha256="0" * 64, requests_per_minute=2)
+    assert with_keys(ServeSpec(keys=(old, new))).keys == (old, new)
+    unlimited = new.model_copy(update={"requests_per_minute": None})
+    with pytest.raises(SpecError, match=r"serve\.keys, bob: two keys of this name have different limits"):
+        with_keys(ServeSpec(keys=(old, unlimited)))
+
+
 def test_a_client_that_asks_too_often_is_told_when_to_come_back_and_others_are_not_kept(app):
     codes = [call(app, "POST", "/v1/completions", json=BODY, headers=bearer("bob")).status_code for _ in range(3)]
     assert codes == [200, 200, 429]
@@ -141,14 +172,32 @@ def test_an_answer_that_takes_too_long_ends(answerer, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_too_many_is_told_to_come_back(tokenizer, stream):
-    spec = ServeSpec(max_concurrency=1, max_waiting=1, max_tokens=4000)
+def test_one_too_many_is_told_to_come_back_and_has_used_nothing(tokenizer, stream):
+    spec = ServeSpec(max_concurrency=1, max_waiting=1, max_tokens=4000, keys=(key("eve", tokens_per_minute=1),))
     answerer = answerer_of(build_model(), tokenizer, 4096, spec)
     app = create_app(answerer, "tiny", spec)
-    response = call(app, "POST", "/v1/completions", json={**BODY, "n": 3, "max_tokens": 3000, "stream": stream})
+    body = {**BODY, "n": 2, "max_tokens": 3000, "stream": stream}
+
+    async def refused():
+        """Twice, while the engine's places are taken."""
+        first = answerer.answer(Request((1,), Sampling(4000, temperature=0)))
+        await anext(first)
+        transport = httpx.ASGITransport(app)
+        async with aclosing(first), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [await client.post("/v1/completions", json=body, headers=bearer("eve")) for _ in range(2)]
+
+    responses = asyncio.run(refused())
     answerer.engine.close()
-    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
-    assert response.json()["error"]["code"] == "busy"
+    for response in responses:
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["code"] == "busy"
+
+
+def test_more_choices_than_the_server_takes_are_refused_for_good(answerer):
+    app = create_app(answerer, "tiny", ServeSpec(max_concurrency=1, max_waiting=1))
+    response = call(app, "POST", "/v1/completions", json={**BODY, "n": 3})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "3 choices are more than the 2 that this server takes at a time"
 
 
 def test_metrics_are_what_the_engine_counts(answerer):

@@ -12,7 +12,7 @@ from mhmoe_ray.serve.load import answerer_of, load_answerer
 from mhmoe_ray.spec import ServeSpec
 
 from .asking import call
-from .conftest import SEQ_LEN, build_model, running
+from .conftest import SEQ_LEN, build_model, build_tokenizer, running
 
 TEMPLATE = """
 {%- for message in messages %}
@@ -47,8 +47,35 @@ def test_a_template_spells_a_conversation():
         template.prompt([{"role": "system", "content": ""}])
     with pytest.raises(ServeError, match=r"the chat template: .*; correct chat_template\.jinja"):
         ChatTemplate("{% for %}", "", "")
+    with pytest.raises(ServeError, match="the chat template: 'break' outside loop"):
+        ChatTemplate("{% break %}", "", "")
     with pytest.raises(ServeError, match="access to attribute '__class__' of 'str' object is unsafe"):
         ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").prompt([])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages | tojson }} {{ {'b': '<é>', 'a': [1]} | tojson(indent=2) }} {{ 'é' | tojson(ensure_ascii=true) }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% set x = 1 %}{% generation %}\n {% set x = 2 %}{{ messages[0].content }}{{ x }}\n{% endgeneration %}{{ x }}",
+        "{{ strftime_now('%Y') }} {{ tools is none }} {{ documents is none }} {{ bos_token }} {{ eos_token }}",
+    ],
+)
+def test_templates_spell_as_in_transformers(text):
+    from transformers import PreTrainedTokenizerFast
+
+    messages = [{"role": "user", "content": "<a> & 'é'"}, {"role": "assistant", "content": "ja"}]
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), bos_token="<s>", eos_token="</s>")
+    expected = theirs.apply_chat_template(messages, chat_template=text, add_generation_prompt=True, tokenize=False)
+    assert ChatTemplate(text, "<s>", "</s>").prompt(messages) == expected
+
+
+@pytest.mark.parametrize("text", ["{{ messages[0].content + 1 }}", "{{ messages[0].content % 'b' }}", "{{ 1 / 0 }}"])
+def test_whatever_a_template_trips_over_is_one_line(text):
+    with pytest.raises(ServeError, match=r"^the messages: .+; send what the model's chat template takes$"):
+        ChatTemplate(text, "", "").prompt(HELLO)
 
 
 def test_the_answer_is_that_to_the_spelled_prompt(client, chatty):

@@ -55,6 +55,20 @@ def test_another_tokenizer_is_refused(copy):
         load_answerer(copy, ServeSpec())
 
 
+# Ray's own models use what newer releases of pydantic deprecate.
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+def test_a_chat_template_that_is_none_is_refused_before_there_is_a_replica(copy):
+    from ray.serve.exceptions import RayServeException
+
+    from mhmoe_ray.serve.app import Args, build
+
+    args = Args(checkpoint=str(copy), model="tiny", serve=ServeSpec())
+    build(args)
+    (copy.parent.parent / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(RayServeException, match=r"^the chat template: .*; correct chat_template\.jinja"):
+        build(args)
+
+
 def test_a_checkpoint_outside_its_run_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "loose" / "step")
     with pytest.raises(CheckpointError, match="inside its run directory"):

@@ -1,6 +1,7 @@
 """The routes without Ray: what a client reads when something is wrong, and that a client who leaves costs nothing."""
 
 import asyncio
+import gc
 import json
 
 import httpx
@@ -13,9 +14,10 @@ from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.schema import MOST_CHOICES
 from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
+from tests.llama_tokenizer import llama_tokenizer
 
 from .asking import call
-from .conftest import SEQ_LEN, build_model, build_tokenizer
+from .conftest import SEQ_LEN, TEXT, build_model, build_tokenizer
 
 
 @pytest.fixture
@@ -41,6 +43,7 @@ def app(answerer):
         ({"max_tokens": -1}, "max_tokens", None, "greater than or equal to 0"),
         ({"max_tokens": 41}, "max_tokens", None, "max_tokens is 41, and this server allows at most 40"),
         ({"seed": 2**64}, "seed", None, "less than"),
+        ({"top_k": 1e30}, "top_k", None, "less than 2147483648"),
         ({"prompt": []}, "prompt", None, "at least 1 item"),
         ({"prompt": [[]]}, "prompt", None, "'prompt': "),
         ({"prompt": [1, "a"]}, "prompt", None, "valid"),
@@ -128,6 +131,26 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
     assert by_ids["logprobs"]["token_logprobs"] == [None, *logprobs["token_logprobs"][:count]]
     assert by_ids["logprobs"]["top_logprobs"][:2] == [None, {}]
     assert by_ids["logprobs"]["text_offset"] == [0, *logprobs["text_offset"][:count]]
+
+
+def test_places_of_tokens_where_the_text_drops_its_first_space():
+    """As LLaMA's and Mixtral's decoders do; with a prompt in front of it, the answer keeps its own."""
+    tokenizer = llama_tokenizer(TEXT[:2] * 4, 300)
+    answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
+    app = create_app(answerer, "tiny", ServeSpec())
+    the = tokenizer.token_to_id("▁the")
+    asked = {"logprobs": 0, "max_tokens": 2, "logit_bias": {str(the): 100}}
+    echoed, alone, after = (
+        completion(app, **asked, **more)["choices"][0]
+        for more in ({"prompt": "the brown fox", "echo": True}, {"prompt": ""}, {"prompt": "the"})
+    )
+    answerer.engine.close()
+    assert (echoed["text"], alone["text"], after["text"]) == ("the brown fox the the", "the the", " the the")
+    assert alone["logprobs"]["text_offset"] == [0, 3]
+    assert after["logprobs"]["text_offset"] == [0, 4]
+    for token, at in zip(echoed["logprobs"]["tokens"][1:], echoed["logprobs"]["text_offset"][1:], strict=True):
+        assert echoed["text"][at:].startswith(token)
+    assert echoed["logprobs"]["text_offset"][0] == 0
 
 
 def test_ids_may_have_gaps():
@@ -242,6 +265,49 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
         assert len(steps) == at_the_end < 4000
 
     asyncio.run(leave_early())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(tokenizer, begun):
+    """A server without Serve tells so of itself, and its `send` waits as long as nobody reads."""
+    answerer = answerer_of(build_model(), tokenizer, 4096, ServeSpec(max_concurrency=2))
+    app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
+    body = json.dumps({"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+
+    async def leave():
+        errors, sending = [], asyncio.Event()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        received = [{"type": "http.request", "body": body}]
+
+        async def receive():
+            if received:
+                return received.pop()
+            await sending.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if not begun or message["type"] == "http.response.body":
+                sending.set()
+                await asyncio.Event().wait()
+
+        await app(scope, receive, send)
+        # Now, and not when the garbage collector comes, which closes generators in any order.
+        assert all(ticket.gone for ticket in answerer.engine._everyone())
+        gc.collect()
+        await asyncio.sleep(0.1)
+        assert errors == []
+
+    asyncio.run(leave())
+    answerer.engine.close()
 
 
 @settings(max_examples=30)

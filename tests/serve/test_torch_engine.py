@@ -145,6 +145,22 @@ def test_a_prompt_that_begins_like_one_before_gives_the_same_bits_for_less():
         fresh.close()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_second_turn_gets_the_bits_of_an_engine_that_has_seen_nothing(tokenizer, precision):
+    """The first turn's answer fills a piece up, which is computed as one where the second turn's prompt has it."""
+    spec, sampling = ServeSpec(precision=precision), Sampling(PIECE, temperature=0, logit_bias={0: -100.0})
+    first = tuple(torch.randint(1, KNOWN, (PIECE + PIECE // 2,), generator=torch.Generator().manual_seed(6)).tolist())
+    warm, fresh = (answerer_of(build_model(), tokenizer, 4 * PIECE, spec).engine for _ in range(2))
+    try:
+        [said] = together(warm, [Request(first, sampling)])
+        turn = Request((*first, *(scored.token for scored in said.tokens), 5, 6), sampling, logprobs=2)
+        assert together(warm, [turn]) == together(fresh, [turn])
+        assert warm.stats().reused_tokens == PIECE  # the first turn's prompt, as far as it goes in whole pieces
+    finally:
+        warm.close()
+        fresh.close()
+
+
 def test_requests_wait_for_room_in_the_cache_and_all_are_answered():
     engine = engine_of(build_model(), cache_tokens=2 * SEQ_LEN)
     asked = [Request(ids, GREEDY) for ids in prompts(12)]
@@ -201,6 +217,27 @@ def test_a_request_too_many_is_refused_at_once():
         asyncio.run(crowd())
     finally:
         engine.close()
+
+
+def test_requests_that_come_together_wait_only_once_all_places_are_taken():
+    model = build_model()
+    gate = Gate(model)
+    engine = engine_of(model, concurrency=4, queue=1)
+
+    async def crowd():
+        tasks = [asyncio.create_task(anext(engine.generate(Request((1,), GREEDY))))]
+        await asyncio.to_thread(gate.reached.wait, 60)
+        tasks += [asyncio.create_task(anext(engine.generate(Request((1,), GREEDY)))) for _ in range(5)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        *answered, refused = asyncio.run(crowd())
+    finally:
+        engine.close()
+    assert [len(update.tokens) for update in answered] == [1] * 5
+    assert isinstance(refused, BusyError)
 
 
 def test_clients_take_turns():

@@ -71,7 +71,7 @@ async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], toke
     """One completion, greedy.
 
     Raises:
-        aiohttp.ClientError: it was refused, or broke off.
+        aiohttp.ClientError: it was refused, broke off or failed on the way.
     """
     body: dict[str, Any] = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
     if stream:
@@ -83,6 +83,8 @@ async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], toke
             used = (await answer.json())["usage"]["completion_tokens"]
         else:
             async for line in answer.content:
+                if line.startswith(b'data: {"error"'):
+                    raise aiohttp.ClientError(line.decode().strip())
                 if not line.startswith(b"data: {"):
                     continue
                 if first is None:

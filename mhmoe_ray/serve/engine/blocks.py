@@ -1,8 +1,8 @@
 """Which blocks of the cache hold whose keys and values, and which hold the start of a prompt that came before.
 
-A block has room for `BLOCK` tokens. One that is full is known by what led to it, all tokens up to its last, so that a
-request which begins alike takes it over instead of computing it again. A free block keeps what it has until it is
-needed; the one that has been free for longest goes first.
+A block has room for `BLOCK` tokens. One that is full of a prompt is known by what led to it, all tokens up to its last,
+so that a request which begins alike takes it over instead of computing it again. A free block keeps what it has until
+it is needed; the one that has been free for longest goes first.
 """
 
 import hashlib

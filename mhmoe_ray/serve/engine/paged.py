@@ -115,7 +115,7 @@ def _grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
 
 def slots(blocks: Sequence[int], tokens: int) -> Tensor:
     """Places in the cache of a request's first tokens."""
-    block_T = torch.tensor(blocks[: -(-tokens // BLOCK)], dtype=torch.long)
+    block_T = torch.tensor(blocks[: blocks_for(tokens)], dtype=torch.long)
     return (block_T[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:tokens]
 
 

@@ -2,7 +2,8 @@
 
 Each step takes one token of every answer under way and, as far as its budget goes, the next pieces of prompts; so a
 long prompt holds answers up by one budget at a time. A prompt is cut every `PIECE` tokens and never elsewhere: what a
-request's attention computes together is then the same whatever other requests there are.
+request's attention computes together is then the same whatever other requests there are. Whatever there were before,
+too: a prompt takes over whole pieces of earlier prompts, and nothing that was computed otherwise.
 
 A request is let in when there is room for all that it may become, so that none is ever sent away again. Those who wait
 take turns by client.
@@ -38,8 +39,10 @@ class Sequence(Ticket):
         return len(self.ids) - len(self.request.prompt_ids)
 
     def new_names(self) -> Iterator[tuple[bytes, int]]:
-        """Name and block of each block that has become full."""
-        while (self._named + 1) * BLOCK <= self.computed:
+        """Name and block of each block that has become full, as far as the prompt is in whole pieces: its rest and the
+        answer are computed otherwise than as part of a longer prompt, which would get other bits from them."""
+        whole = len(self.request.prompt_ids) // PIECE * PIECE
+        while (self._named + 1) * BLOCK <= min(self.computed, whole):
             start = self._named * BLOCK
             self._name = name_after(self._name, self.ids[start : start + BLOCK])
             yield self._name, self.blocks[self._named]

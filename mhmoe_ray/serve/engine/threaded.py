@@ -44,12 +44,13 @@ T = TypeVar("T", bound=Ticket)
 class ThreadedEngine(ABC, Generic[T]):
     """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for `_round`."""
 
-    def __init__(self, seq_len: int, queue: int) -> None:
+    def __init__(self, seq_len: int, concurrency: int, queue: int) -> None:
         """Args:
         seq_len: tokens that prompt and answer may have together.
+        concurrency: requests that are computed at a time.
         queue: requests that may wait.
         """
-        self._seq_len, self._queue = seq_len, queue
+        self._seq_len, self._concurrency, self._queue = seq_len, concurrency, queue
         self._wake = Condition()
         self._stats = Stats()
         self._recent = deque[float](maxlen=1_000_000)
@@ -99,8 +100,10 @@ class ThreadedEngine(ABC, Generic[T]):
         with self._wake:
             if self._broken or self._closed:
                 raise EngineError(self.why_broken or "it was closed")
-            if self._waiting() >= self._queue:
-                raise BusyError(f"{self._queue} requests wait already")
+            # All that are in it count: those of one request come together, and wait until the next round even where
+            # nothing is computed.
+            if len(self._everyone()) >= self._concurrency + self._queue:
+                raise BusyError(f"{self._waiting()} requests wait already")
             ticket = self._enter(request, room, deliver)
             self._wake.notify()
         try:

@@ -49,7 +49,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         cache_tokens: tokens whose keys and values there is room for; by default, so many that no request of these waits
             for room.
         """
-        super().__init__(seq_len, queue)
+        super().__init__(seq_len, concurrency, queue)
         self._model, self._ends, self._known = model, ends, known
         self._device = model.embedding.weight.device
         blocks = blocks_for(cache_tokens) if cache_tokens else concurrency * blocks_for(seq_len)

@@ -12,7 +12,8 @@ from mhmoe_ray.serve.http.errors import RequestError, error_response
 from mhmoe_ray.serve.http.limits import Counter, any_limit
 from mhmoe_ray.spec import KeySpec
 
-SCHEME = "Bearer "
+SCHEME = "bearer"
+"""In small letters: clients may write it in any."""
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Access:
             return Client("")
         given = http.headers.get("authorization", "")
         found = None
-        if given.startswith(SCHEME):
-            digest = hashlib.sha256(given.removeprefix(SCHEME).encode()).hexdigest()
+        scheme, _, key = given.partition(" ")
+        if scheme.lower() == SCHEME:
+            digest = hashlib.sha256(key.encode()).hexdigest()
             for known, client in self._clients.items():  # all of them, so that time does not tell which
                 if hmac.compare_digest(known, digest):
                     found = client

@@ -5,7 +5,6 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.answer import Piece, ScoredText
@@ -24,7 +23,7 @@ from mhmoe_ray.serve.http.schema import (
     TokenLogprob,
 )
 from mhmoe_ray.serve.http.service import Service
-from mhmoe_ray.serve.http.stream import DESCRIBED
+from mhmoe_ray.serve.http.stream import DESCRIBED, EventResponse
 from mhmoe_ray.serve.text import shown
 
 
@@ -61,7 +60,7 @@ def router(service: Service) -> APIRouter:
                 return ChatChunk(choices=[delta], **same)
 
             last = (lambda: ChatChunk(choices=[], usage=answers.usage, **same)) if request.usage_wanted else None
-            return StreamingResponse(await answers.events(chunk, last), media_type="text/event-stream")
+            return EventResponse(await answers.events(chunk, last))
         choices = [
             ChatChoice(index=number, message=Said(role="assistant", content=piece.text), **_more(piece))
             for number, piece in enumerate(await answers.whole())

@@ -7,7 +7,6 @@ from itertools import product
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
-from fastapi.responses import StreamingResponse
 
 from mhmoe_ray.serve.answer import Piece, ScoredText
 from mhmoe_ray.serve.engine import Request
@@ -15,7 +14,7 @@ from mhmoe_ray.serve.http.access import Client
 from mhmoe_ray.serve.http.errors import RequestError
 from mhmoe_ray.serve.http.schema import MOST_CHOICES, Choice, Completion, CompletionRequest, Logprobs, Usage
 from mhmoe_ray.serve.http.service import Service
-from mhmoe_ray.serve.http.stream import DESCRIBED
+from mhmoe_ray.serve.http.stream import DESCRIBED, EventResponse
 from mhmoe_ray.serve.text import shown
 
 
@@ -51,7 +50,7 @@ def router(service: Service) -> APIRouter:
         if request.stream:
             last = (lambda: shape.body([], answers.usage)) if request.usage_wanted else None
             events = await answers.events(lambda number, piece: shape.body([shape.choice(number, piece)], None), last)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return EventResponse(events)
         choices = [shape.choice(number, piece) for number, piece in enumerate(await answers.whole())]
         return shape.body(choices, answers.usage)
 
@@ -89,13 +88,13 @@ class _Offsets:
 
     def _place(self, score: ScoredText) -> int:
         try:
-            text = score.part.decode()
+            score.part.decode()
         except UnicodeDecodeError:  # part of a character
             self._bytes += score.part
             return self._at
         self._at += len(self._bytes.decode("utf-8", "replace"))
         self._bytes = b""
-        place, self._at = self._at, self._at + len(text) * score.in_text
+        place, self._at = self._at, self._at + score.characters
         return place
 
 

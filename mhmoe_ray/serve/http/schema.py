@@ -73,7 +73,7 @@ class Choosing(Strict):
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=0), WHOLE] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31), WHOLE] = 0
     """0: all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)

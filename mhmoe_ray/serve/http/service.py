@@ -65,9 +65,13 @@ class Service:
             client: who asks.
 
         Raises:
-            RequestError: it names tokens that there are not, or the client has had its share.
+            RequestError: it names tokens that there are not, has more choices than the server ever holds, or the client
+                has had its share.
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
+        if len(asked) > (most := self.spec.max_concurrency + self.spec.max_waiting):
+            message = f"{len(asked)} choices are more than the {most} that this server takes at a time"
+            raise RequestError(400, message, "n")
         await client.begin()
         if self.spec.log_prompts:
             for one, own in asked:

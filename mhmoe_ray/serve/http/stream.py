@@ -4,9 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from mhmoe_ray.serve.answer import Piece
+from mhmoe_ray.serve.engine import BusyError, EngineError
 from mhmoe_ray.serve.http.access import Client
 from mhmoe_ray.serve.http.errors import RequestError, body_of
 from mhmoe_ray.serve.http.schema import Usage
@@ -31,7 +34,7 @@ class Answers:
         """Args:
         answers: its choices.
         prompt_tokens: of all of its prompts.
-        client: that uses what they take, however they end.
+        client: that uses what they take, however they end; unless the engine refuses them.
         spec: how long they may take, and how often a stream has a chunk.
         """
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
@@ -45,13 +48,18 @@ class Answers:
         return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=answered, total_tokens=total)
 
     async def pieces(self) -> Pieces:
+        refused = False
         try:
             async with aclosing(merged(self._answers, self._timeout)) as pieces:
                 async for number, piece in pieces:
                     self._tokens[number] = piece.tokens
                     yield number, piece
+        except (BusyError, EngineError):
+            refused = not any(self._tokens)
+            raise
         finally:
-            self._client.used(self.usage.total_tokens)
+            if not refused:
+                self._client.used(self.usage.total_tokens)
 
     async def whole(self) -> list[Piece]:
         """Each choice as one piece."""
@@ -65,27 +73,20 @@ class Answers:
         self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
         """Server-sent events: chunks, then [DONE]; after a failure an error body in its place. They come when the first
-        piece is there, so that what fails before it has a status of its own.
+        piece is there, so that what fails before it has a status of its own, and are closed by whoever has them.
 
         Args:
             chunk: the body with a piece.
             last: the body after all of them, if there is to be one.
         """
-        pieces = self.pieces()
-        try:
-            first = await anext(pieces)
-        except BaseException:
-            await pieces.aclose()
-            raise
-        return self._events(first, pieces, chunk, last)
+        events = self._events(chunk, last)
+        await anext(events)
+        return events
 
     async def _events(
-        self,
-        first: tuple[int, Piece],
-        pieces: Pieces,
-        chunk: Callable[[int, Piece], BaseModel],
-        last: Callable[[], BaseModel] | None,
+        self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
+        """Begins with an empty one, once the first piece is there: closing what has not begun would close nothing."""
         clock = asyncio.get_running_loop().time
         held: list[list[Piece]] = [[] for _ in self._answers]
         due = [0.0] * len(held)
@@ -100,22 +101,43 @@ class Answers:
                 held[number], due[number] = [], clock() + self._interval
                 yield _event(chunk(number, whole))
 
-        try:
-            async with aclosing(pieces):
-                for event in shown(*first):
+        async with aclosing(self.pieces()) as pieces:
+            found: tuple[int, Piece] | None = await anext(pieces)
+            yield ""
+            error: Exception | None = None
+            while found:
+                for event in shown(*found):
                     yield event
-                async for number, piece in pieces:
-                    for event in shown(number, piece):
-                        yield event
-            if last:
-                yield _event(last())
-        except Exception as e:
+                try:
+                    found = await anext(pieces, None)
+                except Exception as e:
+                    found, error = None, e
+        if error:
             for number, kept in enumerate(held):
                 if kept and ((whole := _joined(kept)).text or whole.scores):
                     yield _event(chunk(number, whole))
-            yield _event(body_of(e))
-        else:
-            yield "data: [DONE]\n\n"
+            yield _event(body_of(error))
+            return
+        if last:
+            yield _event(last())
+        yield "data: [DONE]\n\n"
+
+
+class EventResponse(StreamingResponse):
+    """Closes what it has sent, however that ends: Starlette leaves it to the garbage collector, and an answer that
+    nobody reads any more would be computed until then."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        super().__init__(events)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
 
 
 def _event(body: BaseModel) -> str:

@@ -61,11 +61,11 @@ class VllmEngine(ThreadedEngine[_Asked]):
             ServeError: vLLM has no layers for this model.
             EngineError: vLLM does not start; the reason says why.
         """
-        super().__init__(manifest.seq_len, spec.max_waiting)
+        super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
         self._on_cpu = current_platform.is_cpu()
         check_fits(manifest.model, self._on_cpu)
         self._checkpoint, self._manifest, self._ends, self._known = checkpoint, manifest, ends, known
-        self._spec, self._most = spec, spec.max_concurrency
+        self._spec = spec
         self._turns = Turns[_Asked]()
         self._running: dict[str, _Asked] = {}
         self._meter = _Meter()
@@ -110,10 +110,10 @@ class VllmEngine(ThreadedEngine[_Asked]):
                 skip_tokenizer_init=True,
                 dtype=spec.precision,
                 max_model_len=self.seq_len + 1,
-                max_num_seqs=self._most,
+                max_num_seqs=spec.max_concurrency,
                 max_logprobs=-1,
                 # A block more for each request, whose last one is not full.
-                kv_cache_memory_bytes=token * (max(room, self.seq_len) + 128 * (self._most + 1)),
+                kv_cache_memory_bytes=token * (max(room, self.seq_len) + 128 * (spec.max_concurrency + 1)),
                 enable_prefix_caching=True,
                 tensor_parallel_size=ranks,
                 enable_expert_parallel=spec.expert_parallel,
@@ -133,6 +133,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
             while engine.has_unfinished_requests():
                 engine.step()
             self._meter.steps = self._meter.tokens = 0
+            engine.collective_rpc("mhmoe_count_anew")
         return engine
 
     def _enter(self, request: Request, room: int, deliver: Deliver) -> _Asked:
@@ -159,7 +160,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
     def _round(self) -> bool:
         with self._wake:
             self._end_those_gone()
-            while len(self._turns) and len(self._running) < self._most:
+            while len(self._turns) and len(self._running) < self._concurrency:
                 self._begin(self._turns.pop())
             if self._closed:
                 return False
@@ -184,13 +185,13 @@ class VllmEngine(ThreadedEngine[_Asked]):
         """Hand it over to vLLM."""
         self._numbers += 1
         asked.number = str(self._numbers)
-        params = _params(asked.request, asked.room, self._ends)
         self._running[asked.number] = asked
         try:
+            params = _params(asked.request, asked.room, self._ends)
             self._vllm.add_request(asked.number, {"prompt_token_ids": list(asked.request.prompt_ids)}, params)
-        except ValueError as e:  # what it says of this request
+        except Exception as e:  # of this request alone: an engine that is broken fails in its step or count too
             asked.finished = True
-            self._fail(asked, EngineError(str(e)))
+            self._fail(asked, EngineError(f"{type(e).__name__}: {e}"))
 
     def _take(self, asked: _Asked, output: RequestOutput) -> None:
         [answer] = output.outputs

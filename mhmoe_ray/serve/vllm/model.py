@@ -176,6 +176,12 @@ class MhmoeForCausalLM(nn.Module):
         """Routes per layer and expert."""
         return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
+    @torch.inference_mode()
+    def count_anew(self) -> None:
+        for m in self.modules():
+            if isinstance(m, MultiHeadMoE):
+                m.count_E.zero_()
+
 
 def _load(target: Tensor, tensor: Tensor, index: int | None = None) -> None:
     loader = getattr(target, "weight_loader", default_weight_loader)

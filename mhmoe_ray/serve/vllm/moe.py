@@ -80,5 +80,6 @@ class MultiHeadMoE(nn.Module):
     def _choose(self, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         expert_NK, gate_NK = self.router.choose(gating_output)[:2]
         chosen_R = expert_NK.flatten()
+        # With CUDA graphs, rows that fill a step up are counted too: the layer does not know which these are.
         self.count_E.index_add_(0, chosen_R, torch.ones_like(chosen_R))
         return gate_NK, expert_NK

@@ -7,7 +7,7 @@ import torch
 
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.engine import Request, Sampling
+from mhmoe_ray.serve.engine import EngineError, Request, Sampling
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
@@ -124,6 +124,22 @@ def test_it_counts_what_it_does(engine):
     counted = wait_until(lambda: (c := engine.stats().count_LE) != before.count_LE and c, "the experts' counts")
     routes = torch.tensor(counted) - torch.tensor(before.count_LE)
     assert routes.sum() == (50 + 4) * SPEC.moe.heads * SPEC.moe.top_k
+
+
+def test_what_vllm_does_not_take_fails_alone(engine):
+    usual = Request((1, 2), GREEDY)
+
+    async def collected(request):
+        return [scored.token async for update in engine.generate(request) for scored in update.tokens]
+
+    async def beside():
+        strange = Request((1, 2), Sampling(5, top_k=-7))  # which the API refuses
+        return await asyncio.gather(*(collected(r) for r in (strange, usual)), return_exceptions=True)
+
+    failed, answer = asyncio.run(beside())
+    assert isinstance(failed, EngineError)
+    assert answer == tokens(engine, usual.prompt_ids, GREEDY)
+    assert engine.why_broken is None
 
 
 def test_the_api_answers_with_it(answerer):

@@ -11,6 +11,7 @@ from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import together, tokens
 from tests.serve.conftest import build_model, save, save_spread
 from tests.serve.test_torch_engine import KNOWN, argmax_loop, prompts
+from tests.watch import wait_until
 
 from .conftest import SPEC, greedy_of_32, served
 
@@ -64,6 +65,12 @@ def test_a_request_too_many_is_refused_and_clients_take_turns(checkpoint):
     with served(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
         asyncio.run(crowd(answerer.engine))
     assert ended == ["first", "many", "few", "many", "many"]
+
+
+def test_an_engine_that_nobody_has_asked_has_counted_nothing(checkpoint):
+    with served(checkpoint) as answerer:
+        counted = wait_until(lambda: answerer.engine.stats().count_LE, "the experts' counts")
+    assert counted == [[0] * SPEC.moe.experts] * len(counted)
 
 
 def test_an_engine_that_is_closed_says_so(checkpoint):
