@@ -89,7 +89,8 @@ def run_experts(
     """
     found = BACKENDS[backend]
     more = {"places": places} if found.takes_places else {}
-    return found.run(x_ND, expert_NK, gate_NK, weights, **more)
+    with _as_given(x_ND):
+        return found.run(x_ND, expert_NK, gate_NK, weights, **more)
 
 
 def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
@@ -105,9 +106,16 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
         y_RD. As in `run_experts`, R may be 0, and experts may get no rows.
     """
     if (ready := BACKENDS[backend].run_sorted) is not None:
-        return ready(x_RD, counts, weights)
+        with _as_given(x_RD):
+            return ready(x_RD, counts, weights)
     # The others take routes and sort them again. For `triton` these are R numbers: it reads rows where they lie.
     expert_E = torch.arange(len(counts), device=x_RD.device)
     expert_R = expert_E.repeat_interleave(torch.tensor(counts, device=x_RD.device), output_size=len(x_RD))
     one_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
     return run_experts(backend, x_RD, expert_R[:, None], one_R1, weights)
+
+
+def _as_given(x: Tensor) -> torch.autocast:
+    """Autocast is the caller's, whose tensors have its dtype by now. In here it would round what is float32 on purpose,
+    and widen what is to stay narrow: of norms on CUDA, for one, whose results meet bfloat16 weights next."""
+    return torch.autocast(x.device.type, enabled=False)

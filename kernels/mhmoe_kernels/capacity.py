@@ -26,8 +26,9 @@ def capacity(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWe
     fits_NK = kept_NK & (place_NK < places)
     at_NKC = F.one_hot(place_NK.clamp(max=places - 1), places) * fits_NK[..., None]
     # Each of the two masks is N x E x C; a row is at most once with an expert, so the sum over k loses nothing.
-    combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE.to(gate_NK), at_NKC.to(gate_NK), gate_NK)
-    dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE.to(x_ND), at_NKC.to(x_ND))
+    chosen_NKE, at_NKC = chosen_NKE.to(x_ND), at_NKC.to(x_ND)
+    combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE, at_NKC, gate_NK.to(x_ND))
+    dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE, at_NKC)
     x_ECD = torch.einsum("nec,nd->ecd", dispatch_NEC, x_ND)
     out_ECD = torch.stack([weights.function(x_ECD[e], *(w[e] for w in weights.stacked)) for e in range(experts)])
-    return torch.einsum("nec,ecd->nd", combine_NEC.to(out_ECD), out_ECD)
+    return torch.einsum("nec,ecd->nd", combine_NEC, out_ECD)

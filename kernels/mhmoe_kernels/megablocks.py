@@ -44,12 +44,6 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
     if N == 0:
         # There is nothing to permute, and MegaBlocks promises nothing about launches without blocks.
         return grouped(x_ND, expert_NK, gate_NK, weights)
-    # Autocast is the caller's, whose tensors have its dtype by now. Here it would round gates that are float32.
-    with torch.autocast(x_ND.device.type, enabled=False):
-        return _run(x_ND, expert_NK, gate_NK, weights)
-
-
-def _run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     ops, K, E = _import("megablocks.ops"), expert_NK.shape[1], len(weights.stacked[0])
     with torch.no_grad():
         expert_R, route_R = ops.sort(expert_NK.flatten().int(), max((E - 1).bit_length(), 1))

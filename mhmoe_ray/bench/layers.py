@@ -1,4 +1,7 @@
-"""A plain mixture of experts, others of equal multiply-adds and parameters, and a dense layer of the same work."""
+"""A plain mixture of experts, others of equal multiply-adds and parameters, and a dense layer of the same work.
+
+The fine-grained one alone has twice the parameters: eight times the experts, a quarter as wide, four times the choices.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -31,7 +31,7 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
         ClusterError: the cluster does not answer any more.
     """
     from mhmoe_ray.errors import JobError
-    from mhmoe_ray.runs.manifest import committed, step_and_group
+    from mhmoe_ray.runs.manifest import last_step
 
     name = name_of(run)
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
@@ -42,8 +42,7 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
     if over.state == "failed":
         _show_last_lines(run)
         raise JobError(f"run {run.id}", over.reason, f"see `mhmoe logs {name}`, then `mhmoe resume {name}`")
-    step = max((step_and_group(path)[0] for path in committed(run)), default=0)
-    out.print(f"run {run.id} {over.state} at step {step}")
+    out.print(f"run {run.id} {over.state} at step {last_step(run)}")
 
 
 def _show_last_lines(run: "RunDir") -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
     from mhmoe_ray.planner.links import Links
     from mhmoe_ray.spec import RunSpec
+    from mhmoe_ray.spec.train import TrainSpec
 
 
 def plan(
@@ -162,6 +163,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         "to its reference": ratios,
         "tokens": f"{most}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
+        "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{spec.train.steps // spec.train.checkpoint_every:,}, one every "
         f"{spec.train.checkpoint_every:,} steps, {in_bytes(checkpoint)} each",
         "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
@@ -172,6 +174,13 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         "storage": str(spec.storage),
     }
     out.print(facts(rows, title=spec.name))
+
+
+def _learning_rate(train: "TrainSpec") -> str:
+    if train.warmup_steps <= train.steps:
+        return f"{train.lr:g} from step {train.warmup_steps:,} on, down to {train.min_lr:g}"
+    reached = train.lr * train.steps / train.warmup_steps
+    return f"{reached:.2g} at most, not {train.lr:g}: all {train.steps:,} steps are of a warm-up of {train.warmup_steps:,}"
 
 
 def _each(spec: "RunSpec") -> str:

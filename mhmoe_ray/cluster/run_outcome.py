@@ -8,12 +8,13 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs import events, jsonl
-from mhmoe_ray.runs.attempts import last_attempt
+from mhmoe_ray.runs.attempts import Attempt, last_attempt, read_attempts
 from mhmoe_ray.runs.layout import RunDir
 
 QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
+_SENDING_SECONDS = 300.0  # in which code and packages are sent to a cluster, which knows the job after that
 _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart
 
 
@@ -43,11 +44,19 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
         over = recorded_outcome(run)
         if over:
             return over
+    if job is None and _may_be_on_its_way(run, attempt):
+        return None
     if job is None:
         return Outcome("failed", f"the cluster does not know its job {attempt.job} any more")
     if job.status == "STOPPED" and run.stop_file.exists():
         return Outcome("stopped", "")
     return Outcome("failed", f"its job ended ({job.status.lower()}): {job.message}")
+
+
+def _may_be_on_its_way(run: RunDir, attempt: Attempt) -> bool:
+    began = events.newest(events.events(run), "began")
+    has_begun = began is not None and began["attempt"] == len(read_attempts(run))
+    return not attempt.local and not has_begun and abs(time.time() - attempt.submitted) < _SENDING_SECONDS
 
 
 def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome | None:

@@ -16,11 +16,11 @@ from mhmoe_ray.spec import RunSpec
 def job_request(run: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
     """What Ray Jobs is asked for; `submit --dry-run` prints it."""
     return jobs.request(
-        ["-m", "mhmoe_ray.train.job", str(run)],
+        ["-m", "mhmoe_ray.train.job", str(run), str(attempt)],
         f"{run.name}-{attempt}",
         local=local,
         runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run), "mhmoe_attempt": str(attempt)},
+        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run)},
     )
 
 
@@ -46,9 +46,10 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: 
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
         jobs.submit(connection, request)
-    except Exception as e:
+    except BaseException as e:  # also Ctrl-C
         with suppress(ClusterError):  # one that does not answer may have taken it
             if jobs.status(connection, job) is None:
-                events.record(run, "failed", reason=f"the job could not be submitted: {e}")
+                why = str(e) or type(e).__name__
+                events.record(run, "failed", reason=f"the job could not be submitted: {why}")
         raise
     return job

@@ -3,6 +3,7 @@
 The English tasks of the first paper's table 2 and the languages of its table 3 have these names in lm-eval.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ def run_tasks(
 
 
 def _plain(result: dict[str, Any]) -> dict[str, Any]:
-    """`acc,none` to `acc`; what is not a number is left out."""
-    return {name.removesuffix(",none"): v for name, v in result.items() if isinstance(v, int | float)}
+    """`acc,none` to `acc`; what is no number, or not finite, is left out."""
+    numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {name.removesuffix(",none"): v for name, v in numbers.items()}
 
 
 def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, half: bool) -> Any:

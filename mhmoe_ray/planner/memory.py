@@ -174,7 +174,7 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
 def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
     """On average. The kernel `grouped` keeps of SwiGLU's gate and up alone, and of GELU's its input."""
     values = 2 if model.backbone == "llama" else 1
-    by_hand = moe.kernel in ("auto", "grouped")
+    by_hand = moe.kernel_limits.keeps == "as told"
     full = values * moe.d_expert * size if by_hand else _hidden(model, moe.d_expert, size)
     return round((1 - model.recomputes) * full)
 

@@ -10,7 +10,7 @@ from typing import Any
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.resolve import resolve_spec
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
-from mhmoe_ray.spec.sweep import seeded
+from mhmoe_ray.spec.sweep import OWN_KEYS, seeded
 
 
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
@@ -27,6 +27,9 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
     """
     if size not in sweep.sizes:
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in OWN_KEYS:
+            raise SpecError(f"override {key}", f"{key} of each run is the sweep's to give", OWN_KEYS[key])
     common = sweep.sizes[size]
     variants: dict[str, dict[str, Any]] = {}
     for name, keys in _variants(sweep, common):

@@ -77,6 +77,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
             diverged=[one.run.id for one in diverged],
+            unfinished=_unfinished(compared, found),
             all_diverged=diverged == compared,
             unequal=_unequal(found),
             uncounted=[name for name, r in counted.items() if r.activated is None],
@@ -195,6 +196,14 @@ def _unequal(found: Sequence[Variant]) -> list[str]:
 
 def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
     return leaves(spec.model_dump(mode="json", include={"model", "data", "train"}))
+
+
+def _unfinished(compared: Sequence[RunFigures], found: Sequence[Variant]) -> list[str]:
+    """Runs that no variant counts, since others of theirs got to the end, each with its state: one that was stopped by
+    what it learnt would have moved the mean."""
+    counted = {run.run.id for variant in found for run in variant.runs}
+    left = [one.run for one in compared if one.run.id not in counted]
+    return [f"{run.id} ({events.state(events.events(run))})" for run in left]
 
 
 def _run(run: RunFigures) -> dict[str, Any]:

@@ -38,6 +38,14 @@ def last_attempt(run: RunDir) -> Attempt:
     return read_attempts(run)[-1]
 
 
+def require_newest(run: RunDir, attempt: int) -> None:
+    """Raises:
+    RunError: there is an attempt after this one.
+    """
+    if len(read_attempts(run)) > attempt:
+        raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
+
+
 def add_attempt(run: RunDir, attempt: Attempt) -> int:
     """Record an attempt; returns its number, from 1."""
     attempts = [*read_attempts(run), attempt]

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,14 @@ def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> N
     Raises:
         StorageError: the storage is full, read-only or gone.
     """
-    try:
+    with _writing(path):
         _append(path, record, at_once)
+
+
+@contextmanager
+def _writing(path: Location) -> Iterator[None]:
+    try:
+        yield
     except OSError as e:
         fix = "make room or mend the storage, then `mhmoe resume`"
         raise StorageError(f"file {path}", f"it cannot be written: {e.strerror or e}", fix) from e
@@ -60,9 +67,14 @@ def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:
 
 
 def flush(path: Location) -> None:
-    """Return when all that this process appended can be read."""
+    """Return when all that this process appended can be read.
+
+    Raises:
+        StorageError: as `append`.
+    """
     if isinstance(path, ObjectPath):
-        _gathered(path).put()
+        with _writing(path):
+            _gathered(path).put()
 
 
 def _segment_name() -> str:

@@ -32,6 +32,7 @@ from mhmoe_ray.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
+_BLOCK_BYTES = 16 << 20  # on an object store each is a request
 _READERS = 8  # files that are read at a time: storage that many nodes share is faster so
 _FIX = "use another checkpoint of the run"
 
@@ -72,7 +73,7 @@ def checkpoint_name(step: int, group: int) -> str:
 def describe_file(path: Location) -> FileEntry:
     digest = hashlib.sha256()
     with path.open("rb") as f:
-        while block := f.read(1 << 20):
+        while block := f.read(_BLOCK_BYTES):
             digest.update(block)
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
@@ -146,7 +147,7 @@ def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
     try:
         found = describe_file(path).sha256
     except OSError as e:
-        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror})"
+        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror or e})"
         raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
     if found != manifest.tokenizer_sha256:
         raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
@@ -160,7 +161,20 @@ def unfinished(run: RunDir) -> list[Location]:
 
 def committed(run: RunDir) -> list[Location]:
     """The checkpoints of a run that were committed, oldest first; whether they are whole, nobody has looked."""
-    return sorted((p.parent for p in run.checkpoints.glob(f"step_*/{MANIFEST}")), key=step_and_group)
+    return [*_newest_first(run)][::-1]
+
+
+def last_step(run: RunDir) -> int:
+    """Of the newest committed checkpoint; 0 without any."""
+    return next((step_and_group(checkpoint)[0] for checkpoint in _newest_first(run)), 0)
+
+
+def _newest_first(run: RunDir) -> Iterator[Location]:
+    """A group of workers goes on from what is newest and whole, perhaps from before a damaged one: so what a later
+    group wrote is newer, even of an earlier step."""
+    folders: list[Location] = [*run.checkpoints.glob("step_*")]
+    folders.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
+    return (folder for folder in folders if (folder / MANIFEST).exists())
 
 
 class Newest(NamedTuple):
@@ -186,7 +200,7 @@ def newest_checkpoint(
         CheckpointError: there are checkpoints, but none is whole; of the newest one.
     """
     skipped: list[CheckpointError] = []
-    for checkpoint in reversed(committed(run)):
+    for checkpoint in _newest_first(run):
         try:
             return Newest(checkpoint, read_manifest(checkpoint, parts, describe), skipped)
         except CheckpointError as e:
@@ -197,6 +211,6 @@ def newest_checkpoint(
 
 
 def step_and_group(checkpoint: Location) -> tuple[int, int]:
-    """What its name says; the larger, the newer."""
+    """What its name says."""
     step, _, group = checkpoint.name.removeprefix("step_").partition(".")
     return int(step), int(group)

@@ -22,5 +22,7 @@ def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
 def model_of(checkpoint: Location, manifest: Manifest) -> Decoder:
     """As `load_model`, of a checkpoint whose manifest was read and whose weights were found whole."""
     model = Decoder(manifest.model).requires_grad_(False).eval()
+    for layer in model.moe_layers():
+        layer.experts.kernel = "auto"  # that of the training may need a device or a package that is not here
     load_tensors(checkpoint / "weights", model.tensors())
     return model

@@ -182,7 +182,7 @@ def _known_keys(root: type[BaseModel], place: tuple[int | str, ...]) -> list[str
         if isinstance(current, type) and issubclass(current, BaseModel):
             current = _inner(current.model_fields[str(part)].annotation)
         else:
-            current = _inner(typing.get_args(current)[-1])
+            current = _inner([a for a in typing.get_args(current) if a is not Ellipsis][-1])
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 

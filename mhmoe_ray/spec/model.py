@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.kernels import KERNELS, KernelLimits, KernelName
 from mhmoe_ray.spec.routers import ROUTERS, RouterName, RouterSizes
 
 
@@ -68,7 +69,7 @@ class MoESpec(Section):
     """Balance without a loss: after each step, a bias that only the choice sees moves by this much for each expert, up
     where it got less than its share, down where it got more."""
 
-    kernel: Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"] = "auto"
+    kernel: KernelName = "auto"
     """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs. cpp is
     compiled for the CPU there. capacity: the papers' static layout with its N x E x C masks, for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
@@ -89,7 +90,7 @@ class MoESpec(Section):
             raise ValueError("balance_weight is 0, so balance_choices would be ignored")
         if self.projection_layers > 1 and not (self.has_head or self.has_merge):
             raise ValueError("there is neither head nor merge projection, so projection_layers would be ignored")
-        if self.recompute is not None and self.kernel not in ("auto", "grouped"):
+        if self.recompute is not None and self.kernel_limits.keeps != "as told":
             raise ValueError(f"kernel {self.kernel} does not keep or recompute as told, so recompute would be ignored")
         if self.kernel == "capacity" and self.capacity_factor is None:
             raise ValueError("kernel capacity lays out a limited number of places: give capacity_factor")
@@ -106,6 +107,11 @@ class MoESpec(Section):
     @property
     def has_merge(self) -> bool:
         return self.heads > 1 if self.merge_projection is None else self.merge_projection
+
+    @property
+    def kernel_limits(self) -> KernelLimits:
+        """What its kernel can compute."""
+        return KERNELS[self.kernel]
 
     def places(self, rows: int) -> int | None:
         """Of N rows, how many an expert takes at most: factor * k * ceil(N / E), rounded up; None where it is dropless.
@@ -183,7 +189,25 @@ class ModelSpec(Section):
             raise ValueError(f"d_model {self.d_model} does not split into {self.moe.heads} equal sub-tokens")
         if self.moe and not self.moe_layers:
             raise ValueError(f"moe.every is {self.moe.every}, so none of the {self.layers} layers has experts")
+        if self.moe:
+            self._check_kernel(self.moe)
         return self
+
+    def _check_kernel(self, moe: MoESpec) -> None:
+        limits, row = moe.kernel_limits, self.d_model // moe.heads
+        if limits.backbone not in (None, self.backbone):
+            raise ValueError(
+                f"moe.kernel {moe.kernel} computes experts of backbone {limits.backbone} only: set it to auto"
+            )
+        if row % limits.sizes or moe.d_expert % limits.sizes:
+            raise ValueError(
+                f"moe.kernel {moe.kernel} takes even sizes only, but rows are {row} wide and experts {moe.d_expert}: "
+                "set it to auto"
+            )
+        if limits.widest_row is not None and row > limits.widest_row:
+            raise ValueError(
+                f"moe.kernel {moe.kernel} takes rows up to {limits.widest_row} wide, not {row}: set it to grouped"
+            )
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
         """The same trunk with other expert layers, checked; with None the dense model. Dense layers where the trunk had
@@ -201,8 +225,8 @@ class ModelSpec(Section):
         moe = self.moe
         if moe is None:
             return 0.0
-        if moe.kernel not in ("auto", "grouped"):
-            return float(moe.kernel in ("cpp", "triton"))
+        if moe.kernel_limits.keeps != "as told":
+            return float(moe.kernel_limits.keeps == "nothing")
         if moe.recompute is not None:
             return moe.recompute
         return 0.6 if moe.d_expert >= 8 * self.d_model // moe.heads else 0.0

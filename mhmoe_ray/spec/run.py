@@ -58,11 +58,8 @@ class RunSpec(Section):
             )
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
-        if moe is not None and moe.kernel in ("triton", "megablocks") and not self.cluster.gpus_per_worker:
-            raise ValueError(
-                f"model.moe.kernel {moe.kernel} needs CUDA, but cluster.gpus_per_worker is 0: "
-                "set that to 1, or kernel to auto"
-            )
+        if moe is not None:
+            self._check_kernel(moe)
         if moe is not None and moe.kernel == "capacity" and self.cluster.ep > 1:
             raise ValueError(
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
@@ -80,6 +77,23 @@ class RunSpec(Section):
                     f"({workers}), so that every worker gets equally many"
                 )
         return self
+
+    def _check_kernel(self, moe: MoESpec) -> None:
+        limits, gpus = moe.kernel_limits, self.cluster.gpus_per_worker
+        if limits.device == "CUDA" and not gpus:
+            raise ValueError(
+                f"model.moe.kernel {moe.kernel} needs CUDA, but cluster.gpus_per_worker is 0: "
+                "set that to 1, or kernel to auto"
+            )
+        if limits.device == "CPUs" and gpus:
+            raise ValueError(
+                f"model.moe.kernel {moe.kernel} is for CPUs, but cluster.gpus_per_worker is {gpus}: set kernel to auto"
+            )
+        if limits.precision not in (None, self.train.precision):
+            raise ValueError(
+                f"model.moe.kernel {moe.kernel} computes in {limits.precision}, but train.precision is "
+                f"{self.train.precision}: set either"
+            )
 
     @property
     def reference_model(self) -> ModelSpec | None:
@@ -107,7 +121,7 @@ class RunSpec(Section):
         """The model as training computes it: where blocks are computed anew but not their spread experts, these compute
         their hidden layers anew themselves."""
         moe = self.model.moe
-        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel not in ("auto", "grouped"):
+        if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel_limits.keeps != "as told":
             return self.model
         return self.model.model_copy(update={"moe": moe.model_copy(update={"recompute": 1.0})})
 

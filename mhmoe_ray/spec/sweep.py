@@ -11,6 +11,8 @@ from mhmoe_ray.spec.run import RunSpec
 
 Overrides = dict[str, Any]
 """Values by dotted key of a spec (`train.steps`), shorthands such as `preset` among them."""
+OWN_KEYS = {"name": "it is made of names here", "seed": "use seeds"}
+"""Keys of a spec that a sweep gives each of its runs, and what to do instead."""
 
 
 class SweepSize(Section):
@@ -47,11 +49,20 @@ class SweepSpec(Section):
             raise ValueError(f"grid has no value for {empty[0]}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is there twice")
+        self._check_keys()
         for name, size in self.sizes.items():
             unknown = [run for run in (*size.runs, *(size.only or ())) if run not in self.runs]
             if unknown:
                 raise ValueError(f"size {name} names the run {unknown[0]!r}, which is not among runs")
         return self
+
+    def _check_keys(self) -> None:
+        of_sizes = [keys for size in self.sizes.values() for keys in size.runs.values()]
+        of_some = {key for keys in (self.grid, *self.runs.values(), *of_sizes) for key in keys}
+        for key in sorted(of_some.union(*(size.set for size in self.sizes.values())) & OWN_KEYS.keys()):
+            raise ValueError(f"{key} of each run is the sweep's to give: {OWN_KEYS[key]}")
+        if "storage" in of_some:
+            raise ValueError("storage is where the whole sweep lies: give it by a size's `set`, or --set")
 
 
 def seeded(name: str, seed: int) -> str:

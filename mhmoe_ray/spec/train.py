@@ -1,10 +1,12 @@
 """The `train` section: the optimizer, its schedule, and how often to validate and to save."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSpec(Section):
@@ -28,7 +30,7 @@ class TrainSpec(Section):
     """Linear warm-up from 0; then a linear decay to min_lr at the last step."""
     weight_decay: float = Field(default=0.1, ge=0)
     """For matrices only; norms and biases do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
     clip_norm: PositiveFloat = 2.0
     """Upper bound of the global gradient norm, over all ranks and experts."""

@@ -88,6 +88,7 @@ class Sweep:
             print(f"{name}: {e}", flush=True)
             return True
         if over is None:
+            self._starts.setdefault(name, 0)  # by another job, but its end is for this one to see
             return True
         if over.state == "finished" or (name in self._starts and not self._was_killed(run, name, over)):
             self._over.add(name)

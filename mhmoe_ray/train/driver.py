@@ -15,20 +15,14 @@ from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import (
-    Manifest,
-    committed,
-    describe_file,
-    newest_checkpoint,
-    step_and_group,
-)
+from mhmoe_ray.runs.manifest import Manifest, describe_file, last_step, newest_checkpoint
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.hashing import describe_together
 from mhmoe_ray.train.ray_trainer import RunTrainer
 from mhmoe_ray.train.stream_start import StreamFromNewest
 from mhmoe_ray.train.watchdog import Watchdog
-from mhmoe_ray.train.worker_failures import RecordLost, first_cause, reason
+from mhmoe_ray.train.worker_failures import RecordLost, causes, first_cause, reason
 
 
 def drive(run: RunDir, attempt: int) -> None:
@@ -57,7 +51,7 @@ def drive(run: RunDir, attempt: int) -> None:
         spec,
         train_loop_config={"run": str(run.path), "attempt": attempt, "watchdog": watchdog},
         datasets={"train": ray.data.range(1)},  # a name: what it stands for, dataset_config makes for each worker group
-        dataset_config=StreamFromNewest(run, spec),
+        dataset_config=StreamFromNewest(run, spec, attempt, watchdog),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if workers.elastic else workers.max,
             elastic_resize_monitor_interval_s=0.0,  # considered after each checkpoint instead
@@ -81,7 +75,7 @@ def drive(run: RunDir, attempt: int) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as e:
         raise _explain(run, e) from e
-    step, _ = step_and_group(committed(run)[-1])  # workers end with a checkpoint
+    step = last_step(run)  # workers end with a checkpoint
     events.record(run, "finished" if step == spec.train.steps else "stopped", step=step)
 
 
@@ -125,7 +119,8 @@ def _resources(spec: RunSpec) -> dict[str, float]:
 def _explain(run: RunDir, error: Exception) -> MhmoeError:
     """The first cause inside Ray's error: ours as it is, any other in one line."""
     if isinstance(error, ray.train.WorkerGroupError):
-        rank = first_cause(error.worker_failures)
-        cause: Exception = error.worker_failures[rank]
+        found = causes(error.worker_failures)
+        rank = first_cause(found)
+        cause = found[rank]
         return cause if isinstance(cause, MhmoeError) else JobError(f"worker {rank}", reason(cause), "see its log")
     return JobError(f"run {run.id}", reason(getattr(error, "controller_failure", error)), "see its log")

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import committed, step_and_group
+from mhmoe_ray.runs.manifest import last_step
 from mhmoe_ray.spec import RunSpec
 
 
@@ -40,7 +40,7 @@ class AllowedSizes(ElasticScalingPolicy):
         self._maybe_send_resource_request()  # it would expire
         self._holding = None
         now = worker_group_state.num_workers
-        saved = max((step_and_group(path)[0] for path in committed(self._run)), default=0)
+        saved = last_step(self._run)
         over = saved >= self._steps or self._run.stop_file.exists()
         if saved == self._considered or over:
             return NoopDecision()

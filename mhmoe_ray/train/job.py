@@ -1,6 +1,6 @@
 """The process of a run's job: say that it has begun, train, and say in the run directory how it ended.
 
-Run by Ray Jobs as `python -m mhmoe_ray.train.job RUN_DIR`.
+Run by Ray Jobs as `python -m mhmoe_ray.train.job RUN_DIR ATTEMPT`.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import Literal
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import read_attempts
+from mhmoe_ray.runs.attempts import read_attempts, require_newest
 from mhmoe_ray.runs.layout import RunDir
 
 
 def main() -> None:
-    run = RunDir(location(sys.argv[1]))
-    attempt = len(read_attempts(run))
-    events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
+    run, attempt = RunDir(location(sys.argv[1])), int(sys.argv[2])
     with logging_errors():
+        require_newest(run, attempt)  # it may have waited for long
+        events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
         _train(run, attempt)
 
 

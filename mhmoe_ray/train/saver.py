@@ -230,6 +230,6 @@ class Saver:
             try:
                 drop(old)
             except OSError as e:  # no reason to end training
-                print(f"warning: {old} cannot be removed: {e.strerror}")
+                print(f"warning: {old} cannot be removed: {e.strerror or e}")
             else:
                 events.record(self._run, "dropped_checkpoint", name=old.name)

@@ -1,15 +1,18 @@
 """Where the training stream begins, each time that workers start."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray.data
 import ray.train
 
 from mhmoe_ray.data.stream import training_stream
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import require_newest
 from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
+from mhmoe_ray.runs.manifest import FileEntry, newest_checkpoint, unfinished
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.hashing import describe_together
 
@@ -21,13 +24,20 @@ class StreamFromNewest(ray.train.DataConfig):
     is chosen is recorded, so that workers start where the stream does.
     """
 
-    def __init__(self, run: RunDir, spec: RunSpec) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
+        """Args:
+        run: the run.
+        spec: its own.
+        attempt: the number of its job.
+        watchdog: the actor, which is to know that ranks who wait for this do not hang.
+        """
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
-        self._run, self._spec = run, spec
+        self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """`datasets` has the names alone."""
-        newest = newest_checkpoint(self._run, describe=describe_together)
+        require_newest(self._run, self._attempt)  # or it would remove what the newer job is writing
+        newest = newest_checkpoint(self._run, describe=self._describe)
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
@@ -39,3 +49,8 @@ class StreamFromNewest(ray.train.DataConfig):
         events.record(self._run, "restoring", name=name, step=step)
         stream = training_stream(self._spec, position, world_size)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)
+
+    def _describe(self, files: Sequence[Location]) -> Iterator[FileEntry]:
+        for entry in describe_together(files):
+            self._watchdog.stir.remote()
+            yield entry

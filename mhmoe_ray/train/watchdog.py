@@ -139,6 +139,12 @@ class Watchdog:
         moved = now if before is None or progress.life > before.progress.life else before.moved
         self._ranks[progress.place] = _Heard(progress, now, moved)
 
+    async def stir(self) -> None:
+        """Something that all ranks wait for gets on."""
+        now = time.monotonic()
+        for heard in self._ranks.values():
+            heard.moved = now
+
     async def forget(self, place: Place) -> None:
         self._ranks.pop(place, None)
 

@@ -17,10 +17,10 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
-from mhmoe_ray.errors import DataError, JobError, RunError
+from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import read_attempts
+from mhmoe_ray.runs.attempts import require_newest
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.spec import RunSpec
@@ -31,7 +31,7 @@ from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.restore import restore
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
-from mhmoe_ray.train.telemetry import End, Telemetry, Totals, Waits, step_line
+from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse
 
 LOG = logging.getLogger("mhmoe")
@@ -92,12 +92,15 @@ class Worker:
         LOG.info("%d workers, from step %d on, process %d", mesh.world, self.start, pulse.place.pid)
 
     def train(self) -> None:
-        end: End = "FAILED"
         try:
             self._train()
-            end = "FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED"
-        finally:
-            self.telemetry.close(end)
+        except BaseException:
+            try:
+                self.telemetry.close("FAILED")
+            except (OSError, StorageError) as e:  # what came before it says more
+                LOG.warning("some of what was measured is lost: %s", e)
+            raise
+        self.telemetry.close("FINISHED" if self.trainer.step == self.spec.train.steps else "KILLED")
 
     def _train(self) -> None:
         spec, trainer = self.spec, self.trainer
@@ -205,8 +208,7 @@ class Worker:
         if now < self._looks:
             return False
         self._looks = now + LOOK_SECONDS
-        if len(read_attempts(self.run)) > self.attempt:
-            raise RunError(f"run {self.run.id}", "it was resumed elsewhere", "leave it to the newer job")
+        require_newest(self.run, self.attempt)
         return self.run.stop_file.exists()
 
     def _leave(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayTaskError
 
 from mhmoe_ray.errors import MhmoeError, StorageError
 from mhmoe_ray.location import location
@@ -29,9 +30,9 @@ class RecordLost(ray.train.UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
         if all(isinstance(cause, PreemptedError) for cause in worker_exceptions.values()):
             return  # they have recorded it themselves
-        run = RunDir(location(self._run))
-        rank = first_cause(worker_exceptions)
-        cause, place = worker_exceptions[rank], _place(run, rank)
+        run, found = RunDir(location(self._run)), causes(worker_exceptions)
+        rank = first_cause(found)
+        cause, place = found[rank], _place(run, rank)
         told = {"rank": rank, "ranks": len(worker_exceptions), "reason": reason(cause), "host": place.get("host")}
         # An error of ours says all there is to say; what is logged with it is a traceback.
         lines = [] if isinstance(cause, MhmoeError) else _last_lines(place)
@@ -39,6 +40,14 @@ class RecordLost(ray.train.UserCallback):
             events.record(run, "lost", **told, lines=lines)
         except StorageError as e:  # the group is started again all the same
             print(f"warning: rank {rank} failed ({told['reason']}), but {e}")
+
+
+def causes(failures: Mapping[int, Exception]) -> dict[int, Exception]:
+    """What each rank failed of; of an error in a process that it called, that error, not Ray's with its traceback."""
+    return {
+        rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+        for rank, error in failures.items()
+    }
 
 
 def first_cause(causes: Mapping[int, Exception]) -> int:
@@ -71,9 +80,10 @@ def reason(cause: Exception) -> str:
 
 
 def _place(run: RunDir, rank: int) -> dict[str, Any]:
-    """Of the newest start of workers."""
-    started = events.newest(events.events(run), "started")
-    return next((worker for worker in started["workers"] if worker["rank"] == rank), {}) if started else {}
+    """Of the workers that run now; those that fail before they have started have no place yet."""
+    newest = next((e for e in reversed(events.events(run)) if e["event"] in ("started", "lost", "preempted")), None)
+    workers = newest["workers"] if newest and newest["event"] == "started" else []
+    return next((worker for worker in workers if worker["rank"] == rank), {})
 
 
 def _last_lines(place: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,18 @@ def test_plan_shows_ratios_memory_and_traffic(corpus):
     assert step["intensity"] == step["flops"] / step["bytes"]
 
 
+@pytest.mark.parametrize(
+    ("warmup", "told"),
+    [
+        (10, "0.003 from step 10 on, down to 0.0003"),
+        (60, "0.0015 at most, not 0.003: all 30 steps are of a warm-up of 60"),
+    ],
+)
+def test_plan_says_which_learning_rate_is_reached(corpus, warmup, told):
+    rates = ("--set", "train.lr=0.003", "--set", "train.min_lr=0.0003", "--set", f"train.warmup_steps={warmup}")
+    assert told in " ".join(mhmoe(corpus, "plan", "spec.yaml", *rates).out.split())
+
+
 def test_plan_shows_memory_at_the_fewest_workers_too(corpus):
     """Whose slices are the largest."""
     range_ = ("--set", "cluster.workers={min: 2, max: 4}", "--set", "cluster.strategy=zero1")

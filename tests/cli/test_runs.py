@@ -60,7 +60,7 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
     assert mhmoe(corpus, "logs", "--json").json()["job"] == f"{run.id}-1"
     connection = connect()
     job = dashboard.get(connection.address, f"/api/jobs/{run.id}-1", connection.token)
-    assert job["metadata"] == {"mhmoe_run": run.id, "mhmoe_path": str(run.path), "mhmoe_attempt": "1"}
+    assert job["metadata"] == {"mhmoe_run": run.id, "mhmoe_path": str(run.path)}
 
 
 def test_logs_are_chosen_by_rank_time_and_what_is_in_them(corpus, finished):

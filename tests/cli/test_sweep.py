@@ -216,6 +216,27 @@ def test_a_stopped_sweep_starts_no_more_and_goes_on_where_it_was(project, local_
     assert step_of(place.runs()["h1-s0"]) == 20
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_that_is_stopped_stays_so_though_another_job_of_the_sweep_had_started_it(project, local_cluster):
+    write_sweep(project, runs={"dense": {**DENSE, "train.steps": 4000}})
+    follower = subprocess.Popen(
+        command("sweep", "sweep.yaml"), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    place = sweep_dir(project / "runs", "heads-small")
+    run = wait_until(lambda: place.exists and place.runs().get("dense-s0"), "the run")
+    wait_until(lambda: step_of(run) >= 5, "step 5")
+    [driver] = drivers(project)
+    driver.kill()
+    wait_until(lambda: len(place.definition().jobs) == 2, "the second job")
+    time.sleep(15)  # so that it has seen the run alive
+    assert mhmoe(project, "stop", run.id).code == 0
+    out, err = follower.communicate(timeout=120)
+    assert follower.returncode == 0, err
+    assert "1 stopped" in out
+    assert len(started(run)) == 1
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_on_s3_is_trained_shown_and_found_finished(project, s3, wide_cluster):

@@ -7,11 +7,12 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.run_outcome import recorded_outcome
+from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
+from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import create_run
 from tests.specs import tiny_spec
 
@@ -110,6 +111,21 @@ def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connec
     with pytest.raises(ClusterError, match="nothing answers there"):
         start_attempt(run, run.spec(), gone)
     assert [e for e in events.events(run) if "could not be submitted" in e.get("reason", "")] == []
+
+
+@pytest.mark.ray
+def test_a_job_that_a_cluster_does_not_know_yet_has_not_failed_while_its_code_may_be_on_its_way(connection, tmp_path):
+    run = create_run(tiny_spec(tmp_path))
+
+    def submitted(local, seconds_ago):
+        add_attempt(run, Attempt("unknown", connection.address, local, time.time() - seconds_ago))
+        return outcome(run, connection)
+
+    assert submitted(False, 30) is None
+    events.record(run, "began", attempt=1)  # so it was there
+    assert outcome(run, connection).state == "failed"
+    assert submitted(False, 1000).state == "failed"
+    assert submitted(True, 30).state == "failed"  # nothing is sent
 
 
 @pytest.mark.ray

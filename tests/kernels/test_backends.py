@@ -136,3 +136,22 @@ def test_a_plan_sorts_routes_by_expert_and_leads_back(n):
     assert torch.equal(by_slot, by_slot.sort().values)
     assert torch.equal(plan.row_R[plan.slot_NK], torch.arange(n)[:, None].expand(n, 3))
     assert plan.count_E.tolist() == [(expert == e).sum() for e in range(5)]
+
+
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln()], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize("backend", ["reference", "grouped", "padded", "capacity", "triton"])
+@torch.no_grad()
+def test_autocast_of_the_caller_changes_nothing(backend, function):
+    """On CUDA it would make a norm's output float32, which no product takes beside bfloat16 weights."""
+    x, expert, gate, weights = problem(4, n=8, d=16, f=16, e=3, k=2, dtype=torch.float32, function=function)
+    places = 8 if backend == "capacity" else None
+    sorted_x, counts = permute(x, plan_routes(expert, 3)), expert.flatten().bincount(minlength=3).tolist()
+
+    def outputs():
+        yield run_experts(backend, x, expert, gate, weights, places)
+        if backend in ("grouped", "triton"):
+            yield run_sorted_experts(backend, sorted_x, counts, weights)
+
+    plain = list(outputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(ours, one) for ours, one in zip(outputs(), plain, strict=True))

@@ -72,12 +72,21 @@ def test_runs_times_grid_times_seeds_seed_by_seed(tmp_path):
         ({"grid": {"train.lr": []}}, "grid has no value for train.lr"),
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"sizes": {"s": {"spec": "x", "only": ["c"]}}}, "names the run 'c'"),
+        ({"grid": {"seed": [1, 2]}}, "seed of each run is the sweep's to give: use seeds"),
+        ({"runs": {"a": {"name": "b"}}}, "name of each run is the sweep's to give"),
+        ({"sizes": {"s": {"spec": "x", "set": {"seed": 1}}}}, "seed of each run"),
+        ({"sizes": {"s": {"spec": "x", "runs": {"a": {"storage": "b"}}}}}, "storage is where the whole sweep lies"),
     ],
 )
 def test_mistakes_in_a_sweep(change, why):
     good = {"name": "n", "sizes": {"s": {"spec": "x"}}, "runs": {"a": {}}}
     with pytest.raises(ValueError, match=why):
         SweepSpec.model_validate({**good, **change})
+
+
+def test_seeds_are_the_sweeps_also_on_the_command_line():
+    with pytest.raises(SpecError, match="override seed: seed of each run is the sweep's to give; use seeds"):
+        planned_runs(load_sweep(PAPER / "heads.yaml"), PAPER, "small", ["seed=3"])
 
 
 def test_a_mistake_in_a_run_names_the_run():

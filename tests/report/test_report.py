@@ -76,6 +76,14 @@ def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
     assert len(alone.runs) == 1
 
 
+def test_a_seed_that_did_not_get_to_the_end_is_named(tmp_path):
+    lost = made(tmp_path, "dense", 3, 3.0, steps=15)
+    events.record(lost, "failed", reason="training: the gradient is not finite")
+    write_report([*six(tmp_path), lost], tmp_path / "out")
+    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"as others of their variant did:</strong> {lost.id} (failed)." in page
+
+
 def test_training_flops_are_those_of_the_plan(tmp_path):
     run = RunFigures.read(made(tmp_path, "a", 0, 3.0))
     assert run.flops(1000) == 1000 * flops_per_token(run.spec.model, 16).training

@@ -4,7 +4,7 @@ import pytest
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import create_run
-from mhmoe_ray.runs.manifest import MANIFEST, committed
+from mhmoe_ray.runs.manifest import MANIFEST, committed, last_step
 from mhmoe_ray.runs.retention import drop, surplus
 from tests.specs import tiny_spec
 
@@ -44,6 +44,16 @@ def test_a_loss_that_was_gone_back_behind_does_not_count(run):
     for step, loss in lines:
         metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
     assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
+
+
+def test_what_a_later_group_wrote_is_newer_though_its_step_is_earlier(run):
+    """It went on from before a damaged checkpoint, which must not outlive what replaces it."""
+    folder = run.checkpoints / "step_00000045.3"
+    folder.mkdir()
+    (folder / MANIFEST).write_text("{}")
+    assert names(committed(run))[-2:] == ["50.2", "45.3"]
+    assert last_step(run) == 45
+    assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "30.2", "40.2", "50.2"]
 
 
 def test_dropped_is_gone_and_others_are_not(run):

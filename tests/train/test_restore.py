@@ -1,11 +1,14 @@
 """Checkpoints across world sizes: every weight and moment by global expert id."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.layout import create_run
-from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+from mhmoe_ray.runs.manifest import MANIFEST, newest_checkpoint, read_manifest
 from mhmoe_ray.runs.model import load_model
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
@@ -151,6 +154,18 @@ def test_experts_of_groups_by_node_are_those_of_any_other_layout(tmp_path, strat
     for part, atol in (("weights", 1e-4), ("moments", 1e-6)):
         for name, tensor in expected[part].items():
             torch.testing.assert_close(found[part][name], tensor, atol=atol, rtol=1e-3, msg=f"{part}: {name}")
+
+
+def test_a_checkpoint_of_a_kernel_that_cannot_run_here_is_read_all_the_same(saved, tmp_path):
+    """As one that was trained on GPUs and is evaluated on a CPU."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    path = tmp_path / "copy" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["model"]["moe"]["kernel"] = "megablocks"
+    path.write_text(json.dumps(manifest))
+    token_BT = torch.arange(8)[None]
+    found, expected = (load_model(checkpoint)[0](token_BT).logits_BTV for checkpoint in (tmp_path / "copy", saved[0]))
+    assert torch.equal(found, expected)
 
 
 def test_serving_loads_the_same_weights_without_moments(saved):

@@ -12,6 +12,7 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest, unfinished
 from mhmoe_ray.train.saver import Saver
 from tests.ranks import run_ranks
+from tests.specs import tiny_spec
 from tests.train import jobs
 from tests.train.test_restore import new_run
 
@@ -88,3 +89,18 @@ def test_ranks_share_out_what_they_all_hold(tmp_path):
     largest = 300 * 32 * 4
     assert len(files) == 8
     assert max(sizes) - min(sizes) < largest
+
+
+def saved_before_any_update(spec, path):
+    trainer = jobs.trainer_of(spec)
+    jobs.save(RunDir(path), trainer)
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "fsdp"), (2, "zero2")])
+def test_a_checkpoint_before_the_first_update_has_moments_of_zero(tmp_path, workers, strategy):
+    """As where the gradients of all steps so far were not finite, and were skipped."""
+    spec, run = new_run(tmp_path, {"workers": workers, "strategy": strategy})
+    run_ranks(workers, saved_before_any_update, spec, run.path)
+    found = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])
+    assert len(found["moments"]) == 2 * len(found["weights"])
+    assert not any(t.any() for t in found["moments"].values())

@@ -74,6 +74,18 @@ def test_or_all_where_none_is(dog, clock):
     assert culprits(dog, clock) == [0, 1, 2]
 
 
+def test_nobody_while_what_all_wait_for_gets_on(dog, clock):
+    """As while a checkpoint's files are read, before any rank is told where to begin."""
+    for _ in range(5):
+        hear(dog, 3, 3, 3)
+        clock.now += 8
+        asyncio.run(dog.stir())
+        assert culprits(dog, clock) == []
+    clock.now += 11
+    hear(dog, 3, 3, 3)
+    assert culprits(dog, clock) == [0, 1, 2]
+
+
 def test_not_those_that_had_less_to_write_beside_it(dog, clock):
     for place, pieces, done in zip(PLACES, (40, 3, 11), (9, 9, 8), strict=True):
         asyncio.run(dog.hear(Progress(place, life=done + pieces, done=done, step=7, doing="training")))

@@ -1,13 +1,15 @@
 """Which of the workers that failed is the cause, and how that is said."""
 
 import pytest
+from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from mhmoe_ray.errors import JobError
+from mhmoe_ray.errors import CheckpointError, JobError
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.driver import _explain
-from mhmoe_ray.train.worker_failures import first_cause, reason
+from mhmoe_ray.train.worker_failures import _place, causes, first_cause, reason
 
 RAYS = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -49,3 +51,25 @@ NOT_FINITE = JobError("training", "the gradient is not finite", "lower train.lr"
 )
 def test_the_run_fails_for_the_cause_that_is_recorded(tmp_path, error, told):
     assert str(_explain(RunDir(tmp_path / "tiny-1"), error)) == told
+
+
+def test_an_error_in_a_process_that_a_rank_called_is_that_error():
+    """As where the checkpoint that the stream is to begin at is damaged: Ray's error is one of ours too, and its text
+    is a traceback."""
+    damaged = CheckpointError("checkpoint c", "it is damaged", "use another")
+    rays = RayTaskError("configure", "\x1b[36mray::\x1b[39m Traceback", damaged).as_instanceof_cause()
+    assert isinstance(rays, CheckpointError)
+    assert causes({0: rays, 1: EXCHANGE}) == {0: damaged, 1: EXCHANGE}
+    assert str(_explain(RunDir("tiny-1"), WorkerGroupError("", {0: rays}))) == str(damaged)
+
+
+def test_a_rank_that_failed_before_it_had_started_has_no_process_of_an_earlier_group(tmp_path):
+    run = RunDir(tmp_path)
+    assert _place(run, 0) == {}
+    here = {"rank": 0, "host": "a", "pid": 1, "node": "n"}
+    events.record(run, "started", workers=[here])
+    assert _place(run, 0) == here
+    assert _place(run, 1) == {}
+    events.record(run, "lost", rank=0)
+    events.record(run, "restoring", name=None)
+    assert _place(run, 0) == {}

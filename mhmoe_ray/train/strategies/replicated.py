@@ -77,8 +77,10 @@ class Strategy:
         return self._as_global(self.model.tensors())
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; there are none before the first
-        step or `begin_at`."""
+        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; zeros before the first update,
+        which may be some steps after the first."""
+        if not self.optimizer.state:
+            self.begin_at(0)
         state = self.optimizer.state
         found: dict[str, Tensor] = {}
         for moment in MOMENTS:
