@@ -217,9 +217,14 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
     bucket's region takes a request.
 
     Raises:
-        OSError: it cannot be reached.
+        OSError: it cannot be reached, or the query is not one of pyarrow's.
     """
+    import pyarrow as pa
     from pyarrow import fs
 
-    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))
+    uri = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
+    try:
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
+    except pa.ArrowException as e:
+        raise OSError(str(e)) from e
     return found

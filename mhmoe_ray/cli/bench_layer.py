@@ -121,26 +121,23 @@ def _show(shown: "list[tables.Part]", json: bool) -> None:
 
 
 def _points(over: "Over | None", points: str | None, heads: list[int] | None) -> list[int]:
-    from mhmoe_ray.errors import SpecError
-
     if points is not None and over is None:
-        raise SpecError("--points", "there is no axis for them", "give --over, for example --over tokens")
+        raise typer.BadParameter("--points: there is no axis for them; give --over, for example --over tokens")
     if heads and over == "heads":
-        raise SpecError("--heads", "--over heads chooses them itself, so they would be ignored", "give --points")
+        raise typer.BadParameter("--heads: --over heads chooses them itself, so they would be ignored; give --points")
     try:
         found = [int(point) for point in points.split(",")] if points else []
     except ValueError:
-        raise SpecError(f"--points {points}", "they are not whole numbers", "write them as 1024,4096") from None
+        raise typer.BadParameter(f"--points {points}: they are not whole numbers; write them as 1024,4096") from None
     if any(point < 1 for point in found):
-        raise SpecError(f"--points {points}", "a point must be at least 1", "leave the others out")
+        raise typer.BadParameter(f"--points {points}: a point must be at least 1; leave the others out")
     return found
 
 
 def _check_png(png: Path, over: "Over | None") -> None:
     """Before minutes of measuring, not after."""
     from mhmoe_ray import pictures
-    from mhmoe_ray.errors import SpecError
 
     if over is None:
-        raise SpecError(f"--png {png}", "a plot needs an axis", "give --over, for example --over tokens")
+        raise typer.BadParameter(f"--png {png}: a plot needs an axis; give --over, for example --over tokens")
     pictures.check(png)

@@ -63,13 +63,12 @@ def serve(
     from mhmoe_ray.bench import hardware
     from mhmoe_ray.bench.serve.contest import Shape
     from mhmoe_ray.bench.serve.model import plain_model
-    from mhmoe_ray.errors import SpecError
     from mhmoe_ray.planner.match import matched_heads
 
     if rate is not None and part is not Part.SERVERS:
-        raise SpecError("--rate", f"{part} have no clients that come at random", "leave it out, or measure servers")
+        raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
     if part is Part.HEADS and (peers or equal):
-        raise SpecError(f"bench serve {part}", "it would ignore --peers and --equal", "leave them out")
+        raise typer.BadParameter(f"{part} would ignore --peers and --equal; leave them out")
     where = hardware.find("cpu")._replace(threads=threads or torch.get_num_threads())
     assert where.threads is not None
     plain, shape = plain_model(d_model, layers, experts, 2, d_expert), Shape(prompt, tokens, equal)

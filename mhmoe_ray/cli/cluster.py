@@ -14,6 +14,7 @@ from mhmoe_ray.cli.common import (
     SetOption,
     StorageOption,
     facts,
+    note,
     out,
     print_json,
     read_spec,
@@ -125,22 +126,30 @@ def render(
     storage: StorageOption = STORAGE,
 ) -> None:
     """Write manifests for KubeRay, cluster files for `ray up`, a SLURM script, a container file, and what Prometheus
-    and Grafana need. --set overrides keys of the run's spec.
+    and Grafana need. --set overrides keys of the run's spec; keys in MHMOE_API_KEYS are written as their hashes.
 
     For example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
     """
-    from mhmoe_ray.cli.serve_choice import chosen
+    from mhmoe_ray.cli.serve_choice import KEYS, chosen, with_keys
     from mhmoe_ray.render.files import files
     from mhmoe_ray.serve.config import application_config
     from mhmoe_ray.spec import load_site
 
+    if set_ and not run:
+        raise typer.BadParameter("--set changes a run's spec; name one with --run")
     application = None
     if serve:
         found, path, spec = chosen(serve, None, storage, [])
-        application = application_config(found.id, path, spec.serve, found.id)
+        served = with_keys(spec.serve)
+        if not served.keys:
+            note.print(f"warning: whoever reaches the service may ask; serve.keys or {KEYS} limit it")
+        application = application_config(found.id, path, served, found.id)
     rendered = files(load_site(site), read_spec(run, set_) if run else None, application)
-    for name, text in rendered.items():
-        target = into / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-        out.print(str(target), soft_wrap=True)
+    try:
+        for name, text in rendered.items():
+            target = into / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+            out.print(str(target), soft_wrap=True)
+    except OSError as e:
+        raise typer.BadParameter(f"--into {into}: {e.strerror or e}; name a folder that you can write to") from e

@@ -1,6 +1,7 @@
 """What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown."""
 
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,9 +101,18 @@ def say(line: str) -> None:
     note.print(line, soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=1, default=str)
-    print()
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """A number that is not finite, for which JSON has no word, is null."""
+    json.dump(_finite(value), sys.stdout, indent=indent, default=str)
+    print(flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def facts(rows: dict[str, str | None], title: str | None = None) -> Table:

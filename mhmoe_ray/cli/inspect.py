@@ -133,10 +133,9 @@ def _show_samples(meant: survey.What, start: int, count: int, json: bool) -> Non
     from dataclasses import asdict
 
     from mhmoe_ray.data.inspect.samples import decoded
-    from mhmoe_ray.errors import SpecError
 
     if meant.spec is None:
-        raise SpecError(f"text {meant.name}", "only a spec has training samples", "give a spec whose data are prepared")
+        raise typer.BadParameter(f"--samples: {meant.name} is raw text, which has none; give a spec with prepared data")
     shown = decoded(meant.spec, start, count)
     if json:
         print_json([asdict(sample) for sample in shown])

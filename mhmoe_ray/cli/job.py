@@ -1,5 +1,6 @@
 """A module of ours that runs as a job of the cluster."""
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -27,12 +28,12 @@ class Job:
         connection: of the cluster.
         section: whose runtime environment the job gets.
         module: it runs.
-        name: it begins with on the cluster.
+        name: it begins with on the cluster, where it stands in URLs: all but letters, digits and - become -.
         env: environment variables of its own.
         """
         from mhmoe_ray.cluster import jobs
 
-        job = cls(connection, f"{name}-{secrets.token_hex(3)}")
+        job = cls(connection, f"{re.sub('[^A-Za-z0-9-]', '-', name)}-{secrets.token_hex(3)}")
         environment = dict(section.runtime_env)
         environment["env_vars"] = {**environment.get("env_vars", {}), **env}
         jobs.submit(connection, jobs.request(["-m", module], job.name, local=connection.local, runtime_env=environment))

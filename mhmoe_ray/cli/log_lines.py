@@ -55,6 +55,6 @@ def stamped(line: str) -> float | None:
     date, clock, fraction, offset = match.groups()
     try:
         found = datetime.fromisoformat(f"{date}T{clock}{(offset or '').replace('Z', '+00:00')}")
-    except ValueError:
+        return (found + timedelta(seconds=float(f"0.{fraction or 0}"))).timestamp()
+    except (ValueError, OverflowError):  # no such day or hour, or at the ends of the calendar
         return None
-    return (found + timedelta(seconds=float(f"0.{fraction}"))).timestamp() if fraction else found.timestamp()

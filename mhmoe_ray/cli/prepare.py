@@ -41,6 +41,7 @@ def prepare(
 
     A preparation that was interrupted goes on: text that was tokenised with the same settings is not tokenised again.
     """
+    from mhmoe_ray.data.prepare.work import clear
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
 
@@ -52,6 +53,7 @@ def prepare(
         connection = connecting.cluster_for(resolved.cluster, [resolved.data.prepared], resolved.cluster.cpus, address)
         manifest = _run(resolved, connection)
     check_recipe(folder, manifest, resolved)
+    clear(folder)  # a job that was killed when all was done could not
     if json:
         print_json(manifest.model_dump())
         return

@@ -73,9 +73,10 @@ def deploy(
     config = application_config(name, path, spec.serve, found.id, _route(name))
     serving.deploy(connection, config, spec.serve.host, spec.serve.port)
     note.print(f"deploying {path.name} of {found.id}")
-    url = serving.wait_until_running(connection, name, START_SECONDS).url
-    _record(found, connection, name, url, path.name)
-    out.print(f"serving {found.id} at {url}/v1/completions; ask it: {curl_line(url)}", soft_wrap=True)
+    made = serving.wait_until_running(connection, name, START_SECONDS)
+    _record(found, connection, name, made.url, path.name)
+    ask = "ask it" if made.reachable else "ask it on the cluster's machine"
+    out.print(f"serving {found.id} at {made.url}/v1/completions; {ask}: {curl_line(made.url)}", soft_wrap=True)
 
 
 @app.command()
@@ -112,7 +113,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     found = serving.applications(connect(address))
     # A key goes to applications of ours alone.
     ours = [a for a in found if a.checkpoint and a.status == "RUNNING"]
-    stats = {a.name: serving.stats(a.url, os.environ.get(KEY)) for a in ours}
+    stats = {a.name: serving.stats(a, os.environ.get(KEY)) for a in ours}
     if json:
         print_json([{**asdict(a), "stats": stats.get(a.name)} for a in found])
         return

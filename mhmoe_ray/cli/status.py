@@ -76,9 +76,7 @@ def _is_over(found: dict[str, Any]) -> bool:
 
 def _print_line(found: dict[str, Any], json: bool) -> None:
     if json:
-        import json as to_json
-
-        print(to_json.dumps(found), flush=True)
+        print_json(found, indent=None)
         return
     last = found["last"]
     at = f"  step {last['step']}/{found['steps']}  loss {nats(last['loss'])}" if last else ""

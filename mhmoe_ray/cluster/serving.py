@@ -5,6 +5,7 @@ import logging
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
@@ -21,7 +22,9 @@ REMOVE_SECONDS = 60.0
 class Application:
     name: str
     url: str
-    """Where it answers, as seen from the node that its proxy runs on."""
+    """Where it answers."""
+    reachable: bool
+    """False where that is a loopback address of another machine: from here it leads to whatever listens here."""
     status: str
     """NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY or DELETING."""
     message: str
@@ -103,14 +106,23 @@ def applications(connection: Connection) -> list[Application]:
     # Not by Ray's client, which takes longer to import than all else that `mhmoe status` does.
     details = dashboard.get(connection.address, "/api/serve/applications/", connection.token)
     http = details.get("http_options") or {}
-    base = dashboard.url_at(str(http.get("host")), int(http.get("port") or 0))
+    base, reachable = _place(connection, str(http.get("host")), int(http.get("port") or 0))
     found = []
     for name, app in sorted(details["applications"].items()):
         url = base + (app["route_prefix"] or "").rstrip("/")
         config = app["deployed_app_config"]
         checkpoint = config["args"]["checkpoint"] if config and _is_ours(config) else None
-        found.append(Application(name, url, app["status"], _message(app), checkpoint))
+        found.append(Application(name, url, reachable, app["status"], _message(app), checkpoint))
     return found
+
+
+def _place(connection: Connection, host: str, port: int) -> tuple[str, bool]:
+    """Serve's URL, and whether it leads there from here. Its proxies listen on the head too, where the dashboard is,
+    unless that is seen through a tunnel."""
+    if host in ("0.0.0.0", "::") and not connection.is_local_machine:
+        host = urlsplit(connection.address).hostname or host
+    url = dashboard.url_at(host, port)
+    return url, connection.is_local_machine or not dashboard.is_loopback(url)
 
 
 def _is_ours(config: dict[str, Any]) -> bool:
@@ -205,10 +217,14 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
     return found, details["http_options"]["host"], details["http_options"]["port"]
 
 
-def stats(url: str, key: str | None) -> dict[str, Any] | str:
-    """What an application of ours tells of its replicas, or why it does not."""
+def stats(application: Application, key: str | None) -> dict[str, Any] | str:
+    """What an application of ours tells of its replicas, or why it does not. One out of reach is not asked: whoever
+    listens here instead is to get no key."""
     import requests  # takes longer to import than all else here
 
+    url = application.url
+    if not application.reachable:
+        return f"{url} is of the cluster's own machine; ask it there, or forward its port"
     try:
         answer = requests.get(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
         if answer.status_code == 401:

@@ -10,7 +10,14 @@ IDLE_MINUTES = 10
 GCS_PORT = 6379
 # Ray's own default for `ray start` is an open cluster. The dashboard is reached through `ray dashboard`, a tunnel.
 _EXPORTS = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={TOKEN}; ulimit -n 65536"
+_HEAD = (
+    f"{_EXPORTS}; ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats "
+    "--autoscaling-config=~/ray_bootstrap_config.yaml"  # without it the head starts no worker
+)
 _JOIN = f"{_EXPORTS}; ray start --address=$RAY_HEAD_IP:{GCS_PORT}"
+GCP_IMAGES = "projects/deeplearning-platform-release/global/images/family"
+GCP_CPU, GCP_GPU = "common-cpu", "common-cu129-ubuntu-2404-nvidia-580"
+"""The second has NVIDIA's driver, of a version that the CUDA of PyPI's torch takes."""
 
 
 def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
@@ -27,27 +34,25 @@ def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def gcp(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
-    def machine(kind: str, spot: bool) -> dict[str, Any]:
-        image = "projects/deeplearning-platform-release/global/images/family/common-cpu"
+    def machine(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
+        image = f"{GCP_IMAGES}/{GCP_GPU if gpus else GCP_CPU}"
         disk = {"boot": True, "autoDelete": True, "type": "PERSISTENT"}
         disk |= {"initializeParams": {"diskSizeGb": 200, "sourceImage": image}}
-        scheduling = {"scheduling": [{"preemptible": True}]} if spot else {}
-        return {"machineType": kind, "disks": [disk], **scheduling}
+        scheduling: list[dict[str, Any]] = [{"preemptible": True}] if spot else []
+        if gpus:
+            scheduling.append({"onHostMaintenance": "TERMINATE"})  # GPUs cannot move to another host
+        return {"machineType": kind, "disks": [disk], **({"scheduling": scheduling} if scheduling else {})}
 
     provider = {"type": "gcp", "region": cloud.region, "availability_zone": cloud.zone, "project_id": cloud.project}
-    types = _types(site, machine(cloud.head, False), machine(cloud.data, False), machine(cloud.workers, cloud.spot))
+    workers = machine(cloud.workers, cloud.spot, site.workers.gpus)
+    types = _types(site, machine(cloud.head, False), machine(cloud.data, False), workers)
     return _cloud(site, provider, "ubuntu", types)
 
 
 def on_premise(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
     """All of them are alike: data nodes are not told apart."""
     provider = {"type": "local", "head_ip": hosts.head, "worker_ips": list(hosts.workers)}
-    return {
-        **_common(site, provider, hosts.user),
-        "max_workers": len(hosts.workers),
-        "head_start_ray_commands": ["ray stop", _head("")],
-        "worker_start_ray_commands": ["ray stop", f"{_JOIN} --block"],
-    }
+    return {**_common(site, provider, hosts.user), "max_workers": len(hosts.workers)}
 
 
 def _cloud(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +62,6 @@ def _cloud(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str,
         "idle_timeout_minutes": IDLE_MINUTES,
         "available_node_types": types,
         "head_node_type": "head",
-        "head_start_ray_commands": ["ray stop", _head("--autoscaling-config=~/ray_bootstrap_config.yaml")],
-        "worker_start_ray_commands": ["ray stop", _JOIN],
     }
 
 
@@ -83,12 +86,9 @@ def _common(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, An
         },
         "file_mounts": {TOKEN: site.token_file},
         "initialization_commands": commands,
+        "head_start_ray_commands": ["ray stop", _HEAD],
+        "worker_start_ray_commands": ["ray stop", _JOIN],
     }
-
-
-def _head(options: str) -> str:
-    start = f"ray start --head --port={GCS_PORT} --dashboard-host=127.0.0.1 --num-cpus=0 --disable-usage-stats"
-    return f"{_EXPORTS}; {start} {options}".rstrip()
 
 
 def _types(site: SiteSpec, head: Any, data: Any, workers: Any) -> dict[str, Any]:

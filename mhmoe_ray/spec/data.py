@@ -1,7 +1,7 @@
 """The `data` section: where raw text lies, how it is mixed, and where the prepared token shards go."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -10,6 +10,9 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.formats import Format
 from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
+
+SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
+"""The part of a domain's name before its first slash."""
 
 
 class SourceSpec(Section):
@@ -70,7 +73,7 @@ class SourceSpec(Section):
 
 
 class DataSpec(Section):
-    sources: dict[str, SourceSpec] = Field(min_length=1)
+    sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture in the course of the training, by step."""
     prepared: Path

@@ -1,6 +1,7 @@
 """Which documents of a RedPajama-V2 source are kept: by language, bucket, quality signal and duplicate tables."""
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class SignalRule(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises:
-        ValueError: it is not `signal op number`, or there is no such signal.
+        ValueError: it is not `signal op number`, there is no such signal, or the number is not finite.
         """
         match = _RULE.fullmatch(text)
         if match is None:
@@ -62,13 +63,16 @@ class SignalRule(NamedTuple):
         if signal not in SIGNALS:
             near = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=0.4)
             raise ValueError(f"there is no signal {signal!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return cls(signal, comparison, float(bound))
+        if not math.isfinite(number := float(bound)):
+            raise ValueError(f"a bound is a finite number, and {bound} is none")
+        return cls(signal, comparison, number)
 
     def holds(self, value: float | None) -> bool:
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
-        return f"{self.signal} {self.comparison} {self.bound:g}"
+        short = f"{self.bound:g}"  # as prepared folders have it, unless six digits are too few
+        return f"{self.signal} {self.comparison} {short if float(short) == self.bound else self.bound}"
 
 
 def _checked(rule: str) -> str:

@@ -1,8 +1,12 @@
 """What all commands share, and options that belong together."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import mhmoe_ray
+from mhmoe_ray.cli.common import print_json
 from tests.cli.run import mhmoe
 
 
@@ -22,3 +26,12 @@ def test_a_run_that_is_followed_is_not_told_as_json(corpus, words):
     refused = mhmoe(corpus, "submit", "spec.yaml", *words)
     assert refused.code == 2
     assert "give --detach too" in refused.err
+
+
+def test_json_has_null_for_what_is_not_finite(capsys):
+    inf, nan = float("inf"), float("nan")
+    print_json({"a": nan, "b": [inf, 1.5, (-inf,)], "c": {"d": nan, 3: "x"}, "e": Path("f")})
+    told = capsys.readouterr().out
+    assert json.loads(told, parse_constant=pytest.fail) == {
+        "a": None, "b": [None, 1.5, [None]], "c": {"d": None, "3": "x"}, "e": "f"
+    }  # fmt: skip

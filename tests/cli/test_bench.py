@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+from typer import BadParameter
 
 from mhmoe_ray.bench.peers import PEERS
 from mhmoe_ray.cli.bench_layer import layer
@@ -63,17 +64,37 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_pa
         ({"over": "tokens", "points": "16,many"}, "not whole numbers"),
         ({"over": "tokens", "points": "0"}, "at least 1"),
         ({"over": "heads", "heads": [2]}, "would be ignored"),
-        ({"top_k": 9}, "there are only 8 experts"),
-        ({"over": "top-k", "points": "1,9", "tokens": 4, "d_model": 16, "rounds": 1}, "there are only 8 experts"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(options, why):
-    with pytest.raises(SpecError, match=why):
+    with pytest.raises(BadParameter, match=why):
         layer(**options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_k": 9}, {"over": "top-k", "points": "1,9", "tokens": 4, "d_model": 16, "rounds": 1}]
+)
+def test_sizes_of_a_layer_that_there_is_not_are_refused(options):
+    with pytest.raises(SpecError, match="there are only 8 experts"):
+        layer(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("layer", "--points", "4"), "there is no axis"),
+        (("serve", "engines", "--rate", "2"), "no clients that come at random"),
+        (("serve", "heads", "--peers"), "would ignore --peers"),
+    ],
+)
+def test_they_are_mistakes_of_the_command_line(tmp_path, words, why):
+    refused = mhmoe_anew(tmp_path, "bench", *words)
+    assert refused.code == 2
+    assert why in " ".join(refused.err.split())
+
+
 def test_a_plot_needs_an_axis_and_a_file_that_can_be_written(tmp_path):
-    with pytest.raises(SpecError, match="give --over"):
+    with pytest.raises(BadParameter, match="give --over"):
         layer(png=tmp_path / "a.png")
     with pytest.raises(DataError, match=r"picture .*a\.png: No such file or directory"):
         layer(over="tokens", png=tmp_path / "no" / "a.png")

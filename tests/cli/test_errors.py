@@ -46,6 +46,11 @@ def test_an_unknown_run(tmp_path):
     assert_one_line(mhmoe(tmp_path, "serve", "deploy", "tiny-123456"), 7, "run tiny-123456")
 
 
+def test_a_key_of_an_address_that_is_none(tmp_path):
+    result = mhmoe(tmp_path, "list", "--storage", "s3://bucket/runs?regoin=eu")
+    assert_one_line(result, 7, "storage s3://bucket/runs?regoin=eu", "'regoin'", "check the address")
+
+
 def test_a_port_where_nothing_listens(corpus):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -120,6 +125,19 @@ def prepared(local_cluster, tmp_path_factory):
     write_spec(folder)
     assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
     return folder
+
+
+@pytest.mark.ray
+def test_a_prepared_folder_may_have_any_name_and_nothing_is_left_beside_it(prepared):
+    """The job's name, in which the folder's is, stands in URLs."""
+    beside = prepared / "odd.partial-of-another"
+    beside.mkdir()
+    words = ("data", "prepare", "spec.yaml", "--set", "data.prepared=odd [o]#1?", "--json")
+    assert mhmoe(prepared, *words).json()["domains"].keys() == {"web/a", "web/b", "web/c"}
+    left = prepared / "odd [o]#1?.partial-01234567"
+    left.mkdir()
+    assert mhmoe(prepared, *words).code == 0
+    assert sorted(path.name for path in prepared.glob("odd*")) == ["odd [o]#1?", beside.name]
 
 
 @pytest.mark.ray

@@ -129,6 +129,8 @@ def test_mistakes_are_one_line(tmp_path):
         assert_one_line(mhmoe(tmp_path, "data", verb, "spec.yaml", "raw"), 3, "spec.yaml", "stands beside other data")
         wrong = mhmoe(tmp_path, "data", verb, "raw", "--set", "data.seqlen=3")
         assert_one_line(wrong, 3, "text raw", "unknown key 'data.seqlen'")
-    assert_one_line(mhmoe(tmp_path, "data", "inspect", "raw", "--samples", "1"), 3, "only a spec has training samples")
+    refused = mhmoe(tmp_path, "data", "inspect", "raw", "--samples", "1")
+    assert refused.code == 2
+    assert "give a spec with prepared data" in " ".join(refused.err.split())
     unprepared = mhmoe(tmp_path, "data", "inspect", "spec.yaml", "--samples", "1")
     assert_one_line(unprepared, 4, "it is not there", "mhmoe data prepare SPEC")

@@ -34,7 +34,8 @@ def test_times_have_their_own_offset_or_this_machines():
     assert [stamped(line) for line in LOG] == [None, ten, None, ten + 1800, ten + 3600]
     rays = "2026-11-26 05:10:50,561\tINFO worker.py:2038 -- Started a local Ray instance."
     assert stamped(rays) == pytest.approx(datetime(2026, 11, 26, 5, 10, 50, 561000).timestamp())
-    assert stamped("2026-13-26T10:00:00Z") is None
+    for none in ("2026-13-26T10:00:00Z", "0001-01-01 00:00:00", "9999-12-31 23:59:59.9999999"):
+        assert stamped(none) is None
 
 
 def test_lines_are_chosen_by_time_and_by_what_is_in_them():

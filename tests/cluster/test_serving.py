@@ -1,12 +1,16 @@
 import dataclasses
+import http.server
+import json
 import socket
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
 from mhmoe_ray.cluster import dashboard, serving
-from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
@@ -67,6 +71,71 @@ def test_foreign_applications_are_no_runs_and_get_no_key(connection, port, tmp_p
 )
 def test_a_server_is_reached_where_it_listens(host, url):
     assert dashboard.url_at(host, 8000) == url
+
+
+@pytest.mark.parametrize(
+    ("board", "host", "place"),
+    [
+        ("http://head:8265", "0.0.0.0", ("http://head:8000", True)),
+        ("https://[2001:db8::1]:8265", "::", ("http://[2001:db8::1]:8000", True)),
+        ("http://head:8265", "node3", ("http://node3:8000", True)),
+        ("http://head:8265", "127.0.0.1", ("http://127.0.0.1:8000", False)),
+        ("http://127.0.0.1:8265", "0.0.0.0", ("http://127.0.0.1:8000", False)),  # through a tunnel
+    ],
+)
+def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all(board, host, place):
+    assert serving._place(Connection(board, False, False, None), host, 8000) == place
+    assert serving._place(Connection("http://127.0.0.1:8265", False, True, None), host, 8000)[1]
+
+
+@contextmanager
+def answering(paths):
+    """A server on loopback, and the requests that it got: paths, and whether with a key."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, "Authorization" in self.headers))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(paths.get(self.path, {})).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer((HOST, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_path, host):
+    """The dashboard is seen through a tunnel, as by `kubectl port-forward`."""
+    config = {"import_path": "mhmoe_ray.serve.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
+    app = {"route_prefix": "/", "status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": config}
+    with answering({}) as (port, asked):
+        board = {
+            "/api/version": {"ray_version": "2", "session_name": "elsewhere"},
+            "/nodes?view=summary": {
+                "data": {"summary": [{"raylet": {"sessionDir": "/tmp/elsewhere"}}], "nodeLogicalResources": {}}
+            },
+            "/api/serve/applications/": {
+                "http_options": {"host": host, "port": port},
+                "applications": {"mhmoe": app},
+            },
+        }
+        with answering(board) as (there, _):
+            words = ("serve", "status", "--address", f"http://127.0.0.1:{there}")
+            [told] = mhmoe(tmp_path, *words, "--json", MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path)).json()
+            shown = mhmoe(tmp_path, *words, MHMOE_API_KEY="secret", MHMOE_HOME=str(tmp_path))
+    assert asked == []
+    assert (told["url"], told["reachable"]) == (f"http://127.0.0.1:{port}", False)
+    assert f"{told['url']} is of the cluster's own machine; ask it there, or forward its port" in shown.out
 
 
 @pytest.mark.ray

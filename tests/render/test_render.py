@@ -97,17 +97,36 @@ def test_a_cluster_wants_a_token_scales_and_survives_its_head():
 @pytest.mark.parametrize(
     ("name", "make"), [("aws", ray_up.aws), ("gcp", ray_up.gcp), ("on_premise", ray_up.on_premise)]
 )
-def test_cluster_files_are_what_ray_takes(name, make):
+def test_cluster_files_are_what_ray_takes(name, make, capfd):
+    from ray.autoscaler._private.commands import warn_about_bad_start_command
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = make(SITE, getattr(SITE, name))
     validate_config(prepare_config(config))
+    capfd.readouterr()
+    warn_about_bad_start_command(config["head_start_ray_commands"])
+    assert "".join(capfd.readouterr()) == "", "a head that starts workers"
+    assert "--block" not in config["worker_start_ray_commands"][-1], "Ray waits for these commands to end"
     started = "\n".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert started.count("RAY_AUTH_MODE=token") == 2
     assert "--dashboard-host=127.0.0.1" in started
     assert ray_up.TOKEN in config["file_mounts"]
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**config, "available_node_typos": {}})
+
+
+@pytest.mark.parametrize(("gpus", "spot"), [(8, True), (8, False), (0, True), (0, False)])
+def test_gcp_gives_workers_with_gpus_a_driver_and_hosts_that_end_them(gpus, spot):
+    """Google refuses a machine with GPUs that is to move when its host is serviced."""
+    site = SITE.model_copy(update={"workers": SITE.workers.model_copy(update={"gpus": gpus})})
+    types = ray_up.gcp(site, SITE.gcp.model_copy(update={"spot": spot}))["available_node_types"]
+    node = {name: of["node_config"] for name, of in types.items()}
+    images = {name: of["disks"][0]["initializeParams"]["sourceImage"] for name, of in node.items()}
+    assert ("nvidia" in images["workers"]) == (gpus > 0)
+    assert images["head"] == images["data"] == f"{ray_up.GCP_IMAGES}/{ray_up.GCP_CPU}"
+    expected = {**({"preemptible": True} if spot else {}), **({"onHostMaintenance": "TERMINATE"} if gpus else {})}
+    assert {key: value for each in node["workers"].get("scheduling", []) for key, value in each.items()} == expected
+    assert "scheduling" not in node["head"]
 
 
 def test_the_script_is_one_of_bash():

@@ -76,7 +76,7 @@ def prepare(spec: RunSpec) -> DataManifest:
         finally:
             shutil.rmtree(place.own, ignore_errors=True)
         require_data_manifest(folder)  # else something that is no job's lies there, and the parts are kept
-        clear(folder)
+    clear(folder)  # also what a job left that was killed before it came here
     return prepared_for(spec)
 
 

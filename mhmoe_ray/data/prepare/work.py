@@ -10,6 +10,7 @@ first to have a whole result gives it the name and takes the rest away; the othe
 """
 
 import errno
+import glob
 import hashlib
 import json
 import secrets
@@ -62,5 +63,5 @@ def publish(result: Path, folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Take away what jobs have left beside a prepared folder, with whatever settings."""
-    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(left, ignore_errors=True)  # another job may do the same, or still be at it

@@ -21,6 +21,7 @@ _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x04\x22\
 
 OUTPUT = 1 << 20  # of gzip at a time
 MAX_BLOCK = 1 << 17  # of zstd, RFC 8878 section 3.1.1.2.4
+MAX_WINDOW = 1 << 31  # that of `zstd --long=31`, the most there is; a frame takes as much of it as it has content
 _CUT = "its zstd frame is cut off"
 
 
@@ -149,7 +150,7 @@ def _unzstd(data: _Bytes) -> Iterator[bytes]:
             continue
         if magic != ZSTD:
             raise DamageError("after its zstd frame comes something else")
-        frame = zstandard.ZstdDecompressor().decompressobj()
+        frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
         descriptor = _all(data, 1)
         flags = descriptor[0]
         single_segment, has_checksum = flags >> 5 & 1, flags >> 2 & 1

@@ -71,7 +71,17 @@ def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None) -> l
         if f"{name}/{sub}" not in filled:
             fix = "remove the folder, or correct data.sources"
             raise DataError(f"{what}/{sub}", f"{root} has no file of format {format} for it", fix)
-    return [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
+    wanted = [file for file in files if subfolders is None or subfolder_of(file.domain) in subfolders]
+    _check_names(what, wanted)
+    return wanted
+
+
+def _check_names(what: str, files: list[RawFile]) -> None:
+    """Names of local files may be any bytes, and pyarrow and JSON take text alone."""
+    for file in files:
+        named = file.path.encode(errors="backslashreplace").decode()
+        if named != file.path:
+            raise DataError(what, f"the name of {named} is not UTF-8", "rename it")
 
 
 def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:

@@ -3,6 +3,7 @@
 Credentials and regions are found as the vendors' own tools find them (environment, ~/.aws, the machine's role).
 """
 
+import errno
 import os
 import re
 import stat
@@ -52,7 +53,7 @@ class Storage:
             host, slash, below = self._pattern.partition("/")
             self._fs, bucket = object_store(scheme, host, query)
             self._pattern = bucket + slash + below  # without a user's name, which a host may have
-        except (OSError, pa.ArrowException) as e:
+        except OSError as e:
             raise DataError(f"path {path}", str(e), "correct it, and the credentials in the environment") from e
 
     @property
@@ -65,6 +66,7 @@ class Storage:
         of a single file. Hidden ones (a leading dot or underscore) are left out.
 
         Raises:
+            DataError: the pattern is none.
             FileNotFoundError: there is nothing of this name.
             OSError: it cannot be listed.
         """
@@ -139,7 +141,11 @@ def below(root: str, path: str) -> str:
 
 
 def _translate(parts: list[str]) -> re.Pattern[str]:
-    """A pattern's components as one expression: ** stands for any number of folders."""
+    """A pattern's components as one expression: ** stands for any number of folders.
+
+    Raises:
+        DataError: a range in brackets is none.
+    """
     made = ""
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -152,19 +158,24 @@ def _translate(parts: list[str]) -> re.Pattern[str]:
             else:
                 made += {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
         made += "" if last else "/"
-    return re.compile(made)
+    try:
+        return re.compile(made)
+    except re.error as e:
+        raise DataError(f"pattern {'/'.join(parts)}", e.msg, "correct it") from e
 
 
 def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]:
-    """Follows links, since people keep their data elsewhere: a dangling one is a file that has vanished, and one to a
-    folder `above` would never end."""
+    """Follows links, since people keep their data elsewhere: one that leads nowhere is a file that has vanished, and
+    one to a folder `above` would never end."""
     real = os.path.realpath(folder)
     if real in above:
         return
     for path in Path(folder).iterdir():
         try:
             info = path.stat()
-        except FileNotFoundError:
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
             yield Listed(str(path), 0)
             continue
         if stat.S_ISDIR(info.st_mode):

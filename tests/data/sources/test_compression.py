@@ -32,9 +32,13 @@ def gunzip_prefix(data: bytes) -> bytes:
     return zlib.decompressobj(wbits=31).decompress(data)
 
 
-def streamed(data: bytes) -> bytes:
+# As `zstd --long=31`, with small tables, since what it finds is nothing here.
+LONG = zstandard.ZstdCompressionParameters(window_log=31, hash_log=15, chain_log=15)
+
+
+def streamed(data: bytes, parameters: zstandard.ZstdCompressionParameters | None = None) -> bytes:
     """A frame that does not say how long it is, flushed in the middle."""
-    made = zstandard.ZstdCompressor().compressobj()
+    made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     half = len(data) // 2
     return (
         made.compress(data[:half])
@@ -48,6 +52,7 @@ HALF = len(CONTENT) // 2 + 11  # not at the end of a line
 WHOLE = {
     "one frame": ZSTD(CONTENT),
     "streamed": streamed(CONTENT),
+    "a window of 2 GB": streamed(CONTENT, LONG),
     "many frames": b"".join(ZSTD(line) for line in LINES[:300]) + ZSTD(b"".join(LINES[300:])),
     "a line over two frames": ZSTD(CONTENT[:HALF]) + ZSTD(CONTENT[HALF:]),
     "skippable": SKIPPABLE + ZSTD(CONTENT[:HALF]) + SKIPPABLE * 2 + ZSTD(CONTENT[HALF:]) + SKIPPABLE,

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.data.sources import Reason, find_files
-from mhmoe_ray.errors import DataError
+from mhmoe_ray.errors import DataError, SpecError
+from mhmoe_ray.spec import DataSpec, checked
 from tests.data.sources.read import bad, data_spec, read, texts
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec
@@ -51,6 +52,18 @@ def test_patterns_and_single_files(tmp_path, pattern, expected):
     assert files == expected
 
 
+def test_a_pattern_that_is_none_is_said(tmp_path):
+    write_documents(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(DataError, match=r"pattern \[z-a\]\*: bad character range z-a; correct it"):
+        found(tmp_path / "[z-a]*")
+
+
+def test_a_source_has_no_slash_in_its_name():
+    """Which ends it in the name of a domain."""
+    with pytest.raises(SpecError, match=r"sources\.wiki/en\..*should match pattern"):
+        checked(DataSpec, {"sources": {"wiki/en": {"path": "x"}}, "prepared": "p", "seq_len": 8}, "spec")
+
+
 def test_a_pattern_and_a_format_take_files_of_any_name(tmp_path):
     write_documents(tmp_path / "a" / "shard-1", ["text"])
     with pytest.raises(DataError, match="holds no file ending in"):
@@ -76,13 +89,25 @@ def test_links_are_followed_and_a_circle_ends(tmp_path):
     assert texts(read(tmp_path / "raw")[0]) == ["linked"]
 
 
-def test_a_link_to_nothing_is_a_file_that_vanished(tmp_path):
+@pytest.mark.parametrize(("to", "detail"), [("nowhere", "not there any more"), ("g.jsonl", "Failed to open")])
+def test_a_link_to_nothing_or_to_itself_is_a_file_that_vanished(tmp_path, to, detail):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])
-    (tmp_path / "a" / "g.jsonl").symlink_to("nowhere")
+    (tmp_path / "a" / "g.jsonl").symlink_to(to)
     items, tally = read(tmp_path)
     assert (texts(items), bad(items)) == (["text"], [(1, Reason.LOST)])
-    assert "not there any more" in items[-1].detail
+    assert detail in items[-1].detail
     assert tally.damaged == 1
+
+
+def test_a_name_that_is_not_text_is_said_where_its_file_is_wanted(tmp_path):
+    write_documents(tmp_path / "a" / "f.jsonl", ["text"])
+    (tmp_path / "b").mkdir()
+    for name in (b"a/\xe9.txt", b"b/caf\xe9.jsonl"):
+        (tmp_path / os.fsdecode(name)).touch()
+    assert found(tmp_path, shares={"a": 1}) == [("web/a", "f.jsonl")]
+    with pytest.raises(DataError, match=r"source web: the name of .*/b/caf\\udce9\.jsonl is not UTF-8; rename it") as e:
+        found(tmp_path)
+    assert str(e.value).isascii()
 
 
 def test_a_pipe_is_no_file(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mhmoe_ray.data.sources import BadLine, Reason, find_files
 from mhmoe_ray.errors import DataError
+from mhmoe_ray.spec.filters import SignalRule
 from tests.data.sources.read import bad, data_spec, read, texts
 from tests.data.sources.v2_files import write_v2
 
@@ -39,6 +40,14 @@ def test_a_languages_documents_are_a_domain_head_and_middle_by_default(tmp_path)
     assert texts(read(tmp_path / "documents", filters={"languages": ["de"]})[0]) == ["de head", "de middle"]
     with pytest.raises(DataError, match=r"correct its path, format or filters"):
         read(tmp_path, filters={"languages": ["fr"]})
+
+
+def test_what_a_download_left_beside_a_file_is_not_taken_for_it(tmp_path):
+    write_v2(tmp_path, HEAD, named("once"))
+    whole = tmp_path / "documents" / f"{HEAD}.json.gz"
+    for end in (".1", ".tmp"):
+        whole.with_name(whole.name + end).write_bytes(whole.read_bytes())
+    assert texts(read(tmp_path)[0]) == ["once"]
 
 
 BROKEN = {
@@ -95,6 +104,24 @@ def test_rules_of_ones_own_keep_what_meets_all_of_them(tmp_path_factory, scores,
     below = sum(s is None or s < low for s in scores)
     assert tally.dropped[f"ccnet_perplexity >= {low}"] == below
     assert tally.dropped[f"ccnet_perplexity < {high}"] == len(scores) - below - len(items)
+
+
+@given(bound=st.floats(allow_nan=False, allow_infinity=False))
+def test_a_rule_keeps_its_bound_to_the_last_digit(bound):
+    rule = SignalRule("ccnet_length", ">=", bound)
+    assert SignalRule.parse(str(rule)) == rule
+
+
+def test_rules_are_spelled_as_prepared_folders_have_them():
+    """A digit more or less, and a folder counts as made with other settings."""
+    for bound, spelled in [("50", "50"), ("0.10", "0.1"), ("1000000", "1e+06"), ("1234567", "1234567.0")]:
+        assert str(SignalRule.parse(f"ccnet_length>={bound}")) == f"ccnet_length >= {spelled}"
+
+
+@pytest.mark.parametrize("bound", ["nan", "inf", "-inf", "1e999"])
+def test_a_bound_is_finite(bound):
+    with pytest.raises(ValueError, match="a bound is a finite number"):
+        SignalRule.parse(f"ccnet_length >= {bound}")
 
 
 def test_listed_duplicates_leave_one_of_each(tmp_path):

@@ -21,7 +21,7 @@ from mhmoe_ray.data.sources.storage import Storage, one_line
 from mhmoe_ray.spec import FilterSpec, SourceSpec
 
 TEXT_FIELD = "raw_content"
-NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz")
+NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
 """Group 1 is a file's place in each of the four folders, 2 its language, 3 its bucket."""
 
 DUPLICATE = "duplicate"
