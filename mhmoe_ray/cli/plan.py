@@ -179,8 +179,8 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
 def _learning_rate(train: "TrainSpec") -> str:
     if train.warmup_steps <= train.steps:
         return f"{train.lr:g} from step {train.warmup_steps:,} on, down to {train.min_lr:g}"
-    reached = train.lr * train.steps / train.warmup_steps
-    return f"{reached:.2g} at most, not {train.lr:g}: all {train.steps:,} steps are of a warm-up of {train.warmup_steps:,}"
+    reached, warmup = train.lr * train.steps / train.warmup_steps, train.warmup_steps
+    return f"{reached:.2g} at most, not {train.lr:g}: all {train.steps:,} steps are of a warm-up of {warmup:,}"
 
 
 def _each(spec: "RunSpec") -> str:
