@@ -72,7 +72,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     """
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.evaluate import SAYS
+    from mhmoe_ray.evaluate import CAN_GROW, SAYS
     from mhmoe_ray.evaluate.request import stored
     from mhmoe_ray.spec import ClusterSpec
 
@@ -86,9 +86,8 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
     connection = connecting.cluster_for(section, needed, request.cpus, address)
-    job = Job.start(
-        connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", {"MHMOE_REQUEST": request.model_dump_json()}
-    )
+    env = {"MHMOE_REQUEST": request.model_dump_json(), CAN_GROW: str(int(not connection.local))}
+    job = Job.start(connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", env)
     job.say(SAYS)
     made = stored(run, request)
     if made is None or not job.has_succeeded:

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
-from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
+from mhmoe_ray.cluster.contexts import LOCAL, Context, read_contexts
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
@@ -48,7 +48,7 @@ def connect(address: str | None = None) -> Connection:
 
 def connect_if_there(address: str | None = None) -> Connection | None:
     """As `connect`; None where no address is given and no local cluster runs."""
-    address = _chosen(address)
+    named, address = _named(address), _chosen(address)
     # The local cluster is looked for where it is meant and nowhere else: it may be another machine's, or not answer.
     ours = find_local() if address is None or _is_ours(address) else None
     if ours:
@@ -56,7 +56,7 @@ def connect_if_there(address: str | None = None) -> Connection | None:
     if address is None:
         return None
     address = normalised(address)
-    token = _token(address)
+    token = _token(address, named)
     dashboard.ray_version(address, token)
     return Connection(address, False, dashboard.is_loopback(address) and _is_here(address, token), token)
 
@@ -120,18 +120,29 @@ def _chosen(address: str | None) -> str | None:
     to us."""
     if address == LOCAL:
         return None
+    named = _named(address)
+    return named.address if named else _given(address)
+
+
+def _given(address: str | None) -> str | None:
     ray_address = os.environ.get("RAY_ADDRESS", "")
     fallback = ray_address if ray_address.startswith(("http://", "https://")) else None
-    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or fallback
+
+
+def _named(address: str | None) -> Context | None:
+    """The cluster that is meant by a name of the user's."""
     contexts = read_contexts()
-    named = contexts.known.get(given or contexts.current)
-    return named.address if named else given
+    return contexts.known.get(_given(address) or contexts.current)
 
 
-def _token(address: str) -> Token | None:
-    """Of a cluster that the user has named, where a file was given for it; else as Ray would."""
-    known = read_contexts().known.values()
-    files = [c.token_file for c in known if c.token_file and normalised(c.address) == address]
+def _token(address: str, named: Context | None) -> Token | None:
+    """Of a cluster that the user has named, where a file was given for it; else as Ray would. Several may have one
+    address, of a tunnel: where none is meant by its name, the current one comes first."""
+    contexts = read_contexts()
+    at_it = [named] if named else [c for c in contexts.known.values() if normalised(c.address) == address]
+    at_it.sort(key=lambda context: context.name != contexts.current)
+    files = [context.token_file for context in at_it if context.token_file]
     return tokens.token_in(Path(files[0])) if files else tokens.user_token()
 
 
@@ -140,7 +151,8 @@ def _to_ours(cluster: LocalCluster) -> Connection:
 
 
 def _is_here(address: str, token: Token | None) -> bool:
-    """Whether the cluster is a single node whose session folder, a name used once, exists on this machine."""
+    """Whether the cluster is a single node whose session folder, a name used once, exists on this machine; and not the
+    head of one whose other nodes are yet to come."""
     alive, _ = dashboard.nodes(address, token)
     here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
-    return len(alive) == 1 and here
+    return len(alive) == 1 and here and bool(alive[0]["resourcesTotal"].get("CPU"))

@@ -30,7 +30,7 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
     A job that is dead while its directory says it runs was killed, or its cluster is gone: that is a failure too.
 
     Raises:
-        ClusterError: the directory does not say and the cluster does not answer.
+        ClusterError: the directory does not say, and the cluster does not answer or is not the run's.
     """
     over = recorded_outcome(run)
     if over:
@@ -46,6 +46,9 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
             return over
     if job is None and _may_be_on_its_way(run, attempt):
         return None
+    if job is None and not attempt.local and (since := quiet(run)) < QUIET_SECONDS:
+        why = f"it knows no job {attempt.job}, but the run wrote something {since:.0f} s ago"
+        raise ClusterError(f"cluster {connection.address}", why, "see whether another cluster is behind that address")
     if job is None:
         return Outcome("failed", f"the cluster does not know its job {attempt.job} any more")
     if job.status == "STOPPED" and run.stop_file.exists():

@@ -5,6 +5,7 @@ import os
 import ray
 
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
+from mhmoe_ray.evaluate import CAN_GROW, SAYS
 from mhmoe_ray.evaluate.request import EvalRequest
 
 
@@ -13,7 +14,9 @@ def main() -> None:
     ray.init()
     with logging_errors():
         if request.gpus > ray.cluster_resources().get("GPU", 0):
-            raise ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
+            if os.environ[CAN_GROW] == "0":
+                raise ClusterError("evaluation", "it is to compute on a GPU, and the cluster has none", "give --gpus 0")
+            print(f"{SAYS}waiting for a GPU, of which the cluster has none at the moment", flush=True)
         task = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(_answer)
         try:
             ray.get(task.remote(request))

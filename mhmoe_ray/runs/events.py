@@ -57,8 +57,14 @@ def newest(happened: list[dict[str, Any]], kind: Kind) -> dict[str, Any] | None:
 def state(happened: list[dict[str, Any]]) -> State:
     """The state after these events."""
     current: State = "submitted"
+    begun = 0
     for event in happened:
-        current = _STATE_AFTER.get(event["event"], current)
+        kind = event["event"]
+        if kind == "began":
+            begun = event.get("attempt", 0)
+        elif kind == "submitted" and event.get("attempt", begun + 1) <= begun:
+            continue  # on an object store lines are in the order of their writers' clocks, which differ
+        current = _STATE_AFTER.get(kind, current)
     return current
 
 

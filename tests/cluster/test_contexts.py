@@ -4,7 +4,7 @@ import pytest
 
 from mhmoe_ray.cli.resume import _where
 from mhmoe_ray.cluster import contexts, tokens
-from mhmoe_ray.cluster.connect import _chosen, _token, is_local
+from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
 from mhmoe_ray.cluster.home import home
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.attempts import Attempt
@@ -56,11 +56,24 @@ def test_a_named_clusters_token_goes_to_it_alone(tmp_path):
     file.write_text("secret\n")
     contexts.use("lab", "http://head:8265", file)
     contexts.use("other", "http://other:8265")
-    assert _token("http://head:8265").value == "secret"
-    assert _token("http://other:8265") is tokens.user_token() is None
+    assert _token("http://head:8265", None).value == "secret"
+    assert _token("http://other:8265", None) is tokens.user_token() is None
     file.unlink()
     with pytest.raises(TokenError, match="mhmoe cluster use"):
-        _token("http://head:8265")
+        _token("http://head:8265", None)
+
+
+def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_own_token(tmp_path):
+    tunnel = "http://127.0.0.1:8265"
+    for name in ("lab", "prod"):
+        (tmp_path / name).write_text(name)
+        contexts.use(name, tunnel, tmp_path / name)
+    contexts.use("bare", tunnel)
+    contexts.use("prod")
+    assert _token(tunnel, _named("lab")).value == "lab"
+    assert _token(tunnel, _named(None)).value == "prod"
+    assert _token(tunnel, _named(tunnel)).value == "prod"  # as of a run that was started there
+    assert _token(tunnel, _named("bare")) is tokens.user_token()
 
 
 def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):

@@ -149,6 +149,12 @@ def test_what_it_cannot_run_is_said(monkeypatch):
     assert why_not(DEVICE) is None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "TRITON_INTERPRET=1" in why_not(torch.device("cpu"))
+    cuda = torch.device("cuda")
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert why_not(cuda) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert "neither gcc nor clang" in why_not(cuda)
     with pytest.raises(RuntimeError, match="this is cpu"):
         run(x.cpu(), expert.cpu(), gate.cpu(), weights)
 

@@ -118,6 +118,15 @@ def test_state_follows_events(run):
     assert seen == ["submitted", "preparing", "preparing", "running", "running", "failed", "submitted", "finished"]
 
 
+def test_a_job_that_runs_is_not_submitted_by_a_clock_that_is_ahead(run):
+    for kind, attempt in (("submitted", 1), ("began", 1), ("failed", None), ("began", 2), ("started", None)):
+        events.record(run, kind, **({"attempt": attempt} if attempt else {}))
+    events.record(run, "submitted", attempt=2)
+    assert events.state(events.events(run)) == "running"
+    events.record(run, "submitted", attempt=3)
+    assert events.state(events.events(run)) == "submitted"
+
+
 def test_attempts_are_numbered(run):
     assert [add_attempt(run, Attempt(job, "http://x", local=True)) for job in "ab"] == [1, 2]
     assert [a.job for a in read_attempts(run)] == ["a", "b"]

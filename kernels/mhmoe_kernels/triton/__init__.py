@@ -15,6 +15,7 @@ Nothing here imports Triton before it is used: it is no part of the base install
 
 import os
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def why_not(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
     if device.type != "cuda" and not interpreted:
         return f"triton compiles for CUDA devices, and this is {device.type}; TRITON_INTERPRET=1 runs it here, slowly"
+    if not interpreted and not (os.environ.get("CC") or which("gcc") or which("clang")):
+        return "triton needs a C compiler for what launches its kernels, and there is neither gcc nor clang"
     return None
 
 

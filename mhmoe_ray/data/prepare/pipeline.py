@@ -167,7 +167,8 @@ class _Preparation:
             validation_fraction=self._data.validation_fraction,
             token_bytes=self._token_bytes,
         )
-        readers = ceil(ray.cluster_resources()["CPU"] / CPUS_PER_READER)
+        # A cluster whose nodes start when they are needed may have none yet.
+        readers = max(1, ceil(ray.cluster_resources().get("CPU", 0) / CPUS_PER_READER))
         files = ray.data.from_items(rows, override_num_blocks=len(rows))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         done, tally, report = [], Tally(), self._report
