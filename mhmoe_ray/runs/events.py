@@ -11,6 +11,7 @@ Kind = Literal[
     "began",  # attempt, host, pid (of its job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
+    "waiting",  # the cluster has no room for the workers at the moment
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
@@ -27,12 +28,13 @@ Kind = Literal[
     "served",  # application, url, address (of the cluster), checkpoint (its name)
     "imported",  # source, model_type, step, name (of the checkpoint)
 ]
-State = Literal["submitted", "preparing", "running", "finished", "stopped", "failed", "imported"]
+State = Literal["submitted", "preparing", "waiting", "running", "finished", "stopped", "failed", "imported"]
 
 _STATE_AFTER: dict[str, State] = {
     "submitted": "submitted",
     "began": "preparing",
     "preparing": "preparing",
+    "waiting": "waiting",
     "started": "running",
     "finished": "finished",
     "stopped": "stopped",

@@ -5,6 +5,7 @@
     ray_trainer.py  Ray Train with a run's own rules
     retries.py elastic.py stream_start.py   those: what is tried again, sizes of groups, where the stream begins
     worker.py       one rank: restore, train, validate, save
+    waiting.py      that workers find no room, for the record
     watchdog.py     an actor beside the workers that names the one that hangs, and ends it
     worker_failures.py   workers that fail, for the record
     preemption.py   leaving a node that is to be taken away

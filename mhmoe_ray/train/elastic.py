@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import last_step
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.train.waiting import record_waiting
 
 
 class AllowedSizes(ElasticScalingPolicy):
@@ -32,7 +33,7 @@ class AllowedSizes(ElasticScalingPolicy):
     def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:
         super().__init__(scaling_config)
         self._run, self._steps, self._sizes = run, spec.train.steps, spec.worker_counts
-        self._considered = -1
+        self._considered, self._waits = -1, False
         self._holding: int | None = 0
         """Workers whose resources are not among the free ones; None where a group that failed may still have its."""
 
@@ -55,7 +56,11 @@ class AllowedSizes(ElasticScalingPolicy):
         decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             self._holding = 0  # if this start fails, for what others hold, the next one is of what is free
+            self._waits = False
         else:
+            if not self._waits:
+                record_waiting(self._run)
+            self._waits = True
             time.sleep(1.0)  # Ray asks again at once
         return decision
 

@@ -22,7 +22,7 @@ class RunTrainer(TorchTrainer):
         self._run, self._spec = run, spec
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        given["failure_policy"] = MistakesAreFinal(self.run_config.failure_config)
+        given["failure_policy"] = MistakesAreFinal(self.run_config.failure_config, self._run)
         if self._spec.cluster.workers.elastic:
             # For a placement that was counted beforehand. One that waits counts on a node that is dead without Ray
             # knowing it, for some 20 s; for as long as Ray would wait, nobody would train.

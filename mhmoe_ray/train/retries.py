@@ -5,16 +5,26 @@ This reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it h
 
 from typing import Any
 
+from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train.waiting import record_waiting
 
 
 class MistakesAreFinal(DefaultFailurePolicy):
     """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
     finite. All else is tried again: workers that were killed, and storage, which may come back."""
 
+    def __init__(self, failure_config: FailureConfig, run: RunDir) -> None:
+        super().__init__(failure_config)
+        self._run = run
+
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            record_waiting(self._run)
         mistake = error_of_ours(training_failed_error)
         if mistake and not isinstance(mistake, CheckpointError | StorageError):
             return FailureDecision.RAISE

@@ -7,15 +7,16 @@ import pickle
 import pytest
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.preemption import PreemptedError
@@ -65,11 +66,24 @@ def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decisio
         (RuntimeError("connection closed by peer"), FailureDecision.RETRY),
     ],
 )
-def test_what_a_new_start_would_only_meet_again_is_not_tried_again(raised, decision):
-    policy = MistakesAreFinal(FailureConfig(max_failures=3))
+def test_what_a_new_start_would_only_meet_again_is_not_tried_again(tmp_path, raised, decision):
+    policy = MistakesAreFinal(FailureConfig(max_failures=3), RunDir(tmp_path))
     failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
     assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
     assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
+
+
+def test_workers_that_find_no_room_are_tried_again_and_said_to_wait(tmp_path):
+    run = RunDir(tmp_path)
+    events.record(run, "prepared")
+    policy = MistakesAreFinal(FailureConfig(max_failures=0), run)
+    for _ in range(3):
+        assert policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) is FailureDecision.RETRY
+    assert [event["event"] for event in events.events(run)] == ["prepared", "waiting"]
+    events.record(run, "started")
+    assert events.state(events.events(run)) == "running"
+    policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert events.state(events.events(run)) == "waiting"
 
 
 def test_ray_tells_of_failures_as_they_were_raised():
