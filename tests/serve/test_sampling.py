@@ -1,9 +1,9 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine import Sampling, sampling
 from mhmoe_ray.serve.engine.sampling import Chooser, scored
 
 logits = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12)
@@ -54,6 +54,29 @@ def test_no_allowed_temperature_or_top_p_fails(values, temperature, top_p, seed)
 def drawn(sampling, values, draws=300):
     chooser = Chooser(sampling)
     return [choose(chooser, torch.tensor(values)) for _ in range(draws)]
+
+
+@settings(max_examples=300)
+@given(
+    seed=st.integers(0, 2**20), tokens=st.integers(1, 700), kinds=st.sampled_from([2, 20, 10**6]),
+    top_k=st.sampled_from([0, 1, 3, 300]), top_p=st.floats(0.01, 0.99), min_p=st.sampled_from([0.0, 1e-4, 0.1]),
+    front=st.sampled_from([1, 7, 256]),
+)  # fmt: skip
+def test_a_draw_is_among_those_that_sorting_all_of_them_leaves(seed, tokens, kinds, top_k, top_p, min_p, front):
+    """However many are looked at first, and also where many are as likely as each other."""
+    logits_V = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(seed)) * (12.0 / kinds)
+    probability_V = logits_V.double().softmax(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "FRONT", front)
+        found = sampling._among(probability_V, Sampling(1, 1, top_k=top_k, top_p=top_p, min_p=min_p)).tolist()
+    order = probability_V.sort(descending=True, stable=True).indices.tolist()
+    left = [t for t in order if probability_V[t] >= min_p * probability_V[order[0]]][: top_k or None]
+    mass = probability_V[left].sum()
+    least, most = (
+        {left[i] for i in nucleus((probability_V[left] / mass).tolist(), top_p + slack)} for slack in (-1e-9, 1e-9)
+    )
+    assert least <= set(found) <= most
+    assert found == sorted(found)
 
 
 def test_cuts_leave_the_likeliest():

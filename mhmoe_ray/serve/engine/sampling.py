@@ -5,6 +5,9 @@ from torch import Tensor
 
 from mhmoe_ray.serve.engine.request import Sampling, Scored
 
+FRONT = 1024
+"""Of the most likely tokens, how many a nucleus is looked for among at first."""
+
 
 class Chooser:
     """Of one answer."""
@@ -48,21 +51,42 @@ class Chooser:
         sampling = self._sampling
         # The largest logit becomes 0 first, so that no temperature, however small, makes inf - inf.
         probability_V = ((logits_V - logits_V.max()) / sampling.temperature).softmax(-1)
-        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-            sorted_V, token_V = probability_V.sort(descending=True, stable=True)
-            cut = sorted_V < sampling.min_p * sorted_V[0]
-            if sampling.top_k:
-                cut[sampling.top_k :] = True
-            if sampling.top_p < 1:
-                left_V = sorted_V.masked_fill(cut, 0)
-                left_V /= left_V.sum()
-                cut |= left_V.cumsum(-1) - left_V >= sampling.top_p
-            probability_V[token_V[cut]] = 0
+        among_K = _among(probability_V, sampling)
+        probability_K = probability_V if among_K is None else probability_V[among_K]
         # One number per token: a draw is a place on the line of all probabilities.
-        line_V = probability_V.cumsum(-1)
-        place = torch.rand((), dtype=torch.float64, generator=self._random) * line_V[-1]
-        token = int(torch.searchsorted(line_V, place, right=True))
-        return min(token, int(probability_V.nonzero()[-1]))
+        line_K = probability_K.cumsum(-1)
+        place = torch.rand((), dtype=torch.float64, generator=self._random) * line_K[-1]
+        drawn = min(int(torch.searchsorted(line_K, place, right=True)), int(probability_K.nonzero()[-1]))
+        return drawn if among_K is None else int(among_K[drawn])
+
+
+def _among(probability_V: Tensor, sampling: Sampling) -> Tensor | None:
+    """The tokens that a draw is among, ascending; None: all of them.
+
+    To sort a large vocabulary takes longer than a step of a small model. So only the most likely tokens are, with all
+    that are as likely as the last of them; and the rest too where these do not suffice.
+    """
+    if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
+        return None
+    most, few = float(probability_V.max()), sampling.top_k or FRONT
+    for front in (few, None) if 8 * few < len(probability_V) else (None,):
+        if front:
+            token_F = (probability_V >= probability_V.topk(front).values[-1]).nonzero()[:, 0]
+            sorted_F, order_F = probability_V[token_F].sort(descending=True, stable=True)
+            token_F = token_F[order_F]
+        else:
+            sorted_F, token_F = probability_V.sort(descending=True, stable=True)
+        cut_F = sorted_F < sampling.min_p * most
+        if sampling.top_k:
+            cut_F[sampling.top_k :] = True
+        if sampling.top_p < 1:
+            left_F = sorted_F.masked_fill(cut_F, 0)
+            whole_V = left_F if sampling.top_k else probability_V.where(probability_V >= sampling.min_p * most, 0)
+            left_F /= whole_V.sum()
+            cut_F |= left_F.cumsum(-1) - left_F >= sampling.top_p
+        if sampling.top_k or cut_F.any():  # whatever is less likely is cut, too
+            break
+    return token_F[~cut_F].sort().values
 
 
 def scored(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[Scored]:
