@@ -64,7 +64,9 @@ def choose(name: str, x_ND: Tensor, weights: ExpertWeights, places: int | None =
     if name != "auto" and (places is not None or not BACKENDS[name].takes_places):
         return name
     if x_ND.device.type == "cuda":
-        fused = x_ND.shape[1] <= FUSED_UP_TO and triton.why_not(x_ND.device) is None
+        # In float32 its products are not the matrix units'.
+        suits = x_ND.shape[1] <= FUSED_UP_TO and x_ND.dtype == torch.bfloat16
+        fused = suits and triton.why_not(x_ND.device) is None
         return "triton" if fused else "grouped"
     return "cpp" if cpp.is_ahead(x_ND, weights) else "grouped"
 
@@ -110,7 +112,8 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
             return ready(x_RD, counts, weights)
     # The others take routes and sort them again. For `triton` these are R numbers: it reads rows where they lie.
     expert_E = torch.arange(len(counts), device=x_RD.device)
-    expert_R = expert_E.repeat_interleave(torch.tensor(counts, device=x_RD.device), output_size=len(x_RD))
+    count_E = torch.tensor(counts, pin_memory=x_RD.is_cuda).to(x_RD.device, non_blocking=True)  # the host goes on
+    expert_R = expert_E.repeat_interleave(count_E, output_size=len(x_RD))
     one_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
     return run_experts(backend, x_RD, expert_R[:, None], one_R1, weights)
 

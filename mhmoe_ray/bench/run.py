@@ -88,7 +88,9 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
         result = run_apart(way, spec, threads, f"bench run, {name}", **environment)
         tell(f"round {turn + 1}: {name} {result['seconds']:.1f} s")
         found[name].append(result)
-    if len(losses := {result["loss"] for results in found.values() for result in results}) > 1:
+    losses = {result["loss"] for results in found.values() for result in results}
+    # GPUs add up in no certain order.
+    if max(losses) - min(losses) > (1e-3 if spec.cluster.gpus_per_worker else 0):
         raise JobError("bench run", f"losses differ: {losses}", "this is a defect; their steps are not the same")
     return Figures(**found)
 

@@ -117,7 +117,7 @@ class _View:
         elif kind == "preparing":
             note.print(f"preparing data in {event['folder']}", soft_wrap=True)
         elif kind == "waiting":
-            note.print("waiting: the cluster has no room for its workers at the moment; `mhmoe plan` has what they need")
+            note.print("waiting: the cluster has no room for its workers now; `mhmoe plan` has what they need")
         elif kind == "started":
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
             places = f"{events.workers(event)} workers, dp {event['dp']} x ep {event['ep']}"

@@ -56,7 +56,4 @@ def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, 
     from mhmoe_ray.runs.model import model_of
     from mhmoe_ray.serve.own_engine import own_engine
 
-    model = model_of(checkpoint, manifest)
-    if spec.gpus_per_replica:
-        model.to("cuda")
-    return own_engine(model, ends, known, manifest.seq_len, spec)
+    return own_engine(model_of(checkpoint, manifest), ends, known, manifest.seq_len, spec)

@@ -23,6 +23,8 @@ def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, s
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16:
         _halve(model)
+    if spec.gpus_per_replica:
+        model.to("cuda")  # after that: whole, it may not fit
     if model.embedding.weight.device.type == "cpu":
         if packed.why_not(dtype) is None:
             pack(model)

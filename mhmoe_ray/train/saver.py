@@ -132,6 +132,8 @@ class Saver:
 
     def _copy(self, share: list[_Copy], ready: torch.cuda.Event | None) -> None:
         """In the background; beside a GPU's work, on a stream of its own."""
+        if self._stream:
+            torch.cuda.set_device(self._stream.device)  # of this thread, which else would take memory of the first GPU
         with torch.cuda.stream(self._stream):
             if self._stream and ready:
                 self._stream.wait_event(ready)

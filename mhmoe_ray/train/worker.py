@@ -251,7 +251,12 @@ class _Timed:
             self._left -= 1
             self.digests.append(sample_digest(stored))
             parts = split_padding(stored, self._token_bytes)
-            yield MicroBatch(*(torch.from_numpy(part).to(ray.train.torch.get_device()) for part in parts))
+            yield MicroBatch(*(_on_its_way(torch.from_numpy(part), ray.train.torch.get_device()) for part in parts))
+
+
+def _on_its_way(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it has yet to do."""
+    return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -38,6 +38,22 @@ def skipping(spec):
     return [u.applied for u in updates], trainer.skipped, [math.isfinite(u.norm) for u in updates]
 
 
+def loss_in_bfloat16(spec, as_on_cuda):
+    """Of a step that begins where autocast is on for CUDA, whose flag is another than the CPU's; or is not."""
+    torch.set_autocast_enabled("cuda", as_on_cuda)
+    trainer = trainer_of(spec)
+    return trainer.accumulate(batches(spec, 0, trainer)).loss
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_does_not_switch_autocast_off(strategy):
+    pytest.importorskip("deepspeed")
+    spec = tiny_spec(cluster={"workers": 1, "strategy": strategy}, train={"precision": "bfloat16"})
+    [plain], [as_on_cuda] = (run_ranks(1, loss_in_bfloat16, spec, flag) for flag in (False, True))
+    whole = run_ranks(1, loss_in_bfloat16, tiny_spec(cluster={"workers": 1, "strategy": strategy}), False)
+    assert as_on_cuda == plain != whole[0]
+
+
 def spoil(trainer):
     """An infinite value in the gradient that the optimizer will read."""
     if trainer.spec.cluster.strategy == "zero2":

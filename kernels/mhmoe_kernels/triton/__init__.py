@@ -22,6 +22,9 @@ from torch import Tensor
 
 from mhmoe_kernels.weights import ExpertWeights
 
+SHARED_BYTES = 120 << 10
+"""Of a block, that some widths take on cards before sm_90 (by compiling for them); consumer cards have 99 KiB."""
+
 
 def why_not(device: torch.device) -> str | None:
     """One line on why `run` cannot run on `device`; None when it can."""
@@ -32,6 +35,11 @@ def why_not(device: torch.device) -> str | None:
         return f"triton compiles for CUDA devices, and this is {device.type}; TRITON_INTERPRET=1 runs it here, slowly"
     if not interpreted and not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "triton needs a C compiler for what launches its kernels, and there is neither gcc nor clang"
+    if not interpreted and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        there = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)  # AMD's have none
+        if there < SHARED_BYTES:
+            return f"kernel triton needs {SHARED_BYTES >> 10} KiB of shared memory, and this GPU has {there >> 10}"
     return None
 
 

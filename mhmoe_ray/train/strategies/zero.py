@@ -63,6 +63,11 @@ class Zero(Strategy):
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True},
         }
+        if spec.precision == "bfloat16":
+            # On CUDA its forward switches autocast off unless it is told so. Without modules of its own choice, whose
+            # gradients it would reduce in bfloat16.
+            half = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            config["torch_autocast"] = half
         _compile_nothing()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self.module = self.engine
