@@ -38,7 +38,7 @@ def skipping(spec):
     return [u.applied for u in updates], trainer.skipped, [math.isfinite(u.norm) for u in updates]
 
 
-def loss_in_bfloat16(spec, as_on_cuda):
+def losses_begun(spec, as_on_cuda):
     """Of a step that begins where autocast is on for CUDA, whose flag is another than the CPU's; or is not."""
     torch.set_autocast_enabled("cuda", as_on_cuda)
     trainer = trainer_of(spec)
@@ -48,10 +48,12 @@ def loss_in_bfloat16(spec, as_on_cuda):
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_deepspeed_does_not_switch_autocast_off(strategy):
     pytest.importorskip("deepspeed")
-    spec = tiny_spec(cluster={"workers": 1, "strategy": strategy}, train={"precision": "bfloat16"})
-    [plain], [as_on_cuda] = (run_ranks(1, loss_in_bfloat16, spec, flag) for flag in (False, True))
-    whole = run_ranks(1, loss_in_bfloat16, tiny_spec(cluster={"workers": 1, "strategy": strategy}), False)
-    assert as_on_cuda == plain != whole[0]
+    whole, half = (
+        tiny_spec(cluster={"workers": 2, "ep": 1, "strategy": strategy}, train={"precision": precision})
+        for precision in ("float32", "bfloat16")
+    )
+    plain, as_on_cuda = (run_ranks(2, losses_begun, half, flag) for flag in (False, True))
+    assert as_on_cuda == plain != run_ranks(2, losses_begun, whole, False)
 
 
 def spoil(trainer):
