@@ -1,5 +1,6 @@
 """What `mhmoe data inspect` and `lint` share: which data are meant, and a survey of them as a job of the cluster."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,7 +78,8 @@ def raw_text(what: list[str], overrides: list[str]) -> What:
         while name in sources:
             name += "-"
         sources[name] = {"path": absolute(Path.cwd(), path)}
-    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": "prepared", "seq_len": 1}, "cluster": {}}
+    # Nothing is prepared, and no text is left out for lying in that folder.
+    tree: dict[str, Any] = {"data": {"sources": sources, "prepared": os.devnull, "seq_len": 1}, "cluster": {}}
     overridden(tree, overrides)
     named = f"text {', '.join(what)}"
     data, cluster = checked(DataSpec, tree["data"], named, "data."), checked(ClusterSpec, tree["cluster"], named)
@@ -105,7 +107,7 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     find_files(what.data)
     connection = connecting.cluster_for(what.cluster, what.needed, 1, address)
     request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
-    env = {"MHMOE_REQUEST": request.model_dump_json()}
+    env = {"MHMOE_REQUEST": request.packed()}
     job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)
     job.say(SAYS)
     found = survey_in(job.log)

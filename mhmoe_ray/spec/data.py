@@ -51,6 +51,8 @@ class SourceSpec(Section):
     def _check(self) -> Self:
         if self.shares is not None and self.alpha != 1.0:
             raise ValueError("shares fix the mixture, so alpha would be ignored: give one of the two")
+        if self.delimiter is not None and not {"\n", "\r"}.isdisjoint(self.delimiter):
+            raise ValueError('delimiter is a line without its line break: "" is a blank one')
         if self.format is not None:
             self.check_format(self.format)
         return self
@@ -77,7 +79,8 @@ class DataSpec(Section):
     schedule: list[PhaseSpec] = Field(default_factory=list)
     """Changes of the mixture in the course of the training, by step."""
     prepared: Path
-    """Folder for the packed token shards; made once by `data prepare`, then only read."""
+    """Folder for the packed token shards; made once by `data prepare`, then only read. Below a source's path it is no
+    part of the source."""
     seq_len: PositiveInt
     """T: tokens a model sees at once; a stored sample has T + 1, its last T are the targets."""
     packing: Literal["concat", "best_fit"] = "concat"

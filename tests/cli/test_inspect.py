@@ -1,5 +1,6 @@
 """`mhmoe data inspect` and `lint` as processes, on a real cluster."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.cli.inspect_tables import show_sample
+from mhmoe_ray.cli.survey import raw_text
+from mhmoe_ray.data.inspect.result import Request
 from mhmoe_ray.data.inspect.samples import Part, Shown
 from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.sources import find_files
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.data.texts import write_corpus, write_documents
@@ -117,6 +121,21 @@ def test_lint_of_a_spec_strictly(project):
     problems = json.loads(result.out)
     assert {(problem["rule"], problem["severe"]) for problem in problems} == {("epochs", False)}
     assert_one_line(result, 4, "data of tiny: 1 warning")
+
+
+def test_a_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [f"c4/{hashlib.sha256(bytes([i % 256, i // 256])).hexdigest()}.jsonl" for i in range(1_100)]
+    meant = raw_text(paths, [])
+    request = Request(data=meant.data, tokenizer=meant.tokenizer, rules=True)
+    assert len(f"MHMOE_REQUEST={request.packed()}") < 131_072 < len(request.model_dump_json())
+    assert Request.unpacked(request.packed()) == request
+
+
+def test_raw_text_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "prepared" / "x.jsonl", ["text"])
+    assert len(find_files(raw_text(["prepared"], []).data)) == len(find_files(raw_text(["."], []).data)) == 1
 
 
 def test_mistakes_are_one_line(tmp_path):

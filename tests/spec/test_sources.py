@@ -22,6 +22,8 @@ def test_a_path_may_be_a_uri_and_stays_one(tmp_path):
         ({"format": "json"}, "Input should be 'jsonl'"),
         ({"format": "jsonl", "filters": {"gopher": True}}, "format jsonl does not have"),
         ({"format": "parquet", "delimiter": ""}, "delimiter is for format text"),
+        ({"format": "text", "delimiter": "\n"}, 'delimiter is a line without its line break: "" is a blank one'),
+        ({"delimiter": "---\r"}, "delimiter is a line without its line break"),
         ({"format": "text", "text_field": "body"}, "format text has none"),
         ({"filters": {"signals": ["rps_doc_wordcount > 3"]}}, "did you mean 'rps_doc_word_count'"),
         ({"filters": {"signals": ["ccnet_perplexity"]}}, "write a rule as `signal op number`"),

@@ -1,4 +1,4 @@
-"""The job of `mhmoe data inspect` and `lint`: the request comes as JSON in MHMOE_REQUEST, the survey is in its log."""
+"""The job of `mhmoe data inspect` and `lint`: the request comes packed in MHMOE_REQUEST, the survey is in its log."""
 
 import os
 
@@ -10,7 +10,7 @@ from mhmoe_ray.errors import logging_errors
 
 
 def main() -> None:
-    request = Request.model_validate_json(os.environ["MHMOE_REQUEST"])
+    request = Request.unpacked(os.environ["MHMOE_REQUEST"])
     ray.init()
     with logging_errors():
         for line in lines_of(survey(request)):

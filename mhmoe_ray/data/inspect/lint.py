@@ -13,7 +13,7 @@ from mhmoe_ray.data.order.mixture import mixture
 from mhmoe_ray.data.prepare.quarantine import Limit
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.sources import Reason, Tally, find_files
-from mhmoe_ray.data.sources.find import subfolder_at
+from mhmoe_ray.data.sources.find import list_files, subfolder_at
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
@@ -61,13 +61,12 @@ def lint(data: Data) -> list[Problem]:
 
 
 def _unreadable(data: Data) -> Iterator[Problem]:
-    tally, stored = Tally(), 0
+    tally = Tally()
     for domain in data.survey.domains.values():
         bad = Counter({Reason(reason): n for reason, n in domain.quarantined.items()})
         documents = domain.whole.documents
         tally += Tally(damaged=domain.damaged, documents=documents, bad=bad, dropped=domain.dropped)
-        stored += domain.stored_bytes
-    stops = Limit(data.data, stored).exceeded(tally)
+    stops = Limit(data.data, []).exceeded(tally)
     fix = "mend or remove it" + (", or raise data.max_bad_lines, max_bad_share or max_bad_files" if stops else "")
     for name, domain in data.survey.domains.items():
         for reason, count in sorted(domain.quarantined.items()):
@@ -92,7 +91,7 @@ def _unread_files(data: Data) -> Iterator[Problem]:
     for name, source in data.data.sources.items():
         if formats[name] in ("redpajama-v2", "huggingface"):  # these have other files beside them
             continue
-        root, listed = Storage(source.path).files()
+        root, listed = list_files(Storage(source.path), data.data.prepared)
         chosen = data.data.subfolders(name)
         left = [path for path, _ in listed if path not in read]
         if chosen is not None:
@@ -111,23 +110,25 @@ def _copies(data: Data) -> Iterator[Problem]:
             says, fix = f"over {COPIES:.0%} of its documents are copies of others in it", "leave one of each"
             yield Problem("copies", False, name, says, fix, copies.extra, [(name, f"{share:.1%} of its documents")])
         if copies.elsewhere > COPIES * copies.distinct:
-            others = [(" and ".join(pair.split(", ")), n) for pair, n in survey.copies.pairs.most_common()]
-            mine = [(pair, f"{n:,} texts in both") for pair, n in others if name in pair.split(" and ")]
+            pairs = [sorted([name, other]) for other in survey.copies.domains]
+            shared = Counter({" and ".join(pair): survey.copies.pairs[", ".join(pair)] for pair in pairs})
+            mine = [(pair, f"{n:,} texts in both") for pair, n in shared.most_common(EXAMPLES) if n]
             says = f"over {COPIES:.0%} of its texts are in other domains too"
             fix = "keep each in one, or mean it: they are read more often than the mixture says"
-            yield Problem("shared-texts", False, name, says, fix, copies.elsewhere, mine[:EXAMPLES])
+            yield Problem("shared-texts", False, name, says, fix, copies.elsewhere, mine)
 
 
 def _too_small(data: Data) -> Iterator[Problem]:
     if data.spec is None:
         return
     T = data.data.seq_len
+    says, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
+    if data.data.packing == "best_fit":
+        says, fix = "it has no document to train on", "add text, lower data.validation_fraction or drop it"
     for name, domain in data.survey.domains.items():
         if not _fills_a_sample(name, domain, data):
-            shares = data.data.sources[source_of(name)].shares or {}
-            says, fix = f"it does not fill one sample of {T:,} + 1 tokens", "add text, shorten data.seq_len or drop it"
             where = [(name, _size(domain, data))]
-            yield Problem("too-small", subfolder_of(name) in shares, name, says, fix, domain.whole.documents, where)
+            yield Problem("too-small", _is_named(name, data.spec), name, says, fix, domain.whole.documents, where)
         if not domain.whole.held_out:
             says = "none of its documents is held out, so that validation says nothing of it"
             fix = "raise data.validation_fraction or add documents"
@@ -136,11 +137,20 @@ def _too_small(data: Data) -> Iterator[Problem]:
 
 
 def _fills_a_sample(name: str, domain: DomainSurvey, data: Data) -> bool:
-    """As prepared; else by its tokens, and without a tokenizer by its bytes, which are at least as many."""
+    """As prepared; else by its tokens, and without a tokenizer by its bytes, which are at least as many. Best fit pads
+    what a sample lacks."""
     if data.manifest is not None and name in data.manifest.domains:
         return data.manifest.domains[name].samples > 0
     whole = domain.whole
+    if data.data.packing == "best_fit":
+        return whole.documents > whole.held_out
     return (whole.tokens if data.survey.tokenized else whole.bytes) + whole.documents > data.data.seq_len
+
+
+def _is_named(name: str, spec: RunSpec) -> bool:
+    """Whether the shares of some phase name the domain: then nothing trains while it has no sample."""
+    phases = [mixes[source_of(name)] for step, mixes in spec.data.mixes.items() if step < spec.train.steps]
+    return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 
 
 def _size(domain: DomainSurvey, data: Data) -> str:

@@ -15,7 +15,7 @@ from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading
-from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_tokenizer, unknown_token
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given, unknown_token
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -33,13 +33,13 @@ class Encoder(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def open_encoder(path: Path) -> Encoder:
+def open_encoder(path: Path, pattern: str | None) -> Encoder:
     """Kept open within a process, since a large vocabulary takes longer to load than a small file to read.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: as `read_given`.
     """
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_given(path, pattern)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     documents = DocumentEncoder(tokenizer) if find_boundaries(tokenizer) else None
@@ -73,7 +73,7 @@ def survey_file(
     """
     survey, entries = DomainSurvey(), []
     folder = languages.of_folder(subfolder_of(file.domain))
-    encoder = open_encoder(tokenizer) if tokenizer else None
+    encoder = open_encoder(tokenizer, spec.tokenizer_pattern) if tokenizer else None
     special = any_of(encoder.special if encoder else [END_OF_TEXT])
     reading = Reading(file, spec)
     for document, ids in _encoded(_documents(reading, survey), encoder):

@@ -4,9 +4,12 @@ The survey comes back as JSON in lines of the job's log, which is there on any c
 has no folder to leave a file in.
 """
 
+import base64
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -24,6 +27,15 @@ class Request(BaseModel):
     """Counts tokens; None for none."""
     rules: bool
     """Whether texts are held against textrules.py."""
+
+    def packed(self) -> str:
+        """As an environment variable holds it, which in Linux has room for 128 KiB: a pattern that the shell spells out
+        is a thousand sources, alike but for a few letters."""
+        return base64.b64encode(zlib.compress(self.model_dump_json().encode())).decode()
+
+    @classmethod
+    def unpacked(cls, text: str) -> Self:
+        return cls.model_validate_json(zlib.decompress(base64.b64decode(text)))
 
 
 @dataclass

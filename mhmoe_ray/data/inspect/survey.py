@@ -33,10 +33,10 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     """Needs a running Ray.
 
     Raises:
-        DataError: sources are missing, or the tokenizer cannot be read.
+        DataError: sources are missing, or the tokenizer cannot be used.
     """
     if request.tokenizer:
-        open_encoder(request.tokenizer)
+        open_encoder(request.tokenizer, request.data.tokenizer_pattern)
     ray.data.DataContext.get_current().enable_progress_bars = False
     files = find_files(request.data)
     size = sum(file.size for file in files)

@@ -189,7 +189,7 @@ def _check_limits(
         possible, too_many = (possible, middle) if short_of(middle) else (middle, too_many)
     where = f" from step {begins[phase]} on" if len(begins) > 1 else ""
     why = f"max_epochs allows {there:,} samples{where}, and {wanted:,} are wanted"
-    fix = f"set train.steps to {possible:,}, the most that is possible, or raise max_epochs, or add text"
+    fix = f"set train.steps to {possible:,}, or raise max_epochs, or add text"
     raise DataError("mixture", why, fix if possible else "raise max_epochs, or add text")
 
 

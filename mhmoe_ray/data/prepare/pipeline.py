@@ -98,7 +98,7 @@ class _Preparation:
         self._tokenizer = place.result / "tokenizer.json"
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
         self._files = find_files(spec.data)
-        self._limit = Limit(spec.data, sum(file.size for file in self._files))
+        self._limit = Limit(spec.data, self._files)
         self._report = Report(place.shared, sum(file.size for file in self._files))
 
     def run(self) -> None:

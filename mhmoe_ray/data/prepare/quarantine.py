@@ -1,8 +1,9 @@
 """What could not be read: kept with its place and reason, counted by source, and too much of it stops the job."""
 
 import json
+from collections.abc import Iterable
 
-from mhmoe_ray.data.sources import BadLine, Reason, Tally
+from mhmoe_ray.data.sources import BadLine, RawFile, Reason, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 
@@ -23,12 +24,12 @@ class Limit:
 
     Args:
         spec: its `max_bad_...` keys.
-        total_bytes: of all raw files together.
+        files: all raw ones; none where all of them have been read.
     """
 
-    def __init__(self, spec: DataSpec, total_bytes: int) -> None:
+    def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
         self._lines, self._share, self._files = spec.max_bad_lines, spec.max_bad_share, spec.max_bad_files
-        self._total_bytes = total_bytes
+        self._text_bytes = sum(file.size * file.inflation for file in files)
 
     def exceeded(self, tally: Tally) -> bool:
         """Whether the whole has more than is allowed, of which this is the tally."""
@@ -40,9 +41,9 @@ class Limit:
             return True
         if not self._share:
             return tally.bad_lines > self._lines
-        if tally.lines < EVIDENCE or not tally.bytes_read:
+        if tally.lines < EVIDENCE or not tally.text_bytes:
             return False
-        expected = tally.lines * max(1.0, self._total_bytes / tally.bytes_read)
+        expected = tally.lines * max(1.0, self._text_bytes / tally.text_bytes)
         return tally.bad_lines > max(self._lines, 2 * self._share * expected)
 
     def error(self, tally: Tally) -> DataError:

@@ -36,19 +36,28 @@ def no_texts(schema: pa.Schema, column: str) -> str | None:
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """Raises:
-    ArrowInvalid: offsets point outside of the data.
+    """The same texts, safe to decode.
+
+    Raises:
+        ArrowInvalid: offsets or indices point outside of the data.
     """
     if pa.types.is_dictionary(texts.type):
-        texts.validate(full=True)
-        texts = texts.dictionary_decode()
+        texts.validate()
+        return pa.DictionaryArray.from_arrays(texts.indices, as_bytes(texts.dictionary))  # checks the indices
     texts = texts.cast(pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary())
     texts.validate(full=True)
     return texts
 
 
 def documents_in(texts: pa.Array, path: str, first: int, limit: int) -> Iterator[Document | BadLine]:
-    """A few rows, the first of them of number `first` from 0."""
+    """Rows of `as_bytes`, the first of them of number `first` from 0."""
+    for start in range(0, len(texts), ROWS):
+        some = texts.slice(start, ROWS)
+        some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
+        yield from _documents(some, path, first + start, limit)
+
+
+def _documents(texts: pa.Array, path: str, first: int, limit: int) -> Iterator[Document | BadLine]:
     lengths = pc.binary_length(texts).to_pylist()
     for row, (length, text) in enumerate(zip(lengths, texts, strict=True), start=first + 1):
         if length is None:

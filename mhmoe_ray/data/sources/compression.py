@@ -6,6 +6,7 @@ zstd frames or gzip members in one file are read one after another.
 """
 
 import codecs
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -17,7 +18,15 @@ GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
 SKIPPABLE = bytes(range(0x50, 0x60))  # first byte of a zstd frame that holds no data; the other three:
 _SKIPPABLE_REST = b"\x2a\x4d\x18"
-_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x04\x22\x4d\x18": "lz4", b"PAR1": "Parquet"}
+_OTHERS = {
+    rb"BZh[1-9]1AY&SY": "bzip2",
+    rb"\xfd7zXZ": "xz",
+    rb"PK\x03\x04": "zip",
+    rb"\x04\x22\x4d\x18": "lz4",
+    rb"PAR1\x15": "Parquet",
+}
+"""By how a file begins that no text does. The letters PAR1 alone could be text's: after them a page's header begins, or
+the whole file's."""
 
 OUTPUT = 1 << 20  # of gzip at a time
 MAX_BLOCK = 1 << 17  # of zstd, RFC 8878 section 3.1.1.2.4
@@ -36,12 +45,12 @@ def decompressed(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         DamageError: of `chunks`; or the content cannot be decompressed any further.
     """
     data = _Bytes(chunks)
-    magic = data.peek(8)
+    magic = data.peek(10)
     if magic.startswith(GZIP):
         return _gunzip(data)
     if _is_zstd(magic):
         return _unzstd(data)
-    other = next((form for start, form in _OTHERS.items() if magic.startswith(start)), None)
+    other = next((form for start, form in _OTHERS.items() if re.match(start, magic)), None)
     if other:
         return _damage(f"it is {other}, which is not read here")
     if name.endswith((".gz", ".zst")) and not _is_text(magic):

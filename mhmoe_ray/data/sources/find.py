@@ -5,7 +5,9 @@ itself are of the domain `all`.
 """
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.sources.formats.redpajama_v2 import NAME, Beside
@@ -29,18 +31,34 @@ def find_files(spec: DataSpec) -> list[RawFile]:
     """
     found = []
     for name, source in spec.sources.items():
-        found += _of_source(name, source, spec.subfolders(name))
+        found += _of_source(name, source, spec.subfolders(name), spec.prepared)
     return found
 
 
-def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None) -> list[RawFile]:
+def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
+    """As `storage.files()`, but without the prepared folder, which may lie below a source's path, and without what is
+    beside it while it is made.
+
+    Raises:
+        DataError: the pattern is none.
+        OSError: it cannot be listed, or there is nothing of this name.
+    """
+    root, listed = storage.files()
+    if "://" in root:
+        return root, listed
+    inside = below(os.path.realpath(root), os.path.realpath(prepared))  # whichever links they are named by
+    made = (f"{inside}/", f"{inside}.partial-")
+    return root, [file for file in listed if not below(root, file.path).startswith(made)]
+
+
+def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:
     """Args:
     subfolders: only these; None means all that are there.
     """
     what = f"source {name}"
     storage = Storage(source.path)
     try:
-        root, listed = storage.files()
+        root, listed = list_files(storage, prepared)
     except FileNotFoundError as e:
         fix = "correct data.sources, or make sample text: mhmoe data sample data/sample"
         raise DataError(what, one_line(e), fix) from e

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from mhmoe_ray.spec import Format
 
+_PACKED = (".gz", ".zst", ".parquet")
+_PACKED_TIMES = 3
+
 
 class RawFile(NamedTuple):
     domain: str
@@ -16,6 +19,11 @@ class RawFile(NamedTuple):
     size: int
     """In bytes, when it was listed."""
     format: Format
+
+    @property
+    def inflation(self) -> int:
+        """About so many bytes of text are a stored byte, by the file's name."""
+        return _PACKED_TIMES if self.path.endswith(_PACKED) else 1
 
 
 class Document(NamedTuple):
@@ -78,6 +86,8 @@ class Tally:
     """Of these, files of which a part is lost."""
     bytes_read: int = 0
     """As stored."""
+    text_bytes: int = 0
+    """About so many are those of text, by each file's `inflation`."""
     documents: int = 0
     bad: Counter[Reason] = field(default_factory=Counter)
     """What is in quarantine, by reason."""
@@ -106,6 +116,7 @@ class Tally:
             self.files - before.files,
             self.damaged - before.damaged,
             self.bytes_read - before.bytes_read,
+            self.text_bytes - before.text_bytes,
             self.documents - before.documents,
             self.bad - before.bad,
             self.dropped - before.dropped,
@@ -119,6 +130,7 @@ class Tally:
         self.files += other.files
         self.damaged += other.damaged
         self.bytes_read += other.bytes_read
+        self.text_bytes += other.text_bytes
         self.documents += other.documents
         self.bad += other.bad
         self.dropped += other.dropped

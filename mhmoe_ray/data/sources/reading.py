@@ -25,8 +25,9 @@ class Reading:
         self._items = _items(file, spec, self.tally)
 
     def __iter__(self) -> Iterator[Document | BadLine]:
-        tally = self.tally
+        tally, inflation = self.tally, self._file.inflation
         for item in self._items:
+            tally.text_bytes = tally.bytes_read * inflation
             if isinstance(item, Document):
                 tally.documents += 1
             else:
@@ -35,6 +36,7 @@ class Reading:
         tally.files = 1
         tally.damaged = int(any(reason.loses_lines for reason in tally.bad))
         tally.bytes_read = self._file.size
+        tally.text_bytes = tally.bytes_read * inflation
 
 
 def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | BadLine]:

@@ -57,15 +57,16 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
 
 def _second_opinion(path: str, number: int, line: bytes) -> Record | BadLine | None:
     """None for a blank line."""
-    line = line.removeprefix(BOM)
-    if not line.strip():
+    content = line.removeprefix(BOM)
+    if not content.strip():
         return None
-    if b"\0" in line:  # a hole that a crash left, or UTF-16
+    if b"\0" in content:  # a hole that a crash left, or UTF-16
         return BadLine(path, number, Reason.NUL_BYTES)
     try:
-        return Record(number, json.loads(line.decode()))
+        return Record(number, json.loads(content.decode()))
     except UnicodeDecodeError as e:
-        return BadLine(path, number, Reason.NOT_UTF8, f"byte {e.start + 1} of the line")
+        at = len(line) - len(content) + e.start + 1
+        return BadLine(path, number, Reason.NOT_UTF8, f"byte {at} of the line")
     except RecursionError:
         return BadLine(path, number, Reason.NOT_JSON, "it is nested too deeply")
     except ValueError as e:

@@ -34,7 +34,7 @@ from mhmoe_ray.data.tokenizer.edges import (
     find_boundaries,
     unknown_token,
 )
-from mhmoe_ray.data.tokenizer.load import load_run_tokenizer, load_tokenizer, read_tokenizer, store_given
+from mhmoe_ray.data.tokenizer.load import load_run_tokenizer, load_tokenizer, read_given, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
 from mhmoe_ray.data.tokenizer.widths import token_count, token_widths
 
@@ -49,7 +49,7 @@ __all__ = [
     "find_boundaries",
     "load_run_tokenizer",
     "load_tokenizer",
-    "read_tokenizer",
+    "read_given",
     "store_given",
     "token_count",
     "token_widths",

@@ -50,6 +50,26 @@ def read_tokenizer(path: Location) -> Tokenizer:
         raise DataError(f"tokenizer {path}", str(e).splitlines()[0], fix) from e
 
 
+def read_given(path: Path, pattern: str | None) -> Tokenizer:
+    """What `data.tokenizer` names, as it is: a tokenizer.json, which has no use for `data.tokenizer_pattern`, or a
+    vocabulary in tiktoken's format.
+
+    Raises:
+        DataError: it cannot be read, or is such a vocabulary and the pattern is missing or wrong.
+    """
+    what = f"tokenizer {path}"
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise DataError(what, e.strerror or str(e), "correct data.tokenizer") from e
+    if not is_tiktoken(content):
+        return read_tokenizer(path)
+    if pattern is None:
+        why = "a file in tiktoken's format does not say how text is split before its ranks apply"
+        raise DataError(what, why, "set data.tokenizer_pattern to gpt2, cl100k, o200k, qwen2 or an expression")
+    return from_tiktoken(content, pattern, what)
+
+
 def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
     """Write the tokenizer that a spec names as a tokenizer.json: a copy, or what tiktoken's format comes to.
 
@@ -59,27 +79,18 @@ def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
         to: the file to write.
 
     Raises:
-        DataError: as `load_tokenizer`; or `tokenizer_pattern` is missing, wrong, or of no use.
+        DataError: as `read_given` and `load_tokenizer`; or `tokenizer_pattern` is of no use.
     """
     path, pattern = spec.tokenizer, spec.tokenizer_pattern
     assert path is not None
-    what = f"tokenizer {path}"
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise DataError(what, e.strerror or str(e), "correct data.tokenizer") from e
-    if is_tiktoken(content):
-        if pattern is None:
-            why = "a file in tiktoken's format does not say how text is split before its ranks apply"
-            raise DataError(what, why, "set data.tokenizer_pattern to gpt2, cl100k, o200k, qwen2 or an expression")
-        tokenizer = from_tiktoken(content, pattern, what)
-        _check(tokenizer, path, vocab_size)
+    tokenizer = read_given(path, pattern)
+    _check(tokenizer, path, vocab_size)
+    if is_tiktoken(content := path.read_bytes()):
         tokenizer.save(str(to))
         return
-    load_tokenizer(path, vocab_size)
     if pattern is not None:
         why = "a tokenizer.json has a pattern of its own, so data.tokenizer_pattern would be ignored"
-        raise DataError(what, why, "take that key out")
+        raise DataError(f"tokenizer {path}", why, "take that key out")
     to.write_bytes(content)
 
 

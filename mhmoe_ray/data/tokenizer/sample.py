@@ -25,7 +25,6 @@ from mhmoe_ray.spec import DataSpec
 
 MIN_FILE = 50_000
 REACH = 64
-_PACKED = (".gz", ".zst", ".parquet", ".arrow")
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
@@ -74,7 +73,7 @@ def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
 
 
 def _size(file: RawFile) -> int:
-    return file.size * 3 if file.path.endswith(_PACKED) else file.size
+    return file.size * file.inflation
 
 
 def _sample(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:

@@ -16,14 +16,14 @@ def token_count(tokenizer: Tokenizer) -> int:
 
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of UTF-8 by token id, int64; 0 for special tokens. Those of a document's tokens add up to its own, but for
-    a space that some tokenizers put before its first word."""
+    a space that some tokenizers put before its first word, and for what a normalizer has changed before."""
     content = json.loads(tokenizer.to_str())
-    special = {token["id"] for token in content["added_tokens"] if token["special"]}
+    added = {token["id"]: token["special"] for token in content["added_tokens"]}
     byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
     widths = np.zeros(token_count(tokenizer), np.int64)
     for token, number in tokenizer.get_vocab().items():
-        if number not in special:
-            widths[number] = _width(token, byte_level)
+        if not added.get(number):
+            widths[number] = _width(token, byte_level and number not in added)  # an added one is written as it is
     return widths
 
 

@@ -16,7 +16,7 @@ from mhmoe_ray.data.inspect.survey import survey
 
 def in_partitions() -> None:
     ray.init()
-    for line in lines_of(survey(Request.model_validate_json(os.environ["MHMOE_REQUEST"]), partition_bytes=1000)):
+    for line in lines_of(survey(Request.unpacked(os.environ["MHMOE_REQUEST"]), partition_bytes=1000)):
         print(line)
 
 

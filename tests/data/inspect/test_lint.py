@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mhmoe_ray.data.inspect.lint import Data, lint
+from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.spec import RunSpec
 from tests.data.inspect.surveys import survey_serially
 from tests.data.shards.manifests import manifest_of
@@ -108,6 +109,14 @@ def test_copies_within_and_across_domains(folder):
     assert shared["web/c"].examples == [("web/a and web/c", "3 texts in both")]
 
 
+def test_shared_texts_of_a_domain_with_a_comma_in_its_name(folder):
+    for name in ("a", "x, y and z"):
+        write_documents(folder / f"raw/{name}/again.jsonl", documents("copied", 3))
+    shared = {p.where: p.examples for p in of_spec(folder) if p.rule == "shared-texts"}
+    examples = [("web/a and web/x, y and z", "3 texts in both")]
+    assert shared == {"web/a": examples, "web/x, y and z": examples}
+
+
 def test_domains_that_fill_no_sample(folder):
     write_documents(folder / "raw/d/x.jsonl", ["tiny"])
     small = {p.rule: p for p in of_spec(folder)}
@@ -117,6 +126,36 @@ def test_domains_that_fill_no_sample(folder):
     assert only(p for p in of_spec(folder, **named) if p.rule == "too-small").severe is True
     manifest = manifest_of({"web/a": 60, "web/b": 0, "web/c": 60, "web/d": 60})
     assert only(p for p in of_spec(folder, manifest) if p.rule == "too-small").where == "web/b"
+
+
+def test_a_domain_that_only_a_later_phase_names_must_fill_a_sample(folder):
+    write_documents(folder / "raw/d/x.jsonl", ["tiny"])
+    named = {"from_step": 10, "sources": {"web": {"shares": {"a": 1, "d": 1}}}}
+    too_late = {**named, "from_step": 20}
+    for schedule, severe in (([named], True), ([too_late], False)):
+        small = only(p for p in of_spec(folder, schedule=schedule) if p.rule == "too-small")
+        assert (small.where, small.severe) == ("web/d", severe)
+    unread = {"web": {"path": "raw", "weight": 0, "shares": {"d": 1}}, "more": {"path": "raw"}}
+    found = {p.where: p.severe for p in of_spec(folder, sources=unread) if p.rule == "too-small"}
+    assert found == {"web/d": False, "more/d": False}
+
+
+def test_best_fit_needs_a_document_and_no_length(folder):
+    write_documents(folder / "raw/d/x.jsonl", ["tiny"])
+    assert not is_validation("tiny", BIG_ENOUGH["validation_fraction"])
+    assert rules(of_spec(folder, packing="best_fit")) == {"no-validation"}
+    held_out = next(text for text in documents("d", 40) if is_validation(text, 0.4))
+    write_documents(folder / "raw/d/x.jsonl", [held_out])
+    small = only(of_spec(folder, packing="best_fit"))
+    assert (small.rule, small.where) == ("too-small", "web/d")
+    assert small.says == "it has no document to train on"
+
+
+def test_what_preparing_leaves_below_a_source_is_no_unread_file(folder):
+    for name in ("out/manifest.json", "out.partial-0a1b/progress.json"):
+        (folder / "raw" / name).parent.mkdir()
+        (folder / "raw" / name).touch()
+    assert of_spec(folder, prepared="raw/out") == []
 
 
 def test_nothing_held_out(folder):

@@ -2,6 +2,7 @@
 
 """Figures against plain counting, whatever the files that documents are in."""
 
+import base64
 import json
 import tempfile
 from collections import Counter
@@ -15,7 +16,8 @@ from mhmoe_ray.data.inspect.figures import EXAMPLES, Figures, Place, total
 from mhmoe_ray.data.inspect.result import lines_of, survey_in
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Reason
-from mhmoe_ray.data.tokenizer import DocumentEncoder
+from mhmoe_ray.data.tokenizer import DocumentEncoder, store_given
+from mhmoe_ray.errors import DataError
 from tests.data.inspect.surveys import histogram, survey_serially
 from tests.data.sources.read import data_spec
 from tests.data.texts import documents, write_corpus, write_documents, write_lines
@@ -62,6 +64,24 @@ def test_tokens_are_counted_as_preparing_encodes_them(tmp_path, tokenizer):
     prepared = sum(map(len, DocumentEncoder(made).encode(texts)))
     assert whole.tokens + whole.documents == prepared
     assert whole.tokens > sum(len(made.encode(text, add_special_tokens=False).ids) for text in texts)
+
+
+def test_a_vocabulary_in_tiktokens_format_counts_as_it_does_prepared(tmp_path):
+    write_corpus(tmp_path / "raw")
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+    (tmp_path / "ranks.tiktoken").write_text("".join(lines))
+    given = {"tokenizer": tmp_path / "ranks.tiktoken", "tokenizer_pattern": "gpt2"}
+    spec = data_spec(tmp_path / "raw").model_copy(update=given)
+    store_given(spec, 300, tmp_path / "tokenizer.json")
+    found = survey_serially(spec, spec.tokenizer)
+    assert found == survey_serially(spec, tmp_path / "tokenizer.json")
+    assert found.domains["web/a"].whole.tokens < found.domains["web/a"].whole.bytes
+    otherwise = spec.model_copy(update={"tokenizer_pattern": "[a-z]|[^a-z]"})  # the file is open with gpt2's
+    a_byte_each = survey_serially(otherwise, spec.tokenizer).domains["web/a"].whole
+    assert a_byte_each.tokens == a_byte_each.bytes
+    with pytest.raises(DataError, match=r"set data\.tokenizer_pattern to gpt2"):
+        survey_serially(data_spec(tmp_path / "raw"), spec.tokenizer)
 
 
 DOCUMENTS = st.lists(st.tuples(st.sampled_from("ab c\né漢"), st.integers(1, 70), st.integers(0, 3)), max_size=12)

@@ -40,7 +40,7 @@ def request_and_expected(tmp_path_factory):
 def test_however_it_is_made(request_and_expected, local_cluster, module):
     request, expected = request_and_expected
     assert expected.copies.extra == 4 + 7
-    lines = on_cluster(local_cluster, *module, MHMOE_REQUEST=request.model_dump_json())
+    lines = on_cluster(local_cluster, *module, MHMOE_REQUEST=request.packed())
     assert survey_in("\n".join(lines)) == expected
     told = [line for line in lines if line.startswith("inspect: ")]
     assert told[0].startswith("inspect: reading 7 files")

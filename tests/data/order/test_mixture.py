@@ -117,7 +117,7 @@ def test_exactly_one_epoch_of_everything_is_possible_and_a_step_more_is_not():
         mixed(samples, steps=123, **sources)
     assert str(e.value) == (
         "mixture: max_epochs allows 800 samples, and 984 are wanted; "
-        "set train.steps to 100, the most that is possible, or raise max_epochs, or add text"
+        "set train.steps to 100, or raise max_epochs, or add text"
     )
 
 

@@ -3,16 +3,16 @@ import json
 import pytest
 
 from mhmoe_ray.data.prepare.quarantine import EVIDENCE, Limit, entry
-from mhmoe_ray.data.sources import BadLine, Reason, Tally
+from mhmoe_ray.data.sources import BadLine, RawFile, Reason, Tally
 from tests.data.sources.read import data_spec
 
 
-def limit(total_bytes=1000, **keys) -> Limit:
-    return Limit(data_spec("raw").model_copy(update=keys), total_bytes)
+def limit(size=1000, **keys) -> Limit:
+    return Limit(data_spec("raw").model_copy(update=keys), [RawFile("web/all", "f.jsonl", size, "jsonl")])
 
 
-def tally(documents=0, bad_lines=0, damaged=0, bytes_read=1000) -> Tally:
-    made = Tally(files=damaged, damaged=damaged, documents=documents, bytes_read=bytes_read)
+def tally(documents=0, bad_lines=0, damaged=0, text_bytes=1000) -> Tally:
+    made = Tally(files=damaged, damaged=damaged, documents=documents, text_bytes=text_bytes)
     for number in range(bad_lines):
         made.count_bad(BadLine("f.jsonl", number + 7, Reason.NOT_JSON, "detail"))
     for _ in range(damaged):
@@ -48,11 +48,21 @@ def test_damaged_files_are_counted_apart_from_lines():
 def test_a_job_stops_early_only_when_the_rest_cannot_mend_it():
     assert limit().hopeless(tally(0, 1))
     assert limit(max_bad_files=0).hopeless(tally(5, damaged=1))
-    share = limit(total_bytes=10_000, max_bad_share=0.01)
+    share = limit(size=10_000, max_bad_share=0.01)
     assert not share.hopeless(tally(10, 900)), "too little to judge by"
     # A tenth was read with a tenth of it bad: were all the rest good, 1 per cent of the whole would be.
     assert not share.hopeless(tally(9 * EVIDENCE, EVIDENCE))
     assert share.hopeless(tally(7 * EVIDENCE, 3 * EVIDENCE))
+
+
+def test_compressed_files_that_are_still_to_be_read_have_more_lines_a_byte():
+    """Of 4 per cent of the plain file's lines less than 1 per cent is left, if the other has five times as many."""
+    files = [RawFile("web/all", "a.jsonl", 3_000, "jsonl"), RawFile("web/all", "b.jsonl.gz", 2_000, "jsonl")]
+    share = Limit(data_spec("raw").model_copy(update={"max_bad_share": 0.01}), files)
+    plain = tally(96 * EVIDENCE, 4 * EVIDENCE, text_bytes=3_000)
+    assert not share.hopeless(plain)
+    assert share.hopeless(tally(96 * EVIDENCE, 4 * EVIDENCE, text_bytes=9_000))
+    assert not share.exceeded(plain.__iadd__(tally(333 * EVIDENCE)))
 
 
 def test_the_error_names_the_first_of_its_kind_and_the_key():

@@ -7,6 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mhmoe_ray.data.sources import Reason
+from mhmoe_ray.data.sources.columns import as_bytes
+from mhmoe_ray.data.sources.formats import parquet
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad, items_of, read, texts
 from tests.data.texts import documents
@@ -52,9 +54,21 @@ def test_a_row_group_is_never_held_whole(tmp_path):
     assert max(held) < 20e6
 
 
-def test_a_row_without_a_usable_text_is_told(tmp_path):
+def test_a_dictionary_is_checked_once_a_row_group(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(parquet, "as_bytes", lambda texts: checked.append(len(texts.dictionary)) or as_bytes(texts))
+    kind = pa.dictionary(pa.int32(), pa.string())
+    pq.write_table(table(TEXTS * 20, kind), tmp_path / "f.parquet", row_group_size=3000)
+    assert texts(read(tmp_path)[0]) == TEXTS * 20
+    assert checked == [len(TEXTS)] * 3
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_a_row_without_a_usable_text_is_told(tmp_path, kind):
     raw = pa.array([b"good", None, b"bad \xff", b"  ", b"x" * 2000, b"good"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
+    if pa.types.is_dictionary(kind):
+        text = pa.DictionaryArray.from_arrays(pa.array([0, None, 1, 2, 3, 0], pa.int32()), text.drop_null().slice(0, 4))
     pq.write_table(pa.table({"text": text}), tmp_path / "f.parquet")
     items, _ = read(tmp_path, max_document_mb=1e-3)
     assert texts(items) == ["good", "good"]
@@ -133,6 +147,19 @@ def test_a_stream_cut_between_two_batches_does_not_pass_for_whole(tmp_path):
         items, _ = read(tmp_path)
         assert texts(items) == TEXTS[:there]
         assert bad(items) == [(there + 1, Reason.LOST)]
+
+
+@pytest.mark.parametrize("index", [3, 1 << 30, -1])
+def test_an_index_that_points_outside_of_its_dictionary_loses_a_batch_and_not_the_process(tmp_path, index):
+    indices = [pa.array(numbers, pa.int32()) for numbers in ([2, 0, 1], [0, index, 1])]
+    columns = [pa.DictionaryArray.from_arrays(i, pa.array(TEXTS[:3]), safe=False) for i in indices]
+    write_dataset(tmp_path, TEXTS[:3], files=1)
+    with pa.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", pa.schema([("text", columns[0].type)])) as out:
+        for column in columns:
+            out.write_batch(pa.record_batch([column], ["text"]))
+    items, _ = read(tmp_path)
+    assert texts(items) == [TEXTS[2], TEXTS[0], TEXTS[1]]
+    assert bad(items) == [(4, Reason.LOST)]
 
 
 @pytest.mark.parametrize("offsets", [[0, 1 << 30, 6, 9], [0, 3, -5, 9], [0, 3, 2, 9]])

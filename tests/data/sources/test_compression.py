@@ -6,6 +6,8 @@ import json
 import tracemalloc
 import zlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -145,6 +147,22 @@ def test_another_compression_or_a_damaged_beginning_is_one_bad_file(tmp_path, na
     [lost], tally = read(tmp_path)
     assert (lost.line, lost.reason, tally.damaged) == (1, Reason.LOST, 1)
     assert detail in lost.detail
+
+
+@pytest.mark.parametrize("text", ["PAR1 is a code", "PAR1\n", "BZh9 is another", "BZh"])
+def test_text_that_begins_as_the_name_of_a_compression_is_text(tmp_path, text):
+    (tmp_path / "f.txt").write_text(text)
+    assert texts(read(tmp_path)[0]) == [text.strip()]
+
+
+@pytest.mark.parametrize("groups", [1, 0])
+def test_parquet_by_another_name_is_told_even_without_a_row(tmp_path, groups):
+    rows = pa.table({"text": ["a text"]})
+    with pq.ParquetWriter(tmp_path / "f.jsonl", rows.schema) as out:
+        for _ in range(groups):
+            out.write_table(rows)
+    [lost], _ = read(tmp_path)
+    assert "it is Parquet" in lost.detail
 
 
 @pytest.mark.parametrize("compress", [ZSTD, gzip.compress])

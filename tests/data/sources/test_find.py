@@ -89,6 +89,19 @@ def test_links_are_followed_and_a_circle_ends(tmp_path):
     assert texts(read(tmp_path / "raw")[0]) == ["linked"]
 
 
+def test_what_preparing_leaves_below_a_source_is_no_part_of_it(tmp_path):
+    for name in ("a", "out-of-print"):
+        write_documents(tmp_path / "raw" / name / "f.jsonl", ["text"])
+    (tmp_path / "linked").symlink_to("raw")
+    sources = {name: {"path": path} for name, path in {"whole": "raw", "link": "linked", "some": "raw/**"}.items()}
+    spec = tiny_spec(tmp_path, data={"sources": sources, "prepared": "raw/out"}).data
+    before = find_files(spec)
+    for name in ("out/quarantine.jsonl", "out.partial-0a1b/parts/00.tokens", "out.partial-0a1b/c2/quarantine/0.jsonl"):
+        write_documents(tmp_path / "raw" / name, ["text"])
+    assert find_files(spec) == before
+    assert {file.domain for file in before} == {f"{name}/{sub}" for name in sources for sub in ("a", "out-of-print")}
+
+
 @pytest.mark.parametrize(("to", "detail"), [("nowhere", "not there any more"), ("g.jsonl", "Failed to open")])
 def test_a_link_to_nothing_or_to_itself_is_a_file_that_vanished(tmp_path, to, detail):
     write_documents(tmp_path / "a" / "f.jsonl", ["text"])

@@ -1,10 +1,11 @@
 import json
+import secrets
 import tracemalloc
 
 import pytest
 
-from mhmoe_ray.data.sources import Document, Reason
-from tests.data.sources.read import bad, read, texts
+from mhmoe_ray.data.sources import Document, Reading, Reason, find_files
+from tests.data.sources.read import bad, data_spec, read, texts
 from tests.data.texts import documents, write_documents, write_lines
 
 GOOD = json.dumps({"text": "fine"}).encode()
@@ -18,6 +19,7 @@ def test_every_form_of_file_gives_its_texts(tmp_path, suffix):
     assert texts(items) == expected
     assert [i.line for i in items] == list(range(1, 9))
     assert (tally.files, tally.bytes_read) == (1, (tmp_path / f"f{suffix}").stat().st_size)
+    assert tally.text_bytes == tally.bytes_read * (3 if suffix.endswith(("gz", "zst")) else 1)
 
 
 # As published: arxiv, book, c4, github, stackexchange and wikipedia have `meta` of many forms; common_crawl has none.
@@ -90,6 +92,21 @@ def test_what_is_unusual_and_yet_readable_is_kept(tmp_path, content):
     (tmp_path / "f.jsonl").write_bytes(content)
     items, _ = read(tmp_path)
     assert [i.text for i in items] == ["fine", "fine"]
+
+
+def test_bytes_of_text_are_told_as_reading_goes_on(tmp_path):
+    write_documents(tmp_path / "f.jsonl.gz", [secrets.token_hex(1_000) for _ in range(3_000)])
+    [file] = find_files(spec := data_spec(tmp_path))
+    reading = Reading(file, spec)
+    told = {reading.tally.text_bytes for _ in reading}
+    assert len(told) > 2
+    assert max(told) == 3 * file.size
+
+
+def test_a_byte_order_mark_counts_among_the_bytes_of_its_line(tmp_path):
+    (tmp_path / "f.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
+    [wrong] = read(tmp_path)[0]
+    assert (wrong.reason, wrong.detail) == (Reason.NOT_UTF8, "byte 14 of the line")
 
 
 def test_a_line_too_long_is_never_held_and_those_after_it_are_read(tmp_path):

@@ -1,5 +1,6 @@
 import gzip
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +200,21 @@ def test_a_damaged_table_takes_its_file_out_and_says_so(tmp_path, folder, filter
     assert texts(items) == ["b"]
     assert bad(items) == [(1, Reason.LOST)]
     assert str(table) in items[0].detail
+    assert tally.damaged == 1
+
+
+def test_a_table_damaged_further_down_says_from_which_line_on(tmp_path):
+    rows = [{"text": f"row {i}", "bands": [b"%d" % i]} for i in range(300)]
+    write_v2(tmp_path, HEAD, rows)
+    path = tmp_path / "minhash" / f"{HEAD}.minhash.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=100, write_page_checksum=True, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+    items, tally = read(tmp_path, filters={"near_duplicates": 0.9})
+    assert texts(items) == [row["text"] for row in rows[:100]]
+    assert bad(items) == [(101, Reason.LOST)]
     assert tally.damaged == 1
 
 

@@ -69,8 +69,9 @@ def test_many_files_are_not_all_read_but_evenly():
     numbers = [int(file.path[:5]) for file, _ in found]
     assert numbers == list(range(0, 10_000, 500))
     assert {part for _, part in found} == {50_000}
-    packed = [RawFile("web/all", f"{i}.jsonl.zst", 1_000, "jsonl") for i in range(2)]
-    assert [part for _, part in file_budgets(packed, data(1.0, web={}))] == [3_000, 3_000]
+    names = ("a.jsonl.zst", "b.parquet", "c.jsonl", "d.arrow")
+    small = [RawFile("web/all", name, 1_000, "jsonl") for name in names]
+    assert [part for _, part in file_budgets(small, data(1.0, web={}))] == [3_000, 3_000, 1_000, 1_000]
 
 
 @pytest.fixture

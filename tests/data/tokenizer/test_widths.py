@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import DocumentEncoder, token_widths
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
@@ -21,6 +22,16 @@ def test_a_documents_tokens_have_its_bytes(kind, text):
     widths = token_widths(TRAINED[kind])
     assert widths[ids[0]] == 0  # the start token stands for no text
     assert widths[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_have_the_bytes_they_are_written_with(kind):
+    tokenizer = Tokenizer.from_str(TRAINED[kind].to_str())
+    tokenizer.add_tokens(["→", "東京"])
+    text = "the → moon 東京"
+    ids = DocumentEncoder(tokenizer).encode([text])[0]
+    assert {tokenizer.token_to_id("→"), tokenizer.token_to_id("東京")} <= set(ids)
+    assert token_widths(tokenizer)[ids].sum() == len(text.encode())
 
 
 def test_with_a_space_before_the_first_word_and_bytes_in_brackets():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from mhmoe_ray.data.sources.columns import ERRORS, ROWS, as_bytes, documents_in, no_texts
+from mhmoe_ray.data.sources.columns import ERRORS, as_bytes, documents_in, no_texts
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.storage import Storage, one_line
 from mhmoe_ray.spec import SourceSpec
@@ -29,9 +29,7 @@ def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally:
                     yield BadLine(file.path, 1, Reason.LOST, problem)
                     return
                 for batch in batches:
-                    texts = as_bytes(batch.column(column))
-                    for start in range(0, len(texts), ROWS):
-                        yield from documents_in(texts.slice(start, ROWS), file.path, row + start, limit)
+                    yield from documents_in(as_bytes(batch.column(column)), file.path, row, limit)
                     row += len(batch)
                     tally.bytes_read = stream.tell()
         if cut:

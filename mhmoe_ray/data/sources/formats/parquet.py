@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import pyarrow as pa
+
 from mhmoe_ray.data.sources.columns import ERRORS, ROWS, as_bytes, documents_in, no_texts, open_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.storage import Storage, one_line
@@ -18,12 +20,14 @@ def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally:
             if problem:
                 yield BadLine(file.path, 1, Reason.LOST, problem)
                 return
+            in_dictionary = pa.types.is_dictionary(table.schema_arrow.field(column).type)
             total = max(1, table.metadata.num_rows)
             for group in range(table.num_row_groups):
                 first, row = row, row + table.metadata.row_group(group).num_rows
                 done = first
+                rows = max(1, row - first) if in_dictionary else ROWS  # the dictionary comes whole with each batch
                 try:
-                    for batch in table.iter_batches(ROWS, [group], [column], use_threads=False):
+                    for batch in table.iter_batches(rows, [group], [column], use_threads=False):
                         yield from documents_in(as_bytes(batch.column(0)), file.path, done, limit)
                         done += len(batch)
                     if done != row:

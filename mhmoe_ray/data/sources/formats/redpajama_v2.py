@@ -11,6 +11,7 @@ one document and not the alignment of all that follow.
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 from mhmoe_ray.data.sources.columns import ERRORS, open_parquet
@@ -63,12 +64,13 @@ def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally:
     beside = Beside.of(file.path)
     rules = rules_of(filters)
     signals = _Signals(storage, beside.signals, limit) if rules else None
+    line = 1
     try:
         duplicates = _listed_rows(storage, beside.duplicates) if filters.deduplicate else frozenset()
         near = _NearDuplicates(storage, beside.minhash, filters.near_duplicates) if filters.near_duplicates else None
         for record in read_records(storage, file, limit, tally):
             document = record if isinstance(record, BadLine) else document_of(record, text_field, file.path)
-            row = document.line - 1
+            line, row = document.line, document.line - 1
             if isinstance(document, BadLine):
                 yield document
                 continue
@@ -88,11 +90,11 @@ def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally:
                 continue
             yield document
     except _TableError as e:
-        yield BadLine(file.path, 1, Reason.LOST, str(e))
+        yield BadLine(file.path, line, Reason.LOST, str(e))
 
 
 class _TableError(Exception):
-    """A table beside the documents cannot be read, so that none of them can be judged."""
+    """A table beside the documents cannot be read on, so that no more of them can be judged."""
 
 
 class _Unknown(NamedTuple):
@@ -181,7 +183,9 @@ def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator
     try:
         with open_parquet(storage, path) as table:
             columns = list(dict.fromkeys([id_column, column]))
-            for batch in table.iter_batches(4096, columns=columns, use_threads=False):
+            # A batch that went on into a damaged row group would be lost with it.
+            groups = range(table.num_row_groups)
+            for batch in chain.from_iterable(table.iter_batches(4096, [g], columns, use_threads=False) for g in groups):
                 for name in columns:
                     batch.column(name).validate(full=True)
                 for identifier, value in zip(batch.column(id_column), batch.column(column), strict=True):
