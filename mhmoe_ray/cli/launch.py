@@ -58,7 +58,7 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
     if over:
         return over
     try:
-        over = outcome(run, connect(last_attempt(run).address))
+        over = outcome(run, connect(last_attempt(run).address), doubt=QUIET_SECONDS)
     except TokenError:
         raise
     except ClusterError as e:

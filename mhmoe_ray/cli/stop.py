@@ -33,7 +33,6 @@ def stop(
     over = recorded_outcome(found)
     if over:
         raise RunError(f"run {found.id}", f"it is {over.state} already", "see `mhmoe status`")
-    found.stop_file.touch()
     trains = events.state(events.events(found)) == "running"
     try:
         connection = connect(attempt.address)
@@ -43,8 +42,10 @@ def stop(
         if now or not trains:
             raise
         # Its cluster may be within a batch job, where no command reaches it; workers read the directory.
+        found.stop_file.touch()
         note.print(f"asked for in its directory; whether it happens is not seen from here: {e.why}", soft_wrap=True)
         return
+    found.stop_file.touch()
     if now or not trains:
         jobs.stop(connection, attempt.job)
     else:

@@ -123,7 +123,7 @@ def _say_failures(place: "SweepDir") -> None:
     from mhmoe_ray.runs import events
 
     runs, wanted = place.runs(), place.definition().wanted
-    states = {name: events.state(events.events(runs[name])) if name in runs else "waiting" for name in wanted}
+    states = {name: events.state(events.events(runs[name])) if name in runs else "queued" for name in wanted}
     if failed := [name for name, state in states.items() if state == "failed"]:
         fix = f"see `mhmoe status {runs[failed[0]].id}`; the same command again goes on with it"
         raise JobError(f"sweep {place.name}", f"{', '.join(failed)} failed", fix)

@@ -140,9 +140,9 @@ def _token(address: str, named: Context | None) -> Token | None:
     """Of a cluster that the user has named, where a file was given for it; else as Ray would. Several may have one
     address, of a tunnel: where none is meant by its name, the current one comes first."""
     contexts = read_contexts()
-    at_it = [named] if named else [c for c in contexts.known.values() if normalised(c.address) == address]
-    at_it.sort(key=lambda context: context.name != contexts.current)
-    files = [context.token_file for context in at_it if context.token_file]
+    at_it = {name: c for name, c in contexts.known.items() if normalised(c.address) == address}
+    meant = named or at_it.get(contexts.current)
+    files = [c.token_file for c in ([meant] if meant else at_it.values()) if c.token_file]
     return tokens.token_in(Path(files[0])) if files else tokens.user_token()
 
 

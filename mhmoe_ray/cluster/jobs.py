@@ -44,7 +44,7 @@ def request(
     """What `submit` sends, to the letter.
 
     Args:
-        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", path].
+        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", path, "1"].
         submission_id: the job's name on the cluster; never used twice.
         local: whether the cluster is one that we started (`Connection.local`). Then the job runs in this very Python;
             on another cluster in its own, to which our packages are sent.

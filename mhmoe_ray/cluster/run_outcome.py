@@ -15,6 +15,7 @@ QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 _SENDING_SECONDS = 300.0  # in which code and packages are sent to a cluster, which knows the job after that
+_DOUBT_SECONDS = 30.0  # less than `patience.SECONDS`, so that who follows a run hears the end
 _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart
 
 
@@ -24,8 +25,13 @@ class Outcome(NamedTuple):
     """Why it failed; empty otherwise."""
 
 
-def outcome(run: RunDir, connection: Connection) -> Outcome | None:
+def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) -> Outcome | None:
     """How the run ended; None while it goes on.
+
+    Args:
+        run: with an attempt.
+        connection: to its cluster, or to whichever has its address now.
+        doubt: seconds since it last wrote, up to which a cluster that does not know its job is taken for another.
 
     A job that is dead while its directory says it runs was killed, or its cluster is gone: that is a failure too.
 
@@ -46,7 +52,7 @@ def outcome(run: RunDir, connection: Connection) -> Outcome | None:
             return over
     if job is None and _may_be_on_its_way(run, attempt):
         return None
-    if job is None and not attempt.local and (since := quiet(run)) < QUIET_SECONDS:
+    if job is None and not attempt.local and (since := quiet(run)) < doubt:
         why = f"it knows no job {attempt.job}, but the run wrote something {since:.0f} s ago"
         raise ClusterError(f"cluster {connection.address}", why, "see whether another cluster is behind that address")
     if job is None:

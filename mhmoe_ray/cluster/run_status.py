@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, outcome, recorded_outcome
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.location import location
@@ -69,7 +69,7 @@ def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connect
     said = events.state(happened)
     if over is None and attempts:
         try:
-            over = outcome(run, connected(attempts[-1].address))
+            over = outcome(run, connected(attempts[-1].address), doubt=QUIET_SECONDS)
             cluster = "the job is alive" if over is None else "the job is dead"
         except ClusterError as e:
             return "unknown", "", f"it said {said} last, but {e}"

@@ -26,7 +26,7 @@ def table(place: SweepDir) -> list[dict[str, Any]]:
     for name in names:
         entries = [entry for entry in shown if entry.variant == name]
         states = Counter(
-            events.state(events.events(started[e.name])) if e.name in figures else "waiting" for e in entries
+            events.state(events.events(started[e.name])) if e.name in figures else "queued" for e in entries
         )
         variant = Variant(name, [figures[e.name] for e in entries if e.name in (over or figures)])
         found.append((entries[0].spec, states, variant))

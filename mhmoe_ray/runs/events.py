@@ -66,6 +66,8 @@ def state(happened: list[dict[str, Any]]) -> State:
             begun = event.get("attempt", 0)
         elif kind == "submitted" and event.get("attempt", begun + 1) <= begun:
             continue  # on an object store lines are in the order of their writers' clocks, which differ
+        elif kind == "restoring" and current == "waiting":
+            current = "preparing"
         current = _STATE_AFTER.get(kind, current)
     return current
 

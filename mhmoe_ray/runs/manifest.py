@@ -18,6 +18,7 @@ would load as a silent mix. For the same reason a folder must hold exactly the m
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -64,6 +65,9 @@ class Manifest(BaseModel):
     were trained on no data prepared here."""
     files: dict[str, FileEntry]
     """By path below the checkpoint."""
+
+
+_NAME = re.compile(r"step_\d+\.\d+")
 
 
 def checkpoint_name(step: int, group: int) -> str:
@@ -156,7 +160,8 @@ def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
 
 def unfinished(run: RunDir) -> list[Location]:
     """Folders of checkpoints that were never committed: being written, or left by a process that was killed."""
-    return sorted(p for p in run.checkpoints.glob("step_*") if not (p / MANIFEST).exists())
+    named = (p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name))
+    return sorted(p for p in named if not (p / MANIFEST).exists())
 
 
 def committed(run: RunDir) -> list[Location]:
@@ -172,7 +177,7 @@ def last_step(run: RunDir) -> int:
 def _newest_first(run: RunDir) -> Iterator[Location]:
     """A group of workers goes on from what is newest and whole, perhaps from before a damaged one: so what a later
     group wrote is newer, even of an earlier step."""
-    folders: list[Location] = [*run.checkpoints.glob("step_*")]
+    folders: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name)]
     folders.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
     return (folder for folder in folders if (folder / MANIFEST).exists())
 

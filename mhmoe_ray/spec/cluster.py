@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_serializer, model_validator
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.hardware import AcceleratorSpec, NetworkSpec
@@ -68,7 +68,7 @@ class ClusterSpec(Section):
     max_failures: NonNegativeInt = 3
     """Times a failed or killed worker group is started again from the last checkpoint. Nodes that are announced to be
     taken away (preemption) do not count; a mistake that a new start would only repeat ends the run at once."""
-    hang_seconds: PositiveFloat = 600
+    hang_seconds: float = Field(default=600, gt=0, allow_inf_nan=True)
     """Without a sign of life from a worker, or without progress of any: then the one that stands still is ended, and
     the group is started again."""
     shared_filesystem: bool = False

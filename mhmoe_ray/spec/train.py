@@ -32,8 +32,8 @@ class TrainSpec(Section):
     """For matrices only; norms and biases do not decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
-    clip_norm: PositiveFloat = 2.0
-    """Upper bound of the global gradient norm, over all ranks and experts."""
+    clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
+    """Upper bound of the global gradient norm, over all ranks and experts; .inf: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose gradient is not finite: stop the run, or go on without its update. More than
     ten skipped in a row stop it too."""

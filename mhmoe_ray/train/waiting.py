@@ -10,5 +10,5 @@ def record_waiting(run: RunDir) -> None:
     try:
         if events.state(events.events(run)) != "waiting":
             events.record(run, "waiting")
-    except StorageError as e:  # no reason not to wait
+    except (OSError, StorageError) as e:  # no reason not to wait
         print(f"warning: the workers wait for room, but {e}")

@@ -81,7 +81,8 @@ def reason(cause: Exception) -> str:
 
 def _place(run: RunDir, rank: int) -> dict[str, Any]:
     """Of the workers that run now; those that fail before they have started have no place yet."""
-    newest = next((e for e in reversed(events.events(run)) if e["event"] in ("started", "lost", "preempted")), None)
+    kinds = ("began", "restoring", "started", "lost", "preempted")
+    newest = next((e for e in reversed(events.events(run)) if e["event"] in kinds), None)
     workers = newest["workers"] if newest and newest["event"] == "started" else []
     return next((worker for worker in workers if worker["rank"] == rank), {})
 

@@ -14,6 +14,7 @@ Nothing here imports Triton before it is used: it is no part of the base install
 """
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from shutil import which
 
@@ -33,7 +34,7 @@ def why_not(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
     if device.type != "cuda" and not interpreted:
         return f"triton compiles for CUDA devices, and this is {device.type}; TRITON_INTERPRET=1 runs it here, slowly"
-    if not interpreted and not (os.environ.get("CC") or which("gcc") or which("clang")):
+    if not interpreted and not _has_compiler(os.environ.get("CC"), os.environ.get("PATH")):
         return "triton needs a C compiler for what launches its kernels, and there is neither gcc nor clang"
     if not interpreted and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
@@ -41,6 +42,12 @@ def why_not(device: torch.device) -> str | None:
         if there < SHARED_BYTES:
             return f"kernel triton needs {SHARED_BYTES >> 10} KiB of shared memory, and this GPU has {there >> 10}"
     return None
+
+
+@cache
+def _has_compiler(named: str | None, path: str | None) -> bool:
+    """As Triton looks for one."""
+    return bool(named or which("gcc", path=path) or which("clang", path=path))
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:

@@ -69,7 +69,7 @@ def _among(probability_V: Tensor, sampling: Sampling) -> Tensor | None:
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         return None
     most, few = float(probability_V.max()), sampling.top_k or FRONT
-    for front in (few, None) if 8 * few < len(probability_V) else (None,):
+    for front in (few, None) if 8 * few < len(probability_V) and most > 0 else (None,):  # not where they are no numbers
         if front:
             token_F = (probability_V >= probability_V.topk(front).values[-1]).nonzero()[:, 0]
             sorted_F, order_F = probability_V[token_F].sort(descending=True, stable=True)
