@@ -13,20 +13,22 @@ from mhmoe_ray.cli.common import (
     JsonOption,
     SetOption,
     StorageOption,
+    detaching,
     note,
     out,
     pick_checkpoint,
     print_json,
+    say,
 )
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.cluster.serving import Application
     from mhmoe_ray.runs.layout import RunDir
 
 app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
-START_SECONDS = 180.0
 SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster
 KEY = "MHMOE_API_KEY"
 
@@ -59,7 +61,6 @@ def deploy(
     """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
     from mhmoe_ray.cli import connecting
     from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
-    from mhmoe_ray.cluster import serving
     from mhmoe_ray.serve.config import application_config
 
     found, path, spec = chosen(target, checkpoint, storage, [*set_, *sizes_set(replicas, engine)])
@@ -70,11 +71,8 @@ def deploy(
         )
     cpus = spec.serve.replicas.max * spec.serve.cpus_per_replica + SERVE_CPUS
     connection = connecting.cluster_for(spec.cluster, [found.path], cpus, address)
-    config = application_config(name, path, spec.serve, found.id, _route(name))
-    serving.deploy(connection, config, spec.serve.host, spec.serve.port)
-    note.print(f"deploying {path.name} of {found.id}")
-    made = serving.wait_until_running(connection, name, START_SECONDS)
-    _record(found, connection, name, made.url, path.name)
+    config = application_config(name, path, spec.serve, found.id, _route(name), spec.cluster.runtime_env)
+    made = _deployed(found, connection, config, spec.serve.host, spec.serve.port, f"of {found.id}")
     ask = "ask it" if made.reachable else "ask it on the cluster's machine"
     out.print(f"serving {found.id} at {made.url}/v1/completions; {ask}: {curl_line(made.url)}", soft_wrap=True)
 
@@ -95,10 +93,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
         out.print(f"{before.name} is the newest checkpoint, and is served")
         return
     config["args"] = {**config["args"], "checkpoint": str(path)}
-    serving.deploy(connection, config, host, port)
-    note.print(f"deploying {path.name} in place of {before.name}")
-    url = serving.wait_until_running(connection, name, START_SECONDS).url
-    _record(RunDir.of_checkpoint(path), connection, name, url, path.name)
+    _deployed(RunDir.of_checkpoint(path), connection, config, host, port, f"in place of {before.name}")
     out.print(f"serving {path.name}")
 
 
@@ -139,6 +134,22 @@ def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     serving.remove(connection, name)
     left = [a.name for a in serving.applications(connection)]
     out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
+
+
+def _deployed(
+    run: "RunDir", connection: "Connection", config: dict[str, Any], host: str, port: int, how: str
+) -> "Application":
+    """The application, when it answers. That the run is served is recorded before: Serve goes on with it, and may
+    succeed, whatever becomes of this command."""
+    from mhmoe_ray.cluster import serving
+    from mhmoe_ray.location import location
+
+    name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
+    url = serving.deploy(connection, config, host, port)
+    _record(run, connection, name, url, checkpoint)
+    with detaching(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
+        note.print(f"deploying {checkpoint} {how}")
+        return serving.wait_until_running(connection, name, say=say)
 
 
 def _record(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:

@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,12 +12,15 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained, reason
-from mhmoe_ray.cluster.jobs import with_packages
-from mhmoe_ray.cluster.shipping import NEVER
-from mhmoe_ray.errors import ServeError
+from mhmoe_ray.cluster.jobs import PACKAGES, with_packages
+from mhmoe_ray.cluster.patience import Patience
+from mhmoe_ray.cluster.shipping import NEVER, check_size
+from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
 REMOVE_SECONDS = 60.0
+SAY_SECONDS = 30.0
+"""Between two lines on an application that does not answer yet."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,20 @@ class Application:
     """What it serves; None if it is not one of ours."""
 
 
-def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> None:
-    """Add an application to what Serve runs, or replace the one of its name. Returns before it answers.
+def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
+    """Add an application to what Serve runs, or replace the one of its name. Returns before it answers: the URL at
+    which it will.
 
     Args:
         connection: the cluster.
-        application: as in Serve's config file: name, route_prefix, import_path, args, runtime_env ... To a cluster that
-            is not ours our packages are sent along.
+        application: as in Serve's config file: name, route_prefix, import_path, args, runtime_env ... Folders and files
+            of this machine that the last one names are sent, and to a cluster that is not ours our packages.
         host: address that Serve's proxies listen on.
         port: their port.
 
     Raises:
         ServeError: Serve does not accept it, cannot listen there, or listens elsewhere already.
+        SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
     """
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
@@ -55,10 +62,9 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
             details = client.get_serve_details()
         _check_address(details, host, port)
         _check_route(details, application)
-        if not connection.local:
-            runtime_env = with_packages(without_packages(application.get("runtime_env", {})))
-            client._upload_py_modules_if_needed(runtime_env)  # puts URIs, which Serve insists on, in place of folders
-            application = {**application, "runtime_env": runtime_env}
+        runtime_env = application.get("runtime_env", {})
+        sent = _sent(client, runtime_env if connection.local else with_packages(runtime_env))
+        application = {**application, "runtime_env": sent}
         others = [a for a in _declared(details) if a["name"] != application["name"]]
         try:
             _put(connection, details, [*others, application], {"host": host, "port": port})
@@ -66,35 +72,74 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
             if not details["applications"]:
                 client.delete_applications()
             raise
+    route: str = application.get("route_prefix", "/")
+    return _place(connection, host, port)[0] + route.rstrip("/")
+
+
+def _sent(client: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """With URIs, which Serve insists on, in place of this machine's folders, and files of requirements read."""
+    from ray.runtime_env import RuntimeEnv
+
+    check_size(runtime_env)
+    runtime_env = dict(runtime_env)
+    try:
+        client._upload_working_dir_if_needed(runtime_env)
+        client._upload_py_modules_if_needed(runtime_env)
+        return dict(RuntimeEnv(**runtime_env).to_dict())
+    except (ValueError, TypeError) as e:
+        raise SpecError("cluster.runtime_env", reason(str(e)), "correct it in the spec") from e
 
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """As it was before it was deployed: what was sent along then are URIs now, and would stand before what is newer."""
-    ours = {"py_modules": [m for m in runtime_env.get("py_modules", []) if not m.startswith("gcs://")]}
-    ours |= {"excludes": [pattern for pattern in runtime_env.get("excludes", []) if pattern not in NEVER]}
-    return {key: value for key, value in {**runtime_env, **ours}.items() if value}
+    """As it was before our packages were added to it and sent: they are URIs now, the last ones of those that were
+    sent, and would stand before what is newer."""
+    modules = runtime_env.get("py_modules", [])
+    ours = [module for module in modules if module.startswith("gcs://")][-len(PACKAGES) :]
+    before = {"py_modules": [module for module in modules if module not in ours]}
+    before |= {"excludes": [pattern for pattern in runtime_env.get("excludes", []) if pattern not in NEVER]}
+    return {key: value for key, value in {**runtime_env, **before}.items() if value}
 
 
-def wait_until_running(connection: Connection, name: str, timeout: float) -> Application:
-    """The application, when it answers.
+def wait_until_running(
+    connection: Connection, name: str, timeout: float = math.inf, say: Callable[[str], object] = lambda line: None
+) -> Application:
+    """The application, when it answers. By default it is waited for as long as Serve is at it, which says so when it
+    gives up: a node that must start, and its image, take their time.
+
+    Args:
+        connection: the cluster.
+        name: the application's.
+        timeout: in seconds.
+        say: takes a line now and then.
 
     Raises:
         ServeError: it failed, is gone, or is not up in time; with what Serve says about it.
+        ClusterError, TokenError: the cluster gave no answer for too long, or wants another token.
     """
-    deadline = time.monotonic() + timeout
+    what, patience = f"application {name}", Patience(say)
+    began = said = time.monotonic()
     while True:
-        found = [a for a in applications(connection) if a.name == name]
-        if not found:
-            raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")
-        [application] = found
-        if application.status == "RUNNING":
+        application = patience.ask(lambda: _application(connection, name), None)
+        if application and application.status == "RUNNING":
             return application
-        if application.status == "DEPLOY_FAILED":
-            raise ServeError(f"application {name}", application.message, "see its log in the dashboard")
-        if time.monotonic() > deadline:
+        if application and application.status == "DEPLOY_FAILED":
+            raise ServeError(what, application.message, "see its log in the dashboard")
+        now = time.monotonic()
+        if application and now - began > timeout:
             why = f"not running after {timeout:.0f} s: {application.message or application.status}"
-            raise ServeError(f"application {name}", why, "wait, or check that the cluster has the CPUs and GPUs for it")
+            raise ServeError(what, why, "wait, or check that the cluster has the CPUs and GPUs for it")
+        if application and now - said > SAY_SECONDS:
+            message = f": {application.message}" if application.message else ""
+            say(f"{what} is {application.status} for {now - began:.0f} s{message}")
+            said = now
         time.sleep(0.5)
+
+
+def _application(connection: Connection, name: str) -> Application:
+    found = next((a for a in applications(connection) if a.name == name), None)
+    if found is None:
+        raise ServeError(f"application {name}", "it is gone from the cluster", "deploy it again")
+    return found
 
 
 def applications(connection: Connection) -> list[Application]:
@@ -109,7 +154,7 @@ def applications(connection: Connection) -> list[Application]:
     base, reachable = _place(connection, str(http.get("host")), int(http.get("port") or 0))
     found = []
     for name, app in sorted(details["applications"].items()):
-        url = base + (app["route_prefix"] or "").rstrip("/")
+        url = base + (_route(app) or "").rstrip("/")
         config = app["deployed_app_config"]
         checkpoint = config["args"]["checkpoint"] if config and _is_ours(config) else None
         found.append(Application(name, url, reachable, app["status"], _message(app), checkpoint))
@@ -179,9 +224,15 @@ def _check_address(details: dict[str, Any], host: str, port: int) -> None:
 def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
     route = application.get("route_prefix", "/")
     for name, app in details["applications"].items():
-        if app["route_prefix"] == route and name != application["name"]:
+        if _route(app) == route and name != application["name"]:
             what, why = f"application {application['name']}", f"{name} answers at {route} already"
             raise ServeError(what, why, f"take another route, or remove {name}")
+
+
+def _route(app: dict[str, Any]) -> str | None:
+    """Serve itself tells none of an application that it still builds."""
+    route: str | None = app["route_prefix"] or (app["deployed_app_config"] or {}).get("route_prefix")
+    return route
 
 
 def _message(app: dict[str, Any]) -> str:
@@ -201,7 +252,8 @@ def _client(connection: Connection) -> Any:
 
 
 def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """The configuration of an application of ours as it was deployed, and Serve's host and port.
+    """The configuration of an application of ours as it was given to `deploy`, but for folders that were sent, and
+    Serve's host and port.
 
     Raises:
         ServeError: there is no such application, or it is not one of ours.
@@ -214,6 +266,8 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
         raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
     if not _is_ours(found):
         raise ServeError(what, "it serves no checkpoint of a run", "update it by what deployed it")
+    if not connection.local:
+        found["runtime_env"] = without_packages(found.get("runtime_env", {}))
     return found, details["http_options"]["host"], details["http_options"]["port"]
 
 

@@ -12,11 +12,10 @@ from mhmoe_ray.render.container import containerfile
 from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.fit import nodes_for
 from mhmoe_ray.render.grafana import dashboard, provisioning
-from mhmoe_ray.render.prometheus import pod_monitor, prometheus
+from mhmoe_ray.render.prometheus import RAY_FOLDER, pod_monitor, prometheus
 from mhmoe_ray.spec import RunSpec, dump_spec
 from mhmoe_ray.spec.site import SiteSpec
 
-RAY_FOLDER = "/tmp/ray"
 MARK = "# Rendered by `mhmoe cluster render`: change the site's file, not this one.\n"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.render.container import UID
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 API = "ray.io/v1"
@@ -136,6 +137,8 @@ def _pod(site: SiteSpec, name: str, node: NodeSpec, ports: dict[str, int]) -> di
     }
     return {
         "spec": {
+            # A new volume is root's. OnRootMismatch: its files are given to the group once, not at each pod's start.
+            "securityContext": {"fsGroup": UID, "fsGroupChangePolicy": "OnRootMismatch"},
             "containers": [container],
             "volumes": [
                 {"name": "storage", "persistentVolumeClaim": {"claimName": site.storage.claim}},

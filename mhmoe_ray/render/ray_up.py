@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mhmoe_ray.render.prometheus import RAY_FOLDER
 from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
 
 TOKEN = "/home/ray/.ray/auth_token"
@@ -24,7 +25,8 @@ def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
     def machine(kind: str, spot: bool) -> dict[str, Any]:
         market = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}
         disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 200, "VolumeType": "gp3"}}
-        return {"InstanceType": kind, "BlockDeviceMappings": [disk], **market}
+        image = {"ImageId": cloud.image} if cloud.image else {}
+        return {"InstanceType": kind, **image, "BlockDeviceMappings": [disk], **market}
 
     provider = {"type": "aws", "region": cloud.region, "cache_stopped_nodes": False}
     if cloud.zone:
@@ -35,7 +37,7 @@ def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 def gcp(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
     def machine(kind: str, spot: bool, gpus: int = 0) -> dict[str, Any]:
-        image = f"{GCP_IMAGES}/{GCP_GPU if gpus else GCP_CPU}"
+        image = cloud.image or f"{GCP_IMAGES}/{GCP_GPU if gpus else GCP_CPU}"
         disk = {"boot": True, "autoDelete": True, "type": "PERSISTENT"}
         disk |= {"initializeParams": {"diskSizeGb": 200, "sourceImage": image}}
         scheduling: list[dict[str, Any]] = [{"preemptible": True}] if spot else []
@@ -67,10 +69,12 @@ def _cloud(site: SiteSpec, provider: dict[str, Any], user: str, types: dict[str,
 
 def _common(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, Any]:
     mount = site.storage.mount
-    commands = []
+    # Docker would make it for root alone, and Ray in the container is another user.
+    commands = [f"mkdir -p -m 1777 {RAY_FOLDER}"]
     if site.storage.nfs:
-        commands = [
-            "sudo apt-get install -y nfs-common",
+        commands += [
+            # A machine that has just started updates itself, and meanwhile apt is locked.
+            "sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common",
             f"sudo mkdir -p {mount}",
             f"mountpoint -q {mount} || sudo mount -t nfs4 {site.storage.nfs} {mount}",
         ]
@@ -81,8 +85,12 @@ def _common(site: SiteSpec, provider: dict[str, Any], user: str) -> dict[str, An
         "docker": {
             "image": site.image,
             "container_name": "mhmoe",
-            # Ray sizes the container's shared memory by itself.
-            "run_options": [f"--volume={mount}:{mount}", "--ulimit nofile=65536:65536"],
+            # Ray sizes the container's shared memory by itself. A Prometheus beside the head reads Ray's folder.
+            "run_options": [
+                f"--volume={mount}:{mount}",
+                f"--volume={RAY_FOLDER}:{RAY_FOLDER}",
+                "--ulimit nofile=65536:65536",
+            ],
         },
         "file_mounts": {TOKEN: site.token_file},
         "initialization_commands": commands,

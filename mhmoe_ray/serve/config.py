@@ -1,5 +1,6 @@
 """One application as an entry of Ray Serve's declarative configuration. Imports neither torch nor ray."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mhmoe_ray.location import Location
@@ -14,7 +15,12 @@ SPARE = 32
 
 
 def application_config(
-    name: str, checkpoint: Location, spec: ServeSpec, model_name: str, route: str = "/"
+    name: str,
+    checkpoint: Location,
+    spec: ServeSpec,
+    model_name: str,
+    route: str = "/",
+    runtime_env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """An element of the `applications` list that is PUT to Serve's REST API.
 
@@ -25,6 +31,7 @@ def application_config(
         spec: sizes and limits; `host` and `port` belong to the cluster's Serve instance and are not used here.
         model_name: what clients see, and may give, as `model`.
         route: below which it answers.
+        runtime_env: Ray's runtime environment of the replicas.
     """
     deployment = {
         "name": DEPLOYMENT,
@@ -43,6 +50,7 @@ def application_config(
         "name": name,
         "route_prefix": route,
         "import_path": IMPORT_PATH,
+        "runtime_env": dict(runtime_env or {}),
         "args": {
             "checkpoint": str(checkpoint.absolute()),
             "model": model_name,

@@ -56,6 +56,10 @@ class CloudSpec(Section):
     data: Word
     workers: Word
     """Types of machines."""
+    image: Word | None = None
+    """Of all of them: an AMI of the region, or an image or a family of them on GCP, of Ubuntu with Docker. Workers with
+    GPUs need NVIDIA's driver, 580 or newer, and its container toolkit in it. On GCP there is a default; on AWS it is
+    Ray's, whose driver is older."""
     spot: bool = False
     """Workers on spot machines: runs go on elsewhere when one is taken away."""
 
@@ -93,6 +97,9 @@ class SiteSpec(Section):
     running jobs. Run directories do in either case."""
     redis_secret: Name | None = None
     """On Kubernetes: a Secret with its password, under the key `password`."""
+    monitor_labels: dict[Word, Word] = Field(default_factory=dict)
+    """On Kubernetes: of the PodMonitor, by which Prometheus' operator finds it; kube-prometheus-stack asks for
+    `release`, the name of its own Helm release."""
     gateway: Word = "istio"
     """On Kubernetes: the class of Gateway that shifts requests from a served version to the next."""
     aws: CloudSpec | None = None
@@ -110,4 +117,9 @@ class SiteSpec(Section):
             raise ValueError("redis_secret is the password of redis, of which there is none")
         if self.gcp and not (self.gcp.zone and self.gcp.project):
             raise ValueError("gcp needs zone and project")
+        if self.aws and self.workers.gpus and not self.aws.image:
+            raise ValueError(
+                "aws needs image where workers have GPUs: an AMI of its region with NVIDIA's driver 580 or newer, for "
+                "Ray's default has an older one"
+            )
         return self

@@ -13,7 +13,7 @@ from mhmoe_ray.cluster import dashboard, serving
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.spawn import free_ports
-from mhmoe_ray.errors import ServeError
+from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
 
 HOST = "127.0.0.1"
@@ -35,16 +35,65 @@ def _app(name, word):
     return {**app, "runtime_env": runtime_env}
 
 
+OWN = """
+import os
+
+from ray import serve
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Echo:
+    async def __call__(self, request):
+        return os.environ["WORD"]
+
+
+def build(args):
+    return Echo.bind()
+"""
+
+
 def _get(port, name):
     return requests.get(f"http://{HOST}:{port}/{name}", timeout=10)
 
 
 def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
-    given = {"env_vars": {"A": "b"}, "excludes": ["*.md"]}
+    given = {"env_vars": {"A": "b"}, "excludes": ["*.md"], "py_modules": ["s3://bucket/own.zip", "/home/ann/own"]}
     sent = with_packages(given)
-    deployed = {**sent, "py_modules": [f"gcs://_ray_pkg_{i}.zip" for i in range(len(sent["py_modules"]))]}
-    assert with_packages(serving.without_packages(deployed)) == sent
+    uris = [module if "://" in module else f"gcs://_ray_pkg_{i}.zip" for i, module in enumerate(sent["py_modules"])]
+    before = serving.without_packages({**sent, "py_modules": uris})
+    assert before == {**given, "py_modules": uris[:2]}, "what the spec names stays"
+    assert with_packages(before) == {**sent, "py_modules": uris[:2] + sent["py_modules"][2:]}
     assert serving.without_packages({}) == {}
+
+
+@pytest.mark.ray
+def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
+    """After an update too; on a cluster that is not ours, beside the packages that are sent there."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/__init__.py").write_text(OWN)
+    app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {}}
+
+    def answer(there, word, runtime_env, modules):
+        """What replicas in this environment say, and that environment as it was sent."""
+        assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
+        serving.wait_until_running(there, "a")
+        assert _get(port, "a").text == word
+        [deployed] = serving._declared(serving._client(there).get_serve_details())
+        assert len(deployed["runtime_env"]["py_modules"]) == modules
+        return deployed["runtime_env"]
+
+    def given(word):
+        return {"py_modules": [str(tmp_path / "own")], "env_vars": {"WORD": word}}
+
+    try:
+        answer(connection, "here", given("here"), 1)
+        other = dataclasses.replace(connection, local=False)
+        sent = answer(other, "there", given("there"), 3)
+        assert answer(other, "there", serving.without_packages(sent), 3) == sent
+        with pytest.raises(SpecError, match=r"cluster.runtime_env: .*pip"):
+            serving.deploy(other, {**app, "runtime_env": {"pip": 3}}, HOST, port)
+    finally:
+        serving.remove(connection, "a")
 
 
 @pytest.mark.ray
@@ -90,15 +139,17 @@ def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all
 
 @contextmanager
 def answering(paths):
-    """A server on loopback, and the requests that it got: paths, and whether with a key."""
+    """A server on loopback, and the requests that it got: paths, and whether with a key. At a path with None it is too
+    busy to answer."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.path, "Authorization" in self.headers))
-            self.send_response(200)
+            told = paths.get(self.path, {})
+            self.send_response(503 if told is None else 200)
             self.end_headers()
-            self.wfile.write(json.dumps(paths.get(self.path, {})).encode())
+            self.wfile.write(json.dumps(told).encode())
 
         def log_message(self, *args):
             pass
@@ -111,6 +162,50 @@ def answering(paths):
         finally:
             server.shutdown()
             thread.join()
+
+
+def _building(message):
+    """What a dashboard tells of an application that does not answer yet."""
+    config = {"import_path": "mhmoe_ray.serve.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
+    app = {"route_prefix": None, "status": "DEPLOYING", "message": message, "deployments": {}}
+    return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
+
+
+def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(monkeypatch):
+    """A node that must start, and its image, may take half an hour; a dashboard may be late meanwhile."""
+    monkeypatch.setattr(serving, "SAY_SECONDS", 0)
+    told, said = _building("waiting for the cluster to auto-scale"), []
+    board = {"/api/serve/applications/": told}
+    with answering(board) as (port, _):
+
+        def say(line):
+            said.append(line)
+            board["/api/serve/applications/"] = None if len(said) == 1 else told
+            told["applications"]["a"]["status"] = "RUNNING"
+
+        at = Connection(f"http://{HOST}:{port}", False, True, None)
+        running = serving.wait_until_running(at, "a", say=say)
+    assert running.url == f"http://{HOST}:8000/a"
+    assert said[0].startswith("application a is DEPLOYING for ")
+    assert said[0].endswith(" s: waiting for the cluster to auto-scale")
+    assert [line.split(",")[0] for line in said[1:]] == ["still following"]
+
+
+def test_what_serve_gives_up_is_waited_for_no_longer():
+    told = _building("No module named 'x'")
+    told["applications"]["a"]["status"] = "DEPLOY_FAILED"
+    with answering({"/api/serve/applications/": told}) as (port, _):
+        at = Connection(f"http://{HOST}:{port}", False, True, None)
+        with pytest.raises(ServeError, match="application a: No module named 'x'"):
+            serving.wait_until_running(at, "a")
+        del told["applications"]["a"]
+        with pytest.raises(ServeError, match="it is gone from the cluster"):
+            serving.wait_until_running(at, "a")
+
+
+def test_a_route_is_taken_while_its_application_is_built():
+    with pytest.raises(ServeError, match="application b: a answers at /a already"):
+        serving._check_route(_building(""), {"name": "b", "route_prefix": "/a"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -160,7 +255,7 @@ def test_two_applications(connection, port):
     assert [_get(port, name).text for name in "ab"] == ["first", "other"]
 
     sent = serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"]
-    serving.deploy(other, {**_app("b", "other"), "runtime_env": sent}, HOST, port)
+    serving.deploy(other, {**_app("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
     assert serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"] == sent
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.declared(connection, "a")

@@ -1,7 +1,11 @@
 """Manifests against the schemas of those who read them, and against the planner."""
 
+import ast
 import json
+import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -78,6 +82,47 @@ def test_the_schemas_tell_mistakes():
     ]
 
 
+def test_pods_may_write_to_a_volume_that_root_owns():
+    user = re.search(r"^RUN useradd .*--uid (\d+) ", files(SITE)["Containerfile"], re.M)
+    spec = kuberay.ray_cluster(SITE)["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        # Without the policy each start of a pod goes through all files of the storage.
+        expected = {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
+        assert group["template"]["spec"]["securityContext"] == expected
+
+
+def test_the_operator_of_prometheus_finds_the_monitor_by_the_labels_of_the_site():
+    monitor = yaml.safe_load(files(SITE)["kuberay/podmonitor.yaml"])
+    assert monitor["metadata"]["labels"] == {"release": "prometheus"}
+
+
+def test_the_image_has_what_ray_imports_to_start_machines():
+    import ray.autoscaler._private as private
+
+    packages = {"boto3": "boto3", "botocore": "boto3", "googleapiclient": "google-api-python-client"}
+    packages |= dict.fromkeys(("google", "google_auth_httplib2", "httplib2"), "google-auth-httplib2")
+    packages |= {"packaging": "ray"}
+    sources = [path for cloud in ("aws", "gcp") for path in (Path(private.__file__).parent / cloud).rglob("*.py")]
+    imports = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.module}
+    others = {name.split(".")[0] for name in names} - {"ray", *sys.stdlib_module_names}
+    assert {"boto3", "googleapiclient"} <= others
+    installs = " ".join(line for line in files(SITE)["Containerfile"].splitlines() if not line.startswith("#"))
+    for name in others:
+        assert re.search(rf"[ ']{packages[name]}[ \[]", installs), name
+
+
+def test_the_image_has_compilers_and_the_extras_of_jobs():
+    """torch's Triton asks for a C compiler where it first runs, our own kernels for one of C++."""
+    text = files(SITE)["Containerfile"]
+    installed = re.search(r"apt-get install (.*) \\\n", text)[1].split()
+    assert {"gcc", "g++", "libc6-dev"} <= set(installed)
+    extras = re.search(r"'/src\[(.*?)\]'", text)[1].split(",")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"deepspeed", "eval", "mlflow"} == set(extras) <= set(known)
+
+
 def test_a_cluster_wants_a_token_scales_and_survives_its_head():
     spec = kuberay.ray_cluster(SITE)["spec"]
     assert spec["authOptions"] == {"mode": "token"}
@@ -111,6 +156,12 @@ def test_cluster_files_are_what_ray_takes(name, make, capfd):
     assert started.count("RAY_AUTH_MODE=token") == 2
     assert "--dashboard-host=127.0.0.1" in started
     assert ray_up.TOKEN in config["file_mounts"]
+    [discovery] = yaml.safe_load(files(SITE)["prometheus/prometheus.yml"])["scrape_configs"][0]["file_sd_configs"]
+    folder = Path(discovery["files"][0]).parent
+    assert f"--volume={folder}:{folder}" in config["docker"]["run_options"], "a Prometheus beside the container"
+    assert f"mkdir -p -m 1777 {folder}" in config["initialization_commands"], "else Docker makes it, and root owns it"
+    installs = [command for command in config["initialization_commands"] if "apt-get" in command]
+    assert all("-o DPkg::Lock::Timeout=300 " in command for command in installs)
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**config, "available_node_typos": {}})
 
@@ -127,6 +178,24 @@ def test_gcp_gives_workers_with_gpus_a_driver_and_hosts_that_end_them(gpus, spot
     expected = {**({"preemptible": True} if spot else {}), **({"onHostMaintenance": "TERMINATE"} if gpus else {})}
     assert {key: value for each in node["workers"].get("scheduling", []) for key, value in each.items()} == expected
     assert "scheduling" not in node["head"]
+
+
+@pytest.mark.parametrize(("name", "make"), [("aws", ray_up.aws), ("gcp", ray_up.gcp)])
+def test_all_machines_of_a_cloud_start_from_the_image_that_is_named(name, make):
+    cloud = getattr(SITE, name).model_copy(update={"image": "an-image"})
+    for of in make(SITE, cloud)["available_node_types"].values():
+        node = of["node_config"]
+        assert (node["ImageId"] if name == "aws" else node["disks"][0]["initializeParams"]["sourceImage"]) == "an-image"
+
+
+def test_an_image_is_needed_where_rays_default_has_an_old_driver():
+    given = SITE.model_dump()
+    del given["aws"]["image"]
+    with pytest.raises(SpecError, match=r"aws needs image where workers have GPUs: an AMI .* driver 580 or newer"):
+        checked(SiteSpec, given, "site")
+    given["workers"]["gpus"] = 0
+    types = ray_up.aws(bare := checked(SiteSpec, given, "site"), bare.aws)["available_node_types"]
+    assert all("ImageId" not in of["node_config"] for of in types.values())  # Ray fills in its own
 
 
 def test_the_script_is_one_of_bash():
@@ -170,6 +239,7 @@ def test_a_run_that_lies_elsewhere_is_refused(tmp_path):
         {"image": "x\ny"},
         {"image": "$(id)"},
         {"name": "a b"},
+        {"monitor_labels": {"release": "a b"}},
         {"storage": {"mount": "/mnt/$(id)"}},
         {"storage": {"nfs": "host:/x; id"}},
         {"token_file": "~/x y"},

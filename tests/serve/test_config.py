@@ -18,6 +18,13 @@ def test_an_application_has_the_sizes_and_limits_of_the_spec():
     assert deployment["max_queued_requests"] == 14 + SPARE
 
 
+def test_replicas_have_the_runtime_environment_that_is_named():
+    place = Path("/runs/a/checkpoints/step_00000001.1")
+    config = application_config("app", place, ServeSpec(), "a", runtime_env={"pip": ["x"]})
+    assert config["runtime_env"] == {"pip": ["x"]}
+    assert application_config("app", place, ServeSpec(), "a")["runtime_env"] == {}
+
+
 def test_a_relative_checkpoint_is_the_callers():
     config = application_config("app", Path("runs/a/checkpoints/c"), ServeSpec(), "a")
     assert config["args"]["checkpoint"] == str(Path.cwd() / "runs/a/checkpoints/c")

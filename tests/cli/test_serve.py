@@ -1,0 +1,66 @@
+"""`mhmoe serve deploy` of what does not start at once; tests/cli/test_runs.py asks what does."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster import serving
+from mhmoe_ray.cluster.connect import connect
+from tests.cli.run import assert_one_line, command, mhmoe
+from tests.huggingface.conftest import MIXTRAL, make_run
+from tests.watch import of_kind, wait_until
+
+pytestmark = pytest.mark.ray
+
+RUNTIME_ENV = {"env_vars": {"WORD": "of the spec"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Whose spec names an environment."""
+    run = make_run(tmp_path, MIXTRAL)
+    spec = run.spec()
+    cluster = spec.cluster.model_copy(update={"runtime_env": RUNTIME_ENV})
+    run.write_spec(spec.model_copy(update={"cluster": cluster}))
+    return run
+
+
+@pytest.fixture
+def full(local_cluster, unused_port):
+    """A cluster on which an application takes all CPUs."""
+    connection = connect()
+    all_of_them = {"name": "Echo", "ray_actor_options": {"num_cpus": local_cluster.cpus}}
+    app = {"name": "full", "route_prefix": "/full", "import_path": "echo_app:build", "args": {"word": "x"}}
+    app |= {"runtime_env": {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1] / "cluster")}}}
+    serving.deploy(connection, {**app, "deployments": [all_of_them]}, "127.0.0.1", unused_port)
+    serving.wait_until_running(connection, "full")
+    yield connection
+    serving.remove(connection, "full")
+
+
+def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run, full, unused_port):
+    deploying = subprocess.Popen(
+        command("serve", "deploy", run.id, "--name", "late", "--set", f"serve.port={unused_port}"),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal: a test run in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert deploying.stderr.readline().startswith("deploying ")
+        [event] = wait_until(lambda: of_kind(run, "served"), "the record")
+        assert (event["application"], event["url"]) == ("late", f"http://127.0.0.1:{unused_port}/late")
+        deploying.send_signal(signal.SIGINT)
+        _, err = deploying.communicate(timeout=30)
+        hint = "detached; Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down late"
+        assert (deploying.returncode, err.strip()) == (0, hint)
+        assert serving.declared(full, "late")[0]["runtime_env"] == RUNTIME_ENV
+        [served] = mhmoe(tmp_path, "status", run.id, "--json").json()["served"]
+        assert (served["status"], served["url"]) == ("DEPLOYING", event["url"])
+        assert_one_line(mhmoe(tmp_path, "rm", run.id, "--yes"), 7, "it is served at", "mhmoe serve down")
+    finally:
+        deploying.kill()
+        assert mhmoe(tmp_path, "serve", "down", "late").code == 0
