@@ -143,7 +143,8 @@ def render(
         served = with_keys(spec.serve)
         if not served.keys:
             note.print(f"warning: whoever reaches the service may ask; serve.keys or {KEYS} limit it")
-        application = application_config(found.id, path, served, found.id)
+        environment = spec.cluster.runtime_env
+        application = application_config(found.id, path, served, found.id, runtime_env=environment)
     rendered = files(load_site(site), read_spec(run, set_) if run else None, application)
     try:
         for name, text in rendered.items():

@@ -12,6 +12,8 @@ from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
 from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, load_whole_spec, parse_overrides
 
 KEYS = "MHMOE_API_KEYS"
+OF_CLUSTER = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
+"""What serving takes of a spec beside its own section."""
 
 
 def chosen(
@@ -19,7 +21,7 @@ def chosen(
 ) -> tuple[RunDir, Location, DeploySpec]:
     """The run, its checkpoint, and how it is served."""
     for keys, _ in parse_overrides(overrides):
-        if keys[0] != "serve" and keys != ["cluster", "shared_filesystem"]:
+        if keys[0] != "serve" and keys[:2] not in OF_CLUSTER:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
     if target and target.endswith(SPEC_SUFFIXES):
