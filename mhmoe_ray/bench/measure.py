@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.layers import Absent, Case, DTypeName, Layer, Shape, has_masks, our_layers
@@ -122,7 +123,8 @@ def cannot(layer: Layer, error: Exception) -> str | None:
     """
     named = layer.moe is not None and layer.moe.kernel != "auto"
     if layer.package or isinstance(error, torch.OutOfMemoryError) or (named and isinstance(error, ValueError)):
-        first, _, _ = str(error).strip().partition("\n")
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        first, _, _ = said.removeprefix("Value error, ").strip().partition("\n")
         return f"{type(error).__name__}: {first}" if layer.package else first
     return None
 
