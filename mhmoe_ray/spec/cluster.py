@@ -70,7 +70,7 @@ class ClusterSpec(Section):
     taken away (preemption) do not count; a mistake that a new start would only repeat ends the run at once."""
     hang_seconds: float = Field(default=600, gt=0, allow_inf_nan=True)
     """Without a sign of life from a worker, or without progress of any: then the one that stands still is ended, and
-    the group is started again."""
+    the group is started again; .inf: never."""
     shared_filesystem: bool = False
     """Paths of this spec mean the same files on the machine of the command line and on every node."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)

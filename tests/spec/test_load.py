@@ -191,3 +191,11 @@ def test_relative_paths_are_taken_from_the_given_folder():
     spec = load_whole_spec(QUICKSTART).with_absolute_paths(Path("/base"))
     assert spec.storage == Path("/base/runs")
     assert spec.data.sources["redpajama"].path == "/base/data/sample/redpajama"
+
+
+def test_some_limits_may_be_none():
+    limits = ("train.clip_norm", "cluster.hang_seconds", "serve.request_timeout")
+    spec = load_whole_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
+    assert spec.train.clip_norm == spec.cluster.hang_seconds == spec.serve.request_timeout == float("inf")
+    with pytest.raises(SpecError, match="greater than 0"):
+        load_whole_spec(QUICKSTART, ["train.clip_norm=.nan"])
