@@ -18,12 +18,16 @@ from mhmoe_ray.sweep.scheduler import Sweep
 
 
 def main() -> None:
-    place, job = SweepDir(location(sys.argv[1])), sys.argv[2]
+    place, name = SweepDir(location(sys.argv[1])), sys.argv[2]
     with logging_errors():
+        definition = place.definition()
+        job = next((j for j in definition.jobs if j.job == name), None)
+        if job is None:  # two commands wrote the definition at once, and the other one's stands
+            print("another `mhmoe sweep` of the same moment starts the runs")
+            return
         context = ray.init()
-        [local] = [j.local for j in place.definition().jobs if j.job == job]
-        connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
-        Sweep(place, job, connection).run()
+        connection = Connection(f"http://{context.dashboard_url}", job.local, job.local, tokens.user_token())
+        Sweep(place, definition, job, connection).run()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import read_attempts
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.sweeps import SweepDir
+from mhmoe_ray.runs.sweeps import Definition, SweepDir, SweepJob
 from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 2.0
@@ -22,19 +22,19 @@ MOST_STARTS = 3
 
 
 class Sweep:
-    def __init__(self, place: SweepDir, job: str, connection: Connection) -> None:
+    def __init__(self, place: SweepDir, definition: Definition, job: SweepJob, connection: Connection) -> None:
         """Args:
         place: its directory.
-        job: the name of this job.
+        definition: as it stood when this job began; later ones may have been added since it was submitted.
+        job: this one, of the definition's.
         connection: to the cluster, from within it.
         """
-        self._place, self._job, self._connection = place, job, connection
-        definition = place.definition()
+        self._place, self._job, self._connection = place, job.job, connection
         self._concurrent = definition.concurrent
         self._entries = definition.wanted_entries
-        [own] = [j for j in definition.jobs if j.job == job]
-        self._retry, self._address = own.retry, own.address
-        self._before = [j.job for j in definition.jobs if j.job != job and j.address == own.address]
+        self._retry, self._address = job.retry, job.address
+        before = definition.jobs[: definition.jobs.index(job)]
+        self._before = [j.job for j in before if j.address == job.address]
         self._runs: dict[str, RunDir] = dict(place.runs())
         self._starts: dict[str, int] = {}
         self._over: set[str] = set()

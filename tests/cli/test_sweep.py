@@ -12,14 +12,16 @@ import psutil
 import pytest
 import yaml
 
+from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
-from mhmoe_ray.runs.sweeps import sweep_dir
+from mhmoe_ray.runs.sweeps import Definition, SweepJob, sweep_dir
 from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.sweep.scheduler import _prepare
+from mhmoe_ray.sweep.job import main
+from mhmoe_ray.sweep.scheduler import Sweep, _prepare
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus
@@ -68,6 +70,26 @@ def test_text_that_cannot_be_prepared_is_no_error_of_the_job_itself(tmp_path, ca
     told = capsys.readouterr().out
     assert told.startswith(f"{entry.name}: source web")
     assert "error: " not in told
+
+
+@pytest.mark.timeout(60)
+def test_of_two_commands_at_once_the_first_ones_job_makes_way_at_once(tmp_path):
+    """The second job waits for the first, which has seen it in the definition already; both would wait for ever."""
+    place = sweep_dir(tmp_path, "heads-small")
+    nowhere = Connection("http://127.0.0.1:1", True, True, None)
+    first, second = (SweepJob(job=name, address=nowhere.address, local=True, submitted=0.0) for name in ("a", "b"))
+    entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
+    place.define(Definition(size="small", concurrent=1, entries=[entry], wanted=[entry.name], jobs=[first, second]))
+    Sweep(place, place.definition(), first, nowhere).run()
+    assert place.runs() == {}
+
+
+def test_a_job_whose_line_another_command_wrote_over_says_so_and_ends(tmp_path, monkeypatch, capsys):
+    place = sweep_dir(tmp_path, "heads-small")
+    place.define(Definition(size="small", concurrent=1, entries=[], wanted=[]))
+    monkeypatch.setattr("sys.argv", ["job", str(place.path), "lost"])
+    main()
+    assert capsys.readouterr().out == "another `mhmoe sweep` of the same moment starts the runs\n"
 
 
 def drivers(project):
