@@ -4,6 +4,9 @@ BIN := .venv/bin
 QUICKSTART_SET ?=
 # Two lanes of tests, each with a Ray cluster of its own. The files of tests go to whichever is free, in their order.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
+# pip compiles one file after another; this does it on all cores. As with pip, a file for another Python is passed over.
+INSTALL := $(BIN)/python -m pip install --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check render clean
 
@@ -73,15 +76,16 @@ clean:
 	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[report,sample]'
+	$(INSTALL) -e '.[report,sample]'
+	$(COMPILE)
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 # Plain Python on a CPU build of torch. On a CUDA build it compiles for minutes: by hand, as kernels/README.md says.
 	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
-	  $(BIN)/python -m pip install --no-deps --no-build-isolation --no-cache-dir \
-	    megablocks==0.10.0 stanford-stk==0.7.1
+	  $(INSTALL) --no-deps --no-build-isolation --no-cache-dir megablocks==0.10.0 stanford-stk==0.7.1
+	$(COMPILE)
 	touch $@ .venv/installed
 
 .venv/bin/python:
