@@ -15,7 +15,7 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.routes import Routes, compared_use, routes
-from mhmoe_ray.report.variants import Variant, matched_step, variants
+from mhmoe_ray.report.variants import Variant, matched_step, row, variants
 from mhmoe_ray.report.verdict import Verdict, verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
@@ -141,22 +141,13 @@ def _written(figure: "Figure", png: Path) -> str:
 
 
 def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
-    of, base, moe = variant.first.sizes, baseline.first.sizes, variant.first.spec.model.moe
+    moe = variant.first.spec.model.moe
     return {
         "name": variant.name,
         "runs": len(variant.runs),
         "shape": f"h {moe.heads}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
-        "parameters": of.parameters,
-        "parameters_ratio": of.parameters / base.parameters,
-        "macs": of.macs_per_token,
-        "macs_ratio": of.macs_per_token / base.macs_per_token,
-        "loss": variant.mean_loss(step) if step else None,
-        "deviation": variant.deviation(step) if step else None,
-        "perplexity": variant.perplexity(step) if step else None,
+        **row(variant, variant.first.sizes, baseline.first.sizes, step),
         "bits_per_byte": _bits_per_byte(variant),
-        "speed": variant.tokens_per_s,
-        "balance": variant.late(metrics.BALANCE),
-        "dropped": variant.late(metrics.DROPPED),
         "routes_of": counted.source if counted else "",
         "distinct": counted.distinct if counted else None,
         "agreement": counted.agreement if counted else None,

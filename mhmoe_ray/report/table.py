@@ -5,8 +5,8 @@ from typing import Any
 
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.variants import Variant, matched_step
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.report.variants import Variant, matched_step, row
+from mhmoe_ray.runs import events
 from mhmoe_ray.runs.sweeps import SweepDir
 
 
@@ -32,25 +32,13 @@ def table(place: SweepDir) -> list[dict[str, Any]]:
         found.append((entries[0].spec, states, variant))
     step = matched_step([variant for _, _, variant in found if variant.runs])
     first = sizes(found[0][0].model)
-    rows = []
-    for spec, states, variant in found:
-        of = sizes(spec.model)
-        rows.append(
-            {
-                "variant": variant.name,
-                "states": dict(states),
-                "parameters": of.parameters,
-                "parameters_ratio": of.parameters / first.parameters,
-                "macs_per_token": of.macs_per_token,
-                "macs_ratio": of.macs_per_token / first.macs_per_token,
-                "step": step,
-                "losses": variant.losses(step) if step else {},
-                "loss": variant.mean_loss(step) if step else None,
-                "deviation": variant.deviation(step) if step else None,
-                "perplexity": variant.perplexity(step) if step else None,
-                "balance": variant.late(metrics.BALANCE),
-                "dropped": variant.late(metrics.DROPPED),
-                "tokens_per_s": variant.tokens_per_s,
-            }
-        )
-    return rows
+    return [
+        {
+            "variant": variant.name,
+            "states": dict(states),
+            "step": step,
+            "losses": variant.losses(step) if step else {},
+            **row(variant, sizes(spec.model), first, step),
+        }
+        for spec, states, variant in found
+    ]

@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mhmoe_ray.planner.sizes import Sizes
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import ELSEWHERE, RunSpec
@@ -64,6 +65,29 @@ class Variant:
     @property
     def first(self) -> RunFigures:
         return self.runs[0]
+
+
+def row(variant: Variant, of: Sizes, beside: Sizes, step: int | None) -> dict[str, Any]:
+    """What tables of variants have in common.
+
+    Args:
+        variant: it may have no runs yet.
+        of: sizes of its model.
+        beside: those of the model that ratios are to.
+        step: at which losses are compared, if there is one yet.
+    """
+    return {
+        "parameters": of.parameters,
+        "parameters_ratio": of.parameters / beside.parameters,
+        "macs_per_token": of.macs_per_token,
+        "macs_ratio": of.macs_per_token / beside.macs_per_token,
+        "loss": variant.mean_loss(step) if step else None,
+        "deviation": variant.deviation(step) if step else None,
+        "perplexity": variant.perplexity(step) if step else None,
+        "balance": variant.late(metrics.BALANCE),
+        "dropped": variant.late(metrics.DROPPED),
+        "tokens_per_s": variant.tokens_per_s,
+    }
 
 
 def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
