@@ -35,7 +35,7 @@ def inspect(
     from mhmoe_ray.runs.manifest import PARTS
 
     found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint)
+    path, manifest = pick_checkpoint(found, checkpoint, hashed=False)
     if json:
         print_json({"run": found.id, "name": path.name, "path": str(path), **manifest.model_dump(mode="json")})
         return
@@ -102,7 +102,7 @@ def export(
     from mhmoe_ray.runs.layout import find_run
 
     found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint)
+    path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
     note.print(f"exporting {path.name} of {found.id}")
     done = exporting.export(path, manifest, to)
     size = f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB, model_type {done.model_type}"

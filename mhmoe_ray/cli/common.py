@@ -40,8 +40,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        help="A Ray cluster: its dashboard, http://host:8265, or its name. By default RAY_API_SERVER_ADDRESS, else the "
-        "one of `mhmoe cluster use`, else one on this machine."
+        help="A Ray cluster: its dashboard, http://host:8265, or its name. By default RAY_API_SERVER_ADDRESS, else "
+        "RAY_ADDRESS where that is a URL, else the one of `mhmoe cluster use`, else one on this machine."
     ),
 ]
 StorageOption = Annotated[
@@ -65,19 +65,25 @@ def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
-def pick_checkpoint(run: "RunDir", name: str | None) -> "tuple[Location, Manifest]":
-    """A run's checkpoint of this name, else its newest whole one, after checking its weights.
+def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[Location, Manifest]":
+    """A run's checkpoint of this name, else its newest whole one.
+
+    Args:
+        run: whose it is.
+        name: of the checkpoint.
+        hashed: read all of its weights to see that they are what was written; otherwise names and sizes alone are
+            looked at, and who loads them sees.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     from mhmoe_ray.errors import CheckpointError
-    from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
+    from mhmoe_ray.runs.manifest import describe_files, newest_checkpoint, read_manifest
 
-    weights = ("weights",)
+    weights, describe = ("weights",), describe_files if hashed else None
     if name:
-        return run.checkpoints / name, read_manifest(run.checkpoints / name, weights)
-    newest = newest_checkpoint(run, weights)
+        return run.checkpoints / name, read_manifest(run.checkpoints / name, weights, describe)
+    newest = newest_checkpoint(run, weights, describe)
     if newest is None:
         raise CheckpointError(f"run {run.id}", "it has no checkpoint yet", "wait for one, or train a run")
     path, manifest, skipped = newest

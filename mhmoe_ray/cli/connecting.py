@@ -1,5 +1,6 @@
 """The cluster that a verb runs on, and what verbs say and check before they start there."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,12 +49,20 @@ def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int,
     return connection
 
 
+def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
+    """The cluster that a run of this spec goes to; otherwise as `cluster_for`."""
+    return cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
+
+
 def name_of(run: "RunDir") -> str:
-    """What to call a run in a command: its id where the default storage finds it, else its path."""
-    return run.id if run.path.parent == Path.cwd() / STORAGE else shlex.quote(str(run.path))
+    """What to call a run in a command: its id where that looks for it, else its path."""
+    from mhmoe_ray.location import location
+
+    looked_in = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
+    return run.id if run.path.parent == looked_in else shlex.quote(str(run.path))
 
 
-def check_data(spec: "RunSpec") -> None:
+def check_can_train(spec: "RunSpec") -> None:
     """What is wrong with the data is said now, not by a job that has just started."""
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest

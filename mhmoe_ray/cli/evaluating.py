@@ -37,7 +37,7 @@ def make_request(
         raise typer.BadParameter("--set and --samples are about --text: name some")
     if not tasks and (limit or task_folders):
         raise typer.BadParameter("--limit and --task-folder are about --tasks: name some")
-    path, _ = pick_checkpoint(run, checkpoint)
+    path, _ = pick_checkpoint(run, checkpoint, hashed=False)
     spec = None if run.is_imported else run.spec()
     cluster = spec.cluster if spec else ClusterSpec()
     held_out = spec is not None and not text and not tasks

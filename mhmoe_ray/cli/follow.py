@@ -64,7 +64,7 @@ def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
     asked, patience = time.monotonic(), Patience(say)
     while True:
         view.refresh()
-        over = recorded_outcome(run)
+        over = recorded_outcome(view.happened)
         if over is None and time.monotonic() - asked > ASK_SECONDS:
             over = patience.ask(lambda: outcome(run, connection), None)
             asked = time.monotonic()
@@ -84,6 +84,8 @@ class _View:
         from mhmoe_ray.data.prepare.work import shared_folder
         from mhmoe_ray.runs.jsonl import Tail
 
+        self.happened: list[dict[str, Any]] = []
+        """What it has shown. Of an object store, where each event is a file of its own, none is read twice."""
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)
@@ -94,6 +96,7 @@ class _View:
         from mhmoe_ray.runs import metrics
 
         for event in self._events.new():
+            self.happened.append(event)
             self._say(event)
         self._preparing.refresh()
         for line in self._metrics.new():

@@ -42,8 +42,8 @@ def generate(
 
     text = sys.stdin.read() if prompt is None else prompt
     found = find_run(run, storage)
-    path, manifest = pick_checkpoint(found, checkpoint)
-    answerer = load_answerer(path, ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1))
+    path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
+    answerer = load_answerer(path, ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1), manifest)
     try:
         ids = answerer.encode(text)
         answerer.check_length(ids, answer=True)

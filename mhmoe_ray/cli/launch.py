@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mhmoe_ray.cli.common import note
-from mhmoe_ray.cli.connecting import cluster_for
+from mhmoe_ray.cli.connecting import cluster_to_train, name_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -29,20 +29,19 @@ def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
         spec: its own, perhaps with another cluster section.
         address: of the cluster, as commands take it.
     """
-    needed = [spec.storage, spec.data.prepared]
-    connection = cluster_for(spec.cluster, needed, spec.cluster.cpus, address)
+    connection = cluster_to_train(spec, address)
     run.write_spec(spec)
     run.stop_file.unlink(missing_ok=True)
     start(run, spec, connection)
     return connection
 
 
-def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | None":
-    """How the run ended; None if its cluster is gone.
+def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome":
+    """How the run ended.
 
     Args:
         run: the run.
-        force: take it for gone although the run wrote a moment ago.
+        force: where its cluster does not answer, take it for gone although the run wrote a moment ago.
         patient: where it did, wait until that is a while ago.
 
     Raises:
@@ -50,26 +49,26 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome | No
         TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, outcome, quiet, recorded_outcome
+    from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
-    from mhmoe_ray.runs.attempts import last_attempt
 
-    over = recorded_outcome(run)
-    if over:
-        return over
-    try:
-        over = outcome(run, connect(last_attempt(run).address), doubt=QUIET_SECONDS)
-    except TokenError:
-        raise
-    except ClusterError as e:
-        while (since := quiet(run)) < QUIET_SECONDS and not force:
+    while True:
+        try:
+            over = outcome_or_gone(run, connect)
+        except TokenError:
+            raise
+        except ClusterError as e:
+            if force:
+                return Outcome("failed", f"its cluster does not answer any more ({e.why})")
+            since = quiet(run)
             if not patient:
                 why = f"its cluster does not answer ({e.why}), but it wrote something {since:.0f} s ago"
                 fix = "make sure that no job of it runs any more, then wait, or use --force"
                 raise RunError(f"run {run.id}", why, fix) from e
             note.print(f"waiting: its cluster does not answer, but it wrote something {since:.0f} s ago")
-            time.sleep(QUIET_SECONDS - since)
-        return None
-    if over is None:
-        raise RunError(f"run {run.id}", "it is still running", "see `mhmoe status`, or end it first: mhmoe stop")
-    return over
+            time.sleep(max(0.0, QUIET_SECONDS - since))
+            continue
+        if over is None:
+            fix = f"see `mhmoe status {name_of(run)}`, or end it first: mhmoe stop {name_of(run)}"
+            raise RunError(f"run {run.id}", "it is still running", fix)
+        return over

@@ -70,7 +70,8 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    started = events.newest(events.events(run), "started")
+    happened = events.events(run)
+    started = events.newest(happened, "started")
     if started is None:
         raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
     place = next((w for w in started["workers"] if w["rank"] == rank), None)
@@ -81,4 +82,4 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     where = connection, place["node"], place["pid"]
     printed = process_log(*where, "out")
     # Ray follows a file that nobody writes any more for ever.
-    return chain(printed, process_log(*where, "err", follow=follow and recorded_outcome(run) is None))
+    return chain(printed, process_log(*where, "err", follow=follow and recorded_outcome(happened) is None))

@@ -26,7 +26,7 @@ def resume(
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.attempts import last_attempt
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.spec import load_whole_spec, parse_overrides
+    from mhmoe_ray.spec import load_resolved_spec, parse_overrides
 
     found = find_run(run, storage, with_job=True)
     for keys, _ in parse_overrides(set_):
@@ -35,9 +35,9 @@ def resume(
             raise SpecError(f"override {'.'.join(keys)}", why, "change only cluster keys, or submit a new run")
     before = last_attempt(found)
     over = ended(found, force)
-    if over and over.state == "finished":
+    if over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    spec = load_whole_spec(found.spec_file, set_)
+    spec = load_resolved_spec(found.spec_file, set_)
     connection = go_on(found, spec, address or _where(before))
     if not detach:
         follow(found, connection, from_now=True)

@@ -54,4 +54,8 @@ def _check(run: "RunDir", force: bool) -> None:
     ended(run, force)
     for where in served(run, events.events(run)):
         if where["status"] != "unknown":
-            raise RunError(f"run {run.id}", f"it is served at {where['url']}", "take it away first: mhmoe serve down")
+            raise RunError(
+                f"run {run.id}",
+                f"it is served at {where['url']}",
+                f"take it away first: mhmoe serve down {where['application']}",
+            )

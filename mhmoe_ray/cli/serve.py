@@ -88,7 +88,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     connection = connect(address)
     config, host, port = serving.declared(connection, name)
     before = location(config["args"]["checkpoint"])
-    path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint)
+    path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint, hashed=False)
     if path.name == before.name:
         out.print(f"{before.name} is the newest checkpoint, and is served")
         return

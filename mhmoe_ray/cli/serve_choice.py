@@ -4,12 +4,12 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint
+from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint, read_spec
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
 from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
-from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, load_whole_spec, parse_overrides
+from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, parse_overrides
 
 KEYS = "MHMOE_API_KEYS"
 OF_CLUSTER = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
@@ -25,20 +25,20 @@ def chosen(
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
     spec_file: Location | None = None
     if target and target.endswith(SPEC_SUFFIXES):
-        spec_file, whole = Path(target), load_whole_spec(Path(target))
+        spec_file, whole = Path(target), read_spec(Path(target), [])
         runs = [r for r in list_runs(whole.storage) if r.name == whole.name]
         if not runs:
             raise RunError(f"spec {target}", f"{whole.storage} holds no run of it", f"start one: mhmoe submit {target}")
         run = runs[-1]
     elif target and (location(target) / MANIFEST).exists():
         path = location(target).absolute()
-        read_manifest(path, ("weights",))
+        read_manifest(path, ("weights",), describe=None)
         run = RunDir.of_checkpoint(path)
         return run, path, load_deploy_spec(None if run.is_imported else run.spec_file, overrides)
     else:
         run = find_run(target, storage)
     spec = load_deploy_spec(spec_file or (None if run.is_imported else run.spec_file), overrides)
-    return run, pick_checkpoint(run, checkpoint)[0], spec
+    return run, pick_checkpoint(run, checkpoint, hashed=False)[0], spec
 
 
 def sizes_set(replicas: str | None, engine: str | None) -> list[str]:

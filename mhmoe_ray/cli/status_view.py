@@ -13,7 +13,7 @@ from mhmoe_ray.cli.common import BARS, facts, figure, in_bytes, nats, out
 
 def view(found: dict[str, Any]) -> RenderableType:
     """Args:
-    found: what `cluster.standing` tells.
+    found: what `cluster.run_status.standing` tells.
     """
     parts: list[RenderableType] = [facts(_rows(found), title=f"{found['run']}: {found['state']}")]
     if found["state"] == "failed" and found["last_lines"]:

@@ -30,10 +30,11 @@ def stop(
 
     found = find_run(run, storage, with_job=True)
     attempt = last_attempt(found)
-    over = recorded_outcome(found)
+    happened = events.events(found)
+    over = recorded_outcome(happened)
     if over:
         raise RunError(f"run {found.id}", f"it is {over.state} already", "see `mhmoe status`")
-    trains = events.state(events.events(found)) == "running"
+    trains = events.state(happened) == "running"
     try:
         connection = connect(attempt.address)
     except TokenError:
@@ -53,6 +54,6 @@ def stop(
     patience = Patience(say)
     while (over := patience.ask(lambda: outcome(found, connection), None)) is None:
         time.sleep(POLL_SECONDS)
-    if over.state == "stopped" and recorded_outcome(found) is None:
+    if over.state == "stopped" and recorded_outcome(events.events(found)) is None:
         events.record(found, "stopped", reason="its job was ended")
     out.print(f"run {found.id} {over.state}{': ' + over.reason if over.reason else ''}", soft_wrap=True)

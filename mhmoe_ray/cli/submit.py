@@ -21,7 +21,11 @@ def submit(
     detach: DetachOption = False,
     continue_: Annotated[
         bool,
-        typer.Option("--continue", help="Where a run of this spec is unfinished, go on with the newest such instead."),
+        typer.Option(
+            "--continue",
+            help="Where a run of this spec is unfinished, go on with the newest such instead, on the cluster that a "
+            "new run would go to.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job request and where workers would be; start nothing.")
@@ -56,13 +60,12 @@ def submit(
         note.print(f"going on with run {run.id}")
         connection = launch.go_on(run, resolved, address)
     else:
-        connecting.check_data(resolved)
+        connecting.check_can_train(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
             layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
             plan.show(resolved, estimated(resolved, layout))
-        needed = [resolved.storage, resolved.data.prepared]
-        connection = connecting.cluster_for(resolved.cluster, needed, resolved.cluster.cpus, address)
+        connection = connecting.cluster_to_train(resolved, address)
         run = create_run(resolved)
         launch.start(run, resolved, connection)
     if json:
@@ -85,7 +88,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
         return None
     newest = runs[-1]
     over = launch.ended(newest, force=False, patient=True)
-    if over and over.state == "finished":
+    if over.state == "finished":
         return None
     if other := spec.changed_from(newest.spec()):
         why = f"it is unfinished, and its spec differs in {', '.join(other)}"

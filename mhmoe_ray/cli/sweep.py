@@ -102,7 +102,7 @@ def _start(
 
     specs = [run.spec for run in wanted]
     for spec in {spec.data.prepared: spec for spec in specs}.values():
-        connecting.check_data(spec)
+        connecting.check_can_train(spec)
     client.define(place, planned, [run.name for run in wanted], size, concurrent)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs import events, jsonl
-from mhmoe_ray.runs.attempts import Attempt, last_attempt, read_attempts
+from mhmoe_ray.runs.attempts import Attempt, last_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir
 
 QUIET_SECONDS = 120.0
@@ -38,7 +38,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
     Raises:
         ClusterError: the directory does not say, and the cluster does not answer or is not the run's.
     """
-    over = recorded_outcome(run)
+    over = recorded_outcome(events.events(run))
     if over:
         return over
     attempt = last_attempt(run)
@@ -47,7 +47,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
         return None
     if abs(time.time() - (job.ended if job else attempt.submitted)) < _LONG_AGO:
         time.sleep(_GRACE_SECONDS)
-        over = recorded_outcome(run)
+        over = recorded_outcome(events.events(run))
         if over:
             return over
     if job is None and _may_be_on_its_way(run, attempt):
@@ -64,7 +64,7 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
 
 def _may_be_on_its_way(run: RunDir, attempt: Attempt) -> bool:
     began = events.newest(events.events(run), "began")
-    has_begun = began is not None and began["attempt"] == len(read_attempts(run))
+    has_begun = began is not None and began["attempt"] == newest_number(run)
     return not attempt.local and not has_begun and abs(time.time() - attempt.submitted) < _SENDING_SECONDS
 
 
@@ -78,11 +78,11 @@ def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome 
     Raises:
         ClusterError: its cluster does not answer, but it wrote something a moment ago; or it wants another token.
     """
-    over = recorded_outcome(run)
+    over = recorded_outcome(events.events(run))
     if over:
         return over
     try:
-        return outcome(run, reach(last_attempt(run).address))
+        return outcome(run, reach(last_attempt(run).address), doubt=QUIET_SECONDS)
     except TokenError:
         raise
     except ClusterError as e:
@@ -96,9 +96,8 @@ def quiet(run: RunDir) -> float:
     return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
 
 
-def recorded_outcome(run: RunDir) -> Outcome | None:
-    """As its directory says."""
-    happened = events.events(run)
+def recorded_outcome(happened: list[dict[str, Any]]) -> Outcome | None:
+    """As the events in its directory say."""
     state = events.state(happened)
     if not events.is_over(state):
         return None

@@ -8,19 +8,26 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 
 
-def job_request(run: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
-    """What Ray Jobs is asked for; `submit --dry-run` prints it."""
+def job_request(place: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
+    """What Ray Jobs is asked for; `submit --dry-run` prints it.
+
+    Args:
+        place: the run directory, whose name is the run's id.
+        attempt: the number of the job.
+        spec: of the run.
+        local: as `jobs.request` takes it.
+    """
     return jobs.request(
-        ["-m", "mhmoe_ray.train.job", str(run), str(attempt)],
-        f"{run.name}-{attempt}",
+        ["-m", "mhmoe_ray.train.job", str(place), str(attempt)],
+        f"{place.name}-{attempt}",
         local=local,
         runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": run.name, "mhmoe_path": str(run)},
+        metadata={"mhmoe_run": place.name, "mhmoe_path": str(place)},
     )
 
 
@@ -39,10 +46,11 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: 
     Raises:
         JobError, SpecError, ClusterError: the cluster does not take it; where it says so, the run counts as failed.
     """
-    request = job_request(run.path, len(read_attempts(run)) + 1, spec, connection.local)
+    number = newest_number(run) + 1
+    request = job_request(run.path, number, spec, connection.local)
     job, address = str(request["submission_id"]), known_as or connection.address
     # Recorded first: a job that runs unknown to its run directory could not be found again.
-    number = add_attempt(run, Attempt(job, address, connection.local))
+    add_attempt(run, Attempt(job, address, connection.local))
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
         jobs.submit(connection, request)

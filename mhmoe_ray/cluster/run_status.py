@@ -65,7 +65,7 @@ def standing(run: RunDir) -> dict[str, Any]:
 def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connection] = connect) -> tuple[str, str, str]:
     """The state, the reason of a failure, and what the cluster said: "unknown" where it should but does not answer."""
     attempts = read_attempts(run)
-    over, cluster = recorded_outcome(run), "not asked: the run is over"
+    over, cluster = recorded_outcome(happened), "not asked: the run is over"
     said = events.state(happened)
     if over is None and attempts:
         try:

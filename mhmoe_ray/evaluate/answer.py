@@ -9,9 +9,8 @@ import torch
 
 from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
-from mhmoe_ray.data.shards.manifest import data_digest
+from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
-from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
@@ -20,7 +19,6 @@ from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.runs.model import load_model
 
 EVERY_SECONDS = 5.0
@@ -44,7 +42,7 @@ def answer(request: EvalRequest) -> None:
     if request.text:
         samples = of_text(request.text, DocumentEncoder(tokenizer), manifest.seq_len, request.samples)
     elif request.prepared:
-        _check_data(Path(request.prepared), manifest)
+        require_data_of(manifest.data_sha256, Path(request.prepared), "or give --text")
         samples = held_out(Path(request.prepared))
     domains, routing = measure(
         model,
@@ -79,15 +77,6 @@ def answer(request: EvalRequest) -> None:
         tasks=tasks,
     )
     store(run, evaluation)
-
-
-def _check_data(folder: Path, manifest: Manifest) -> None:
-    """Raises:
-    DataError: the folder is not the one that the checkpoint was trained on.
-    """
-    if data_digest(folder) != manifest.data_sha256:
-        fix = "restore the folder that the run began with, or give --text"
-        raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
 
 
 def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:

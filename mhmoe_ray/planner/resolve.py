@@ -34,7 +34,7 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         overrides: `key.path=value` strings, for shorthands too.
 
     Raises:
-        SpecError: as `load_whole_spec`; or there is no such preset, or a match has no solution.
+        SpecError: as `load_resolved_spec`; or there is no such preset, or a match has no solution.
     """
     what = f"spec {path}"
     tree = read_tree(path, overrides)

@@ -9,6 +9,7 @@
   tensorboard/       event files
   evaluations/       what `mhmoe eval` and `mhmoe routing` found, one file for each question
   tokenizer.json
+  chat_template.jinja   how a conversation becomes a prompt; where somebody put one, or it was imported
   checkpoints/step_00000200.<n>/   weights/ optim/ manifest.json, by the n-th start of workers
   stop               present while somebody asks the run to stop
   ray/               Ray Train's own folder, never read by us
@@ -17,8 +18,8 @@ Beside runs there may be <storage>/sweeps/ (sweeps.py).
 
 On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.py).
 
-An imported run (huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json and one checkpoint, of
-step 0. It has no spec, because nobody wrote one.
+An imported run (huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json, perhaps
+chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
     layout.py      where things lie in it, and how runs are made and found
     files.py       writing files so that a reader sees the old one or the new one

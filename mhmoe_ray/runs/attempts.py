@@ -38,19 +38,23 @@ def last_attempt(run: RunDir) -> Attempt:
     return read_attempts(run)[-1]
 
 
+def newest_number(run: RunDir) -> int:
+    """Of its attempts, from 1; 0 without any."""
+    return len(read_attempts(run))
+
+
 def require_newest(run: RunDir, attempt: int) -> None:
     """Raises:
     RunError: there is an attempt after this one.
     """
-    if len(read_attempts(run)) > attempt:
+    if newest_number(run) > attempt:
         raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
 
 
-def add_attempt(run: RunDir, attempt: Attempt) -> int:
-    """Record an attempt; returns its number, from 1."""
+def add_attempt(run: RunDir, attempt: Attempt) -> None:
+    """Record an attempt."""
     attempts = [*read_attempts(run), attempt]
     write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
-    return len(attempts)
 
 
 def mark_imported(run: RunDir) -> None:

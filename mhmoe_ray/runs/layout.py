@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.files import replace_file
-from mhmoe_ray.spec import RunSpec, dump_spec, load_whole_spec
+from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -87,7 +87,7 @@ class RunDir:
         return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
-        return load_whole_spec(self.spec_file)
+        return load_resolved_spec(self.spec_file)
 
     def write_spec(self, spec: RunSpec) -> None:
         """In one step: it is the run's only description."""

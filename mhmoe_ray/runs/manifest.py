@@ -111,10 +111,14 @@ def stored_manifest(checkpoint: Location) -> Manifest:
 
 
 def read_manifest(
-    checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe = describe_files
+    checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> Manifest:
-    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts, which
-    `describe` finds.
+    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
+
+    Args:
+        checkpoint: its directory.
+        parts: of which files are checked.
+        describe: finds the hashes, for which all is read; None: names and sizes alone are checked.
 
     Raises:
         CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
@@ -126,7 +130,9 @@ def read_manifest(
     return manifest
 
 
-def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...], describe: Describe) -> Iterator[str]:
+def _problems(
+    checkpoint: Location, manifest: Manifest, parts: tuple[str, ...], describe: Describe | None
+) -> Iterator[str]:
     present = {f"{part}/{p.name}" for part in parts for p in checkpoint.glob(f"{part}/*")}
     files = {name: entry for name, entry in manifest.files.items() if name.startswith(tuple(f"{p}/" for p in parts))}
     yield from (f"{name} is missing" for name in sorted(files.keys() - present))
@@ -135,6 +141,8 @@ def _problems(checkpoint: Location, manifest: Manifest, parts: tuple[str, ...], 
         size = (checkpoint / name).stat().st_size
         if size != expected.size:
             yield f"{name} has {size} bytes, not {expected.size}"
+    if describe is None:
+        return
     for name, found in zip(files, describe([checkpoint / name for name in files]), strict=True):
         if found.sha256 != files[name].sha256:
             yield f"{name} does not have the hash it was written with"
@@ -190,7 +198,7 @@ class Newest(NamedTuple):
 
 
 def newest_checkpoint(
-    run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe = describe_files
+    run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> Newest | None:
     """The newest whole checkpoint of a run; None if there is none.
 
@@ -199,7 +207,7 @@ def newest_checkpoint(
     Args:
         run: whose checkpoints are looked at.
         parts: whose files are checked; without any, of each manifest only whether it can be read.
-        describe: finds the files' sizes and hashes.
+        describe: as `read_manifest` takes it.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; of the newest one.

@@ -1,4 +1,5 @@
-"""Names of the metrics and the history of a run. Every other part takes the names from here."""
+"""Names of the metrics and the history of a run. Whoever computes or keeps one takes its name from here; the command
+line prints them by the keys of `mhmoe status --json`, which are these names."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ TOKENS = "tokens"  # predicted so far, padding not counted
 TOKENS_PER_S = "tokens_per_s"  # of those
 DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited for the stream
 EXCHANGE_WAIT = "exchange_wait"  # share of the step's time that the slowest rank waited for rows of other ranks
-MFU = "mfu"  # model FLOPs over the peak of the accelerators; absent on CPUs
+MFU = "mfu"  # model FLOPs over the peak of `cluster.accelerator`; absent on CPUs
 STREAM = "stream"  # digest of the step's samples, in order
 DROPPED = "dropped"  # share of routes that found no place
 LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform

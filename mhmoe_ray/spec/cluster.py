@@ -74,7 +74,7 @@ class ClusterSpec(Section):
     shared_filesystem: bool = False
     """Paths of this spec mean the same files on the machine of the command line and on every node."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
-    """Ray runtime environment (for example `pip`) of the job on a cluster that is not local, and of replicas."""
+    """Ray runtime environment (for example `pip`) of jobs and of replicas."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

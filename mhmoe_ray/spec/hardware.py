@@ -1,4 +1,5 @@
-"""What `mhmoe plan --nodes` reckons with: accelerators and the links between them. Training reads none of it.
+"""What `mhmoe plan` reckons with: accelerators and the links between them. Nothing is computed otherwise for it, but
+a run's `mfu` is to the accelerator's peak: on others than the default, name theirs.
 
 Defaults are data-sheet figures of NVIDIA's DGX H100 (H100 SXM: 80 GB, 3.35 TB/s; 989 TFLOP/s in bfloat16 without
 sparsity, 67 in float32; NVLink of 900 GB/s, which is 450 each way; a 400 Gb/s InfiniBand port for each GPU), and

@@ -19,7 +19,7 @@ from mhmoe_ray.spec.sweep import SweepSpec
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_whole_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
+def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
     """Read and check a whole spec, such as a run directory's. What users write may hold shorthands as well, which
     `planner.resolve` works out.
 
@@ -59,7 +59,7 @@ def load_site(path: Location) -> SiteSpec:
     """What a cluster is made of.
 
     Raises:
-        SpecError: as `load_whole_spec`.
+        SpecError: as `load_resolved_spec`.
     """
     return checked(SiteSpec, read_tree(path), f"site {path}")
 
@@ -68,7 +68,7 @@ def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
     """Which runs there are to be.
 
     Raises:
-        SpecError: as `load_whole_spec`.
+        SpecError: as `load_resolved_spec`.
     """
     return checked(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
@@ -77,7 +77,7 @@ def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> De
     """What serving uses of a spec; defaults and overrides alone without one.
 
     Raises:
-        SpecError: as `load_whole_spec`.
+        SpecError: as `load_resolved_spec`.
     """
     whole = read_tree(path) if path else {}
     tree = {name: whole[name] for name in DeploySpec.model_fields if name in whole}
@@ -114,7 +114,7 @@ def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def dump_spec(spec: RunSpec) -> str:
-    """The spec as YAML that `load_whole_spec` reads back to an equal spec."""
+    """The spec as YAML that `load_resolved_spec` reads back to an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -35,7 +35,7 @@ class Sweep:
         self._retry, self._address = job.retry, job.address
         before = definition.jobs[: definition.jobs.index(job)]
         self._before = [j.job for j in before if j.address == job.address]
-        self._runs: dict[str, RunDir] = dict(place.runs())
+        self._runs: dict[str, RunDir] = {}
         self._starts: dict[str, int] = {}
         self._over: set[str] = set()
         self._patience = Patience(lambda line: print(line, flush=True))
@@ -101,7 +101,9 @@ class Sweep:
 
     def _was_killed(self, run: RunDir, name: str, over: Outcome) -> bool:
         """Its job ended without a word, and is to be started again."""
-        return over.state == "failed" and recorded_outcome(run) is None and self._starts[name] < MOST_STARTS
+        return (
+            over.state == "failed" and recorded_outcome(events.events(run)) is None and self._starts[name] < MOST_STARTS
+        )
 
     def _start(self, entry: SweepRun) -> bool:
         run = self._runs.get(entry.name)

@@ -16,7 +16,7 @@
     mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
     saver.py restore.py hashing.py      checkpoints: written beside training; restored; hashed by all nodes
-    telemetry/      where metrics go beside metrics.jsonl
+    telemetry/      where metrics go
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):
 

@@ -8,14 +8,14 @@ import ray.train
 
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.shards.manifest import data_digest
+from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import Manifest, describe_file, last_step, newest_checkpoint
+from mhmoe_ray.runs.manifest import describe_file, last_step, newest_checkpoint
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.hashing import describe_together
@@ -38,7 +38,7 @@ def drive(run: RunDir, attempt: int) -> None:
     spec = run.spec()
     _prepare(run, spec)
     if newest := newest_checkpoint(run, parts=()):
-        _check_data(spec, newest.manifest)
+        require_data_of(newest.manifest.data_sha256, spec.data.prepared, "or submit a new run")
     if newest and newest.manifest.step >= spec.train.steps:
         whole = newest_checkpoint(run, describe=describe_together)
         if whole and whole.manifest.step >= spec.train.steps:
@@ -93,14 +93,6 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
         raise DataError(f"prepared data {folder}", "its tokenizer is not the one this run began with", fix)
     figures = manifest.baselines.model_dump()
     events.record(run, "prepared", validation_tokens=manifest.validation_tokens, **figures)
-
-
-def _check_data(spec: RunSpec, checkpoint: Manifest) -> None:
-    """The prepared folder is still the one the checkpoint's position counts in."""
-    folder = spec.data.prepared
-    if data_digest(folder) != checkpoint.data_sha256:
-        fix = "restore the folder that the run began with, or submit a new run"
-        raise DataError(f"prepared data {folder}", "it is not what the run was trained on so far", fix)
 
 
 def _ray_storage(run: RunDir) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import read_attempts, require_newest
+from mhmoe_ray.runs.attempts import newest_number, require_newest
 from mhmoe_ray.runs.layout import RunDir
 
 
@@ -49,7 +49,7 @@ def _train(run: RunDir, attempt: int) -> None:
 
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
     """Unless a later attempt has taken over: the end of this one is not the run's."""
-    if len(read_attempts(run)) == attempt:
+    if newest_number(run) == attempt:
         try:
             events.record(run, kind, reason=reason)
         except StorageError as e:  # the job's log has both, and `status` takes the reason from there

@@ -20,8 +20,8 @@ from mhmoe_ray.train.hashing import describe_together
 class StreamFromNewest(ray.train.DataConfig):
     """Deals the training stream from the newest whole checkpoint on, to as many workers as a group has.
 
-    Ray Train asks at every start of a group, when no worker runs, and here alone does it say how many there are. What
-    is chosen is recorded, so that workers start where the stream does.
+    Ray Train asks once in each group of workers, when the first rank wants the stream, and here alone does it say how
+    many there are. What is chosen is recorded, so that workers, who wait for it, start where the stream does.
     """
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
@@ -41,7 +41,7 @@ class StreamFromNewest(ray.train.DataConfig):
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
-        for folder in unfinished(self._run):
+        for folder in unfinished(self._run):  # of earlier groups: this one writes none before it has the stream
             remove_tree(folder)
         name, step, position = None, 0, 0
         if newest:

@@ -143,7 +143,7 @@ class Worker:
 
     def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
         """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream
-        begins at, which the driver chose."""
+        begins at, which `StreamFromNewest` chose."""
         found: tuple[int, tuple[Location, Manifest] | None] | None = None
         if self.rank == 0:
             happened = events.events(self.run)

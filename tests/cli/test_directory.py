@@ -18,11 +18,10 @@ import pytest
 from mhmoe_ray.cli.follow import _bar, _View
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.run_outcome import outcome, outcome_or_gone
-from mhmoe_ray.errors import ClusterError, DataError
+from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import create_run
-from mhmoe_ray.runs.manifest import describe_file
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 
@@ -331,22 +330,3 @@ def test_a_shell_is_offered_runs_and_keys(tmp_path, run, ended):
     assert offered("mhmoe plan x.yaml --set p") == ["preset="]
     assert "match.by=" in offered("mhmoe plan x.yaml --set ma")
     assert "model.moe.experts=" in offered("mhmoe submit x.yaml --set model.moe.e")
-
-
-def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path, run):
-    from mhmoe_ray.train.driver import _check_data
-    from tests.runs.test_runs import write_checkpoint
-
-    spec = run.spec()
-    spec.data.prepared.mkdir()
-    manifest = spec.data.prepared / "manifest.json"
-    manifest.write_text("one")
-    from mhmoe_ray.runs.manifest import read_manifest
-
-    checkpoint = read_manifest(write_checkpoint(run, 5)).model_copy(
-        update={"data_sha256": describe_file(manifest).sha256}
-    )
-    _check_data(spec, checkpoint)
-    manifest.write_text("another")
-    with pytest.raises(DataError, match="it is not what the run was trained on so far"):
-        _check_data(spec, checkpoint)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.data.shards.manifest import DataManifest, recipe
-from mhmoe_ray.spec import RunSpec, load_whole_spec
+from mhmoe_ray.spec import RunSpec, load_resolved_spec
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe, mhmoe_anew
 from tests.data.shards.manifests import T, manifest_of
@@ -22,7 +22,7 @@ SCHEDULE = [{"from_step": 20, "sources": {"web": {"weight": 0}, "books": {"share
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A spec of 30 steps of 8 samples whose data counts as prepared."""
-    spec = load_whole_spec(write_spec(tmp_path, data={"sources": SOURCES}))
+    spec = load_resolved_spec(write_spec(tmp_path, data={"sources": SOURCES}))
     write_manifest(spec)
     return tmp_path
 

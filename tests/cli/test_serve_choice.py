@@ -32,6 +32,14 @@ def test_a_run_by_id_a_checkpoint_by_folder_and_a_spec_by_its_newest_run(tmp_pat
         chosen(str(file), None, "elsewhere", [])
 
 
+def test_a_spec_that_names_a_preset_is_one_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "own.yaml"
+    file.write_text("{name: own, preset: mhmoe, data: {sources: {web: {path: raw}}, prepared: prepared}}")
+    with pytest.raises(RunError, match=f"{tmp_path}/runs holds no run of it"):
+        chosen(str(file), None, "elsewhere", [])
+
+
 def test_a_damaged_checkpoint_is_not_served(tmp_path, run):
     [checkpoint] = committed(run)
     next((checkpoint / "weights").iterdir()).write_bytes(b"")

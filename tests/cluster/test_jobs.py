@@ -135,7 +135,7 @@ def test_a_run_whose_job_is_not_taken_has_failed(connection, tmp_path):
     run = create_run(tiny_spec(tmp_path, cluster={"runtime_env": {"pip": 3}}))
     with pytest.raises(SpecError, match="pip"):
         start_attempt(run, run.spec(), connection)
-    assert recorded_outcome(run).state == "failed"
+    assert recorded_outcome(events.events(run)).state == "failed"
 
 
 def test_request_is_what_is_sent():

@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from mhmoe_ray.data.stream import training_stream
-from mhmoe_ray.spec import RunSpec, load_whole_spec
+from mhmoe_ray.spec import RunSpec, load_resolved_spec
 from mhmoe_ray.train.digest import sample_digest
 
 
@@ -37,7 +37,7 @@ def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[i
 
 
 def main() -> None:
-    spec = load_whole_spec(Path(sys.argv[1]))
+    spec = load_resolved_spec(Path(sys.argv[1]))
     ray.init(log_to_driver=False)
     print(json.dumps({pair: read_splits(spec, *map(int, pair.split(":"))) for pair in sys.argv[2:]}), flush=True)
 

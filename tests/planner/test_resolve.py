@@ -162,6 +162,6 @@ def test_nothing_of_torch_is_needed():
 
 
 def test_specs_that_name_no_preset_are_read_as_they_are():
-    from mhmoe_ray.spec import load_whole_spec
+    from mhmoe_ray.spec import load_resolved_spec
 
-    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_whole_spec(Path("jobs/quickstart.yaml"))
+    assert resolve_spec(Path("jobs/quickstart.yaml")) == load_resolved_spec(Path("jobs/quickstart.yaml"))

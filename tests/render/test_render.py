@@ -20,7 +20,7 @@ from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.files import files
 from mhmoe_ray.render.fit import nodes_for
 from mhmoe_ray.serve.config import application_config
-from mhmoe_ray.spec import ServeSpec, checked, load_site, load_whole_spec
+from mhmoe_ray.spec import ServeSpec, checked, load_resolved_spec, load_site
 from mhmoe_ray.spec.site import SiteSpec
 from tests.specs import tiny_spec
 
@@ -289,7 +289,7 @@ def test_the_folder_cluster_holds_what_is_rendered():
 def test_the_spec_that_a_job_submits_is_written_with_its_overrides(tmp_path):
     rendered = files(SITE, run(train={"steps": 7}))
     (tmp_path / "spec.yaml").write_text(rendered["jobs/tiny.yaml"])
-    assert load_whole_spec(tmp_path / "spec.yaml").train.steps == 7
+    assert load_resolved_spec(tmp_path / "spec.yaml").train.steps == 7
     job = yaml.safe_load(rendered["kuberay/rayjob-tiny.yaml"])
     assert f"mhmoe submit {MOUNT}/jobs/tiny.yaml " in job["spec"]["entrypoint"]
 

@@ -7,7 +7,7 @@ import pytest
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts, require_newest
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number, read_attempts, require_newest
 from mhmoe_ray.runs.layout import create_run, find_run, list_runs
 from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
 from tests.s3 import CREDENTIALS
@@ -128,7 +128,9 @@ def test_a_job_that_runs_is_not_submitted_by_a_clock_that_is_ahead(run):
 
 
 def test_attempts_are_numbered(run):
-    assert [add_attempt(run, Attempt(job, "http://x", local=True)) for job in "ab"] == [1, 2]
+    for number, job in enumerate("ab", start=1):
+        add_attempt(run, Attempt(job, "http://x", local=True))
+        assert newest_number(run) == number
     assert [a.job for a in read_attempts(run)] == ["a", "b"]
     require_newest(run, 2)
     with pytest.raises(RunError, match="it was resumed elsewhere"):

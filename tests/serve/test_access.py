@@ -13,8 +13,8 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.serve.engine import Request, Sampling
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.limits import Bucket, Limits
-from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serve.own import answerer_of
 
 from .asking import call
 from .conftest import SEQ_LEN, build_model

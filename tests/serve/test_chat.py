@@ -8,8 +8,9 @@ import pytest
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.load import answerer_of, load_answerer
+from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
+from tests.serve.own import answerer_of
 
 from .asking import call
 from .conftest import SEQ_LEN, build_model, build_tokenizer, running

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
+from tests.serve.own import answerer_of
 
 from .conftest import SEQ_LEN, build_model, build_tokenizer
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serve.own import answerer_of
 
 from .asking import call
 from .conftest import build_model, running

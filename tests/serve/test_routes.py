@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.http.schema import MOST_CHOICES
-from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.spec import ServeSpec
 from tests.llama_tokenizer import llama_tokenizer
+from tests.serve.own import answerer_of
 
 from .asking import call
 from .conftest import SEQ_LEN, TEXT, build_model, build_tokenizer

@@ -10,10 +10,10 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.engine.schedule import PIECE
 from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
-from mhmoe_ray.serve.load import answerer_of
 from mhmoe_ray.serve.packed_model import pack
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
+from tests.serve.own import answerer_of
 
 from .asking import together, tokens
 from .conftest import SEQ_LEN, SPEC, build_model

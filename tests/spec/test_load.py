@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec import dump_spec, load_whole_spec
+from mhmoe_ray.spec import dump_spec, load_resolved_spec
 from mhmoe_ray.spec.run import XPOS_TOKENS
 
 QUICKSTART = Path("jobs/quickstart.yaml")
 
 
 def test_a_spec_written_out_reads_back_equal(tmp_path):
-    spec = load_whole_spec(QUICKSTART, ["train.lr=1e-3", "data.sources.multilingual.alpha=0.5", "cluster.ep=1"])
+    spec = load_resolved_spec(QUICKSTART, ["train.lr=1e-3", "data.sources.multilingual.alpha=0.5", "cluster.ep=1"])
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
-    assert load_whole_spec(tmp_path / "spec.yaml") == spec
+    assert load_resolved_spec(tmp_path / "spec.yaml") == spec
     assert spec.train.lr == 1e-3
     assert spec.cluster.dp == 2
 
@@ -92,7 +92,7 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
     with pytest.raises(SpecError) as caught:
-        load_whole_spec(QUICKSTART, [override])
+        load_resolved_spec(QUICKSTART, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "SECRET" not in str(caught.value)
@@ -118,32 +118,32 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
 )
 def test_what_a_model_has_no_use_for_is_refused(overrides, why):
     with pytest.raises(SpecError, match=why):
-        load_whole_spec(QUICKSTART, [f"model.{override}" for override in overrides])
+        load_resolved_spec(QUICKSTART, [f"model.{override}" for override in overrides])
 
 
 def test_a_kernel_for_cpus_is_refused_on_gpus():
     half = ["model.moe.kernel=cpp", "train.precision=bfloat16"]
-    assert load_whole_spec(QUICKSTART, half).model.recomputes == 1
+    assert load_resolved_spec(QUICKSTART, half).model.recomputes == 1
     with pytest.raises(SpecError, match=r"kernel cpp is for CPUs, but cluster\.gpus_per_worker is 1"):
-        load_whole_spec(QUICKSTART, [*half, "cluster.gpus_per_worker=1"])
+        load_resolved_spec(QUICKSTART, [*half, "cluster.gpus_per_worker=1"])
 
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
 def test_what_a_given_tokenizer_has_no_use_for_is_refused(tmp_path, key, value):
     """Their defaults too, where they are written out; but a spec that says nothing of them reads back."""
     with pytest.raises(SpecError, match=f"so {key} would be ignored"):
-        load_whole_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
-    spec = load_whole_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])
+        load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
+    spec = load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
-    assert load_whole_spec(tmp_path / "spec.yaml") == spec
-    assert load_whole_spec(QUICKSTART, [f"data.{key}={value}"]).data.train_mb == 20
+    assert load_resolved_spec(tmp_path / "spec.yaml") == spec
+    assert load_resolved_spec(QUICKSTART, [f"data.{key}={value}"]).data.train_mb == 20
 
 
 def test_samples_longer_than_xpos_can_count_are_refused():
-    assert load_whole_spec(QUICKSTART, ["data.seq_len=40000"]).data.seq_len == 40_000
-    load_whole_spec(QUICKSTART, ["model.backbone=subln", f"data.seq_len={XPOS_TOKENS}"])
+    assert load_resolved_spec(QUICKSTART, ["data.seq_len=40000"]).data.seq_len == 40_000
+    load_resolved_spec(QUICKSTART, ["model.backbone=subln", f"data.seq_len={XPOS_TOKENS}"])
     with pytest.raises(SpecError, match=r"data\.seq_len is 40000, but beyond 32768 tokens subln's positions") as raised:
-        load_whole_spec(QUICKSTART, ["model.backbone=subln", "data.seq_len=40000"])
+        load_resolved_spec(QUICKSTART, ["model.backbone=subln", "data.seq_len=40000"])
     assert "\n" not in str(raised.value)
 
 
@@ -153,7 +153,7 @@ def test_a_schedule_changes_key_by_key():
         {"from_step": 20, "sources": {"redpajama": {"alpha": 0.3}, "multilingual": {"shares": {"german": 1}}}},
         {"from_step": 30, "sources": {"redpajama": {"shares": {"arxiv": 1, "book": 1}}}},
     ]
-    data = load_whole_spec(QUICKSTART, [f"data.schedule={json.dumps(schedule)}"]).data
+    data = load_resolved_spec(QUICKSTART, [f"data.schedule={json.dumps(schedule)}"]).data
     mixes = {step: {name: mix.model_dump() for name, mix in now.items()} for step, now in data.mixes.items()}
     fixed = {"book": 0.5, "github": 0.3, "c4": 0.1, "stackexchange": 0.1}
     assert [now["redpajama"] for now in mixes.values()] == [
@@ -164,7 +164,7 @@ def test_a_schedule_changes_key_by_key():
     ]
     assert mixes[10]["multilingual"] == {"weight": 0.2, "alpha": 0.7, "shares": None}
     assert (data.subfolders("redpajama"), data.subfolders("multilingual")) == (None, None)
-    fixed_only = load_whole_spec(QUICKSTART, [f"data.schedule={json.dumps([schedule[0], schedule[2]])}"]).data
+    fixed_only = load_resolved_spec(QUICKSTART, [f"data.schedule={json.dumps([schedule[0], schedule[2]])}"]).data
     assert fixed_only.subfolders("redpajama") == ["arxiv", "book", "c4", "github", "stackexchange"]
 
 
@@ -172,7 +172,7 @@ def test_a_missing_key_is_named(tmp_path):
     lines = [line for line in QUICKSTART.read_text().splitlines() if not line.startswith("  steps: ")]
     (tmp_path / "spec.yaml").write_text("\n".join(lines))
     with pytest.raises(SpecError, match=r"'train\.steps' is missing"):
-        load_whole_spec(tmp_path / "spec.yaml")
+        load_resolved_spec(tmp_path / "spec.yaml")
 
 
 @pytest.mark.parametrize(
@@ -184,18 +184,18 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SpecError, match=expected):
-        load_whole_spec(path)
+        load_resolved_spec(path)
 
 
 def test_relative_paths_are_taken_from_the_given_folder():
-    spec = load_whole_spec(QUICKSTART).with_absolute_paths(Path("/base"))
+    spec = load_resolved_spec(QUICKSTART).with_absolute_paths(Path("/base"))
     assert spec.storage == Path("/base/runs")
     assert spec.data.sources["redpajama"].path == "/base/data/sample/redpajama"
 
 
 def test_some_limits_may_be_none():
     limits = ("train.clip_norm", "cluster.hang_seconds", "serve.request_timeout")
-    spec = load_whole_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
+    spec = load_resolved_spec(QUICKSTART, [f"{key}=.inf" for key in limits])
     assert spec.train.clip_norm == spec.cluster.hang_seconds == spec.serve.request_timeout == float("inf")
     with pytest.raises(SpecError, match="greater than 0"):
-        load_whole_spec(QUICKSTART, ["train.clip_norm=.nan"])
+        load_resolved_spec(QUICKSTART, ["train.clip_norm=.nan"])

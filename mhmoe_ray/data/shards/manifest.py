@@ -142,6 +142,16 @@ def data_digest(folder: Path) -> str:
     return describe_file(folder / "manifest.json").sha256
 
 
+def require_data_of(trained_on: str | None, folder: Path, otherwise: str) -> None:
+    """Raises:
+    DataError: the folder is not the one that a checkpoint counts samples in, by that one's digest; `otherwise` is what
+        can be done beside restoring it.
+    """
+    if data_digest(folder) != trained_on:
+        fix = f"restore the folder that the run began with, {otherwise}"
+        raise DataError(f"prepared data {folder}", "it is not what the checkpoint was trained on", fix)
+
+
 def require_data_manifest(folder: Path) -> DataManifest:
     """Raises:
     DataError: the folder is not prepared.

@@ -42,7 +42,8 @@ T = TypeVar("T", bound=Ticket)
 
 
 class ThreadedEngine(ABC, Generic[T]):
-    """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for `_round`."""
+    """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for the thread's
+    own, `_run` and `_round`, and for `_hand_over` there: what it hands over only that thread adds to."""
 
     def __init__(self, seq_len: int, concurrency: int, queue: int) -> None:
         """Args:
@@ -173,7 +174,7 @@ class ThreadedEngine(ABC, Generic[T]):
                 self._end(ticket)
 
     def _began(self, ticket: T, waited: float, reused: int) -> None:
-        """Its first token is computed.
+        """Some of it is about to be computed, or is.
 
         Args:
             ticket: whose.

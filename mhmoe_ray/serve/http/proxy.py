@@ -45,7 +45,6 @@ class _Answer:
         self.begun = self.whole = self.is_stream = False
         self.plain: RequestError | None = None
         """In place of a refusal in plain text, which is held back."""
-        self._headers: dict[str, str] = {}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

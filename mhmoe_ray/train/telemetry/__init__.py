@@ -1,7 +1,7 @@
-"""Where a run's metrics go beside metrics.jsonl: `line.py` makes a step's line, and each of the others takes it.
+"""Where a run's metrics go: `line.py` makes a step's line, and each of the others takes it.
 
     line.py          all numbers of a step, under the names of runs/metrics.py
-    sinks.py         all of the others, for a rank
+    sinks.py         metrics.jsonl, and all of the others, for a rank
     ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/prometheus.py
     tensorboard.py   event files in the run directory
     mlflow.py        a server of MLflow's, where the spec names one

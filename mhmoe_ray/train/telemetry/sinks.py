@@ -24,10 +24,11 @@ class Telemetry:
         start: the step that it goes on from.
         """
         self._run, self._rank = run, rank
+        self._tells_run = rank == 0
         self._gauges = Gauges(run.id)
         add_rank(self._gauges)
         self._board, self._mlflow = None, None
-        if rank == 0:
+        if self._tells_run:
             add_run(self._gauges, spec.train.steps)
             self._board = TensorBoard(run, group, start)
             self._mlflow = MlflowRun(run, spec) if spec.tracking.mlflow else None
@@ -39,9 +40,10 @@ class Telemetry:
         waits: of this rank.
         """
         tell_rank(self._gauges, self._rank, waits)
-        if self._board:
+        if self._tells_run:
             metrics.append(self._run, line)
             tell_run(self._gauges, line, count_LE)
+        if self._board:
             self._board.tell(line)
         if self._mlflow:
             self._mlflow.tell(line)

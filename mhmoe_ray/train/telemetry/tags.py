@@ -18,6 +18,8 @@ TAGS = {
     metrics.DROPPED: "routing/dropped",
     metrics.LEAST_EXPERT: "routing/least_expert",
     metrics.ENTROPY: "routing/entropy",
+    metrics.ROWS_SENT: "exchange/rows_sent",
+    metrics.ROWS_BETWEEN_NODES: "exchange/rows_between_nodes",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from mhmoe_ray.bench.ingest import contest
 from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
 from mhmoe_ray.data.shards.manifest import read_data_manifest
-from mhmoe_ray.spec import dump_spec, load_whole_spec
+from mhmoe_ray.spec import dump_spec, load_resolved_spec
 from tests.cli.run import assert_one_line, mhmoe_anew
 from tests.specs import tiny_spec
 
@@ -55,7 +55,7 @@ def test_every_other_round_is_in_reverse_order_and_ratios_are_by_round(monkeypat
 @pytest.mark.ray
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 def test_datasets_makes_as_many_samples_but_for_ends(project):
-    spec = load_whole_spec(project / "spec.yaml")
+    spec = load_resolved_spec(project / "spec.yaml")
     found = mhmoe_anew(project, "bench", "ingest", "spec.yaml", "--peers", "--rounds", "1", "--json").json()["figures"]
     ours, *theirs = (f["rounds"][0]["tokens"] for name, f in found.items() if name.startswith("prepare"))
     ends = 2 * spec.data.seq_len * 2  # of batches of 1,000 documents in each of two processes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest, recipe
+from mhmoe_ray.data.shards.manifest import check_recipe, data_digest, read_data_manifest, recipe, require_data_of
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import manifest_of
 from tests.specs import tiny_spec
@@ -56,3 +56,14 @@ def test_a_folder_without_a_whole_manifest_is_none_of_ours(tmp_path):
         (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
         with pytest.raises(DataError, match=r"is damaged, or another version's; set data\.prepared"):
             read_data_manifest(tmp_path)
+
+
+def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path):
+    (tmp_path / "manifest.json").write_text("one")
+    trained_on = data_digest(tmp_path)
+    require_data_of(trained_on, tmp_path, "or submit a new run")
+    (tmp_path / "manifest.json").write_text("another")
+    with pytest.raises(
+        DataError, match=r"it is not what .* was trained on; restore the folder .*, or submit a new run"
+    ):
+        require_data_of(trained_on, tmp_path, "or submit a new run")
