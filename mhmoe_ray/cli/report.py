@@ -40,7 +40,10 @@ def report(
     found = [] if runs else [find_run(None, storage, with_job=True)]
     for name in runs or []:
         sweep = sweep_dir(location(storage).absolute(), name)
-        found += list(sweep.runs().values()) if sweep.exists else [find_run(name, storage, with_job=True)]
+        if sweep.exists:  # one of whose runs may have no job yet
+            found += [run for run in sweep.runs().values() if run.attempts_file.exists()]
+        else:
+            found.append(find_run(name, storage, with_job=True))
     verdicts = write_report(list(dict.fromkeys(found)), to, baseline)
     if json:
         print_json({"page": str(to / PAGE), "verdicts": [v._asdict() for v in verdicts]})

@@ -58,21 +58,24 @@ def sweep(
             show_plan(wanted, known.concurrent)
         return
     if stop:
-        for name in client.stop(place):
-            note.print(f"{name}: stopping after a checkpoint")
+        stopping, unasked = client.stop(place)
+        for name, state in stopping.items():
+            note.print(f"{name}: {'stopping after a checkpoint' if state == 'running' else 'ended before it trained'}")
+        for error in unasked:
+            note.print(f"warning: {error}; its runs see in their directories that they are to stop", soft_wrap=True)
     elif not show:
-        connection = _start(place, planned, wanted, size, known.concurrent, address)
+        order, connection = _start(place, planned, wanted, size, known.concurrent, address)
         if detach:
             note.print(f"see it with `mhmoe sweep {file} --size {size} --show`", soft_wrap=True)
             return
-        follow(place, connection)
+        follow(place, order, connection)
     table = rows(place)
     if json:
         print_json(table)
     else:
         show_rows(table)
     if not stop and not show:
-        _say_failures(place)
+        _say_failures(place, [run.name for run in wanted])
 
 
 def _wanted(planned: "list[SweepRun]", variants: list[str] | None, name: str) -> "list[SweepRun]":
@@ -96,33 +99,43 @@ def _start(
     size: str,
     concurrent: int,
     address: str | None,
-) -> "Connection":
-    """Check all that can be checked now, and submit the job that starts runs."""
+) -> "tuple[str, Connection]":
+    """Check all that can be checked now, and submit the job that starts runs.
+
+    Returns:
+        The name of the order; and the cluster.
+    """
+    from mhmoe_ray.data.shards.manifest import prepared_as
+    from mhmoe_ray.errors import SpecError
     from mhmoe_ray.sweep import client
 
     specs = [run.spec for run in wanted]
-    for spec in {spec.data.prepared: spec for spec in specs}.values():
+    texts = {prepared_as(spec): spec for spec in specs}
+    folders = [folder for folder, _ in texts]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        why = f"its runs want {twice} prepared in different ways"
+        raise SpecError(f"sweep {place.name}", why, "give each of them a data.prepared of its own")
+    for spec in texts.values():
         connecting.check_can_train(spec)
-    client.define(place, planned, [run.name for run in wanted], size, concurrent)
+    client.check_same(place, wanted)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
     connection = connecting.cluster_for(specs[0].cluster, needed, cpus, address)
-    names, started = {run.name for run in wanted}, place.runs()
-    again = len(names & started.keys())
+    again = len({run.name for run in wanted} & place.runs().keys())
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)
-    client.submit(place, connection, retry=True)
-    return connection
+    names = [run.name for run in wanted]
+    return client.submit(place, connection, planned, names, size=size, concurrent=concurrent, retry=True), connection
 
 
-def _say_failures(place: "SweepDir") -> None:
+def _say_failures(place: "SweepDir", wanted: list[str]) -> None:
     """Raises:
-    JobError: a wanted run of it failed, or is not over although nothing runs it.
+    JobError: one of these runs failed, or is not over although nothing runs it.
     """
     from mhmoe_ray.errors import JobError
     from mhmoe_ray.runs import events
 
-    runs, wanted = place.runs(), place.definition().wanted
+    runs = place.runs()
     states = {name: events.state(events.events(runs[name])) if name in runs else "queued" for name in wanted}
     if failed := [name for name, state in states.items() if state == "failed"]:
         fix = f"see `mhmoe status {runs[failed[0]].id}`; the same command again goes on with it"

@@ -1,6 +1,7 @@
 """What `mhmoe sweep` shows: what would run, how far it is, and the table in the end."""
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -8,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mhmoe_ray.cli.common import detaching, nats, note, number_table, out, print_whole, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.sweeps import SweepDir
     from mhmoe_ray.spec import SweepRun
@@ -36,11 +39,12 @@ def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
     out.print(f"{len(variants)} variants x {seeds} seeds = {len(planned)} runs, {concurrent} at a time")
 
 
-def follow(place: "SweepDir", connection: "Connection") -> None:
-    """Show progress until the job that starts runs has ended. Where that was killed, start it again.
+def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
+    """Show progress of an order until the job that starts runs has ended. Where that was killed, start it again.
 
     Args:
-        place: its directory.
+        place: the sweep's directory.
+        name: of the order.
         connection: to the cluster.
 
     Raises:
@@ -50,23 +54,29 @@ def follow(place: "SweepDir", connection: "Connection") -> None:
     from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.sweep import client
 
-    restarts, asked, patience = 0, time.monotonic(), Patience(say)
+    restarts, asked, others, patience = 0, time.monotonic(), False, Patience(say)
     hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
     with detaching(hint), _bar() as bar:
-        view = _View(place, bar)
+        view = _View(place, place.order(name).wanted_entries, bar)
         while True:
             over = view.refresh()
             if over or time.monotonic() - asked > ASK_SECONDS:
-                alive = patience.ask(lambda: client.is_alive(place), not over)
+                if (newest := place.orders()[-1]) != name and not others:
+                    note.print("another command asked for runs of this sweep; its job starts them now")
+                    others = True
+                order = place.order(newest)
+                alive = patience.ask(partial(client.is_alive, order), not over)
                 asked = time.monotonic()
                 if not alive:
                     if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
                         return
-                    if error := client.own_error(place):
+                    if error := client.own_error(order):
                         raise error
+                    if others:
+                        return  # who gave that command follows it
                     restarts += 1
                     note.print("the job that starts the runs has ended; it is started again")
-                    client.submit(place, connection, retry=False)
+                    name = client.again(place, connection, order)
             time.sleep(POLL_SECONDS)
 
 
@@ -76,9 +86,8 @@ def _bar() -> Progress:
 
 
 class _View:
-    def __init__(self, place: "SweepDir", bar: Progress) -> None:
-        self._place, self._bar = place, bar
-        self._entries = place.definition().wanted_entries
+    def __init__(self, place: "SweepDir", entries: "Sequence[SweepRun]", bar: Progress) -> None:
+        self._place, self._entries, self._bar = place, entries, bar
         self._whole = bar.add_task("runs", total=len(self._entries), said="")
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """The runs of a sweep, as whole specs."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.resolve import resolve_spec
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec
+from mhmoe_ray.spec.run import NAME_LENGTH
 from mhmoe_ray.spec.sweep import OWN_KEYS, seeded
 
 
@@ -51,7 +53,16 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
             chosen = dict(zip(sweep.grid, values, strict=True))
             said = [f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items()]
             whole = _as_name("-".join(filter(None, [name, *said])))
-            yield whole, {**size.set, **keys, **size.runs.get(name, {}), **chosen}
+            yield _fitting(whole, sweep) if said else whole, {**size.set, **keys, **size.runs.get(name, {}), **chosen}
+
+
+def _fitting(name: str, sweep: SweepSpec) -> str:
+    """A name that the grid makes, cut where runs could not be called so, with a digest of what it was."""
+    room = NAME_LENGTH - len(seeded(f"{sweep.name}-", max(sweep.seeds)))
+    if len(name) <= room:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{name[: max(0, room - len(digest) - 1)].rstrip('-')}-{digest}".lstrip("-")
 
 
 def _as_name(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -154,15 +155,14 @@ def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes 
     }
 
 
-def _bits_per_byte(variant: Variant) -> float | None:
-    """Of the runs' newest evaluations on held-out text, where all have one."""
-    found = []
-    for run in variant.runs:
-        scores = [e.total for e in run.evaluations if e.domains]
-        if not scores:
-            return None
-        found.append(scores[-1].bits_per_byte)
-    return sum(found) / len(found)
+def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
+    """Mean of the runs' newest evaluations on held-out text and their step, where all have one of the same step."""
+    newest = [next((e for e in reversed(run.evaluations) if e.domains), None) for run in variant.runs]
+    found = [evaluation for evaluation in newest if evaluation is not None]
+    steps = {evaluation.step for evaluation in found}
+    if len(found) < len(newest) or len(steps) != 1:
+        return None
+    return statistics.fmean(evaluation.total.bits_per_byte for evaluation in found), steps.pop()
 
 
 def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:

@@ -102,12 +102,14 @@ def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
-    """In the order in which they first come. Of a variant that has finished runs, the others do not count."""
+    """In the order in which they first come. Of a variant that has finished runs, the others do not count. Runs of one
+    seed that differ in their cluster section, say in the strategy, are what is compared: so they are variants too."""
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
         found.setdefault(_what_is_trained(run.spec), []).append(run)
-    names = _short([unseeded(same[0].spec.name) for same in found.values()])
-    counted = [[run for run in same if run.is_finished] or same for same in found.values()]
+    apart = [same for trained in found.values() for same in _where_trained(trained)]
+    names = _short([unseeded(same[0].spec.name) for same in apart])
+    counted = [[run for run in same if run.is_finished] or same for same in apart]
     return [Variant(name, same) for name, same in zip(names, counted, strict=True)]
 
 
@@ -124,6 +126,16 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _what_is_trained(spec: RunSpec) -> str:
     return json.dumps(spec.model_dump(mode="json", exclude=_FREE), sort_keys=True)
+
+
+def _where_trained(same: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
+    """Runs of the same training, apart by their cluster section where seeds are there more than once."""
+    if len({run.spec.seed for run in same}) == len(same):
+        return [list(same)]
+    found: dict[str, list[RunFigures]] = {}
+    for run in same:
+        found.setdefault(run.spec.cluster.model_dump_json(), []).append(run)
+    return found.values()
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -1,12 +1,16 @@
-"""The directory of a sweep: which runs it is to have, and which run directories they became.
+"""The directory of a sweep: what commands asked for, and which run directories that became.
 
 <storage>/sweeps/<name>/
-  sweep.json     written by commands: the runs, how many at a time, and the jobs that start them
-  runs.json      written by the job that starts them: which run directory each is
-  stop           present while somebody asks that no more runs start
+  orders/000001-3f2a1c.json   by a command: which runs, how many at a time, and the job that starts them
+  runs.json                   by the job whose order is the last: which run directory each is
+  stop                        present while somebody asks that no more runs start
+
+Commands may come at the same moment and from several machines. So each writes an order of its own, once; which one
+counts is told by their names alone.
 """
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,25 +22,21 @@ from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import SweepRun
 
 
-class SweepJob(BaseModel):
+class Order(BaseModel):
+    size: str
+    concurrent: int
+    """Runs at a time."""
+    entries: list[SweepRun]
+    """All that the file had."""
+    wanted: list[str]
+    """Names of those that are to run."""
+    retry: bool
+    """Whether those start again that failed or were stopped before."""
     job: str
     address: str
     """The cluster's dashboard, as commands reach it."""
     local: bool
     submitted: float
-    retry: bool = True
-    """Whether it starts those again that failed or were stopped before."""
-
-
-class Definition(BaseModel):
-    size: str
-    concurrent: int
-    entries: list[SweepRun]
-    """All that the file has, and those that were started when it had them."""
-    wanted: list[str]
-    """Names of those that are to run now."""
-    jobs: list[SweepJob] = []
-    """The last one starts runs; others have made way for it."""
 
     @property
     def wanted_entries(self) -> list[SweepRun]:
@@ -52,8 +52,8 @@ class SweepDir:
         return self.path.name
 
     @property
-    def definition_file(self) -> Location:
-        return self.path / "sweep.json"
+    def orders_folder(self) -> Location:
+        return self.path / "orders"
 
     @property
     def runs_file(self) -> Location:
@@ -65,13 +65,38 @@ class SweepDir:
 
     @property
     def exists(self) -> bool:
-        return self.definition_file.exists()
+        return bool(self.orders())
 
-    def definition(self) -> Definition:
-        return Definition.model_validate_json(self.definition_file.read_text())
+    def orders(self) -> list[str]:
+        """Their names; the last one counts, and the jobs of others make way for its own."""
+        return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
-    def define(self, definition: Definition) -> None:
-        write_json(self.definition_file, definition.model_dump(mode="json"))
+    def new_order(self) -> str:
+        """A name for one that comes after all that there are. Two of the same moment have a number in common, but no
+        name, and everybody sees the same of them as the last."""
+        last = max((int(name.partition("-")[0]) for name in self.orders()), default=0)
+        return f"{last + 1:06d}-{secrets.token_hex(3)}"
+
+    def order(self, name: str) -> Order:
+        return Order.model_validate_json((self.orders_folder / f"{name}.json").read_text())
+
+    def write_order(self, name: str, order: Order) -> None:
+        write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
+
+    def withdraw(self, name: str) -> None:
+        """An order whose job no cluster took."""
+        (self.orders_folder / f"{name}.json").unlink(missing_ok=True)
+
+    def entries(self) -> list[SweepRun]:
+        """Those of the last order, and those of earlier ones that were started and are not in it any more."""
+        started = self.runs()
+        names = self.orders()
+        found = {entry.name: entry for entry in self.order(names[-1]).entries} if names else {}
+        for name in reversed(names[:-1]):
+            for entry in self.order(name).entries:
+                if entry.name in started:
+                    found.setdefault(entry.name, entry)
+        return list(found.values())
 
     def runs(self) -> dict[str, RunDir]:
         """By the names of the entries that were started; without those that were removed since."""

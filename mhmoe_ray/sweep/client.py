@@ -2,100 +2,176 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
+from mhmoe_ray.errors import ClusterError, MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.sweeps import Definition, SweepDir, SweepJob
+from mhmoe_ray.runs.attempts import last_attempt, read_attempts
+from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 0.5
+_SENDING_SECONDS = 60.0
+"""After an order was written, in which its cluster need not know its job yet: code and packages are sent first."""
 
 
-def define(place: SweepDir, planned: Sequence[SweepRun], wanted: Sequence[str], size: str, concurrent: int) -> None:
-    """Write down what is to run, beside what was started before.
-
-    Raises:
-        SpecError: a run that was started has another spec now.
+def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
+    """Raises:
+    SpecError: one of them was started with another spec. It would go on from the checkpoints of that one.
     """
-    before = place.definition() if place.exists else None
-    started, now = place.runs(), {run.name: run for run in planned}
-    for entry in before.entries if before else []:
-        if entry.name in started and entry.name in now:
-            _check_same(place, entry, now[entry.name])
-    others = [e for e in (before.entries if before else []) if e.name in started and e.name not in now]
-    made = before.jobs if before else []
-    entries = [*planned, *others]
-    place.define(Definition(size=size, concurrent=concurrent, entries=entries, wanted=list(wanted), jobs=made))
-    place.stop_file.unlink(missing_ok=True)
+    started = place.runs()
+    for entry in wanted:
+        run = started.get(entry.name)
+        if run and (other := entry.spec.changed_from(run.spec())):
+            why = f"run {entry.name} was started with another spec: {', '.join(other)}"
+            fix = f"give the sweep another name, or remove that run: mhmoe rm {run.id}"
+            raise SpecError(f"sweep {place.name}", why, fix)
 
 
-def _check_same(place: SweepDir, was: SweepRun, now: SweepRun) -> None:
-    if other := now.spec.changed_from(was.spec):
-        why = f"run {was.name} was started with another spec: {', '.join(other)}"
-        fix = f"give the sweep another name, or remove {place.path} to begin anew"
-        raise SpecError(f"sweep {place.name}", why, fix)
-
-
-def submit(place: SweepDir, connection: Connection, *, retry: bool) -> None:
-    """Start the job that starts runs; one that does so already makes way for it.
+def submit(
+    place: SweepDir,
+    connection: Connection,
+    entries: Sequence[SweepRun],
+    wanted: Sequence[str],
+    *,
+    size: str,
+    concurrent: int,
+    retry: bool,
+) -> str:
+    """Write down what is asked for, and start the job that does it; jobs of earlier orders make way for it.
 
     Args:
-        place: its directory.
+        place: the sweep's directory.
         connection: to the cluster.
+        entries: all that the sweep's file has.
+        wanted: names of those that are to run.
+        size: of the sweep's.
+        concurrent: runs at a time.
         retry: whether runs that failed or were stopped are started again.
+
+    Returns:
+        The order's name.
+
+    Raises:
+        ClusterError, SpecError: the cluster does not take the job; then nothing was asked for.
     """
-    definition = place.definition()
-    spec = definition.entries[0].spec
-    name = f"sweep-{place.name}-{int(time.time())}-{len(definition.jobs) + 1}"
+    name = place.new_order()
+    job = f"sweep-{place.name}-{name}"
     args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
-    request = jobs.request(args, name, local=connection.local, runtime_env=spec.cluster.runtime_env)
-    job = SweepJob(job=name, address=connection.address, local=connection.local, submitted=time.time(), retry=retry)
-    place.define(definition.model_copy(update={"jobs": [*definition.jobs, job]}))
-    jobs.submit(connection, request)
+    request = jobs.request(args, job, local=connection.local, runtime_env=entries[0].spec.cluster.runtime_env)
+    order = Order(
+        size=size,
+        concurrent=concurrent,
+        entries=list(entries),
+        wanted=list(wanted),
+        retry=retry,
+        job=job,
+        address=connection.address,
+        local=connection.local,
+        submitted=time.time(),
+    )
+    place.stop_file.unlink(missing_ok=True)
+    place.write_order(name, order)  # before the job, which reads it
+    try:
+        jobs.submit(connection, request)
+    except BaseException:  # also Ctrl-C
+        with suppress(ClusterError):  # one that does not answer may have taken it
+            if jobs.status(connection, job) is None:
+                place.withdraw(name)
+        raise
+    return name
 
 
-def is_alive(place: SweepDir) -> bool:
-    """Whether the job that starts runs goes on.
+def again(place: SweepDir, connection: Connection, order: Order) -> str:
+    """Start another job for an order whose own has ended. What failed or was stopped meanwhile is left alone, unless
+    that job never was.
+
+    Args:
+        place: the sweep's directory.
+        connection: to the cluster.
+        order: as it was.
+
+    Returns:
+        The new order's name.
+    """
+    never_was = order.retry and jobs.status(connection, order.job) is None
+    return submit(
+        place,
+        connection,
+        order.entries,
+        order.wanted,
+        size=order.size,
+        concurrent=order.concurrent,
+        retry=never_was,
+    )
+
+
+def is_alive(order: Order) -> bool:
+    """Whether the job that starts its runs goes on, or may yet begin.
 
     Raises:
         ClusterError: its cluster does not answer.
     """
-    submitted = place.definition().jobs
-    if not submitted:
-        return False
-    return jobs.is_alive(connect(submitted[-1].address), submitted[-1].job)
+    found = jobs.info(connect(order.address), order.job)
+    if found is None:
+        return abs(time.time() - order.submitted) < _SENDING_SECONDS
+    return found.is_alive
 
 
-def own_error(place: SweepDir) -> MhmoeError | None:
-    """What the job said of itself when it ended for a reason; None if it was killed."""
-    last = place.definition().jobs[-1]
-    connection = connect(last.address)
-    if jobs.status(connection, last.job) is None:
+def own_error(order: Order) -> MhmoeError | None:
+    """What its job said of itself when it ended for a reason; None if it was killed."""
+    connection = connect(order.address)
+    if jobs.status(connection, order.job) is None:
         return None
-    return logged(jobs.logs(connection, last.job))
+    return logged(jobs.logs(connection, order.job))
 
 
-def stop(place: SweepDir) -> list[str]:
-    """Start no more runs, and ask those that run to stop after a checkpoint.
+def stop(place: SweepDir) -> tuple[dict[str, events.State], list[ClusterError]]:
+    """Start no more runs, and ask those that run to stop after a checkpoint. Those that do not train yet are ended.
 
     Returns:
-        Their names.
+        The runs' states by their names; and which clusters could not be asked. Workers hear of it from their run
+        directory anyway.
 
     Raises:
         RunError: there is no such sweep.
-        ClusterError: its cluster does not answer.
     """
     if not place.exists:
         raise RunError(f"sweep {place.name}", "it was never started", "start it without --stop")
     place.stop_file.touch()  # first: whoever follows it would start the job again
-    if is_alive(place):
-        last = place.definition().jobs[-1]
-        jobs.stop(connect(last.address), last.job)
-        while is_alive(place):  # it may be starting a run
+    unasked: dict[str, ClusterError] = {}
+    for order in map(place.order, place.orders()):  # an earlier one's job may be preparing text, and then start a run
+        if order.address not in unasked:
+            try:
+                _end(order)
+            except ClusterError as e:
+                unasked[order.address] = e
+    running: dict[str, events.State] = {}
+    for name, run in place.runs().items():
+        if read_attempts(run) and not events.is_over(state := events.state(events.events(run))):
+            run.stop_file.touch()
+            running[name] = state
+            if state != "running":
+                try:
+                    _end_job(run)
+                except ClusterError as e:
+                    unasked.setdefault(last_attempt(run).address, e)
+    return running, list(unasked.values())
+
+
+def _end(order: Order) -> None:
+    connection = connect(order.address)
+    if jobs.is_alive(connection, order.job):
+        jobs.stop(connection, order.job)
+        while jobs.is_alive(connection, order.job):
             time.sleep(POLL_SECONDS)
-    running = {name: run for name, run in place.runs().items() if not events.is_over(events.state(events.events(run)))}
-    for run in running.values():
-        run.stop_file.touch()
-    return list(running)
+
+
+def _end_job(run: RunDir) -> None:
+    attempt = last_attempt(run)
+    connection = connect(attempt.address)
+    if jobs.is_alive(connection, attempt.job):
+        jobs.stop(connection, attempt.job)

@@ -1,6 +1,6 @@
 """The job of a sweep, which starts its runs.
 
-Run by Ray Jobs as `python -m mhmoe_ray.sweep.job SWEEP_DIR JOB`. A run is an ordinary one: `mhmoe status`,
+Run by Ray Jobs as `python -m mhmoe_ray.sweep.job SWEEP_DIR ORDER`. A run is an ordinary one: `mhmoe status`,
 `logs`, `stop` and `resume` know it, and what happens to it leaves the others alone. This job may be killed and started
 again at any time: what runs goes on by itself, and what is finished stays so. It makes way for a newer one.
 """
@@ -20,14 +20,10 @@ from mhmoe_ray.sweep.scheduler import Sweep
 def main() -> None:
     place, name = SweepDir(location(sys.argv[1])), sys.argv[2]
     with logging_errors():
-        definition = place.definition()
-        job = next((j for j in definition.jobs if j.job == name), None)
-        if job is None:  # two commands wrote the definition at once, and the other one's stands
-            print("another `mhmoe sweep` of the same moment starts the runs")
-            return
         context = ray.init()
-        connection = Connection(f"http://{context.dashboard_url}", job.local, job.local, tokens.user_token())
-        Sweep(place, definition, job, connection).run()
+        local = place.order(name).local
+        connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
+        Sweep(place, name, connection).run()
 
 
 if __name__ == "__main__":

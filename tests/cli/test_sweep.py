@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,20 +13,14 @@ import psutil
 import pytest
 import yaml
 
-from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.local import start_local, stop_local
-from mhmoe_ray.errors import DataError
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
-from mhmoe_ray.runs.sweeps import Definition, SweepJob, sweep_dir
-from mhmoe_ray.spec import SweepRun
-from mhmoe_ray.sweep.job import main
-from mhmoe_ray.sweep.scheduler import Sweep, _prepare
+from mhmoe_ray.runs.sweeps import sweep_dir
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus
-from tests.specs import tiny_spec
 from tests.watch import started, step_of, wait_until
 
 DENSE = {"model.moe": None}
@@ -63,35 +58,6 @@ def write_sweep(folder, **keys):
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
 
 
-@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
-def test_text_that_cannot_be_prepared_is_no_error_of_the_job_itself(tmp_path, capsys):
-    entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
-    assert isinstance(_prepare(entry), DataError)
-    told = capsys.readouterr().out
-    assert told.startswith(f"{entry.name}: source web")
-    assert "error: " not in told
-
-
-@pytest.mark.timeout(60)
-def test_of_two_commands_at_once_the_first_ones_job_makes_way_at_once(tmp_path):
-    """The second job waits for the first, which has seen it in the definition already; both would wait for ever."""
-    place = sweep_dir(tmp_path, "heads-small")
-    nowhere = Connection("http://127.0.0.1:1", True, True, None)
-    first, second = (SweepJob(job=name, address=nowhere.address, local=True, submitted=0.0) for name in ("a", "b"))
-    entry = SweepRun(variant="a", seed=0, spec=tiny_spec(tmp_path))
-    place.define(Definition(size="small", concurrent=1, entries=[entry], wanted=[entry.name], jobs=[first, second]))
-    Sweep(place, place.definition(), first, nowhere).run()
-    assert place.runs() == {}
-
-
-def test_a_job_whose_line_another_command_wrote_over_says_so_and_ends(tmp_path, monkeypatch, capsys):
-    place = sweep_dir(tmp_path, "heads-small")
-    place.define(Definition(size="small", concurrent=1, entries=[], wanted=[]))
-    monkeypatch.setattr("sys.argv", ["job", str(place.path), "lost"])
-    main()
-    assert capsys.readouterr().out == "another `mhmoe sweep` of the same moment starts the runs\n"
-
-
 def drivers(project):
     """Processes of the job that starts the runs."""
     found = []
@@ -122,21 +88,18 @@ def test_a_dry_run_shows_every_variant_and_starts_nothing(project):
 
 
 @pytest.mark.ray
-def test_text_that_the_job_cannot_prepare_ends_the_sweep_in_one_line(project, local_cluster):
-    [file, *_] = sorted((project / "raw").rglob("*.jsonl"))
+def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
+    shutil.copytree(project / "raw", project / "torn")
+    [file, *_] = sorted((project / "torn").rglob("*.jsonl"))
     with file.open("a") as f:
         f.write('{"text": ')
-    write_sweep(project, runs={"dense": DENSE})
-    assert_one_line_after_progress(mhmoe(project, "sweep", "sweep.yaml"), 4, file.name)
-
-
-@pytest.mark.ray
-def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project, local_cluster):
+    torn = {**DENSE, "data.sources.web.path": "torn", "data.prepared": "of-torn"}
     wanting = {**DENSE, "data.sources.web.max_epochs": 0.01}  # more text than there is
-    write_sweep(project, runs={"wrong": wanting})
+    write_sweep(project, runs={"torn": torn, "wrong": wanting})
     first = mhmoe(project, "sweep", "sweep.yaml")
-    assert_one_line_after_progress(first, 9, "sweep heads-small: wrong-s0 failed")
-    assert len(list_runs(project / "runs")) == 1
+    assert_one_line_after_progress(first, 4, file.name)  # what the job could not prepare, after the others' turn
+    [run] = list_runs(project / "runs")
+    assert (run.name, events.state(events.events(run))) == ("heads-wrong-s0", "failed")
     write_sweep(project, runs={"wrong": wanting, "h1": ONE_HEAD})
     again = mhmoe(project, "sweep", "sweep.yaml")
     assert_one_line_after_progress(again, 9, "wrong-s0 failed")
@@ -193,7 +156,7 @@ def test_twelve_runs_survive_the_death_of_the_sweeps_job_and_of_workers(project,
     out, err = follower.communicate(timeout=500)
     assert follower.returncode == 0, err
     assert "the job that starts the runs has ended; it is started again" in err
-    assert len(place.definition().jobs) == 2
+    assert len(place.orders()) == 2
     assert out.count("4 finished") == 3
     runs = place.runs()
     assert len(runs) == len({run.id for run in runs.values()}) == len(list_runs(project / "runs")) == 12
@@ -229,7 +192,7 @@ def test_a_stopped_sweep_starts_no_more_and_goes_on_where_it_was(project, local_
     assert stopped.code == 0, stopped.err
     assert "dense-s0: stopping after a checkpoint" in stopped.err
     follower.communicate(timeout=120)  # it does not start the job again
-    assert len(place.definition().jobs) == 1
+    assert len(place.orders()) == 1
     wait_until(lambda: events.state(events.events(run)) == "stopped", "the end of the first run")
     assert list(place.runs()) == ["dense-s0"]
     reached = step_of(run)
@@ -250,7 +213,7 @@ def test_a_run_that_is_stopped_stays_so_though_another_job_of_the_sweep_had_star
     wait_until(lambda: step_of(run) >= 5, "step 5")
     [driver] = drivers(project)
     driver.kill()
-    wait_until(lambda: len(place.definition().jobs) == 2, "the second job")
+    wait_until(lambda: len(place.orders()) == 2, "the second job")
     time.sleep(15)  # so that it has seen the run alive
     assert mhmoe(project, "stop", run.id).code == 0
     out, err = follower.communicate(timeout=120)

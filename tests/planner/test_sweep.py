@@ -93,3 +93,15 @@ def test_a_mistake_in_a_run_names_the_run():
     sweep = load_sweep(PAPER / "heads.yaml", ["runs.h5.preset=p1-mhmoe-8-h5"])
     with pytest.raises(SpecError, match="sweep heads, run h5: preset p1-mhmoe-8-h5: there is none of this name"):
         planned_runs(sweep, PAPER, "small")
+
+
+def test_names_that_a_grid_makes_are_cut_where_runs_could_not_be_called_so():
+    grid = {"train.precision": ["float32", "bfloat16"], "model.moe.d_expert": [24, 48], "model.moe.experts": [16, 32]}
+    sweep = SweepSpec.model_validate(
+        {"name": "a-long-name-of-sweeps", "sizes": {"small": {"spec": "small.yaml"}}, "grid": grid, "seeds": [0, 1000]}
+    )
+    runs = planned_runs(sweep, PAPER, "small")
+    names = {run.spec.name for run in runs}
+    assert len(names) == 16
+    assert names == {f"a-long-name-of-sweeps-{run.name}" for run in runs}
+    assert max(map(len, names)) <= 41

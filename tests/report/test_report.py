@@ -69,6 +69,20 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
     assert found[2].deviation(20) is None
 
 
+def test_runs_of_one_seed_that_differ_in_their_cluster_alone_are_what_is_compared(tmp_path):
+    runs = [
+        made(tmp_path, name, seed, 3.0, speed=speed)
+        for name, speed in (("ddp", 100.0), ("fsdp", 50.0))
+        for seed in (0, 1)
+    ]
+    for run in runs[2:]:
+        spec = run.spec()
+        run.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"strategy": "fsdp"})}))
+    found = read(runs)
+    assert [(v.name, len(v.runs), v.tokens_per_s) for v in found] == [("ddp", 2, 110.5), ("fsdp", 2, 60.5)]
+    assert [v.name for v in read([runs[0], runs[3]])] == ["sweep-ddp"]  # a seed each: where it ran is no matter
+
+
 def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):
     [variant] = read([made(tmp_path, "a", 0, 3.0), made(tmp_path, "a", 1, 9.0, steps=10)])
     assert variant.losses(20) == {0: 3.0}
@@ -167,7 +181,7 @@ def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_pat
     assert verdict(dense, mhmoe, 19) is None
 
 
-def store_evaluation(run, tokens_of, distinct, **asked):
+def store_evaluation(run, tokens_of, distinct, step=20, **asked):
     counts = RoutingCounts(
         tokens=100,
         counts=[[100] * 4],
@@ -178,11 +192,11 @@ def store_evaluation(run, tokens_of, distinct, **asked):
     )
     none = {"prepared": None, "text": None, "samples": 0, "tasks": [], "task_folders": [], "limit": None}
     how = {"batch": 8, "half": False, "cpus": 1, "gpus": 0}
-    named = {"run": str(run.path), "checkpoint": "step_00000020.1"}
+    named = {"run": str(run.path), "checkpoint": f"step_{step:08d}.1"}
     request = EvalRequest(**named, **how, **(none | (asked or {"prepared": "/data"})))
     score = Score(nats=300.0, tokens=100, text_bytes=400)
     answer = {"domains": {"a": score}, "languages": {}, "routing": {"a": counts}, "tasks": {}}
-    store(run, Evaluation(request=request, step=20, tokens=2560, seconds=1.0, **answer))
+    store(run, Evaluation(request=request, step=step, tokens=2560, seconds=1.0, **answer))
 
 
 def test_loads_are_said_to_be_those_of_training_where_only_other_texts_were_counted(tmp_path):
@@ -192,6 +206,19 @@ def test_loads_are_said_to_be_those_of_training_where_only_other_texts_were_coun
     store_evaluation(runs[1], [60] * 4, [0, 60, 40], text=text)
     write_report(runs, tmp_path / "out")
     assert '<p class="small">Loads of b are those of training.' in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_bits_per_byte_are_of_one_step_which_is_named_where_losses_are_of_another(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
+    page = tmp_path / "out" / "report.html"
+    expected = 300 / math.log(2) / 400
+    for steps, shown in (((10, 20), ""), ((10, 10), f"{expected:.4f}, step 10"), ((20, 20), f"{expected:.4f}")):
+        for run, step in zip(runs, steps, strict=True):
+            for old in run.evaluations.glob("*"):
+                old.unlink()
+            store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], step=step)
+        write_report(runs, tmp_path / "out")
+        assert f"<td>{shown}</td><td>1.051</td>" in page.read_text()
 
 
 def test_of_evaluations_of_one_step_the_last_by_name_is_the_newest(tmp_path):

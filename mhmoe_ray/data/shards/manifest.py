@@ -142,6 +142,16 @@ def data_digest(folder: Path) -> str:
     return describe_file(folder / "manifest.json").sha256
 
 
+PreparedAs = tuple[Path, str]
+"""A folder, and the recipe by which it is to be prepared."""
+
+
+def prepared_as(spec: RunSpec) -> PreparedAs:
+    """What specs have in common that read the same prepared text; a tokenizer is taken by its name."""
+    given = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
+    return spec.data.prepared, json.dumps([recipe(given), str(spec.data.tokenizer)], sort_keys=True, default=str)
+
+
 def require_data_of(trained_on: str | None, folder: Path, otherwise: str) -> None:
     """Raises:
     DataError: the folder is not the one that a checkpoint counts samples in, by that one's digest; `otherwise` is what
