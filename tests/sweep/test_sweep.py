@@ -1,0 +1,172 @@
+"""A sweep's orders and what its job does with them, where no cluster is needed or none answers."""
+
+import pytest
+
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.data.shards.manifest import recipe
+from mhmoe_ray.errors import DataError, SpecError
+from mhmoe_ray.report.table import table
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts
+from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.sweeps import Order, sweep_dir
+from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.sweep import client, scheduler
+from tests.data.shards.manifests import manifest_of
+from tests.specs import tiny_spec
+
+NOWHERE = Connection("http://127.0.0.1:1", True, True, None)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return sweep_dir(tmp_path / "runs", "heads-small")
+
+
+def entry(folder, variant, **sections):
+    spec = tiny_spec(folder, **sections)
+    return SweepRun(variant=variant, seed=0, spec=spec.model_copy(update={"name": f"heads-{variant}-s0"}))
+
+
+def ordered(place, entries, *, wanted=None, concurrent=1):
+    name = place.new_order()
+    order = Order(
+        size="small",
+        concurrent=concurrent,
+        entries=entries,
+        wanted=[e.name for e in entries] if wanted is None else wanted,
+        retry=True,
+        job=name,
+        address=NOWHERE.address,
+        local=True,
+        submitted=0.0,
+    )
+    place.write_order(name, order)
+    return name
+
+
+def begun(place, entry, *happened):
+    """A run of the entry, whose cluster is nowhere."""
+    run = create_run(entry.spec)
+    add_attempt(run, Attempt(f"{run.id}-1", NOWHERE.address, local=True))
+    for kind in happened:
+        events.record(run, kind)
+    place.write_runs({**place.runs(), entry.name: run})
+    return run
+
+
+def prepare(spec):
+    """A folder that says it was prepared for it, so that nothing is left to do."""
+    spec.data.prepared.mkdir()
+    write_json(spec.data.prepared / "manifest.json", manifest_of({"web": 9}, recipe(spec)).model_dump(mode="json"))
+
+
+def run(place, name):
+    scheduler.Sweep(place, name, NOWHERE).run()
+
+
+def test_the_last_order_is_the_same_for_everybody_and_has_what_it_lacks_from_those_before(tmp_path, place):
+    old, new, gone = (entry(tmp_path, name) for name in ("old", "new", "gone"))
+    ordered(place, [old, gone])
+    begun(place, old, "submitted")
+    same_moment = sorted(place.new_order() for _ in range(2))
+    assert len(set(same_moment)) == 2
+    assert all(name > place.orders()[-1] for name in same_moment)
+    last = ordered(place, [new])
+    assert place.orders()[-1] == last
+    assert [e.name for e in place.entries()] == [new.name, old.name]
+
+
+@pytest.mark.timeout(60)
+def test_a_job_makes_way_at_once_for_one_that_was_asked_for_at_the_same_moment(tmp_path, place):
+    """The other one waits for it, so that they would wait for each other for ever."""
+    first = ordered(place, [entry(tmp_path, "a")])
+    ordered(place, [entry(tmp_path, "a")])
+    run(place, first)
+    assert place.runs() == {}
+
+
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own making
+def test_text_that_cannot_be_prepared_is_told_at_once_and_ends_the_job_when_the_others_had_their_turn(
+    tmp_path, place, capsys
+):
+    without_text, other = entry(tmp_path, "a"), entry(tmp_path, "b", data={"prepared": "other"})
+    prepare(other.spec)
+    begun(place, other, "finished")
+    name = ordered(place, [without_text, other])
+    with pytest.raises(DataError, match="source web"):
+        run(place, name)
+    told = capsys.readouterr().out
+    assert told.startswith(f"{other.name}: finished\n{without_text.name}: source web")
+    assert "error: " not in told
+
+
+def test_a_run_that_was_started_does_not_go_on_with_another_spec(tmp_path, place, capsys):
+    was, now = entry(tmp_path, "a"), entry(tmp_path, "a", train={"lr": 0.5})
+    prepare(now.spec)
+    started = begun(place, was, "stopped")
+    with pytest.raises(SpecError, match="run a-s0 was started with another spec: train"):
+        client.check_same(place, [now])
+    run(place, ordered(place, [now]))
+    assert "a-s0: it was started with another spec: train" in capsys.readouterr().out
+    assert started.spec().train.lr == was.spec.train.lr
+    assert len(read_attempts(started)) == 1
+
+
+def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, capsys):
+    """Here one whose cluster does not answer, but that wrote a moment ago."""
+    unwanted, wanted = entry(tmp_path, "a"), entry(tmp_path, "b")
+    prepare(wanted.spec)
+    begun(place, unwanted, "submitted", "started")
+    name = ordered(place, [unwanted, wanted], wanted=[wanted.name])
+    sweep = scheduler.Sweep(place, name, NOWHERE)
+    looks = iter([True, True, False])
+    turn = property(lambda self: next(looks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler.Sweep, "_is_its_turn", turn)
+        sweep.run()
+    assert "a-s0: cluster http://127.0.0.1:1: nothing answers there" in capsys.readouterr().out
+    assert list(place.runs()) == [unwanted.name]
+
+
+def test_a_removed_run_is_begun_anew(tmp_path, place):
+    wanted = entry(tmp_path, "a")
+    prepare(wanted.spec)
+    before = begun(place, wanted, "failed")
+    sweep = scheduler.Sweep(place, ordered(place, [wanted]), NOWHERE)
+    sweep._runs = place.runs()
+    before.spec_file.unlink()
+    sweep._start(wanted)  # which its cluster does not take
+    assert place.runs()[wanted.name].id != before.id
+    assert not before.spec_file.exists()
+
+
+def test_stopping_marks_runs_whose_cluster_does_not_answer(tmp_path, place):
+    training, over = entry(tmp_path, "a"), entry(tmp_path, "b")
+    ordered(place, [training, over])
+    runs = begun(place, training, "submitted", "started"), begun(place, over, "finished")
+    stopping, unasked = client.stop(place)
+    assert stopping == {training.name: "running"}
+    assert [error.what for error in unasked] == [f"cluster {NOWHERE.address}"]
+    assert [one.stop_file.exists() for one in runs] == [True, False]
+    assert place.stop_file.exists()
+
+
+def test_a_run_that_diverged_has_no_loss_in_the_table_and_takes_no_step_from_the_others(tmp_path, place):
+    entries = [entry(tmp_path, name) for name in ("a", "b")]
+    for one, last in zip(entries, (4.0, float("nan")), strict=True):
+        trained = begun(place, one, "finished")
+        for step, loss in ((10, 5.0), (20, last)):
+            line = {metrics.STEP: step, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0, metrics.VAL_LOSS: loss}
+            metrics.append(trained, line)
+        metrics.flush(trained)
+    ordered(place, entries)
+    a, b = table(place)
+    assert (a["step"], a["loss"], a["states"]) == (20, 4.0, {"finished": 1})
+    assert (b["loss"], b["states"]) == (None, {"finished, diverged": 1})
