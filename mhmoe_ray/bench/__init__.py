@@ -16,7 +16,7 @@ dispatch/       flat and hierarchical dispatch between two nodes
 ingest/         text to shards to micro-batches
 serve/          answers of engines and servers
 apart.py        a measurement in a process of its own
-failed.py       what is said of a process that failed
+failed.py       what is said of sizes that cannot be, and of a process that failed
 installed.py    which other packages are there
 hardware.py     the device that runs it
 """

@@ -1,14 +1,13 @@
 """How long a checkpoint holds training up, beside `torch.save` of the same state, and what memory it takes."""
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.steps import Case
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.runs import events
@@ -69,21 +68,22 @@ def measure(spec: RunSpec, rounds: int, folder: Path, hardware: Hardware) -> Fig
     case.step()
     saver, file = Saver(run, case.trainer, group=1), folder / "torch.pt"
     state = [(f"{part}.{name}", t) for part, name, t in case.trainer.strategy.state()]
+    read = clock(hardware.device)
     found = Figures(sum(t.nbytes for _, t in state), [], [], [], [], [], None)
 
     def nothing() -> None:
-        found.steps.append(_timed(case.step))
+        found.steps.append(_timed(case.step, read))
 
     def synchronous() -> None:
-        found.torch_save.append(_timed(lambda: torch.save(dict(state), file)))
+        found.torch_save.append(_timed(lambda: torch.save(dict(state), file), read))
         file.unlink()
 
     def asynchronous() -> None:
-        began = time.perf_counter()
+        began = read()
         saver.save(case.trainer.zero_counts())
-        found.beside.append(_timed(case.step))
+        found.beside.append(_timed(case.step, read))
         saver.wait()
-        found.committed.append(time.perf_counter() - began)
+        found.committed.append(read() - began)
         found.pauses.append(next(e["pause"] for e in reversed(events.events(run)) if e["event"] == "checkpoint"))
         remove_tree(committed(run)[-1])
 
@@ -107,10 +107,10 @@ def _placed(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.model_copy(update={"storage": folder / "runs", "data": data})
 
 
-def _timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _timed(action: Callable[[], object], read: Callable[[], float]) -> float:
+    began = read()
     action()
-    return time.perf_counter() - began
+    return read() - began
 
 
 def _settled(action: Callable[[], object], slight: int) -> int | None:

@@ -1,9 +1,30 @@
-"""What is said of a process of a measurement that failed."""
+"""What is said of sizes that cannot be measured, and of a process of a measurement that failed."""
 
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from mhmoe_ray.errors import JobError
+from pydantic import ValidationError
+
+from mhmoe_ray.errors import JobError, SpecError
+
+
+@contextmanager
+def checked_sizes(what: str) -> Iterator[None]:
+    """In it a model that there cannot be is a mistake of whom gave its sizes.
+
+    Args:
+        what: was given them.
+
+    Raises:
+        SpecError: with the first reason.
+    """
+    try:
+        yield
+    except ValidationError as e:
+        why = e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(what, why, "choose other sizes") from e
 
 
 def failure(what: str, stderr: str, code: int) -> JobError:

@@ -17,6 +17,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.kernels import KERNELS
 
 DTypeName = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,7 +87,12 @@ class Case:
 
 
 def our_layers(
-    shape: Shape, heads: Sequence[int], static: bool, kernels: Sequence[str], device: torch.device
+    shape: Shape,
+    heads: Sequence[int],
+    static: bool,
+    kernels: Sequence[str],
+    device: torch.device,
+    dtype: DTypeName = "bfloat16",
 ) -> tuple[list[Layer], list[Absent]]:
     """The dense layer first, then the plain one.
 
@@ -95,6 +101,7 @@ def our_layers(
         heads: h of the multi-head layers.
         static: also static routing with its masks, of the plain layer and of the one with the fewest heads.
         kernels: names as in `MoESpec.kernel`; each layer once with each of those that can run on the device.
+        device, dtype: to run with.
 
     Raises:
         SpecError: a layer of these sizes cannot be made, or none of so many heads matches; no kernel can run.
@@ -107,7 +114,7 @@ def our_layers(
         moes[f"MH-MoE h {h}"] = moe
     fine = {"experts": 8 * shape.experts, "top_k": 4 * shape.top_k, "d_expert": shape.d_expert // 4}
     moes["fine-grained"] = plain.model_copy(update=fine)
-    can_run, absent = _usable(kernels, device)
+    can_run, absent = _usable(kernels, device, dtype)
     found: dict[str, MoESpec] = {}
     for name, moe in moes.items():
         for kernel in can_run:
@@ -120,7 +127,7 @@ def our_layers(
     return [dense, *(Layer(name, moe, partial(mixture, shape, moe)) for name, moe in found.items())], absent
 
 
-def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], list[Absent]]:
+def _usable(kernels: Sequence[str], device: torch.device, dtype: DTypeName) -> tuple[list[str], list[Absent]]:
     can_run, absent = [], []
     trainable = [name for name, backend in BACKENDS.items() if backend.trains]
     for kernel in kernels:
@@ -128,7 +135,9 @@ def _usable(kernels: Sequence[str], device: torch.device) -> tuple[list[str], li
             raise SpecError(f"kernel {kernel}", "there is none of that name", f"choose of auto, {', '.join(trainable)}")
         if kernel == "capacity":
             raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
-        why = why_not(kernel, device)
+        precision = next(limits.precision for name, limits in KERNELS.items() if name == kernel)
+        other = f"kernel {kernel} computes in {precision}, not in {dtype}" if precision not in (None, dtype) else None
+        why = why_not(kernel, device) or other
         if why is None:
             can_run.append(kernel)
         else:

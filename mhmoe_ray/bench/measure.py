@@ -97,7 +97,7 @@ def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -
 def wanted(request: Request, device: torch.device) -> tuple[list[Layer], list[Absent]]:
     """The layers of a request; those that are left out, and why."""
     shape = request.shape
-    layers, absent = our_layers(shape, request.heads, request.static, request.kernels, device)
+    layers, absent = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
     if request.peers:
         more, missing = peer_layers(shape)
         layers, absent = layers + more, absent + missing

@@ -29,10 +29,12 @@ def checkpoint(
     """
     from mhmoe_ray.bench import hardware
     from mhmoe_ray.bench.checkpoints import measure
+    from mhmoe_ray.bench.failed import checked_sizes
     from mhmoe_ray.bench.steps import SMALL, matched_models
 
     where = hardware.find(device)
-    spec = matched_models(SMALL._replace(d_model=d_model, layers=layers), [2])["MH-MoE h 2"]
+    with checked_sizes("bench checkpoint"):
+        spec = matched_models(SMALL._replace(d_model=d_model, layers=layers), [2])["MH-MoE h 2"]
     with tempfile.TemporaryDirectory(dir=folder, prefix="mhmoe-bench-") as place:
         figures = measure(spec, rounds, Path(place), where)
     title = f"{where}; state of {in_bytes(figures.state)}, medians of {rounds} interleaved rounds"

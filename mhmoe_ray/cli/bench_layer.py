@@ -42,12 +42,10 @@ def layer(
     All layers take turns in each round; medians, as ratios to a dense layer of the same multiply-adds. With --over, at
     several points along an axis. With --json the tables go to stderr.
     """
-    from pydantic import ValidationError
-
     from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench.failed import checked_sizes
     from mhmoe_ray.bench.layers import Shape
     from mhmoe_ray.bench.measure import Request
-    from mhmoe_ray.errors import SpecError
 
     along = _points(over, points, heads)
     if png:
@@ -57,14 +55,11 @@ def layer(
     named = [kernel.strip() for kernel in kernels.split(",")]
     request = Request(shape, heads or [2, 4], dtype, rounds or (3 if over else 7), named, static, peers)
     head = {**where.as_json(), "dtype": dtype, "rounds": request.rounds, "shape": shape._asdict()}
-    try:
+    with checked_sizes("bench layer"):
         if over:
             _sweep(request, over, along, where, head, png, json)
         else:
             _one_shape(request, where, head, json)
-    except ValidationError as e:
-        why = e.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SpecError("bench layer", why, "choose other sizes") from e
 
 
 def _one_shape(request: "Request", where: "Hardware", head: dict[str, Any], json: bool) -> None:

@@ -24,6 +24,8 @@ class Part(StrEnum):
 
 
 SEQ_LEN = 1024
+"""Tokens that a prompt and its answer may have together."""
+PROMPT = 64
 PREFILL = 256
 """Tokens of a prompt where only prompts are timed; where only answers are, they follow prompts of few."""
 
@@ -37,7 +39,9 @@ def serve(
         typer.Option(min=0.01, help="Of servers: so many requests a second, at random.", show_default=False),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="With --rate: for so long.")] = 30,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of a prompt; {PROMPT} by default.", show_default=False)
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
     equal: Annotated[
         bool, typer.Option("--equal", help="All prompts and answers of that length; else from a quarter to 7 quarters.")
@@ -61,21 +65,27 @@ def serve(
     import torch
 
     from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench.failed import checked_sizes
     from mhmoe_ray.bench.serve.contest import Shape
     from mhmoe_ray.bench.serve.model import plain_model
     from mhmoe_ray.planner.match import matched_heads
 
     if rate is not None and part is not Part.SERVERS:
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
-    if part is Part.HEADS and (peers or equal):
-        raise typer.BadParameter(f"{part} would ignore --peers and --equal; leave them out")
+    if part is Part.HEADS and (peers or equal or prompt):
+        raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
+    shape = Shape(1, tokens) if part is Part.HEADS else Shape(prompt or PROMPT, tokens, equal)
+    if shape.longest > SEQ_LEN:
+        why = f"--prompt and --tokens: {shape.longest:,} tokens at most, but models have {SEQ_LEN:,} positions"
+        raise typer.BadParameter(f"{why}; lower one of them" + ("" if shape.equal else ", or give --equal"))
     where = hardware.find("cpu")._replace(threads=threads or torch.get_num_threads())
     assert where.threads is not None
-    plain, shape = plain_model(d_model, layers, experts, 2, d_expert), Shape(prompt, tokens, equal)
     sizes = clients or ([16] if part is Part.HEADS else [1, 4, 16, 64])
-    models = {"SMoE": plain}
-    if part is Part.HEADS:
-        models |= {f"MH-MoE h {h} k {k}": matched_heads(plain, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
+    with checked_sizes("bench serve"):
+        plain = plain_model(d_model, layers, experts, 2, d_expert)
+        models = {"SMoE": plain}
+        if part is Part.HEADS:
+            models |= {f"MH-MoE h {h} k {k}": matched_heads(plain, h, k) for h, k in ((2, 2), (4, 2), (4, 4))}
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         place = {
             name: _place(model, Path(folder) / f"{i}", precision, where.threads, max(sizes), mixtral=name == "SMoE")
@@ -87,7 +97,7 @@ def serve(
             found = _heads(place, tokens, sizes, rounds)
         else:
             found = _servers(place["SMoE"], shape, sizes, peers, rate, seconds, rounds)
-    lengths = f"prompts of {prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
+    lengths = f"prompts of {shape.prompt}, answers of {tokens} tokens{'' if equal else ' on average'}"
     title = f"{where}, {precision}; {'' if part is Part.HEADS else lengths + '; '}medians of {rounds} rounds"
     shown = [(name, tables.answers(figures)) for name, figures in found.items()]
     tables.show(note if json else out, [title, *shown])

@@ -26,11 +26,9 @@ def train(
     A step is training's own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in
     each round; medians, beside the first paper's own throughput. With --json the table goes to stderr.
     """
-    from pydantic import ValidationError
-
     from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench.failed import checked_sizes
     from mhmoe_ray.bench.steps import SMALL, measure
-    from mhmoe_ray.errors import SpecError
 
     size = SMALL._replace(
         d_model=d_model,
@@ -41,11 +39,8 @@ def train(
         precision=precision,
     )
     where = hardware.find(device)
-    try:
+    with checked_sizes("bench train"):
         figures = measure(size, heads or [2, 3], rounds, where)
-    except ValidationError as e:
-        why = e.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SpecError("bench train", why, "choose other sizes") from e
     tokens = size.micro_batches * size.micro_batch_size * size.seq_len
     title = f"{where}, {precision}; steps of {tokens:,} tokens, medians of {rounds} interleaved rounds"
     tables.show(note if json else out, [(title, tables.steps(figures))])

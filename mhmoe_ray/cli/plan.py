@@ -74,7 +74,9 @@ def plan(
 def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     """The resolved spec and all that follows from it; groups and links as if on a single node where ranks have no
     place."""
+    from mhmoe_ray.cli.plan_placement import placed_spec
     from mhmoe_ray.placement.layout import on_one_node
+    from mhmoe_ray.planner.kernel import assumed_kernel
     from mhmoe_ray.planner.memory import memory
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.sizes import flops_per_token, parts, sizes
@@ -92,11 +94,13 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
         "parts": [part._asdict() for part in parts(spec.model)],
         "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
         "parity": {name: {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
+        "kernel": assumed_kernel(spec),
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
         "memory_per_rank_of_fewest": {**fewest._asdict(), "total": fewest.total},
         "exchanges": [
-            {**e._asdict(), "sent_per_step": e.sent_per_step, "links": _links(e.links)} for e in exchanges(spec, layout)
+            {**e._asdict(), "sent_per_step": e.sent_per_step, "links": _links(e.links)}
+            for e in exchanges(placed_spec(spec, layout), layout)
         ],
         "tokens_per_step": spec.tokens_per_step,
         "tokens": spec.tokens_per_step * spec.train.steps,
@@ -128,6 +132,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
     from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.cli.plan_estimate import cost
     from mhmoe_ray.planner.find_preset import about
+    from mhmoe_ray.planner.match import without_ep
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
     from mhmoe_ray.planner.units import FLOAT32
@@ -150,6 +155,8 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
             f"{compared['parameters'].ratio:.3f} of its parameters, "
             f"{compared['multiply-adds per token'].ratio:.3f} of its multiply-adds ({spec.reference.name})"
         )
+        if (others := without_ep(spec)) is not None:
+            ratios += f"; {others:,} experts would match it, but cluster.ep {cluster.ep} does not divide them"
     most = "at most " if spec.data.packing == "best_fit" else ""  # padding is among them
     checkpoint = 3 * FLOAT32 * size.parameters  # weights and two moments
     rows = {
@@ -160,12 +167,12 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
         "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
+        "kernel": _kernel(spec),
         "to its reference": ratios,
         "tokens": f"{most}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
-        "checkpoints": f"{spec.train.steps // spec.train.checkpoint_every:,}, one every "
-        f"{spec.train.checkpoint_every:,} steps, {in_bytes(checkpoint)} each",
+        "checkpoints": f"{_checkpoints(spec.train)}, {in_bytes(checkpoint)} each",
         "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
         + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
@@ -181,6 +188,24 @@ def _learning_rate(train: "TrainSpec") -> str:
         return f"{train.lr:g} from step {train.warmup_steps:,} on, down to {train.min_lr:g}"
     reached, warmup = train.lr * train.steps / train.warmup_steps, train.warmup_steps
     return f"{reached:.2g} at most, not {train.lr:g}: all {train.steps:,} steps are of a warm-up of {warmup:,}"
+
+
+def _checkpoints(train: "TrainSpec") -> str:
+    count, rest = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
+    said = f"{count:,}, one every {train.checkpoint_every:,} steps" + (" and one at the end" if rest else "")
+    if train.keep_checkpoints and train.keep_checkpoints < count:
+        said += f", of which the newest {train.keep_checkpoints:,} and the best stay"
+    return said
+
+
+def _kernel(spec: "RunSpec") -> str | None:
+    """What its memory is reckoned with, where the spec leaves it open."""
+    from mhmoe_ray.planner.kernel import assumed_kernel, may_be_compiled
+
+    if spec.model.moe is None or spec.model.moe.kernel != "auto":
+        return None
+    less = "; where CPUs have AMX it is cpp, which keeps less" if may_be_compiled(spec) else ""
+    return f"auto, taken to be {assumed_kernel(spec)}{less}"
 
 
 def _each(spec: "RunSpec") -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from mhmoe_ray.cli.common import in_bytes, in_digits, in_seconds, number_table
+from mhmoe_ray.cli.plan_placement import NOBODYS, placed_spec
 from mhmoe_ray.placement.layout import Layout
 from mhmoe_ray.planner.estimate import Estimate, estimate, seconds
 from mhmoe_ray.planner.links import Links
@@ -33,7 +34,8 @@ def as_dict(spec: RunSpec, layout: Layout, found: Estimate) -> dict[str, Any]:
 
 
 def tables(spec: RunSpec, layout: Layout, found: Estimate) -> Iterator[tuple[str, Table]]:
-    yield "estimated: sent in a step by one rank, on average, over links", _traffic(spec, layout)
+    if found.exchanging:
+        yield "estimated: sent in a step by one rank, on average, over links", _traffic(spec, layout)
     yield "estimated: time of a step by its parts", _parts(found)
     yield "estimated: a step in turn; at best, with exchanges behind computation", _step(spec, found)
     if spec.cluster.ep > 1:
@@ -48,22 +50,23 @@ def said_of(spec: RunSpec, found: Estimate) -> list[str]:
     longest = found.longest
     return [
         f"{fits}; the framework and its buffers come on top",
-        f"a step takes {in_seconds(found.overlapped)} to {in_seconds(found.in_turn)}, most of it for "
-        f"{longest.name}, which is bound by {longest.bound}",
+        f"a step takes {in_seconds(found.overlapped)} to {in_seconds(found.in_turn)}, its longest part is "
+        f"{longest.name} ({longest.seconds / found.in_turn:.0%} of the latter), bound by {longest.bound}",
     ]
 
 
 def estimated(spec: RunSpec, layout: Layout | None) -> Estimate | None:
     """None on CPUs, of which no speed is told, and where ranks find no place."""
-    return estimate(spec, layout) if layout and spec.cluster.gpus_per_worker else None
+    return estimate(placed_spec(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
 
 
 def cost(spec: RunSpec, found: Estimate) -> str:
     """Accelerator hours of the whole run, as a line."""
-    gpus = spec.cluster.world * spec.cluster.gpus_per_worker
+    gpus = len(found.layout.nodes) * spec.cluster.gpus_per_worker
     best, worst = (gpus * took * spec.train.steps / 3600 for took in (found.overlapped, found.in_turn))
     hours = f"{in_digits(best)} to {in_digits(worst)} hours of an {spec.cluster.accelerator.name}"
-    return f"about {hours}, on {gpus:,} of them (estimated, not checked)"
+    assumed = ", taken to be on one node, as no cluster tells where" if NOBODYS in found.layout.nodes else ""
+    return f"about {hours}, on {gpus:,} of them{assumed} (estimated, not checked)"
 
 
 def _figures(found: Estimate) -> dict[str, float]:

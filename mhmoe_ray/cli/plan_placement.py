@@ -13,6 +13,8 @@ from mhmoe_ray.placement.packing import Node, on_paper, packed
 if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
 
+NOBODYS = "one node"
+"""Name of the node that is assumed where no cluster tells of its own."""
 SHOWN = 8
 """Groups that a table has at most."""
 
@@ -29,6 +31,8 @@ class Placement(NamedTuple):
     """Of ranks without a place, in one line."""
     refused: str | None
     """Why workers would refuse to start there, in one line."""
+    notes: list[str]
+    """What else is to be known, a line each."""
 
     def as_dict(self) -> dict[str, Any]:
         groups = self.layout.groups if self.layout else None
@@ -42,6 +46,7 @@ class Placement(NamedTuple):
             "groups_apart": groups.apart if groups else None,
             "missing": self.missing,
             "refused": self.refused,
+            "notes": self.notes,
         }
 
 
@@ -50,7 +55,8 @@ def placement_on_paper(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
     each = spec.cluster.network.nodes_per_domain
     domains = f", {each} to a domain" if each else ", all in one domain"
     there = on_paper(nodes, gpus * spec.cluster.cpus_per_worker, gpus, each)
-    return _placement(spec, f"on paper: {nodes:,} nodes of {gpus} GPUs{domains}", there)
+    of = f"on paper: {_nodes(nodes)} of {gpus} GPU{'s' if gpus > 1 else ''}{domains if nodes > 1 else ''}"
+    return _placement(spec, of, there)
 
 
 def placement(spec: "RunSpec", address: str | None = None) -> Placement:
@@ -64,42 +70,90 @@ def placement(spec: "RunSpec", address: str | None = None) -> Placement:
         connection = connect_if_there(address)
         if connection:
             of = f"a forecast: as Ray would pack workers on {connection.address} now"
-            return _placement(spec, of, free_nodes(connection, cluster.domain_label))
+            return _placement(spec, of, free_nodes(connection, cluster.domain_label), shared=True)
     except ClusterError as e:
         note.print(f"warning: {e}", soft_wrap=True)
         why = "the cluster could not be asked"
     workers = cluster.world
-    one = Node("one node", workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+    one = Node(NOBODYS, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
     return _placement(spec, f"if one node holds all workers: {why}", [one])
 
 
-def _placement(spec: "RunSpec", of: str, nodes: list[Node]) -> Placement:
-    cluster = spec.cluster
-    workers, cpus, gpus = cluster.world, cluster.cpus_per_worker, cluster.gpus_per_worker
-    places = packed(nodes, cpus, gpus, workers)
-    if len(places) < workers:
+def placed_spec(spec: "RunSpec", layout: Layout) -> "RunSpec":
+    """Of a run of as many workers as are laid out."""
+    return spec if len(layout.nodes) == spec.cluster.world else spec.with_workers(len(layout.nodes))
+
+
+def _placement(spec: "RunSpec", of: str, nodes: list[Node], shared: bool = False) -> Placement:
+    """Of as many workers as would start.
+
+    Args:
+        spec: of the run.
+        of: what it is a placement on.
+        nodes: with what is free there.
+        shared: whether the data stream must find its CPUs beside them.
+    """
+    cluster, counts = spec.cluster, spec.worker_counts
+    cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
+    free = sum(node.cpus for node in nodes)
+    places = packed(nodes, cpus, gpus, cluster.world)
+    room = len(places)
+    if shared and cluster.workers.elastic:
+        room = min(room, int((free - 1) // cpus))  # as train/elastic.py: one CPU is for the stream
+    count = max((n for n in counts if n <= room), default=0)
+    if not count:
         each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
         missing = (
-            f"{workers - len(places):,} of {workers:,} workers find no place: each takes {each}, and the cluster's "
-            f"{_nodes(len(nodes))} can hold {len(places):,} now; Ray starts none before all have a place"
+            f"{counts[0] - room:,} of {counts[0]:,} workers find no place: each takes {each}, and the cluster's "
+            f"{_nodes(len(nodes))} can hold {room:,} now; Ray starts none before all have a place"
         )
-        return Placement(of, nodes, places, None, missing, None)
+        return Placement(of, nodes, places, None, missing, None, [])
+    places = places[:count]
     layout = laid_out(places, cluster.ep)
     why = layout.groups.why_refused if cluster.straddling == "refuse" else None
     refused = f"cluster.straddling is refuse, so the run would end at once: {why}" if why else None
-    return Placement(of, nodes, places, layout, None, refused)
+    notes = [_fewer(count, cluster.world), _staying_flat(spec, layout)]
+    notes.append(_for_stream(free - count * cpus) if shared else None)
+    return Placement(of, nodes, places, layout, None, refused, [note for note in notes if note])
+
+
+def _fewer(count: int, most: int) -> str | None:
+    if count == most:
+        return None
+    return f"it would start with {count:,} of at most {most:,} workers, for which there is room now, and grow later"
+
+
+def _staying_flat(spec: "RunSpec", layout: Layout) -> str | None:
+    from mhmoe_ray.planner.traffic import has_rails
+
+    groups = [layout.spread(ranks) for ranks in layout.groups.ranks]
+    flat = sum(group.total() > 1 and not has_rails(group) for group in groups)
+    if spec.cluster.dispatch == "flat" or not flat:
+        return None
+    of_all = f"{flat:,} of {len(groups):,} groups" if len(groups) > 1 else "the only group"
+    return f"cluster.dispatch is hierarchical, but flat in {of_all}: nodes have unequally many of the ranks"
+
+
+def _for_stream(left: float) -> str | None:
+    from mhmoe_ray.spec.cluster import STREAM_CPUS
+
+    if left < 1:
+        return "workers take every free CPU, and the data stream has none: no step begins before others give one back"
+    if left < STREAM_CPUS:
+        return f"workers leave {left:g} CPUs for the data stream, which is to have {STREAM_CPUS}: they may wait for it"
+    return None
 
 
 def said_of(placement: Placement) -> list[str]:
     """What a user must know of it, a line each."""
-    lines = [line for line in (placement.missing, placement.refused) if line]
+    lines = [line for line in (placement.missing, placement.refused) if line] + placement.notes
     layout = placement.layout
     if layout and len(layout.on_nodes) > 1 and len(layout.groups.ranks) < len(layout.nodes) and not placement.refused:
-        groups = layout.groups
-        lines.append("every group lies on one node")
+        groups, said = layout.groups, "every group lies on one node"
         if groups.straddling:
             of_all = f"{len(groups.straddling):,} of {len(groups.ranks):,} groups"
-            lines[-1] = f"{of_all} lie on more than one node, {len(groups.apart) or 'none'} in more than one domain"
+            said = f"{of_all} lie on more than one node, {len(groups.apart) or 'none'} in more than one domain"
+        lines.append(said)
     return lines
 
 

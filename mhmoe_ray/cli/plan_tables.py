@@ -6,7 +6,7 @@ from rich.table import Table
 
 from mhmoe_ray.cli import plan_placement
 from mhmoe_ray.cli.common import in_bytes, number_table
-from mhmoe_ray.cli.plan_placement import Placement
+from mhmoe_ray.cli.plan_placement import Placement, placed_spec
 from mhmoe_ray.planner.memory import memory
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
@@ -26,7 +26,7 @@ def tables(spec: RunSpec, placed: Placement) -> Iterator[tuple[str, Table]]:
     if step:
         title = f"expert step of one layer on one rank, {batch}, forward, {spec.train.precision}"
         yield title, _step(step)
-    found = exchanges(spec, placed.layout)
+    found = exchanges(placed_spec(spec, placed.layout) if placed.layout else spec, placed.layout)
     if found:
         yield "exchanged in a step, by one rank", _exchanges(found)
     yield f"placement, {placed.of}", plan_placement.table(placed)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli.common import JsonOption, out, print_json
+from mhmoe_ray.cli.common import JsonOption, out, print_json, print_whole
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.preset import Preset
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 LEFT = ("preset", "reference: ratio of parameters, of multiply-adds")
 RIGHT = ("h", "E", "k", "f", "parameters", "active", "multiply-adds")
-WIDTH = 124
-"""Of the table, also on narrower terminals: a cut number is worse than a long line."""
 
 
 def presets(
@@ -42,8 +40,7 @@ def presets(
             *(str(row[key] or "") for key in "hEkf"),
             *(_short(row[key]) for key in ("parameters", "active", "multiply_adds")),
         )
-    out.width = max(out.width, WIDTH)
-    out.print(table)
+    print_whole(table)
     if len(rows) == 1:
         out.print(f"\n{rows[0]['about']}", soft_wrap=True)
 

@@ -8,5 +8,6 @@ step.py         work and traffic of the expert step    memory.py    bytes that a
 traffic.py      bytes that ranks exchange              links.py     and over which links
 estimate.py     how long a step takes                  units.py     bytes of the numbers in all of these
 width.py        what experts are measured by           utilisation.py   arithmetic of accelerators that is used
+kernel.py       what auto is taken for
 sweep.py        the runs of a sweep, as whole specs
 """

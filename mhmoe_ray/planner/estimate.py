@@ -5,16 +5,26 @@ bytes at its share of memory bandwidth, whichever is longer; a backward costs tw
 counted in bytes as its weights alone, read once in each pass. An exchange takes as long as the class of links that its
 most loaded rank waits for longest, by bytes over bandwidth, and the latency of its messages, one after another.
 
-Not in it: norms, routing and permutation of rows, what experts compute anew (`moe.recompute`), the data stream,
+Not in it: norms, routing and permutation of rows, what experts compute anew by `moe.recompute`, the data stream,
 checkpoints, stragglers, congestion, and routing that is not uniform.
 """
 
 from typing import NamedTuple
 
 from mhmoe_ray.placement.layout import Layout
+from mhmoe_ray.planner.kernel import planned_model
 from mhmoe_ray.planner.links import Links
 from mhmoe_ray.planner.memory import memory
-from mhmoe_ray.planner.sizes import EXPERTS, flops_per_token, parts
+from mhmoe_ray.planner.sizes import (
+    EXPERTS,
+    PROJECTIONS,
+    ROUTER,
+    SHARED,
+    feed_forward_macs,
+    flops_per_token,
+    parts,
+    sizes,
+)
 from mhmoe_ray.planner.step import expert_step
 from mhmoe_ray.planner.traffic import Exchange, dispatches, reductions
 from mhmoe_ray.planner.units import compute_bytes
@@ -40,6 +50,8 @@ class Estimate(NamedTuple):
     """Of a step on one rank, what is computed anew aside, over its peak: seconds."""
     tokens: int
     """Of a step."""
+    layout: Layout
+    """Of the ranks that do it."""
 
     @property
     def in_turn(self) -> float:
@@ -65,13 +77,13 @@ def estimate(spec: RunSpec, layout: Layout) -> Estimate:
         _exchanging(spec, layout),
         training * rank_tokens / spec.cluster.accelerator.peak(spec.train.precision),
         spec.tokens_per_step,
+        layout,
     )
 
 
 def _computing(spec: RunSpec, tokens: float) -> list[Time]:
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
     micro_batches = tokens / (spec.train.micro_batch_size * spec.data.seq_len)
-    passes = 3 + spec.train.recompute
     speed = accelerator.peak(spec.train.precision) * accelerator.flops_share
     moved = accelerator.memory_bandwidth * accelerator.memory_share
 
@@ -79,16 +91,32 @@ def _computing(spec: RunSpec, tokens: float) -> list[Time]:
         return max(Time(name, flops / speed, COMPUTE), Time(name, size / moved, MEMORY), key=lambda time: time.seconds)
 
     step = expert_step(spec)
-    routed = sum(2 * part.layers * part.macs for part in parts(model) if part.name == EXPERTS)
-    flops = tokens * (flops_per_token(model, spec.data.seq_len).forward - routed)
-    weights = compute_bytes(spec) * sum(p.layers * p.parameters for p in parts(model) if p.macs and p.name != EXPERTS)
-    times = [products("all but experts", passes * flops, passes * micro_batches * weights)]
+    others = [(part, _passes(spec, part.name)) for part in parts(model) if part.macs and part.name != EXPERTS]
+    scores = flops_per_token(model, spec.data.seq_len).forward - 2 * sizes(model).macs_per_token
+    flops = _passes(spec, "attention") * scores + sum(passes * 2 * p.layers * p.macs for p, passes in others)
+    read = micro_batches * compute_bytes(spec) * sum(passes * p.layers * p.parameters for p, passes in others)
+    times = [products("all but experts", tokens * flops, read)]
     if step and moe:
-        runs = passes * micro_batches * model.moe_layers
+        runs = _passes(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(products("experts", runs * step.flops, runs * step.bytes))
     held = memory(spec)
     update = 2 * (held.weights + held.moments) + held.gradients  # read, and but for gradients written
     return [*times, Time("update of weights", update / moved, MEMORY)]
+
+
+def _passes(spec: RunSpec, part: str) -> float:
+    """In forwards, of a forward and a backward: with train.recompute one more of all that is in blocks. Where experts
+    are spread, of what follows the second norm of their blocks only their hidden rows, by a kernel that does as told:
+    all but the last of their products."""
+    if not spec.train.recompute or part == "output":
+        return 3
+    if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
+        return 4
+    moe = planned_model(spec).moe
+    if part != EXPERTS or moe is None or moe.kernel_limits.keeps != "as told":
+        return 3
+    products = feed_forward_macs(spec.model, 1, 1)
+    return 3 + (products - 1) / products
 
 
 def _exchanging(spec: RunSpec, layout: Layout) -> list[Time]:

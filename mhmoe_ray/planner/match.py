@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec import ModelSpec, RunSpec
 from mhmoe_ray.spec.base import Section
 
 
@@ -22,7 +22,7 @@ class MatchSpec(Section):
     multiple: PositiveInt = 8
     """Width and count are rounded to multiples of this: rows of 8 values suit grouped matrix products, 8 experts divide
     over 2, 4 or 8 ranks. Where that would miss by more than 4 per cent, to a half, a quarter or an eighth of it. The
-    count is a multiple of cluster.ep in any case. What mismatch remains, `plan` shows."""
+    count is a multiple of cluster.ep too, in any case. What mismatch remains, `plan` shows."""
 
 
 SOLVED = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
@@ -83,10 +83,27 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
     return plain.with_moe(moe.model_copy(update={"d_expert": d_expert, "experts": experts}))
 
 
+def without_ep(spec: RunSpec) -> int | None:
+    """The number of experts that equals the reference's parameters, where the spec has the nearest one that cluster.ep
+    divides and it misses by more than rounding may; else None."""
+    model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
+    if ep == 1 or model.moe is None or reference is None or reference.moe is None:
+        return None
+    target = _parameters(reference)
+
+    def counted(experts: int) -> int:
+        return _parameters(_with(model, experts=experts))
+
+    exact = _nearest(counted, target, 1)
+    nearest = max(ep, _nearest(counted, target, ep)) == model.moe.experts
+    return exact if exact and nearest and abs(model.moe.experts / exact - 1) > TOLERANCE else None
+
+
 def _solve_key(
     key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
 ) -> int:
-    """The value whose count is nearest to the target, among multiples of what `match` says or of a part of it."""
+    """The value whose count is nearest to the target, among multiples of the divisor and of what `match` says or a part
+    of it."""
 
     def counted(value: int) -> int:
         return count(_with(model, **{key: value}))
@@ -97,7 +114,7 @@ def _solve_key(
         raise SpecError(_what(match), why, fix)
     exact = max(1, _nearest(counted, target, 1))
     parts = [match.multiple // part for part in (1, 2, 4, 8) if match.multiple % part == 0]
-    steps = [step for step in parts if step % divisor == 0] or [math.lcm(match.multiple, divisor)]
+    steps = sorted({math.lcm(part, divisor) for part in parts}, reverse=True)
     rounded = [_nearest(counted, target, step) for step in steps]
     return next((value for value in rounded if abs(value / exact - 1) <= TOLERANCE), max(rounded[-1], steps[-1]))
 

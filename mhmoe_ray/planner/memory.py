@@ -7,6 +7,7 @@ on a CPU). Padding is computed like any token, so what there is of it changes no
 
 from typing import NamedTuple
 
+from mhmoe_ray.planner.kernel import planned_model
 from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, blocks, parts, sizes
 from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
@@ -22,9 +23,9 @@ class Memory(NamedTuple):
     activations: int
     """What one micro-batch keeps from forward to backward, log-probabilities of all tokens included."""
     logits: int
-    """What the loss needs beside that for a moment: logits, or their gradient."""
+    """What the loss needs beside that for a moment: gradients of log-probabilities and of logits, both in float32."""
     whole: int
-    """With fsdp, tensors put together of slices for a while: see `whole_weights` and `whole_gradients`."""
+    """With fsdp and zero3, tensors put together of slices for a while: see `whole_weights` and `whole_gradients`."""
 
     @property
     def total(self) -> int:
@@ -43,21 +44,22 @@ def memory(spec: RunSpec) -> Memory:
         moments=moments,
         copies=_copies(spec, found) if size < FLOAT32 else 0,
         activations=tokens * _kept_per_token(spec, size) + _shared(spec, size) + _static_layout(model, tokens, size),
-        logits=tokens * model.vocab_size * (FLOAT32 if size == FLOAT32 else FLOAT32 + size),
+        logits=tokens * model.vocab_size * 2 * FLOAT32,
         whole=whole_weights(spec) + whole_gradients(spec),
     )
 
 
 def whole_weights(spec: RunSpec) -> int:
     """Bytes, with fsdp: of what is outside blocks, for all of a pass; of the block at work; and of the next, which is
-    gathered meanwhile."""
-    return FLOAT32 * (blocks(spec.model).outside + 2 * _largest_block(spec)) if _is_sliced(spec.cluster) else 0
+    gathered meanwhile. With zero3 as much at most, as `strategies/zero.py` tells DeepSpeed."""
+    gathers = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.world > 1
+    return FLOAT32 * (blocks(spec.model).outside + 2 * _largest_block(spec)) if gathers else 0
 
 
 def whole_gradients(spec: RunSpec) -> int:
     """Bytes, with fsdp: of what is outside blocks and of one block, beside slices of all; or where micro-batches of a
     step add up, until its last backward, of all that is sliced, in place of the slices."""
-    if not _is_sliced(spec.cluster):
+    if spec.cluster.strategy != "fsdp" or spec.cluster.world == 1:
         return 0
     if spec.train.micro_batches == spec.cluster.world:
         return FLOAT32 * (blocks(spec.model).outside + _largest_block(spec))
@@ -69,13 +71,9 @@ def whole_gradients(spec: RunSpec) -> int:
 def _largest_block(spec: RunSpec) -> int:
     """Parameters of it that ranks hold in slices."""
     model, found, held = spec.model, blocks(spec.model), 0
-    if model.moe and spec.cluster.shard_experts and spec.cluster.dp > 1:
+    if model.moe and spec.cluster.slices_experts and spec.cluster.dp > 1:
         held = sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
     return max(found.dense if model.moe_layers < model.layers else 0, found.mixture + held if model.moe else 0)
-
-
-def _is_sliced(cluster: ClusterSpec) -> bool:
-    return cluster.strategy == "fsdp" and cluster.world > 1
 
 
 def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
@@ -105,8 +103,8 @@ def _copies(spec: RunSpec, found: Sizes) -> int:
 
 
 def _kept_per_token(spec: RunSpec, size: int) -> int:
-    model, moe = spec.computed_model, spec.model.moe
-    llama = model.backbone == "llama"
+    model = planned_model(spec)
+    moe, llama = model.moe, model.backbone == "llama"
     # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
     norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
     around = norm + _attention(model, size) + norm
@@ -190,8 +188,12 @@ def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
     kept = 0
     if moe.kernel != "capacity":
         kept += rows + routes * _hidden_of_expert(model, moe, size) + rows + routes * FLOAT32
-    # The head projection's result as the router's input, and the merge projection's operand.
-    kept += d * FLOAT32 * (moe.has_head or size < FLOAT32) + d * size * moe.has_merge
+    # The router's input, if it is not what the norm's is counted with, and what jitter scaled it by.
+    whole_rows = moe.has_head or bool(moe.d_shared)  # the norm's result is the operand of a product
+    own = moe.has_head or size < FLOAT32 or (moe.jitter > 0 and whole_rows)
+    kept += d * FLOAT32 * (own + (moe.jitter > 0)) - d * size * (size < FLOAT32 and not whole_rows)
+    # The merge projection's operand, and one of each further layer of the two.
+    kept += d * size * (moe.has_merge + (moe.projection_layers - 1) * (moe.has_head + moe.has_merge))
     # Probabilities and logits; choice and mask of each route.
     kept += moe.heads * (_router(moe, d // moe.heads) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:

@@ -58,7 +58,8 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 def _fitting(name: str, sweep: SweepSpec) -> str:
     """A name that the grid makes, cut where runs could not be called so, with a digest of what it was."""
-    room = NAME_LENGTH - len(seeded(f"{sweep.name}-", max(sweep.seeds)))
+    # The same for all seeds of up to four digits: with one more a name must stay what it was.
+    room = NAME_LENGTH - len(seeded(f"{sweep.name}-", max(1000, *sweep.seeds)))
     if len(name) <= room:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]

@@ -68,7 +68,7 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     def straight(size: int) -> Pattern:
         return lambda group, kind: flat(group, kind).of(size)
 
-    if cluster.dispatch == "flat" or not any(map(_has_rails, groups)):
+    if cluster.dispatch == "flat" or not any(map(has_rails, groups)):
         return [exchange("counts per expert", straight(counts)), *(exchange(way, straight(routed)) for way in ways)]
 
     choices = 1 if model.dropout else moe.top_k
@@ -79,11 +79,11 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
 
         along = to_nodes(part)
         return lambda group, kind: (
-            along(group, kind).of(size) if _has_rails(group) else straight(straight_size)(group, kind)
+            along(group, kind).of(size) if has_rails(group) else straight(straight_size)(group, kind)
         )
 
     def on_nodes(pattern: Pattern) -> Pattern:
-        return lambda group, kind: pattern(group, kind) if _has_rails(group) else Links()
+        return lambda group, kind: pattern(group, kind) if has_rails(group) else Links()
 
     row, route = routed // choices, tokens * moe.heads * moe.top_k
     beside = {ways[0]: route * (INT32 + FLOAT32), ways[3]: route * FLOAT32}
@@ -97,8 +97,8 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
     return found
 
 
-def _has_rails(group: Spread) -> bool:
-    """Whether it lies on several nodes, with as many ranks on each."""
+def has_rails(group: Spread) -> bool:
+    """Whether it lies on several nodes, with as many ranks on each: hierarchical dispatch of others is flat."""
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
@@ -123,7 +123,8 @@ def _made_whole(
 
     Those are put together for each forward and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3
     reduce gradients in each backward, as they keep no whole ones; the others in the last. Blocks and buckets of them
-    are counted as if they went in one piece.
+    are counted as if they went in one piece. What ZeRO 3 still has of a forward when its backward begins, two blocks at
+    most, is not taken off.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {what}", f"weights of {what}"

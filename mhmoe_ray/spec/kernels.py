@@ -5,6 +5,10 @@ from typing import Literal, NamedTuple
 KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
 
 
+FUSED_UP_TO = 256
+"""Width of rows up to which `auto` is `triton` on GPUs, in bfloat16: `mhmoe_kernels.backends` has the same number."""
+
+
 class KernelLimits(NamedTuple):
     """None where it takes any."""
 

@@ -133,17 +133,18 @@ class Trainer:
         for i, (token_BT, counts_BT) in enumerate(batches, start=1):
             with self.strategy.micro_batch(last=i == here):
                 micro_batch = self.step * m + self.mesh.rank + (i - 1) * self.mesh.world
-                output = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
-                loss = (token_losses(output.logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
+                logits_BTV, routing = self.forward(token_BT[:, :-1], Noise(spec.seed, micro_batch))
+                loss = (token_losses(logits_BTV, token_BT[:, 1:]) * counts_BT).sum()
+                del logits_BTV  # or they would lie there beside their gradients
                 # What it adds to the mean over all targets, times M, since the mean over micro-batches is to come.
                 objective = loss / (max(1, targets) / m)
                 loss_balance_dropped[0] += loss.detach()
                 if moe:
-                    objective = objective + routing_loss(spec.model, output.routing)
-                    balance_L = torch.stack([r.balance_loss.detach() for r in output.routing])
+                    objective = objective + routing_loss(spec.model, routing)
+                    balance_L = torch.stack([r.balance_loss.detach() for r in routing])
                     loss_balance_dropped[1] += balance_L.double().sum()
-                    loss_balance_dropped[2] += torch.stack([r.dropped for r in output.routing]).sum()
-                    count_LE += torch.stack([r.count_E for r in output.routing])
+                    loss_balance_dropped[2] += torch.stack([r.dropped for r in routing]).sum()
+                    count_LE += torch.stack([r.count_E for r in routing])
                 # Strategies divide by the world; the mean wanted is over the step's M.
                 self.strategy.backward(objective * (self.mesh.world / m))
             self.on_progress()

@@ -85,12 +85,30 @@ def test_sizes_of_a_layer_that_there_is_not_are_refused(options):
         (("layer", "--points", "4"), "there is no axis"),
         (("serve", "engines", "--rate", "2"), "no clients that come at random"),
         (("serve", "heads", "--peers"), "would ignore --peers"),
+        (("serve", "heads", "--prompt", "64"), "would ignore --peers, --equal and --prompt"),
+        (("serve", "engines", "--prompt", "900"), "1,687 tokens at most, but models have 1,024 positions"),
+        (("serve", "engines", "--prompt", "1000", "--equal"), "1,064 tokens at most"),
     ],
 )
 def test_they_are_mistakes_of_the_command_line(tmp_path, words, why):
     refused = mhmoe_anew(tmp_path, "bench", *words)
     assert refused.code == 2
     assert why in " ".join(refused.err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("checkpoint", "--d-model", "130"), "bench checkpoint: d_model 130 must be a multiple of twice"),
+        (("serve", "engines", "--d-model", "65"), "bench serve: d_model 65 must be a multiple of twice"),
+        (
+            ("layer", *SMALL, "--kernels", "cpp", "--dtype", "float32"),
+            "kernel cpp computes in bfloat16, not in float32",
+        ),
+    ],
+)
+def test_sizes_and_kernels_that_there_are_not_are_one_line(tmp_path, words, why):
+    assert_one_line(mhmoe_anew(tmp_path, "bench", *words), 3, why)
 
 
 def test_a_plot_needs_an_axis_and_a_file_that_can_be_written(tmp_path):

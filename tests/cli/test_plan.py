@@ -66,6 +66,44 @@ def test_plan_shows_memory_at_the_fewest_workers_too(corpus):
     assert moments[1] != moments[3]
 
 
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (["checkpoint_every=10"], "3, one every 10 steps, "),
+        (["checkpoint_every=20"], "2, one every 20 steps and one at the end, "),
+        (["checkpoint_every=7", "keep_checkpoints=3"], "5, one every 7 steps and one at the end, of which the newest 3 "
+         "and the best stay, "),
+    ],
+)  # fmt: skip
+def test_plan_counts_the_checkpoint_of_the_last_step(corpus, train, told):
+    words = [word for key in train for word in ("--set", f"train.{key}")]
+    assert told in " ".join(mhmoe(corpus, "plan", "spec.yaml", *words).out.split())
+
+
+def test_plan_says_what_kernel_auto_is_taken_for(corpus):
+    half, gpus = ("--set", "train.precision=bfloat16"), ("--set", "cluster.gpus_per_worker=1")
+    for more, kernel, told in [
+        ((), "grouped", "auto, taken to be grouped"),
+        (half, "grouped", "auto, taken to be grouped; where CPUs have AMX it is cpp, which keeps less"),
+        ((*half, *gpus), "triton", "auto, taken to be triton"),
+    ]:
+        assert mhmoe(corpus, "plan", "spec.yaml", *more, "--json").json()["kernel"] == kernel
+        lines = mhmoe(corpus, "plan", "spec.yaml", *more, COLUMNS="200").out.splitlines()
+        assert next(line for line in lines if line.startswith("kernel")).split(maxsplit=1)[1].strip() == told
+    named = mhmoe(corpus, "plan", "spec.yaml", "--set", "model.moe.kernel=reference").out
+    assert "\nkernel" not in named
+
+
+def test_plan_says_how_many_experts_ep_keeps_a_match_from(tmp_path):
+    spec = "name: a\npreset: mhmoe\nsize: base\ndata: {sources: {web: {path: raw}}, prepared: prepared}\n"
+    (tmp_path / "a.yaml").write_text(f"{spec}cluster: {{ep: 9, workers: 9}}\ntrain: {{micro_batches: 9}}\n")
+    text = " ".join(mhmoe(tmp_path, "plan", "a.yaml").out.split())
+    assert "have 45 experts of width 768" in text
+    assert "(smoe); 41 experts would match it, but cluster.ep 9 does not divide them" in text
+    four = ("--set", "cluster.ep=4", "--set", "cluster.workers=4", "--set", "train.micro_batches=4")
+    assert "experts would match" not in mhmoe(tmp_path, "plan", "a.yaml", *four).out
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=[str(p.relative_to(JOBS)) for p in SPECS])
 def test_every_spec_of_ours_can_be_planned(tmp_path, spec):
     plan = mhmoe(tmp_path, "plan", str(spec), "--json").json()
@@ -93,6 +131,9 @@ def test_presets_lists_all_with_both_ratios(tmp_path):
     assert all(
         (r["parameters_ratio"] is None) == (r["reference"] is None) == (r["multiply_adds_ratio"] is None) for r in rows
     )
+    for columns in ("80", "200"):
+        header, *_ = mhmoe(tmp_path, "presets", COLUMNS=columns).out.splitlines()
+        assert header.split()[-7:] == "h E k f parameters active multiply-adds".split()
     text = mhmoe(tmp_path, "presets", "p2").out
     line = next(line for line in text.splitlines() if line.startswith("p2-mhmoe-h3 "))
     assert line.split() == "p2-mhmoe-h3 p2-smoe: 1.023, 1.004 3 96 3 512 315 M 110 M 110 M".split()

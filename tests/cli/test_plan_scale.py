@@ -8,7 +8,9 @@ import pytest
 
 from mhmoe_ray.cli import plan_estimate
 from mhmoe_ray.cli.plan import as_dict
-from mhmoe_ray.cli.plan_placement import placement_on_paper
+from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.placement.packing import Node
 from mhmoe_ray.planner.estimate import estimate
 from mhmoe_ray.planner.resolve import resolve_spec
 from tests.cli.run import assert_one_line, mhmoe
@@ -112,6 +114,9 @@ def test_the_tables_show_what_the_json_has_and_cut_nothing(alone):
         text = shown(alone, COLUMNS=columns)
         assert "…" not in text
         assert "not checked on GPUs" in text
+        longest = found["step"]["longest"]
+        share = longest["seconds"] / found["step"]["seconds_in_turn"]
+        assert f"its longest part is {longest['name']} ({share:.0%} of the latter), bound by" in " ".join(text.split())
         assert f"{found['step']['tokens_per_s_in_turn']:,.0f}" in text
         assert f"{found['step']['seconds_in_turn']:,.2f} s" in text
         assert "0-255     32 from node0 to node31, 8 on each; domain0" in text
@@ -144,6 +149,54 @@ def test_without_a_cluster_one_node_is_assumed_and_said(alone):
     assert "warning: cluster http://no-such-host.invalid:8265" in away.err
 
 
+def placed_on(monkeypatch, spec, *free):
+    """On nodes of a cluster with so many CPUs and GPUs free on each."""
+    nodes = [Node(f"node{i}", *cpus_gpus) for i, cpus_gpus in enumerate(free)]
+    there = Connection("http://cluster:8265", local=False, is_local_machine=False, token=None)
+    monkeypatch.setattr("mhmoe_ray.cluster.connect.connect_if_there", lambda _: there)
+    monkeypatch.setattr("mhmoe_ray.cluster.nodes.free_nodes", lambda *_: nodes)
+    return placement(spec)
+
+
+def test_an_elastic_run_starts_with_as_many_as_there_is_room_for(monkeypatch):
+    cluster = {"workers": {"min": 2, "max": 8}, "ep": 2}
+    spec = tiny_spec(cluster=cluster, train={"micro_batches": 8})
+    assert spec.worker_counts == [2, 4, 8]
+    placed = placed_on(monkeypatch, spec, (3, 0), (3, 0))
+    assert len(placed.layout.nodes) == len(placed.places) == 4  # as train/elastic.py, of the five it has room for
+    assert placed.missing is None
+    said = said_of(placed)
+    assert said[0] == ("it would start with 4 of at most 8 workers, for which there is room now, and grow later")
+    # The fourth would take the stream's CPU.
+    assert len(placed_on(monkeypatch, spec, (4, 0)).places) == 2
+    few = placed_on(monkeypatch, spec, (2, 0))
+    assert few.layout is None
+    assert few.missing.startswith("1 of 2 workers find no place")
+    told = as_dict(spec, placed)
+    four = as_dict(spec.with_workers(4), placed)
+    assert told["exchanges"] == four["exchanges"]
+
+
+def test_what_is_left_for_the_data_stream_is_told(monkeypatch):
+    spec = tiny_spec(cluster={"workers": 2, "cpus_per_worker": 2})
+    assert placed_on(monkeypatch, spec, (8, 0)).notes == []
+    assert placed_on(monkeypatch, spec, (7, 0)).notes == [
+        "workers leave 3 CPUs for the data stream, which is to have 4: they may wait for it"
+    ]
+    [note] = placed_on(monkeypatch, spec, (4, 0)).notes
+    assert note.startswith("workers take every free CPU, and the data stream has none")
+
+
+def test_hierarchical_dispatch_that_stays_flat_is_told(monkeypatch):
+    spec = tiny_spec(cluster={"workers": 4, "ep": 4, "dispatch": "hierarchical"})
+    [note] = placed_on(monkeypatch, spec, (3, 0), (1, 0), (0, 4)).notes[:1]
+    assert note == (
+        "cluster.dispatch is hierarchical, but flat in the only group: nodes have unequally many of the ranks"
+    )
+    even = placed_on(monkeypatch, spec, (2, 0), (2, 0))
+    assert not any("hierarchical" in note for note in even.notes)
+
+
 @pytest.mark.ray
 def test_a_cluster_tells_where_workers_would_be_and_which_find_no_place(corpus, local_cluster):
     request = mhmoe(corpus, "submit", "spec.yaml", "--dry-run", "--address", local_cluster.address).json()
@@ -161,6 +214,21 @@ def test_a_link_keeps_its_own_defaults_beside_a_key_that_is_given():
     network = tiny_spec(cluster={"network": {"between": {"bandwidth": 25e9}}}).cluster.network
     assert (network.between.per, network.between.bandwidth, network.between.latency) == ("node", 25e9, 20e-6)
     assert (network.node.bandwidth, network.domain.bandwidth) == (450e9, 50e9)
+
+
+def test_a_cost_says_that_its_node_is_assumed(alone):
+    """Of GPUs that no cluster tells of, exchanges would else be within nodes, unsaid."""
+    gpus = ("--set", "cluster.gpus_per_worker=1")
+    text = " ".join(mhmoe(alone, "plan", "spec.yaml", *gpus).out.split())
+    assert "on 2 of them, taken to be on one node, as no cluster tells where (estimated, not checked)" in text
+
+
+def test_a_single_gpu_exchanges_nothing_and_has_no_table_of_it(alone):
+    words = ("--set", "cluster.ep=1", "--nodes", "1", "--gpus", "1")
+    text = mhmoe(alone, "plan", "spec.yaml", *words).out
+    assert "on paper: one node of 1 GPU\n" in text
+    assert "estimated: sent in a step" not in text
+    assert "estimated: time of a step" in text
 
 
 def test_a_plan_tells_what_the_run_costs_in_accelerator_hours(alone):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.placement.layout import laid_out
+from mhmoe_ray.placement.layout import laid_out, on_one_node
 from mhmoe_ray.placement.packing import on_paper, packed
 from mhmoe_ray.planner.estimate import estimate, seconds
 from mhmoe_ray.planner.memory import memory
@@ -76,6 +76,24 @@ def test_products_take_as_long_as_flops_or_bytes():
     assert dense.bound == "memory bandwidth"
     held = memory(moved)
     assert update.seconds == pytest.approx((2 * held.weights + 2 * held.moments + held.gradients) / 500)
+
+
+@pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])
+def test_recomputing_costs_another_forward_of_what_is_in_blocks_alone(ep, experts_passes):
+    """And of spread experts their hidden rows: two of their three products."""
+    accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
+    model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
+    cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}
+    train = {"precision": "bfloat16", "recompute": True}
+    spec = tiny_spec(cluster=cluster, model=model, train=train)
+    found = {time.name: time.seconds for time in estimate(spec, on_one_node(4, ep)).computing}
+    macs = {part.name: part.layers * part.macs for part in parts(spec.model)}
+    inside = ("projections", "router", "shared expert")
+    once = macs["output"] + (sum(macs[name] for name in inside) if ep > 1 else 0)
+    routed, tokens = macs["experts"], 2 * 16
+    forward = flops_per_token(spec.model, 16).forward - 2 * routed
+    assert found["all but experts"] == pytest.approx(tokens * (4 * forward - 2 * once) / 1e6)
+    assert found["experts"] == pytest.approx(tokens * experts_passes * 2 * routed / 1e6)
 
 
 def test_a_step_is_between_all_at_once_and_all_in_turn():

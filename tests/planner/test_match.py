@@ -3,11 +3,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve
+from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve, without_ep
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.routers import ROUTERS
+from tests.specs import tiny_spec
 
 
 def model(moe, d=768, d_ff=2048, **trunk):
@@ -115,6 +116,24 @@ def test_rounding_takes_smaller_steps_where_it_would_miss_by_much():
     assert experts % 8
     assert parity(ours, shared)["parameters"].ratio == pytest.approx(1.0, abs=0.04)
     assert parity(ours, shared)["multiply-adds of expert layers"].ratio == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ep", "experts"), [(2, 40), (3, 42), (4, 40), (5, 40), (6, 42), (7, 42), (8, 40), (9, 45), (16, 48)]
+)
+def test_experts_divide_over_any_number_of_ranks_and_stay_near(ep, experts):
+    """41.3 match exactly."""
+    moe = {"heads": 2, "top_k": 2}
+    assert solve(model(moe), SMOE, MatchSpec(to="reference", by="both"), ep=ep) == (768, experts)
+    ours = model({**moe, "d_expert": 768, "experts": experts})
+    spec = tiny_spec(
+        model=ours.model_dump(),
+        reference={"name": "smoe", "moe": SMOE.moe.model_dump()},
+        cluster={"ep": ep, "workers": ep},
+        train={"micro_batches": ep},
+    )
+    assert without_ep(spec) == (41 if experts > 42 else None)
+    assert without_ep(spec.model_copy(update={"cluster": tiny_spec().cluster})) is None
 
 
 def test_what_cannot_be_matched_is_said():

@@ -6,14 +6,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
-from mhmoe_kernels import cpp
+from mhmoe_kernels import backends, cpp
 from mhmoe_ray.bench.memory import peak_bytes
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.planner.kernel import assumed_kernel, may_be_compiled
 from mhmoe_ray.planner.memory import memory, whole_gradients, whole_weights
 from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.kernels import FUSED_UP_TO
 from mhmoe_ray.spec.routers import ROUTERS
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import Trainer
@@ -36,6 +38,9 @@ EXPERTS = {
     "recomputed": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "kernel": "grouped"},
     "kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 0, "kernel": "grouped"},
     "not kept": {"heads": 4, "experts": 4, "top_k": 2, "d_expert": 200, "recompute": 1, "kernel": "grouped"},
+    "projected": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "projection_layers": 3, "kernel": "grouped"},
+    "jitter": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "jitter": 0.1, "kernel": "grouped"},
+    "plain jitter": {"heads": 1, "experts": 4, "top_k": 2, "d_expert": 40, "jitter": 0.1, "kernel": "grouped"},
     "static": {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 40, "capacity_factor": 1.0, "kernel": "capacity"},
     **{
         f"router {name}": {
@@ -122,6 +127,33 @@ def test_activations_of_experts_that_keep_all(kind):
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
     assert memory(spec).activations == pytest.approx(kept_by_autograd(spec), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "d_model", "kernel"),
+    [
+        (1, "bfloat16", 512, "triton"),
+        (1, "bfloat16", 514, "grouped"),  # rows of 257
+        (1, "float32", 512, "grouped"),
+        (0, "bfloat16", 512, "grouped"),
+    ],
+)
+def test_auto_keeps_what_the_kernel_keeps_that_it_is_taken_for(gpus, precision, d_model, kernel):
+    def of(kernel):
+        moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 400, "kernel": kernel}
+        model = {**TRUNK, "attention_heads": 1, "d_model": d_model, "moe": moe}
+        return tiny_spec(model=model, cluster={"gpus_per_worker": gpus}, train={"precision": precision})
+
+    assert assumed_kernel(of("auto")) == kernel
+    assert memory(of("auto")) == memory(of(kernel))
+    assert may_be_compiled(of("auto")) == (not gpus)
+
+
+def test_auto_means_the_same_to_a_plan_and_to_a_run():
+    assert FUSED_UP_TO == backends.FUSED_UP_TO
+    assert assumed_kernel(spec_of("llama", "dense")) is None
+    assert assumed_kernel(spec_of("llama", "static")) == "capacity"
+    assert not may_be_compiled(spec_of("llama", "multi-head", "bfloat16"))  # that names its kernel
 
 
 def test_activations_of_experts_that_keep_nothing():
@@ -230,6 +262,20 @@ def peak(spec):
     batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world][:1]
     trainer.accumulate(batch)  # so that gradients are there
     return peak_bytes(lambda: trainer.accumulate(batch), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precision):
+    """With logits and all that is made of them at once, and nothing of it twice."""
+    model = {**TRUNK, "vocab_size": 20_000, "d_model": 16, "d_ff": 32, "moe": None}
+    train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision}
+    cluster = {"workers": workers, "strategy": strategy}
+    spec = tiny_spec(model=model, data={"seq_len": 256}, train=train, cluster=cluster)
+    found = memory(spec)
+    for most in run_ranks(workers, peak, spec):
+        # Of fsdp's weights that are put together some are there before the loss alone, or after it.
+        assert most == pytest.approx(found.activations + found.copies + found.logits, rel=0.03)
 
 
 @pytest.mark.parametrize(("experts", "ep", "least"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)])

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_ray.placement.layout import laid_out
 from mhmoe_ray.placement.packing import Node
+from mhmoe_ray.planner.memory import whole_weights
 from mhmoe_ray.planner.traffic import dispatches, exchanges
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
@@ -121,6 +122,51 @@ def test_slices_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
         assert found["bytes"]["allgather_base"] == pytest.approx(gathered, rel=0.01)
         whole = found["bytes"].get("allreduce", 0), found["bytes"]["reduce_scatter_base"]
         assert whole == ((0, scattered + experts) if shard_experts else (experts, scattered))
+
+
+def seen_of_zero(spec):
+    """Of a second step, as DeepSpeed learns in the first in which order weights are used; the most parameters that were
+    whole before the last norm; and what all are."""
+    trainer = trainer_of(spec)
+    parameters = list(trainer.model.parameters())
+    whole = []
+    trainer.model.norm.register_forward_pre_hook(lambda *_: whole.append(sum(p.nbytes for p in parameters)))
+    for step in range(2):
+        with Collectives() as accumulating:
+            sums = trainer.accumulate(batches(spec, step, trainer))
+        with Collectives() as updating:
+            trainer.update(sums)
+    return dict(accumulating.bytes), dict(updating.bytes), whole[-1]
+
+
+def in_all(spec, name):
+    """Bytes that a rank brings in a step."""
+    return sum(e.payload * e.times for e in exchanges(spec) if e.name.startswith(name))
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_zero_sends_slices_of_gradients_to_their_ranks_alone(strategy):
+    pytest.importorskip("deepspeed")
+    spec = tiny_spec(cluster={"workers": 2, "strategy": strategy})
+    for accumulating, updating, _ in run_ranks(2, seen_of_zero, spec):
+        assert "allreduce" not in accumulating
+        assert accumulating["reduce"] == pytest.approx(in_all(spec, "gradients"), rel=0.01)
+        assert updating["allgather_base"] == pytest.approx(in_all(spec, "weights"), rel=0.01)
+
+
+def test_zero_3_gathers_weights_for_each_pass_and_has_two_blocks_whole():
+    pytest.importorskip("deepspeed")
+    moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 128}
+    model = {"vocab_size": 300, "d_model": 192, "layers": 6, "attention_heads": 4, "d_ff": 512, "moe": moe}
+    spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "zero3"})
+    held, micro_batches = whole_weights(spec), spec.train.micro_batches // 2
+    for accumulating, _, whole in run_ranks(2, seen_of_zero, spec):
+        assert whole == pytest.approx(held, rel=0.05)
+        assert accumulating["reduce_scatter_base"] == pytest.approx(in_all(spec, "gradients"), rel=0.01)
+        kept = micro_batches * held // 2  # from forward to backward, in slices
+        gathered = accumulating["allgather_base"]
+        assert gathered == pytest.approx(in_all(spec, "weights") - kept, rel=0.05)
+        assert gathered < in_all(spec, "weights")
 
 
 def test_strategies_send_what_they_save_in_memory_as_bytes():

@@ -18,7 +18,7 @@ class Usage(NamedTuple):
 
 
 class Peak:
-    """While it is entered, the largest memory that any one process had below this one."""
+    """While it is entered, the largest memory that any one process had: this one, or one below it."""
 
     def __init__(self) -> None:
         self.resident = self.own = 0
@@ -37,7 +37,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            for pid in descendants(os.getpid()):
+            for pid in [os.getpid(), *descendants(os.getpid())]:
                 usage = usage_of(pid)
                 self.resident, self.own = max(self.resident, usage.resident), max(self.own, usage.own)
             time.sleep(EVERY_SECONDS)

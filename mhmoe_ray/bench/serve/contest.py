@@ -34,12 +34,21 @@ class Shape(NamedTuple):
     equal: bool = True
     """Whether all are of that length; else both are anything from a quarter of it to seven quarters."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return self.prompt + self.tokens if self.equal else self._most(self.prompt) + self._most(self.tokens)
+
+    @staticmethod
+    def _most(mean: int) -> int:
+        return max(1, mean * 7 // 4)
+
     def requests(self, count: int, seed: str) -> list[Prompt]:
         """That no other seed gives."""
         draws = random.Random(seed)
 
         def length(mean: int) -> int:
-            return mean if self.equal else draws.randint(max(1, mean // 4), max(1, mean * 7 // 4))
+            return mean if self.equal else draws.randint(max(1, mean // 4), self._most(mean))
 
         return [
             ([draws.randrange(1, VOCAB) for _ in range(length(self.prompt))], length(self.tokens)) for _ in range(count)

@@ -61,7 +61,14 @@ class Zero(Strategy):
             "gradient_accumulation_steps": spec.micro_batches // mesh.world,
             "gradient_clipping": spec.clip_norm,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True},
+            "zero_optimization": {
+                "stage": stage,
+                "contiguous_gradients": True,
+                "reduce_scatter": True,
+                # Each slice to its rank; by default all of them to all ranks, which is twice as much.
+                "use_multi_rank_bucket_allreduce": False,
+                **_gathered(model),
+            },
         }
         if spec.precision == "bfloat16":
             # On CUDA its forward switches autocast off unless it is told so. Without modules of its own choice, whose
@@ -161,6 +168,19 @@ class Zero(Strategy):
             safe_set_full_fp32_param(parameter, weight)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, local(moments[f"{moment}.{name}"]), moment)
+
+
+def _gathered(model: Decoder) -> dict[str, int]:
+    """What stage 3 has whole at a time: by default up to 1e9 parameters, and smaller models from their forward to the
+    end of their backward. Here a block and the next one, as with fsdp, and norms for ever."""
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.blocks.parameters())
+    return {
+        "stage3_max_live_parameters": outside + 2 * largest,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": largest,
+        "stage3_param_persistence_threshold": 10_000,
+    }
 
 
 def _compile_nothing() -> None:

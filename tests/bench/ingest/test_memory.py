@@ -39,6 +39,18 @@ def test_the_peak_is_that_of_the_largest_process_below(tmp_path):
     assert 200 * MB < mapped.resident < 250 * MB
 
 
+def test_the_peak_is_of_the_process_itself_where_that_is_the_largest():
+    code = f"""
+import time
+from mhmoe_ray.bench.ingest.memory import Peak
+with Peak() as peak:
+    {OWN}
+    time.sleep(1)
+print(peak.own)"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(printed) > 200 * MB
+
+
 def test_processes_below_are_found_until_they_end():
     with subprocess.Popen(
         [sys.executable, "-c", BELOW, "import time; time.sleep(60)"], stderr=subprocess.DEVNULL
