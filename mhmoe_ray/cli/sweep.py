@@ -125,7 +125,7 @@ def _start(
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)
     names = [run.name for run in wanted]
-    return client.submit(place, connection, planned, names, size=size, concurrent=concurrent, retry=True), connection
+    return client.submit(place, connection, planned, names, size=size, concurrent=concurrent), connection
 
 
 def _say_failures(place: "SweepDir", wanted: list[str]) -> None:

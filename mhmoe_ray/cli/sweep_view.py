@@ -9,10 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mhmoe_ray.cli.common import detaching, nats, note, number_table, out, print_whole, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.sweeps import SweepDir
+    from mhmoe_ray.runs.sweeps import Order, SweepDir
     from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 1.0
@@ -54,30 +52,38 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
     from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.sweep import client
 
-    restarts, asked, others, patience = 0, time.monotonic(), False, Patience(say)
+    restarts, asked, told, gone_since, patience = 0, time.monotonic(), False, 0.0, Patience(say)
     hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
     with detaching(hint), _bar() as bar:
-        view = _View(place, place.order(name).wanted_entries, bar)
-        while True:
-            over = view.refresh()
-            if over or time.monotonic() - asked > ASK_SECONDS:
-                if (newest := place.orders()[-1]) != name and not others:
-                    note.print("another command asked for runs of this sweep; its job starts them now")
-                    others = True
-                order = place.order(newest)
-                alive = patience.ask(partial(client.is_alive, order), not over)
-                asked = time.monotonic()
-                if not alive:
-                    if view.refresh() or place.stop_file.exists() or restarts == MOST_RESTARTS:
-                        return
-                    if error := client.own_error(order):
-                        raise error
-                    if others:
-                        return  # who gave that command follows it
-                    restarts += 1
-                    note.print("the job that starts the runs has ended; it is started again")
-                    name = client.again(place, connection, order)
+        view = _View(place, place.order(name), bar)
+        while not view.refresh():
             time.sleep(POLL_SECONDS)
+            if time.monotonic() - asked < ASK_SECONDS:
+                continue
+            newest = place.orders()[-1]
+            order = place.order(newest)
+            if newest != name and not told:
+                note.print("another command asked for runs of this sweep; its job starts these, too")
+                told = True
+            alive = patience.ask(partial(client.is_alive, order), True)
+            asked = time.monotonic()
+            if alive:
+                gone_since = 0.0
+                continue
+            if place.stop_file.exists() or view.refresh():
+                return
+            gone_since = gone_since or asked
+            if place.orders()[-1] != newest or (newest != name and asked - gone_since < 2 * ASK_SECONDS):
+                continue  # whoever gave that order may follow it, and start it again
+            if error := client.own_error(order):
+                if newest != name:
+                    return
+                raise error
+            if restarts == MOST_RESTARTS:
+                return
+            restarts += 1
+            note.print("the job that starts the runs has ended; it is started again")
+            name = client.again(place, connection, order)
 
 
 def _bar() -> Progress:
@@ -86,15 +92,17 @@ def _bar() -> Progress:
 
 
 class _View:
-    def __init__(self, place: "SweepDir", entries: "Sequence[SweepRun]", bar: Progress) -> None:
-        self._place, self._entries, self._bar = place, entries, bar
+    def __init__(self, place: "SweepDir", order: "Order", bar: Progress) -> None:
+        self._place, self._order, self._bar = place, order, bar
+        self._entries = order.wanted_entries
         self._whole = bar.add_task("runs", total=len(self._entries), said="")
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, str] = {}
 
     def refresh(self) -> bool:
         """Whether all are over."""
-        from mhmoe_ray.runs import events, metrics
+        from mhmoe_ray.runs import metrics
+        from mhmoe_ray.sweep.client import is_to_run, state_of
 
         runs, over = self._place.runs(), 0
         for entry in self._entries:
@@ -103,8 +111,8 @@ class _View:
             if self._told.get(entry.name) == "finished":  # which it stays
                 over += 1
                 continue
-            state = events.state(events.events(run)) if run.attempts_file.exists() else "submitted"
-            over += events.is_over(state)
+            state = state_of(run)
+            over += not is_to_run(entry.name, run, state, self._order)
             last = metrics.last(run) if run.metrics_file.exists() else None
             if self._told.get(entry.name) != state:
                 self._told[entry.name] = state

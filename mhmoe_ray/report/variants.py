@@ -102,8 +102,9 @@ def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
-    """In the order in which they first come. Of a variant that has finished runs, the others do not count. Runs of one
-    seed that differ in their cluster section, say in the strategy, are what is compared: so they are variants too."""
+    """In the order in which they first come. Of a variant that has finished runs, the others do not count. Runs of
+    different names that are spread in different ways, say by another strategy, are what is compared: so they are
+    variants, too."""
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
         found.setdefault(_what_is_trained(run.spec), []).append(run)
@@ -129,13 +130,12 @@ def _what_is_trained(spec: RunSpec) -> str:
 
 
 def _where_trained(same: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
-    """Runs of the same training, apart by their cluster section where seeds are there more than once."""
-    if len({run.spec.seed for run in same}) == len(same):
-        return [list(same)]
+    """Runs of the same training, apart by name where these stand for different ways to spread it."""
     found: dict[str, list[RunFigures]] = {}
     for run in same:
-        found.setdefault(run.spec.cluster.model_dump_json(), []).append(run)
-    return found.values()
+        found.setdefault(unseeded(run.spec.name), []).append(run)
+    ways = [{(c.strategy, c.ep, c.dispatch) for c in (run.spec.cluster for run in named)} for named in found.values()]
+    return found.values() if any(way != ways[0] for way in ways) else [list(same)]
 
 
 def _short(names: Sequence[str]) -> list[str]:

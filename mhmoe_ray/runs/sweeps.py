@@ -11,11 +11,13 @@ counts is told by their names alone.
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from mhmoe_ray.errors import RunError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
@@ -30,8 +32,8 @@ class Order(BaseModel):
     """All that the file had."""
     wanted: list[str]
     """Names of those that are to run."""
-    retry: bool
-    """Whether those start again that failed or were stopped before."""
+    retry: dict[str, int]
+    """Of those that had failed, or been stopped, the number of their last attempt then: they start again once."""
     job: str
     address: str
     """The cluster's dashboard, as commands reach it."""
@@ -78,22 +80,34 @@ class SweepDir:
         return f"{last + 1:06d}-{secrets.token_hex(3)}"
 
     def order(self, name: str) -> Order:
-        return Order.model_validate_json((self.orders_folder / f"{name}.json").read_text())
+        """Raises:
+        FileNotFoundError: it is not written yet.
+        RunError: it cannot be read.
+        """
+        text = (self.orders_folder / f"{name}.json").read_text()
+        try:
+            return Order.model_validate_json(text)
+        except ValidationError as e:
+            what = f"sweep {self.name}, order {name}"
+            fix = "give the sweep's command again, or go on with the version that wrote it"
+            raise RunError(what, "it is damaged, or of another version", fix) from e
 
     def write_order(self, name: str, order: Order) -> None:
         write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
 
-    def withdraw(self, name: str) -> None:
-        """An order whose job no cluster took."""
-        (self.orders_folder / f"{name}.json").unlink(missing_ok=True)
+    def orders_before(self, name: str | None = None) -> Iterator[Order]:
+        """Those before this one, else all; without those that another version of this package wrote."""
+        names = self.orders()
+        for earlier in names[: names.index(name) if name else None]:
+            with suppress(RunError):
+                yield self.order(earlier)
 
     def entries(self) -> list[SweepRun]:
         """Those of the last order, and those of earlier ones that were started and are not in it any more."""
-        started = self.runs()
-        names = self.orders()
-        found = {entry.name: entry for entry in self.order(names[-1]).entries} if names else {}
-        for name in reversed(names[:-1]):
-            for entry in self.order(name).entries:
+        started, last = self.runs(), self.orders()[-1]
+        found = {entry.name: entry for entry in self.order(last).entries}
+        for order in reversed([*self.orders_before(last)]):
+            for entry in order.entries:
                 if entry.name in started:
                     found.setdefault(entry.name, entry)
         return list(found.values())

@@ -1,21 +1,20 @@
 """Starting, following and stopping a sweep from outside; `job.py` is what does the work."""
 
+import shlex
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.errors import ClusterError, MhmoeError, RunError, SpecError, logged
+from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import last_attempt, read_attempts
+from mhmoe_ray.runs.attempts import last_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 0.5
-_SENDING_SECONDS = 60.0
-"""After an order was written, in which its cluster need not know its job yet: code and packages are sent first."""
 
 
 def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
@@ -25,9 +24,9 @@ def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
     started = place.runs()
     for entry in wanted:
         run = started.get(entry.name)
-        if run and (other := entry.spec.changed_from(run.spec())):
+        if run and newest_number(run) and (other := entry.spec.changed_from(run.spec())):
             why = f"run {entry.name} was started with another spec: {', '.join(other)}"
-            fix = f"give the sweep another name, or remove that run: mhmoe rm {run.id}"
+            fix = f"give the sweep another name, or remove that run: mhmoe rm {shlex.quote(str(run.path))}"
             raise SpecError(f"sweep {place.name}", why, fix)
 
 
@@ -39,9 +38,9 @@ def submit(
     *,
     size: str,
     concurrent: int,
-    retry: bool,
 ) -> str:
-    """Write down what is asked for, and start the job that does it; jobs of earlier orders make way for it.
+    """Start a job that starts runs, and write down what it is asked for. The job of an earlier order makes way for it;
+    where that is at work, what it was asked for goes on, too.
 
     Args:
         place: the sweep's directory.
@@ -50,75 +49,101 @@ def submit(
         wanted: names of those that are to run.
         size: of the sweep's.
         concurrent: runs at a time.
-        retry: whether runs that failed or were stopped are started again.
 
     Returns:
         The order's name.
 
     Raises:
-        ClusterError, SpecError: the cluster does not take the job; then nothing was asked for.
+        JobError, ClusterError, SpecError: the cluster does not take the job; then nothing was asked for.
     """
-    name = place.new_order()
-    job = f"sweep-{place.name}-{name}"
-    args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
-    request = jobs.request(args, job, local=connection.local, runtime_env=entries[0].spec.cluster.runtime_env)
     order = Order(
         size=size,
         concurrent=concurrent,
         entries=list(entries),
         wanted=list(wanted),
-        retry=retry,
-        job=job,
-        address=connection.address,
-        local=connection.local,
-        submitted=time.time(),
+        retry=_over_before(place, wanted),
+        job="",
+        address="",
+        local=False,
+        submitted=0.0,
     )
-    place.stop_file.unlink(missing_ok=True)
-    place.write_order(name, order)  # before the job, which reads it
-    try:
-        jobs.submit(connection, request)
-    except BaseException:  # also Ctrl-C
-        with suppress(ClusterError):  # one that does not answer may have taken it
-            if jobs.status(connection, job) is None:
-                place.withdraw(name)
-        raise
-    return name
+    at_work = _at_work(place)
+    if at_work:
+        known = {entry.name for entry in entries}
+        runs = place.runs()
+        others = [e for e in at_work.wanted_entries if e.name not in set(wanted)]
+        others = [
+            e for e in others if e.name not in runs or is_to_run(e.name, run := runs[e.name], state_of(run), at_work)
+        ]
+        order.entries += [e for e in others if e.name not in known]
+        order.wanted += [e.name for e in others]
+        order.retry = {**{e.name: n for e in others if (n := at_work.retry.get(e.name))}, **order.retry}
+    return again(place, connection, order)
 
 
 def again(place: SweepDir, connection: Connection, order: Order) -> str:
-    """Start another job for an order whose own has ended. What failed or was stopped meanwhile is left alone, unless
-    that job never was.
+    """Start another job for what an order asks for. Runs that ended since it was given are left as they are.
 
     Args:
         place: the sweep's directory.
         connection: to the cluster.
-        order: as it was.
+        order: what is asked for.
 
     Returns:
         The new order's name.
+
+    Raises:
+        JobError, ClusterError, SpecError: as `submit`.
     """
-    never_was = order.retry and jobs.status(connection, order.job) is None
-    return submit(
-        place,
-        connection,
-        order.entries,
-        order.wanted,
-        size=order.size,
-        concurrent=order.concurrent,
-        retry=never_was,
-    )
+    name = place.new_order()
+    job = f"sweep-{place.name}-{name}"
+    args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
+    request = jobs.request(args, job, local=connection.local, runtime_env=order.entries[0].spec.cluster.runtime_env)
+    jobs.submit(connection, request)
+    # Only now, for what the job may wait: an order whose job no cluster takes would end the one at work.
+    place.stop_file.unlink(missing_ok=True)
+    where = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}
+    place.write_order(name, order.model_copy(update=where))
+    return name
+
+
+def state_of(run: RunDir) -> events.State:
+    """By its own account; a run without a job is about to get one."""
+    return events.state(events.events(run)) if newest_number(run) else "submitted"
+
+
+def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
+    """Whether a run in this state goes on, or ended before the order and is to start again."""
+    return not events.is_over(state) or (state != "finished" and newest_number(run) <= order.retry.get(name, 0))
+
+
+def _over_before(place: SweepDir, wanted: Sequence[str]) -> dict[str, int]:
+    """Of runs that failed or were stopped, or are stopping, the number of the attempt."""
+    found = {}
+    for name, run in place.runs().items():
+        if name in set(wanted) and (number := newest_number(run)):
+            state = events.state(events.events(run))
+            if state in ("failed", "stopped") or (run.stop_file.exists() and not events.is_over(state)):
+                found[name] = number
+    return found
+
+
+def _at_work(place: SweepDir) -> Order | None:
+    """The last order, while its job goes on."""
+    try:
+        order = place.order(place.orders()[-1]) if place.exists else None
+        return order if order and not place.stop_file.exists() and is_alive(order) else None
+    except MhmoeError:  # nobody can tell; its job makes way anyway
+        return None
 
 
 def is_alive(order: Order) -> bool:
-    """Whether the job that starts its runs goes on, or may yet begin.
+    """Whether the job that starts its runs goes on.
 
     Raises:
         ClusterError: its cluster does not answer.
     """
-    found = jobs.info(connect(order.address), order.job)
-    if found is None:
-        return abs(time.time() - order.submitted) < _SENDING_SECONDS
-    return found.is_alive
+    return jobs.is_alive(connect(order.address), order.job)
 
 
 def own_error(order: Order) -> MhmoeError | None:
@@ -129,12 +154,12 @@ def own_error(order: Order) -> MhmoeError | None:
     return logged(jobs.logs(connection, order.job))
 
 
-def stop(place: SweepDir) -> tuple[dict[str, events.State], list[ClusterError]]:
+def stop(place: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]]:
     """Start no more runs, and ask those that run to stop after a checkpoint. Those that do not train yet are ended.
 
     Returns:
-        The runs' states by their names; and which clusters could not be asked. Workers hear of it from their run
-        directory anyway.
+        The runs' states by their names; and whom could not be asked. Workers hear of it from their run directory
+        anyway.
 
     Raises:
         RunError: there is no such sweep.
@@ -142,36 +167,54 @@ def stop(place: SweepDir) -> tuple[dict[str, events.State], list[ClusterError]]:
     if not place.exists:
         raise RunError(f"sweep {place.name}", "it was never started", "start it without --stop")
     place.stop_file.touch()  # first: whoever follows it would start the job again
-    unasked: dict[str, ClusterError] = {}
-    for order in map(place.order, place.orders()):  # an earlier one's job may be preparing text, and then start a run
-        if order.address not in unasked:
-            try:
-                _end(order)
-            except ClusterError as e:
-                unasked[order.address] = e
+    unasked = _end_jobs(place)
     running: dict[str, events.State] = {}
     for name, run in place.runs().items():
-        if read_attempts(run) and not events.is_over(state := events.state(events.events(run))):
+        state = events.state(events.events(run))
+        if newest_number(run) and not events.is_over(state):
             run.stop_file.touch()
             running[name] = state
-            if state != "running":
-                try:
-                    _end_job(run)
-                except ClusterError as e:
-                    unasked.setdefault(last_attempt(run).address, e)
+    for name, state in running.items():
+        if state != "running":
+            try:
+                _end(place.runs()[name])
+            except MhmoeError as e:
+                unasked.setdefault(last_attempt(place.runs()[name]).address, e)
     return running, list(unasked.values())
 
 
-def _end(order: Order) -> None:
-    connection = connect(order.address)
-    if jobs.is_alive(connection, order.job):
-        jobs.stop(connection, order.job)
-        while jobs.is_alive(connection, order.job):
-            time.sleep(POLL_SECONDS)
+def _end_jobs(place: SweepDir) -> dict[str, MhmoeError]:
+    """Those of all orders: an earlier one's may be preparing text, and then start a run.
+
+    Returns:
+        Why the last one could not be ended, by its address. Clusters of earlier ones may be long gone.
+    """
+    silent: dict[str, MhmoeError] = {}
+    last = ""
+    for order in place.orders_before():
+        last = order.address
+        if order.address not in silent:
+            try:
+                connection = connect(order.address)
+                if jobs.is_alive(connection, order.job):
+                    jobs.stop(connection, order.job)
+                    while jobs.is_alive(connection, order.job):
+                        time.sleep(POLL_SECONDS)
+            except MhmoeError as e:
+                silent[order.address] = e
+    return {last: silent[last]} if last in silent else {}
 
 
-def _end_job(run: RunDir) -> None:
+def _end(run: RunDir) -> None:
+    """Its job, at once; what its directory does not say of the end is written there."""
     attempt = last_attempt(run)
     connection = connect(attempt.address)
     if jobs.is_alive(connection, attempt.job):
         jobs.stop(connection, attempt.job)
+    while (over := outcome(run, connection)) is None:
+        time.sleep(POLL_SECONDS)
+    if recorded_outcome(events.events(run)) is None:
+        if over.state == "stopped":
+            events.record(run, "stopped", reason="its job was ended")
+        else:
+            events.record(run, "failed", reason=over.reason)

@@ -6,6 +6,7 @@ again at any time: what runs goes on by itself, and what is finished stays so. I
 """
 
 import sys
+import time
 
 import ray
 
@@ -13,17 +14,32 @@ from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import logging_errors
 from mhmoe_ray.location import location
-from mhmoe_ray.runs.sweeps import SweepDir
+from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.sweep.scheduler import Sweep
+
+ORDER_SECONDS = 60
 
 
 def main() -> None:
     place, name = SweepDir(location(sys.argv[1])), sys.argv[2]
     with logging_errors():
         context = ray.init()
-        local = place.order(name).local
+        try:
+            local = _written(place, name).local
+        except TimeoutError:  # the command was ended before it could write it
+            print("nobody asked for this")
+            return
         connection = Connection(f"http://{context.dashboard_url}", local, local, tokens.user_token())
         Sweep(place, name, connection).run()
+
+
+def _written(place: SweepDir, name: str) -> Order:
+    """The order, which its command writes after the cluster has taken this job."""
+    for _ in range(ORDER_SECONDS):
+        if name in place.orders():
+            return place.order(name)
+        time.sleep(1)
+    raise TimeoutError
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ import time
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.run_outcome import Outcome, outcome_or_gone, recorded_outcome
+from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome, outcome_or_gone, quiet, recorded_outcome
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
-from mhmoe_ray.errors import ClusterError, MhmoeError
+from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import read_attempts
+from mhmoe_ray.runs.attempts import last_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
@@ -35,18 +35,19 @@ class Sweep:
         self._starts: dict[str, int] = {}
         self._over: set[str] = set()
         self._why_not: dict[PreparedAs, MhmoeError | None] = {}
+        self._locked: list[TokenError] = []
+        """Why the end of a run is not known, and never will be here."""
         self._patience = Patience(_say)
 
     def run(self) -> None:
         """Until every run is over, no more are to start, or another job does this.
 
         Raises:
-            MhmoeError: the text of some runs could not be prepared; all others had their turn.
+            MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on keeps their end to
+            itself; all others had their turn.
         """
         self._wait_for_earlier_jobs()
         self._runs = dict(self._place.runs())
-        if not self._order.retry:
-            self._over |= {name for name, run in self._runs.items() if _is_recorded(run)}
         while self._is_its_turn and any(entry.name not in self._over for entry in self._entries):
             alive = {name for name in self._runs if self._is_alive(name)}
             for entry in self._entries:
@@ -61,7 +62,7 @@ class Sweep:
                 elif self._start(entry):
                     alive.add(entry.name)
             time.sleep(POLL_SECONDS)
-        for error in filter(None, self._why_not.values()):
+        for error in [*filter(None, self._why_not.values()), *self._locked]:
             raise error
 
     @property
@@ -71,8 +72,7 @@ class Sweep:
     def _wait_for_earlier_jobs(self) -> None:
         """They end as soon as they see this order, but may be starting a run. Whom nobody can ask is not waited for."""
         silent: set[str] = set()
-        names = self._place.orders()
-        for order in map(self._place.order, names[: names.index(self._name)]):
+        for order in self._place.orders_before(self._name):
             while self._is_its_turn and order.address not in silent:
                 try:
                     if not self._lives(order):
@@ -90,33 +90,45 @@ class Sweep:
     def _is_alive(self, name: str) -> bool:
         """Whether a job of it goes on; what is over for good is remembered."""
         run = self._runs[name]
-        if name in self._over or not run.spec_file.exists() or not read_attempts(run):
+        if name in self._over or not run.spec_file.exists() or not newest_number(run):
             return False
         try:
             over = self._outcome(run)
+        except TokenError as e:
+            if quiet(run) < QUIET_SECONDS:
+                return True
+            self._over.add(name)
+            self._locked += [e] if name in self._order.wanted else []
+            return False
         except ClusterError as e:
             _say(f"{name}: {e}")
             return True
         if over is None:
-            if not (self._order.retry and name not in self._starts and run.stop_file.exists()):
-                self._starts.setdefault(name, 0)  # by another job, but its end is for this one to see
             return True
         if name not in self._order.wanted:
             self._over.add(name)
-        elif over.state == "finished" or (name in self._starts and not self._was_killed(run, name, over)):
+        elif over.state == "finished" or not self._is_to_start_again(name, over):
             self._over.add(name)
             _say(f"{name}: {over.state} {over.reason}".rstrip())
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
         """As its own cluster says, which need not be this one, nor be there any more."""
-        own = self._order.address
-        return outcome_or_gone(run, lambda address: self._connection if address == own else connect(address))
+        if over := recorded_outcome(events.events(run)):
+            return over
+        attempt = last_attempt(run)
+        # This one may be known by another address there, where it cannot be reached from within.
+        if attempt.address != self._order.address and jobs.status(self._connection, attempt.job) is None:
+            return outcome_or_gone(run, connect)
+        return self._patience.ask(lambda: outcome(run, self._connection), None)
 
-    def _was_killed(self, run: RunDir, name: str, over: Outcome) -> bool:
-        """Its job ended without a word, and is to be started again."""
+    def _is_to_start_again(self, name: str, over: Outcome) -> bool:
+        """It had ended before anybody asked for it; or its job ended without a word."""
+        run = self._runs[name]
+        if newest_number(run) <= self._order.retry.get(name, 0):
+            return True
         said = recorded_outcome(events.events(run))
-        return over.state == "failed" and said is None and self._starts[name] < MOST_STARTS
+        return over.state == "failed" and said is None and self._starts.get(name, 0) < MOST_STARTS
 
     def _is_prepared(self, entry: SweepRun) -> bool:
         """Make the text of a run ready before any run with that text starts: two would do it at the same time. Why that
@@ -137,7 +149,7 @@ class Sweep:
             run = create_run(entry.spec)
             self._runs = {**self._place.runs(), entry.name: run}
             self._place.write_runs(self._runs)
-        elif other := entry.spec.changed_from(run.spec()):
+        elif newest_number(run) and (other := entry.spec.changed_from(run.spec())):
             _say(f"{entry.name}: it was started with another spec: {', '.join(other)}")
             self._over.add(entry.name)
             return False
@@ -147,6 +159,9 @@ class Sweep:
         run.stop_file.unlink(missing_ok=True)
         try:
             job = start_attempt(run, entry.spec, self._connection, known_as=self._order.address)
+        except ClusterError as e:  # which may have taken it; the next look tells
+            _say(f"{entry.name}: {e}")
+            return True
         except MhmoeError as e:
             _say(f"{entry.name}: {e}")
             self._over.add(entry.name)
@@ -157,8 +172,3 @@ class Sweep:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _is_recorded(run: RunDir) -> bool:
-    """Whether it failed or was stopped, by its own account."""
-    return events.state(events.events(run)) in ("failed", "stopped")

@@ -69,7 +69,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_variant(tmp_path):
     assert found[2].deviation(20) is None
 
 
-def test_runs_of_one_seed_that_differ_in_their_cluster_alone_are_what_is_compared(tmp_path):
+def test_runs_that_are_spread_in_different_ways_by_name_are_what_is_compared(tmp_path):
     runs = [
         made(tmp_path, name, seed, 3.0, speed=speed)
         for name, speed in (("ddp", 100.0), ("fsdp", 50.0))
@@ -80,7 +80,10 @@ def test_runs_of_one_seed_that_differ_in_their_cluster_alone_are_what_is_compare
         run.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"strategy": "fsdp"})}))
     found = read(runs)
     assert [(v.name, len(v.runs), v.tokens_per_s) for v in found] == [("ddp", 2, 110.5), ("fsdp", 2, 60.5)]
-    assert [v.name for v in read([runs[0], runs[3]])] == ["sweep-ddp"]  # a seed each: where it ran is no matter
+    other = made(tmp_path, "ddp", 2, 3.0)
+    spec = other.spec()
+    other.write_spec(spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"ep": 1})}))
+    assert [len(v.runs) for v in read([*runs[:2], other])] == [3]  # of one name: where each ran is no matter
 
 
 def test_an_unfinished_run_does_not_count_beside_a_finished_one(tmp_path):

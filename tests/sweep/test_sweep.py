@@ -1,13 +1,16 @@
 """A sweep's orders and what its job does with them, where no cluster is needed or none answers."""
 
+import itertools
+
 import pytest
 
-from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
-from mhmoe_ray.errors import DataError, SpecError
+from mhmoe_ray.errors import DataError, RunError, SpecError
 from mhmoe_ray.report.table import table
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, read_attempts
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.sweeps import Order, sweep_dir
@@ -34,14 +37,14 @@ def entry(folder, variant, **sections):
     return SweepRun(variant=variant, seed=0, spec=spec.model_copy(update={"name": f"heads-{variant}-s0"}))
 
 
-def ordered(place, entries, *, wanted=None, concurrent=1):
+def ordered(place, entries, *, wanted=None, concurrent=1, retry=()):
     name = place.new_order()
     order = Order(
         size="small",
         concurrent=concurrent,
         entries=entries,
         wanted=[e.name for e in entries] if wanted is None else wanted,
-        retry=True,
+        retry=dict(retry),
         job=name,
         address=NOWHERE.address,
         local=True,
@@ -69,6 +72,14 @@ def prepare(spec):
 
 def run(place, name):
     scheduler.Sweep(place, name, NOWHERE).run()
+
+
+def run_once(place, name):
+    """Let it look once at all runs, and then find that it is not its turn any more."""
+    looks = itertools.chain([True] * 9, itertools.repeat(False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler.Sweep, "_is_its_turn", property(lambda self: next(looks)))
+        run(place, name)
 
 
 def test_the_last_order_is_the_same_for_everybody_and_has_what_it_lacks_from_those_before(tmp_path, place):
@@ -113,10 +124,10 @@ def test_a_run_that_was_started_does_not_go_on_with_another_spec(tmp_path, place
     started = begun(place, was, "stopped")
     with pytest.raises(SpecError, match="run a-s0 was started with another spec: train"):
         client.check_same(place, [now])
-    run(place, ordered(place, [now]))
+    run(place, ordered(place, [now], retry={now.name: 1}))
     assert "a-s0: it was started with another spec: train" in capsys.readouterr().out
     assert started.spec().train.lr == was.spec.train.lr
-    assert len(read_attempts(started)) == 1
+    assert newest_number(started) == 1
 
 
 def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, capsys):
@@ -124,15 +135,60 @@ def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, 
     unwanted, wanted = entry(tmp_path, "a"), entry(tmp_path, "b")
     prepare(wanted.spec)
     begun(place, unwanted, "submitted", "started")
-    name = ordered(place, [unwanted, wanted], wanted=[wanted.name])
-    sweep = scheduler.Sweep(place, name, NOWHERE)
-    looks = iter([True, True, False])
-    turn = property(lambda self: next(looks))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler.Sweep, "_is_its_turn", turn)
-        sweep.run()
-    assert "a-s0: cluster http://127.0.0.1:1: nothing answers there" in capsys.readouterr().out
+    run_once(place, ordered(place, [unwanted, wanted], wanted=[wanted.name]))
+    assert "still following, but cluster http://127.0.0.1:1: nothing answers there" in capsys.readouterr().out
     assert list(place.runs()) == [unwanted.name]
+
+
+def test_what_had_ended_before_it_was_asked_for_starts_again_once_and_what_ended_later_does_not(tmp_path, place):
+    """Whichever job does it: one that is started in the place of a killed one has the same order."""
+    names = ("before", "later", "started")
+    entries = {name: entry(tmp_path, name) for name in names}
+    prepare(entries["before"].spec)
+    runs = {name: begun(place, entries[name], "stopped") for name in names}
+    add_attempt(runs["started"], Attempt("again", NOWHERE.address, local=True))
+    retry = {entries["before"].name: 1, entries["started"].name: 1}
+    run_once(place, ordered(place, [*entries.values()], retry=retry, concurrent=3))
+    assert {name: newest_number(one) for name, one in runs.items()} == {"before": 2, "later": 1, "started": 2}
+
+
+def test_a_run_that_was_made_but_got_no_job_takes_the_new_spec(tmp_path, place):
+    was, now = entry(tmp_path, "a"), entry(tmp_path, "a", train={"lr": 0.5})
+    prepare(now.spec)
+    made = create_run(was.spec)
+    place.write_runs({was.name: made})
+    client.check_same(place, [now])
+    run_once(place, ordered(place, [now]))
+    assert made.spec().train.lr == 0.5
+
+
+def test_an_order_of_another_version_is_passed_over_where_a_newer_one_counts(tmp_path, place):
+    old = ordered(place, [entry(tmp_path, "a")])
+    (place.orders_folder / f"{old}.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged, or of another version"):
+        place.order(old)
+    ordered(place, [entry(tmp_path, "b")])
+    assert [e.name for e in place.entries()] == ["b-s0"]
+
+
+@pytest.mark.ray
+def test_what_a_command_asked_for_goes_on_beside_what_the_next_one_asks_for_until_both_are_stopped(
+    tmp_path, place, local_cluster
+):
+    connection = connect()
+    first, over, second = (entry(tmp_path, name) for name in ("a", "over", "b"))
+    begun(place, over, "finished")
+    jobs.submit(connection, {"entrypoint": "sleep 300", "submission_id": "job-of-the-first", "runtime_env": {}})
+    name = ordered(place, [first, over])
+    order = place.order(name).model_copy(update={"job": "job-of-the-first", "address": connection.address})
+    place.write_order(name, order)
+    newest = place.order(client.submit(place, connection, [second], [second.name], size="small", concurrent=2))
+    assert newest.wanted == [second.name, first.name]
+    assert [e.name for e in newest.wanted_entries] == newest.wanted
+    assert client.is_alive(newest)
+    assert client.stop(place) == ({}, [])
+    assert [client.is_alive(one) for one in (order, newest)] == [False, False]
+    assert list(place.runs()) == [over.name]  # for the second waits until the first has made way
 
 
 def test_a_removed_run_is_begun_anew(tmp_path, place):
