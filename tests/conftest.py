@@ -1,6 +1,7 @@
 """The Ray cluster that all tests of a lane share, and which tests share a lane."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +16,23 @@ from xdist.scheduler import LoadFileScheduling
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.errors import ClusterError
+from tests.cli.run import command
 from tests.s3 import s3
 
 __all__ = ["local_cluster", "s3"]
 
 OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+QUIET = {
+    # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
+    "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+    # Nor does anybody ask what processes take, which Ray's dashboard and its agents look up every 5 s ...
+    "METRICS_RECORD_INTERVAL_S": "60",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # ... and a new file of a log is found within half a second, not a tenth.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+}
+"""What a cluster does for nobody: together a fifth and more of what one takes that has nothing to do."""
 
 # The same examples each time, so that only a change can make a test fail; but for constants of our own modules, which
 # hypothesis draws too, of those that a lane has imported by then. `make explore` draws new ones. No deadline: a busy
@@ -73,8 +86,8 @@ def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
     """MHMOE_HOME, and nothing that a user's environment says of clusters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHMOE_HOME", str(home))
-        # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
-        patch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "60")
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
         for name in OF_THE_USER:
             patch.delenv(name, raising=False)
         # `python` in jobs, as sent to clusters that are not ours, is the one that runs the tests.
@@ -83,10 +96,19 @@ def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="session")
-def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A local cluster with 8 logical CPUs, in a home of its own that MHMOE_HOME names for the whole session."""
-    with home_of_its_own(tmp_path_factory.mktemp("home")):
-        try:
-            yield start_local(8)
-        finally:
-            stop_local()
+def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home that MHMOE_HOME names for the rest of the session. Who starts a cluster in it leaves it to those who come
+    after; in the end it is stopped as users stop theirs."""
+    home = tmp_path_factory.mktemp("home")
+    with home_of_its_own(home):
+        yield home
+        runs = (home / RECORD).exists()
+        down = subprocess.run(command("cluster", "down"), capture_output=True, text=True)
+        assert (down.returncode, down.stdout) == (0, "stopped\n" if runs else "no local cluster ran\n"), down.stderr
+        assert not (home / RECORD).exists()
+
+
+@pytest.fixture(scope="session")
+def local_cluster(lane_home: Path) -> LocalCluster:
+    """The local cluster in that home, with 8 logical CPUs: the quickstart's where it ran before."""
+    return start_local(8)

@@ -1,4 +1,5 @@
-"""The main job as README tells it, with a cluster and a folder of its own."""
+"""The main job as README tells it, in a folder of its own. It starts the cluster of its lane and leaves it to the tests
+after it."""
 
 import json
 import os
@@ -13,53 +14,65 @@ import httpx
 import pytest
 import torch
 
+from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
-from tests.cli.run import command
+from tests.cli.run import mhmoe
+from tests.watch import newest, started, step_of, wait_until
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parent.parent
 
 
-class Home:
-    """A folder with the project's jobs and a MHMOE_HOME."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.copytree(ROOT / "jobs", folder / "jobs")
-        self.env = {**os.environ, "MHMOE_HOME": str(folder / "home"), "COLUMNS": "120"}
-
-    def run(self, *words: str, **env: str) -> str:
-        done = subprocess.run(
-            words,
-            cwd=self.folder,
-            env={**self.env, **env},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    def quickstart(self, *overrides: str, **env: str) -> str:
-        return self.run(sys.executable, "jobs/quickstart.py", *overrides, **env)
+def quickstart(folder: Path, *overrides: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "jobs/quickstart.py", *overrides],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "120", **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    made = Home(tmp_path_factory.mktemp("quickstart"))
-    yield made
-    made.run(*command("cluster", "down"))
+def project(tmp_path_factory, lane_home):
+    """A folder with the project's jobs."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    shutil.copytree(ROOT / "jobs", folder / "jobs")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def first(home):
+def first(project):
     """What the first quickstart printed, a seventh as long as it is; its cluster and server are left running."""
-    return home.quickstart("train.steps=100", "train.validate_every=50", "train.checkpoint_every=50", KEEP="1")
+    return quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
+
+
+@pytest.fixture(scope="module")
+def readme(project, first):
+    """README's commands, run in the order it gives them: what each said, and as JSON what follows from two of them."""
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    said = {}
+    for line in block.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "mhmoe"
+        if words == ["stop"]:  # before it trains it would be ended without a checkpoint
+            wait_until(lambda: step_of(newest(project)), "a step")
+        said[words[0]] = done = mhmoe(project, *words, COLUMNS="120")
+        assert done.code == 0, (line, done)
+        if words == ["stop"]:
+            said["stopped"] = mhmoe(project, "status", "--json")
+        if words == ["eval"]:
+            said["evaluated"] = mhmoe(project, "eval", "--json")
+    return said
 
 
 def losses(printed: str) -> tuple[float, float, float]:
@@ -69,18 +82,18 @@ def losses(printed: str) -> tuple[float, float, float]:
     return tuple(map(float, (loss, *to_beat)))
 
 
-def test_it_learns_and_prints_both_figures_to_beat(home, first):
+def test_it_learns_and_prints_both_figures_to_beat(project, first):
     loss, unigram, bigram = losses(first)
     assert 0 < loss < unigram - 0.5
     assert 0 < bigram < unigram
-    [run] = list_runs(home.folder / "runs")
+    run, *_ = list_runs(project / "runs")
     for part in (f"run directory  {run.path}", "dashboard      http://127.0.0.1:", "ask it         curl http://"):
         assert part in first
     assert_read_as_ordered(run)
 
 
-def test_every_expert_got_tokens_and_changed(home, first):
-    [run] = list_runs(home.folder / "runs")
+def test_every_expert_got_tokens_and_changed(project, first):
+    run, *_ = list_runs(project / "runs")
     spec = run.spec()
     routes = [json.loads(p.read_text())["routes_per_layer_and_expert"] for p in run.routing.iterdir()]
     counts = torch.tensor(routes).sum(0)
@@ -100,35 +113,56 @@ def test_every_expert_got_tokens_and_changed(home, first):
             assert (turned_E > 0.1).all(), name
 
 
-def test_the_curl_line_it_prints_is_answered(home, first):
+def test_the_curl_line_it_prints_is_answered(first):
     url, body = re.search(r"ask it +curl (http://\S+) .* -d '(.*)'", first).groups()
     answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=60)
     assert 1 <= answer.json()["usage"]["completion_tokens"] <= 32
     assert answer.json()["choices"][0]["text"].strip()
 
 
-def test_readmes_commands_run_in_the_order_it_gives_them(home, first):
-    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert len(commands) > 8
-    home.run(*command("serve", "down"))
-    for program, *words in commands:
-        assert program == "mhmoe"
-        home.run(*command(*words))
+def test_readmes_commands_run_in_the_order_it_gives_them(readme):
+    assert len(readme) > 8
+
+
+def test_the_run_that_readme_stops_goes_on_with_fewer_workers_where_it_stopped(project, readme):
+    _, run, *_ = list_runs(project / "runs")
+    stopped, steps = readme["stopped"].json(), run.spec().train.steps
+    at = stopped["last"]["step"]
+    assert 1 <= at < steps
+    assert readme["stop"].out == f"run {run.id} stopped\n"
+    assert (stopped["run"], stopped["state"], stopped["checkpoint"]["step"]) == (run.id, "stopped", at)
+    assert [len(event["workers"]) for event in started(run)] == [2, 1]
+    assert f"training from step {at} on 1 workers, dp 1 x ep 1" in readme["resume"].err
+    assert_read_as_ordered(run)
+    assert metrics.last(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
+
+
+def test_what_readme_evaluates_is_what_its_training_validated(project, readme):
+    _, run, *_ = list_runs(project / "runs")
+    evaluated, last = readme["evaluated"].json()["figures"], metrics.last(run)
+    total = evaluated["total"]["all"]
+    assert total["loss"] == pytest.approx(last[metrics.VAL_LOSS], rel=1e-6)
+    assert total["tokens"] == last["val_tokens"]
+    prepared = read_data_manifest(run.spec().data.prepared).domains
+    assert evaluated["domains"].keys() == {name for name in prepared if prepared[name].validation_samples}
+    assert "bits/byte" in readme["eval"].out
+    assert "as evaluated before" in readme["evaluated"].err
+    assert len(list((run.path / "evaluations").iterdir())) == 2  # and its routes
 
 
 @pytest.mark.slow
-def test_a_whole_one_ends_below_the_bigram_model(home, first):
-    loss, _, bigram = losses(home.quickstart())
+def test_a_whole_one_ends_below_the_bigram_model(project, readme):
+    loss, _, bigram = losses(quickstart(project))
     assert loss < bigram
 
 
 @pytest.mark.slow
-def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(home, first):
-    printed = home.quickstart("train.steps=10")
+def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(project, readme):
+    before = len(list_runs(project / "runs"))
+    printed = quickstart(project, "train.steps=10")
     assert "finished" in printed
-    assert len(list_runs(home.folder / "runs")) == 5  # the first, README's two, the whole one and this
-    assert home.run(*command("cluster", "status", "--json")).strip() != "null"
+    assert len(list_runs(project / "runs")) == before + 1
+    assert mhmoe(project, "cluster", "status", "--json").json() is not None
 
 
 def test_readme_and_makefile_name_the_same_targets():

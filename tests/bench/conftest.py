@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhmoe_ray.spec import dump_spec
+from mhmoe_ray.spec import RunSpec, dump_spec
 from tests.cli.run import mhmoe
 from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
@@ -27,8 +27,14 @@ def project(local_cluster, tmp_path_factory) -> Path:
     """A spec of 20 steps with a given tokenizer, prepared."""
     folder = tmp_path_factory.mktemp("bench")
     write_corpus(folder / "raw")
-    (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
-    data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
-    (folder / "spec.yaml").write_text(dump_spec(tiny_spec(folder, data=data)))
+    write_spec(folder)
     assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
     return folder
+
+
+def write_spec(folder: Path) -> RunSpec:
+    (folder / "ranks").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    data = {"validation_fraction": 0.2, "tokenizer": "ranks", "tokenizer_pattern": "gpt2"}
+    spec = tiny_spec(folder, data=data)
+    (folder / "spec.yaml").write_text(dump_spec(spec))
+    return spec

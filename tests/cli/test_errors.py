@@ -2,13 +2,17 @@
 
 import json
 import re
-import shutil
 import socket
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pytest
 
 from mhmoe_ray.cluster.local import RECORD
+from mhmoe_ray.data.prepare.chunks import CHUNK, Chunk, read_chunks
+from mhmoe_ray.data.prepare.quarantine import Limit
+from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import (
     DOCTOR_EXIT_CODE,
     CheckpointError,
@@ -22,8 +26,9 @@ from mhmoe_ray.errors import (
     logging_errors,
 )
 from tests.cli.conftest import write_spec
-from tests.cli.run import assert_one_line, mhmoe
-from tests.data.texts import write_corpus
+from tests.cli.run import Result, assert_one_line, mhmoe
+from tests.data.sources.read import data_spec
+from tests.data.texts import documents, write_documents
 
 
 def test_a_wrong_key(corpus):
@@ -76,30 +81,70 @@ def test_a_missing_token(corpus, local_cluster, tmp_path):
     assert_one_line(result, 6, local_cluster.address, "RAY_AUTH_TOKEN")
 
 
-@pytest.mark.ray
-def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
-    shutil.copytree(corpus / "raw", tmp_path / "raw")
-    with (tmp_path / "raw" / "a" / "one.jsonl").open("a") as f:
+class Prepared(NamedTuple):
+    """A folder with a spec whose data is prepared, and what that said."""
+
+    folder: Path
+    refused: Result
+    left: set[str]
+    """Of what was refused, in the one folder that it had been worked on in."""
+    allowed: dict[str, Any]
+
+
+ODD = "odd [o]#1?"
+BESIDE = "odd.partial-of-another"
+
+
+@pytest.fixture(scope="module")
+def prepared(local_cluster, tmp_path_factory):
+    """Of text with a torn line and a cut file, into a folder of an odd name."""
+    folder = tmp_path_factory.mktemp("prepared")
+    torn, cut, whole = (folder / "raw" / name for name in ("a/one.jsonl", "a/two.jsonl.zst", "b/three.jsonl.gz"))
+    for file, count in ((torn, 40), (cut, 25), (whole, 30)):
+        write_documents(file, documents(file.stem, count))
+    tear(torn)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    (folder / BESIDE).mkdir()
+    write_spec(folder, data={"prepared": ODD, "max_bad_lines": 1})
+    refused = mhmoe(folder, "data", "prepare", "spec.yaml")
+    [work] = (path for path in folder.glob("odd*") if path.name != BESIDE)
+    left = {path.name for path in work.iterdir()}
+    allowed = mhmoe(folder, "data", "prepare", "spec.yaml", "--set", "data.max_bad_files=1", "--json").json()
+    return Prepared(folder, refused, left, allowed)
+
+
+def tear(file):
+    with file.open("a") as f:
         f.write('{"text": "torn\n')
-    write_spec(tmp_path)
-    result = mhmoe(tmp_path, "data", "prepare", "spec.yaml")
-    assert_one_line(result, 4, "one.jsonl line 41", "it is not JSON", "data.max_bad_lines")
-    [left] = tmp_path.glob("prepared*")
-    assert {p.name for p in left.iterdir()} == {"parts", "progress.json"}, "nothing half-made is left"
 
-    allowed = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1", "--json").json()
-    assert allowed["bad_lines"] == 1
-    assert allowed["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1}
+
+@pytest.mark.ray
+def test_a_cut_file_is_refused_and_with_a_corrupt_line_quarantined(prepared):
+    assert_one_line(prepared.refused, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0")
+    assert prepared.left == {"parts", "progress.json"}, "nothing half-made is left"
+
+    allowed = prepared.allowed
+    assert allowed["bad_lines"] == 2
+    assert allowed["domains"]["web/a"]["quarantined"] == {"it is not JSON": 1, "a part of the file is lost": 1}
     assert not allowed["domains"]["web/b"]["quarantined"]
-    assert list(tmp_path.glob("prepared*")) == [tmp_path / "prepared"]
-    [line] = (tmp_path / "prepared" / "quarantine.jsonl").read_text().splitlines()
-    assert (json.loads(line)["domain"], json.loads(line)["line"]) == ("web/a", 41)
+    torn, cut = map(json.loads, (prepared.folder / ODD / "quarantine.jsonl").read_text().splitlines())
+    assert (torn["domain"], torn["line"]) == ("web/a", 41)
+    assert (cut["domain"], cut["detail"]) == ("web/a", "its zstd frame is cut off")
 
-    shutil.rmtree(tmp_path / "prepared")
-    shard = tmp_path / "raw" / "a" / "two.jsonl.zst"
-    shard.write_bytes(shard.read_bytes()[:-20])
-    cut = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", "data.max_bad_lines=1")
-    assert_one_line(cut, 4, "two.jsonl.zst line", "its zstd frame is cut off", "data.max_bad_files is 0")
+
+def test_a_corrupt_line_is_refused(tmp_path):
+    """By the reading of a job, which goes no further; the job says so as of the cut file above."""
+    write_documents(tmp_path / "one.jsonl", documents("one", 40))
+    tear(tmp_path / "one.jsonl")
+    spec = data_spec(tmp_path)
+    [file] = find_files(spec)
+    rows, limit = pa.Table.from_pylist([{"number": 0, **file._asdict()}]), Limit(spec, [file])
+    [table] = read_chunks(rows, spec=spec, limit=limit, quarantine=tmp_path, characters=CHUNK)
+    chunk = Chunk.of_table(table)
+    assert chunk.stopped
+    told = str(limit.error(chunk.tally))
+    for part in ("one.jsonl line 41", "it is not JSON", "data.max_bad_lines"):
+        assert part in told
 
 
 @pytest.mark.ray
@@ -110,50 +155,39 @@ def test_a_corrupt_line_in_a_raw_file(corpus, local_cluster, tmp_path):
         pytest.param("data.seq_len=100000", "no domain fills a single sample", marks=pytest.mark.slow),
     ],
 )
-def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(corpus, local_cluster, tmp_path, override, why):
-    shutil.copytree(corpus / "raw", tmp_path / "raw")
+def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(local_cluster, tmp_path, override, why):
+    write_documents(tmp_path / "raw" / "a" / "one.jsonl", documents("one", 40))
     write_spec(tmp_path)
     result = mhmoe(tmp_path, "data", "prepare", "spec.yaml", "--set", override)
     assert_one_line(result, 4, why, override.split("=")[0])
 
 
-@pytest.fixture(scope="module")
-def prepared(local_cluster, tmp_path_factory):
-    """A folder with a spec whose data is prepared."""
-    folder = tmp_path_factory.mktemp("prepared")
-    write_corpus(folder / "raw")
-    write_spec(folder)
-    assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
-    return folder
-
-
 @pytest.mark.ray
 def test_a_prepared_folder_may_have_any_name_and_nothing_is_left_beside_it(prepared):
     """The job's name, in which the folder's is, stands in URLs."""
-    beside = prepared / "odd.partial-of-another"
-    beside.mkdir()
-    words = ("data", "prepare", "spec.yaml", "--set", "data.prepared=odd [o]#1?", "--json")
-    assert mhmoe(prepared, *words).json()["domains"].keys() == {"web/a", "web/b", "web/c"}
-    left = prepared / "odd [o]#1?.partial-01234567"
+    folder = prepared.folder
+    assert prepared.allowed["domains"].keys() == {"web/a", "web/b"}
+    assert sorted(path.name for path in folder.glob("odd*")) == [ODD, BESIDE]
+    left = folder / f"{ODD}.partial-01234567"
     left.mkdir()
-    assert mhmoe(prepared, *words).code == 0
-    assert sorted(path.name for path in prepared.glob("odd*")) == ["odd [o]#1?", beside.name]
+    assert mhmoe(folder, "data", "prepare", "spec.yaml", "--json").code == 0
+    assert sorted(path.name for path in folder.glob("odd*")) == [ODD, BESIDE]
 
 
 @pytest.mark.ray
 def test_prepared_data_of_other_settings(prepared):
-    result = mhmoe(prepared, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
+    result = mhmoe(prepared.folder, "data", "prepare", "spec.yaml", "--set", "data.seq_len=8")
     assert_one_line(result, 4, "seq_len = 16, and the spec says 8", "data.prepared")
 
 
 @pytest.mark.ray
 def test_a_damaged_prepared_shard(prepared):
-    shard = next((prepared / "prepared" / "train").rglob("*.arrow"))
+    shard = next((prepared.folder / ODD / "train").rglob("*.arrow"))
     whole = shard.read_bytes()
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
     shard.write_bytes(damaged)
-    result = mhmoe(prepared, "submit", "spec.yaml")
+    result = mhmoe(prepared.folder, "submit", "spec.yaml")
     shard.write_bytes(whole)
     assert result.code == 9
     assert result.err.splitlines()[-1].startswith("error: run tiny-")

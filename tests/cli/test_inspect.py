@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,18 @@ from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import find_files
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe
-from tests.data.texts import write_corpus, write_documents
+from tests.data.texts import documents, write_corpus, write_documents
 
-TEXTS = {"web/a": 65, "web/b": 30, "web/c": 12}
+# Of few files: for each of them jobs start a process, or several.
+TEXTS = {"web/a": documents("one", 65), "web/b": documents("two", 30)}
 
 
 @pytest.fixture(scope="module")
 def project(local_cluster, tmp_path_factory) -> Path:
     """A spec whose data are prepared."""
     folder = tmp_path_factory.mktemp("project")
-    write_corpus(folder / "raw")
+    write_documents(folder / "raw/a/one.jsonl.zst", TEXTS["web/a"])
+    write_documents(folder / "raw/b/two.jsonl.gz", TEXTS["web/b"])
     write_spec(folder)
     assert mhmoe(folder, "data", "prepare", "spec.yaml").code == 0
     return folder
@@ -34,33 +35,32 @@ def project(local_cluster, tmp_path_factory) -> Path:
 def test_prepared_data(project):
     result = mhmoe(project, "data", "inspect", "spec.yaml", "--json", "--png", "picture.png")
     found = result.json()
-    assert "inspect: read 4 of 4 files" in result.err
-    assert {name: row["documents"] for name, row in found["domains"].items()} == TEXTS
+    assert "inspect: read 2 of 2 files" in result.err
+    assert {name: row["documents"] for name, row in found["domains"].items()} == {"web/a": 65, "web/b": 30}
     for name, row in found["domains"].items():
         made = found["prepared"]["domains"][name]
         assert row["held_out"] == made["validation_documents"] == row["documents"] - made["documents"]
         assert sum(row["lengths_in_tokens"]["octaves"].values()) == row["documents"]
     # Prepared ones are of training documents, with a start token each.
-    texts = write_corpus(project / "again")["web/b"]
-    shutil.rmtree(project / "again")
     from mhmoe_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(project / "prepared/tokenizer.json", 300)
-    lengths = [len(tokenizer.encode(text).ids) for text in texts]
+    lengths = [len(tokenizer.encode(text).ids) for text in TEXTS["web/b"]]
     assert found["domains"]["web/b"]["tokens"] == sum(lengths)
     assert found["prepared"]["domains"]["web/b"]["tokens"] == sum(
-        n + 1 for n, text in zip(lengths, texts, strict=True) if not is_validation(text, 0.2)
+        n + 1 for n, text in zip(lengths, TEXTS["web/b"], strict=True) if not is_validation(text, 0.2)
     )
     assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray
-def test_raw_text_beside_raw_text(project, tmp_path):
+def test_raw_text_beside_raw_text(local_cluster, tmp_path):
+    write_documents(tmp_path / "raw/b/two.jsonl.gz", TEXTS["web/b"])
     write_documents(tmp_path / "more" / "de" / "x.jsonl", ["Ein Text.", "Noch ein Text.", "Ein Text."])
-    result = mhmoe(project, "data", "inspect", "raw", str(tmp_path / "more"))
+    result = mhmoe(tmp_path, "data", "inspect", "raw", str(tmp_path / "more"))
     assert result.code == 0, result
     lines = result.out.splitlines()
-    assert lines[0] == "raw, more: 110 documents, 36 kB of text"
+    assert lines[0] == "raw, more: 33 documents, 10 kB of text"
     assert "no tokens" in lines[1]
     tables = {line.split(",")[0].split(":")[0] for line in lines if line and not line.startswith(" ")}
     assert {"by domain", "by language", "exact copies of other documents"} <= tables
@@ -98,13 +98,13 @@ def test_a_last_start_token_is_shown_as_the_end_of_the_document_before(capsys):
 
 
 @pytest.mark.ray
-def test_lint(project, tmp_path):
-    shutil.copytree(project / "raw", tmp_path / "raw")
+def test_lint(local_cluster, tmp_path):
+    write_documents(tmp_path / "raw" / "b" / "two.jsonl", TEXTS["web/b"])
     (tmp_path / "raw" / "notes.md").write_text("about")
     result = mhmoe(tmp_path, "data", "lint", "raw")
     assert result.code == 0
     assert result.out.splitlines()[0] == "warning unread-files: files that are not of format jsonl are not read"
-    assert "1 warning in 107 documents of 3 domains" in result.out
+    assert "1 warning in 30 documents of 1 domains" in result.out
     with (tmp_path / "raw" / "b" / "bad.jsonl").open("w") as out:
         out.write('{"text": "a <|endoftext|> b"}\n{torn\n')
     failed = mhmoe(tmp_path, "data", "lint", "raw")

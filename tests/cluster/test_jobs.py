@@ -105,6 +105,7 @@ def test_a_second_start_of_one_attempt_does_not_call_the_first_one_failed(connec
     run.attempts_file.unlink()  # as another process saw it before
     with pytest.raises(JobError, match=f"job {job}: .*already exists"):
         start_attempt(run, run.spec(), connection)
+    add_attempt(run, Attempt(job, connection.address, True))  # a newer one, for which the job ends at once
     _wait(connection, job)
     run.attempts_file.unlink()
     gone = dataclasses.replace(connection, address="http://127.0.0.1:1")

@@ -68,10 +68,11 @@ def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
 
 @pytest.mark.ray
 def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
-    """After an update too; on a cluster that is not ours, beside the packages that are sent there."""
+    """After an update too; on a cluster that is not ours, beside the packages that are sent there. These are of a
+    foreign application: no run, and sent no key, with which whoever runs it could ask ours."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own/__init__.py").write_text(OWN)
-    app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {}}
+    app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {"checkpoint": "/etc"}}
 
     def answer(there, word, runtime_env, modules):
         """What replicas in this environment say, and that environment as it was sent."""
@@ -92,16 +93,6 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         assert answer(other, "there", serving.without_packages(sent), 3) == sent
         with pytest.raises(SpecError, match=r"cluster.runtime_env: .*pip"):
             serving.deploy(other, {**app, "runtime_env": {"pip": 3}}, HOST, port)
-    finally:
-        serving.remove(connection, "a")
-
-
-@pytest.mark.ray
-def test_foreign_applications_are_no_runs_and_get_no_key(connection, port, tmp_path):
-    """The key of ours would let whoever runs the other one ask."""
-    serving.deploy(connection, {**_app("a", "x"), "args": {"word": "x", "checkpoint": "/etc"}}, HOST, port)
-    serving.wait_until_running(connection, "a", 60)
-    try:
         [told] = mhmoe(tmp_path, "serve", "status", "--json", MHMOE_API_KEY="secret").json()
         assert (told["name"], told["checkpoint"], told["stats"]) == ("a", None, None)
         assert_one_line(mhmoe(tmp_path, "serve", "update", "a"), 10, "it serves no checkpoint of a run")

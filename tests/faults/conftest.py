@@ -1,25 +1,75 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from mhmoe_ray.runs.layout import RunDir
-from tests.data.texts import write_corpus
+from mhmoe_ray.data.shards.files import split_padding
+from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs.files import copy_file
+from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.spec import load_resolved_spec
+from mhmoe_ray.train.digest import combine_digests, sample_digest
+from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.saver import Saver
+from mhmoe_ray.train.step import MicroBatch, Trainer
+from tests.cli.run import mhmoe
+from tests.data.texts import documents, write_documents
 from tests.faults import harness
-from tests.watch import wait_for_the_end
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, local_cluster) -> Path:
     """A folder with raw text; the first run in it prepares the data for all."""
     folder = tmp_path_factory.mktemp("faults")
-    write_corpus(folder / "raw")
+    for name, count in (("a", 60), ("b", 40)):  # of few files, for each of which a process starts
+        write_documents(folder / "raw" / name / "one.jsonl", documents(name, count))
     return folder
 
 
 @pytest.fixture(scope="session")
 def reference(project) -> RunDir:
-    """A run of 120 steps that nobody hurt."""
+    """What a run of 120 steps is that nobody hurts, computed without Ray: its metrics and its last checkpoint."""
     harness.spec_in(project, train={"steps": 120})
-    run = harness.submit(project)
-    wait_for_the_end(run)
+    spec = load_resolved_spec(project / "spec.yaml")
+    if not spec.data.prepared.exists():
+        assert mhmoe(project, "data", "prepare", "spec.yaml").code == 0
+    run = create_run(spec.model_copy(update={"storage": project / "undisturbed"}))
+    copy_file(spec.data.prepared / "tokenizer.json", run.tokenizer_file)
+    samples = TrainingSamples(spec)
+    steps, m, b = spec.train.steps, spec.train.micro_batches, spec.train.micro_batch_size
+    stored = samples.read(np.arange(steps * m * b)).reshape(steps, m, b, -1)
+    run_ranks(spec.cluster.workers.max, train, run, stored, samples.token_bytes)
     return run
+
+
+def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
+    """This rank's part of a run, whose micro-batches are stored by step."""
+    spec, cluster = run.spec(), run.spec().cluster
+    mesh = build_mesh(cluster, ["here"] * cluster.workers.max, "cpu")
+    start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start
+    trainer = Trainer(spec, mesh, torch.device("cpu"), start)
+    saver = Saver(run, trainer, group=1)
+    for every in stored:
+        own = (split_padding(micro_batch, token_bytes) for micro_batch in every[mesh.rank :: mesh.world])
+        sums = trainer.accumulate([MicroBatch(*map(torch.from_numpy, part)) for part in own])
+        update = trainer.update(sums)
+        loss_balance = torch.tensor([sums.loss, sums.balance], dtype=torch.float64)
+        dist.all_reduce(loss_balance)
+        line = {
+            metrics.STEP: trainer.step,
+            metrics.LOSS: float(loss_balance[0]) / sums.targets,
+            metrics.GRAD_NORM: update.norm,
+            metrics.BALANCE: float(loss_balance[1]) / spec.train.micro_batches / spec.model.moe_layers,
+            metrics.TOKENS: trainer.tokens,
+            metrics.STREAM: combine_digests(map(sample_digest, every)),
+            metrics.LR: update.lr,
+        }
+        if mesh.rank == 0:
+            metrics.append(run, line)
+    saver.save(trainer.zero_counts())
+    saver.wait()

@@ -25,10 +25,10 @@ EXACT = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metri
 
 
 def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
-    """Write a spec with dropout and jitter, so that what is drawn matters, which saves every 5 steps."""
+    """Write a spec with dropout and jitter, so that what is drawn matters, and masks. It saves every 5 steps."""
     moe = tiny_spec().model.model_dump()["moe"] | {"jitter": 0.1}
     defaults: dict[str, dict[str, Any]] = {
-        "model": {"dropout": 0.1, "moe": moe},
+        "model": {"dropout": 0.1, "document_masks": True, "moe": moe},
         "train": {"validate_every": 40, "checkpoint_every": 5},
         "cluster": {"workers": 2, "ep": 2, "max_failures": 1000},
     }

@@ -25,7 +25,17 @@ from .deployed import deploy, details, running, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
-SPEC = ServeSpec(max_tokens=40)
+LIMITED, FREE = "secret", "of all other tests"
+KEYS = (
+    KeySpec(name="ann", sha256=sha256(LIMITED.encode()).hexdigest(), requests_per_minute=6),
+    KeySpec(name="bob", sha256=sha256(FREE.encode()).hexdigest()),
+)
+SPEC = ServeSpec(max_tokens=40, keys=KEYS)
+TWO = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,7 @@ def port(checkpoint):
 
 @pytest.fixture(scope="module")
 def client(port):
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=bearer(FREE)) as client:
         yield client
 
 
@@ -49,22 +59,30 @@ def complete(client, **body):
 
 
 @contextmanager
-def asking(client, body):
+def asking(ask):
     """Four clients that ask all the while, each when it has its answer; afterwards these are in the list."""
     over, answers = threading.Event(), []
 
-    def ask():
+    def again_and_again():
         while not over.is_set():
-            answers.append(client.post("/v1/completions", json=body))
+            answers.append(ask())
 
     with ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(ask) for _ in range(4)]
+        clients = [pool.submit(again_and_again) for _ in range(4)]
         try:
             yield answers
         finally:
             over.set()
     for one in clients:
         one.result()
+
+
+def slowly(body):
+    """In two parts: so a request is under way for long and takes little from a replica that starts meanwhile."""
+    whole = json.dumps(body).encode()
+    yield whole[:1]
+    time.sleep(0.3)
+    yield whole[1:]
 
 
 def test_the_answer_is_that_of_the_engine(client, answerer):
@@ -134,7 +152,11 @@ def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint
     [before] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
-    with asking(client, body) as answers:
+
+    def ask():
+        return client.post("/v1/completions", content=slowly(body), headers={"Content-Type": "application/json"})
+
+    with asking(ask) as answers:
         deploy([application_config("tiny", spread_checkpoint, SPEC, "tiny-abc123")])
         deadline = time.monotonic() + 120
         while (replicas := client.get("/stats").json()["replicas"])[0]["replica"] == before["replica"]:
@@ -147,8 +169,7 @@ def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint
 
 
 def test_each_replica_tells_what_it_did(client, checkpoint):
-    two = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
-    deploy([application_config("tiny", checkpoint, two, "tiny-abc123")])
+    deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
     wait_until("tiny", "RUNNING")
     before = {told["replica"]: told["answer_tokens"] for told in client.get("/stats").json()["replicas"]}
     assert len(before) == 2
@@ -181,15 +202,22 @@ def test_rays_own_metrics_have_what_replicas_count(client):
 def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, checkpoint):
     """Answers of 40 tokens by two replicas, of which one is killed: what it had is lost with a clear error, all others
     are answered, those that come while another is started in its place too."""
-    two = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
-    deploy([application_config("tiny", checkpoint, two, "tiny-abc123")])
+    deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
     wait_until("tiny", "RUNNING")
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
-    with asking(client, body) as answers:
+    killed = threading.Event()
+
+    def ask():
+        if killed.is_set():
+            time.sleep(0.3)  # who starts in its place needs a core
+        return client.post("/v1/completions", json=body)
+
+    with asking(ask) as answers:
         time.sleep(1)
         [victim, _] = details("tiny")["deployments"][DEPLOYMENT]["replicas"]
         os.kill(victim["pid"], signal.SIGKILL)
+        killed.set()
         deadline = time.monotonic() + 120
         while victim["replica_id"] in (found := running("tiny")) or len(found) < 2:
             assert time.monotonic() < deadline
@@ -228,16 +256,13 @@ def test_replicas_come_with_requests_and_go_without(client, checkpoint):
 
 
 def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
-    keys = (KeySpec(name="ann", sha256=sha256(b"secret").hexdigest(), requests_per_minute=6),)
-    limited = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2), "keys": keys})
-    deploy([application_config("tiny", checkpoint, limited, "tiny-abc123")])
+    deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
     wait_until("tiny", "RUNNING")
+    assert len(running("tiny")) == 2
 
     def ask(_):
         body = {"prompt": "the", "max_tokens": 1}
-        return httpx.post(
-            f"http://127.0.0.1:{port}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}, timeout=30
-        )
+        return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=bearer(LIMITED), timeout=30)
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(12)))
@@ -249,8 +274,8 @@ def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
 
 def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):
     missing = checkpoint.with_name("step_00000099.1")
-    good, bad = (application_config(n, c, SPEC, n) for n, c in (("tiny", checkpoint), ("missing", missing)))
-    good["args"]["model"] = "tiny-abc123"
+    good = application_config("tiny", checkpoint, TWO, "tiny-abc123")
+    bad = application_config("missing", missing, SPEC, "missing")
     deploy([good, {**bad, "route_prefix": "/missing"}])
     wait_until("missing", "DEPLOY_FAILED")
     reason = f"checkpoint {missing}: it has no readable manifest.json; use another checkpoint of the run"

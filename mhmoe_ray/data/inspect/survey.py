@@ -4,6 +4,7 @@ The result depends on the files only, not on how many tasks ran at once. Entries
 store, which spills them to disk; the driver holds sums.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,7 +45,7 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     print(f"{SAYS}reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
     rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
     read = partial(_read_file, request=request, partitions=partitions)
-    blocks = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(read)
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(read, compute=_at_once())
 
     result, held, done = Survey(tokenized=request.tokenizer is not None), [], 0
     for bundle in blocks.iter_internal_ref_bundles():
@@ -63,6 +64,14 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
         result.copies += copies
     result.domains = dict(sorted(result.domains.items()))
     return result
+
+
+def _at_once() -> ray.data.TaskPoolStrategy:
+    """As many tasks as the cluster has CPUs. But a local one says that it has more of them than the machine has cores,
+    and a process for each would take longer to start than a few files to read."""
+    nodes, cores = [node for node in ray.nodes() if node["Alive"]], os.cpu_count()
+    crowded = len(nodes) == 1 and cores is not None and nodes[0]["Resources"].get("CPU", 0) > cores
+    return ray.data.TaskPoolStrategy(cores if crowded else None)
 
 
 _WHOLE = -1

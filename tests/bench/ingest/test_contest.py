@@ -6,9 +6,13 @@ import pytest
 
 from mhmoe_ray.bench.ingest import contest
 from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
-from mhmoe_ray.data.shards.manifest import read_data_manifest
+from mhmoe_ray.data.shards.manifest import read_data_manifest, recipe
+from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
+from tests.bench.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe_anew
+from tests.data.shards.manifests import manifest_of
+from tests.data.texts import write_lines
 from tests.specs import tiny_spec
 
 PEERS = [name for name in CONTESTANTS if name not in OURS]
@@ -64,11 +68,13 @@ def test_datasets_makes_as_many_samples_but_for_ends(project):
 
 
 @pytest.mark.ray
-def test_what_fails_is_one_line_with_its_cause(project):
-    (project / "raw/a/one.jsonl").rename(project / "one")
-    (project / "raw/a/one.jsonl").write_text("no json\n")
-    shown = mhmoe_anew(project, "bench", "ingest", "spec.yaml", "--rounds", "1")
-    (project / "one").rename(project / "raw/a/one.jsonl")
+def test_what_fails_is_one_line_with_its_cause(tmp_path):
+    """Before the stream, the only one that reads prepared data: of these there is no more than a manifest."""
+    spec = write_spec(tmp_path)
+    write_lines(tmp_path / "raw/a/one.jsonl", [b"no json"])
+    spec.data.prepared.mkdir()
+    write_json(spec.data.prepared / "manifest.json", manifest_of({"web/a": 4}, recipe(spec)).model_dump(mode="json"))
+    shown = mhmoe_anew(tmp_path, "bench", "ingest", "spec.yaml", "--rounds", "1")
     assert_one_line(shown, 9, "bench ingest, prepare: mhmoe", "DataError")
 
 

@@ -10,8 +10,12 @@ def in_small_chunks() -> None:
     pipeline.CHUNK = 2_000
 
 
-if __name__ == "__main__":
-    in_small_chunks()
+def one_task_at_a_time() -> None:
     limits = ray.data.ExecutionResources(cpu=1)
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
+
+
+if __name__ == "__main__":
+    in_small_chunks()
+    one_task_at_a_time()
     main()

@@ -8,6 +8,7 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.runs.manifest import describe_file
-from mhmoe_ray.spec import PhaseSpec, SourceMix, dump_spec
+from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.train.digest import sample_digest
+from tests.data.shards.test_verify import make_folders, told
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec
 
@@ -55,13 +57,70 @@ def assert_same_files(one, other):
 
 
 @pytest.fixture(scope="module")
-def prepared(local_cluster, tmp_path_factory):
-    """A prepared corpus: its spec, its texts by domain."""
+def corpus(tmp_path_factory):
+    """A spec whose raw text is there, and its texts by domain."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = write_corpus(folder / "raw")
-    spec = tiny_spec(folder, data=ALPHA, train=TRAIN)
-    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(spec))
-    return spec, texts
+    return tiny_spec(folder, data=ALPHA, train=TRAIN), texts
+
+
+class Killed(NamedTuple):
+    """What a job that was killed has left."""
+
+    spec: RunSpec
+    made: bool
+    """Its prepared folder."""
+    stage: str
+    parts: int
+
+
+@pytest.fixture(scope="module")
+def killed(corpus, local_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    spec = in_folder(corpus[0], folder / "again")
+    on_cluster(local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", MHMOE_SPEC=dump_spec(spec))
+    made = spec.data.prepared.exists()
+    [work] = folder.iterdir()
+    return Killed(spec, made, read_progress(work).stage, len(list(work.glob("parts/*/*.json"))))
+
+
+class Made(NamedTuple):
+    """What one job has made."""
+
+    spec: RunSpec
+    texts: dict[str, list[str]]
+    again: RunSpec
+    """The same, one task at a time instead of eight, and many chunks of a file instead of one."""
+    fitted: RunSpec
+    fitted_again: RunSpec
+    spelt: RunSpec
+    checked: tuple[Path, ...]
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def made(corpus, killed, local_cluster, tmp_path_factory):
+    """All that needs no job of its own."""
+    folder, (spec, texts) = tmp_path_factory.mktemp("made"), corpus
+    again = in_folder(spec, folder / "again")
+    fitted = in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
+    fitted_again = in_folder(fitted, folder / "fitted-again")
+    spelt = spelt_spec(folder / "spelt", tokenizer="ranks", tokenizer_pattern="cl100k")
+    checked = make_folders(folder / "checked")
+    tasks = [("together", s) for s in (spec, fitted, spelt)]
+    tasks += [("serially", s) for s in (again, fitted_again, killed.spec)]
+    args = [arg for checked_ in checked for arg in ("check", checked_)]
+    for number, (how, task) in enumerate(tasks):
+        (folder / f"{number}.yaml").write_text(dump_spec(task))
+        args += [how, folder / f"{number}.yaml"]
+    lines = on_cluster(local_cluster, "tests.data.prepare.prepare_each", *args)
+    return Made(spec, texts, again, fitted, fitted_again, spelt, checked, lines)
+
+
+@pytest.fixture(scope="module")
+def prepared(made):
+    """A prepared corpus: its spec, its texts by domain."""
+    return made.spec, made.texts
 
 
 def test_every_document_is_once_in_training_or_validation(prepared):
@@ -95,30 +154,20 @@ def test_baselines_are_sensible(prepared):
     assert 0 < found.bigram < found.unigram_entropy < np.log(300)
 
 
-def test_the_result_does_not_depend_on_parallelism(prepared, local_cluster, tmp_path):
-    spec, _ = prepared
-    again = in_folder(spec, tmp_path / "again")
-    # One task at a time instead of eight, and many chunks of a file instead of one.
-    on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
-    assert_same_files(spec.data.prepared, tmp_path / "again")
+def test_the_result_does_not_depend_on_parallelism(made):
+    assert_same_files(made.spec.data.prepared, made.again.data.prepared)
 
 
-def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(prepared, local_cluster, tmp_path):
-    spec, _ = prepared
-    again = in_folder(spec, tmp_path / "again")
-    killed = "tests.data.prepare.prepare_and_die"
-    on_cluster(local_cluster, killed, 3, ends="FAILED", MHMOE_SPEC=dump_spec(again))
-    assert not again.data.prepared.exists()
-    [work] = tmp_path.iterdir()
-    assert read_progress(work).stage == "tokenising"
-    left = len(list(work.glob("parts/*/*.json")))
-    lines = on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
-    told = re.search(r"([\d,]+) tokens, ([\d,]+) of them from before", "\n".join(lines)).groups()
-    every, before = (int(figure.replace(",", "")) for figure in told)
-    assert left >= 3
+def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(killed, made):
+    assert not killed.made
+    assert killed.stage == "tokenising"
+    assert killed.parts >= 3
+    [tokens] = re.findall(r"([\d,]+) tokens, ([\d,]+) of them from before", "\n".join(made.lines))
+    every, before = (int(figure.replace(",", "")) for figure in tokens)
     assert 0 < before < every
-    assert_same_files(spec.data.prepared, again.data.prepared)
-    assert list(tmp_path.iterdir()) == [again.data.prepared]
+    folder = killed.spec.data.prepared
+    assert_same_files(made.spec.data.prepared, folder)
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_two_jobs_at_once_make_the_same_and_leave_nothing(prepared, local_cluster, tmp_path):
@@ -132,14 +181,11 @@ def test_two_jobs_at_once_make_the_same_and_leave_nothing(prepared, local_cluste
     assert list(tmp_path.iterdir()) == [again.data.prepared]
 
 
-def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_cluster, tmp_path):
-    spec, texts = prepared
-    fitted = in_folder(spec, tmp_path / "fitted", packing="best_fit", seq_len=300)
-    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(fitted))
-    folder, manifest = fitted.data.prepared, read_data_manifest(fitted.data.prepared)
-    tokenizer = load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)
+def test_best_fit_keeps_documents_whole_and_counts_every_token(made):
+    folder, manifest = made.fitted.data.prepared, read_data_manifest(made.fitted.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", made.fitted.model.vocab_size)
     start, padding = tokenizer.token_to_id(END_OF_TEXT), padding_token(manifest.token_bytes)
-    for domain, documents in texts.items():
+    for domain, documents in made.texts.items():
         entry = manifest.domains[domain]
         expected = [[start, *tokenizer.encode(t).ids, start] for t in documents if not is_validation(t, 0.2)]
         assert entry.cut_documents == sum(len(d) - 1 > 300 for d in expected) < len(expected)
@@ -150,9 +196,7 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(prepared, local_c
             if len(document) - 1 <= 300:
                 assert any("".join(map(chr, document)) in row for row in rows)
         assert entry.unused_tokens == 0
-    again = in_folder(fitted, tmp_path / "again")
-    on_cluster(local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
-    assert_same_files(folder, again.data.prepared)
+    assert_same_files(folder, made.fitted_again.data.prepared)
 
 
 def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(
@@ -182,20 +226,29 @@ def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_ch
             assert all(p[0] >= steps * 8 for p, _ in batches[len(wanted) // world :])
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"tokenizer": "ranks", "tokenizer_pattern": "cl100k"},
-        pytest.param({"tokenizer_model": "unigram"}, marks=pytest.mark.slow),
-    ],
-)
-def test_documents_that_spell_the_end_of_text_have_one_start_each(local_cluster, tmp_path, keys):
-    texts = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
-    write_documents(tmp_path / "raw/a/one.jsonl", texts)
+SPELT = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
+
+
+def spelt_spec(folder, **keys):
+    """Of documents that spell the end of text."""
+    write_documents(folder / "raw/a/one.jsonl", SPELT)
     lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
-    (tmp_path / "ranks").write_bytes(b"".join(lines))
-    spec = tiny_spec(tmp_path, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
+    (folder / "ranks").write_bytes(b"".join(lines))
+    return tiny_spec(folder, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
+
+
+def test_documents_that_spell_the_end_of_text_have_one_start_each(made):
+    check_starts(made.spelt)
+
+
+@pytest.mark.slow
+def test_they_have_one_start_each_with_unigram_too(local_cluster, tmp_path):
+    spec = spelt_spec(tmp_path, tokenizer_model="unigram")
     on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(spec))
+    check_starts(spec)
+
+
+def check_starts(spec):
     manifest = read_data_manifest(spec.data.prepared)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
     assert manifest.tokenizer_sha256 == describe_file(spec.data.prepared / "tokenizer.json").sha256
@@ -204,6 +257,10 @@ def test_documents_that_spell_the_end_of_text_have_one_start_each(local_cluster,
     stream = np.append(rows[:, :-1].ravel(), rows[-1, -1])
     parts = tokenizer.decode(stream.tolist(), skip_special_tokens=False).split(END_OF_TEXT)
     read = np.split(stream, np.flatnonzero(stream == tokenizer.token_to_id(END_OF_TEXT)))[1:]
-    kept = [text for text in texts if not is_validation(text, 0.2)]
+    kept = [text for text in SPELT if not is_validation(text, 0.2)]
     assert [tokenizer.decode(ids[1:].tolist()) for ids in read[:-1]] == kept[: len(read) - 1]
     assert len(kept) - 1 <= len(read) <= len(kept) < len(parts)
+
+
+def test_what_is_much_is_checked_by_tasks_of_the_cluster(made):
+    assert [line for line in made.lines if line.startswith(("sound", "prepared file"))] == told(made.checked)

@@ -1,11 +1,8 @@
 import shutil
 
-import pytest
-
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.data.shards.verify import problem_with
 from mhmoe_ray.runs.manifest import describe_file
-from tests.data.prepare.test_prepare import on_cluster
 from tests.data.shards.manifests import manifest_of
 from tests.data.shards.verify_by_tasks import problem_of
 
@@ -21,10 +18,9 @@ def test_a_file_is_what_was_written_or_the_problem_is_told(tmp_path):
     assert problem_with(path, sha256) == "it is missing"
 
 
-@pytest.fixture
-def folders(tmp_path):
+def make_folders(folder):
     """A sound one, one with another shard in the place of its own, one without held-out samples."""
-    sound, other, lost = (tmp_path / name for name in ("sound", "other", "lost"))
+    sound, other, lost = (folder / name for name in ("sound", "other", "lost"))
     manifest = manifest_of({"book": 2})
     shards = []
     for i, file in enumerate(["train/book/00000.arrow", "train/book/00001.arrow", "validation/00000.arrow"]):
@@ -43,6 +39,7 @@ def folders(tmp_path):
 
 
 def told(folders):
+    """Of each of them; `tests/data/prepare/test_prepare.py` has tasks of a cluster tell the same."""
     _, other, lost = folders
     return [
         "sound",
@@ -52,11 +49,6 @@ def told(folders):
     ]
 
 
-def test_what_is_little_is_checked_here(folders):
+def test_what_is_little_is_checked_here(tmp_path):
+    folders = make_folders(tmp_path)
     assert [problem_of(folder) for folder in folders] == told(folders)
-
-
-@pytest.mark.ray
-def test_what_is_much_is_checked_by_tasks_of_the_cluster(folders, local_cluster):
-    lines = on_cluster(local_cluster, "tests.data.shards.verify_by_tasks", *folders)
-    assert [line for line in lines if line.startswith(("sound", "prepared file"))] == told(folders)
