@@ -1,7 +1,10 @@
 """What tests wait for in a run that is on a cluster, seen from outside in its directory."""
 
+import signal
+import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,3 +51,13 @@ def wait_for_the_end(run: RunDir, seconds: float = LIMIT, state: str = "finished
     wait_until(lambda: is_over(run), "the end of the run", seconds)
     happened = events.events(run)
     assert events.state(happened) == state, happened[-3:]
+
+
+def ended_by_ctrl_c(process: subprocess.Popen[str]) -> str:
+    """What it says on standard error until Ctrl-C has ended it, which is pressed again as a person would: Python loses
+    one that comes while it finalises an object."""
+    for _ in range(6):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=10)[1]
+    raise AssertionError("Ctrl-C does not end it")

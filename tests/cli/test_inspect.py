@@ -60,7 +60,7 @@ def test_raw_text_beside_raw_text(local_cluster, tmp_path):
     result = mhmoe(tmp_path, "data", "inspect", "raw", str(tmp_path / "more"))
     assert result.code == 0, result
     lines = result.out.splitlines()
-    assert lines[0] == "raw, more: 33 documents, 10 kB of text"
+    assert lines[0] == "raw, more: 33 documents, 9.41 kB of text"
     assert "no tokens" in lines[1]
     tables = {line.split(",")[0].split(":")[0] for line in lines if line and not line.startswith(" ")}
     assert {"by domain", "by language", "exact copies of other documents"} <= tables

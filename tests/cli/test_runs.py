@@ -25,7 +25,7 @@ from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.forked import FORKED
-from tests.watch import newest
+from tests.watch import ended_by_ctrl_c, newest
 
 pytestmark = pytest.mark.ray
 
@@ -174,8 +174,7 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
     )
     try:
         assert any(line.startswith("its job runs on ") for line in follower.stderr)
-        follower.send_signal(signal.SIGINT)  # Ctrl-C detaches
-        _, err = follower.communicate(timeout=30)
+        err = ended_by_ctrl_c(follower)
     finally:
         follower.kill()
     run = newest(corpus)

@@ -10,7 +10,7 @@ from mhmoe_ray.cluster import serving
 from mhmoe_ray.cluster.connect import connect
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.huggingface.conftest import MIXTRAL, make_run
-from tests.watch import of_kind, wait_until
+from tests.watch import ended_by_ctrl_c, of_kind, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -53,10 +53,9 @@ def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run
         assert deploying.stderr.readline().startswith("deploying ")
         [event] = wait_until(lambda: of_kind(run, "served"), "the record")
         assert (event["application"], event["url"]) == ("late", f"http://127.0.0.1:{unused_port}/late")
-        deploying.send_signal(signal.SIGINT)
-        _, err = deploying.communicate(timeout=30)
+        err = ended_by_ctrl_c(deploying)
         hint = "detached; Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down late"
-        assert (deploying.returncode, err.strip()) == (0, hint)
+        assert (deploying.returncode, err.splitlines()[-1]) == (0, hint)
         assert serving.declared(full, "late")[0]["runtime_env"] == RUNTIME_ENV
         [served] = mhmoe(tmp_path, "status", run.id, "--json").json()["served"]
         assert (served["status"], served["url"]) == ("DEPLOYING", event["url"])

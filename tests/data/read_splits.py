@@ -1,22 +1,16 @@
-"""Reads a training stream as Ray Train would split it over workers; prints positions and digests per worker.
+"""Reads a training stream as Ray Train would split it over workers."""
 
-Run as `python -m tests.data.read_splits SPEC WORLD:START ...` as a job; prints one line of JSON.
-"""
-
-import json
-import sys
 import threading
-from pathlib import Path
 
-import ray
 import ray.data
 
 from mhmoe_ray.data.stream import training_stream
-from mhmoe_ray.spec import RunSpec, load_resolved_spec
+from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.digest import sample_digest
 
 
 def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[int], int]]]:
+    """Positions and digest of each batch, per worker. Needs a running Ray."""
     stream = training_stream(spec, start, world)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     found: list[list[tuple[list[int], int]]] = [[] for _ in range(world)]
@@ -34,13 +28,3 @@ def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[i
     for t in threads:
         t.join()
     return found
-
-
-def main() -> None:
-    spec = load_resolved_spec(Path(sys.argv[1]))
-    ray.init(log_to_driver=False)
-    print(json.dumps({pair: read_splits(spec, *map(int, pair.split(":"))) for pair in sys.argv[2:]}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

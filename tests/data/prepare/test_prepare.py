@@ -56,6 +56,17 @@ def assert_same_files(one, other):
     assert filecmp.cmpfiles(one, other, names, shallow=False)[1:] == ([], [])
 
 
+SPELT = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
+
+
+def spelt_spec(folder, **keys):
+    """Of documents that spell the end of text."""
+    write_documents(folder / "raw/a/one.jsonl", SPELT)
+    lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    (folder / "ranks").write_bytes(b"".join(lines))
+    return tiny_spec(folder, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A spec whose raw text is there, and its texts by domain."""
@@ -93,9 +104,16 @@ class Made(NamedTuple):
     """The same, one task at a time instead of eight, and many chunks of a file instead of one."""
     fitted: RunSpec
     fitted_again: RunSpec
-    spelt: RunSpec
+    spelt: dict[str, RunSpec]
+    trained: RunSpec
+    """On the data of `spec`."""
     checked: tuple[Path, ...]
     lines: list[str]
+
+
+STEPS, MIDDLE = 1000, 8 * 437
+SPLITS = ["1:0", "2:0", "4:0", f"2:{MIDDLE}", f"4:{MIDDLE}"]
+"""Workers and the position that they start at."""
 
 
 @pytest.fixture(scope="module")
@@ -105,31 +123,32 @@ def made(corpus, killed, local_cluster, tmp_path_factory):
     again = in_folder(spec, folder / "again")
     fitted = in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
     fitted_again = in_folder(fitted, folder / "fitted-again")
-    spelt = spelt_spec(folder / "spelt", tokenizer="ranks", tokenizer_pattern="cl100k")
+    spelt = {
+        "ranks": spelt_spec(folder / "ranks", tokenizer="ranks", tokenizer_pattern="cl100k"),
+        "unigram": spelt_spec(folder / "unigram", tokenizer_model="unigram"),
+    }
+    schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
+    trained = in_folder(spec, spec.data.prepared, schedule=schedule)
+    trained = trained.model_copy(update={"train": spec.train.model_copy(update={"steps": STEPS})})
     checked = make_folders(folder / "checked")
-    tasks = [("together", s) for s in (spec, fitted, spelt)]
+    tasks = [("together", s) for s in (spec, fitted, *spelt.values())]
+    tasks += [(split, trained) for split in SPLITS]
     tasks += [("serially", s) for s in (again, fitted_again, killed.spec)]
-    args = [arg for checked_ in checked for arg in ("check", checked_)]
+    args = [arg for found in checked for arg in ("check", found)]
     for number, (how, task) in enumerate(tasks):
-        (folder / f"{number}.yaml").write_text(dump_spec(task))
-        args += [how, folder / f"{number}.yaml"]
-    lines = on_cluster(local_cluster, "tests.data.prepare.prepare_each", *args)
-    return Made(spec, texts, again, fitted, fitted_again, spelt, checked, lines)
+        path = folder / f"{number}.yaml"
+        path.write_text(dump_spec(task))
+        args += [how, path]
+    lines = on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args)
+    return Made(spec, texts, again, fitted, fitted_again, spelt, trained, checked, lines)
 
 
-@pytest.fixture(scope="module")
-def prepared(made):
-    """A prepared corpus: its spec, its texts by domain."""
-    return made.spec, made.texts
-
-
-def test_every_document_is_once_in_training_or_validation(prepared):
-    spec, texts = prepared
-    folder, manifest = spec.data.prepared, read_data_manifest(spec.data.prepared)
-    tokenizer = load_tokenizer(folder / "tokenizer.json", spec.model.vocab_size)
+def test_every_document_is_once_in_training_or_validation(made):
+    folder, manifest = made.spec.data.prepared, read_data_manifest(made.spec.data.prepared)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", made.spec.model.vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
     held_out_tokens = 0
-    for domain, documents in texts.items():
+    for domain, documents in made.texts.items():
         expected = [[end, *tokenizer.encode(t).ids] for t in documents if not is_validation(t, 0.2)]
         entry = manifest.domains[domain]
         assert (entry.documents, entry.validation_documents) == (len(expected), len(documents) - len(expected))
@@ -149,8 +168,8 @@ def test_every_document_is_once_in_training_or_validation(prepared):
     assert tokenizer.decode([int(t) for t in tokens[0]], skip_special_tokens=False).startswith(END_OF_TEXT)
 
 
-def test_baselines_are_sensible(prepared):
-    found = read_data_manifest(prepared[0].data.prepared).baselines
+def test_baselines_are_sensible(made):
+    found = read_data_manifest(made.spec.data.prepared).baselines
     assert 0 < found.bigram < found.unigram_entropy < np.log(300)
 
 
@@ -170,14 +189,13 @@ def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(killed, made):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_two_jobs_at_once_make_the_same_and_leave_nothing(prepared, local_cluster, tmp_path):
-    spec, _ = prepared
-    again = in_folder(spec, tmp_path / "again")
+def test_two_jobs_at_once_make_the_same_and_leave_nothing(made, local_cluster, tmp_path):
+    again = in_folder(made.spec, tmp_path / "again")
     run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(run) for _ in range(2)]:
             job.result()
-    assert_same_files(spec.data.prepared, again.data.prepared)
+    assert_same_files(made.spec.data.prepared, again.data.prepared)
     assert list(tmp_path.iterdir()) == [again.data.prepared]
 
 
@@ -199,22 +217,15 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(made):
     assert_same_files(folder, made.fitted_again.data.prepared)
 
 
-def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(
-    prepared, local_cluster, tmp_path
-):
+def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(made):
     """1, 2 and 4 workers from the start; 2 that go on alone, and 4 that go on from 2, at a step in the middle."""
-    spec, _ = prepared
-    steps, middle = 1000, 8 * 437
-    schedule = [PhaseSpec(from_step=300, sources={"web": SourceMix(shares={"a": 3, "c": 1})})]
-    data = spec.data.model_copy(update={"schedule": schedule})
-    spec = spec.model_copy(update={"data": data, "train": spec.train.model_copy(update={"steps": steps})})
-    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
-    asked = ["1:0", "2:0", "4:0", f"2:{middle}", f"4:{middle}"]
-    lines = on_cluster(local_cluster, "tests.data.read_splits", tmp_path / "spec.yaml", *asked)
-    found = json.loads(next(line for line in lines if line.startswith("{")))
-    assert list(found) == asked
-    positions = np.arange(steps * 8).reshape(-1, 2)
-    tokens = TrainingSamples(spec).read(positions.ravel()).reshape(len(positions), 2, -1)
+    found = {}
+    for line in made.lines:
+        if line.startswith("{"):
+            found |= json.loads(line)
+    assert list(found) == SPLITS
+    positions = np.arange(STEPS * 8).reshape(-1, 2)
+    tokens = TrainingSamples(made.trained).read(positions.ravel()).reshape(len(positions), 2, -1)
     expected = [[row.tolist(), sample_digest(t)] for row, t in zip(positions, tokens, strict=True)]
     for pair, workers in found.items():
         world, start = map(int, pair.split(":"))
@@ -223,32 +234,12 @@ def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_ch
         for rank, batches in enumerate(workers):
             assert batches[: len(wanted) // world] == wanted[rank::world]
             # What a last block holds beyond the end belongs to nobody.
-            assert all(p[0] >= steps * 8 for p, _ in batches[len(wanted) // world :])
+            assert all(p[0] >= STEPS * 8 for p, _ in batches[len(wanted) // world :])
 
 
-SPELT = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
-
-
-def spelt_spec(folder, **keys):
-    """Of documents that spell the end of text."""
-    write_documents(folder / "raw/a/one.jsonl", SPELT)
-    lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
-    (folder / "ranks").write_bytes(b"".join(lines))
-    return tiny_spec(folder, data={"validation_fraction": 0.2, "seq_len": 8, **keys})
-
-
-def test_documents_that_spell_the_end_of_text_have_one_start_each(made):
-    check_starts(made.spelt)
-
-
-@pytest.mark.slow
-def test_they_have_one_start_each_with_unigram_too(local_cluster, tmp_path):
-    spec = spelt_spec(tmp_path, tokenizer_model="unigram")
-    on_cluster(local_cluster, "mhmoe_ray.data.prepare.job", MHMOE_SPEC=dump_spec(spec))
-    check_starts(spec)
-
-
-def check_starts(spec):
+@pytest.mark.parametrize("kind", ["ranks", "unigram"])
+def test_documents_that_spell_the_end_of_text_have_one_start_each(made, kind):
+    spec = made.spelt[kind]
     manifest = read_data_manifest(spec.data.prepared)
     tokenizer = load_tokenizer(spec.data.prepared / "tokenizer.json", spec.model.vocab_size)
     assert manifest.tokenizer_sha256 == describe_file(spec.data.prepared / "tokenizer.json").sha256

@@ -1,0 +1,39 @@
+"""Does one thing after another in a single job, whose start takes longer than most of them.
+
+Run as `python -m tests.data.prepare.in_one_job HOW PATH ...` as a job. HOW is
+
+check        whether a prepared folder is sound, by tasks; prints a line
+together     prepare a spec
+WORLD:START  read what a spec trains on from there, split over so many workers; prints a line of JSON
+serially     prepare a spec as prepare_serially does, and so are all that follow
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import ray
+
+from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.spec import load_resolved_spec
+from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
+from tests.data.read_splits import read_splits
+from tests.data.shards.verify_by_tasks import problem_by_tasks
+
+
+def do(how: str, path: Path) -> None:
+    if how == "check":
+        print(problem_by_tasks(path), flush=True)
+    elif ":" in how:
+        print(json.dumps({how: read_splits(load_resolved_spec(path), *map(int, how.split(":")))}), flush=True)
+    else:
+        if how == "serially":
+            in_small_chunks()
+            one_task_at_a_time()
+        prepare(load_resolved_spec(path))
+
+
+if __name__ == "__main__":
+    ray.init()
+    for how, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        do(how, Path(path))
