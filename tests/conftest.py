@@ -26,13 +26,8 @@ OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AU
 QUIET = {
     # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
-    # Nor does anybody ask what processes take, which Ray's dashboard and its agents look up every 5 s ...
-    "METRICS_RECORD_INTERVAL_S": "60",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    # ... and a new file of a log is found within half a second, not a tenth.
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
 }
-"""What a cluster does for nobody: together a fifth and more of what one takes that has nothing to do."""
+"""What a cluster does for nobody."""
 
 # The same examples each time, so that only a change can make a test fail; but for constants of our own modules, which
 # hypothesis draws too, of those that a lane has imported by then. `make explore` draws new ones. No deadline: a busy

@@ -18,7 +18,7 @@ from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
-REMOVE_SECONDS = 60.0
+REMOVE_SECONDS = 180.0
 SAY_SECONDS = 30.0
 """Between two lines on an application that does not answer yet."""
 
