@@ -129,9 +129,10 @@ def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     """Stop serving."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.serve_removal import remove
 
     connection = connect(address)
-    serving.remove(connection, name)
+    remove(connection, name, say)
     left = [a.name for a in serving.applications(connection)]
     out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
 

@@ -1,7 +1,5 @@
-"""Ray Serve applications: deploy, look at and remove them."""
+"""Ray Serve applications: deploy and look at them."""
 
-import functools
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,11 +12,11 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.jobs import PACKAGES, with_packages
 from mhmoe_ray.cluster.patience import Patience
+from mhmoe_ray.cluster.serve_client import client, configs, put
 from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
-REMOVE_SECONDS = 180.0
 SAY_SECONDS = 30.0
 """Between two lines on an application that does not answer yet."""
 
@@ -55,36 +53,36 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
     """
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
-        client = _client(connection)
-        details = client.get_serve_details()
+        serve = client(connection)
+        details = serve.get_serve_details()
         if details.get("http_options") and not details["applications"]:
-            client.delete_applications()  # Serve keeps its port, also one that it could not get
-            details = client.get_serve_details()
+            serve.delete_applications()  # Serve keeps its port, also one that it could not get
+            details = serve.get_serve_details()
         _check_address(details, host, port)
         _check_route(details, application)
         runtime_env = application.get("runtime_env", {})
-        sent = _sent(client, runtime_env if connection.local else with_packages(runtime_env))
+        sent = _sent(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": sent}
-        others = [a for a in _declared(details) if a["name"] != application["name"]]
+        others = [a for a in configs(details) if a["name"] != application["name"]]
         try:
-            _put(connection, details, [*others, application], {"host": host, "port": port})
+            put(connection, details, [*others, application], {"host": host, "port": port})
         except RuntimeError:
             if not details["applications"]:
-                client.delete_applications()
+                serve.delete_applications()
             raise
     route: str = application.get("route_prefix", "/")
     return _place(connection, host, port)[0] + route.rstrip("/")
 
 
-def _sent(client: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
+def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
     """With URIs, which Serve insists on, in place of this machine's folders, and files of requirements read."""
     from ray.runtime_env import RuntimeEnv
 
     check_size(runtime_env)
     runtime_env = dict(runtime_env)
     try:
-        client._upload_working_dir_if_needed(runtime_env)
-        client._upload_py_modules_if_needed(runtime_env)
+        serve._upload_working_dir_if_needed(runtime_env)
+        serve._upload_py_modules_if_needed(runtime_env)
         return dict(RuntimeEnv(**runtime_env).to_dict())
     except (ValueError, TypeError) as e:
         raise SpecError("cluster.runtime_env", reason(str(e)), "correct it in the spec") from e
@@ -174,45 +172,6 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return bool(config["import_path"] == IMPORT_PATH)
 
 
-def remove(connection: Connection, name: str) -> None:
-    """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
-
-    Raises:
-        ServeError: there is no such application, it was not deployed by a config, or it does not go away.
-    """
-    what = f"application {name}"
-    with explained(connection, what, ServeError, "see the dashboard"):
-        details = _client(connection).get_serve_details()
-        declared = _declared(details)
-        others = [a for a in declared if a["name"] != name]
-        if len(others) == len(declared):
-            raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-        if set(details["applications"]) == {name}:
-            _client(connection).delete_applications()
-            return
-        _put(connection, details, others, details["http_options"])
-    deadline = time.monotonic() + REMOVE_SECONDS
-    while name in {a.name for a in applications(connection)}:
-        if time.monotonic() > deadline:
-            raise ServeError(what, f"it is still there after {REMOVE_SECONDS:.0f} s", "see the dashboard")
-        time.sleep(0.5)
-
-
-def _declared(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configs in force. Applications of `serve.run` have none and stay whatever we put."""
-    return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
-
-
-def _put(connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]) -> None:
-    """Serve's PUT replaces the whole configuration, so it must hold all that is to stay."""
-    config = {"applications": configs, "http_options": http}
-    if details.get("proxy_location"):
-        config["proxy_location"] = details["proxy_location"]
-    if details.get("target_capacity") is not None:
-        config["target_capacity"] = details["target_capacity"]
-    _client(connection).deploy_applications(config)
-
-
 def _check_address(details: dict[str, Any], host: str, port: int) -> None:
     """While Serve runs, it ignores another host or port without a word."""
     http = details.get("http_options")
@@ -243,14 +202,6 @@ def _message(app: dict[str, Any]) -> str:
     return next((reason(t) for t in texts if t), "")
 
 
-@functools.cache
-def _client(connection: Connection) -> Any:
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of every upload
-    return ServeSubmissionClient(connection.address, headers=connection.headers)
-
-
 def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
     """The configuration of an application of ours as it was given to `deploy`, but for folders that were sent, and
     Serve's host and port.
@@ -260,8 +211,8 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
     """
     what = f"application {name}"
     with explained(connection, what, ServeError, "see the dashboard"):
-        details = _client(connection).get_serve_details()
-    found = next((config for config in _declared(details) if config["name"] == name), None)
+        details = client(connection).get_serve_details()
+    found = next((config for config in configs(details) if config["name"] == name), None)
     if found is None:
         raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
     if not _is_ours(found):

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
@@ -42,8 +42,9 @@ class ServeSpec(Section):
     cache_tokens: PositiveInt | None = None
     """Tokens whose keys and values a replica has room for. By default so many that none of `max_concurrency` requests
     waits for room."""
-    request_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=True)
-    """Seconds, waiting included, after which a request fails; .inf: never."""
+    request_timeout: PositiveFloat = 600.0
+    """Seconds, waiting included, after which a request fails, and for which a replica that is to end ends what it has
+    begun."""
     stream_interval: NonNegativeFloat = 0.05
     """Seconds between two chunks of a streamed answer, the first of which comes at once: tokens that come sooner wait
     for it. 0: a chunk for each token, each of which Serve's proxy hands on by itself."""

@@ -8,6 +8,7 @@ import pytest
 
 from mhmoe_ray.cluster import serving
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.serve_removal import remove
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.huggingface.conftest import MIXTRAL, make_run
 from tests.watch import ended_by_ctrl_c, of_kind, wait_until
@@ -37,7 +38,7 @@ def full(local_cluster, unused_port):
     serving.deploy(connection, {**app, "deployments": [all_of_them]}, "127.0.0.1", unused_port)
     serving.wait_until_running(connection, "full")
     yield connection
-    serving.remove(connection, "full")
+    remove(connection, "full")
 
 
 def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run, full, unused_port):

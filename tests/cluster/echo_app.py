@@ -1,5 +1,7 @@
 """A Serve application that answers with one word."""
 
+import asyncio
+
 from ray import serve
 
 
@@ -11,6 +13,7 @@ class Echo:
         self.word = word
 
     async def __call__(self, request):
+        await asyncio.sleep(float(request.query_params.get("seconds", 0)))
         return self.word
 
 

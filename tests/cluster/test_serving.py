@@ -3,18 +3,21 @@ import http.server
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
-from mhmoe_ray.cluster import dashboard, serving
+from mhmoe_ray.cluster import dashboard, serve_client, serving
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.jobs import with_packages
+from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
+from tests.watch import LIMIT, wait_until
 
 HOST = "127.0.0.1"
 
@@ -79,7 +82,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
         serving.wait_until_running(there, "a")
         assert _get(port, "a").text == word
-        [deployed] = serving._declared(serving._client(there).get_serve_details())
+        [deployed] = serve_client.configs(serve_client.client(there).get_serve_details())
         assert len(deployed["runtime_env"]["py_modules"]) == modules
         return deployed["runtime_env"]
 
@@ -97,7 +100,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         assert (told["name"], told["checkpoint"], told["stats"]) == ("a", None, None)
         assert_one_line(mhmoe(tmp_path, "serve", "update", "a"), 10, "it serves no checkpoint of a run")
     finally:
-        serving.remove(connection, "a")
+        remove(connection, "a")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,37 @@ def test_port_that_is_taken(connection):
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
 
 
+def _states(connection, name):
+    app = serve_client.client(connection).get_serve_details()["applications"][name]
+    return sorted(r["state"] for d in app["deployments"].values() for r in d["replicas"])
+
+
+@pytest.mark.ray
+def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port):
+    """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
+    hour = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
+    hour |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
+    answers = []
+
+    def ask():
+        answers.append(_get(port, "a?seconds=4").text)
+
+    for _ in range(2):  # with the first removal Serve itself has ended, and its port is free
+        serving.deploy(connection, {**_app("a", "x"), "deployments": [hour]}, HOST, port)
+        wait_until(lambda: _states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
+        wait_until(lambda: _get(port, "a").text == "x", "an answer")
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(1)
+        removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+        removing.start()
+        removing.join(LIMIT)
+        assert not removing.is_alive()
+        asking.join()
+        assert serving.applications(connection) == []
+    assert answers == ["x", "x"]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_applications(connection, port):
@@ -245,9 +279,9 @@ def test_two_applications(connection, port):
     serving.wait_until_running(connection, "b", 60)
     assert [_get(port, name).text for name in "ab"] == ["first", "other"]
 
-    sent = serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"]
+    sent = serve_client.configs(serve_client.client(connection).get_serve_details())[1]["runtime_env"]
     serving.deploy(other, {**_app("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
-    assert serving._declared(serving._client(connection).get_serve_details())[1]["runtime_env"] == sent
+    assert serve_client.configs(serve_client.client(connection).get_serve_details())[1]["runtime_env"] == sent
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.declared(connection, "a")
 
@@ -276,15 +310,15 @@ def test_two_applications(connection, port):
         serving.wait_until_running(connection, "big", 2)
 
     for name in ("big", "c", "b"):
-        serving.remove(connection, name)
+        remove(connection, name)
     with pytest.raises(ServeError, match="it is gone from the cluster"):
         serving.wait_until_running(connection, "b", 2)
     assert _get(port, "a").text == "second"
     assert _get(port, "b").status_code == 404
     with pytest.raises(ServeError, match="application b: there is no such application"):
-        serving.remove(connection, "b")
+        remove(connection, "b")
 
-    serving.remove(connection, "a")
+    remove(connection, "a")
     assert serving.applications(connection) == []
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,7 +4,8 @@ Run as `python -m tests.data.prepare.in_one_job HOW PATH ...` as a job. HOW is
 
 check        whether a prepared folder is sound, by tasks; prints a line
 together     prepare a spec
-WORLD:START  read what a spec trains on from there, split over so many workers; prints a line of JSON
+WORLD:START  read what a spec trains on from there, split over so many workers; into a file of JSON beside it, since in
+             what a job prints long lines have others of Ray within them
 serially     prepare a spec as prepare_serially does, and so are all that follow
 """
 
@@ -25,7 +26,8 @@ def do(how: str, path: Path) -> None:
     if how == "check":
         print(problem_by_tasks(path), flush=True)
     elif ":" in how:
-        print(json.dumps({how: read_splits(load_resolved_spec(path), *map(int, how.split(":")))}), flush=True)
+        found = read_splits(load_resolved_spec(path), *map(int, how.split(":")))
+        path.with_suffix(".json").write_text(json.dumps({how: found}))
     else:
         if how == "serially":
             in_small_chunks()

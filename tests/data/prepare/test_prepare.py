@@ -107,6 +107,8 @@ class Made(NamedTuple):
     spelt: dict[str, RunSpec]
     trained: RunSpec
     """On the data of `spec`."""
+    splits: list[Path]
+    """What workers read of it."""
     checked: tuple[Path, ...]
     lines: list[str]
 
@@ -135,12 +137,15 @@ def made(corpus, killed, local_cluster, tmp_path_factory):
     tasks += [(split, trained) for split in SPLITS]
     tasks += [("serially", s) for s in (again, fitted_again, killed.spec)]
     args = [arg for found in checked for arg in ("check", found)]
+    splits = []
     for number, (how, task) in enumerate(tasks):
         path = folder / f"{number}.yaml"
         path.write_text(dump_spec(task))
         args += [how, path]
+        if ":" in how:
+            splits.append(path.with_suffix(".json"))
     lines = on_cluster(local_cluster, "tests.data.prepare.in_one_job", *args)
-    return Made(spec, texts, again, fitted, fitted_again, spelt, trained, checked, lines)
+    return Made(spec, texts, again, fitted, fitted_again, spelt, trained, splits, checked, lines)
 
 
 def test_every_document_is_once_in_training_or_validation(made):
@@ -220,9 +225,8 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(made):
 def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(made):
     """1, 2 and 4 workers from the start; 2 that go on alone, and 4 that go on from 2, at a step in the middle."""
     found = {}
-    for line in made.lines:
-        if line.startswith("{"):
-            found |= json.loads(line)
+    for path in made.splits:
+        found |= json.loads(path.read_text())
     assert list(found) == SPLITS
     positions = np.arange(STEPS * 8).reshape(-1, 2)
     tokens = TrainingSamples(made.trained).read(positions.ravel()).reshape(len(positions), 2, -1)
