@@ -41,7 +41,7 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
     with explained(connection, what, ServeError, "see the dashboard"):
         details = _told(connection, what)
         seconds = _seconds(details, name)
-        if not _is_going(details, name):
+        if _status(details, name) != "DELETING":
             if name not in {config["name"] for config in configs(details)}:
                 raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
             details = _without_what_starts(connection, name, details)
@@ -70,25 +70,30 @@ def _without_what_starts(connection: Connection, name: str, details: dict[str, A
     """What Serve tells once no replica of the application starts any more.
 
     When it removes an application, Serve waits for those that start as for those that answer, ours ten minutes. It does
-    not where another version takes their place; so one does, which starts nowhere.
+    not where another version takes their place; so one does, which starts nowhere. Deployments with placement groups,
+    which ours have not, take no other resources, and are waited for.
     """
     starting = _starting(details, name)
-    if not starting:
-        return details
     others = [c for c in configs(details) if c["name"] != name]
     [config] = [c for c in configs(details) if c["name"] == name]
     deployments = {d["name"]: d for d in config.get("deployments", [])}
-    deployments |= {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d, _ in starting}
-    put(connection, details, [*others, {**config, "deployments": list(deployments.values())}], details["http_options"])
+    given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d, _ in starting}
+    if not given_up or any("placement_group_bundles" in d for d in given_up.values()):
+        return details
+    config = {**config, "deployments": list({**deployments, **given_up}.values())}
+    put(connection, details, [*others, config], details["http_options"])
     deadline = time.monotonic() + SPARE_SECONDS
     while starting & _starting(details, name) and time.monotonic() < deadline:
         time.sleep(0.2)
         details = client(connection).get_serve_details()
+        if _status(details, name) != "DEPLOYING":  # where it is the code that asks for placement groups
+            break
     return details
 
 
-def _is_going(details: dict[str, Any], name: str) -> bool:
-    return name in details["applications"] and details["applications"][name]["status"] == "DELETING"
+def _status(details: dict[str, Any], name: str) -> str | None:
+    status: str | None = details["applications"].get(name, {}).get("status")
+    return status
 
 
 def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
