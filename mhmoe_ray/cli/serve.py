@@ -79,7 +79,8 @@ def deploy(
 
 @app.command()
 def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
-    """Serve a newer checkpoint of the same run. New replicas start first, and old ones end what they have begun."""
+    """Serve a newer checkpoint of the same run. New replicas start first, for which there must be room unless it was
+    deployed with `--set serve.surge=false`, and old ones end what they have begun."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.location import location

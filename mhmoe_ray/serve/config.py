@@ -36,8 +36,8 @@ def application_config(
     deployment = {
         "name": DEPLOYMENT,
         **_scaling(spec),
-        # An update starts new replicas first, and old ones end what they have begun.
-        "max_surge_percent": 100,
+        # Old replicas end what they have begun.
+        "max_surge_percent": 100 if spec.surge else 0,
         "graceful_shutdown_timeout_s": spec.request_timeout,
         # More than the engine lets wait, so that it is the engine that refuses, client by client, and that health is
         # told however many wait.

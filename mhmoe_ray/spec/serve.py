@@ -23,6 +23,9 @@ class ServeSpec(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: WorkerRange = WorkerRange(min=1, max=1)
     """A number, or {min: a, max: b}: then Serve adds and removes some, by how many requests there are."""
+    surge: bool = True
+    """Whether an update starts new replicas beside the old ones, for which the cluster must have room. Else an old one
+    ends before a new one starts, and requests wait meanwhile."""
     engine: Literal["torch", "vllm"] = "torch"
     """torch: our own, on CPUs or one GPU. vllm: vLLM, which must be installed where replicas run."""
     cpus_per_replica: PositiveInt = 1

@@ -29,6 +29,8 @@ from tests.watch import ended_by_ctrl_c, newest
 
 pytestmark = pytest.mark.ray
 
+OLDER, NEWEST = "step_00000020.1", "step_00000030.1"
+
 KEY = "the-key-of-ann-9f3b2c"
 KEYS = {"MHMOE_API_KEYS": f"ann:{KEY}", "MHMOE_API_KEY": KEY}
 """Of a server's client: commands have them in their environment and tell nobody."""
@@ -60,7 +62,7 @@ def test_status_list_and_logs_tell_of_it(corpus, finished):
     run, _ = finished
     status = mhmoe(corpus, "status", "--json").json()
     assert (status["run"], status["state"], status["last"]["step"]) == (run.id, "finished", 30)
-    assert status["checkpoint"]["name"] == "step_00000030.1"
+    assert status["checkpoint"]["name"] == NEWEST
     assert status["baselines"]["unigram_entropy"] > 0
     shown = mhmoe(corpus, "status", run.id[:7]).out
     for part in ("30 of 30", "perplexity", "unigram entropy", "bigram", "dp 1 x ep 2", "1.00 times the least"):
@@ -197,11 +199,18 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
 
 @pytest.fixture(scope="module")
 def served(corpus, finished):
-    """The run's checkpoint, served to who has the key; (URL, what deploy printed)."""
+    """The run's checkpoint, served to who has the key; (URL, what deploy printed). An older one before, in whose place
+    it came, since there is no room for both."""
     run, _ = finished
     port = free_ports(1)[0]
-    result = mhmoe(corpus, "serve", "deploy", run.id, "--set", f"serve.port={port}", **KEYS)
+    keys = (f"serve.port={port}", "serve.cpus_per_replica=5", "serve.surge=false")
+    sets = [word for key in keys for word in ("--set", key)]
+    result = mhmoe(corpus, "serve", "deploy", run.id, "--checkpoint", OLDER, *sets, **KEYS)
     assert result.code == 0, result.err
+    assert f"deploying {OLDER} of {run.id}" in result.err
+    for said in (f"serving {NEWEST}", f"{NEWEST} is the newest checkpoint, and is served"):
+        updated = mhmoe(corpus, "serve", "update")
+        assert (updated.code, updated.out.strip()) == (0, said), updated.err
     yield f"http://127.0.0.1:{port}", result
     assert mhmoe(corpus, "serve", "down").code == 0
     assert mhmoe(corpus, "serve", "status", "--json").json() == []
@@ -232,7 +241,7 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
     """The model's own next tokens, without cache or server."""
     from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 
-    model, manifest = load_model(run.checkpoints / "step_00000030.1")
+    model, manifest = load_model(run.checkpoints / NEWEST)
     tokenizer = load_tokenizer(run.tokenizer_file, manifest.model.vocab_size)
     ids = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]
     start = len(ids)
