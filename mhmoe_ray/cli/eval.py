@@ -1,7 +1,7 @@
 """`mhmoe eval`: what a checkpoint knows."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ SamplesOption = Annotated[
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
 ]
+QUESTIONS, STDERR = "sample_len", "_stderr"
+"""As lm-eval calls them."""
+
 GpusOption = Annotated[
     int | None, typer.Option(min=0, max=1, help="To compute on; by default as many as a worker of the training had.")
 ]
@@ -74,13 +77,20 @@ def eval_(
     if evaluation.domains:
         _show_scores(evaluation)
     if evaluation.tasks:
-        rows = [
-            [task, name, f"{value:.4f}"]
-            for task, result in evaluation.tasks.items()
-            for name, value in result.items()
-            if "stderr" not in name
-        ]
-        print_whole(number_table(["", "measure", "value"], rows))
+        print_whole(number_table(["", "questions", "measure", "value", "standard error"], _task_rows(evaluation.tasks)))
+
+
+def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for task, result in tasks.items():
+        for name, value in result.items():
+            if name == QUESTIONS or STDERR in name:
+                continue
+            measure, comma, filtered = name.partition(",")
+            error = result.get(f"{measure}{STDERR}{comma}{filtered}")
+            told = "-" if error is None else f"{error:.4f}"
+            rows.append([task, f"{result[QUESTIONS]:,.0f}", name, f"{value:.4f}", told])
+    return rows
 
 
 def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | None]]]:

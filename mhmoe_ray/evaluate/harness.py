@@ -4,6 +4,7 @@ The English tasks of the first paper's table 2 and the languages of its table 3 
 """
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def run_tasks(
     half: bool,
     limit: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """lm-eval's results by task.
+    """lm-eval's results by task, with standard errors where it has them.
 
     Args:
         model: in evaluation mode.
@@ -73,12 +74,13 @@ def run_tasks(
     known = TaskManager(include_path=[str(Path(f)) for f in folders] or None)
     if unknown := [task for task in tasks if task not in known.all_tasks]:
         raise SpecError(f"task {unknown[0]}", "lm-eval knows none of this name", "see `lm-eval ls tasks`")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # standard errors that it draws samples for would start a process a core
     found = simple_evaluate(
         model=_wrapped(model, tokenizer, seq_len, batch, half),
         tasks=list(tasks),
         task_manager=known,
         limit=limit,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
         verbosity="ERROR",
     )
     return {task: _plain(result) for task, result in found["results"].items()}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from mhmoe_ray.bench.serve.model import plain_model, write_run
+from mhmoe_ray.cli.eval import _task_rows
 from mhmoe_ray.cli.evaluating import make_request
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import Evaluation, store
@@ -36,3 +37,12 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["figures"]["total"]["all"]["loss"] == 2.0
     assert done.stderr.splitlines()[-1] == "set()"
+
+
+def test_scores_of_tasks_stand_beside_their_standard_errors():
+    result = {"sample_len": 1200, "acc": 0.5, "acc_stderr": 0.0144, "match,strict": 0.25, "match_stderr,strict": 0.0125}
+    assert _task_rows({"choose": {**result, "word_perplexity": 12.0}}) == [
+        ["choose", "1,200", "acc", "0.5000", "0.0144"],
+        ["choose", "1,200", "match,strict", "0.2500", "0.0125"],
+        ["choose", "1,200", "word_perplexity", "12.0000", "-"],
+    ]

@@ -8,6 +8,7 @@ from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
 from mhmoe_ray.cluster.home import home
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.attempts import Attempt
+from tests.cli.run import assert_one_line, mhmoe
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +98,18 @@ def test_mistakes_are_told():
     (home() / contexts.FILE).write_text("{")
     with pytest.raises(ClusterError, match="it is damaged"):
         contexts.read_contexts()
+
+
+def test_commands_choose_list_and_forget_clusters(tmp_path):
+    (tmp_path / "token").write_text("secret")
+    use = ("cluster", "use", "lab", "--address", "http://head:8265/", "--token-file", str(tmp_path / "token"))
+    assert mhmoe(tmp_path, *use).out == "commands speak to lab, http://head:8265\n"
+    told = mhmoe(tmp_path, "cluster", "list", "--json")
+    lab = {"name": "lab", "address": "http://head:8265", "token_file": str(tmp_path / "token")}
+    assert told.json() == {"current": "lab", "known": {"lab": lab}}
+    assert "secret" not in told.out
+    local, chosen = mhmoe(tmp_path, "cluster", "list").out.splitlines()[1:]
+    assert (local.split()[0], chosen.split()[:3]) == ("local", ["*", "lab", "http://head:8265"])
+    assert mhmoe(tmp_path, "cluster", "use", "local").out == "commands speak to local, the cluster on this machine\n"
+    assert mhmoe(tmp_path, "cluster", "forget", "lab").out == "lab is forgotten\n"
+    assert_one_line(mhmoe(tmp_path, "cluster", "use", "lab"), 5, "nothing is known of it")

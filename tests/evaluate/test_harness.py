@@ -72,6 +72,8 @@ def test_its_choices_are_those_of_the_model(folder, tokenizer, monkeypatch):
         right_by_length += max(range(len(fits)), key=by_length.__getitem__) == asked["answer"]
     assert found["choose"]["acc"] == pytest.approx(right / 3)
     assert found["choose"]["acc_norm"] == pytest.approx(right_by_length / 3)
+    for name, share in (("acc", right / 3), ("acc_norm", right_by_length / 3)):
+        assert found["choose"][f"{name}_stderr"] == pytest.approx((share * (1 - share) / 2) ** 0.5)
 
 
 def test_log_probabilities_are_those_of_one_token_at_a_time(tokenizer):
