@@ -38,8 +38,11 @@ def main(run: str, folder: Path) -> None:
     chance, questions = random.Random(0), []
     for domain, pairs in sorted(passages(data).items()):
         chance.shuffle(pairs)
-        for i, (passage, piece) in enumerate(pairs[:OF_A_DOMAIN]):
-            choices = [pairs[(i + k) % len(pairs)][1] for k in range(1, 4)]
+        pieces = sorted({piece for _, piece in pairs})
+        if len(pieces) < 4:
+            continue
+        for passage, piece in pairs[:OF_A_DOMAIN]:
+            choices = chance.sample([other for other in pieces if other != piece], 3)
             answer = chance.randrange(4)
             choices.insert(answer, piece)
             questions.append({"domain": domain, "passage": passage, "choices": choices, "answer": answer})

@@ -33,8 +33,8 @@ SamplesOption = Annotated[
 TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
 ]
-QUESTIONS, STDERR = "sample_len", "_stderr"
-"""As lm-eval calls them."""
+STDERR = "_stderr"
+"""As lm-eval calls standard errors."""
 
 GpusOption = Annotated[
     int | None, typer.Option(min=0, max=1, help="To compute on; by default as many as a worker of the training had.")
@@ -83,13 +83,14 @@ def eval_(
 def _task_rows(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for task, result in tasks.items():
+        questions = f"{result['questions']:,}" if "questions" in result else "-"
         for name, value in result.items():
-            if name == QUESTIONS or STDERR in name:
+            if name == "questions" or STDERR in name:
                 continue
             measure, comma, filtered = name.partition(",")
             error = result.get(f"{measure}{STDERR}{comma}{filtered}")
             told = "-" if error is None else f"{error:.4f}"
-            rows.append([task, f"{result[QUESTIONS]:,.0f}", name, f"{value:.4f}", told])
+            rows.append([task, questions, name, f"{value:.4f}", told])
     return rows
 
 

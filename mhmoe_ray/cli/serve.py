@@ -133,7 +133,8 @@ def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
     from mhmoe_ray.cluster.serve_removal import remove
 
     connection = connect(address)
-    remove(connection, name, say)
+    with detaching(f"Serve goes on. `mhmoe serve down {name}` waits for it again"):
+        remove(connection, name, say)
     left = [a.name for a in serving.applications(connection)]
     out.print(f"still served: {', '.join(left)}" if left else "nothing is served any more")
 

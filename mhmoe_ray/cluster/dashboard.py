@@ -11,8 +11,15 @@ from mhmoe_ray.cluster.tokens import Token, refused
 from mhmoe_ray.errors import ClusterError
 
 
-def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False) -> Any:
+def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
     """The JSON at this path; None where the dashboard has no such thing and `missing_ok` allows it.
+
+    Args:
+        address: the dashboard's.
+        path: with its query.
+        token: the cluster's.
+        missing_ok: whether there may be no such thing.
+        seconds: that an answer may take.
 
     Raises:
         ClusterError: nothing answers, or something that is no Ray dashboard.
@@ -22,7 +29,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
     _keep_off_proxies(address)
     try:
-        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=10)
+        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=seconds)
     except requests.RequestException as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):

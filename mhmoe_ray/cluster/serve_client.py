@@ -1,18 +1,35 @@
-"""Ray's client for the configuration of Serve, which is one for all applications, over the dashboard's REST API."""
+"""The configuration of Serve, which is one for all applications, over the dashboard's REST API."""
 
 import functools
 import logging
 from typing import Any
 
+from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 
 
 @functools.cache
 def client(connection: Connection) -> Any:
+    """Ray's own, which takes longer to import than all else that `mhmoe status` does."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of every upload
     return ServeSubmissionClient(connection.address, headers=connection.headers)
+
+
+def get(connection: Connection, seconds: float = 60) -> dict[str, Any]:
+    """What Serve tells of itself: `applications` by name, `http_options` and more.
+
+    Args:
+        connection: the cluster.
+        seconds: that an answer may take; the dashboard joins Ray for the first.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    path = "/api/serve/applications/"
+    details: dict[str, Any] = dashboard.get(connection.address, path, connection.token, seconds=seconds)
+    return details
 
 
 def configs(details: dict[str, Any]) -> list[dict[str, Any]]:

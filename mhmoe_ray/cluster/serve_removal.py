@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, put
+from mhmoe_ray.cluster.serve_client import client, configs, get, put
 from mhmoe_ray.errors import ServeError
 
-SPARE_SECONDS = 120.0
-"""For what Serve does beside waiting for replicas, on a busy machine."""
 SAY_SECONDS = 30.0
+START_SECONDS = 60.0
+"""For Serve to give up replicas that start, which it does in less than one unless the machine is busy."""
 
 NOWHERE = {
     "graceful_shutdown_timeout_s": 0,
@@ -25,8 +26,8 @@ NOWHERE = {
 def remove(connection: Connection, name: str, say: Callable[[str], object] = lambda line: None) -> None:
     """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
 
-    Replicas end what they have begun, for as long as their deployment allows. Those that have not begun to answer,
-    since they load weights or no node has room for them, end at once.
+    Replicas end what they have begun, for as long as their deployment allows, and are waited for. Those that have not
+    begun to answer, since they load weights or no node has room for them, end at once.
 
     Args:
         connection: the cluster.
@@ -34,84 +35,84 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
         say: takes a line now and then.
 
     Raises:
-        ServeError: there is no such application, it was not deployed by a config, or it does not go away.
+        ServeError: there is no such application, it was not deployed by a config, or it is deployed anew meanwhile.
         ClusterError, TokenError: the cluster does not answer, or wants another token.
     """
-    what = f"application {name}"
+    what, patience = f"application {name}", Patience(say)
+    details = get(connection)
     with explained(connection, what, ServeError, "see the dashboard"):
-        details = _told(connection, what)
-        seconds = _seconds(details, name)
-        if _status(details, name) != "DELETING":
-            if name not in {config["name"] for config in configs(details)}:
-                raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-            details = _without_what_starts(connection, name, details)
-            put(connection, details, [c for c in configs(details) if c["name"] != name], details["http_options"])
-        patience = Patience(say)
-        began = said = time.monotonic()
-        while name in (details := patience.ask(lambda: _told(connection, what), details))["applications"]:
-            now = time.monotonic()
-            if now - began > seconds + SPARE_SECONDS:
-                raise ServeError(what, f"it is still there after {now - began:.0f} s", "see the dashboard")
-            if now - said > SAY_SECONDS:
-                say(f"{what} ends what it has begun, for at most {seconds:.0f} s, whether or not this command waits")
-                said = now
-            time.sleep(0.5)
+        if details["applications"]:
+            _ask(connection, name, details, patience)
+            _wait(connection, name, patience, say)
+            details = get(connection)
+        elif not details.get("http_options"):
+            raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
         if not details["applications"]:
             client(connection).delete_applications()
 
 
-def _told(connection: Connection, what: str) -> dict[str, Any]:
-    with explained(connection, what, ServeError, "see the dashboard"):
-        details: dict[str, Any] = client(connection).get_serve_details()
-        return details
+def _ask(connection: Connection, name: str, details: dict[str, Any], patience: Patience) -> None:
+    what, told = f"application {name}", details["applications"].get(name)
+    if told is None:
+        raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
+    if told["status"] == "DELETING":
+        return
+    if told["source"] == "imperative" or not told["deployed_app_config"]:
+        raise ServeError(what, "it was deployed by a program of its own", "call serve.delete there")
+    try:
+        details = _without_what_starts(connection, name, details, patience)
+    finally:  # else it would stay as one that starts nowhere
+        put(connection, details, [c for c in configs(details) if c["name"] != name], details["http_options"])
 
 
-def _without_what_starts(connection: Connection, name: str, details: dict[str, Any]) -> dict[str, Any]:
+def _without_what_starts(
+    connection: Connection, name: str, details: dict[str, Any], patience: Patience
+) -> dict[str, Any]:
     """What Serve tells once no replica of the application starts any more.
 
     When it removes an application, Serve waits for those that start as for those that answer, ours ten minutes. It does
     not where another version takes their place; so one does, which starts nowhere. Deployments with placement groups,
     which ours have not, take no other resources, and are waited for.
     """
-    starting = _starting(details, name)
-    others = [c for c in configs(details) if c["name"] != name]
+    starting = [d for d, told in details["applications"][name]["deployments"].items() if _lacks_some(told)]
     [config] = [c for c in configs(details) if c["name"] == name]
     deployments = {d["name"]: d for d in config.get("deployments", [])}
-    given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d, _ in starting}
+    given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d in starting}
     if not given_up or any("placement_group_bundles" in d for d in given_up.values()):
         return details
     config = {**config, "deployments": list({**deployments, **given_up}.values())}
+    others = [c for c in configs(details) if c["name"] != name]
     put(connection, details, [*others, config], details["http_options"])
-    deadline = time.monotonic() + SPARE_SECONDS
-    while starting & _starting(details, name) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        details = client(connection).get_serve_details()
-        if _status(details, name) != "DEPLOYING":  # where it is the code that asks for placement groups
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        details = patience.ask(partial(get, connection), details)
+        if not _starts_as_before(details["applications"].get(name)):
             break
+        time.sleep(0.2)
     return details
 
 
-def _status(details: dict[str, Any], name: str) -> str | None:
-    status: str | None = details["applications"].get(name, {}).get("status")
-    return status
+def _lacks_some(deployment: dict[str, Any]) -> bool:
+    running = sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
+    return bool(running < deployment["target_num_replicas"])
 
 
-def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = details["applications"].get(name, {}).get("deployments", {})
-    return found
+def _starts_as_before(application: dict[str, Any] | None) -> bool:
+    """Whether a replica starts that is older than the application's last deployment, both by Serve's clock."""
+    if application is None:
+        return False
+    replicas = [replica for told in application["deployments"].values() for replica in told["replicas"]]
+    return any(r["state"] == "STARTING" and r["start_time_s"] < application["last_deployed_time_s"] for r in replicas)
 
 
-def _starting(details: dict[str, Any], name: str) -> set[tuple[str, str]]:
-    """Deployments and replicas."""
-    return {
-        (deployment, replica["replica_id"])
-        for deployment, told in _deployments(details, name).items()
-        for replica in told["replicas"]
-        if replica["state"] == "STARTING"
-    }
-
-
-def _seconds(details: dict[str, Any], name: str) -> float:
-    """Seconds for which a replica may go on."""
-    told = _deployments(details, name).values()
-    return max((d["deployment_config"]["graceful_shutdown_timeout_s"] for d in told), default=0.0)
+def _wait(connection: Connection, name: str, patience: Patience, say: Callable[[str], object]) -> None:
+    """Until it is gone, which Serve sees to in the end."""
+    began = said = time.monotonic()
+    while (told := patience.ask(partial(get, connection), None)) is None or name in told["applications"]:
+        if told and told["applications"][name]["status"] != "DELETING":
+            raise ServeError(f"application {name}", "it is deployed anew meanwhile", "see `mhmoe serve status`")
+        now = time.monotonic()
+        if now - said > SAY_SECONDS:
+            say(f"application {name} ends what it has begun, for {now - began:.0f} s so far")
+            said = now
+        time.sleep(0.5)

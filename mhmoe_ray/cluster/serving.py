@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.jobs import PACKAGES, with_packages
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, put
+from mhmoe_ray.cluster.serve_client import client, configs, get, put
 from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
@@ -53,11 +53,10 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
     """
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
-        serve = client(connection)
-        details = serve.get_serve_details()
+        serve, details = client(connection), get(connection)
         if details.get("http_options") and not details["applications"]:
             serve.delete_applications()  # Serve keeps its port, also one that it could not get
-            details = serve.get_serve_details()
+            details = get(connection)
         _check_address(details, host, port)
         _check_route(details, application)
         runtime_env = application.get("runtime_env", {})
@@ -146,8 +145,7 @@ def applications(connection: Connection) -> list[Application]:
     Raises:
         ClusterError, TokenError: as `dashboard.get`.
     """
-    # Not by Ray's client, which takes longer to import than all else that `mhmoe status` does.
-    details = dashboard.get(connection.address, "/api/serve/applications/", connection.token)
+    details = get(connection, seconds=10)
     http = details.get("http_options") or {}
     base, reachable = _place(connection, str(http.get("host")), int(http.get("port") or 0))
     found = []
@@ -209,9 +207,7 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
     Raises:
         ServeError: there is no such application, or it is not one of ours.
     """
-    what = f"application {name}"
-    with explained(connection, what, ServeError, "see the dashboard"):
-        details = client(connection).get_serve_details()
+    what, details = f"application {name}", get(connection)
     found = next((config for config in configs(details) if config["name"] == name), None)
     if found is None:
         raise ServeError(what, "there is no such application", "see `mhmoe serve status`")

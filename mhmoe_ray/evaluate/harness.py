@@ -83,13 +83,16 @@ def run_tasks(
         bootstrap_iters=100,
         verbosity="ERROR",
     )
-    return {task: _plain(result) for task, result in found["results"].items()}
+    asked = {task: counted["effective"] for task, counted in found["n-samples"].items()}
+    return {task: _plain(result, asked.get(task)) for task, result in found["results"].items()}
 
 
-def _plain(result: dict[str, Any]) -> dict[str, Any]:
-    """`acc,none` to `acc`; what is no number, or not finite, is left out."""
+def _plain(result: dict[str, Any], questions: int | None) -> dict[str, Any]:
+    """`acc,none` to `acc`; what is no number, or not finite, is left out. Releases of lm-eval differ in what they call
+    the number of questions, and do not count a group's."""
     numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}
-    return {name.removesuffix(",none"): v for name, v in numbers.items()}
+    found = {name.removesuffix(",none"): v for name, v in numbers.items() if name not in ("sample_len", "samples")}
+    return found if questions is None else {"questions": questions, **found}
 
 
 def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, half: bool) -> Any:

@@ -25,7 +25,8 @@ class ServeSpec(Section):
     """A number, or {min: a, max: b}: then Serve adds and removes some, by how many requests there are."""
     surge: bool = True
     """Whether an update starts new replicas beside the old ones, for which the cluster must have room. Else an old one
-    ends before a new one starts, and requests wait meanwhile."""
+    takes no more requests before a new one starts. With one replica requests wait meanwhile, as many as may, and are
+    refused if the new one cannot start."""
     engine: Literal["torch", "vllm"] = "torch"
     """torch: our own, on CPUs or one GPU. vllm: vLLM, which must be installed where replicas run."""
     cpus_per_replica: PositiveInt = 1

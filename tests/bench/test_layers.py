@@ -25,8 +25,10 @@ def test_all_layers_run_both_ways_and_cost_the_same(dtype):
         assert case.x_BTM.grad is None
         products[layer.name] = counter.get_total_flops()
     for name in ("SMoE", "MH-MoE h 2", "MH-MoE h 3", "fine-grained"):
-        # Rounding of widths, routers, and combining make the difference at such small sizes.
+        # Rounding of widths, routers, and combining make the difference at such small sizes; not matched, MH-MoE is at
+        # 1.19 of SMoE.
         assert products[name] == pytest.approx(products["dense"], rel=0.25), name
+        assert products[name] == pytest.approx(products["SMoE"], rel=0.08), name
 
 
 def test_each_kernel_that_can_run_computes_each_layer_and_the_others_say_why_not():

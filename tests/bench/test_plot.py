@@ -40,17 +40,22 @@ def test_every_layer_is_in_every_panel_and_only_what_was_not_measured_is_dashed(
     figure = picture(swept, REQUEST, WHERE)
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(swept.series)
-    values = {"time (s)": lambda f: f.median, "peak memory (GB)": lambda f: f.peak / 1e9}
+    values = {
+        "time (s)": lambda f, dense: f.median,
+        "time, ratio to dense": lambda f, dense: f.median / dense.median,
+        "peak memory (GB)": lambda f, dense: f.peak / 1e9,
+    }
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(values)
     for axes in figure.axes:
         lines = [line for line in axes.lines if line.get_marker() != "None"]
         measured = [line for line in lines if not _dashed(line)]
         beyond = [line for line in lines if _dashed(line)]
         assert len(measured) == len(swept.series)
         assert [list(line.get_xdata()) for line in beyond] == [[1024, 2048]] * 2
-        if value := values.get(axes.get_title(loc="left")):
-            for line, along in zip(measured, swept.series.values(), strict=True):
-                expected = [value(f) for f in along.values() if not f.extrapolated]
-                assert list(line.get_ydata()) == pytest.approx(expected)
+        value = values[axes.get_title(loc="left")]
+        for line, along in zip(measured, swept.series.values(), strict=True):
+            expected = [value(f, swept.series["dense"][at]) for at, f in along.items() if not f.extrapolated]
+            assert list(line.get_ydata()) == pytest.approx(expected)
     text = figure.get_suptitle()
     for part in ("A processor, 2 threads", "bfloat16", "d 48, E 4, k 2, f 96", "dashed: not measured"):
         assert part in text

@@ -18,7 +18,7 @@ def test_every_case_runs_once_a_round_in_turning_order_and_the_first_round_is_no
 @pytest.mark.parametrize("warm_up", [False, True])
 def test_the_first_round_there_is_goes_forwards(warm_up):
     found = list(turns("ab", 2, warm_up))
-    assert (
-        found[-4:] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")] if warm_up else [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
-    )
+    forwards, backwards = ["a", "b"], ["b", "a"]
+    rounds = (backwards, forwards) if warm_up else (forwards, backwards)
+    assert found[-4:] == [(number, case) for number, order in enumerate(rounds) for case in order]
     assert found[:-4] == [(-1, "a"), (-1, "b")] * warm_up

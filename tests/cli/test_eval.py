@@ -40,9 +40,10 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
 
 
 def test_scores_of_tasks_stand_beside_their_standard_errors():
-    result = {"sample_len": 1200, "acc": 0.5, "acc_stderr": 0.0144, "match,strict": 0.25, "match_stderr,strict": 0.0125}
-    assert _task_rows({"choose": {**result, "word_perplexity": 12.0}}) == [
+    result = {"questions": 1200, "acc": 0.5, "acc_stderr": 0.0144, "match,strict": 0.25, "match_stderr,strict": 0.0125}
+    assert _task_rows({"choose": {**result, "word_perplexity": 12.0}, "group": {"acc": 0.75}}) == [
         ["choose", "1,200", "acc", "0.5000", "0.0144"],
         ["choose", "1,200", "match,strict", "0.2500", "0.0125"],
         ["choose", "1,200", "word_perplexity", "12.0000", "-"],
+        ["group", "-", "acc", "0.7500", "-"],
     ]

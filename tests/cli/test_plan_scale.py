@@ -99,7 +99,7 @@ def test_slower_links_and_accelerators_take_longer_and_say_so():
     quick = on_paper("cluster.network.share=1", "cluster.accelerator.flops_share=1")["estimate"]
     usual = on_paper()["estimate"]
     seconds = [found["step"]["seconds_in_turn"] for found in (quick, usual, slow)]
-    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[1] < seconds[2]
     assert slow["step"]["longest"]["bound"] == "links between nodes"
     assert not slow["memory"]["fits"]
     # All in one domain, the links between domains are of no account.

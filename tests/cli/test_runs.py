@@ -5,6 +5,9 @@ import json
 import re
 import signal
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,7 +28,7 @@ from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.forked import FORKED
-from tests.watch import ended_by_ctrl_c, newest
+from tests.watch import LIMIT, ended_by_ctrl_c, newest
 
 pytestmark = pytest.mark.ray
 
@@ -200,20 +203,45 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
 @pytest.fixture(scope="module")
 def served(corpus, finished):
     """The run's checkpoint, served to who has the key; (URL, what deploy printed). An older one before, in whose place
-    it came, since there is no room for both."""
+    it came while requests waited, since there is no room for both."""
     run, _ = finished
     port = free_ports(1)[0]
     keys = (f"serve.port={port}", "serve.cpus_per_replica=5", "serve.surge=false")
     sets = [word for key in keys for word in ("--set", key)]
     result = mhmoe(corpus, "serve", "deploy", run.id, "--checkpoint", OLDER, *sets, **KEYS)
-    assert result.code == 0, result.err
-    assert f"deploying {OLDER} of {run.id}" in result.err
-    for said in (f"serving {NEWEST}", f"{NEWEST} is the newest checkpoint, and is served"):
-        updated = mhmoe(corpus, "serve", "update")
-        assert (updated.code, updated.out.strip()) == (0, said), updated.err
-    yield f"http://127.0.0.1:{port}", result
-    assert mhmoe(corpus, "serve", "down").code == 0
+    try:
+        assert result.code == 0, result.err
+        assert f"deploying {OLDER} of {run.id}" in result.err
+        url = f"http://127.0.0.1:{port}"
+        with asking(url) as statuses:
+            updated = mhmoe(corpus, "serve", "update")
+        assert (updated.code, updated.out) == (0, f"serving {NEWEST}\n"), updated.err
+        assert set(statuses) == {200}
+        assert mhmoe(corpus, "serve", "update").out == f"{NEWEST} is the newest checkpoint, and is served\n"
+        yield url, result
+    finally:
+        down = mhmoe(corpus, "serve", "down")
+    assert down.code == 0
     assert mhmoe(corpus, "serve", "status", "--json").json() == []
+
+
+@contextmanager
+def asking(url):
+    """A client that asks again and again; in the end the list has how it was answered."""
+    over, statuses = threading.Event(), []
+
+    def ask():
+        body, header = {"prompt": "the moon", "max_tokens": 4}, {"Authorization": f"Bearer {KEY}"}
+        while not over.is_set():
+            statuses.append(httpx.post(f"{url}/v1/completions", json=body, headers=header, timeout=LIMIT).status_code)
+
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(ask)
+        try:
+            yield statuses
+        finally:
+            over.set()
+    client.result()
 
 
 def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, served):

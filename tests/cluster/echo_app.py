@@ -1,6 +1,8 @@
-"""A Serve application that answers with one word."""
+"""A Serve application that answers with one word; where a request names two files, it makes the one and waits for the
+other."""
 
 import asyncio
+from pathlib import Path
 
 from ray import serve
 
@@ -13,7 +15,10 @@ class Echo:
         self.word = word
 
     async def __call__(self, request):
-        await asyncio.sleep(float(request.query_params.get("seconds", 0)))
+        if "began" in request.query_params:
+            Path(request.query_params["began"]).touch()
+            while not Path(request.query_params["until"]).exists():
+                await asyncio.sleep(0.1)
         return self.word
 
 

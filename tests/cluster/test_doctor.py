@@ -1,5 +1,6 @@
 """What `mhmoe doctor` finds, here and on real clusters."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_the_exit_code_tells_errors(tmp_path):
     assert mhmoe(tmp_path, "doctor", **home).code == 0
     found = mhmoe(tmp_path, "doctor", "--address", NOBODY, "--json", **home)
     assert found.code == 11
-    assert '"nothing answers there"' not in found.err
+    [error] = [finding for finding in json.loads(found.out) if finding["level"] == "error"]
+    assert (error["what"], "nothing answers there" in error["found"]) == ("cluster", True)
     shown = mhmoe(tmp_path, "doctor", "--address", NOBODY, **home)
     assert "error    cluster: cluster http://127.0.0.1:1: nothing answers there\n" in shown.out
     assert "\n         check the address, and that the cluster runs\n" in shown.out

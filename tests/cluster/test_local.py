@@ -3,7 +3,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
+from tests.watch import wait_until
 
 # Ends on no signal but SIGKILL, and leaves behind a process that has lost its parent.
 STUBBORN = """
@@ -28,6 +28,13 @@ time.sleep(600)
 
 def _command_line(process) -> str:
     return " ".join(_unless_gone(process.cmdline) or [])
+
+
+def _with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
+    """The cluster's processes, once one of them is there whose parent is none of them."""
+    theirs = {*processes.family(cluster.pid), *processes.marked(cluster.folder)}
+    stubborn = [p for p in theirs if "SIG_IGN" in _command_line(p)]
+    return theirs if any(_unless_gone(p.parent) not in theirs for p in stubborn) else set()
 
 
 def _listening(process) -> set[str]:
@@ -91,11 +98,7 @@ def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, 
 
     connection = connect()
     jobs.submit(connection, jobs.request(["-c", STUBBORN], "stubborn", local=True))
-    while jobs.status(connection, "stubborn") != "RUNNING":
-        time.sleep(0.2)
-    time.sleep(1)
-    theirs = {*processes.family(second.pid), *processes.marked(second.folder)}
-    assert sum("SIG_IGN" in _command_line(p) for p in theirs) >= 2
+    theirs = wait_until(lambda: _with_an_orphan(second), "the job's child, whose parent is gone")
 
     assert stop_local()
     assert [p for p in theirs if p.is_running()] == []

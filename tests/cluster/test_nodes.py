@@ -9,8 +9,10 @@ import sys
 import pytest
 from ray.autoscaler._private.util import parse_usage
 
-from mhmoe_ray.cluster.connect import connect, connect_if_there
+from mhmoe_ray.cluster import dashboard, nodes
+from mhmoe_ray.cluster.connect import Connection, connect, connect_if_there
 from mhmoe_ray.cluster.nodes import _taken, free_nodes
+from mhmoe_ray.placement.packing import Node
 from tests.cli.run import mhmoe
 from tests.conftest import OF_THE_USER
 
@@ -20,6 +22,21 @@ def test_the_local_cluster_is_one_node_of_this_machine(local_cluster):
     [node] = free_nodes(connect(), "no_such_label")
     assert (node.name, node.gpus, node.domain) == (socket.gethostname(), 0, "")
     assert 0 <= node.cpus <= 8
+
+
+def test_what_is_free_is_what_is_not_taken_and_nodes_of_a_host_are_told_apart(monkeypatch):
+    def told(number, host, **resources):
+        return {"nodeId": f"{number}" * 10, "nodeManagerHostname": host, "resourcesTotal": resources}
+
+    alive = [told(1, "a", CPU=8.0, GPU=2.0), told(2, "b", CPU=4.0), told(3, "a", CPU=2.0)]
+    usage = {"1" * 10: "3.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)\n1.0/2.0 GPU"}
+    monkeypatch.setattr(dashboard, "nodes", lambda address, token: (alive, usage))
+    monkeypatch.setattr(nodes, "_labels", lambda connection, label: {"2" * 10: "rack1"})
+    assert free_nodes(Connection("http://head:8265", False, False, None), "rack") == [
+        Node("a 111111", 4.0, 1.0, ""),
+        Node("b", 4.0, 0.0, "rack1"),
+        Node("a 333333", 2.0, 0.0, ""),
+    ]
 
 
 @pytest.mark.ray

@@ -3,14 +3,13 @@ import http.server
 import json
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
-from mhmoe_ray.cluster import dashboard, serve_client, serving
+from mhmoe_ray.cluster import dashboard, serve_client, serve_removal, serving
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.serve_removal import remove
@@ -82,7 +81,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
         serving.wait_until_running(there, "a")
         assert _get(port, "a").text == word
-        [deployed] = serve_client.configs(serve_client.client(there).get_serve_details())
+        [deployed] = serve_client.configs(serve_client.get(there))
         assert len(deployed["runtime_env"]["py_modules"]) == modules
         return deployed["runtime_env"]
 
@@ -238,35 +237,83 @@ def test_port_that_is_taken(connection):
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
 
 
+def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
+    """Serve tells nothing of deployments then."""
+    monkeypatch.setattr(serve_removal, "SAY_SECONDS", 0)
+    told, said = _building(""), []
+    told["applications"] |= {"b": told["applications"]["a"], "a": {**told["applications"]["a"], "status": "DELETING"}}
+    board = {"/api/serve/applications/": told}
+    with answering(board) as (port, _):
+
+        def say(line):
+            said.append(line)
+            board["/api/serve/applications/"] = None if len(said) == 1 else told
+            if len(said) == 3:
+                told["applications"].pop("a", None)
+
+        at = Connection(f"http://{HOST}:{port}", False, True, None)
+        remove(at, "a", say)
+        assert [line.split(",")[0] for line in said] == [
+            "application a ends what it has begun",
+            "still following",
+            "application a ends what it has begun",
+        ]
+        with pytest.raises(ServeError, match="application a: there is no such application"):
+            remove(at, "a")
+        told["applications"]["a"] = {**told["applications"]["b"], "status": "DELETING"}
+        with pytest.raises(ServeError, match="application a: it is deployed anew meanwhile"):
+            remove(at, "a", lambda line: told["applications"]["a"].update(status="DEPLOYING"))
+
+
+def test_an_application_of_a_program_is_left_to_it():
+    told = _building("")
+    told["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
+    said = "application a: it was deployed by a program of its own"
+    with answering({"/api/serve/applications/": told}) as (port, _), pytest.raises(ServeError, match=said):
+        remove(Connection(f"http://{HOST}:{port}", False, True, None), "a")
+
+
+def _application(connection, name):
+    return serve_client.get(connection)["applications"][name]
+
+
 def _states(connection, name):
-    app = serve_client.client(connection).get_serve_details()["applications"][name]
-    return sorted(r["state"] for d in app["deployments"].values() for r in d["replicas"])
+    deployments = _application(connection, name)["deployments"].values()
+    return sorted(replica["state"] for told in deployments for replica in told["replicas"])
 
 
 @pytest.mark.ray
-def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port):
+def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path):
     """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
-    hour = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
-    hour |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
-    answers = []
-
-    def ask():
-        answers.append(_get(port, "a?seconds=4").text)
-
-    for _ in range(2):  # with the first removal Serve itself has ended, and its port is free
-        serving.deploy(connection, {**_app("a", "x"), "deployments": [hour]}, HOST, port)
+    two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
+    two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
+    began, until, answers = tmp_path / "began", tmp_path / "until", []
+    url = f"http://{HOST}:{port}/a?began={began}&until={until}"
+    serving.deploy(connection, {**_app("a", "x"), "deployments": [two]}, HOST, port)
+    try:
         wait_until(lambda: _states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
         wait_until(lambda: _get(port, "a").text == "x", "an answer")
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
         asking.start()
-        time.sleep(1)
+        wait_until(began.exists, "a request under way")
         removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
         removing.start()
+        wait_until(lambda: _application(connection, "a")["status"] == "DELETING", "its removal")
+        until.touch()
+        asking.join(LIMIT)
+        assert answers == ["x"]
         removing.join(LIMIT)
         assert not removing.is_alive()
-        asking.join()
-        assert serving.applications(connection) == []
-    assert answers == ["x", "x"]
+    finally:
+        until.touch()
+    assert serving.applications(connection) == []
+    _bind(port)  # free again
+
+
+def _bind(port):
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((HOST, port))
 
 
 @pytest.mark.ray
@@ -279,9 +326,9 @@ def test_two_applications(connection, port):
     serving.wait_until_running(connection, "b", 60)
     assert [_get(port, name).text for name in "ab"] == ["first", "other"]
 
-    sent = serve_client.configs(serve_client.client(connection).get_serve_details())[1]["runtime_env"]
+    sent = serve_client.configs(serve_client.get(connection))[1]["runtime_env"]
     serving.deploy(other, {**_app("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
-    assert serve_client.configs(serve_client.client(connection).get_serve_details())[1]["runtime_env"] == sent
+    assert serve_client.configs(serve_client.get(connection))[1]["runtime_env"] == sent
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.declared(connection, "a")
 
@@ -320,6 +367,4 @@ def test_two_applications(connection, port):
 
     remove(connection, "a")
     assert serving.applications(connection) == []
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((HOST, port))  # free again
+    _bind(port)  # free again

@@ -29,6 +29,9 @@ def test_right_choices_go_on_with_their_passage_in_documents_that_are_held_out_a
     chance = random.Random(1)
     texts = [" ".join(chance.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10]
     write_documents(tmp_path / "raw/a/one.jsonl", texts)
+    write_documents(
+        tmp_path / "raw/b/one.jsonl", [t for t in texts[:30] if is_validation(t, FRACTION)][:1] * 20
+    )  # too alike to ask of
     run = create_run(tiny_spec(tmp_path, data={"validation_fraction": FRACTION}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
     made = tmp_path / "task"
@@ -46,4 +49,4 @@ def test_right_choices_go_on_with_their_passage_in_documents_that_are_held_out_a
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     tokenizer: Tokenizer = llama_tokenizer(TEXT, 300)
     found = run_tasks(model_of(), tokenizer, 16, ["continuations"], [str(made)], batch=4, half=False, limit=None)
-    assert found["continuations"]["sample_len"] == len(questions)
+    assert found["continuations"]["questions"] == len(questions)

@@ -76,6 +76,36 @@ def test_its_choices_are_those_of_the_model(folder, tokenizer, monkeypatch):
         assert found["choose"][f"{name}_stderr"] == pytest.approx((share * (1 - share) / 2) ** 0.5)
 
 
+def test_a_text_begins_with_the_token_that_says_so_and_a_rolled_one_counts_each_token_once(tokenizer):
+    from lm_eval.api.instance import Instance
+
+    from mhmoe_ray.evaluate.harness import _wrapped
+
+    model = model_of()
+    wrapped = _wrapped(model, tokenizer, SEQ_LEN, 2, False)
+    texts = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
+    found = wrapped.loglikelihood([Instance("loglikelihood", {}, words, i) for i, words in enumerate(texts)])
+    expected = []
+    for before, answer in texts:
+        context = tokenizer.encode(before).ids
+        ids = tokenizer.encode(before + answer).ids[len(context) :]
+        expected.append(log_probability_whole(model, [0, *context], ids, SEQ_LEN))
+    assert [score for score, _ in found] == pytest.approx(expected, rel=1e-4)
+    whole = [(before + answer,) for before, answer in texts]
+    found = wrapped.loglikelihood_rolling([Instance("loglikelihood", {}, text, i) for i, text in enumerate(whole)])
+    assert found == pytest.approx([rolled(model, tokenizer, *text) for text in whole], rel=1e-4)
+
+
+@torch.inference_mode()
+def rolled(model, tokenizer, text):
+    """Of all tokens, each after those of its window and one before."""
+    ids, total = [0, *tokenizer.encode(text).ids], 0.0
+    for i in range(1, len(ids)):
+        window = (i - 1) // SEQ_LEN * SEQ_LEN
+        total += float(model(torch.tensor([ids[window:i]])).logits_BTV[0, -1].log_softmax(-1)[ids[i]])
+    return total
+
+
 def test_log_probabilities_are_those_of_one_token_at_a_time(tokenizer):
     from mhmoe_ray.evaluate.harness import _scores
 

@@ -232,6 +232,54 @@ def test_a_run_that_lies_elsewhere_is_refused(tmp_path):
     assert "kuberay/rayjob-tiny.yaml" in files(SITE, run())
 
 
+CLOUD = {"region": "r", "zone": "z", "project": "p", "head": "h", "data": "d", "workers": "w", "image": "i"}
+NODE = {"cpus": 1, "memory_gib": 1, "labels": {"rack": "r1"}}
+EVERYTHING = {
+    "name": "lab",
+    "namespace": "lab",
+    "image": "x",
+    "head": {"cpus": 1, "memory_gib": 1},
+    "data": {**NODE, "max": 1},
+    "workers": {**NODE, "max": 1},
+    "storage": {"mount": "/mnt/a", "claim": "b", "nfs": "host:/c"},
+    "token_file": "~/token",
+    "redis": "host:6379",
+    "redis_secret": "redis",
+    "monitor_labels": {"release": "r"},
+    "gateway": "istio",
+    "aws": CLOUD,
+    "gcp": CLOUD,
+    "on_premise": {"user": "u", "head": "h", "workers": ["w"]},
+    "slurm": {"partition": "p", "account": "a", "nodes": 1, "time": "24:00:00"},
+}
+
+
+def _spoilt(tree):
+    """Copies of it, in each of which another text, also one that is a key of labels, has two lines."""
+    if isinstance(tree, str):
+        yield f"{tree}\nid"
+    elif isinstance(tree, list):
+        for i, part in enumerate(tree):
+            yield from ([*tree[:i], bad, *tree[i + 1 :]] for bad in _spoilt(part))
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from ({**tree, key: bad} for bad in _spoilt(part))
+            if key in ("rack", "release"):
+                yield {f"{key}\nid": part}
+
+
+def test_no_text_of_a_site_can_have_two_lines():
+    site = checked(SiteSpec, EVERYTHING, "site")
+    unset = [name for name, value in site if value is None]
+    unset += [f"{name}.{key}" for name in ("storage", "aws", "slurm") for key, v in getattr(site, name) if v is None]
+    assert unset == []
+    spoilt = list(_spoilt(EVERYTHING))
+    assert len(spoilt) == 36
+    for wrong in spoilt:
+        with pytest.raises(SpecError, match="should match pattern"):
+            checked(SiteSpec, wrong, "site")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -274,7 +322,8 @@ def test_every_metric_of_a_run_has_a_panel():
     from mhmoe_ray.runs import prometheus
 
     queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
-    for name in (*prometheus.RUN, *prometheus.RANK, prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0]):
+    of_all = (prometheus.SKIPPED_STEPS[0], prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0])
+    for name in (*prometheus.RUN, *prometheus.RANK, *of_all):
         assert f"{prometheus.PREFIX}{name}{{" in queries, name
 
 

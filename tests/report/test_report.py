@@ -25,7 +25,9 @@ from tests.specs import tiny_spec
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
-def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4, speed=100.0) -> RunDir:
+def made(
+    folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4, speed=100.0, balance=1.0
+) -> RunDir:
     """A run whose validation loss comes down to `final` at its last step."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
@@ -35,7 +37,7 @@ def made(folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batche
         line = {metrics.STEP: step, metrics.TIME: 1000.0 + step, metrics.LOSS: final + 1 / step, metrics.GROUP: 1}
         line |= {metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: speed + step}
         if moe:
-            line |= {metrics.BALANCE: 1 + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
+            line |= {metrics.BALANCE: balance + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
         if step % validated == 0:
             line[metrics.VAL_LOSS] = final + (20 - step) / 20
         metrics.append(run, line)
@@ -164,13 +166,14 @@ def test_losses_are_paired_over_two_common_seeds_or_more(tmp_path):
 
 
 def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
-    runs = [made(tmp_path, "a", seed, 3.0, speed=1000.0 * seed) for seed in (1, 2, 3)]
+    of_seed = [(1000.0, 1.0), (2000.0, 1.1), (6000.0, 1.5)]
+    runs = [made(tmp_path, "a", seed, 3.0, speed=speed, balance=b) for seed, (speed, b) in enumerate(of_seed)]
     [variant] = read(runs)
-    assert variant.tokens_per_s == pytest.approx(2010.5)
-    assert variant.late(metrics.BALANCE) == pytest.approx(1 + (1 / 19 + 1 / 20) / 2)
+    assert variant.tokens_per_s == pytest.approx(3010.5)
+    assert variant.late(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
     assert variant.late(metrics.MFU) is None
     write_report(runs, tmp_path / "out")
-    assert "<td>2,010</td>" in (tmp_path / "out" / "report.html").read_text()
+    assert "<td>3,010</td>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):

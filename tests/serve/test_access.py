@@ -87,17 +87,25 @@ def app(answerer):
     return create_app(answerer, "tiny", ServeSpec(max_body_bytes=2000, keys=keys))
 
 
+GUARDED = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/metrics"),
+    ("GET", "/stats"),
+]
+
+
+def test_all_but_health_is_guarded(app):
+    routes = {(method.upper(), path) for path, found in app.openapi()["paths"].items() for method in found}
+    assert routes == {*GUARDED, ("GET", "/health"), ("GET", "/ready")}
+
+
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": "secret of ann"}])
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/v1/completions"),
-        ("GET", "/v1/models"),
-        ("POST", "/tokenize"),
-        ("POST", "/detokenize"),
-        ("GET", "/metrics"),
-    ],
-)
+@pytest.mark.parametrize(("method", "path"), GUARDED)
 def test_without_a_key_there_is_nothing_to_see(app, headers, method, path):
     response = call(app, method, path, headers=headers)
     assert response.status_code == 401

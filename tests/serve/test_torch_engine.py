@@ -162,13 +162,16 @@ def test_a_second_turn_gets_the_bits_of_an_engine_that_has_seen_nothing(tokenize
 
 
 def test_requests_wait_for_room_in_the_cache_and_all_are_answered():
-    engine = engine_of(build_model(), cache_tokens=2 * SEQ_LEN)
+    served, running = build_model(), []
+    engine = engine_of(served, cache_tokens=2 * SEQ_LEN)
+    served.register_forward_hook(lambda *_: running.append(engine.stats().running))
     asked = [Request(ids, GREEDY) for ids in prompts(12)]
     try:
         answers = together(engine, asked)
         stats = engine.stats()
     finally:
         engine.close()
+    assert 1 < max(running) < 12
     model = build_model()
     for request, answer in zip(asked, answers, strict=True):
         assert [s.token for s in answer.tokens] == argmax_loop(model, request.prompt_ids, 20)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from mhmoe_ray.data.corpus.clean import is_english
 from mhmoe_ray.data.corpus.large import Written, write_large
 from mhmoe_ray.data.corpus.packages import PACKAGES, language_of
 from mhmoe_ray.data.corpus.readers.code import read_code
@@ -15,6 +16,8 @@ from tests.data.corpus.made_packages import made, page, records_of, write_deb, w
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
 
 ENGLISH = [f"Sentence {i} of a manual, which says what one can do with the thing it came with." for i in range(6)]
+MENU = "Bookmarks, Toolbar, Sidebar, Panel, Window, Options, Dialog, Preferences, Zoom, Clipboard"
+"""English, though nobody could tell by its words."""
 GERMAN = [f"Satz {i} eines Handbuchs, der sagt, was man mit dem Ding tun kann, zu dem es gehört." for i in range(700)]
 MANUAL = made("Debian", "p-doc", r"usr/share/p/(?P<language>[^/]+)/.*\.html")
 CODE = made("PyPI", "P==1.0", r"p/.*\.py", read_code, "github")
@@ -26,10 +29,10 @@ def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     files = {
         "usr/share/doc/p-doc/copyright": b"License: MIT",
-        "usr/share/p/de/a.html": page(*GERMAN[:350], ENGLISH[0]),
+        "usr/share/p/de/a.html": page(*GERMAN[:350], ENGLISH[0], MENU),
         "usr/share/p/de/b.html": page(*GERMAN[350:]),
         "usr/share/p/hr/a.html": page(*(f"Rečenica {i} u kojoj nešto piše o svemu." for i in range(20))),
-        "usr/share/p/en/a.html": page(*ENGLISH),
+        "usr/share/p/en/a.html": page(*ENGLISH, MENU),
     }
     write_deb(folder / "Debian" / "p-doc_1%3a2_all.deb", files)
     code = "\n".join(f"x_{i} = {i}" for i in range(100)).encode()
@@ -83,6 +86,7 @@ def test_every_record_names_its_source_licence_and_language(sample):
 
 def test_english_comes_first_whatever_the_package_s_order(sample):
     folder, _, _ = sample
+    assert not is_english(MENU)
     german = [r["text"] for domain, r in _records(folder) if domain == "multilingual/de"]
     assert german == ["\n".join(GERMAN[:350]), "\n".join(GERMAN[350:])]
 
