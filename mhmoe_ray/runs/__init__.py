@@ -1,7 +1,7 @@
 """The run directory: all that a run is, readable without a cluster; a folder here or on an object store.
 
 <storage>/<name>-<6 hex>/
-  spec.yaml          what was submitted, with absolute paths
+  spec.yaml          what was submitted, with absolute paths; where it computes, as the newest attempt was told
   run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
   events.jsonl       what happened: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line a step

