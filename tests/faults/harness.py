@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.location import Location
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import committed, read_manifest
+from mhmoe_ray.runs.manifest import MANIFEST, committed, read_manifest, unfinished
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
@@ -56,6 +57,17 @@ def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def stopped_in_mid_checkpoint(run: RunDir, pid: int) -> Location | None:
+    """A checkpoint that has no manifest yet while its rank is stopped; None, and the rank goes on, where there is none
+    just now."""
+    for folder in unfinished(run):
+        kill(pid, signal.SIGSTOP)
+        if not (folder / MANIFEST).exists():
+            return folder
+        kill(pid, signal.SIGCONT)
+    return None
 
 
 def assert_as_if_nothing_had_happened(run: RunDir, reference: RunDir) -> None:

@@ -9,7 +9,7 @@ import pytest
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.processes import is_ours
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.manifest import MANIFEST, committed, unfinished
+from mhmoe_ray.runs.manifest import committed, unfinished
 from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
@@ -62,16 +62,8 @@ def test_a_worker_killed_while_a_checkpoint_is_written_costs_no_other_checkpoint
     run = hurt(project)
     victim = harness.workers(run, 1)[1]["pid"]
 
-    def caught():
-        """Whether rank 1 was stopped while a checkpoint lacked its manifest."""
-        for folder in unfinished(run):
-            harness.kill(victim, signal.SIGSTOP)
-            if not (folder / MANIFEST).exists():
-                return folder
-            harness.kill(victim, signal.SIGCONT)
-        return None
-
-    folder = wait_until(caught, "a checkpoint that is being written")
+    what = "a checkpoint that is being written"
+    folder = wait_until(lambda: harness.stopped_in_mid_checkpoint(run, victim), what)
     assert harness.kill(victim)
     wait_for_the_end(run)
     # Either the other rank had all it needed to commit it, or it was cleared away.

@@ -44,7 +44,7 @@ def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
     run, _ = submitted(project, query, 120)
     own = harness.workers(run, 1)
     wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
-    wait_until(lambda: unfinished(run), "a checkpoint that is being uploaded")
+    wait_until(lambda: harness.stopped_in_mid_checkpoint(run, own[0]["pid"]), "a checkpoint that is being uploaded")
     assert harness.kill(own[0]["pid"])
     wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)

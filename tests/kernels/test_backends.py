@@ -1,5 +1,7 @@
 """`grouped` against `reference`, which a test of its own holds against the formula."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,11 @@ from mhmoe_kernels import (
     run_experts,
     run_sorted_experts,
 )
+from mhmoe_kernels.backends import BACKENDS
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
+
+permuting = importlib.import_module("mhmoe_kernels.permute")
+"""Beside the function of that name."""
 
 
 def test_reference_is_the_formula():
@@ -37,9 +43,10 @@ def test_reference_is_the_formula():
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([Swiglu(), GeluSubln()]),
     recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), steps=st.sampled_from([1, 4, 32]),
+    cached=st.sampled_from([8, 64, 1 << 17]),
 )  # fmt: skip
 def test_grouped_agrees_with_reference_with_empty_experts_among_them(
-    seed, n, e, data, dtype, function, recompute, piece, steps
+    seed, n, e, data, dtype, function, recompute, piece, steps, cached
 ):
     only = data.draw(st.integers(1, e), label="experts with rows")
     k = data.draw(st.integers(1, only), label="k")
@@ -48,6 +55,7 @@ def test_grouped_agrees_with_reference_with_empty_experts_among_them(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", piece)
         patch.setattr(pieces, "STEPS", steps)
+        patch.setattr(permuting, "CACHED", cached)
         found = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
     for ours, oracle in zip(found, outputs_and_gradients("reference", *routes, weights), strict=True):
         assert ours.dtype == oracle.dtype == dtype
@@ -106,6 +114,17 @@ def test_grouped_in_bfloat16_is_near_float64(function, recompute):
         assert (ours - oracle).norm() < 0.015 * oracle.norm()
 
 
+def test_sums_over_many_pieces_are_not_rounded_in_between():
+    """In bfloat16 a sum of ones stops growing at 256."""
+    total = pieces.SumOfProducts(torch.empty(1, 1, 1, dtype=torch.bfloat16))
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", 1)
+        for piece in pieces.pieces([1000], 1, rounded=False):
+            total.add(piece, one, one)
+    assert total.total_EOI.item() == 1000
+
+
 @pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 def test_grouped_keeps_no_hidden_rows_where_there_is_no_backward(function, monkeypatch):
     seen = []
@@ -136,6 +155,25 @@ def test_a_plan_sorts_routes_by_expert_and_leads_back(n):
     assert torch.equal(by_slot, by_slot.sort().values)
     assert torch.equal(plan.row_R[plan.slot_NK], torch.arange(n)[:, None].expand(n, 3))
     assert plan.count_E.tolist() == [(expert == e).sum() for e in range(5)]
+
+
+@pytest.mark.parametrize("ask", ["run_experts", "run_sorted_experts"])
+def test_no_backend_runs_within_autocast_of_the_caller(ask, monkeypatch):
+    x, expert, gate, weights = problem(4, n=3, d=4, f=4, e=1, k=1)
+    seen = []
+
+    def run(x, *_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x
+
+    monkeypatch.setitem(BACKENDS, "grouped", BACKENDS["grouped"]._replace(run=run, run_sorted=run))
+    with torch.autocast("cpu", torch.bfloat16):
+        if ask == "run_experts":
+            run_experts("grouped", x, expert, gate, weights)
+        else:
+            run_sorted_experts("grouped", x, [3], weights)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("function", [Swiglu(), GeluSubln()], ids=["swiglu", "gelu"])

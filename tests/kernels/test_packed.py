@@ -9,7 +9,8 @@ from mhmoe_kernels.packed import PackedMatrix, run_packed
 from tests.kernels.problems import problem
 
 FUNCTIONS = [Swiglu(), GeluSubln()]
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packed.why_not(dtype) is None]
+HAS_BFLOAT16 = torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported()
+DTYPES = [torch.float32] * torch._C._has_mkldnn + [torch.bfloat16] * HAS_BFLOAT16
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")
@@ -17,6 +18,10 @@ pytestmark = pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")
 
 def packed_experts(weights):
     return [packed.packed(weights.function, one) for one in zip(*(w.unbind() for w in weights.stacked), strict=True)]
+
+
+def test_what_the_machine_multiplies_is_packed():
+    assert [packed.why_not(dtype) for dtype in DTYPES] == [None] * len(DTYPES)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 40])

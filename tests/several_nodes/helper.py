@@ -6,7 +6,7 @@
 ["hold", {node: CPUs}]          take CPUs from others
 ["release"]                     give them back
 ["drain", node, seconds]        say that the node will be taken away
-["describe", files]             sizes and hashes of these, found by all nodes
+["describe", files]             sizes and hashes of these, found by all nodes, and how many tasks found them
 
 `ray start` would do for nodes, but it refuses to join a cluster that listens on loopback only.
 """
@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 from ray._private.node import Node
@@ -82,9 +83,11 @@ class Helper:
         accepted, _ = GcsClient(address=self._address).drain_node(node, reason, "taken away", deadline)
         return bool(accepted)
 
-    def describe(self, files: list[str]) -> list[dict[str, Any]]:
-        hashing.ALONE = 0
-        return [entry.model_dump() for entry in hashing.describe_together([Path(file) for file in files])]
+    def describe(self, files: list[str]) -> tuple[list[dict[str, Any]], int]:
+        hashing.ALONE, tasks, options = 0, [], hashing._describe.options
+        with mock.patch.object(hashing._describe, "options", lambda **given: tasks.append(given) or options(**given)):
+            found = list(hashing.describe_together([Path(file) for file in files]))
+        return [entry.model_dump() for entry in found], len(tasks)
 
 
 def main() -> None:
