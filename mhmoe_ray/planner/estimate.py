@@ -94,7 +94,9 @@ def _computing(spec: RunSpec, tokens: float) -> list[Time]:
     others = [(part, _passes(spec, part.name)) for part in parts(model) if part.macs and part.name != EXPERTS]
     scores = flops_per_token(model, spec.data.seq_len).forward - 2 * sizes(model).macs_per_token
     flops = _passes(spec, "attention") * scores + sum(passes * 2 * p.layers * p.macs for p, passes in others)
-    read = micro_batches * compute_bytes(spec) * sum(passes * p.layers * p.parameters for p, passes in others)
+    # A tied output has no parameters of its own: its product reads the embedding.
+    weights = sum(passes * p.layers * (p.parameters or p.macs) for p, passes in others)
+    read = micro_batches * compute_bytes(spec) * weights
     times = [products("all but experts", tokens * flops, read)]
     if step and moe:
         runs = _passes(spec, EXPERTS) * micro_batches * model.moe_layers

@@ -101,16 +101,17 @@ def test_the_default_generator_is_neither_read_nor_moved():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbone):
-    model, x, rate = build(moe=False, layers=1, dropout=0.4, backbone=backbone), tokens(), 0.4
+    model, x, rate = build(moe=False, dropout=0.4, backbone=backbone), tokens(), 0.4
     mask = lambda like, g: (torch.rand(like.shape, generator=g) >= rate) / (1 - rate)  # noqa: E731
-    [block], noise = model.blocks, Noise(5, 7)
+    noise = Noise(5, 7)
     h = model.embedding(x) * (4 if backbone == "subln" else 1)
     h = h * mask(h, noise.generator(EMBEDDING, CPU))
-    g = noise.generator(0, CPU)
-    y = block.attention(block.attention_norm(h), rotary(model.spec, torch.arange(9)))
-    h = h + y * mask(y, g)
-    y = block.ffn(block.ffn_norm(h))
-    h = h + y * mask(y, g)
+    for i, block in enumerate(model.blocks):
+        g = noise.generator(i, CPU)
+        y = block.attention(block.attention_norm(h), rotary(model.spec, torch.arange(9)))
+        h = h + y * mask(y, g)
+        y = block.ffn(block.ffn_norm(h))
+        h = h + y * mask(y, g)
     torch.testing.assert_close(model(x, noise=noise).logits_BTV, F.linear(model.norm(h), model.embedding.weight))
 
 

@@ -177,13 +177,36 @@ def test_jitter_is_for_training_and_the_same_for_the_same_micro_batch():
     assert not any(torch.equal(noisy[0], other) for other in [quiet, *noisy[2:]])
 
 
+def test_jitter_scales_what_the_scores_see_by_its_rate_at_most_up_and_down():
+    r, seen = router(jitter=0.3), []
+    r.scores.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    r(torch.ones(500, 8, dtype=torch.float64), torch.Generator().manual_seed(0))
+    [x_ND] = seen
+    assert 0.7 <= x_ND.min() < 0.71
+    assert 1.29 < x_ND.max() <= 1.3
+    assert x_ND.mean().item() == pytest.approx(1, abs=0.011)  # four standard errors of 4,000 uniform draws
+
+
 def test_balance_over_all_choices_and_z_loss_against_plain_counts():
     p = rows(30).softmax(-1)
     chosen = p.topk(3).indices
     share = [sum(int(e) == i for row in chosen for e in row) / 90 for i in range(8)]
     expected = 8 * sum(float(p[:, i].mean()) * share[i] for i in range(8))
     assert balance_loss(p, chosen).item() == pytest.approx(expected)
-    assert z_loss(torch.zeros(5, 4)).item() == pytest.approx(math.log(4) ** 2)
+    # Rows of unlike weight, so that a mean of squares is not the square of a mean.
+    logits = torch.tensor([[1.0, 1, 1, 1], [1, 2, 3, 10]]).log()
+    assert z_loss(logits).item() == pytest.approx((math.log(4) ** 2 + math.log(16) ** 2) / 2)
+
+
+def test_what_routing_adds_to_the_loss_is_both_losses_of_all_layers_by_their_weights():
+    moe = MoESpec(d_expert=4, every=1, balance_weight=0.3, z_weight=0.1)
+    spec = ModelSpec(vocab_size=7, d_model=8, layers=2, attention_heads=2, moe=moe)
+    one = router()(rows())
+    layers = [
+        one._replace(balance_loss=torch.tensor(balance), z_loss=torch.tensor(z))
+        for balance, z in ((1.5, 0.25), (2.0, 4.0))
+    ]
+    assert routing_loss(spec, layers).item() == pytest.approx(0.3 * (1.5 + 2.0) + 0.1 * (0.25 + 4.0))
 
 
 def test_a_selection_bias_moves_load_without_touching_weights():

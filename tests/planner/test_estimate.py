@@ -14,12 +14,12 @@ from tests.specs import tiny_spec
 PLAIN = {"share": 1, "node": {"latency": 0}, "domain": {"latency": 0}, "between": {"latency": 0}}
 
 
-def spec_of(network=None, accelerator=None, **cluster):
+def spec_of(network=None, accelerator=None, model=None, train=None, **cluster):
     network = {
         key: {**PLAIN[key], **value} if isinstance(value, dict) else value for key, value in (network or {}).items()
     }
     cluster = {"workers": 4, "ep": 4, "network": {**PLAIN, **network}, "accelerator": accelerator or {}, **cluster}
-    return tiny_spec(cluster=cluster, train={"precision": "bfloat16"})
+    return tiny_spec(cluster=cluster, model=model or {}, train={"precision": "bfloat16", **(train or {})})
 
 
 def two_nodes(spec, nodes_per_domain=None):
@@ -76,6 +76,44 @@ def test_products_take_as_long_as_flops_or_bytes():
     assert dense.bound == "memory bandwidth"
     held = memory(moved)
     assert update.seconds == pytest.approx((2 * held.weights + 2 * held.moments + held.gradients) / 500)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
+    """Three layers of experts, two micro-batches on each of four ranks: every number anew from sizes and bytes."""
+    moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24, "every": 1}
+    spec = spec_of(
+        network={"node": {"bandwidth": 1000}, "domain": {"bandwidth": 100}},
+        accelerator={"bfloat16_flops": 1e15, "memory_bandwidth": 1e3, "memory_share": 0.5},
+        model={"layers": 3, "d_ff": None, "moe": moe, "tied_embeddings": tied},
+        train={"micro_batches": 8},
+    )
+    found = estimate(spec, two_nodes(spec))
+    dense, experts, _ = found.computing
+    forward_and_backward, micro_batches, layers, width = 3, 2, 3, 2  # width: bytes of a value in bfloat16
+    # Four projections of attention; head and merge with their biases; a score of each expert; and, tied or not, the
+    # output's matrix.
+    read = layers * (4 * 32 * 32 + 2 * (32 * 32 + 32) + 4 * 16) + 300 * 32
+    assert dense == (
+        "all but experts",
+        pytest.approx(forward_and_backward * micro_batches * width * read / 500),
+        "memory bandwidth",
+    )
+    # Three products between 16 and 24 values, of 2 x 16 tokens' 2 sub-tokens, twice routed, by the one expert here.
+    values = 3 * (128 * (16 + 24) + 16 * 24)
+    assert experts == (
+        "experts",
+        pytest.approx(forward_and_backward * micro_batches * layers * width * values / 500),
+        "memory bandwidth",
+    )
+    # Half of what a rank has goes to the other node: of 2 x 16 tokens' rows, twice routed, 32 values each, there and
+    # back in forward and backward; and an int64 to each of the two ranks there, how many rows come.
+    away = 4 * 32 * 2 * 32 * width / 2 + 2 * 8
+    assert found.exchanging[0] == (
+        "rows to experts and back",
+        pytest.approx(micro_batches * layers * away / 100),
+        "links between nodes",
+    )
 
 
 @pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from threading import Event
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from tests.train import jobs
 from tests.train.test_restore import new_run
 
 
+def state_of(trainer):
+    """Weights and moments, whole. Collective."""
+    return jobs.whole(trainer.strategy.weights() | trainer.strategy.moments())
+
+
 def saved_while_training(spec, path):
     """What the state was when a checkpoint began, and what was loaded from it after more steps."""
     run, trainer = RunDir(path), jobs.trainer_of(spec)
@@ -24,7 +30,7 @@ def saved_while_training(spec, path):
     saver = Saver(run, trainer, group=1)
     kept = []
     for _ in range(3):
-        kept.append({name: t.clone() for name, t in jobs.whole(trainer.strategy.weights()).items()})
+        kept.append(state_of(trainer))
         saver.save(trainer.zero_counts())
         jobs.train(spec, trainer, 1)  # while it is written
     saver.wait()
@@ -35,12 +41,37 @@ def saved_while_training(spec, path):
 def test_a_checkpoint_holds_the_state_of_its_own_step(tmp_path, workers, ep, strategy):
     spec, run = new_run(tmp_path, {"workers": workers, "ep": ep, "strategy": strategy})
     [expected, *_] = run_ranks(workers, saved_while_training, spec, run.path)
-    for step, weights in zip((2, 3, 4), expected, strict=True):
+    for step, state in zip((2, 3, 4), expected, strict=True):
         checkpoint = run.checkpoints / f"step_{step:08d}.1"
         assert read_manifest(checkpoint).step == step
-        found = jobs.load_and_describe(spec.model_copy(update={"cluster": type(spec.cluster)()}), checkpoint)
-        assert all(torch.equal(found["weights"][name], t) for name, t in weights.items())
+        loaded = jobs.load_and_describe(spec.model_copy(update={"cluster": type(spec.cluster)()}), checkpoint)
+        found = loaded["weights"] | loaded["moments"]
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], t) for name, t in state.items())
     assert [e["step"] for e in events.events(run) if e["event"] == "checkpoint"] == [2, 3, 4]
+
+
+def test_an_update_waits_until_there_is_a_copy_of_the_state(tmp_path, monkeypatch):
+    spec, run = new_run(tmp_path, {"workers": 1})
+    trainer = jobs.trainer_of(spec)
+    jobs.train(spec, trainer, 1)
+    saver, copy, updated, before_the_copy = Saver(run, trainer, group=1), Saver._copy, Event(), []
+
+    def slow_copy(*args):
+        before_the_copy.append(updated.wait(0.5))
+        copy(*args)
+
+    monkeypatch.setattr(Saver, "_copy", slow_copy)
+    expected = state_of(trainer)
+    sums = trainer.accumulate(jobs.batches(spec, 1, trainer))
+    saver.save(trainer.zero_counts())
+    trainer.update(sums)
+    updated.set()
+    saver.wait()
+    assert before_the_copy == [False]
+    found = jobs.load_and_describe(spec, newest_checkpoint(run)[0])
+    assert all(torch.equal(t, (found["weights"] | found["moments"])[name]) for name, t in expected.items())
+    assert not torch.equal(trainer.model.norm.weight, expected["norm.weight"])
 
 
 def refused(spec, path):

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from mhmoe_ray.errors import JobError
+from mhmoe_ray.runs.manifest import newest_checkpoint
+from mhmoe_ray.train.restore import restore
 from tests.ranks import run_ranks
-from tests.specs import tiny_spec
-from tests.train.jobs import batches, trainer_of, whole
+from tests.specs import TINY, tiny_spec
+from tests.train.jobs import batches, save, train, trainer_of, whole
+from tests.train.test_restore import new_run
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -24,7 +27,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def skipping(spec):
-    """Six steps, the third of which has an infinite gradient on the last rank; what is left and what was applied."""
+    """Six steps, the third of which has an infinite gradient on the last rank; what is left and what was applied. What
+    may not change includes biases of routers, which move without gradients."""
     trainer = trainer_of(spec)
     updates, held = [], {}
     for step in range(6):
@@ -32,6 +36,7 @@ def skipping(spec):
         if step == 2:
             spoil(trainer)
             held = whole(trainer.strategy.weights())
+            assert any("bias_E" in name and t.any() for name, t in held.items())
         updates.append(trainer.update(sums))
         if step == 2:
             assert all(torch.equal(t, held[name]) for name, t in whole(trainer.strategy.weights()).items())
@@ -69,10 +74,33 @@ def spoil(trainer):
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "zero2")])
 def test_a_step_whose_gradient_is_not_finite_is_skipped_where_the_spec_says_so(workers, strategy):
-    spec = tiny_spec(cluster={"workers": workers, "ep": 1, "strategy": strategy}, train={"on_nonfinite": "skip"})
+    model = {"moe": {**TINY["model"]["moe"], "bias_rate": 0.01}}
+    cluster = {"workers": workers, "ep": 1, "strategy": strategy}
+    spec = tiny_spec(cluster=cluster, model=model, train={"on_nonfinite": "skip"})
     for applied, skipped, finite in run_ranks(workers, skipping, spec):
         assert applied == finite == [True, True, False, True, True, True]
         assert skipped == 1
+
+
+def test_a_checkpoint_after_a_skipped_step_goes_on_with_the_same_bits(tmp_path):
+    """AdamW counts updates, of which there were fewer than steps."""
+    spec, run = new_run(tmp_path, {"workers": 1}, train={"on_nonfinite": "skip"})
+    trainer = trainer_of(spec)
+    train(spec, trainer, 1)
+    sums = trainer.accumulate(batches(spec, 1, trainer))
+    spoil(trainer)
+    assert not trainer.update(sums).applied
+    train(spec, trainer, 1)
+    save(run, trainer)
+    checkpoint, manifest, _ = newest_checkpoint(run)
+    resumed = trainer_of(spec)
+    restore(resumed, checkpoint, manifest)
+    assert (resumed.step, resumed.skipped) == (3, 1)
+    for _ in range(2):
+        for each in (trainer, resumed):
+            train(spec, each, 1)
+        found, expected = (each.strategy.weights() | each.strategy.moments() for each in (resumed, trainer))
+        assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
 def test_more_than_ten_skipped_in_a_row_stop_the_run():
