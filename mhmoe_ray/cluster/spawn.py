@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mhmoe_ray.cluster import processes, tokens
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.serve.config import ENVIRONMENT
 
 OBJECT_STORE_BYTES = 512 << 20
 
@@ -89,13 +90,7 @@ def spawn(cpus: int) -> LocalCluster:
         # Away from Ray's fixed 44217 and 44227.
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
-        # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.http.proxy:middlewares",
-        # Serve's replicas and proxies hand a token on from thread to thread, and log each request on its way, unless
-        # told otherwise. Engines compute in a thread of their own.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        **ENVIRONMENT,
         # Otherwise a cluster with a running job takes half a minute to stop.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }

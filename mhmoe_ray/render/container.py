@@ -2,6 +2,8 @@
 
 from importlib.metadata import version
 
+from mhmoe_ray.serve.config import ENVIRONMENT
+
 UID = 1000
 """The user's, and its group's."""
 CONTAINERFILE = """\
@@ -22,10 +24,13 @@ RUN pip install --no-cache-dir '/src[deepspeed,eval,mlflow]' 'ray[default,train,
  && rm -rf /src
 # Run directories are open to their owner alone: every node must be the same user.
 RUN useradd --create-home --uid {uid} ray
+# Of Ray Serve: errors of its proxies as OpenAI's clients know them, and fewer threads between a token and its client.
+ENV {environment}
 USER ray
 WORKDIR /home/ray
 """
 
 
 def containerfile() -> str:
-    return CONTAINERFILE.format(ray=version("ray"), uid=UID)
+    environment = " \\\n    ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    return CONTAINERFILE.format(ray=version("ray"), uid=UID, environment=environment)

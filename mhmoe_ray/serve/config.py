@@ -10,6 +10,16 @@ IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
 LIMITS = "limits"
 """A deployment beside it, where keys have limits."""
+ENVIRONMENT = {
+    # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.http.proxy:middlewares",
+    # Serve's replicas and proxies hand a token on from thread to thread, and log each request on its way, unless told
+    # otherwise. Engines compute in a thread of their own.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+}
+"""Of every node that is to serve, before Ray starts there."""
 SPARE = 32
 """Requests other than completions that a replica answers at a time."""
 

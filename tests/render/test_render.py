@@ -19,7 +19,7 @@ from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.files import files
 from mhmoe_ray.render.fit import nodes_for
-from mhmoe_ray.serve.config import application_config
+from mhmoe_ray.serve.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, checked, load_resolved_spec, load_site
 from mhmoe_ray.spec.site import SiteSpec
 from tests.specs import tiny_spec
@@ -113,11 +113,13 @@ def test_the_image_has_what_ray_imports_to_start_machines():
         assert re.search(rf"[ ']{packages[name]}[ \[]", installs), name
 
 
-def test_the_image_has_compilers_and_the_extras_of_jobs():
+def test_the_image_has_compilers_the_extras_of_jobs_and_the_environment_of_servers():
     """torch's Triton asks for a C compiler where it first runs, our own kernels for one of C++."""
     text = files(SITE)["Containerfile"]
     installed = re.search(r"apt-get install (.*) \\\n", text)[1].split()
     assert {"gcc", "g++", "libc6-dev"} <= set(installed)
+    [declared] = re.findall(r"^ENV ((?:.*\\\n)*.*)\n", text, re.M)
+    assert dict(word.split("=") for word in declared.replace("\\\n", " ").split()) == ENVIRONMENT
     extras = re.search(r"'/src\[(.*?)\]'", text)[1].split(",")
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"deepspeed", "eval", "mlflow"} == set(extras) <= set(known)
