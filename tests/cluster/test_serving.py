@@ -307,13 +307,8 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
     finally:
         until.touch()
     assert serving.applications(connection) == []
-    _bind(port)  # free again
-
-
-def _bind(port):
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((HOST, port))
+    with pytest.raises(requests.ConnectionError):  # nobody listens there any more
+        _get(port, "a")
 
 
 @pytest.mark.ray
@@ -367,4 +362,6 @@ def test_two_applications(connection, port):
 
     remove(connection, "a")
     assert serving.applications(connection) == []
-    _bind(port)  # free again
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((HOST, port))  # free again
