@@ -206,6 +206,7 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
 
     Raises:
         ServeError: there is no such application, or it is not one of ours.
+        ClusterError, TokenError: as `dashboard.get`.
     """
     what, details = f"application {name}", get(connection)
     found = next((config for config in configs(details) if config["name"] == name), None)
