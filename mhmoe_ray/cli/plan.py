@@ -76,6 +76,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     place."""
     from mhmoe_ray.cli.plan_placement import placed_spec
     from mhmoe_ray.placement.layout import on_one_node
+    from mhmoe_ray.planner.dropped import dropped_by_chance
     from mhmoe_ray.planner.kernel import assumed_kernel
     from mhmoe_ray.planner.memory import memory
     from mhmoe_ray.planner.parity import parity
@@ -95,6 +96,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
         "flops_per_token": flops_per_token(spec.model, spec.data.seq_len)._asdict(),
         "parity": {name: {**c._asdict(), "ratio": c.ratio} for name, c in ratios.items()},
         "kernel": assumed_kernel(spec),
+        "dropped_by_chance": dropped_by_chance(moe, spec.tokens_per_micro_batch * moe.heads) if moe else None,
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
         "memory_per_rank_of_fewest": {**fewest._asdict(), "total": fewest.total},
@@ -167,6 +169,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
         "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
+        "static routing": _static_routing(spec),
         "kernel": _kernel(spec),
         "to its reference": ratios,
         "tokens": f"{most}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
@@ -196,6 +199,21 @@ def _checkpoints(train: "TrainSpec") -> str:
     if train.keep_checkpoints and train.keep_checkpoints < count:
         said += f", of which the newest {train.keep_checkpoints:,} and the best stay"
     return said
+
+
+def _static_routing(spec: "RunSpec") -> str | None:
+    from mhmoe_ray.planner.dropped import dropped_by_chance
+
+    moe = spec.model.moe
+    if moe is None:
+        return None
+    rows = spec.tokens_per_micro_batch * moe.heads
+    if (places := moe.places(rows)) is None:
+        return None
+    return (
+        f"an expert has {places:,} places for the {rows:,} rows of a micro-batch; of choices made evenly and at random "
+        f"{dropped_by_chance(moe, rows):.1%} would be dropped"
+    )
 
 
 def _kernel(spec: "RunSpec") -> str | None:

@@ -36,7 +36,7 @@ def memory(spec: RunSpec) -> Memory:
     """Of one rank, whose experts get the rows that uniform routing brings."""
     model, found = spec.model, sizes(spec.model)
     weights, gradients, moments = _held(spec.cluster, found)
-    tokens = spec.train.micro_batch_size * spec.data.seq_len
+    tokens = spec.tokens_per_micro_batch
     size = compute_bytes(spec)
     return Memory(
         weights=weights,

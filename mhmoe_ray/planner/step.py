@@ -30,7 +30,7 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
     if moe is None:
         return None
     width = model.d_model // moe.heads
-    rows = spec.train.micro_batch_size * spec.data.seq_len * moe.heads * moe.top_k
+    rows = spec.tokens_per_micro_batch * moe.heads * moe.top_k
     values = _products(model) * (rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert)
     return ExpertStep(rows, 2 * rows * feed_forward_macs(model, width, moe.d_expert), values * compute_bytes(spec))
 

@@ -135,6 +135,11 @@ class RunSpec(Section):
         """M x b x T predicted tokens; with best-fit packing less the padding among them."""
         return self.samples_per_step * self.data.seq_len
 
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """b x T, of one worker."""
+        return self.train.micro_batch_size * self.data.seq_len
+
     def with_absolute_paths(self, base: Path) -> Self:
         """The same spec with its relative paths taken from `base` (the directory the command was called in)."""
         data = self.data

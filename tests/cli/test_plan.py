@@ -1,5 +1,6 @@
 """`mhmoe plan` and `mhmoe presets`: the tables and their JSON."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_plan_says_what_kernel_auto_is_taken_for(corpus):
         assert next(line for line in lines if line.startswith("kernel")).split(maxsplit=1)[1].strip() == told
     named = mhmoe(corpus, "plan", "spec.yaml", "--set", "model.moe.kernel=reference").out
     assert "\nkernel" not in named
+
+
+def test_plan_says_what_static_routing_drops_by_chance(corpus):
+    static = ("--set", "model.moe.capacity_factor=0.5")
+    plan = mhmoe(corpus, "plan", "spec.yaml", *static, "--json").json()
+    moe = plan["spec"]["model"]["moe"]
+    rows = plan["spec"]["train"]["micro_batch_size"] * plan["spec"]["data"]["seq_len"] * moe["heads"]
+    places = math.ceil(0.5 * moe["top_k"] * math.ceil(rows / moe["experts"]))
+    assert plan["dropped_by_chance"] >= 1 - places * moe["experts"] / (rows * moe["top_k"]) > 0.4
+    told = (
+        f"an expert has {places:,} places for the {rows:,} rows of a micro-batch; of choices made evenly and at random "
+    )
+    told += f"{plan['dropped_by_chance']:.1%} would be dropped"
+    assert told in " ".join(mhmoe(corpus, "plan", "spec.yaml", *static).out.split())
+    assert mhmoe(corpus, "plan", "spec.yaml", "--json").json()["dropped_by_chance"] == 0
+    assert "static routing" not in mhmoe(corpus, "plan", "spec.yaml").out
 
 
 def test_plan_says_how_many_experts_ep_keeps_a_match_from(tmp_path):
