@@ -27,6 +27,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the most likely token each time.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest of this mass.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of this machine to compute on.")] = 0,
     checkpoint: CheckpointOption = None,
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
@@ -43,7 +44,10 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
-    answerer = load_answerer(path, ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1), manifest)
+    if gpus:
+        _require_gpu()
+    spec = ServeSpec(max_concurrency=1, cpus_per_replica=os.cpu_count() or 1, gpus_per_replica=gpus)
+    answerer = load_answerer(path, spec, manifest)
     try:
         ids = answerer.encode(text)
         answerer.check_length(ids, answer=True)
@@ -65,6 +69,15 @@ def generate(
         )
     else:
         print()
+
+
+def _require_gpu() -> None:
+    import torch
+
+    from mhmoe_ray.errors import ServeError
+
+    if not torch.cuda.is_available():
+        raise ServeError("--gpus 1", "torch finds no GPU in this process", "give --gpus 0, or install torch for CUDA")
 
 
 async def _followed(answerer: "Answerer", request: "Request", shown: bool) -> "list[Piece]":

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+import torch
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.manifest import newest_checkpoint
@@ -53,3 +54,16 @@ def test_mistakes_are_one_line(project):
     long = mhmoe(folder, "generate", "--prompt", "the quick brown fox " * 100)
     assert_one_line(long, ServeError.exit_code, "the prompt: it has", "shorten it")
     assert_one_line(mhmoe(folder, "generate", run.id, "--prompt", "a", "--checkpoint", "step_9.9"), 8, "step_9.9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_gpu_that_is_not_there_is_one_line(project):
+    asked = mhmoe(project[0], "generate", "--prompt", "a", "--gpus", "1")
+    assert_one_line(asked, ServeError.exit_code, "--gpus 1: torch finds no GPU", "give --gpus 0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_it_says_the_same(project):
+    asked = ("generate", "--prompt", "the quick", "--temperature", "0", "--max-tokens", "8")
+    assert mhmoe(project[0], *asked, "--gpus", "1").out == mhmoe(project[0], *asked).out
