@@ -53,15 +53,13 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
     """
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
-        serve, details = client(connection), get(connection)
-        if details.get("http_options") and not details["applications"]:
-            serve.delete_applications()  # Serve keeps its port, also one that it could not get
-            details = get(connection)
-        _check_address(details, host, port)
-        _check_route(details, application)
+        serve = client(connection)
+        _checked(connection, application, host, port)
         runtime_env = application.get("runtime_env", {})
         sent = _sent(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": sent}
+        # To send takes its time, in which others may have deployed or removed theirs.
+        details = _checked(connection, application, host, port)
         others = [a for a in configs(details) if a["name"] != application["name"]]
         try:
             put(connection, details, [*others, application], {"host": host, "port": port})
@@ -71,6 +69,17 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
             raise
     route: str = application.get("route_prefix", "/")
     return _place(connection, host, port)[0] + route.rstrip("/")
+
+
+def _checked(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
+    """What Serve tells, if the application can be had there beside what it runs."""
+    details = get(connection)
+    if details.get("http_options") and not details["applications"]:
+        client(connection).delete_applications()  # Serve keeps its port, also one that it could not get
+        details = get(connection)
+    _check_address(details, host, port)
+    _check_route(details, application)
+    return details
 
 
 def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:

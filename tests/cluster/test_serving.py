@@ -282,6 +282,17 @@ def _states(connection, name):
     return sorted(replica["state"] for told in deployments for replica in told["replicas"])
 
 
+def _is_free(port):
+    """Serve ends without waiting for its proxy's process."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
 @pytest.mark.ray
 def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path):
     """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
@@ -307,23 +318,31 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
     finally:
         until.touch()
     assert serving.applications(connection) == []
-    with pytest.raises(requests.ConnectionError):  # nobody listens there any more
-        _get(port, "a")
+    wait_until(lambda: _is_free(port), "nobody listens there any more")
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_applications(connection, port):
-    serving.deploy(connection, _app("a", "first"), HOST, port)
-    serving.wait_until_running(connection, "a", 60)
+def test_two_applications(connection, port, monkeypatch):
+    """Serve has one configuration for all: each deployment must keep the others', and those that came while its
+    folders were sent."""
     other = dataclasses.replace(connection, local=False)  # this one is sent our packages
-    serving.deploy(other, _app("b", "other"), HOST, port)
-    serving.wait_until_running(connection, "b", 60)
+    send = serving._sent
+
+    def send_while_another_deploys(*args):
+        monkeypatch.setattr(serving, "_sent", send)
+        serving.deploy(other, _app("b", "other"), HOST, port)
+        return send(*args)
+
+    monkeypatch.setattr(serving, "_sent", send_while_another_deploys)
+    serving.deploy(connection, _app("a", "first"), HOST, port)
+    for name in "ab":
+        serving.wait_until_running(connection, name, 60)
     assert [_get(port, name).text for name in "ab"] == ["first", "other"]
 
-    sent = serve_client.configs(serve_client.get(connection))[1]["runtime_env"]
+    sent = _application(connection, "b")["deployed_app_config"]["runtime_env"]
     serving.deploy(other, {**_app("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
-    assert serve_client.configs(serve_client.get(connection))[1]["runtime_env"] == sent
+    assert _application(connection, "b")["deployed_app_config"]["runtime_env"] == sent
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.declared(connection, "a")
 
@@ -362,6 +381,4 @@ def test_two_applications(connection, port):
 
     remove(connection, "a")
     assert serving.applications(connection) == []
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((HOST, port))  # free again
+    wait_until(lambda: _is_free(port), "nobody listens there any more")
