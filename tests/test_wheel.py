@@ -1,0 +1,47 @@
+"""What is installed from a wheel: an editable installation, which all other tests run on, forgets no file."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("mhmoe_ray", "kernels/mhmoe_kernels")
+ONLY_HERE = {"README.md"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, since setuptools leaves folders behind."""
+    copy = tmp_path_factory.mktemp("source")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "out", "."]
+    made = subprocess.run(build, cwd=copy, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    [path] = (copy / "out").iterdir()
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_it_has_every_file_of_the_packages(wheel):
+    files = {
+        str(path.relative_to((ROOT / package).parent))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__" and path.name not in ONLY_HERE
+    }
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == files
+
+
+def test_it_brings_the_command_and_vllms_plugin(wheel):
+    [name] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    said = wheel.read(name).decode()
+    assert "mhmoe = mhmoe_ray.cli.app:main" in said
+    assert "mhmoe = mhmoe_ray.serve.vllm.plugin:register" in said
