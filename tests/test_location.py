@@ -72,6 +72,19 @@ def test_lines_come_back_in_order_and_a_tail_gives_each_once(place, monkeypatch)
     assert list(later.new()) == [{"i": 12}]
 
 
+def test_lines_of_an_object_store_are_asked_for_once(s3, tmp_path, monkeypatch):
+    path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
+    asked, read_bytes = [], ObjectPath.read_bytes
+    monkeypatch.setattr(ObjectPath, "read_bytes", lambda self: (asked.append(self.name), read_bytes(self))[1])
+    for i in range(3):
+        jsonl.append(path, {"i": i})
+    for count in (3, 3, 4):
+        if count > 3:
+            jsonl.append(path, {"i": 3})
+        assert [line["i"] for line in jsonl.read(path)] == list(range(count))
+    assert len(asked) == len(set(asked)) == 4
+
+
 def test_a_place_is_its_uri(s3):
     query, _ = s3
     place = location(f"s3://bucket/runs/?{query}")

@@ -61,7 +61,7 @@ def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
             if isinstance(item, Document) and is_validation(item.text, data.validation_fraction):
                 middle = len(item.text) // 2
                 begin, cut, end = (_end_of_word(item.text, middle + shift) for shift in (-PASSAGE, 0, PIECE))
-                if 0 < begin < cut < end < len(item.text):
+                if middle > PASSAGE and begin < cut < end:
                     found[file.domain].append((item.text[begin:cut], item.text[cut:end]))
     return found
 

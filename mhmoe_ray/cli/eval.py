@@ -105,7 +105,8 @@ def _figures(evaluation: "Evaluation") -> dict[str, dict[str, dict[str, float | 
 def _show_scores(evaluation: "Evaluation") -> None:
     def row(name: str, score: "Score") -> list[str]:
         perplexity = "not finite" if score.perplexity is None else f"{score.perplexity:.2f}"
-        figures = [f"{score.loss:.4f}", perplexity, f"{score.bits_per_byte:.4f}"]
+        bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+        figures = [f"{score.loss:.4f}", perplexity, bits]
         return [name, *figures, f"{score.tokens:,}", f"{score.text_bytes:,}"]
 
     columns = ["", "loss", "perplexity", "bits/byte", "tokens", "bytes"]

@@ -78,11 +78,11 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
 
     if not request.said:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
-    if request.prepared:
-        require_data_manifest(Path(request.prepared))
     if not again and (found := stored(run, request)):
         note.print(f"as evaluated before, in {run.evaluations}; --again does it anew", soft_wrap=True)
         return found
+    if request.prepared:
+        require_data_manifest(Path(request.prepared))
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
     connection = connecting.cluster_for(section, needed, request.cpus, address)

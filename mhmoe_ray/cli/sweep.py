@@ -26,7 +26,7 @@ def sweep(
     detach: DetachOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; start nothing.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Show how its runs stand; start nothing.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Start no more runs, and stop those that run.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Start no more runs, and stop all that run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Run all variants of a sweep, each with every seed, and show them in one table.

@@ -47,7 +47,7 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
 
     Raises:
         MhmoeError: the job ended for a reason of its own.
-        ClusterError: the cluster does not answer any more.
+        ClusterError, StorageError: the cluster or the storage does not answer any more.
     """
     from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.sweep import client
@@ -56,7 +56,7 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
     hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
     with detaching(hint), _bar() as bar:
         view = _View(place, place.order(name), bar)
-        while not view.refresh():
+        while not patience.ask(view.refresh, False):
             time.sleep(POLL_SECONDS)
             if time.monotonic() - asked < ASK_SECONDS:
                 continue

@@ -1,10 +1,10 @@
-"""Questions to a cluster, time and again, some of which it may be too busy to answer."""
+"""Questions to a cluster and its storage, time and again, some of which these may be too busy to answer."""
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 T = TypeVar("T")
 SECONDS = 60.0
@@ -24,18 +24,20 @@ class Patience:
         """The answer, or without one `meanwhile`.
 
         Raises:
-            ClusterError: there has been none for too long.
+            ClusterError, StorageError: there has been none for too long.
             TokenError: the cluster wants another token.
         """
         try:
             answer = question()
         except TokenError:
             raise
-        except ClusterError as e:
+        except (ClusterError, OSError) as e:
             if self._unanswered_since is None:
                 self._unanswered_since = time.monotonic()
                 self._say(f"still following, but {e}")
             elif time.monotonic() - self._unanswered_since > SECONDS:
+                if isinstance(e, OSError):
+                    raise StorageError("storage", str(e), "mend it, then give the command again") from e
                 raise
             return meanwhile
         self._unanswered_since = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.routing import Collector
+from mhmoe_ray.data.tokenizer import UNKNOWN
 from mhmoe_ray.evaluate.samples import DomainSamples
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.attention import document_of
@@ -48,11 +49,13 @@ def measure(
             counting = collector.counting(domain, real_BT) if collector else nullcontext()
             with counting, torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits_BTV = model(token_BT[:, :-1], document_BT=_documents(model, token_BT, start_token)).logits_BTV
+            width_P = widths[ids[:, 1:]][real]
             loss_BT = token_losses(logits_BTV, token_BT[:, 1:]) * real_BT
             score += Score(
                 nats=float(loss_BT.sum(dtype=torch.float64)),
                 tokens=int(real.sum()),
-                text_bytes=int(widths[ids[:, 1:]][real].sum()),
+                text_bytes=int(width_P[width_P != UNKNOWN].sum()),
+                unknown=int((width_P == UNKNOWN).sum()),
             )
             on_progress(domain, min(first + batch, len(tokens)), len(tokens))
         scores[domain] = score

@@ -15,12 +15,15 @@ class Score(BaseModel):
     """Predicted."""
     text_bytes: int = 0
     """Of the predicted tokens, UTF-8."""
+    unknown: int = 0
+    """Of the predicted tokens, those that stand for any text."""
 
     def __add__(self, other: Self) -> "Score":
         return Score(
             nats=self.nats + other.nats,
             tokens=self.tokens + other.tokens,
             text_bytes=self.text_bytes + other.text_bytes,
+            unknown=self.unknown + other.unknown,
         )
 
     @property
@@ -33,8 +36,11 @@ class Score(BaseModel):
         return metrics.perplexity(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, which losses per token are not."""
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers, which losses per token are not. None where nobody knows how many bytes these
+        are."""
+        if self.unknown or not self.text_bytes:
+            return None
         return self.nats / math.log(2) / self.text_bytes
 
     def figures(self) -> dict[str, float | None]:

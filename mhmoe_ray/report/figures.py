@@ -9,7 +9,7 @@ from typing import Any
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.request import Evaluation, all_stored
 from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 
@@ -40,6 +40,17 @@ class RunFigures:
         """On held-out text, the newest last; texts of users' own differ."""
         return [e for e in all_stored(self.run) if e.request.prepared]
 
+    @cached_property
+    def happened(self) -> list[dict[str, Any]]:
+        """Its events."""
+        return events.events(self.run)
+
+    @property
+    def held_out(self) -> str:
+        """What its losses are of: the tokens of the held-out text and their entropy, where preparing told them."""
+        told = events.newest(self.happened, "prepared") or {}
+        return f"{self.spec.data.prepared} {told.get('validation_tokens')} {told.get('unigram_entropy')}"
+
     @property
     def validations(self) -> dict[int, float]:
         """Loss in nats per token by step, where it is finite."""
@@ -54,6 +65,11 @@ class RunFigures:
     @property
     def is_finished(self) -> bool:
         return self.steps >= self.spec.train.steps
+
+    @property
+    def has_given_up(self) -> bool:
+        """It is over, and did not get to its last step."""
+        return not self.is_finished and events.is_over(events.state(self.happened))
 
     @property
     def is_diverged(self) -> bool:
@@ -71,6 +87,14 @@ class RunFigures:
         """Mean of a metric over the last tenth of the steps."""
         values = [line[name] for line in self.lines[-max(1, len(self.lines) // 10) :] if line.get(name) is not None]
         return statistics.fmean(values) if values else None
+
+    @property
+    def seconds(self) -> float:
+        """From the first to the last line of each start of its workers: not while it lay stopped."""
+        of_group: dict[int, list[float]] = {}
+        for line in self.lines:
+            of_group.setdefault(line[metrics.GROUP], []).append(line[metrics.TIME])
+        return sum(times[-1] - times[0] for times in of_group.values())
 
     def flops(self, tokens: float) -> float:
         """That training on so many takes: all matrix products of forward and backward, as `mhmoe plan` counts them."""

@@ -34,7 +34,7 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
 
     Args:
         runs: trained ones.
-        folder: made where it is missing; files of an earlier report in it are replaced.
+        folder: made where it is missing; files of the same names in it are replaced.
         baseline: name of the variant that the others are compared with; the first by default.
 
     Returns:
@@ -49,15 +49,18 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
         raise RunError("report", "none of the runs has numbers yet", "wait for their first steps")
     diverged = [one for one in read if one.is_diverged]
     compared = [one for one in read if not one.is_diverged] or read
-    found = variants(compared)
+    ended = any(one.is_finished for one in compared)
+    found = variants([one for one in compared if not (ended and one.has_given_up)])
     first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
     if first is None:
         left_out = baseline in [v.name for v in variants(read)]
         why = "the last validation of its runs is not finite" if left_out else "there is no such variant among the runs"
         raise RunError(f"baseline {baseline}", why, f"choose from {', '.join(v.name for v in found)}")
     step = matched_step(found)
+    # What was stopped by what it learnt would move a mean, and one that began just now the step.
+    uncounted = [one for one in compared if not any(one in variant.runs for variant in found)]
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
-    counted = {v.name: r for v in found if (r := routes(v.first)) is not None}
+    counted = {v.name: r for v in found if (r := routes(v.counted)) is not None}
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with pictures.style():
@@ -78,10 +81,12 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
             diverged=[one.run.id for one in diverged],
-            unfinished=_unfinished(compared, found),
+            unfinished=[f"{one.run.id} ({events.state(one.happened)})" for one in uncounted if not one.is_finished],
+            repeated=[f"{one.run.id} (seed {one.spec.seed})" for one in uncounted if one.is_finished],
             all_diverged=diverged == compared,
             unequal=_unequal(found),
-            uncounted=[name for name, r in counted.items() if r.activated is None],
+            seeds=[f"{v.name} seed {v.first.spec.seed}" for v in found if len(v.runs) > 1],
+            of_training=[name for name, r in counted.items() if r.activated is None],
         )
     )
     with _writing(folder):
@@ -142,14 +147,14 @@ def _written(figure: "Figure", png: Path) -> str:
 
 
 def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes | None) -> dict[str, Any]:
-    moe = variant.first.spec.model.moe
+    moe, several = variant.first.spec.model.moe, len(variant.runs) > 1
     return {
         "name": variant.name,
         "runs": len(variant.runs),
         "shape": f"h {moe.heads}, E {moe.experts}, k {moe.top_k}, f {moe.d_expert}" if moe else "dense",
         **row(variant, variant.first.sizes, baseline.first.sizes, step),
         "bits_per_byte": _bits_per_byte(variant),
-        "routes_of": counted.source if counted else "",
+        "routes_of": counted.source + (f", seed {variant.counted.spec.seed}" if several else "") if counted else "",
         "distinct": counted.distinct if counted else None,
         "agreement": counted.agreement if counted else None,
     }
@@ -162,7 +167,8 @@ def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
     steps = {evaluation.step for evaluation in found}
     if len(found) < len(newest) or len(steps) != 1:
         return None
-    return statistics.fmean(evaluation.total.bits_per_byte for evaluation in found), steps.pop()
+    bits = [b for evaluation in found if (b := evaluation.total.bits_per_byte) is not None]
+    return (statistics.fmean(bits), steps.pop()) if len(bits) == len(found) else None
 
 
 def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
@@ -179,7 +185,8 @@ def _unequal(found: Sequence[Variant]) -> list[str]:
     specs = [v.first.spec for v in found]
     what: dict[str, set[Any]] = {
         "tokens in a step": {spec.tokens_per_step for spec in specs},
-        "held-out text or tokenizer": {(str(spec.data.prepared), spec.model.vocab_size) for spec in specs},
+        "held-out text or tokenizer": {(v.first.held_out, v.first.spec.model.vocab_size) for v in found},
+        "the number of steps, over which the learning rate comes down": {spec.train.steps for spec in specs},
         "length of a sample": {spec.data.seq_len for spec in specs},
     }
     return [name for name, values in what.items() if len(values) > 1]
@@ -189,25 +196,15 @@ def _leaves(spec: RunSpec) -> Iterator[tuple[str, Any]]:
     return leaves(spec.model_dump(mode="json", include={"model", "data", "train"}))
 
 
-def _unfinished(compared: Sequence[RunFigures], found: Sequence[Variant]) -> list[str]:
-    """Runs that no variant counts, since others of theirs got to the end, each with its state: one that was stopped by
-    what it learnt would have moved the mean."""
-    counted = {run.run.id for variant in found for run in variant.runs}
-    left = [one.run for one in compared if one.run.id not in counted]
-    return [f"{run.id} ({events.state(events.events(run))})" for run in left]
-
-
 def _run(run: RunFigures) -> dict[str, Any]:
-    happened = events.events(run.run)
-    started = events.newest(happened, "started")
-    seconds = run.lines[-1][metrics.TIME] - run.lines[0][metrics.TIME]
+    started = events.newest(run.happened, "started")
     return {
         "id": run.run.id,
         "seed": run.spec.seed,
-        "state": events.state(happened),
+        "state": events.state(run.happened),
         "steps": run.steps,
         "tokens": run.lines[-1][metrics.TOKENS],
         "flops": run.flops(run.lines[-1][metrics.TOKENS]),
         "workers": events.workers(started) if started else "",
-        "minutes": seconds / 60,
+        "minutes": run.seconds / 60,
     }

@@ -23,7 +23,8 @@ class Losses(NamedTuple):
     baseline: list[float]
     other: list[float]
     paired: bool
-    """They are of the same seeds one by one: of those that both have, where these are two or more."""
+    """They are of the same seeds one by one: of those that both have, where these are two or more, or all that one of
+    them has."""
 
     @property
     def differences(self) -> list[float]:
@@ -66,6 +67,11 @@ class Variant:
     def first(self) -> RunFigures:
         return self.runs[0]
 
+    @property
+    def counted(self) -> RunFigures:
+        """The first whose routes were counted on held-out text, else the first."""
+        return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first)
+
 
 def row(variant: Variant, of: Sizes, beside: Sizes, step: int | None) -> dict[str, Any]:
     """What tables of variants have in common.
@@ -96,28 +102,37 @@ def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
     if not a or not b:
         return None
     common = sorted(a.keys() & b.keys())
-    if len(common) > 1:
+    if len(common) > 1 or len(common) == min(len(a), len(b)):
         return Losses([a[seed] for seed in common], [b[seed] for seed in common], paired=True)
     return Losses(list(a.values()), list(b.values()), paired=False)
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
-    """In the order in which they first come. Of a variant that has finished runs, the others do not count. Runs of
-    different names that are spread in different ways, say by another strategy, are what is compared: so they are
-    variants, too."""
+    """In the order in which they first come. Of a variant that has finished runs, the others do not count, nor do
+    those of a seed but the newest. Runs of different names that are spread in different ways, say by another strategy,
+    are what is compared: so they are variants, too."""
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
-        found.setdefault(_what_is_trained(run.spec), []).append(run)
+        found.setdefault(f"{_what_is_trained(run.spec)} {run.held_out}", []).append(run)
     apart = [same for trained in found.values() for same in _where_trained(trained)]
     names = _short([unseeded(same[0].spec.name) for same in apart])
     counted = [[run for run in same if run.is_finished] or same for same in apart]
-    return [Variant(name, same) for name, same in zip(names, counted, strict=True)]
+    return [Variant(name, _one_of_each_seed(same)) for name, same in zip(names, counted, strict=True)]
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
-    """The last step that every run of them has validated; None without one."""
-    validated = [set(run.validations) for variant in compared for run in variant.runs]
+    """The last step that every run of them has validated, but for runs that have validated none; None without one."""
+    validated = [set(run.validations) for variant in compared for run in variant.runs if run.validations]
     return max(set.intersection(*validated), default=None) if validated else None
+
+
+def _one_of_each_seed(same: Sequence[RunFigures]) -> list[RunFigures]:
+    """The one that began last, in the order of the first: two of a seed are no sample of two."""
+    found: dict[int, RunFigures] = {}
+    for run in same:
+        if run.run.created() >= found.setdefault(run.spec.seed, run).run.created():
+            found[run.spec.seed] = run
+    return list(found.values())
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -12,7 +12,7 @@ Kind = Literal[
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
     "waiting",  # the cluster has no room for the workers at the moment
-    "restoring",  # name (of the checkpoint that workers will start from; null without one), step
+    "restoring",  # name (of the checkpoint that workers will start from; null without one), step, attempt
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),
     # workers: [{rank, pid, began (of that process), host, node}]

@@ -19,6 +19,7 @@ from mhmoe_ray.errors import StorageError
 from mhmoe_ray.location import Location, ObjectPath
 
 SEGMENT_BYTES = 1 << 18
+SHORT_BYTES = 1 << 12
 PUT_SECONDS = 1.0
 
 
@@ -124,12 +125,20 @@ def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
     """All whole lines, in order; none if there is no file. A torn line, left by a killed writer, is passed over."""
-    for part in _parts(path):
+    for part, size in parts_with_sizes(path):
         if isinstance(part, Path):
             with part.open("rb") as f:
                 yield from records(f)
         else:
-            yield from records(part.read_bytes().splitlines())
+            yield from records((_short if size < SHORT_BYTES else _segment)(part, size).splitlines())
+
+
+def _segment(part: ObjectPath, size: int) -> bytes:
+    return part.read_bytes()
+
+
+# A segment only grows. Whoever follows a run for days would ask the store for each of its events at every look.
+_short = lru_cache(maxsize=1 << 12)(_segment)
 
 
 def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

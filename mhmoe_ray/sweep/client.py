@@ -19,15 +19,21 @@ POLL_SECONDS = 0.5
 
 def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
     """Raises:
-    SpecError: one of them was started with another spec. It would go on from the checkpoints of that one.
+    SpecError: one of them was started with another spec, and would go on from the checkpoints of that one; or
+        another seed of its variant was, with which its loss would be averaged.
     """
-    started = place.runs()
+    started = {name: run for name, run in place.runs().items() if newest_number(run)}
+    variants = {entry.name: entry.variant for order in place.orders_before() for entry in order.entries}
     for entry in wanted:
-        run = started.get(entry.name)
-        if run and newest_number(run) and (other := entry.spec.changed_from(run.spec())):
-            why = f"run {entry.name} was started with another spec: {', '.join(other)}"
-            fix = f"give the sweep another name, or remove that run: mhmoe rm {shlex.quote(str(run.path))}"
-            raise SpecError(f"sweep {place.name}", why, fix)
+        for name, run in started.items():
+            if name != entry.name and variants.get(name) != entry.variant:
+                continue
+            before = run.spec().model_copy(update={"name": entry.spec.name, "seed": entry.spec.seed})
+            if other := entry.spec.changed_from(before):
+                seed = "" if name == entry.name else f", a seed of the same variant as {entry.name},"
+                why = f"run {name}{seed} was started with another spec: {', '.join(other)}"
+                fix = f"give the sweep another name, or remove that run: mhmoe rm {shlex.quote(str(run.path))}"
+                raise SpecError(f"sweep {place.name}", why, fix)
 
 
 def submit(

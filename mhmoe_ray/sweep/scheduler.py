@@ -9,7 +9,7 @@ from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome, outco
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
-from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
+from mhmoe_ray.errors import ClusterError, MhmoeError, StorageError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import last_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir, create_run
@@ -38,6 +38,8 @@ class Sweep:
         self._locked: list[TokenError] = []
         """Why the end of a run is not known, and never will be here."""
         self._patience = Patience(_say)
+        self._fails = False
+        """The storage did, at the last look."""
 
     def run(self) -> None:
         """Until every run is over, no more are to start, or another job does this.
@@ -48,22 +50,39 @@ class Sweep:
         """
         self._wait_for_earlier_jobs()
         self._runs = dict(self._place.runs())
-        while self._is_its_turn and any(entry.name not in self._over for entry in self._entries):
-            alive = {name for name in self._runs if self._is_alive(name)}
-            for entry in self._entries:
-                if len(alive) >= self._order.concurrent:
-                    break
-                if entry.name in self._over | alive:
-                    continue
-                if not self._is_prepared(entry):
-                    self._over.add(entry.name)
-                elif not self._is_its_turn:  # asked last: preparing takes long
-                    break
-                elif self._start(entry):
-                    alive.add(entry.name)
+        while self._goes_on():
             time.sleep(POLL_SECONDS)
         for error in [*filter(None, self._why_not.values()), *self._locked]:
             raise error
+
+    def _goes_on(self) -> bool:
+        """Whether there is more to do, after a look at all runs. A storage that fails is asked again: in the weeks that
+        a sweep takes it may be out of reach for an hour."""
+        try:
+            if not self._is_its_turn or all(entry.name in self._over for entry in self._entries):
+                return False
+            self._look()
+            self._fails = False
+        except (OSError, StorageError) as e:
+            if not self._fails:
+                _say(f"the storage fails, and is asked again: {e}")
+            self._fails = True
+        return True
+
+    def _look(self) -> None:
+        """At all runs; those whose turn it is are started."""
+        alive = {name for name in self._runs if self._is_alive(name)}
+        for entry in self._entries:
+            if len(alive) >= self._order.concurrent:
+                break
+            if entry.name in self._over | alive:
+                continue
+            if not self._is_prepared(entry):
+                self._over.add(entry.name)
+            elif not self._is_its_turn:  # asked last: preparing takes long
+                break
+            elif self._start(entry):
+                alive.add(entry.name)
 
     @property
     def _is_its_turn(self) -> bool:
@@ -162,6 +181,8 @@ class Sweep:
         except ClusterError as e:  # which may have taken it; the next look tells
             _say(f"{entry.name}: {e}")
             return True
+        except StorageError:
+            raise
         except MhmoeError as e:
             _say(f"{entry.name}: {e}")
             self._over.add(entry.name)

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_ray.data.shards.manifest import data_digest
-from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.errors import CheckpointError, StorageError
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import PARTS, FileEntry, Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.runs.retention import drop, surplus
+from mhmoe_ray.runs.retention import Retention, drop
 from mhmoe_ray.runs.slices import Slice, slice_of
 from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
 from mhmoe_ray.train.step import Trainer
@@ -56,6 +56,8 @@ class Saver:
         on_piece: called in the background, as long as writing gets on.
         """
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
+        keep = trainer.spec.train.keep_checkpoints
+        self._retention = Retention(run, keep) if keep and trainer.mesh.rank == 0 else None
         trainer.before_update = self._until_copied
         # However long the others take to write: whoever hangs is the watchdog's concern.
         patience = timedelta(days=1)
@@ -227,11 +229,12 @@ class Saver:
         return cast("list[T]", [result for result, _ in every])
 
     def _drop_surplus(self) -> None:
-        keep = self._trainer.spec.train.keep_checkpoints
-        for old in surplus(self._run, keep) if keep else []:
-            try:
+        """What fails here is no reason to end training, nor to take the new checkpoint for one that failed."""
+        if self._retention is None:
+            return
+        try:
+            for old in self._retention.surplus():
                 drop(old)
-            except OSError as e:  # no reason to end training
-                print(f"warning: {old} cannot be removed: {e.strerror or e}")
-            else:
                 events.record(self._run, "dropped_checkpoint", name=old.name)
+        except (OSError, StorageError) as e:
+            print(f"warning: older checkpoints of {self._run.path} cannot be looked through and removed: {e}")

@@ -46,7 +46,7 @@ class StreamFromNewest(ray.train.DataConfig):
         name, step, position = None, 0, 0
         if newest:
             name, step, position = newest.checkpoint.name, newest.manifest.step, newest.manifest.position
-        events.record(self._run, "restoring", name=name, step=step)
+        events.record(self._run, "restoring", name=name, step=step, attempt=self._attempt)
         stream = training_stream(self._spec, position, world_size)
         return super().configure(dict.fromkeys(datasets, stream), world_size, *args, **kwargs)
 

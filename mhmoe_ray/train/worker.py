@@ -148,7 +148,9 @@ class Worker:
         if self.rank == 0:
             happened = events.events(self.run)
             group = 1 + sum(e["event"] == "started" for e in happened)
-            name = next(e["name"] for e in reversed(happened) if e["event"] == "restoring")
+            # An earlier attempt's may lie behind it, by a clock that was ahead (`jsonl`).
+            chosen = sorted((e for e in happened if e["event"] == "restoring"), key=lambda e: e.get("attempt", 0))
+            name = chosen[-1]["name"]
             checkpoint = self.run.checkpoints / name if name else None
             found = group, (checkpoint, stored_manifest(checkpoint)) if checkpoint else None
         agreed: tuple[int, tuple[Location, Manifest] | None] = _gather(found)[0]

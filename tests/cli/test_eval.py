@@ -3,15 +3,21 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from mhmoe_ray.bench.serve.model import plain_model, write_run
 from mhmoe_ray.cli.eval import _task_rows
-from mhmoe_ray.cli.evaluating import make_request
+from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import Evaluation, store
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.runs.attempts import mark_imported
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.attempts import Attempt, add_attempt, mark_imported
+from mhmoe_ray.runs.layout import RunDir, create_run
+from tests.runs.test_runs import write_checkpoint
+from tests.specs import tiny_spec
 
 
 def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
@@ -37,6 +43,22 @@ def test_a_stored_answer_is_shown_without_torch_and_ray(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["figures"]["total"]["all"]["loss"] == 2.0
     assert done.stderr.splitlines()[-1] == "set()"
+
+
+def test_a_stored_answer_on_held_out_text_is_shown_where_that_text_is_no_more(tmp_path):
+    run = create_run(tiny_spec(tmp_path))
+    add_attempt(run, Attempt(f"{run.id}-1", "http://127.0.0.1:1", local=True))
+    write_checkpoint(run, 1)
+    request = make_request(run, None, [], [], None, [], [], None, None)
+    score = Score(nats=8.0, tokens=4, text_bytes=9)
+    answer = {"domains": {"a": score}, "languages": {}, "routing": {}, "tasks": {}}
+    made = Evaluation(request=request, step=1, tokens=0, seconds=1.0, **answer)
+    store(run, made)
+    assert request.prepared
+    assert not Path(request.prepared).exists()
+    assert evaluation_of(run, request, again=False, address=None) == made
+    with pytest.raises(DataError, match="prepared"):
+        evaluation_of(run, request, again=True, address=None)
 
 
 def test_scores_of_tasks_stand_beside_their_standard_errors():

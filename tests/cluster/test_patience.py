@@ -6,7 +6,7 @@ import typer
 from mhmoe_ray.cli.common import detaching
 from mhmoe_ray.cluster import patience
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.errors import ClusterError, TokenError
+from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 
 def _raise(error=ClusterError):
@@ -25,6 +25,20 @@ def test_late_answers_are_waited_for_and_said_once_and_a_cluster_that_is_gone_is
     time.sleep(0.02)
     with pytest.raises(ClusterError):
         asking.ask(_raise, None)
+
+
+def test_a_storage_that_does_not_answer_is_waited_for_too(monkeypatch):
+    said = []
+    asking = Patience(said.append)
+
+    def read():
+        raise OSError(5, "Input/output error")
+
+    assert asking.ask(read, "meanwhile") == "meanwhile"
+    assert said == ["still following, but [Errno 5] Input/output error"]
+    monkeypatch.setattr(patience, "SECONDS", 0.0)
+    with pytest.raises(StorageError, match=r"storage: \[Errno 5\] Input/output error; mend it"):
+        asking.ask(read, None)
 
 
 def test_a_token_that_is_refused_is_no_late_answer():

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from mhmoe_ray.data.tokenizer import UNKNOWN
 from mhmoe_ray.evaluate import measure as measuring
 from mhmoe_ray.evaluate.samples import DomainSamples
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from tests.specs import tiny_spec
@@ -13,9 +15,9 @@ from tests.specs import tiny_spec
 WIDTHS = np.arange(300) % 5
 
 
-def measure(model, samples, batch):
+def measure(model, samples, batch, widths=WIDTHS):
     return measuring.measure(
-        model, samples, WIDTHS, batch=batch, start_token=0, half=False, on_progress=lambda *_: None
+        model, samples, widths, batch=batch, start_token=0, half=False, on_progress=lambda *_: None
     )
 
 
@@ -82,6 +84,22 @@ def test_a_dense_model_has_losses_and_no_routes():
     scores, routing = measure(model.eval(), [samples_of("web", 2, 0)], batch=2)
     assert scores["web"].loss > 0
     assert routing == {}
+
+
+def test_bits_per_byte_are_not_known_where_a_token_stands_for_any_text():
+    samples = [samples_of("web", 4, 0), samples_of("other", 4, 1)]
+    [(_, tokens, counts), _] = samples
+    inside = {int(row[at + 1]) for row, real in zip(tokens, counts, strict=True) for at in np.flatnonzero(real)}
+    widths = WIDTHS.copy()
+    widths[next(token for token in inside if WIDTHS[token])] = UNKNOWN
+    known = measure(model_of(), samples, batch=4)[0]["web"]
+    score = measure(model_of(), samples, batch=4, widths=widths)[0]["web"]
+    assert known.bits_per_byte is not None
+    assert (score.nats, score.tokens) == (known.nats, known.tokens)
+    assert score.unknown > 0
+    assert score.text_bytes < known.text_bytes
+    assert score.bits_per_byte is None
+    assert Score(nats=3.0, tokens=2, text_bytes=0).bits_per_byte is None
 
 
 def test_static_routing_drops_nothing_here_as_in_serving():

@@ -26,9 +26,19 @@ MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
 def made(
-    folder, name, seed, final, moe=MOE, steps=20, validated=5, micro_batches=4, speed=100.0, balance=1.0
+    folder,
+    name,
+    seed,
+    final,
+    moe=MOE,
+    steps=20,
+    validated=5,
+    micro_batches=4,
+    speed=100.0,
+    balance=1.0,
+    over="finished",
 ) -> RunDir:
-    """A run whose validation loss comes down to `final` at its last step."""
+    """A run whose validation loss comes down to `final` at step 20."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
     run = create_run(spec)
@@ -45,7 +55,8 @@ def made(
     if moe:
         counts = {"step": steps, "routes_per_layer_and_expert": [[10, 20, 30, 40]]}
         (run.routing / f"step_{steps:08d}.1.json").write_text(json.dumps(counts))
-    events.record(run, "finished", step=steps)
+    if over:
+        events.record(run, over, **({"reason": "its end"} if over == "failed" else {"step": steps}))
     return run
 
 
@@ -100,7 +111,63 @@ def test_a_seed_that_did_not_get_to_the_end_is_named(tmp_path):
     events.record(lost, "failed", reason="training: the gradient is not finite")
     write_report([*six(tmp_path), lost], tmp_path / "out")
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
-    assert f"as others of their variant did:</strong> {lost.id} (failed)." in page
+    assert f"as others did:</strong> {lost.id} (failed)." in page
+
+
+def test_what_just_began_or_gave_up_does_not_move_the_step_at_which_others_are_compared(tmp_path):
+    """Nor does it blank the verdict; a run that goes on is compared as far as it got."""
+    other = {**MOE, "top_k": 1}
+    began = made(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, over=None)
+    failed = made(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over="failed")
+    runs = [*six(tmp_path), made(tmp_path, "b", 0, 3.0, moe=other), began, failed]
+    verdicts = write_report(runs, tmp_path / "out")
+    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
+    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"as others did:</strong> {failed.id} (failed)." in page
+    assert "<td>began</td><td></td>" in page
+    goes_on = made(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over=None)
+    verdicts = write_report([*six(tmp_path), goes_on], tmp_path / "out")
+    assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
+
+
+def test_of_two_runs_of_a_seed_the_newer_counts_and_the_other_is_named(tmp_path):
+    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "a", 1, 3.1)]
+    again = made(tmp_path, "again", 0, 4.0)
+    for given in ([*runs, again], [again, *runs]):
+        [variant] = read(given)
+        assert variant.losses(20) == {0: 4.0, 1: 3.1}
+        assert len(variant.runs) == 2
+    write_report([*runs, again], tmp_path / "out")
+    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"a newer run is of the same seed:</strong> {runs[0].id} (seed 0)." in page
+
+
+def test_runs_on_other_held_out_text_are_no_seeds_of_one_variant_and_said_to_be_unequal(tmp_path):
+    runs = [made(tmp_path, "a", seed, 3.0) for seed in (0, 1)]
+    for run, tokens in zip(runs, (130_950, 130_853), strict=True):
+        figures = {"unigram_entropy": 6.5, "bigram": 4.4, "bigram_tokens": 20_000}
+        events.record(run, "prepared", validation_tokens=tokens, **figures)
+    assert [len(v.runs) for v in read(runs)] == [1, 1]
+    write_report(runs, tmp_path / "out")
+    assert "They differ in held-out text or tokenizer</strong>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_trainings_of_other_lengths_are_said_to_be_unequal(tmp_path):
+    runs = [made(tmp_path, "a", 0, 3.0), made(tmp_path, "b", 0, 3.0)]
+    spec = runs[1].spec()
+    shorter = spec.train.model_copy(update={"steps": spec.train.steps - 1})
+    runs[1].write_spec(spec.model_copy(update={"train": shorter}))
+    write_report(runs, tmp_path / "out")
+    assert "They differ in the number of steps" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_minutes_are_those_in_which_workers_ran(tmp_path):
+    run = made(tmp_path, "a", 0, 3.0, steps=10)
+    for step in (9, 10, 11):  # three days later, from a checkpoint at 8
+        line = {metrics.STEP: step, metrics.TIME: 300_000.0 + step, metrics.LOSS: 3.0, metrics.GROUP: 2}
+        metrics.append(run, {**line, metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0})
+    metrics.flush(run)
+    assert RunFigures.read(run).seconds == 7 + 2
 
 
 def test_training_flops_are_those_of_the_plan(tmp_path):
@@ -152,11 +219,14 @@ def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     assert found.said.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
 
 
-def test_losses_are_paired_over_two_common_seeds_or_more(tmp_path):
+def test_losses_are_paired_over_two_common_seeds_or_all_that_one_has(tmp_path):
     dense, mhmoe = read(six(tmp_path))
     two = losses_at(20, dense, Variant("two", mhmoe.runs[1:]))
     assert two.paired
     assert two.differences == pytest.approx([-0.12, -0.09])
+    single = losses_at(20, dense, Variant("single", mhmoe.runs[:1]))
+    assert single.paired
+    assert single.differences == pytest.approx([2.9 - 3.0])
     first, last = Variant("first", dense.runs[:2]), Variant("last", mhmoe.runs[1:])
     one = losses_at(20, first, last)
     assert not one.paired

@@ -5,7 +5,7 @@ import pytest
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import create_run
 from mhmoe_ray.runs.manifest import MANIFEST, committed, last_step
-from mhmoe_ray.runs.retention import drop, surplus
+from mhmoe_ray.runs.retention import Retention, drop
 from tests.specs import tiny_spec
 
 
@@ -20,6 +20,10 @@ def run(tmp_path):
         (folder / MANIFEST).write_text("{}")
     (run.checkpoints / "step_00000060.2" / "weights").mkdir(parents=True)
     return run
+
+
+def surplus(run, keep):
+    return Retention(run, keep).surplus()
 
 
 def names(paths):
@@ -44,6 +48,24 @@ def test_a_loss_that_was_gone_back_behind_does_not_count(run):
     for step, loss in lines:
         metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
     assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
+
+
+def test_of_two_of_a_step_the_later_is_the_best(run):
+    """Its loss is what the history has; the other went on as one that was found to be damaged."""
+    for step, loss in ((20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0)):
+        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "40.2"]
+
+
+def test_it_goes_by_what_was_added_since_it_was_asked(run):
+    retention = Retention(run, 1)
+    metrics.append(run, {metrics.STEP: 10, metrics.VAL_LOSS: 2.0})
+    assert names(retention.surplus()) == ["20.1", "30.1", "30.2", "40.2"]
+    metrics.append(run, {metrics.STEP: 20, metrics.VAL_LOSS: 1.0})
+    metrics.append(run, {metrics.STEP: 21})
+    assert names(retention.surplus()) == ["10.1", "30.1", "30.2", "40.2"]
+    metrics.append(run, {metrics.STEP: 20})  # repeated from step 10 on, and not validated
+    assert names(retention.surplus()) == ["20.1", "30.1", "30.2", "40.2"]
 
 
 def test_what_a_later_group_wrote_is_newer_though_its_step_is_earlier(run):

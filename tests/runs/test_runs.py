@@ -7,9 +7,11 @@ import pytest
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs import manifest as manifests
 from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number, read_attempts, require_newest
-from mhmoe_ray.runs.layout import create_run, find_run, list_runs
+from mhmoe_ray.runs.layout import RunDir, create_run, find_run, list_runs
 from mhmoe_ray.runs.manifest import Manifest, commit, describe_file, newest_checkpoint, read_manifest
+from mhmoe_ray.runs.retention import drop
 from tests.s3 import CREDENTIALS
 from tests.specs import tiny_spec
 
@@ -51,6 +53,44 @@ def test_a_run_is_found_by_id_prefix_and_path_and_the_newest_by_nothing(tmp_path
         find_run("tiny-", spec.storage)
     with pytest.raises(RunError, match="there is no such run"):
         find_run("other", spec.storage)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xff", b"[]", b"3", b'{"id": "x"}', b'{"attempts": []}', b'{"attempts": [{}]}', b'{"imported": "today"}'],
+)
+def test_a_run_json_that_is_damaged_or_foreign_hides_no_other_run(tmp_path, capsys, content):
+    storage = tiny_spec(tmp_path).storage
+    runs = [create_run(tiny_spec(tmp_path)) for _ in range(3)]
+    for r in runs:
+        add_attempt(r, Attempt("job", "http://x", local=True))
+    damaged = runs.pop(1)
+    damaged.attempts_file.write_bytes(content)
+    assert list_runs(storage) == runs
+    assert find_run(None, storage) == runs[1]
+    assert find_run(runs[0].id[:-1], storage) == runs[0]
+    told = f"run {damaged.id}: its run.json cannot be read (it is damaged, or not ours); mend that file, or remove"
+    assert [line.startswith(f"warning: {told}") for line in capsys.readouterr().err.splitlines()] == [True] * 3
+    for name in (damaged.id, str(damaged.path)):
+        with pytest.raises(RunError) as raised:
+            find_run(name, storage)
+        assert str(raised.value).startswith(told)
+
+
+def test_a_run_that_is_removed_while_runs_are_listed_is_none(tmp_path, capsys, monkeypatch):
+    stays, goes = (create_run(tiny_spec(tmp_path)) for _ in range(2))
+    for r in (stays, goes):
+        add_attempt(r, Attempt("job", "http://x", local=True))
+    created = RunDir.created
+
+    def gone_before_it_is_read(run):
+        if run == goes:
+            run.attempts_file.unlink()
+        return created(run)
+
+    monkeypatch.setattr(RunDir, "created", gone_before_it_is_read)
+    assert list_runs(stays.path.parent) == [stays]
+    assert capsys.readouterr().err == ""
 
 
 def test_storage_that_cannot_be_reached_is_said(monkeypatch):
@@ -110,6 +150,15 @@ def test_history_takes_repeated_steps_from_the_last_who_did_them(run):
     assert [(h[metrics.STEP], h[metrics.GROUP]) for h in metrics.history(run)] == [(1, 1), (2, 3)]
 
 
+def test_a_later_start_counts_though_its_clock_is_behind(run):
+    """On an object store its lines then come first."""
+    for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
+        for step in steps:
+            metrics.append(run, {metrics.STEP: step, metrics.GROUP: group})
+    found = [(line[metrics.STEP], line[metrics.GROUP]) for line in metrics.history(run)]
+    assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+
+
 def test_state_follows_events(run):
     seen = []
     for kind in ("submitted", "began", "prepared", "started", "checkpoint", "failed", "submitted", "finished"):
@@ -164,6 +213,45 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run, damage, re
     found, manifest, [error] = newest_checkpoint(run)
     assert (found, manifest.step) == (older, 5)
     assert str(newer) in str(error)
+
+
+@pytest.fixture
+def dropped_while_read(monkeypatch):
+    """Gives a function after which a checkpoint is dropped when the first of its files is hashed."""
+    describe = manifests.describe_file
+
+    def arrange(checkpoint, then=lambda: None):
+        def drop_first(path):
+            if path.is_relative_to(checkpoint) and checkpoint.exists():
+                drop(checkpoint)
+                then()
+            return describe(path)
+
+        monkeypatch.setattr(manifests, "describe_file", drop_first)
+
+    return arrange
+
+
+def test_a_checkpoint_that_is_dropped_while_it_is_read_is_told(run, dropped_while_read):
+    checkpoint = write_checkpoint(run, 5)
+    dropped_while_read(checkpoint)
+    with pytest.raises(CheckpointError, match=r"removed while it was read, as train\.keep_checkpoints .*; use a newer"):
+        read_manifest(checkpoint)
+
+
+def test_when_the_newest_is_dropped_while_it_is_read_a_newer_one_is_found(run, dropped_while_read):
+    write_checkpoint(run, 5)
+    dropped_while_read(write_checkpoint(run, 10), lambda: write_checkpoint(run, 15))
+    found, manifest, skipped = newest_checkpoint(run)
+    assert (found.name, manifest.step, skipped) == ("step_00000015.1", 15, [])
+
+
+def test_a_manifest_of_before_knows_no_ends(run):
+    path = write_checkpoint(run, 5) / "manifest.json"
+    tree = json.loads(path.read_text())
+    assert tree.pop("ends") == []
+    path.write_text(json.dumps(tree))
+    assert read_manifest(path.parent).ends == []
 
 
 def test_if_all_are_damaged_training_does_not_silently_begin_anew(run):

@@ -130,6 +130,41 @@ def test_a_run_that_was_started_does_not_go_on_with_another_spec(tmp_path, place
     assert newest_number(started) == 1
 
 
+def test_seeds_of_a_variant_are_of_one_spec_since_their_losses_are_averaged(tmp_path, place):
+    was, other = entry(tmp_path, "a"), entry(tmp_path, "b", train={"lr": 0.5})
+    ordered(place, [was])
+    begun(place, was, "finished")
+
+    def of_seed_1(**sections):
+        spec = entry(tmp_path, "a", **sections).spec.model_copy(update={"name": "heads-a-s1", "seed": 1})
+        return SweepRun(variant="a", seed=1, spec=spec)
+
+    client.check_same(place, [other, of_seed_1()])
+    why = "sweep heads-small: run a-s0, a seed of the same variant as a-s1, was started with another spec: train;"
+    with pytest.raises(SpecError, match=why):
+        client.check_same(place, [other, of_seed_1(train={"lr": 0.5})])
+
+
+def test_a_storage_that_fails_is_asked_again(tmp_path, place, capsys):
+    one = entry(tmp_path, "a")
+    name = ordered(place, [one])
+    started = begun(place, one, "finished")
+    kept = started.events_file.rename(tmp_path / "kept")
+    started.events_file.mkdir()  # which nobody can read
+
+    def mended():
+        started.events_file.rmdir()
+        kept.rename(started.events_file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        sleeps = iter([lambda: None, lambda: None, mended, lambda: None])
+        patch.setattr(scheduler.time, "sleep", lambda _: next(sleeps)())
+        run(place, name)
+    told = capsys.readouterr().out
+    assert told.count("the storage fails, and is asked again: [Errno 21] Is a directory") == 1
+    assert told.endswith("a-s0: finished\n")
+
+
 def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, capsys):
     """Here one whose cluster does not answer, but that wrote a moment ago."""
     unwanted, wanted = entry(tmp_path, "a"), entry(tmp_path, "b")
@@ -219,8 +254,8 @@ def test_a_run_that_diverged_has_no_loss_in_the_table_and_takes_no_step_from_the
     for one, last in zip(entries, (4.0, float("nan")), strict=True):
         trained = begun(place, one, "finished")
         for step, loss in ((10, 5.0), (20, last)):
-            line = {metrics.STEP: step, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0, metrics.VAL_LOSS: loss}
-            metrics.append(trained, line)
+            line = {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss}
+            metrics.append(trained, {**line, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0})
         metrics.flush(trained)
     ordered(place, entries)
     a, b = table(place)

@@ -105,6 +105,28 @@ def test_what_one_rank_cannot_write_all_refuse_and_the_checkpoint_before_stays(t
     assert [path.name for path in unfinished(run)] == ["step_00000002.1"]
 
 
+def test_a_history_that_cannot_be_read_costs_no_checkpoint(tmp_path, capfd):
+    """Older ones stay, then: which is the best is not known."""
+    spec, run = new_run(tmp_path, {"workers": 1})
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"keep_checkpoints": 1})})
+    trainer = jobs.trainer_of(spec)
+    saver = Saver(run, trainer, group=1)
+    for step in (1, 2, 3):
+        jobs.train(spec, trainer, 1)
+        if step == 2:
+            run.metrics_file.mkdir()
+        elif step == 3:
+            run.metrics_file.rmdir()
+        saver.save(trainer.zero_counts())
+        saver.wait()
+        assert [manifest.parent.name for manifest in sorted(run.checkpoints.glob("*/manifest.json"))] == {
+            1: ["step_00000001.1"],
+            2: ["step_00000001.1", "step_00000002.1"],
+            3: ["step_00000003.1"],
+        }[step]
+    assert "cannot be looked through and removed: [Errno 21] Is a directory" in capfd.readouterr().out
+
+
 def shares(spec, path):
     trainer = jobs.trainer_of(spec)
     jobs.train(spec, trainer, 1)

@@ -36,12 +36,13 @@ from mhmoe_ray.data.tokenizer.edges import (
 )
 from mhmoe_ray.data.tokenizer.load import load_run_tokenizer, load_tokenizer, read_given, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
-from mhmoe_ray.data.tokenizer.widths import token_count, token_widths
+from mhmoe_ray.data.tokenizer.widths import UNKNOWN, token_count, token_widths
 
 __all__ = [
     "BEGIN",
     "END",
     "END_OF_TEXT",
+    "UNKNOWN",
     "Boundaries",
     "DocumentEncoder",
     "boundaries",

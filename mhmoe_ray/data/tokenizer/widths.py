@@ -2,10 +2,12 @@
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+UNKNOWN = -1
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -15,8 +17,9 @@ def token_count(tokenizer: Tokenizer) -> int:
 
 
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of UTF-8 by token id, int64; 0 for special tokens. Those of a document's tokens add up to its own, but for
-    a space that some tokenizers put before its first word, and for what a normalizer has changed before."""
+    """Bytes of UTF-8 by token id, int64; 0 for special tokens, and UNKNOWN for the one that stands for any text that
+    has no other. Those of a document's tokens add up to its own, but for a space that some tokenizers put before its
+    first word, and for what a normalizer has changed before."""
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token["special"] for token in content["added_tokens"]}
     byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
@@ -24,7 +27,16 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     for token, number in tokenizer.get_vocab().items():
         if not added.get(number):
             widths[number] = _width(token, byte_level and number not in added)  # an added one is written as it is
+    if (unknown := _unknown(tokenizer, content["model"])) is not None:
+        widths[unknown] = UNKNOWN
     return widths
+
+
+def _unknown(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
+    if (number := model.get("unk_id")) is not None:
+        return int(number)
+    token = model.get("unk_token")
+    return tokenizer.token_to_id(token) if token else None
 
 
 def _width(token: str, byte_level: bool) -> int:

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
-from mhmoe_ray.data.tokenizer import DocumentEncoder, token_widths
+from mhmoe_ray.data.tokenizer import UNKNOWN, DocumentEncoder, token_widths
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.texts import documents
 from tests.llama_tokenizer import llama_tokenizer
@@ -39,3 +39,21 @@ def test_with_a_space_before_the_first_word_and_bytes_in_brackets():
     text = "the moon 🌙 rises"
     ids = DocumentEncoder(tokenizer).encode([text])[0]
     assert token_widths(tokenizer)[ids].sum() == len(text.encode()) + 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0),
+        models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"),
+    ],
+)
+def test_of_a_token_that_stands_for_any_text_nobody_knows_the_bytes(model):
+    assert token_widths(Tokenizer(model)).tolist() == [UNKNOWN, 1]
+
+
+def test_a_tokenizer_that_spells_all_in_bytes_has_no_such_token_in_a_text():
+    tokenizer = llama_tokenizer(TEXTS, 400)
+    ids = DocumentEncoder(tokenizer).encode(["ab 東京 🌙"])[0]
+    assert UNKNOWN not in token_widths(tokenizer)[ids]
