@@ -58,29 +58,35 @@ def inspect(
 def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     """Read all of a run's checkpoints and compare names, sizes and hashes of their files with their manifests.
 
-    Exit code 8 if one is damaged. One without a manifest was never finished, which is no damage: it does not count.
+    Exit code 8 if one is damaged. One without a manifest was never finished, which is no damage: it does not count. Nor
+    does one that keep_checkpoints has removed meanwhile.
     """
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.runs.manifest import committed, read_manifest, unfinished
+    from mhmoe_ray.runs.manifest import committed, is_committed, read_manifest, unfinished
 
     found = find_run(run, storage)
     problems: dict[str, str | None] = {}
+    dropped: list[str] = []
     for path in committed(found):
         try:
             read_manifest(path)
         except CheckpointError as error:
-            problems[path.name] = error.why
+            if is_committed(path):
+                problems[path.name] = error.why
+            else:
+                dropped.append(path.name)
         else:
             problems[path.name] = None
-    never_done = [path.name for path in unfinished(found)]
+    never_done = [path.name for path in unfinished(found) if path.name not in dropped]
     damaged = [name for name, why in problems.items() if why]
     if json:
         checkpoints = [{"name": name, "whole": not why, "why": why} for name, why in problems.items()]
-        print_json({"run": found.id, "checkpoints": checkpoints, "unfinished": never_done})
+        print_json({"run": found.id, "checkpoints": checkpoints, "dropped": dropped, "unfinished": never_done})
     else:
         states: dict[str, str | None] = {name: why or "whole" for name, why in problems.items()}
-        out.print(facts(states | dict.fromkeys(never_done, "unfinished"), found.id))
+        states |= dict.fromkeys(dropped, "dropped meanwhile") | dict.fromkeys(never_done, "unfinished")
+        out.print(facts(states, found.id))
     if damaged:
         raise CheckpointError(
             f"run {found.id}", f"{len(damaged)} of {len(problems)} checkpoints are damaged", "resume skips them"

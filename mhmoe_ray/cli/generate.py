@@ -36,12 +36,19 @@ def generate(
     import asyncio
     import os
 
+    from mhmoe_ray.errors import ServeError
     from mhmoe_ray.runs.layout import find_run
-    from mhmoe_ray.serve.engine import Request, Sampling
+    from mhmoe_ray.serve.engine import EngineError, Request, Sampling
     from mhmoe_ray.serve.load import load_answerer
     from mhmoe_ray.spec import ServeSpec
 
-    text = sys.stdin.read() if prompt is None else prompt
+    if not top_p:
+        raise typer.BadParameter("--top-p 0: nothing is left to draw from; give more than 0")
+    try:
+        text = sys.stdin.read() if prompt is None else prompt
+        text.encode()  # of an argument's bytes that are no UTF-8, Python makes half characters
+    except UnicodeError as e:
+        raise ServeError("the prompt", "it is not UTF-8", "give it as such") from e
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint, hashed=True)
     if gpus:
@@ -53,6 +60,8 @@ def generate(
         answerer.check_length(ids, answer=True)
         sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
         pieces = asyncio.run(_followed(answerer, Request(tuple(ids), sampling), shown=not json))
+    except EngineError as e:
+        raise ServeError("the engine", str(e), "try another checkpoint, or --gpus 0") from e
     finally:
         answerer.engine.close()
     if json:

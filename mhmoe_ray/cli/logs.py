@@ -4,15 +4,20 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import chain
+from queue import Empty, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json, say
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.runs.layout import RunDir
+
+LOOK_SECONDS = 2.0
+"""Without a line of a worker that is followed, before each look whether its run is over."""
 
 
 def logs(
@@ -81,5 +86,38 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
     where = connection, place["node"], place["pid"]
     printed = process_log(*where, "out")
-    # Ray follows a file that nobody writes any more for ever.
-    return chain(printed, process_log(*where, "err", follow=follow and recorded_outcome(happened) is None))
+    if not follow or recorded_outcome(happened):
+        return chain(printed, process_log(*where, "err"))
+    return chain(printed, _until_over(process_log(*where, "err", follow=True), run, connection))
+
+
+def _until_over(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
+    """Those that came before the run's end. Ray follows a file that nobody writes any more for ever, so they are waited
+    for in a thread, which ends with the process."""
+    from mhmoe_ray.cluster.patience import Patience
+    from mhmoe_ray.cluster.run_outcome import outcome
+
+    told, patience, over = Queue[str | Exception | None](), Patience(say), None
+
+    def read() -> None:
+        try:
+            for line in lines:
+                told.put(line)
+            told.put(None)
+        except Exception as e:
+            told.put(e)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            found = told.get(timeout=LOOK_SECONDS)
+        except Empty:
+            if over:
+                return
+            over = patience.ask(lambda: outcome(run, connection), None)
+            continue
+        if found is None:
+            return
+        if isinstance(found, Exception):
+            raise found
+        yield found

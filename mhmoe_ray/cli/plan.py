@@ -78,7 +78,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     from mhmoe_ray.placement.layout import on_one_node
     from mhmoe_ray.planner.dropped import dropped_by_chance
     from mhmoe_ray.planner.kernel import assumed_kernel
-    from mhmoe_ray.planner.memory import memory
+    from mhmoe_ray.planner.memory import checkpoint_copy, memory
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.sizes import flops_per_token, parts, sizes
     from mhmoe_ray.planner.step import expert_step
@@ -100,6 +100,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
         "expert_step": {**step._asdict(), "intensity": step.intensity} if step else None,
         "memory_per_rank": {**held._asdict(), "total": held.total},
         "memory_per_rank_of_fewest": {**fewest._asdict(), "total": fewest.total},
+        "pinned_host_memory_per_rank": checkpoint_copy(spec) if cluster.gpus_per_worker else 0,
         "exchanges": [
             {**e._asdict(), "sent_per_step": e.sent_per_step, "links": _links(e.links)}
             for e in exchanges(placed_spec(spec, layout), layout)
@@ -135,9 +136,9 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
     from mhmoe_ray.cli.plan_estimate import cost
     from mhmoe_ray.planner.find_preset import about
     from mhmoe_ray.planner.match import without_ep
+    from mhmoe_ray.planner.memory import CHECKPOINT_BYTES
     from mhmoe_ray.planner.parity import parity
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
-    from mhmoe_ray.planner.units import FLOAT32
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
     size, cluster, model, moe = sizes(spec.model), spec.cluster, spec.model, spec.model.moe
@@ -160,7 +161,6 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         if (others := without_ep(spec)) is not None:
             ratios += f"; {others:,} experts would match it, but cluster.ep {cluster.ep} does not divide them"
     most = "at most " if spec.data.packing == "best_fit" else ""  # padding is among them
-    checkpoint = 3 * FLOAT32 * size.parameters  # weights and two moments
     rows = {
         "preset": f"{spec.origin}: {about(spec.origin)}" if spec.origin else None,
         "model": f"{model.backbone}, d {model.d_model}, {model.layers} layers, vocabulary {model.vocab_size}",
@@ -175,7 +175,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         "tokens": f"{most}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
-        "checkpoints": f"{_checkpoints(spec.train)}, {in_bytes(checkpoint)} each",
+        "checkpoints": f"{_checkpoints(spec.train)}, {in_bytes(CHECKPOINT_BYTES * size.parameters)} each",
         "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
         + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
@@ -195,6 +195,8 @@ def _learning_rate(train: "TrainSpec") -> str:
 
 def _checkpoints(train: "TrainSpec") -> str:
     count, rest = -(-train.steps // train.checkpoint_every), train.steps % train.checkpoint_every
+    if count == 1:
+        return "1, at the end"
     said = f"{count:,}, one every {train.checkpoint_every:,} steps" + (" and one at the end" if rest else "")
     if train.keep_checkpoints and train.keep_checkpoints < count:
         said += f", of which the newest {train.keep_checkpoints:,} and the best stay"
@@ -210,9 +212,10 @@ def _static_routing(spec: "RunSpec") -> str | None:
     rows = spec.tokens_per_micro_batch * moe.heads
     if (places := moe.places(rows)) is None:
         return None
+    most = "at most " if moe.second_expert == "random" else ""  # a second choice that is left out leaves its place
     return (
         f"an expert has {places:,} places for the {rows:,} rows of a micro-batch; of choices made evenly and at random "
-        f"{dropped_by_chance(moe, rows):.1%} would be dropped"
+        f"{most}{dropped_by_chance(moe, rows):.1%} would be dropped"
     )
 
 

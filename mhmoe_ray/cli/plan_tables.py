@@ -7,7 +7,7 @@ from rich.table import Table
 from mhmoe_ray.cli import plan_placement
 from mhmoe_ray.cli.common import in_bytes, number_table
 from mhmoe_ray.cli.plan_placement import Placement, placed_spec
-from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.memory import checkpoint_copy, memory
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
 from mhmoe_ray.planner.step import ExpertStep, expert_step
@@ -60,10 +60,15 @@ def _exchanges(found: list[Exchange]) -> Table:
 
 
 def _memory(spec: RunSpec) -> Table:
-    """At the most workers that the run may have, and at the fewest, whose slices are the largest."""
+    """At the most workers that the run may have, and at the fewest, whose slices are the largest. What a GPU's rank has
+    in the memory of its host comes after the total."""
     counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]
-    held = [memory(spec.with_workers(count)) for count in counts]
+    of_size = [spec.with_workers(count) for count in counts]
+    held = [memory(each) for each in of_size]
     by_name = zip(held[0]._fields, zip(*held, strict=True), strict=True)
-    rows = [(name, *map(in_bytes, of)) for name, of in by_name if any(of)]
+    rows = [(name.replace("_", " "), *map(in_bytes, of)) for name, of in by_name if any(of)]
+    rows.append(("total", *(in_bytes(h.total) for h in held)))
+    if spec.cluster.gpus_per_worker:
+        rows.append(("checkpoint copy, on the host", *(in_bytes(checkpoint_copy(each)) for each in of_size)))
     columns = [f"of {count} workers" for count in counts]
-    return number_table(["", *columns], [*rows, ("total", *(in_bytes(h.total) for h in held))], header=len(counts) > 1)
+    return number_table(["", *columns], rows, header=len(counts) > 1)

@@ -1,6 +1,7 @@
 """`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve."""
 
 import os
+from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,11 +91,18 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     config, host, port = serving.declared(connection, name)
     before = location(config["args"]["checkpoint"])
     path, _ = pick_checkpoint(RunDir.of_checkpoint(before), checkpoint, hashed=False)
+    how = f"in place of {before.name}"
     if path.name == before.name:
-        out.print(f"{before.name} is the newest checkpoint, and is served")
-        return
+        # Serve keeps the configuration of an update that failed, too.
+        status = _status(connection, name)
+        if status == "DEPLOYING":
+            _running(connection, name, f"{path.name} is being deployed already")
+        if status in ("DEPLOYING", "RUNNING"):
+            out.print(f"{path.name} is {'' if checkpoint else 'the newest checkpoint, and is '}served")
+            return
+        how = "again"
     config["args"] = {**config["args"], "checkpoint": str(path)}
-    _deployed(RunDir.of_checkpoint(path), connection, config, host, port, f"in place of {before.name}")
+    _deployed(RunDir.of_checkpoint(path), connection, config, host, port, how)
     out.print(f"serving {path.name}")
 
 
@@ -109,7 +117,8 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
     found = serving.applications(connect(address))
     # A key goes to applications of ours alone.
     ours = [a for a in found if a.checkpoint and a.status == "RUNNING"]
-    stats = {a.name: serving.stats(a, os.environ.get(KEY)) for a in ours}
+    key = os.environ.get(KEY, "").strip()
+    stats = {a.name: serving.stats(a, key or None) for a in ours}
     if json:
         print_json([{**asdict(a), "stats": stats.get(a.name)} for a in found])
         return
@@ -148,10 +157,25 @@ def _deployed(
     from mhmoe_ray.location import location
 
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
+    if _status(connection, name) == "DEPLOY_FAILED":
+        config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)
     _record(run, connection, name, url, checkpoint)
+    return _running(connection, name, f"deploying {checkpoint} {how}")
+
+
+def _status(connection: "Connection", name: str) -> str | None:
+    from mhmoe_ray.cluster import serving
+
+    return next((a.status for a in serving.applications(connection) if a.name == name), None)
+
+
+def _running(connection: "Connection", name: str, line: str) -> "Application":
+    """The application, when it answers; meanwhile this line says what is waited for."""
+    from mhmoe_ray.cluster import serving
+
     with detaching(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
-        note.print(f"deploying {checkpoint} {how}")
+        note.print(line)
         return serving.wait_until_running(connection, name, say=say)
 
 

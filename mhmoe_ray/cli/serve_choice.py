@@ -4,6 +4,8 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint, read_spec
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.location import Location, location
@@ -65,12 +67,16 @@ def with_keys(spec: ServeSpec) -> ServeSpec:
             why = "two keys of this name have different limits, and limits are counted by name"
             raise SpecError(f"serve.keys, {key.name}", why, "give both the same, or one another name")
     added = []
-    for pair in filter(None, os.environ.get(KEYS, "").split(",")):
-        name, colon, secret = pair.partition(":")
-        if not (name and colon and secret):
+    for pair in filter(None, map(str.strip, os.environ.get(KEYS, "").split(","))):
+        name, _, secret = map(str.strip, pair.partition(":"))
+        if not (name and secret):
             raise SpecError(KEYS, "it is not NAME:KEY,NAME:KEY", "correct it, or unset it")
         hashed = sha256(secret.encode()).hexdigest()
-        added.append(_limited_as(known[name], hashed) if name in known else KeySpec(name=name, sha256=hashed))
+        try:
+            added.append(_limited_as(known[name], hashed) if name in known else KeySpec(name=name, sha256=hashed))
+        except ValidationError:  # which shows the name; where the two are exchanged, that is the key
+            why = "a name has up to 40 letters, digits, dots, dashes and underscores, and one is not so"
+            raise SpecError(KEYS, why, "correct it, or unset it") from None
     return spec.model_copy(update={"keys": (*spec.keys, *added)})
 
 

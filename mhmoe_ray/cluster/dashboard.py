@@ -27,7 +27,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
     """
     import requests  # type: ignore[import-untyped, unused-ignore]
 
-    _keep_off_proxies(address)
+    keep_off_proxies(address)
     try:
         answer = requests.get(address + path, headers=token.headers if token else {}, timeout=seconds)
     except requests.RequestException as e:
@@ -53,7 +53,7 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
     """
     import requests
 
-    _keep_off_proxies(address)
+    keep_off_proxies(address)
     try:
         with requests.get(
             address + path, headers=token.headers if token else {}, stream=True, timeout=(10, None)
@@ -92,7 +92,7 @@ def is_open(address: str) -> bool:
     """Whether a dashboard answers there to whoever asks, without a token."""
     import requests
 
-    _keep_off_proxies(address)
+    keep_off_proxies(address)
     try:
         answer = requests.get(f"{address}/api/version", timeout=5)
         return answer.status_code == 200 and "ray_version" in answer.json()
@@ -152,7 +152,7 @@ def _not_ray(address: str, why: str) -> ClusterError:
     return ClusterError(f"cluster {address}", f"not a Ray dashboard: {why}", "give the dashboard's URL (port 8265)")
 
 
-def _keep_off_proxies(address: str) -> None:
+def keep_off_proxies(address: str) -> None:
     """Requests, which Ray's clients use, sends even 127.0.0.1 to a proxy that the environment names."""
     if is_loopback(address):
         host = urlsplit(address).hostname or ""

@@ -236,6 +236,7 @@ def stats(application: Application, key: str | None) -> dict[str, Any] | str:
     url = application.url
     if not application.reachable:
         return f"{url} is of the cluster's own machine; ask it there, or forward its port"
+    dashboard.keep_off_proxies(url)
     try:
         answer = requests.get(f"{url}/stats", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
         if answer.status_code == 401:

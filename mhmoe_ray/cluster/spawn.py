@@ -39,6 +39,9 @@ _FOREIGN = (
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
 )
 
+# API keys of whoever starts it: all that the cluster ever runs would have them in its environment.
+_SECRET = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
+
 
 @dataclass(frozen=True)
 class LocalCluster:
@@ -80,7 +83,7 @@ def spawn(cpus: int) -> LocalCluster:
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     if not _shared_memory_holds(OBJECT_STORE_BYTES):
         command += [f"--plasma-directory={folder}"]  # containers have 64 MB there; Ray would warn on every start
-    ours = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+    ours = {k: v for k, v in os.environ.items() if k not in (*_FOREIGN, *_SECRET)}
     environment = {
         **_OF_ONE_MACHINE,
         **ours,

@@ -17,7 +17,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.huggingface.mixtral import MixtralConfig, is_mixtral
 from mhmoe_ray.spec import ModelSpec
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 OURS = "mhmoe"
 
 
@@ -88,6 +88,32 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
         why = f"it is made for {config.seq_len} tokens at once"
         raise CheckpointError(what, why, f"choose a --seq-len up to that, not {seq_len}")
     return kind, config if seq_len is None else config.model_copy(update={"seq_len": seq_len})
+
+
+def named_ends(folder: Path, known: int) -> set[int]:
+    """The token ids at which a text is over, as the folder's own files say. Where both say it, both count.
+
+    Args:
+        folder: whose config.json was read.
+        known: ids of tokens are below it.
+
+    Raises:
+        CheckpointError: a file cannot be read, or names what is no token.
+    """
+    what, ends = f"folder {folder}", set[int]()
+    for file in (folder / CONFIG, folder / GENERATION):
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as e:
+            raise CheckpointError(what, f"its {file.name} cannot be read ({e})", "get the folder again") from e
+        for token in named if isinstance(named, list) else [] if named is None else [named]:
+            if type(token) is not int or not 0 <= token < known:
+                why = f"the eos_token_id in its {file.name} is {named}, and its tokenizer has tokens 0 to {known - 1}"
+                raise CheckpointError(what, why, "correct that file")
+            ends.add(token)
+    return ends
 
 
 def _as_ours(mixtral: MixtralConfig) -> MhmoeConfig:

@@ -3,6 +3,7 @@
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ from mhmoe_ray.huggingface.config import CONFIG, to_config
 from mhmoe_ray.huggingface.files import INDEX, write_files
 from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.location import Location
-from mhmoe_ray.runs.files import copy_file, write_json
+from mhmoe_ray.runs.files import replace_file, write_json
 from mhmoe_ray.runs.layout import CHAT_TEMPLATE
 from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
-from mhmoe_ray.runs.tensors import load_tensors, stored_dtypes
+from mhmoe_ray.runs.tensors import Index, index_of, load_tensors
 
 
 class Exported(NamedTuple):
@@ -37,7 +38,7 @@ def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
         to: a folder that does not exist or is empty. It appears under this name when it is whole.
 
     Raises:
-        CheckpointError: the folder cannot be written, or the checkpoint's tokenizer is gone or another one.
+        CheckpointError: the folder cannot be written or the checkpoint not read, or its tokenizer is gone or another.
     """
     what = f"folder {to}"
     tokenizer = run_tokenizer(checkpoint, manifest)
@@ -56,28 +57,41 @@ def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
     return done
 
 
+@contextmanager
+def _reading(checkpoint: Location) -> Iterator[None]:
+    """Around what fails for another reason than the folder that is written."""
+    try:
+        yield
+    except OSError as e:
+        why = f"it cannot be read: {e.strerror or e}"
+        raise CheckpointError(f"checkpoint {checkpoint}", why, "mend its storage, or use another one") from e
+
+
 def _write(folder: Path, checkpoint: Location, manifest: Manifest, tokenizer: Location) -> Exported:
-    groups, dtypes = entries(manifest.model), stored_dtypes(checkpoint / "weights")
-    names = write_files(folder, _exported(checkpoint / "weights", groups, dtypes), len(groups))
-    copy_file(tokenizer, folder / "tokenizer.json")
-    if (template := tokenizer.parent / CHAT_TEMPLATE).exists():
-        copy_file(template, folder / CHAT_TEMPLATE)
-    edges = boundaries(load_tokenizer(tokenizer, manifest.model.vocab_size))
+    groups = entries(manifest.model)
+    with _reading(checkpoint):
+        index = index_of(checkpoint / "weights")
+        template = tokenizer.parent / CHAT_TEMPLATE
+        texts = {file.name: file.read_bytes() for file in (tokenizer, template) if file == tokenizer or file.exists()}
+    dtypes = {name: slices[0].dtype for name, slices in index.items()}
+    names = write_files(folder, _exported(checkpoint, groups, index), len(groups))
+    for name, text in texts.items():
+        replace_file(folder / name, text)
+    edges = boundaries(load_tokenizer(folder / tokenizer.name, manifest.model.vocab_size))
+    ends = sorted(edges.ends.union(manifest.ends))
     main = dtypes["embedding.weight"]
-    config = to_config(
-        manifest.model, manifest.seq_len, main, (edges.start, sorted(edges.ends)), manifest.tokenizer_sha256
-    )
+    config = to_config(manifest.model, manifest.seq_len, main, (edges.start, ends), manifest.tokenizer_sha256)
     write_json(folder / CONFIG, config)
     total = sum(dtypes[e.ours].itemsize * torch.Size(e.shape).numel() for group in groups for e in group)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
     return Exported(config["model_type"], len(names), total)
 
 
-def _exported(
-    weights: Location, groups: list[list[Entry]], dtypes: dict[str, torch.dtype]
-) -> Iterator[dict[str, Tensor]]:
+def _exported(checkpoint: Location, groups: list[list[Entry]], index: Index) -> Iterator[dict[str, Tensor]]:
     for group in groups:
         # A tensor that is not there has no dtype; loading says so.
-        ours = {e.ours: torch.empty(e.shape, dtype=dtypes.get(e.ours)) for e in group}
-        load_tensors(weights, ours)
+        dtypes = {e.ours: index[e.ours][0].dtype if e.ours in index else None for e in group}
+        ours = {e.ours: torch.empty(e.shape, dtype=dtypes[e.ours]) for e in group}
+        with _reading(checkpoint):
+            load_tensors(checkpoint / "weights", ours, index=index)
         yield {name: part for e in group for name, part in e.split(ours.pop(e.ours)).items()}

@@ -4,22 +4,24 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mhmoe_ray.data.tokenizer import load_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError, SpecError
-from mhmoe_ray.huggingface.config import read_config
+from mhmoe_ray.huggingface.config import MhmoeConfig, named_ends, read_config
 from mhmoe_ray.huggingface.files import Stored, open_stored, write_files
 from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import mark_imported
-from mhmoe_ray.runs.files import copy_file
+from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.runs.layout import CHAT_TEMPLATE, RunDir, new_directory
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
-from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 
 
@@ -45,10 +47,13 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     if not tokenizer.is_file():
         why = "it has no tokenizer.json, which serving needs"
         raise CheckpointError(f"folder {source}", why, "add the one the model was trained with")
-    if config.tokenizer_sha256 not in (None, describe_file(tokenizer).sha256):
+    with _reading(source):
+        content, found = tokenizer.read_bytes(), describe_file(tokenizer).sha256
+    if config.tokenizer_sha256 not in (None, found):
         why = "its tokenizer.json is not the one the model was trained with"
         raise CheckpointError(f"folder {source}", why, "restore that file")
-    load_tokenizer(tokenizer, config.model.vocab_size)
+    loaded = load_tokenizer(tokenizer, config.model.vocab_size)
+    ends = named_ends(source, token_count(loaded)) - boundaries(loaded).ends
     template = _chat_template(source)
     with open_stored(source) as stored:
         groups = entries(config.model)
@@ -56,29 +61,40 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         run = new_directory(root.absolute(), name)
         folder = root.absolute() / run.id
         try:
-            copy_file(tokenizer, run.tokenizer_file)
+            replace_file(run.tokenizer_file, content)
             if template:
                 (folder / CHAT_TEMPLATE).write_text(template)
             checkpoint = folder / "checkpoints" / checkpoint_name(0, 0)
             (checkpoint / "weights").mkdir(parents=True)
-            write_files(checkpoint / "weights", _joined(stored, groups), len(groups))
-            commit(checkpoint, _manifest(run, checkpoint, config.model, config.seq_len))
+            write_files(checkpoint / "weights", _joined(source, stored, groups), len(groups))
+            commit(checkpoint, _manifest(run, checkpoint, config, sorted(ends)))
+            origin = {"source": str(source.absolute()), "model_type": kind}
+            events.record(run, "imported", **origin, step=0, name=checkpoint.name)
+            mark_imported(run)
         except BaseException as e:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError):
                 why, fix = e.strerror or str(e), "make room there, or name another folder with --storage"
                 raise SpecError(f"storage {storage}", why, fix) from e
             raise
-    events.record(run, "imported", source=str(source.absolute()), model_type=kind, step=0, name=checkpoint.name)
-    mark_imported(run)
     return run
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Around what fails for another reason than the storage that is written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        why = f"it cannot be read: {getattr(e, 'strerror', None) or e}"
+        raise CheckpointError(f"folder {source}", why, "mend the disk that it is on, or get the folder again") from e
 
 
 def _chat_template(source: Path) -> str | None:
     """A file of its own, or in older folders an entry of the tokenizer's settings.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or there are several and none is the default.
     """
     file, settings = source / CHAT_TEMPLATE, source / "tokenizer_config.json"
     read = file if file.exists() else settings
@@ -91,7 +107,18 @@ def _chat_template(source: Path) -> str | None:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"folder {source}", f"{read.name} cannot be read ({e})", "get the folder again") from e
     template = found.get("chat_template")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):
+        template = _default_of(template)
+    if template is None or isinstance(template, str):
+        return template
+    why = f"the chat_template in its {settings.name} is no text, nor a list with one that is named default"
+    raise CheckpointError(f"folder {source}", why, f"put the one to use into {CHAT_TEMPLATE} beside it")
+
+
+def _default_of(templates: list[Any]) -> Any:
+    """Of the form {"name": ..., "template": ...}; the list itself, which is no template, where none is the default."""
+    named = {t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)}
+    return named.get("default") or templates
 
 
 def _name(source: Path, name: str | None) -> str:
@@ -127,12 +154,15 @@ def _check_tensors(source: Path, stored: Stored, groups: list[list[Entry]]) -> N
         raise CheckpointError(f"folder {source}", wrong[0] + more, "its weights must be those its config.json tells of")
 
 
-def _joined(stored: Stored, groups: list[list[Entry]]) -> Iterator[dict[str, Tensor]]:
+def _joined(source: Path, stored: Stored, groups: list[list[Entry]]) -> Iterator[dict[str, Tensor]]:
     for group in groups:
-        yield {entry.ours: entry.join([stored.read(name) for name in entry.theirs]) for entry in group}
+        with _reading(source):
+            tensors = {entry.ours: entry.join([stored.read(name) for name in entry.theirs]) for entry in group}
+        yield tensors
+        del tensors  # before the next group is read
 
 
-def _manifest(run: RunDir, checkpoint: Path, model: ModelSpec, seq_len: int) -> Manifest:
+def _manifest(run: RunDir, checkpoint: Path, config: MhmoeConfig, ends: list[int]) -> Manifest:
     files = {str(p.relative_to(checkpoint)): describe_file(p) for p in sorted(checkpoint.glob("weights/*"))}
     return Manifest(
         step=0,
@@ -141,8 +171,9 @@ def _manifest(run: RunDir, checkpoint: Path, model: ModelSpec, seq_len: int) -> 
         seed=None,
         world=1,
         ep=1,
-        model=model,
-        seq_len=seq_len,
+        model=config.model,
+        seq_len=config.seq_len,
+        ends=ends,
         tokenizer_sha256=describe_file(run.tokenizer_file).sha256,
         data_sha256=None,
         files=files,

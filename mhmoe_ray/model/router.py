@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     expert_NK: Tensor
     """int64; first choice first, no expert twice in a row."""
     gate_NK: Tensor
-    """Weights of the chosen experts, float32; 0 for a route that was dropped."""
+    """Weights of the chosen experts, float32; 0 for a route that is not kept."""
     balance_loss: Tensor
     """Scalar; 1 when routing is uniform."""
     z_loss: Tensor
@@ -26,7 +26,7 @@ class Routing(NamedTuple):
     count_E: Tensor
     """Kept routes per expert, int64."""
     dropped: Tensor
-    """Routes that were not kept, int64 scalar."""
+    """Routes that found no place, int64 scalar; second choices that `second_expert: random` leaves out want none."""
     places: int | None
     """Rows that an expert takes at most, where routing is static; None where it is dropless."""
 
@@ -57,7 +57,8 @@ class Router(nn.Module):
         logits_NE = self.scores(x_ND)
         expert_NK, gate_NK, probability_NE = self.choose(logits_NE)
         places = moe.places(rows) if self.training else None
-        kept_NK = self._kept(expert_NK, gate_NK, places, generator)
+        wanted_NK = self._wanted(expert_NK, gate_NK, generator)
+        kept_NK = wanted_NK if places is None else fits(expert_NK, wanted_NK, moe.experts, places)
         count_E = route_counts(expert_NK, moe.experts, kept_NK)
         counted = expert_NK[:, :1] if moe.balance_choices == "first" else expert_NK
         return Routing(
@@ -66,7 +67,7 @@ class Router(nn.Module):
             balance_loss(self.scores.balanced(x_ND, probability_NE), counted) if rows else logits_NE.sum(),
             z_loss(logits_NE) if rows else logits_NE.sum(),
             count_E,
-            expert_NK.numel() - count_E.sum(),
+            wanted_NK.sum() - count_E.sum(),
             places,
         )
 
@@ -92,14 +93,10 @@ class Router(nn.Module):
             gate_NK = probability_NE.gather(-1, expert_NK)
         return expert_NK, gate_NK, probability_NE
 
-    def _kept(
-        self, expert_NK: Tensor, gate_NK: Tensor, places: int | None, generator: torch.Generator | None
-    ) -> Tensor:
-        moe = self.moe
-        kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
-        if moe.second_expert == "random" and generator is not None:
+    def _wanted(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Mask NK of the routes that are to have a place."""
+        wanted_NK = torch.ones_like(expert_NK, dtype=torch.bool)
+        if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)
-            kept_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
-        if places is not None:
-            kept_NK = fits(expert_NK, kept_NK, moe.experts, places)
-        return kept_NK
+            wanted_NK[:, 1] = 2 * gate_NK[:, 1] > u_N
+        return wanted_NK

@@ -6,10 +6,11 @@ from mhmoe_ray.spec import MoESpec
 
 
 def dropped_by_chance(moe: MoESpec, rows: int) -> float:
-    """Share of the N * k routes that find no place, if each row chooses its k experts evenly and at random.
+    """Share of the routes that find no place, if each row chooses its k experts evenly and at random and wants all.
 
     An expert's load is then binomial, of N draws at k / E. A router that favours some experts drops more; one whose
-    loads are more even than chance makes them drops less. 0 where routing is dropless.
+    loads are more even than chance makes them drops less. With `second_expert: random` it is the most by chance: the
+    second choices that are left out want no place, and leave theirs to others. 0 where routing is dropless.
     """
     places, p = moe.places(rows), moe.top_k / moe.experts
     if places is None or places >= rows:

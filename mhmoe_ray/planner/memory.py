@@ -12,6 +12,9 @@ from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, blocks, par
 from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
+CHECKPOINT_BYTES = 3 * FLOAT32
+"""Of a parameter in a checkpoint: its weight and AdamW's two moments."""
+
 
 class Memory(NamedTuple):
     weights: int
@@ -26,6 +29,8 @@ class Memory(NamedTuple):
     """What the loss needs beside that for a moment: gradients of log-probabilities and of logits, both in float32."""
     whole: int
     """With fsdp and zero3, tensors put together of slices for a while: see `whole_weights` and `whole_gradients`."""
+    checkpoint_copy: int
+    """On CPUs, see `checkpoint_copy`; beside GPUs it is in their host's memory, and not counted here."""
 
     @property
     def total(self) -> int:
@@ -46,7 +51,14 @@ def memory(spec: RunSpec) -> Memory:
         activations=tokens * _kept_per_token(spec, size) + _shared(spec, size) + _static_layout(model, tokens, size),
         logits=tokens * model.vocab_size * 2 * FLOAT32,
         whole=whole_weights(spec) + whole_gradients(spec),
+        checkpoint_copy=0 if spec.cluster.gpus_per_worker else checkpoint_copy(spec),
     )
+
+
+def checkpoint_copy(spec: RunSpec) -> int:
+    """Bytes of host memory, pinned beside a GPU, that hold a rank's share of weights and moments while `train/saver.py`
+    writes them, and stay from the first checkpoint on; on average over ranks."""
+    return CHECKPOINT_BYTES * sizes(spec.model).parameters // spec.cluster.world
 
 
 def whole_weights(spec: RunSpec) -> int:

@@ -57,7 +57,8 @@ def _worked_out(tree: Tree, what: str) -> Tree:
     own_model = tree.get("model", {})
     _refuse_what_is_no_section(own_model, "model", what)
     own_moe = own_model.get("moe", {})
-    _refuse_what_is_no_section(own_moe or {}, "model.moe", what)
+    if own_moe is not None:
+        _refuse_what_is_no_section(own_moe, "model.moe", what, ", or null for a dense model")
     _refuse_what_would_be_ignored(short, tree, own_moe or {}, what)
     preset = None
     if short.preset:
@@ -161,9 +162,9 @@ def _refuse_what_would_be_ignored(short: Shorthands, tree: Tree, own_moe: Tree, 
         raise SpecError(what, f"{keys} would be ignored, because match solves it", "remove it, or remove match")
 
 
-def _refuse_what_is_no_section(value: Any, name: str, what: str) -> None:
+def _refuse_what_is_no_section(value: Any, name: str, what: str, instead: str = "") -> None:
     if not isinstance(value, dict):
-        raise SpecError(what, f"{name!r} is a value, not a section", "write its keys below it")
+        raise SpecError(what, f"{name!r} is a value, not a section", f"write its keys below it{instead}")
 
 
 def _merged(base: Any, over: Any) -> Any:

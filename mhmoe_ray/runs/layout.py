@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,9 +95,18 @@ class RunDir:
         replace_file(self.spec_file, dump_spec(spec).encode())
 
     def created(self) -> float:
-        """When its first attempt or its import was, in seconds since the epoch."""
-        state = json.loads(self.attempts_file.read_text())
-        return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
+        """When its first attempt or its import was, in seconds since the epoch.
+
+        Raises:
+            RunError: run.json does not say so.
+        """
+        try:
+            state = json.loads(self.attempts_file.read_text())
+            return float(state["imported"] if "imported" in state else state["attempts"][0]["submitted"])
+        except (ValueError, LookupError, TypeError, FileNotFoundError, PermissionError) as e:
+            told = e.strerror if isinstance(e, OSError) else "it is damaged, or not ours"
+            why = f"its {self.attempts_file.name} cannot be read ({told})"
+            raise RunError(f"run {self.id}", why, f"mend that file, or remove the folder {self.path}") from e
 
 
 def create_run(spec: RunSpec) -> RunDir:
@@ -129,14 +139,20 @@ def new_directory(storage: Location, name: str) -> RunDir:
 
 
 def list_runs(storage: Location | str) -> list[RunDir]:
-    """Runs below `storage`, oldest first.
+    """Runs below `storage`, oldest first. Of one whose run.json cannot be read a warning is written to stderr.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the storage cannot be read.
     """
+    found: dict[RunDir, float] = {}
     with _reading(storage):
-        found = [RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")]
-        return sorted(found, key=RunDir.created)
+        for run in (RunDir(p.parent) for p in location(storage).absolute().glob("*/run.json")):
+            try:
+                found[run] = run.created()
+            except RunError as e:
+                if run.attempts_file.exists():  # else the run was removed meanwhile
+                    print(f"warning: {e}", file=sys.stderr)
+    return sorted(found, key=found.__getitem__)
 
 
 @contextmanager
@@ -157,13 +173,15 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
         with_job: the newest one that was trained here, not imported.
 
     Raises:
-        RunError: there is none, or the prefix fits several.
+        RunError: there is none, the prefix fits several, or the run.json of that id or path cannot be read.
         StorageError: the storage cannot be read.
     """
     if name is not None:
-        with _reading(name):
-            if RunDir(location(name)).attempts_file.is_file():
-                return RunDir(location(name).absolute())
+        for place in (location(name), location(storage) / name):
+            with _reading(place):
+                if (run := RunDir(place.absolute())).attempts_file.is_file():
+                    run.created()
+                    return run
     runs = list_runs(storage)
     if name is None:
         runs = [r for r in runs if not (with_job and r.is_imported)]

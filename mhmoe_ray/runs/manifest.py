@@ -9,7 +9,8 @@
     | manifest.json                    | `Manifest` below: sizes and SHA-256 of all    | rank 0, when  | all, first   |
     |                                  | these files, and what they go with            | all are there |              |
 
-An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype that they came in, and no optim/.
+An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype that they came in, and no optim/;
+its manifest has the token ids that end a text beside those that its tokenizer tells of (`ends`).
 
 It is of step 200, by the third worker group of the run. Without manifest.json, or where a file is missing, is one too
 many, or has another size or hash than there, it does not count (`read_manifest`).
@@ -61,6 +62,9 @@ class Manifest(BaseModel):
     """Workers and expert parallelism that wrote it; any other may load it."""
     model: ModelSpec
     seq_len: int
+    ends: list[int] = []
+    """Token ids that end a text beside the tokenizer's own (`data.tokenizer.boundaries`): those that an imported folder
+    names. Manifests of before have none."""
     tokenizer_sha256: str
     data_sha256: str | None
     """Of the prepared data's manifest: `position` counts in that data and no other. None for imported weights, which
@@ -123,13 +127,28 @@ def read_manifest(
         describe: finds the hashes, for which all is read; None: names and sizes alone are checked.
 
     Raises:
-        CheckpointError: it is uncommitted, torn, or damaged; the reason says which file and how.
+        CheckpointError: it is uncommitted, torn, damaged, or removed while it is read; the reason says which file and
+            how.
     """
     manifest = stored_manifest(checkpoint)
-    problem = next(_problems(checkpoint, manifest, parts, describe), None)
+    try:
+        problem = next(_problems(checkpoint, manifest, parts, describe), None)
+    except FileNotFoundError as e:
+        raise removed(checkpoint) from e
     if problem:
         raise CheckpointError(f"checkpoint {checkpoint}", problem, _FIX)
     return manifest
+
+
+def removed(checkpoint: Location) -> CheckpointError:
+    """Of a checkpoint that was there when reading it began."""
+    why = "it was removed while it was read, as train.keep_checkpoints has old ones removed"
+    return CheckpointError(f"checkpoint {checkpoint}", why, "use a newer one of the run")
+
+
+def is_committed(checkpoint: Location) -> bool:
+    """Whether it has a manifest; one that is dropped loses that first."""
+    return (checkpoint / MANIFEST).exists()
 
 
 def _problems(
@@ -171,7 +190,7 @@ def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
 def unfinished(run: RunDir) -> list[Location]:
     """Folders of checkpoints that were never committed: being written, or left by a process that was killed."""
     named = (p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name))
-    return sorted(p for p in named if not (p / MANIFEST).exists())
+    return sorted(p for p in named if not is_committed(p))
 
 
 def committed(run: RunDir) -> list[Location]:
@@ -189,7 +208,7 @@ def _newest_first(run: RunDir) -> Iterator[Location]:
     group wrote is newer, even of an earlier step."""
     folders: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name)]
     folders.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
-    return (folder for folder in folders if (folder / MANIFEST).exists())
+    return (folder for folder in folders if is_committed(folder))
 
 
 class Newest(NamedTuple):
@@ -204,7 +223,8 @@ def newest_checkpoint(
 ) -> Newest | None:
     """The newest whole checkpoint of a run; None if there is none.
 
-    A directory without a manifest was never committed; it is passed over without a word.
+    A directory without a manifest was never committed; it is passed over without a word. One that is dropped while it
+    is read is too, and then there are newer ones than were found before.
 
     Args:
         run: whose checkpoints are looked at.
@@ -219,6 +239,8 @@ def newest_checkpoint(
         try:
             return Newest(checkpoint, read_manifest(checkpoint, parts, describe), skipped)
         except CheckpointError as e:
+            if not is_committed(checkpoint):
+                return newest_checkpoint(run, parts, describe)
             skipped.append(e)
     if skipped:
         raise skipped[0]

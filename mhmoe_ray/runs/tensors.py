@@ -4,10 +4,9 @@ Each rank writes one file with slices of its own; a reader of any world size tak
 rank waits for another, neither to write nor to read.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,8 +14,11 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.location import Location
 from mhmoe_ray.model.held import is_shared_out
 from mhmoe_ray.runs.files import create_file
-from mhmoe_ray.runs.manifest import FileEntry
+from mhmoe_ray.runs.manifest import FileEntry, removed
 from mhmoe_ray.runs.slices import SUFFIX, Slice, StoredSlice, read_into, slice_of, stored_slices, write_slices
+
+Index = Mapping[str, list[StoredSlice]]
+"""All slices of a folder, by the names of their tensors."""
 
 
 class Shares:
@@ -75,59 +77,77 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}{SUFFIX}"
 
 
-def load_tensors(folder: Location, into: Mapping[str, Tensor], on_tensor: Callable[[], None] = lambda: None) -> None:
+def load_tensors(
+    folder: Location,
+    into: Mapping[str, Tensor],
+    on_slice: Callable[[], None] = lambda: None,
+    index: Index | None = None,
+) -> None:
     """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
-    folder has.
+    folder has. One file at a time is open, since each of many ranks may have written one.
 
     Args:
         folder: a part of a checkpoint.
         into: by name.
-        on_tensor: called after each.
+        on_slice: called after each.
+        index: what `index_of` gives, for whoever has it.
 
     Raises:
-        CheckpointError: a tensor is missing there, wholly or in part, or has another shape.
+        CheckpointError: a tensor is missing there, wholly or in part, or has another shape; or the checkpoint is
+            removed meanwhile.
     """
-    stored = _stored(folder)
-    every = {s.file for slices in stored.values() for s in slices}
-    with ExitStack() as stack:
-        files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in every}
-        for name, tensor in into.items():
-            target, there = slice_of(tensor), stored.get(name, [])
-            shape = _shape(there)
-            why = None
-            if not there:
-                why = f"{name} is not in it"
-            elif shape != target.shape:
-                why = f"{name} has shape {shape} there and {target.shape} in the model"
-            elif sum(read_into(target, s, files[s.file]) for s in there) < target.local.numel():
-                why = f"a part of {name} is not in it"
-            if why:
-                raise CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
-            on_tensor()
+    index = index_of(folder) if index is None else index
+    targets = {name: slice_of(tensor) for name, tensor in into.items()}
+    by_file: dict[Location, list[tuple[str, StoredSlice]]] = {}
+    for name, target in targets.items():
+        there = index.get(name, [])
+        if not there:
+            raise _unfit(folder, f"{name} is not in it")
+        if (shape := _shape(there)) != target.shape:
+            raise _unfit(folder, f"{name} has shape {shape} there and {target.shape} in the model")
+        for stored in there:
+            by_file.setdefault(stored.file, []).append((name, stored))
+    filled = dict.fromkeys(targets, 0)
+    for path, wanted in by_file.items():
+        with _still_there(folder), path.open("rb", buffering=0) as file:
+            for name, stored in wanted:
+                filled[name] += read_into(targets[name], stored, file)
+                on_slice()
+    for name, target in targets.items():
+        if filled[name] < target.local.numel():
+            raise _unfit(folder, f"a part of {name} is not in it")
 
 
-def stored_dtypes(folder: Location) -> dict[str, torch.dtype]:
-    """The dtype of each tensor of a folder, by name."""
-    return {name: slices[0].dtype for name, slices in _stored(folder).items()}
-
-
-def _stored(folder: Location) -> dict[str, list[StoredSlice]]:
-    """All slices in the folder's files, by the names of their tensors.
+def index_of(folder: Location) -> Index:
+    """What the headers of all files in the folder say.
 
     Raises:
-        CheckpointError: a file is no safetensors file.
+        CheckpointError: a file is no safetensors file, or the checkpoint is removed meanwhile.
     """
     found: dict[str, list[StoredSlice]] = {}
-    files: list[Location] = list(folder.glob(f"*{SUFFIX}"))
-    for file in sorted(files, key=lambda file: file.name):
-        try:
-            slices = stored_slices(file)
-        except (ValueError, KeyError) as e:
-            why = f"{file.name} cannot be read ({e})"
-            raise CheckpointError(f"checkpoint {folder.parent}", why, "use another checkpoint of the run") from e
-        for name, stored in slices.items():
-            found.setdefault(name, []).append(stored)
+    with _still_there(folder):
+        files: list[Location] = list(folder.glob(f"*{SUFFIX}"))
+        for file in sorted(files, key=lambda file: file.name):
+            try:
+                slices = stored_slices(file)
+            except (ValueError, KeyError) as e:
+                why = f"{file.name} cannot be read ({e})"
+                raise CheckpointError(f"checkpoint {folder.parent}", why, "use another checkpoint of the run") from e
+            for name, stored in slices.items():
+                found.setdefault(name, []).append(stored)
     return found
+
+
+@contextmanager
+def _still_there(folder: Location) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise removed(folder.parent) from e
+
+
+def _unfit(folder: Location, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
 
 
 def _shape(slices: list[StoredSlice]) -> tuple[int, ...]:

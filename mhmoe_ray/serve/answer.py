@@ -64,7 +64,7 @@ class Answerer:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as the start of a document."""
-        return [self.start, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        return [self.start, *self._ids(prompt)]
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, which the next answer follows; templates may put the document's start in front
@@ -73,8 +73,13 @@ class Answerer:
         Raises:
             ServeError: the template does not take these messages.
         """
-        ids = self.tokenizer.encode(template.prompt(messages), add_special_tokens=False).ids
+        ids = self._ids(template.prompt(messages))
         return ids if ids[:1] == [self.start] else [self.start, *ids]
+
+    def _ids(self, text: str) -> list[int]:
+        """As a batch of one: of these alone the library lets other threads run meanwhile."""
+        [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def check_length(self, prompt_ids: Sequence[int], answer: bool) -> None:
         """Whether prompt and, if there is to be one, the first token of an answer fit in the model.

@@ -33,9 +33,12 @@ class Args(BaseModel):
     model: str
     """The model's name for clients."""
     serve: ServeSpec
+    again: str = ""
+    """Anything that was not there before, where replicas failed: Serve starts none for a configuration that it has."""
 
 
-@serve.deployment(name=LIMITS, num_replicas=1, ray_actor_options={"num_cpus": 0})
+# An update starts the new one beside the old one, for which there is room everywhere: requests do not wait for it.
+@serve.deployment(name=LIMITS, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
 class SharedLimits:
     """One for all replicas."""
 

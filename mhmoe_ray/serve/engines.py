@@ -47,7 +47,7 @@ def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, 
         ServeError: as `check_engine`.
     """
     # The model may have more rows than the tokenizer has tokens.
-    ends, known = boundaries(tokenizer).ends, token_count(tokenizer)
+    ends, known = boundaries(tokenizer).ends.union(manifest.ends), token_count(tokenizer)
     if spec.engine == "vllm":
         _require_vllm()
         from mhmoe_ray.serve.vllm.engine import VllmEngine

@@ -19,6 +19,22 @@ from mhmoe_ray.spec.sweep import SweepSpec
 S = TypeVar("S", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which yaml takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before merges (`<<`) are put in, which may bring the same keys.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} is there already"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
 def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
     """Read and check a whole spec, such as a run directory's. What users write may hold shorthands as well, which
     `planner.resolve` works out.
@@ -37,7 +53,7 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
         overrides: `key.path=value` strings; values are YAML, so `1e-3`, `null` and `[a, b]` mean what they say.
 
     Raises:
-        SpecError: the file is missing, not YAML, or no mapping; or an override is malformed.
+        SpecError: the file is missing, not YAML, or no mapping; a key is there twice; or an override is malformed.
     """
     try:
         text = path.read_bytes().decode()
@@ -45,7 +61,7 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise SpecError(f"spec {path}", str(reason), "give the path of a YAML spec such as jobs/quickstart.yaml") from e
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

@@ -1,11 +1,11 @@
 """The whole spec. A run is described by it and by nothing else."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
-from mhmoe_ray.location import Location, location
+from mhmoe_ray.location import Location, ObjectPath, location
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute
@@ -14,7 +14,14 @@ from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.tracking import TrackingSpec
 from mhmoe_ray.spec.train import TrainSpec
 
-StoragePath = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
+
+def _location(given: Any) -> Location:
+    if not isinstance(given, str | Path | ObjectPath):
+        raise ValueError("it must be a path, s3://bucket/folder or gs://bucket/folder")
+    return location(given)
+
+
+StoragePath = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]
 ELSEWHERE = {"cluster", "serve", "tracking"}
 """Sections that do not change what a run trains."""
 XPOS_TOKENS = 32_768
@@ -56,6 +63,10 @@ class RunSpec(Section):
             raise ValueError(
                 f"cluster.ep is {self.cluster.ep}, but a dense model has no experts to spread: set ep to 1"
             )
+        if self.cluster.shard_experts and moe is None:
+            raise ValueError(
+                "cluster.shard_experts is true, but a dense model has no experts to slice: set shard_experts to false"
+            )
         if moe is not None and moe.experts % self.cluster.ep:
             raise ValueError(f"model.moe.experts ({moe.experts}) must be a multiple of cluster.ep ({self.cluster.ep})")
         if moe is not None:
@@ -64,6 +75,11 @@ class RunSpec(Section):
             raise ValueError(
                 f"model.moe.kernel capacity holds all experts, but cluster.ep is {self.cluster.ep}: "
                 "set ep to 1, or kernel to grouped, which drops the same routes"
+            )
+        if moe is not None and moe.recompute not in (None, 1) and self.train.recompute and self.cluster.ep > 1:
+            raise ValueError(
+                f"model.moe.recompute is {moe.recompute:g}, but with train.recompute and cluster.ep {self.cluster.ep} "
+                "experts compute all of their hidden rows anew, so it would be ignored: leave it out"
             )
         if self.model.backbone == "subln" and self.data.seq_len > XPOS_TOKENS:
             raise ValueError(

@@ -6,6 +6,9 @@ import subprocess
 
 import pytest
 
+from mhmoe_ray.cli.ckpt import verify
+from mhmoe_ray.runs import manifest
+from mhmoe_ray.runs.retention import drop
 from tests.cli.run import Result, assert_one_line, command, mhmoe
 from tests.huggingface.conftest import MIXTRAL, make_run
 
@@ -82,6 +85,31 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(project, tmp_path):
         done = subprocess.run(limited, cwd=folder, capture_output=True, text=True)
         assert_one_line(Result(done.returncode, done.stdout, done.stderr), code, "File too large")
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_passes_over_what_is_dropped_meanwhile_and_says_so(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path, MIXTRAL)
+    old = run.checkpoints / "step_00000005.1"
+    shutil.copytree(run.checkpoints / "step_00000007.1", old)
+    describe = manifest.describe_file
+
+    def dropped_when_read(path):
+        if path.is_relative_to(old) and old.exists():
+            drop(old)
+        return describe(path)
+
+    monkeypatch.setattr(manifest, "describe_file", dropped_when_read)
+    verify(run.id, str(run.path.parent), json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dropped"], found["unfinished"]) == (["step_00000005.1"], [])
+    assert found["checkpoints"] == [{"name": "step_00000007.1", "whole": True, "why": None}]
+    shutil.copytree(run.checkpoints / "step_00000007.1", old)
+    verify(run.id, str(run.path.parent), json=False)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sorted((name, state.strip()) for name, state in lines) == [
+        ("step_00000005.1", "dropped meanwhile"),
+        ("step_00000007.1", "whole"),
+    ]
 
 
 def test_serve_deploy_takes_serve_keys_alone(project):

@@ -5,9 +5,11 @@ import subprocess
 import pytest
 import torch
 
+from mhmoe_ray.cli.generate import generate
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.engine.sampling import Chooser
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -54,6 +56,26 @@ def test_mistakes_are_one_line(project):
     long = mhmoe(folder, "generate", "--prompt", "the quick brown fox " * 100)
     assert_one_line(long, ServeError.exit_code, "the prompt: it has", "shorten it")
     assert_one_line(mhmoe(folder, "generate", run.id, "--prompt", "a", "--checkpoint", "step_9.9"), 8, "step_9.9")
+    nucleus = mhmoe(folder, "generate", "--prompt", "a", "--top-p", "0")
+    assert (nucleus.code, "--top-p 0: nothing is left to draw from" in nucleus.err) == (2, True)
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_line(project):
+    folder, _ = project
+    told = "error: the prompt: it is not UTF-8; give it as such"
+    for words, piped in ((["--prompt", b"the \xe9"], b""), ([], b"the \xe9")):
+        done = subprocess.run([*command("generate"), *words], cwd=folder, input=piped, capture_output=True)
+        assert (done.returncode, done.stderr.decode().splitlines()) == (ServeError.exit_code, [told])
+
+
+def test_what_the_engine_trips_over_is_one_line(project, monkeypatch):
+    def fail(*_):
+        raise MemoryError("all of it is taken")
+
+    folder, run = project
+    monkeypatch.setattr(Chooser, "choose", fail)
+    with pytest.raises(ServeError, match=r"^the engine: MemoryError: all of it is taken; try another checkpoint"):
+        generate(run.id, prompt="the quick", storage=str(folder / "runs"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")

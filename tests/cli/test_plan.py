@@ -71,6 +71,8 @@ def test_plan_shows_memory_at_the_fewest_workers_too(corpus):
     ("train", "told"),
     [
         (["checkpoint_every=10"], "3, one every 10 steps, "),
+        (["checkpoint_every=30"], "checkpoints 1, at the end, "),
+        (["checkpoint_every=100", "keep_checkpoints=1"], "checkpoints 1, at the end, "),
         (["checkpoint_every=20"], "2, one every 20 steps and one at the end, "),
         (["checkpoint_every=7", "keep_checkpoints=3"], "5, one every 7 steps and one at the end, of which the newest 3 "
          "and the best stay, "),
@@ -95,6 +97,22 @@ def test_plan_says_what_kernel_auto_is_taken_for(corpus):
     assert "\nkernel" not in named
 
 
+def test_plan_counts_the_copy_of_a_checkpoint_where_it_is(corpus):
+    """In a CPU's memory; beside a GPU's, on its host."""
+
+    def shown(*more):
+        text = mhmoe(corpus, "plan", "spec.yaml", *more).out
+        return [line.rstrip() for line in text.splitlines() if line.startswith(("checkpoint copy", "total"))]
+
+    gpus = ("--set", "cluster.gpus_per_worker=1")
+    plan, beside = (mhmoe(corpus, "plan", "spec.yaml", *more, "--json").json() for more in ((), gpus))
+    share = 12 * plan["sizes"]["parameters"] // plan["layout"]["workers"]
+    assert plan["memory_per_rank"]["checkpoint_copy"] == beside["pinned_host_memory_per_rank"] == share
+    assert plan["pinned_host_memory_per_rank"] == beside["memory_per_rank"]["checkpoint_copy"] == 0
+    assert [line.split("  ")[0] for line in shown()] == ["checkpoint copy", "total"]
+    assert [line.split("  ")[0] for line in shown(*gpus)] == ["total", "checkpoint copy, on the host"]
+
+
 def test_plan_says_what_static_routing_drops_by_chance(corpus):
     static = ("--set", "model.moe.capacity_factor=0.5")
     plan = mhmoe(corpus, "plan", "spec.yaml", *static, "--json").json()
@@ -107,6 +125,9 @@ def test_plan_says_what_static_routing_drops_by_chance(corpus):
     )
     told += f"{plan['dropped_by_chance']:.1%} would be dropped"
     assert told in " ".join(mhmoe(corpus, "plan", "spec.yaml", *static).out.split())
+    thinned = (*static, "--set", "model.moe.second_expert=random")
+    most = told.replace("random ", "random at most ")
+    assert most in " ".join(mhmoe(corpus, "plan", "spec.yaml", *thinned).out.split())
     assert mhmoe(corpus, "plan", "spec.yaml", "--json").json()["dropped_by_chance"] == 0
     assert "static routing" not in mhmoe(corpus, "plan", "spec.yaml").out
 

@@ -41,6 +41,42 @@ def full(local_cluster, unused_port):
     remove(connection, "full")
 
 
+@pytest.fixture
+def breakable(tmp_path):
+    """A run whose replicas cannot be constructed while a file is there, as where a library or a mount is missing."""
+    site, broken = tmp_path / "site", tmp_path / "broken"
+    site.mkdir()
+    lines = ["import os, sys", f"if os.path.exists({str(broken)!r}):", "    sys.modules['mhmoe_ray.serve.load'] = None"]
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    run = make_run(tmp_path, MIXTRAL)
+    spec = run.spec()
+    cluster = spec.cluster.model_copy(update={"runtime_env": {"env_vars": {"PYTHONPATH": str(site)}}})
+    run.write_spec(spec.model_copy(update={"cluster": cluster}))
+    return run, broken
+
+
+def test_what_failed_in_its_replicas_starts_anew_when_it_is_deployed_again(
+    tmp_path, local_cluster, breakable, unused_port
+):
+    """Serve itself does nothing with a configuration that it has."""
+    run, broken = breakable
+    words = ("serve", "deploy", run.id, "--name", "weak", "--set", f"serve.port={unused_port}")
+    broken.touch()
+    try:
+        failed = mhmoe(tmp_path, *words)
+        assert (failed.code, "application weak: ModuleNotFoundError: import of mhmoe_ray.serve.load" in failed.err) == (
+            10,
+            True,
+        )
+        broken.unlink()
+        served = mhmoe(tmp_path, *words)
+        assert (served.code, served.out.startswith(f"serving {run.id} at ")) == (0, True), served.err
+        [told] = mhmoe(tmp_path, "serve", "status", "--json").json()
+        assert (told["name"], told["status"]) == ("weak", "RUNNING")
+    finally:
+        assert mhmoe(tmp_path, "serve", "down", "weak").code == 0
+
+
 def test_who_stops_waiting_leaves_a_run_that_is_known_to_be_served(tmp_path, run, full, unused_port):
     deploying = subprocess.Popen(
         command("serve", "deploy", run.id, "--name", "late", "--set", f"serve.port={unused_port}"),

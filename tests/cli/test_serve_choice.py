@@ -58,6 +58,21 @@ def test_keys_of_the_environment_are_kept_as_hashes(monkeypatch):
     keys = with_keys(ServeSpec()).keys
     assert [key.name for key in keys] == ["ann", "bob"]
     assert keys[0].sha256 == "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
-    monkeypatch.setenv("MHMOE_API_KEYS", "secret")
-    with pytest.raises(SpecError, match="it is not NAME:KEY"):
+    monkeypatch.setenv("MHMOE_API_KEYS", " ann:secret, bob : other\n,")
+    assert with_keys(ServeSpec()).keys == keys, "space around names and keys belongs to neither"
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("secret", "it is not NAME:KEY"),
+        ("ann: ", "it is not NAME:KEY"),
+        ("s3cret!:ann", "a name has up to 40 letters"),
+        (f"{'a' * 41}:secret", "a name has up to 40 letters"),
+    ],
+)
+def test_what_is_no_list_of_keys_is_one_line_that_shows_none(given, why, monkeypatch):
+    monkeypatch.setenv("MHMOE_API_KEYS", f"bob:other,{given}")
+    with pytest.raises(SpecError, match=f"^MHMOE_API_KEYS: {why}") as wrong:
         with_keys(ServeSpec())
+    assert not any(secret in str(wrong.value) for secret in ("secret", "s3cret", "other"))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from mhmoe_ray.cluster import jobs, processes
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
-from mhmoe_ray.cluster.spawn import LocalCluster
+from mhmoe_ray.cluster.spawn import LocalCluster, spawn
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
 from tests.watch import wait_until
@@ -153,6 +154,22 @@ def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
         with pytest.raises(ClusterError, match="it was started on elsewhere, which shares this home"):
             call()
     assert theirs.folder.exists()
+
+
+def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatch):
+    """All that it ever runs would have it in its environment."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    for name in ("MHMOE_API_KEY", "MHMOE_API_KEYS", "OF_ITS_OWN"):
+        monkeypatch.setenv(name, "secret")
+    cluster = spawn(1)
+    os.waitpid(cluster.pid, 0)
+    told = cluster.log.read_text()
+    shutil.rmtree(cluster.folder)
+    assert [line for line in told.splitlines() if "secret" in line] == ["OF_ITS_OWN=secret"]
 
 
 @pytest.mark.ray

@@ -226,6 +226,17 @@ def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_pat
     assert f"{told['url']} is of the cluster's own machine; ask it there, or forward its port" in shown.out
 
 
+def test_a_key_goes_to_no_proxy_on_its_way_to_this_machine(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with answering({}) as (proxy, caught), answering({"/stats": {"model": "tiny"}}) as (port, asked):
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://{HOST}:{proxy}")
+        application = serving.Application("mhmoe", f"http://localhost:{port}", True, "RUNNING", "", "/mnt/c")
+        assert serving.stats(application, "secret") == {"model": "tiny"}
+    assert (caught, asked) == ([], [("/stats", True)])
+
+
 @pytest.mark.ray
 def test_port_that_is_taken(connection):
     with socket.socket() as s:

@@ -27,7 +27,9 @@ def test_right_choices_go_on_with_their_passage_in_documents_that_are_held_out_a
     tmp_path, monkeypatch
 ):
     chance = random.Random(1)
-    texts = [" ".join(chance.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10]  # the last of half a passage and a piece
+    texts = [
+        " ".join(chance.choices(WORDS, k=length)) for length in [300] * 30 + [20] * 10 + [50] * 10
+    ]  # the last of half a passage and a piece
     write_documents(tmp_path / "raw/a/one.jsonl", texts)
     write_documents(
         tmp_path / "raw/b/one.jsonl", [t for t in texts[:30] if is_validation(t, FRACTION)][:1] * 20

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhmoe_ray.huggingface.export import export
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file, newest_checkpoint
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.llama_tokenizer import llama_tokenizer
 from tests.saved import save_tensors
@@ -74,6 +75,15 @@ def make_run(folder: Path, spec: ModelSpec) -> RunDir:
     events.record(run, "checkpoint", step=7, name=checkpoint.name)
     events.record(run, "finished", step=7)
     return run
+
+
+def exported(run: RunDir, to):
+    checkpoint, manifest, _ = newest_checkpoint(run, ("weights",))
+    return export(checkpoint, manifest, to)
+
+
+def unreadable(*_, **__):
+    raise OSError(5, "Input/output error")
 
 
 @pytest.fixture(scope="session")

@@ -155,6 +155,17 @@ def test_serving_drops_nothing():
     assert all(torch.equal(a, b) for a, b in zip(served[:-1], free[:-1], strict=True))
 
 
+def test_second_choices_that_are_left_out_are_not_dropped():
+    r, x = router(second_expert="random", normalize_gates=True), rows(400)
+    free = r(x, torch.Generator().manual_seed(0))
+    assert int(free.dropped) == 0
+    assert int(free.count_E.sum()) < 2 * len(x)
+    limited = router(second_expert="random", normalize_gates=True, capacity_factor=0.5)
+    found = limited(x, torch.Generator().manual_seed(0))
+    lost = (free.gate_NK > 0) & (found.gate_NK == 0)
+    assert int(found.dropped) == int(lost.sum()) == int(free.count_E.sum() - found.count_E.sum()) > 0
+
+
 def test_random_second_experts_are_kept_as_often_as_their_weight_says_and_always_in_evaluation():
     r = router(second_expert="random", normalize_gates=True)
     x = rows(20_000)

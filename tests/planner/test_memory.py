@@ -12,17 +12,20 @@ from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.kernel import assumed_kernel, may_be_compiled
-from mhmoe_ray.planner.memory import memory, whole_gradients, whole_weights
+from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, whole_weights
 from mhmoe_ray.planner.sizes import blocks, sizes
+from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.kernels import FUSED_UP_TO
 from mhmoe_ray.spec.routers import ROUTERS
 from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import Trainer
 from tests.kernels.test_cpp import COMPILES
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train.jobs import micro_batches, trainer_of
+from tests.train.test_restore import new_run
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
@@ -242,6 +245,27 @@ def test_slices_are_those_that_ranks_hold(workers, ep, strategy, shard_experts):
     if strategy == "fsdp":
         assert found.weights == weights
         assert found.gradients == gradients
+
+
+def kept_by_a_saver(spec, path):
+    """Bytes of its buffers after two checkpoints."""
+    saver = Saver(RunDir(path), trainer_of(spec), group=1)
+    for _ in range(2):
+        saver.save(saver._trainer.zero_counts())
+        saver.wait()
+        saver._group += 1  # as if by another start, for a folder of its own
+    return sum(buffer.nbytes for buffer in saver._buffers.values())
+
+
+@pytest.mark.parametrize(("workers", "ep", "strategy"), [(1, 1, "ddp"), (2, 2, "ddp"), (2, 1, "fsdp"), (2, 2, "zero2")])
+def test_the_copy_of_a_checkpoint_is_what_savers_keep(tmp_path, workers, ep, strategy):
+    spec, run = new_run(tmp_path, {"workers": workers, "ep": ep, "strategy": strategy})
+    kept = run_ranks(workers, kept_by_a_saver, spec, run.path)
+    assert checkpoint_copy(spec) * workers == sum(kept)
+    assert max(kept) - min(kept) < 300 * 32 * 4  # the largest tensor
+    found, gpus = memory(spec), spec.cluster.model_copy(update={"gpus_per_worker": 1})
+    assert found.checkpoint_copy == checkpoint_copy(spec)
+    assert memory(spec.model_copy(update={"cluster": gpus})).total < found.total
 
 
 def test_strategies_hold_ever_less():

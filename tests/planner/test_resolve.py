@@ -142,6 +142,10 @@ def test_a_match_or_a_reference_of_ones_own_takes_the_presets_place(written):
         (["presett=mhmoe"], "unknown key 'presett'; did you mean 'preset'?"),
         (["model=3"], "'model' is a value, not a section"),
         (["model.moe=3"], "'model.moe' is a value, not a section"),
+        *(
+            ([f"model.moe={falsy}"], "is a value, not a section; write its keys below it, or null for a dense model")
+            for falsy in ("false", "0", "''", "[]")
+        ),
         (["model.d_ff=wide"], "'model.d_ff': Input should be a valid integer"),
         (["preset=dense", "match.to=smoe", "match.by=both"], "'match' is for experts, and this model has none"),
     ],

@@ -1,7 +1,9 @@
 """Our files beside torch's own reader and writer, and slices of any kind against whole tensors."""
 
 import io
+import resource
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import slices as slices_module
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.slices import Slice, read_into, stored_slices, write_slices
-from mhmoe_ray.runs.tensors import load_tensors, save_slices, stored_dtypes
+from mhmoe_ray.runs.tensors import index_of, load_tensors, save_slices
 from tests.saved import save_tensors
 
 TENSORS = {
@@ -51,7 +53,7 @@ def test_we_read_torchs_files(tmp_path):
     found = like(TENSORS)
     load_tensors(tmp_path / "weights", found)
     assert_same(found, TENSORS)
-    assert stored_dtypes(tmp_path / "weights")["half"] == torch.bfloat16
+    assert {s.dtype for s in index_of(tmp_path / "weights")["half"]} == {torch.bfloat16}
 
 
 def test_what_is_written_is_what_is_described(tmp_path):
@@ -110,6 +112,31 @@ def test_a_tensor_of_which_a_part_is_missing_is_refused(tmp_path):
     save_slices(tmp_path / "weights", {"t": Slice(torch.zeros(1, 3), (3, 0), (4, 3))}, 1)
     with pytest.raises(CheckpointError, match="a part of t is not in it"):
         load_tensors(tmp_path / "weights", {"t": torch.empty(4, 3)})
+
+
+def test_more_files_are_read_than_may_be_open(tmp_path):
+    ranks = 200
+    for rank in range(ranks):
+        save_slices(tmp_path, {"t": Slice(torch.full((1, 2), float(rank)), (rank, 0), (ranks, 2))}, rank)
+    found = {"t": torch.empty(ranks, 2)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + ranks // 4, limits[1]))
+    try:
+        load_tensors(tmp_path, found)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert torch.equal(found["t"][:, 1], torch.arange(float(ranks)))
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_loaded_is_told(tmp_path):
+    folder = tmp_path / "step" / "weights"
+    save_tensors(folder, TENSORS)
+    index = index_of(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="step: it was removed while it was read"):
+        load_tensors(folder, like(TENSORS), index=index)
 
 
 @pytest.mark.parametrize("content", [b"", b"no header", b"\xff" * 64, (2).to_bytes(8, "little") + b"{]"])

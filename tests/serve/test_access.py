@@ -91,6 +91,7 @@ GUARDED = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/tokenizer_info"),
@@ -177,6 +178,28 @@ def test_an_answer_that_takes_too_long_ends(answerer, stream):
     response = call(app, "POST", "/v1/completions", json={**BODY, "max_tokens": SEQ_LEN - 8, "stream": stream})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "timeout"
+
+
+def test_a_counter_that_does_not_answer_keeps_those_with_limits_no_longer_than_a_request_may_take_and_others_not(
+    answerer,
+):
+    """As on a cluster while what counts for all replicas is started anew."""
+    asked = []
+
+    class Silent:
+        async def begin(self, client):
+            asked.append(client)
+            await asyncio.sleep(30)
+
+        def used(self, client, tokens):
+            asked.append(client)
+
+    keys = (key("ann"), key("bob", requests_per_minute=2))
+    app = create_app(answerer, "tiny", ServeSpec(request_timeout=1, keys=keys), limits=Silent())
+    late, free = (call(app, "POST", "/v1/completions", json=BODY, headers=bearer(name)) for name in ("bob", "ann"))
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+    assert late.json()["error"]["message"] == "there was no answer within 1 s; ask for less, or later"
+    assert (free.status_code, asked) == (200, ["bob"])
 
 
 @pytest.mark.parametrize("stream", [False, True])

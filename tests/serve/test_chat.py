@@ -106,6 +106,44 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
     assert last.usage == whole.usage
 
 
+def test_content_may_be_parts_of_text_and_that_of_an_assistant_null(chatty):
+    """As OpenAI's clients write them."""
+    app = create_app(chatty, "tiny", ServeSpec(max_tokens=40))
+
+    def answer(messages):
+        return call(app, "POST", "/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 4})
+
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": part} for part in ("the ", "fox")]}]
+    assert answer(in_parts).json()["choices"] == answer(HELLO).json()["choices"]
+    silent = [*HELLO, {"role": "assistant", "content": None}]
+    said = answer([*HELLO, {"role": "assistant", "content": ""}])
+    assert answer(silent).json()["choices"] == said.json()["choices"]
+    assert answer(silent).json()["usage"] == said.json()["usage"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "a part of type 'image_url' is not supported; send text"),
+        ([{"type": "text", "text": 1}], 'a part is {"type": "text", "text": TEXT}'),
+        ([{"type": "text", "text": "a", "more": 1}], 'a part is {"type": "text", "text": TEXT}'),
+        (["a"], 'a part is {"type": "text", "text": TEXT}'),
+        ([{"type": "text", "text": "\ud800"}], "surrogates not allowed"),
+        (None, "content is required, but of an assistant"),
+        (1, "Input should be a valid string"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_in_one_line(chatty, content, says):
+    body = json.dumps({"messages": [{"role": "user", "content": content}]})
+    app = create_app(chatty, "tiny", ServeSpec())
+    headers = {"content-type": "application/json"}
+    response = call(app, "POST", "/v1/chat/completions", content=body, headers=headers)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert says in error["message"]
+    assert "\n" not in error["message"]
+
+
 def test_what_the_template_refuses_is_the_clients_mistake(client):
     with pytest.raises(openai.BadRequestError, match="only user and assistant speak here") as wrong:
         client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "a"}])

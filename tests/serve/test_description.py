@@ -23,6 +23,7 @@ OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/metrics"),
@@ -55,7 +56,8 @@ def test_these_are_all(described):
         (*operation, mode)
         for operation in OPERATIONS
         for mode in GenerationMode
-        if operation[0] == "POST" or mode is GenerationMode.POSITIVE  # a GET takes nothing that could be wrong
+        if operation[0] == "POST"
+        or mode is GenerationMode.POSITIVE  # a GET takes nothing that could be of a wrong shape
     ],
 )
 def test_answers_are_as_described(described, method, path, mode):

@@ -72,6 +72,10 @@ def test_logprobs_of_a_prompt_are_the_models(client, answerer):
 def test_models_are_listed(client):
     [model] = client.models.list().data
     assert model.id == "tiny"
+    assert client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("gpt")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
 
 
 def test_errors_are_those_that_the_client_knows(client):

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import time
 
 import httpx
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mhmoe_ray.serve.answer import Answerer, ScoredText
+from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.http.completions import _tops
 from mhmoe_ray.serve.http.schema import MOST_CHOICES
 from mhmoe_ray.spec import ServeSpec
 from tests.llama_tokenizer import llama_tokenizer
@@ -83,6 +87,47 @@ def test_wrong_requests_get_a_body_of_openais_shape(app, method, path, request_,
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
     assert says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_is_not_declared_to_be_json_is_told_so(app, headers):
+    """As curl sends it with -d alone."""
+    response = call(app, "POST", "/v1/completions", content='{"prompt": "the"}', headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].endswith("; send Content-Type: application/json")
+
+
+LONG = "the quick brown fox " * 60_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/tokenize", {"prompt": LONG}, 200),
+        ("/v1/completions", {"prompt": LONG}, 400),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, 400),
+    ],
+    ids=["text", "prompt", "messages"],
+)
+def test_the_server_does_other_things_while_a_long_prompt_is_encoded(answerer, path, body, status):
+    template = ChatTemplate("{{ messages[0].content }}", "", "")
+    spec = ServeSpec(max_body_bytes=10_000_000)
+    app = create_app(Answerer(answerer.engine, answerer.tokenizer, template), "tiny", spec)
+
+    async def ask():
+        """The answer, seconds until it came, and the longest of them in a row without a turn for others."""
+        clock, longest = time.perf_counter, 0.0
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
+            request = asyncio.create_task(client.post(path, json=body))
+            began = last = clock()
+            while not request.done():
+                await asyncio.sleep(0.005)
+                longest, last = max(longest, clock() - last), clock()
+        return request.result(), last - began, longest
+
+    response, whole, longest = asyncio.run(ask())
+    assert response.status_code == status
+    assert longest < whole / 2
 
 
 def completion(app, **body):
@@ -336,3 +381,9 @@ def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo
     assert [c["usage"] for c in chunks] == [None] * len(chunks)
     assert (json.loads(last)["choices"], json.loads(last)["usage"]) == ([], plain["usage"])
     assert plain["choices"][0]["text"].startswith("the") or not echo
+
+
+def test_of_two_tokens_with_one_text_the_likelier_is_told():
+    """As of a special token and what spells it."""
+    score = ScoredText(b"a", 1, -0.1, [(b"a", -0.1), (b"b", -2.0), (b"a", -5.0)])
+    assert list(_tops(score).items()) == [("a", -0.1), ("b", -2.0)]

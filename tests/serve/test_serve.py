@@ -25,10 +25,12 @@ from .deployed import deploy, details, running, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
-LIMITED, FREE = "secret", "of all other tests"
+LIMITED, TALKER, FREE = "secret", "of few words", "of all other tests"
 KEYS = (
     KeySpec(name="ann", sha256=sha256(LIMITED.encode()).hexdigest(), requests_per_minute=6),
-    KeySpec(name="bob", sha256=sha256(FREE.encode()).hexdigest()),
+    KeySpec(name="eve", sha256=sha256(TALKER.encode()).hexdigest(), tokens_per_minute=10),
+    # More than there ever are, so that all requests go by what counts them.
+    KeySpec(name="bob", sha256=sha256(FREE.encode()).hexdigest(), requests_per_minute=1_000_000),
 )
 SPEC = ServeSpec(max_tokens=40, keys=KEYS)
 TWO = SPEC.model_copy(update={"replicas": WorkerRange(min=2, max=2)})
@@ -260,16 +262,21 @@ def test_limits_of_a_key_hold_for_all_replicas_together(port, checkpoint):
     wait_until("tiny", "RUNNING")
     assert len(running("tiny")) == 2
 
-    def ask(_):
-        body = {"prompt": "the", "max_tokens": 1}
-        return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=bearer(LIMITED), timeout=30)
+    def ask(key, max_tokens):
+        body = {"prompt": "the", "max_tokens": max_tokens, "temperature": 0}
+        return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=bearer(key), timeout=30)
 
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(ask, range(12)))
+        answers = list(pool.map(lambda _: ask(LIMITED, 1), range(12)))
     assert [response.status_code for response in answers].count(200) in (6, 7)  # a seventh after ten seconds
     refused = next(response for response in answers if response.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(refused.headers["retry-after"]) <= 11
+    assert ask(TALKER, 40).status_code == 200
+    deadline = time.monotonic() + 30
+    while (refused := ask(TALKER, 1)).status_code == 200:  # a replica does not wait until its tokens are counted
+        assert time.monotonic() < deadline
+    assert "all its tokens" in refused.json()["error"]["message"]
 
 
 def test_a_checkpoint_that_cannot_be_served_fails_in_one_line_and_the_other_goes_on(client, checkpoint):

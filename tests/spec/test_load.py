@@ -5,6 +5,7 @@ import pytest
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
+from mhmoe_ray.spec.load import read_tree
 from mhmoe_ray.spec.run import XPOS_TOKENS
 
 QUICKSTART = Path("jobs/quickstart.yaml")
@@ -72,6 +73,8 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
         ("data.tokenizer=gs://bucket/t.json", "'data.tokenizer': it must be a path on a file system"),
         ("data.sources.redpajama.path=s3://KEY:SECRET@bucket/x", "path s3://...@bucket: it holds a password"),
         ("storage=s3://KEY:SECRET@bucket/x", "path s3://...@bucket: it holds a password"),
+        ("storage=null", "'storage': it must be a path, s3://bucket/folder or gs://bucket/folder (got None)"),
+        ("storage=5", "'storage': it must be a path, s3://bucket/folder or gs://bucket/folder (got 5)"),
         ("data.tokenizer_model=wordpiece", "'data.tokenizer_model': Input should be 'bpe' or 'unigram'"),
         ("data.tokenizer_pattern=gpt2", "tokenizer_pattern is for a given vocabulary in tiktoken's format"),
         ("model.moe.experts=7", "model.moe.experts (7) must be a multiple of cluster.ep (2)"),
@@ -120,6 +123,19 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, expected):
 def test_what_a_model_has_no_use_for_is_refused(overrides, why):
     with pytest.raises(SpecError, match=why):
         load_resolved_spec(QUICKSTART, [f"model.{override}" for override in overrides])
+
+
+def test_what_one_section_would_have_another_ignore_is_refused():
+    """But what it asks for and gets anyway is not."""
+    anew = ["train.recompute=true", "model.moe.kernel=grouped"]
+    with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts compute all"):
+        load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=0.3"])
+    load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=1"])
+    load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=0.3", "cluster.ep=1"])
+    sliced = ["cluster.strategy=fsdp", "cluster.shard_experts=true", "cluster.ep=1"]
+    load_resolved_spec(QUICKSTART, sliced)
+    with pytest.raises(SpecError, match="shard_experts is true, but a dense model has no experts to slice: set shard_"):
+        load_resolved_spec(QUICKSTART, [*sliced, "model.moe=null"])
 
 
 def test_a_kernel_for_cpus_is_refused_on_gpus():
@@ -186,6 +202,24 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path, content, expected):
         path.write_bytes(content)
     with pytest.raises(SpecError, match=expected):
         load_resolved_spec(path)
+
+
+def test_a_key_that_is_there_twice_is_refused_by_name_and_line(tmp_path):
+    lines = QUICKSTART.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  steps: "))
+    path = tmp_path / "spec.yaml"
+    path.write_text("\n".join([*lines[: at + 1], "  'steps': 7", *lines[at + 1 :]]))
+    with pytest.raises(SpecError) as raised:
+        load_resolved_spec(path)
+    assert str(raised.value) == f"spec {path}: line {at + 2}: the key 'steps' is there already; correct the YAML"
+
+
+def test_what_is_merged_into_a_section_is_no_key_that_is_there_twice(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, z: 4}\n")
+    tree = read_tree(path)
+    assert tree["b"] == {"x": 3, "y": 2}
+    assert tree["c"].keys() == {"x", "y", "z"}
 
 
 def test_relative_paths_are_taken_from_the_given_folder():

@@ -45,8 +45,7 @@ class Access:
         keys: that are known; without any, everyone may ask.
         limits: of these.
         """
-        counted = limits if any_limit(keys) else None
-        self._clients = {key.sha256: Client(key.name, counted) for key in keys}
+        self._clients = {key.sha256: Client(key.name, limits if any_limit([key]) else None) for key in keys}
 
     def client(self, http: Request) -> Client:
         """Who sent this.

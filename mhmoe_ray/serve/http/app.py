@@ -94,13 +94,17 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
-        found = Model(id=service.model, created=service.started, max_model_len=answerer.engine.seq_len)
-        return ModelList(data=[found])
+        return ModelList(data=[await model(service.model)])
+
+    @routes.get("/v1/models/{name}")
+    async def model(name: str) -> Model:
+        service.check_model(name)
+        return Model(id=service.model, created=service.started, max_model_len=answerer.engine.seq_len)
 
     @routes.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> Tokens:
         service.check_model(request.model)
-        ids = answerer.encode(request.prompt)
+        ids = await service.encode(request.prompt)
         ids = ids if request.add_special_tokens else ids[1:]
         return Tokens(tokens=ids, count=len(ids), max_model_len=answerer.engine.seq_len)
 

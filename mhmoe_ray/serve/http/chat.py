@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, for models whose run has a chat template."""
 
+import asyncio
 import time
 import uuid
 from typing import Annotated, Any
@@ -38,7 +39,7 @@ def router(service: Service) -> APIRouter:
         newer = request.max_completion_tokens
         max_tokens = newer or request.max_tokens or service.spec.max_tokens
         service.check_max_tokens(max_tokens, "max_completion_tokens" if newer else "max_tokens")
-        ids = _prompt_ids(service, request)
+        ids = await _prompt_ids(service, request)
         logprobs = request.top_logprobs if request.logprobs else None
         asked = [
             (Request(ids, request.sampling(max_tokens, choice), logprobs, client=client.name), 0)
@@ -70,17 +71,17 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompt_ids(service: Service, request: ChatRequest) -> tuple[int, ...]:
+async def _prompt_ids(service: Service, request: ChatRequest) -> tuple[int, ...]:
     template = service.answerer.template
     if template is None:
         message = "this model has no chat template, so it knows no conversations; ask /v1/completions"
         raise RequestError(400, message, "messages", "no_chat_template")
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     try:
-        ids = service.answerer.encode_chat(template, messages)
+        ids = await asyncio.to_thread(service.answerer.encode_chat, template, messages)
     except ServeError as e:
         raise RequestError(400, str(e), "messages") from e
-    return service.prompt_ids(ids, True, "messages")
+    return await service.prompt_ids(ids, True, "messages")
 
 
 def _more(piece: Piece) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
         if len(request.prompt) * request.n > MOST_CHOICES:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MOST_CHOICES} choices"
             raise RequestError(400, message, "n")
-        prompts = [service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
+        prompts = [await service.prompt_ids(prompt, request.max_tokens > 0, "prompt") for prompt in request.prompt]
         ours = [int(isinstance(prompt, str)) for prompt in request.prompt]  # the token that starts a document
         asked = [
             (
@@ -99,4 +99,8 @@ class _Offsets:
 
 
 def _tops(score: ScoredText) -> dict[str, float]:
-    return {shown(part): logprob for part, logprob in score.alternatives}
+    """Of two tokens with one text the likelier, which comes first."""
+    found: dict[str, float] = {}
+    for part, logprob in score.alternatives:
+        found.setdefault(shown(part), logprob)
+    return found

@@ -93,6 +93,10 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
         return _error(400, ErrorDetail(message=message, param=param, code="unsupported_parameter"))
     if first["type"] == "json_invalid":
         return _error(400, ErrorDetail(message="the body is not JSON"))
+    if isinstance(error.body, bytes):  # FastAPI reads what is declared to be JSON, and nothing else
+        return _error(
+            400, ErrorDetail(message="the body is not declared to be JSON; send Content-Type: application/json")
+        )
     what = f"{param!r}" if param else "the body"
     return _error(400, ErrorDetail(message=f"{what}: {first['msg']}", param=param))
 

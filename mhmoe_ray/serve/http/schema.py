@@ -154,10 +154,40 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
+class Part(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+def _joined(content: Any) -> Any:
+    """Parts as the text that they make."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(text), **more} if not more:
+                texts.append(text)
+            case {"type": str(kind)} if kind != "text":
+                raise ValueError(f"a part of type {kind!r} is not supported; send text")
+            case _:
+                raise ValueError('a part is {"type": "text", "text": TEXT}')
+    return "".join(texts)
+
+
 class Message(Strict):
     role: Text
-    content: Text
+    content: Annotated[Text, BeforeValidator(_joined, Text | list[Part])] | None = None
+    """Of an assistant's turn, null is nothing said."""
     name: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None:
+            if self.role != "assistant":
+                raise ValueError("content is required, but of an assistant")
+            self.content = ""
+        return self
 
 
 class ChatRequest(Choosing):

@@ -1,5 +1,6 @@
 """What all routes share."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from mhmoe_ray.serve.engine import Request
 from mhmoe_ray.serve.http.access import Access, Client
 from mhmoe_ray.serve.http.errors import RequestError
 from mhmoe_ray.serve.http.schema import Choosing
-from mhmoe_ray.serve.http.stream import Answers
+from mhmoe_ray.serve.http.stream import Answers, late
 from mhmoe_ray.spec import ServeSpec
 
 logger = logging.getLogger("ray.serve")
@@ -37,9 +38,13 @@ class Service:
             message = f"{param} is {wanted}, and this server allows at most {self.spec.max_tokens}"
             raise RequestError(400, message, param)
 
-    def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
+    async def encode(self, prompt: str) -> list[int]:
+        """In a thread: a long prompt takes seconds, in which streams of others go on."""
+        return await asyncio.to_thread(self.answerer.encode, prompt)
+
+    async def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
         """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
-        ids = self.answerer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
         self._check_tokens(ids, param)
         try:
             self.answerer.check_length(ids, answer)
@@ -65,14 +70,18 @@ class Service:
             client: who asks.
 
         Raises:
-            RequestError: it names tokens that there are not, has more choices than the server ever holds, or the client
-                has had its share.
+            RequestError: it names tokens that there are not, has more choices than the server ever holds, the client
+                has had its share, or what counts that does not answer in time.
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
         if len(asked) > (most := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(asked)} choices are more than the {most} that this server takes at a time"
             raise RequestError(400, message, "n")
-        await client.begin()
+        try:
+            async with asyncio.timeout(self.spec.request_timeout):
+                await client.begin()
+        except TimeoutError as e:
+            raise late(self.spec.request_timeout) from e
         if self.spec.log_prompts:
             for one, own in asked:
                 logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(one.prompt_ids[own:]))

@@ -153,6 +153,12 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     )
 
 
+def late(timeout: float) -> RequestError:
+    """What a request gets that took longer than so many seconds."""
+    message = f"there was no answer within {timeout:g} s; ask for less, or later"
+    return RequestError(503, message, code="timeout")
+
+
 async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pieces:
     """Pieces of all answers as they come. When one fails, or this is closed, all end.
 
@@ -169,9 +175,7 @@ async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pi
         except Exception as e:
             pieces.put_nowait((number, e))
 
-    message = f"there was no answer within {timeout:g} s; ask for less, or later"
-    late = RequestError(503, message, code="timeout")
-    alarm = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, late))
+    alarm = asyncio.get_running_loop().call_later(timeout, pieces.put_nowait, (0, late(timeout)))
     tasks = [asyncio.create_task(follow(number, answer)) for number, answer in enumerate(answers)]
     try:
         left = len(tasks)

@@ -1,0 +1,197 @@
+"""What an import takes from a folder, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
+from mhmoe_ray.huggingface.import_ import import_folder
+from mhmoe_ray.runs.manifest import newest_checkpoint
+from mhmoe_ray.serve.engine import Sampling
+from mhmoe_ray.serve.load import load_answerer
+from mhmoe_ray.spec import ServeSpec
+from tests.serve.asking import tokens
+
+from .conftest import MIXTRAL, MODELS, exported, make_run, unreadable
+
+
+def edit_config(**fields):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
+def edit_tensors(edit):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def as_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lacks_a_shard(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def chat_templates(given):
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+
+
+GATE = "model.layers.1.block_sparse_moe.gate.weight"
+QUERIES = "model.layers.1.self_attn.q_proj.weight"
+SCALED = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (edit_config(head_dim=16), "head_dim is 16"),
+        (edit_config(rope_parameters=SCALED), r"positions are scaled \(yarn\)"),
+        (edit_config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear"}), r"scaled \(linear\)"),
+        (edit_config(rope_parameters=None), "rope_theta: Field required"),
+        (edit_config(attention_bias=True), "attention_bias"),
+        (edit_config(hidden_act="gelu"), "hidden_act is gelu"),
+        (edit_config(model_type="llama"), "model_type is llama"),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+        (edit_config(num_experts_per_tok=1), "normalize_gates makes the only weight"),
+        (edit_config(num_experts_per_tok=9), "top_k is 9"),
+        (edit_config(hidden_size="wide"), "hidden_size: Input should be a valid integer"),
+        (edit_config(num_local_experts=3), r"experts\.3\.w\d\.weight does not belong to such a model \(and \d+ more"),
+        (edit_config(num_hidden_layers=4), r"model\.layers\.3\.\S+ is missing \(and \d+ more"),
+        (edit_config(intermediate_size=40), r"w1\.weight has shape \(48, 32\), not \(40, 32\)"),
+        (edit_config(vocab_size=280), r"it has \d+ entries; use one of at most model.vocab_size \(280\)"),
+        (
+            edit_config(eos_token_id=[2, 320]),
+            r"eos_token_id in its config\.json is \[2, 320\], and its tokenizer has tokens 0",
+        ),
+        (edit_config(eos_token_id="</s>"), r"eos_token_id in its config\.json is </s>, and"),
+        (edit_config(eos_token_id=True), r"eos_token_id in its config\.json is True, and"),
+        (
+            lambda f: (f / "generation_config.json").write_text("["),
+            r"generation_config\.json cannot be read \(Expecting",
+        ),
+        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": -1}'), r"generation_config\.json is -1"),
+        (edit_tensors(lambda t: t.pop(GATE)), f"{GATE} is missing; "),
+        (edit_tensors(lambda t: t.update(x=torch.ones(1))), "x does not belong to such a model; "),
+        (edit_tensors(lambda t: t.update({GATE: t[GATE].to(torch.int8)})), "stored as I8"),
+        (
+            edit_tensors(lambda t: t.update({QUERIES: t[QUERIES].half()})),
+            "and its like differ in dtype",
+        ),
+        (as_pickle, r"pytorch_model\.bin\) are pickles"),
+        (lacks_a_shard, "model-00001-of-00002.safetensors cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged or no safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("["), "config.json is damaged"),
+        (lambda f: (f / "tokenizer_config.json").write_text("["), r"tokenizer_config\.json cannot be read \(Expecting"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), r"tokenizer_config\.json cannot be read \(it is no"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_bytes(b"\xff"),
+            r"tokenizer_config\.json cannot be read \('utf-8'",
+        ),
+        (
+            chat_templates([{"name": "tool_use", "template": "x"}]),
+            r"no text, nor a list with one that is named default; put the one to use into chat_template\.jinja",
+        ),
+        (chat_templates(["x", {"template": "y"}]), "the chat_template in its tokenizer_config"),
+        (chat_templates([{"name": "default", "template": 3}]), "the chat_template in its tokenizer_config"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), r"chat_template\.jinja cannot be read \('utf-8'"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(tmp_path, mixtral_folder, spoil, reason):
+    spoil(mixtral_folder)
+    with pytest.raises(MhmoeError, match=reason) as raised:
+        import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_text_ends_at_the_tokens_that_the_folder_names_and_a_round_trip_keeps_them(tmp_path, mixtral_folder, file):
+    def answer(run):
+        answerer = load_answerer(newest_checkpoint(run, ("weights",))[0], ServeSpec(max_concurrency=1))
+        return tokens(answerer.engine, answerer.encode("the quick brown"), Sampling(24, temperature=0))
+
+    plain = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert newest_checkpoint(plain)[1].ends == []
+    whole = answer(plain)
+    end = whole[5]
+    (mixtral_folder / "generation_config.json").unlink()
+    fields = json.loads((mixtral_folder / file).read_text()) if file == "config.json" else {}
+    (mixtral_folder / file).write_text(json.dumps({**fields, "eos_token_id": [2, end]}))
+    first = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    exported(first, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [1, 2, end]
+    second = import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+    for run in (first, second):
+        assert newest_checkpoint(run)[1].ends == [end]
+        assert answer(run) == whole[: whole.index(end)]
+
+
+def test_one_token_may_be_named_as_a_number(tmp_path, mixtral_folder):
+    edit_config(eos_token_id=7)(mixtral_folder)
+    assert newest_checkpoint(import_folder(mixtral_folder, None, tmp_path / "runs", None))[1].ends == [7]
+    edit_config(eos_token_id=None)(mixtral_folder)
+    assert newest_checkpoint(import_folder(mixtral_folder, None, tmp_path / "runs", None))[1].ends == []
+
+
+def test_of_several_chat_templates_the_default_is_taken(tmp_path, mixtral_folder):
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    chat_templates(several)(mixtral_folder)
+    run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert run.chat_template_file.read_text() == "plain"
+
+
+@pytest.mark.parametrize("step", ["events.record", "mark_imported"])
+def test_an_import_that_fails_at_its_last_steps_leaves_nothing(tmp_path, mixtral_folder, monkeypatch, step):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"mhmoe_ray.huggingface.import_.{step}", full)
+    with pytest.raises(SpecError, match="No space left on device; make room there"):
+        import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_storage_that_is_full(tmp_path, mixtral_folder, monkeypatch):
+    monkeypatch.setattr("mhmoe_ray.huggingface.files.Stored.read", unreadable)
+    told = f"^folder {mixtral_folder}: it cannot be read: Input/output error; mend the disk"
+    with pytest.raises(CheckpointError, match=told):
+        import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_sliding_window_is_no_limit_up_to_its_length(tmp_path, mixtral_folder):
+    edit_config(sliding_window=16)(mixtral_folder)
+    run = import_folder(mixtral_folder, None, tmp_path / "runs", None)
+    assert newest_checkpoint(run)[1].seq_len == 16
+    with pytest.raises(CheckpointError, match="made for 16 tokens at once; choose a --seq-len up to that, not 17"):
+        import_folder(mixtral_folder, None, tmp_path / "runs", 17)
+
+
+def test_a_config_of_two_minds_is_refused(tmp_path):
+    exported(make_run(tmp_path, MIXTRAL), tmp_path / "out")
+    edit_config(rms_norm_eps=1e-6)(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"section mhmoe of its config\.json is not the model that the other"):
+        import_folder(tmp_path / "out", None, tmp_path / "runs", None)
+
+
+def test_an_export_with_another_tokenizer_is_refused(tmp_path):
+    exported(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
+    tokenizer = tmp_path / "out" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
+        import_folder(tmp_path / "out", None, tmp_path / "runs", None)
