@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhmoe_ray.data.tokenizer import UNKNOWN
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.routing import Collector
-from mhmoe_ray.data.tokenizer import UNKNOWN
 from mhmoe_ray.evaluate.samples import DomainSamples
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.attention import document_of
