@@ -18,17 +18,18 @@ POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between questions to the cluster; the directory is read at every poll
 
 
-def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -> None:
+def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
     """Show progress until the run is over. On a terminal a bar, elsewhere a line at each validation.
 
     Args:
         run: the run.
         connection: the cluster that its newest job is on.
         from_now: leave out what the directory told before.
+        for_ever: do not give up a cluster or a storage that does not answer.
 
     Raises:
         JobError: the run failed; the reason is in it.
-        ClusterError: the cluster does not answer any more.
+        ClusterError, StorageError: the cluster or the storage does not answer any more.
     """
     from mhmoe_ray.errors import JobError
     from mhmoe_ray.runs.manifest import last_step
@@ -37,7 +38,7 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False) -
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"
     with detaching(hint), _bar() as progress:
         view = _View(run, progress, from_now)
-        over = _watch(run, connection, view)
+        over = _watch(run, connection, view, for_ever)
         view.refresh()
     if over.state == "failed":
         _show_last_lines(run)
@@ -56,14 +57,14 @@ def _show_last_lines(run: "RunDir") -> None:
             note.print(f"  {line}", soft_wrap=True, style="dim")
 
 
-def _watch(run: "RunDir", connection: "Connection", view: "_View") -> "Outcome":
-    """Refresh the view until the run is over. A cluster that is slow to answer does not end it."""
+def _watch(run: "RunDir", connection: "Connection", view: "_View", for_ever: bool) -> "Outcome":
+    """Refresh the view until the run is over. A cluster or a storage that is slow to answer does not end it."""
     from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 
-    asked, patience = time.monotonic(), Patience(say)
+    asked, patience = time.monotonic(), Patience(say, for_ever=for_ever)
     while True:
-        view.refresh()
+        patience.ask(view.refresh, None)
         over = recorded_outcome(view.happened)
         if over is None and time.monotonic() - asked > ASK_SECONDS:
             over = patience.ask(lambda: outcome(run, connection), None)

@@ -157,7 +157,7 @@ def _deployed(
     from mhmoe_ray.location import location
 
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
-    if _status(connection, name) == "DEPLOY_FAILED":
+    if _status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
     url = serving.deploy(connection, config, host, port)
     _record(run, connection, name, url, checkpoint)

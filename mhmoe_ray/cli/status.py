@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, nats, out, print_json
+from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, nats, out, print_json, say
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -43,20 +43,29 @@ def _watch(run: "RunDir", json: bool) -> None:
     from rich.live import Live
 
     from mhmoe_ray.cli.status_view import view
+    from mhmoe_ray.cluster.patience import Patience
     from mhmoe_ray.cluster.run_status import standing
+
+    # Where nobody looks on, a script waits for the run, and may take its cluster along when this ends.
+    patience = Patience(say, for_ever=not out.is_terminal)
+
+    def asked() -> dict[str, Any]:
+        while (now := patience.ask(lambda: standing(run), None)) is None:
+            time.sleep(REDRAW_SECONDS)
+        return now
 
     try:
         if out.is_terminal and not json:
             with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
                 while True:
-                    now = standing(run)
+                    now = asked()
                     live.update(view(now), refresh=True)
                     if _is_over(now):
                         return
                     time.sleep(REDRAW_SECONDS)
         before: tuple[Any, ...] | None = None
         while True:
-            now = standing(run)
+            now = asked()
             at = (now["state"], now["last"] and now["last"]["step"])
             if at != before:
                 _print_line(now, json)

@@ -71,7 +71,8 @@ def submit(
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
-        follow(run, connection, from_now=again)
+        # Who goes on with a run, whatever there is of it, is a launcher, and may take the cluster along when it ends.
+        follow(run, connection, from_now=again, for_ever=continue_)
 
 
 def _unfinished(spec: "RunSpec") -> "RunDir | None":

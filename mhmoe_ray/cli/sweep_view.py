@@ -60,8 +60,10 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
             time.sleep(POLL_SECONDS)
             if time.monotonic() - asked < ASK_SECONDS:
                 continue
-            newest = place.orders()[-1]
-            order = place.order(newest)
+            stands = patience.ask(partial(_stands, place), None)
+            if stands is None:
+                continue
+            newest, order, stopping = stands
             if newest != name and not told:
                 note.print("another command asked for runs of this sweep; its job starts these, too")
                 told = True
@@ -70,10 +72,11 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
             if alive:
                 gone_since = 0.0
                 continue
-            if place.stop_file.exists() or view.refresh():
+            if stopping or patience.ask(view.refresh, False):
                 return
             gone_since = gone_since or asked
-            if place.orders()[-1] != newest or (newest != name and asked - gone_since < 2 * ASK_SECONDS):
+            newer = patience.ask(partial(_stands, place), None)
+            if newer is None or newer[0] != newest or (newest != name and asked - gone_since < 2 * ASK_SECONDS):
                 continue  # whoever gave that order may follow it, and start it again
             if error := client.own_error(order):
                 if newest != name:
@@ -84,6 +87,12 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
             restarts += 1
             note.print("the job that starts the runs has ended; it is started again")
             name = client.again(place, connection, order)
+
+
+def _stands(place: "SweepDir") -> "tuple[str, Order, bool]":
+    """The name of the last order, what it asks for, and whether no more runs are to start."""
+    newest = place.orders()[-1]
+    return newest, place.order(newest), place.stop_file.exists()
 
 
 def _bar() -> Progress:

@@ -12,12 +12,12 @@ SECONDS = 60.0
 
 
 class Patience:
-    """Args:
-    say: takes a line on the first of several questions without an answer.
-    """
-
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], object], *, for_ever: bool = False) -> None:
+        """Args:
+        say: takes a line on the first of several questions without an answer.
+        for_ever: wait so, where to give up would end what is asked about.
+        """
+        self._say, self._for_ever = say, for_ever
         self._unanswered_since: float | None = None
 
     def ask(self, question: Callable[[], T], meanwhile: T) -> T:
@@ -35,7 +35,7 @@ class Patience:
             if self._unanswered_since is None:
                 self._unanswered_since = time.monotonic()
                 self._say(f"still following, but {e}")
-            elif time.monotonic() - self._unanswered_since > SECONDS:
+            elif time.monotonic() - self._unanswered_since > SECONDS and not self._for_ever:
                 if isinstance(e, OSError):
                     raise StorageError("storage", str(e), "mend it, then give the command again") from e
                 raise

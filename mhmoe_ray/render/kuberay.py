@@ -1,5 +1,6 @@
 """Manifests for KubeRay's operator: a RayCluster, a RayJob that trains, a RayService that serves."""
 
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -81,6 +82,11 @@ def _object(kind: str, site: SiteSpec, name: str, spec: dict[str, Any]) -> dict[
     if len(name) > LONGEST[kind]:
         why = f"its name has {len(name)} characters, and KubeRay takes {LONGEST[kind]}"
         raise SpecError(f"{kind} {name}", why, "give the site, or the run, a shorter name")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
+        why = (
+            "Kubernetes takes names of small letters, digits, dots and dashes that begin and end with one of the former"
+        )
+        raise SpecError(f"{kind} {name}", why, "give the site, or the run, another name")
     metadata = {"name": name, "namespace": site.namespace, "labels": {"app.kubernetes.io/part-of": "mhmoe-ray"}}
     return {"apiVersion": API, "kind": kind, "metadata": metadata, "spec": spec}
 

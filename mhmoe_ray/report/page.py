@@ -53,12 +53,17 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     found = variants([one for one in compared if not (ended and one.has_given_up)])
     first = found[0] if baseline is None else next((v for v in found if v.name == baseline), None)
     if first is None:
-        left_out = baseline in [v.name for v in variants(read)]
-        why = "the last validation of its runs is not finite" if left_out else "there is no such variant among the runs"
+        why = "there is no such variant among the runs"
+        if baseline in [v.name for v in variants(compared)]:
+            why = "its runs did not get to the end as others did"
+        elif baseline in [v.name for v in variants(read)]:
+            why = "the last validation of its runs is not finite"
         raise RunError(f"baseline {baseline}", why, f"choose from {', '.join(v.name for v in found)}")
     step = matched_step(found)
+    repeated = [one for variant in found for one in variant.repeated]
+    counted_runs = [one for variant in found for one in variant.runs]
     # What was stopped by what it learnt would move a mean, and one that began just now the step.
-    uncounted = [one for one in compared if not any(one in variant.runs for variant in found)]
+    unfinished = [one for one in compared if one not in counted_runs and one not in repeated]
     verdicts = [v for other in found if step and other is not first and (v := verdict(first, other, step))]
     counted = {v.name: r for v in found if (r := routes(v.counted)) is not None}
     with _writing(folder):
@@ -81,8 +86,8 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
             runs=[_run(run) for run in read],
             left_out=[run.id for run in runs if run.id not in {one.run.id for one in read}],
             diverged=[one.run.id for one in diverged],
-            unfinished=[f"{one.run.id} ({events.state(one.happened)})" for one in uncounted if not one.is_finished],
-            repeated=[f"{one.run.id} (seed {one.spec.seed})" for one in uncounted if one.is_finished],
+            unfinished=[f"{one.run.id} ({events.state(one.happened)})" for one in unfinished],
+            repeated=[f"{one.run.id} (seed {one.spec.seed})" for one in repeated],
             all_diverged=diverged == compared,
             unequal=_unequal(found),
             seeds=[f"{v.name} seed {v.first.spec.seed}" for v in found if len(v.runs) > 1],

@@ -38,6 +38,8 @@ class Losses(NamedTuple):
 class Variant:
     name: str
     runs: list[RunFigures]
+    repeated: tuple[RunFigures, ...] = ()
+    """Older runs of their seeds, which do not count."""
 
     def losses(self, step: int) -> dict[int, float]:
         """Validation loss at a step, by seed."""
@@ -117,7 +119,7 @@ def variants(runs: Sequence[RunFigures]) -> list[Variant]:
     apart = [same for trained in found.values() for same in _where_trained(trained)]
     names = _short([unseeded(same[0].spec.name) for same in apart])
     counted = [[run for run in same if run.is_finished] or same for same in apart]
-    return [Variant(name, _one_of_each_seed(same)) for name, same in zip(names, counted, strict=True)]
+    return [_of_one_run_a_seed(name, same) for name, same in zip(names, counted, strict=True)]
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
@@ -126,13 +128,14 @@ def matched_step(compared: Sequence[Variant]) -> int | None:
     return max(set.intersection(*validated), default=None) if validated else None
 
 
-def _one_of_each_seed(same: Sequence[RunFigures]) -> list[RunFigures]:
-    """The one that began last, in the order of the first: two of a seed are no sample of two."""
+def _of_one_run_a_seed(name: str, same: Sequence[RunFigures]) -> Variant:
+    """With the one that began last of each, in the order of the first: two of a seed are no sample of two."""
     found: dict[int, RunFigures] = {}
     for run in same:
         if run.run.created() >= found.setdefault(run.spec.seed, run).run.created():
             found[run.spec.seed] = run
-    return list(found.values())
+    newest = list(found.values())
+    return Variant(name, newest, tuple(run for run in same if run not in newest))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

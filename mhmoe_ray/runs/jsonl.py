@@ -138,7 +138,7 @@ def _segment(part: ObjectPath, size: int) -> bytes:
 
 
 # A segment only grows. Whoever follows a run for days would ask the store for each of its events at every look.
-_short = lru_cache(maxsize=1 << 12)(_segment)
+_short = lru_cache(maxsize=1 << 16)(_segment)
 
 
 def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

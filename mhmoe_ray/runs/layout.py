@@ -4,12 +4,12 @@ import json
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.location import Location, location
-from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.runs.files import remove_tree, replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -116,8 +116,13 @@ def create_run(spec: RunSpec) -> RunDir:
         SpecError: the storage folder cannot be written.
     """
     run = new_directory(spec.storage, spec.name)
-    run.routing.mkdir()
-    run.write_spec(spec)
+    try:
+        run.routing.mkdir()
+        run.write_spec(spec)
+    except OSError:
+        with suppress(OSError):
+            remove_tree(run.path)
+        raise
     return run
 
 

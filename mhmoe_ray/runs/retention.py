@@ -1,9 +1,10 @@
 """Which checkpoints of a run stay, where not all do."""
 
+import math
+
 from mhmoe_ray.location import Location
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.files import remove_tree
-from mhmoe_ray.runs.jsonl import Tail
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
 
@@ -12,7 +13,7 @@ class Retention:
     """The newest ones stay, and the best: the one of the lowest validation loss among those of a step that was
     validated. A loss that is not finite is none.
 
-    It reads the run's history once and then what is added, as it is asked after each checkpoint of a long run.
+    The run's history, which may be long, is read once; what comes after that is told.
     """
 
     def __init__(self, run: RunDir, keep: int) -> None:
@@ -21,19 +22,23 @@ class Retention:
         keep: how many are the newest.
         """
         self._run, self._keep = run, keep
-        self._added = Tail(run.metrics_file)
-        self._losses: list[tuple[int, float]] = []
-        """Steps that were validated, ascending."""
+        self._losses: dict[int, float] | None = None
+        """By the steps that were validated."""
 
-    def surplus(self) -> list[Location]:
-        """Those that do not stay, oldest first."""
-        for line in self._added.new():
-            step, loss = line[metrics.STEP], line.get(metrics.VAL_LOSS)
-            while self._losses and self._losses[-1][0] >= step:  # a restart repeats steps
-                self._losses.pop()
-            if loss is not None:
-                self._losses.append((step, loss))
-        found, losses = committed(self._run), dict(self._losses)
+    def surplus(self, step: int, loss: float | None) -> list[Location]:
+        """Those that do not stay, oldest first.
+
+        Args:
+            step: of the newest.
+            loss: of its validation, if there was one.
+        """
+        if self._losses is None:
+            history = metrics.history(self._run)
+            validated_at = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history)
+            self._losses = {step: loss for step, loss in validated_at if loss is not None}
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
+        found, losses = committed(self._run), self._losses
         validated = [path for path in found if step_and_group(path)[0] in losses]
         # Of two of a step the later is the one whose loss the history has.
         best = min(reversed(validated), key=lambda path: losses[step_and_group(path)[0]], default=None)

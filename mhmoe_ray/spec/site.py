@@ -9,6 +9,7 @@ from mhmoe_ray.spec.base import Section
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
 """What may stand in a manifest or a script as it is: no blanks, quotes or signs that a shell knows."""
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 TokenPath = Annotated[str, Field(pattern=r"^~?(/[A-Za-z0-9._-]+)+$")]
 Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
 
@@ -97,7 +98,7 @@ class SiteSpec(Section):
     running jobs. Run directories do in either case."""
     redis_secret: Name | None = None
     """On Kubernetes: a Secret with its password, under the key `password`."""
-    monitor_labels: dict[Word, Word] = Field(default_factory=dict)
+    monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
     """On Kubernetes: of the PodMonitor, by which Prometheus' operator finds it; kube-prometheus-stack asks for
     `release`, the name of its own Helm release."""
     gateway: Word = "istio"

@@ -24,12 +24,14 @@ def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
     """
     started = {name: run for name, run in place.runs().items() if newest_number(run)}
     variants = {entry.name: entry.variant for order in place.orders_before() for entry in order.entries}
-    for entry in wanted:
-        for name, run in started.items():
-            if name != entry.name and variants.get(name) != entry.variant:
-                continue
-            before = run.spec().model_copy(update={"name": entry.spec.name, "seed": entry.spec.seed})
-            if other := entry.spec.changed_from(before):
+    for name, run in started.items():
+        same = [entry for entry in wanted if entry.name == name or entry.variant == variants.get(name)]
+        if not same:
+            continue
+        before = run.spec()
+        for entry in same:
+            as_this = before.model_copy(update={"name": entry.spec.name, "seed": entry.spec.seed})
+            if other := entry.spec.changed_from(as_this):
                 seed = "" if name == entry.name else f", a seed of the same variant as {entry.name},"
                 why = f"run {name}{seed} was started with another spec: {', '.join(other)}"
                 fix = f"give the sweep another name, or remove that run: mhmoe rm {shlex.quote(str(run.path))}"

@@ -9,7 +9,7 @@ from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome, outco
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
-from mhmoe_ray.errors import ClusterError, MhmoeError, StorageError, TokenError
+from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import last_attempt, newest_number
 from mhmoe_ray.runs.layout import RunDir, create_run
@@ -38,6 +38,7 @@ class Sweep:
         self._locked: list[TokenError] = []
         """Why the end of a run is not known, and never will be here."""
         self._patience = Patience(_say)
+        self._begun = False
         self._fails = False
         """The storage did, at the last look."""
 
@@ -48,8 +49,6 @@ class Sweep:
             MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on keeps their end to
             itself; all others had their turn.
         """
-        self._wait_for_earlier_jobs()
-        self._runs = dict(self._place.runs())
         while self._goes_on():
             time.sleep(POLL_SECONDS)
         for error in [*filter(None, self._why_not.values()), *self._locked]:
@@ -59,6 +58,10 @@ class Sweep:
         """Whether there is more to do, after a look at all runs. A storage that fails is asked again: in the weeks that
         a sweep takes it may be out of reach for an hour."""
         try:
+            if not self._begun:
+                self._wait_for_earlier_jobs()
+                self._runs = dict(self._place.runs())
+                self._begun = True
             if not self._is_its_turn or all(entry.name in self._over for entry in self._entries):
                 return False
             self._look()
@@ -154,32 +157,38 @@ class Sweep:
         cannot be is said at once, but does not end this job, which goes on with other text."""
         text = prepared_as(entry.spec)
         if text not in self._why_not:
-            self._why_not[text] = None
             try:
                 prepare(entry.spec)
+                self._why_not[text] = None
             except MhmoeError as e:
-                _say(f"{entry.name}: {e}")
                 self._why_not[text] = e
+            except OSError as e:  # not tried again by this job: it may be a day's work
+                fix = "make room or mend the storage, then give the command again"
+                self._why_not[text] = StorageError(f"data {entry.spec.data.prepared}", e.strerror or str(e), fix)
+            if why := self._why_not[text]:
+                _say(f"{entry.name}: {why}")
         return self._why_not[text] is None
 
     def _start(self, entry: SweepRun) -> bool:
         run = self._runs.get(entry.name)
         if run is None or not run.spec_file.exists():  # it may have been removed meanwhile
-            run = create_run(entry.spec)
-            self._runs = {**self._place.runs(), entry.name: run}
-            self._place.write_runs(self._runs)
+            run = _made(entry)
+            runs = {**self._place.runs(), entry.name: run}
+            self._place.write_runs(runs)  # before anything starts it: another look, or job, would make it anew
+            self._runs = runs
         elif newest_number(run) and (other := entry.spec.changed_from(run.spec())):
             _say(f"{entry.name}: it was started with another spec: {', '.join(other)}")
             self._over.add(entry.name)
             return False
         else:
             run.write_spec(entry.spec)  # where it computes may have changed
-        self._starts[entry.name] = self._starts.get(entry.name, 0) + 1
         run.stop_file.unlink(missing_ok=True)
+        starts = self._starts.get(entry.name, 0) + 1
         try:
             job = start_attempt(run, entry.spec, self._connection, known_as=self._order.address)
         except ClusterError as e:  # which may have taken it; the next look tells
             _say(f"{entry.name}: {e}")
+            self._starts[entry.name] = starts
             return True
         except StorageError:
             raise
@@ -187,8 +196,23 @@ class Sweep:
             _say(f"{entry.name}: {e}")
             self._over.add(entry.name)
             return False
+        self._starts[entry.name] = starts
         _say(f"{entry.name}: run {run.id}, job {job}")
         return True
+
+
+def _made(entry: SweepRun) -> RunDir:
+    """A new run.
+
+    Raises:
+        OSError: the storage fails, which does not last for ever.
+    """
+    try:
+        return create_run(entry.spec)
+    except SpecError as e:
+        if isinstance(e.__cause__, OSError):
+            raise e.__cause__ from None
+        raise
 
 
 def _say(line: str) -> None:

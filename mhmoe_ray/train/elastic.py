@@ -41,8 +41,11 @@ class AllowedSizes(ElasticScalingPolicy):
         self._maybe_send_resource_request()  # it would expire
         self._holding = None
         now = worker_group_state.num_workers
-        saved = last_step(self._run)
-        over = saved >= self._steps or self._run.stop_file.exists()
+        try:
+            saved = last_step(self._run)
+            over = saved >= self._steps or self._run.stop_file.exists()
+        except OSError:  # the storage is asked again at the next poll
+            return NoopDecision()
         if saved == self._considered or over:
             return NoopDecision()
         self._considered, self._holding = saved, now

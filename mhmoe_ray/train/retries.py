@@ -3,6 +3,7 @@
 This reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds on to moves.
 """
 
+import time
 from typing import Any
 
 from ray.train import FailureConfig
@@ -12,6 +13,8 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.train.waiting import record_waiting
+
+STORAGE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 
 
 class MistakesAreFinal(DefaultFailurePolicy):
@@ -28,7 +31,22 @@ class MistakesAreFinal(DefaultFailurePolicy):
         mistake = error_of_ours(training_failed_error)
         if mistake and not isinstance(mistake, CheckpointError | StorageError):
             return FailureDecision.RAISE
+        _wait_for_storage(self._run)
         return super().make_decision(training_failed_error)
+
+
+def _wait_for_storage(run: RunDir) -> None:
+    """Until the run directory can be read, but not for ever: each new start reads it at once, and would fail."""
+    deadline = time.monotonic() + STORAGE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            run.spec_file.read_bytes()
+            return
+        except FileNotFoundError:  # somebody removed the run, as the new start will say
+            return
+        except OSError as e:
+            print(f"warning: the workers start again when the run directory can be read: {e}")
+            time.sleep(LOOK_SECONDS)
 
 
 def error_of_ours(error: Exception) -> MhmoeError | None:

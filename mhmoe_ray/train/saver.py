@@ -71,11 +71,12 @@ class Saver:
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, count_LE: torch.Tensor) -> None:
+    def save(self, count_LE: torch.Tensor, val_loss: float | None = None) -> None:
         """Begin to write the state, which the trainer will not change before there is a copy of it.
 
         Args:
             count_LE: routes per layer and expert since the checkpoint before, for rank 0 to write beside it.
+            val_loss: of this step's validation, if there was one.
 
         Raises:
             CheckpointError: the one before could not be written.
@@ -86,7 +87,8 @@ class Saver:
         share, manifest = self._share(), self._manifest()
         counts = {"step": manifest.step, "routes_per_layer_and_expert": count_LE.tolist()}
         ready = torch.cuda.current_stream().record_event() if self._stream else None
-        self._thread = Thread(target=self._write, args=(share, ready, manifest, counts), name="saver", daemon=True)
+        args = (share, ready, manifest, counts, val_loss)
+        self._thread = Thread(target=self._write, args=args, name="saver", daemon=True)
         self._thread.start()
         self._pause = time.monotonic() - began
 
@@ -171,7 +173,12 @@ class Saver:
         )
 
     def _write(
-        self, share: list[_Copy], ready: torch.cuda.Event | None, manifest: Manifest, counts: dict[str, Any]
+        self,
+        share: list[_Copy],
+        ready: torch.cuda.Event | None,
+        manifest: Manifest,
+        counts: dict[str, Any],
+        val_loss: float | None,
     ) -> None:
         """In the background."""
         began = time.monotonic()
@@ -196,7 +203,7 @@ class Saver:
                 commit(checkpoint, manifest.model_copy(update={"files": files}))
                 spent = {"pause": self._pause, "seconds": time.monotonic() - began}
                 events.record(self._run, "checkpoint", step=manifest.step, name=checkpoint.name, **spent)
-                self._drop_surplus()
+                self._drop_surplus(manifest.step, val_loss)
 
         try:
             written = self._everywhere(write_own, checkpoint)
@@ -228,13 +235,16 @@ class Saver:
                 ) from failure
         return cast("list[T]", [result for result, _ in every])
 
-    def _drop_surplus(self) -> None:
+    def _drop_surplus(self, step: int, val_loss: float | None) -> None:
         """What fails here is no reason to end training, nor to take the new checkpoint for one that failed."""
-        if self._retention is None:
-            return
         try:
-            for old in self._retention.surplus():
+            surplus = self._retention.surplus(step, val_loss) if self._retention else []
+        except OSError as e:
+            print(f"warning: nobody can tell which checkpoints of {self._run.path} to remove: {e}")
+            return
+        for old in surplus:
+            try:
                 drop(old)
                 events.record(self._run, "dropped_checkpoint", name=old.name)
-        except (OSError, StorageError) as e:
-            print(f"warning: older checkpoints of {self._run.path} cannot be looked through and removed: {e}")
+            except (OSError, StorageError) as e:
+                print(f"warning: {old} cannot be removed: {e}")

@@ -129,7 +129,7 @@ class Worker:
             if last or leave or trainer.step % spec.train.checkpoint_every == 0:
                 self.pulse.at(trainer.step, "saving")
                 self.telemetry.flush()
-                self.saver.save(counts_LE)
+                self.saver.save(counts_LE, line.get(metrics.VAL_LOSS))
                 counts_LE.zero_()
             if leave and not last:
                 self.saver.wait()
@@ -210,8 +210,12 @@ class Worker:
         if now < self._looks:
             return False
         self._looks = now + LOOK_SECONDS
-        require_newest(self.run, self.attempt)
-        return self.run.stop_file.exists()
+        try:
+            require_newest(self.run, self.attempt)
+            return self.run.stop_file.exists()
+        except OSError as e:  # a look that fails is no reason for all ranks to start again
+            LOG.warning("the run directory cannot be read, and is looked at again: %s", e)
+            return False
 
     def _leave(self) -> None:
         """After a checkpoint, so that nothing is lost.

@@ -4,6 +4,7 @@ Ray Train starts the group again without a word to anyone; and its logs are gone
 """
 
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from mhmoe_ray.train.preemption import PreemptedError
 LINES = 40
 """Of a worker's log that are kept."""
 LOG_SECONDS = 5
+SAME_SECONDS = 20.0
+"""Within which the same ranks are those of the same group: while nodes are taken away, Ray Train tells of them at every
+poll."""
 
 
 class RecordLost(ray.train.UserCallback):
@@ -26,19 +30,25 @@ class RecordLost(ray.train.UserCallback):
 
     def __init__(self, run: RunDir) -> None:
         self._run = str(run.path)
+        self._told: tuple[frozenset[int], float] = frozenset(), 0.0
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, Exception]) -> None:
         if all(isinstance(cause, PreemptedError) for cause in worker_exceptions.values()):
             return  # they have recorded it themselves
+        (before, when), now = self._told, time.monotonic()
+        self._told = frozenset(worker_exceptions), now
+        if before == frozenset(worker_exceptions) and now - when < SAME_SECONDS:
+            return
         run, found = RunDir(location(self._run)), causes(worker_exceptions)
         rank = first_cause(found)
-        cause, place = found[rank], _place(run, rank)
-        told = {"rank": rank, "ranks": len(worker_exceptions), "reason": reason(cause), "host": place.get("host")}
-        # An error of ours says all there is to say; what is logged with it is a traceback.
-        lines = [] if isinstance(cause, MhmoeError) else _last_lines(place)
+        cause = found[rank]
+        told = {"rank": rank, "ranks": len(worker_exceptions), "reason": reason(cause)}
         try:
-            events.record(run, "lost", **told, lines=lines)
-        except StorageError as e:  # the group is started again all the same
+            place = _place(run, rank)
+            # An error of ours says all there is to say; what is logged with it is a traceback.
+            lines = [] if isinstance(cause, MhmoeError) else _last_lines(place)
+            events.record(run, "lost", **told, host=place.get("host"), lines=lines)
+        except (OSError, StorageError) as e:  # the group is started again all the same
             print(f"warning: rank {rank} failed ({told['reason']}), but {e}")
 
 

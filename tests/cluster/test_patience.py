@@ -27,6 +27,12 @@ def test_late_answers_are_waited_for_and_said_once_and_a_cluster_that_is_gone_is
         asking.ask(_raise, None)
 
 
+def test_who_may_not_give_up_waits_for_ever(monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 0.0)
+    asking = Patience(print, for_ever=True)
+    assert [asking.ask(_raise, "meanwhile") for _ in range(3)] == ["meanwhile"] * 3
+
+
 def test_a_storage_that_does_not_answer_is_waited_for_too(monkeypatch):
     said = []
     asking = Patience(said.append)

@@ -362,6 +362,15 @@ def test_names_that_kuberay_would_refuse_are_refused():
         files(long, run().model_copy(update={"name": "x" * 41}))
 
 
+def test_names_and_labels_that_kubernetes_would_refuse_are_refused():
+    with pytest.raises(SpecError, match="RayJob mhmoe-a-: Kubernetes takes names of small letters"):
+        files(SITE, run().model_copy(update={"name": "a-"}))
+    given = {"image": "x", "workers": {"cpus": 1, "memory_gib": 1, "max": 1}}
+    for wrong in ("a:b", "a/b", "x" * 64):
+        with pytest.raises(SpecError, match="should match pattern"):
+            checked(SiteSpec, {**given, "monitor_labels": {"release": wrong}}, "site")
+
+
 def test_yaml_reads_back():
     for name, text in files(SITE, run()).items():
         if name.endswith((".yaml", ".yml")):

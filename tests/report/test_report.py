@@ -140,6 +140,11 @@ def test_of_two_runs_of_a_seed_the_newer_counts_and_the_other_is_named(tmp_path)
     write_report([*runs, again], tmp_path / "out")
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"a newer run is of the same seed:</strong> {runs[0].id} (seed 0)." in page
+    early = [made(tmp_path, "b", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, over=None) for _ in range(2)]
+    write_report(early, tmp_path / "out")
+    page = " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert f"a newer run is of the same seed:</strong> {early[0].id} (seed 0)." in page
+    assert "did not get to the end" not in page
 
 
 def test_runs_on_other_held_out_text_are_no_seeds_of_one_variant_and_said_to_be_unequal(tmp_path):
@@ -197,6 +202,12 @@ def test_a_baseline_that_diverged_is_said_to_have(tmp_path):
     runs = [*six(tmp_path), made(tmp_path, "nan", 0, math.nan, moe={**MOE, "top_k": 1})]
     with pytest.raises(RunError, match="baseline nan: the last validation of its runs is not finite; choose from d"):
         write_report(runs, tmp_path / "out", baseline="nan")
+
+
+def test_a_baseline_that_gave_up_is_said_to_have(tmp_path):
+    runs = [*six(tmp_path), made(tmp_path, "early", 0, 3.0, moe={**MOE, "top_k": 1}, steps=10, over="failed")]
+    with pytest.raises(RunError, match="baseline early: its runs did not get to the end as others did; choose from d"):
+        write_report(runs, tmp_path / "out", baseline="early")
 
 
 def test_unequal_trainings_are_said_to_be(tmp_path):

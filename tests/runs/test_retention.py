@@ -1,5 +1,7 @@
 """Which checkpoints stay."""
 
+import math
+
 import pytest
 
 from mhmoe_ray.runs import metrics
@@ -23,7 +25,13 @@ def run(tmp_path):
 
 
 def surplus(run, keep):
-    return Retention(run, keep).surplus()
+    return Retention(run, keep).surplus(50, None)
+
+
+def validated(run, *losses):
+    """In the history, by steps."""
+    for step, loss in losses:
+        metrics.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
 
 
 def names(paths):
@@ -36,36 +44,31 @@ def test_the_newest_stay_and_the_rest_goes_oldest_first(run):
 
 
 def test_the_best_stays_too(run):
-    for step, loss in ((10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0)):  # of step 25 there is no checkpoint
-        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    validated(run, (10, 5.0), (20, 3.0), (25, 1.0), (40, 4.0))  # of step 25 there is no checkpoint
     assert names(surplus(run, 1)) == ["10.1", "30.1", "30.2", "40.2"]
     assert names(surplus(run, 2)) == ["10.1", "30.1", "30.2"]
 
 
 def test_a_loss_that_was_gone_back_behind_does_not_count(run):
     """A restart repeats steps, and what it finds then is what the run's history has."""
-    lines = ((10, 5.0), (20, 1.0), (20, 6.0))
-    for step, loss in lines:
-        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    validated(run, (10, 5.0), (20, 1.0), (20, 6.0))
     assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
 
 
 def test_of_two_of_a_step_the_later_is_the_best(run):
     """Its loss is what the history has; the other went on as one that was found to be damaged."""
-    for step, loss in ((20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0)):
-        metrics.append(run, {metrics.STEP: step, metrics.VAL_LOSS: loss})
+    validated(run, (20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0))
     assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "40.2"]
 
 
-def test_it_goes_by_what_was_added_since_it_was_asked(run):
+def test_it_reads_the_history_once_and_is_told_what_comes_after(run):
     retention = Retention(run, 1)
-    metrics.append(run, {metrics.STEP: 10, metrics.VAL_LOSS: 2.0})
-    assert names(retention.surplus()) == ["20.1", "30.1", "30.2", "40.2"]
-    metrics.append(run, {metrics.STEP: 20, metrics.VAL_LOSS: 1.0})
-    metrics.append(run, {metrics.STEP: 21})
-    assert names(retention.surplus()) == ["10.1", "30.1", "30.2", "40.2"]
-    metrics.append(run, {metrics.STEP: 20})  # repeated from step 10 on, and not validated
-    assert names(retention.surplus()) == ["20.1", "30.1", "30.2", "40.2"]
+    validated(run, (10, 2.0))
+    assert names(retention.surplus(10, None)) == ["20.1", "30.1", "30.2", "40.2"]
+    run.metrics_file.unlink()
+    assert names(retention.surplus(20, 1.0)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert names(retention.surplus(40, math.nan)) == ["10.1", "30.1", "30.2", "40.2"]
+    assert names(retention.surplus(20, 3.0)) == ["20.1", "30.1", "30.2", "40.2"]  # again, from step 10 on
 
 
 def test_what_a_later_group_wrote_is_newer_though_its_step_is_earlier(run):

@@ -11,13 +11,16 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2._internal.execution.preemption import PreemptionContext
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
+from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train import retries
 from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.preemption import PreemptedError
 from mhmoe_ray.train.ray_trainer import RunTrainer
@@ -71,6 +74,29 @@ def test_what_a_new_start_would_only_meet_again_is_not_tried_again(tmp_path, rai
     failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
     assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
     assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
+
+
+def test_workers_start_again_when_the_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
+    """Each new start reads it at once; so a storage that is away for a minute would cost all tries."""
+    run = RunDir(tmp_path)
+    run.spec_file.mkdir()  # which nobody can read
+    monkeypatch.setattr(retries, "LOOK_SECONDS", 0.01)
+    looks = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: next(looks)(seconds))
+    failed = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "mend the storage")})
+    assert MistakesAreFinal(FailureConfig(max_failures=3), run).make_decision(failed) is FailureDecision.RETRY
+    assert capsys.readouterr().out.count("the workers start again when the run directory can be read") == 2
+
+
+def test_a_storage_that_fails_ends_no_elastic_run(tmp_path, monkeypatch):
+    policy = AllowedSizes(
+        ScalingConfig(num_workers=(1, 4)), RunDir(tmp_path), tiny_spec(cluster={"workers": {"min": 1, "max": 4}})
+    )
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)  # there is no cluster
+    nobody = "s3://bucket/run?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9"
+    policy._run = RunDir(location(nobody))
+    group = WorkerGroupState(0.0, None, [None], None)
+    assert isinstance(policy.make_decision_for_running_worker_group(group, None), NoopDecision)
 
 
 def test_workers_that_find_no_room_are_tried_again_and_said_to_wait(tmp_path):

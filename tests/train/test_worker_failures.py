@@ -8,8 +8,9 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from mhmoe_ray.errors import CheckpointError, JobError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.train import worker_failures
 from mhmoe_ray.train.driver import _explain
-from mhmoe_ray.train.worker_failures import _place, causes, first_cause, reason
+from mhmoe_ray.train.worker_failures import RecordLost, _place, causes, first_cause, reason
 
 RAYS = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -74,3 +75,20 @@ def test_a_rank_that_failed_before_it_had_started_has_no_process_of_an_earlier_g
         events.record(run, kind)
         assert _place(run, 0) == {}
         events.record(run, "started", workers=[here])
+
+
+def test_who_is_told_of_at_every_poll_is_recorded_once_and_again_when_it_fails_again(tmp_path, monkeypatch):
+    """While nodes are taken away, Ray Train asks on, and hears of the same failure each time."""
+    run, clock = RunDir(tmp_path), iter([100.0, 102.0, 104.0, 105.0, 200.0])
+    monkeypatch.setattr(worker_failures.time, "monotonic", lambda: next(clock))
+    record = RecordLost(run)
+    for failed in ({1: NOT_FINITE}, {1: NOT_FINITE}, {1: NOT_FINITE}, {0: NOT_FINITE, 1: NOT_FINITE}, {1: NOT_FINITE}):
+        record.after_exception(None, failed)
+    assert [(event["rank"], event["ranks"]) for event in events.events(run)] == [(1, 1), (0, 2), (1, 1)]
+
+
+def test_a_storage_that_fails_does_not_keep_workers_from_starting_again(tmp_path, capsys):
+    run = RunDir(tmp_path)
+    run.events_file.mkdir()  # which nobody can read
+    RecordLost(run).after_exception(None, {0: ValueError("shape")})
+    assert "rank 0 failed (ValueError: shape), but [Errno 21] Is a directory" in capsys.readouterr().out

@@ -2,10 +2,11 @@
 
 import json
 import re
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from mhmoe_ray.data.tokenizer.edges import find_boundaries, unknown_token
 
 UNKNOWN = -1
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -27,16 +28,11 @@ def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     for token, number in tokenizer.get_vocab().items():
         if not added.get(number):
             widths[number] = _width(token, byte_level and number not in added)  # an added one is written as it is
-    if (unknown := _unknown(tokenizer, content["model"])) is not None:
+    unknown, edges = unknown_token(tokenizer), find_boundaries(tokenizer)
+    # Tokenizers of GPT-2's kind name the end of a text there, and spell all in bytes.
+    if unknown is not None and not (edges and unknown in edges.ends):
         widths[unknown] = UNKNOWN
     return widths
-
-
-def _unknown(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
-    if (number := model.get("unk_id")) is not None:
-        return int(number)
-    token = model.get("unk_token")
-    return tokenizer.token_to_id(token) if token else None
 
 
 def _width(token: str, byte_level: bool) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from mhmoe_ray.data.tokenizer import UNKNOWN, DocumentEncoder, token_widths
+from mhmoe_ray.data.tokenizer import END_OF_TEXT, UNKNOWN, DocumentEncoder, token_widths
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.texts import documents
 from tests.llama_tokenizer import llama_tokenizer
@@ -57,3 +57,10 @@ def test_a_tokenizer_that_spells_all_in_bytes_has_no_such_token_in_a_text():
     tokenizer = llama_tokenizer(TEXTS, 400)
     ids = DocumentEncoder(tokenizer).encode(["ab 東京 🌙"])[0]
     assert UNKNOWN not in token_widths(tokenizer)[ids]
+
+
+def test_the_end_of_a_text_is_of_no_bytes_though_a_tokenizer_calls_it_unknown():
+    model = models.BPE({END_OF_TEXT: 0, "a": 1}, [], unk_token=END_OF_TEXT)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    assert token_widths(tokenizer).tolist() == [0, 1]
