@@ -17,6 +17,8 @@ from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 2.0
+STORAGE_SECONDS = 3600.0
+"""That a storage may fail for, at every look."""
 MOST_STARTS = 3
 """Of one run by one job, where the run's job was killed before it could say how the run ended."""
 
@@ -39,15 +41,15 @@ class Sweep:
         """Why the end of a run is not known, and never will be here."""
         self._patience = Patience(_say)
         self._begun = False
-        self._fails = False
-        """The storage did, at the last look."""
+        self._fails_since: float | None = None
+        """The storage, at every look."""
 
     def run(self) -> None:
         """Until every run is over, no more are to start, or another job does this.
 
         Raises:
             MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on keeps their end to
-            itself; all others had their turn.
+                itself; all others had their turn. Or the storage fails for too long.
         """
         while self._goes_on():
             time.sleep(POLL_SECONDS)
@@ -55,8 +57,8 @@ class Sweep:
             raise error
 
     def _goes_on(self) -> bool:
-        """Whether there is more to do, after a look at all runs. A storage that fails is asked again: in the weeks that
-        a sweep takes it may be out of reach for an hour."""
+        """Whether there is more to do, after a look at all runs. A storage that fails is asked again for a while: it may
+        be out of reach in the weeks that a sweep takes."""
         try:
             if not self._begun:
                 self._wait_for_earlier_jobs()
@@ -65,11 +67,13 @@ class Sweep:
             if not self._is_its_turn or all(entry.name in self._over for entry in self._entries):
                 return False
             self._look()
-            self._fails = False
+            self._fails_since = None
         except (OSError, StorageError) as e:
-            if not self._fails:
+            if self._fails_since is None:
                 _say(f"the storage fails, and is asked again: {e}")
-            self._fails = True
+                self._fails_since = time.monotonic()
+            elif time.monotonic() - self._fails_since > STORAGE_SECONDS:
+                raise StorageError(f"sweep {self._place.name}", str(e), "mend the storage, then give it again") from e
         return True
 
     def _look(self) -> None:

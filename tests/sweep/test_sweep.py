@@ -7,7 +7,7 @@ import pytest
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
-from mhmoe_ray.errors import DataError, RunError, SpecError
+from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
 from mhmoe_ray.report.table import table
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number
@@ -160,8 +160,16 @@ def test_a_storage_that_fails_is_asked_again(tmp_path, place, capsys):
         sleeps = iter([lambda: None, lambda: None, mended, lambda: None])
         patch.setattr(scheduler.time, "sleep", lambda _: next(sleeps)())
         run(place, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "STORAGE_SECONDS", 0.0)
+        started.events_file.rename(kept)
+        started.events_file.mkdir()
+        with pytest.raises(StorageError, match=r"sweep heads-small: \[Errno 21\] Is a directory"):
+            run(place, name)
+        mended()
+    run(place, name)
     told = capsys.readouterr().out
-    assert told.count("the storage fails, and is asked again: [Errno 21] Is a directory") == 1
+    assert told.count("the storage fails, and is asked again: [Errno 21] Is a directory") == 2
     assert told.endswith("a-s0: finished\n")
 
 
