@@ -57,8 +57,8 @@ class Sweep:
             raise error
 
     def _goes_on(self) -> bool:
-        """Whether there is more to do, after a look at all runs. A storage that fails is asked again for a while: it may
-        be out of reach in the weeks that a sweep takes."""
+        """Whether there is more to do, after a look at all runs. A storage that fails is asked again for a while: in
+        the weeks that a sweep takes it may be out of reach."""
         try:
             if not self._begun:
                 self._wait_for_earlier_jobs()
