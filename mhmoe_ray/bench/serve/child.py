@@ -104,14 +104,16 @@ def main() -> None:
             sys.stdin.read()
         return
     answer = ENGINES[name](place)
-    _tell(own, {})
-    for line in sys.stdin:
-        requests, clients = json.loads(line)
-        began = time.perf_counter()
-        answer(requests, clients)
-        _tell(own, {"seconds": time.perf_counter() - began})
-    own.flush()
-    os._exit(0)  # threads of engines are left as they are
+    try:
+        _tell(own, {})
+        for line in sys.stdin:
+            requests, clients = json.loads(line)
+            began = time.perf_counter()
+            answer(requests, clients)
+            _tell(own, {"seconds": time.perf_counter() - began})
+    except BrokenPipeError:  # whoever asked is gone
+        pass
+    os._exit(0)  # threads of engines are left as they are, which a plain end would wait for
 
 
 def _tell(own: IO[str], what: dict[str, Any]) -> None:
