@@ -56,7 +56,7 @@ def flush(run: RunDir) -> None:
 def history(run: RunDir) -> list[dict[str, Any]]:
     """One line per step, in order: the effective history, where a restart has taken the place of what it repeated."""
     # On an object store segments are in the order of their writers' clocks, and a later start may be on another node.
-    return effective(sorted(jsonl.read(run.metrics_file), key=lambda line: line[GROUP]))
+    return effective(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
 def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

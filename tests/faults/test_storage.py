@@ -1,12 +1,17 @@
 """A whole run on an object store: submitted, hurt, resumed, looked at and served from there."""
 
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
 from secrets import token_hex
 
 import pytest
 
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.manifest import unfinished
-from tests.cli.run import mhmoe
+from tests.cli.run import command, mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS
 from tests.watch import is_over, of_kind, step_of, wait_for_the_end, wait_until
@@ -49,3 +54,63 @@ def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
     wait_for_the_end(run)
     harness.assert_as_if_nothing_had_happened(run, reference)
     assert unfinished(run) == []
+
+
+class Road:
+    """The way to a server on this machine, which can be closed for a while: nobody answers then."""
+
+    def __init__(self, to: int) -> None:
+        self._to, self._open = to, True
+        self._ways: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close_for(self, seconds: float) -> None:
+        self._open = False
+        for way in self._ways:
+            with suppress(OSError):
+                way.shutdown(socket.SHUT_RDWR)
+        time.sleep(seconds)
+        self._open = True
+
+    def _accept(self) -> None:
+        while True:
+            here, _ = self._listener.accept()
+            if not self._open:
+                here.close()
+                continue
+            there = socket.create_connection(("127.0.0.1", self._to))
+            self._ways += [here, there]
+            for source, target in ((here, there), (there, here)):
+                threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_step_and_no_follower(project, reference, s3):
+    """Longer than its clients try again by themselves."""
+    query, _ = s3
+    road = Road(int(query.rpartition(":")[2]))
+    run, storage = submitted(project, f"{query.rpartition(':')[0]}:{road.port}", 120)
+    following = subprocess.Popen(
+        command("status", run.id, "--watch", "--storage", storage),
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    harness.workers(run, 1)
+    wait_until(lambda: of_kind(run, "checkpoint"), "a checkpoint")
+    road.close_for(20)
+    wait_for_the_end(run)
+    harness.assert_as_if_nothing_had_happened(run, reference)
+    out, err = following.communicate(timeout=60)
+    assert (following.returncode, "finished" in out.splitlines()[-1]) == (0, True), err
