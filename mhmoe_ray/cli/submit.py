@@ -71,8 +71,9 @@ def submit(
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
-        # Who goes on with a run, whatever there is of it, is a launcher, and may take the cluster along when it ends.
-        follow(run, connection, from_now=again, for_ever=continue_)
+        # Who goes on with a run, whatever there is of it, is a launcher, and may take the cluster along when it ends. A
+        # local cluster that is gone does not come back.
+        follow(run, connection, from_now=again, for_ever=continue_ and not connection.local)
 
 
 def _unfinished(spec: "RunSpec") -> "RunDir | None":
