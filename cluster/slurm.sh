@@ -14,7 +14,7 @@
 set -euo pipefail
 spec=${1:?usage: sbatch slurm.sh SPEC}
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun has not taken from sbatch since 22.05
+export SRUN_CPUS_PER_TASK=96  # which srun has not taken from sbatch since 22.05
 export MHMOE_HOME=${MHMOE_HOME:-$HOME/.local/state/mhmoe}
 
 # A token for this cluster alone: without one, everybody on these nodes' network could give it jobs.

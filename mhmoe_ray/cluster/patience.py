@@ -12,6 +12,8 @@ SECONDS = 60.0
 
 
 class Patience:
+    """Of one who asks, over all of its questions."""
+
     def __init__(self, say: Callable[[str], object], *, for_ever: bool = False) -> None:
         """Args:
         say: takes a line on the first of several questions without an answer.

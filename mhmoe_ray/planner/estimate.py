@@ -83,7 +83,7 @@ def estimate(spec: RunSpec, layout: Layout) -> Estimate:
 
 def _computing(spec: RunSpec, tokens: float) -> list[Time]:
     model, moe, accelerator = spec.model, spec.model.moe, spec.cluster.accelerator
-    micro_batches = tokens / (spec.tokens_per_micro_batch)
+    micro_batches = tokens / spec.tokens_per_micro_batch
     speed = accelerator.peak(spec.train.precision) * accelerator.flops_share
     moved = accelerator.memory_bandwidth * accelerator.memory_share
 
