@@ -12,8 +12,9 @@ from mhmoe_ray.cluster.serve_client import client, configs, get, put
 from mhmoe_ray.errors import ServeError
 
 SAY_SECONDS = 30.0
-START_SECONDS = 60.0
-"""For Serve to give up replicas that start, which it does in less than one unless the machine is busy."""
+GIVE_UP_SECONDS = 60.0
+"""For Serve to build an application and to give up its replicas that start: seconds unless the machine is busy or an
+environment is installed."""
 
 NOWHERE = {
     "graceful_shutdown_timeout_s": 0,
@@ -74,8 +75,19 @@ def _without_what_starts(
     not where another version takes their place; so one does, which starts nowhere. Deployments with placement groups,
     which ours have not, take no other resources, and are waited for.
     """
-    starting = [d for d, told in details["applications"][name]["deployments"].items() if _lacks_some(told)]
-    [config] = [c for c in configs(details) if c["name"] == name]
+
+    def until(done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while True:
+            told = patience.ask(partial(get, connection), details)
+            if name not in told["applications"] or done(told["applications"][name]) or time.monotonic() > deadline:
+                return told
+            time.sleep(0.2)
+
+    client(connection)  # its import takes seconds, in which what we are told would grow old
+    details = until(_is_built)  # whose deployments are not told before, and would start between two questions
+    starting = [d for d, told in _deployments(details, name).items() if _lacks_some(told)]
+    config = next((c for c in configs(details) if c["name"] == name), {})
     deployments = {d["name"]: d for d in config.get("deployments", [])}
     given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d in starting}
     if not given_up or any("placement_group_bundles" in d for d in given_up.values()):
@@ -83,13 +95,16 @@ def _without_what_starts(
     config = {**config, "deployments": list({**deployments, **given_up}.values())}
     others = [c for c in configs(details) if c["name"] != name]
     put(connection, details, [*others, config], details["http_options"])
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        details = patience.ask(partial(get, connection), details)
-        if not _starts_as_before(details["applications"].get(name)):
-            break
-        time.sleep(0.2)
-    return details
+    return until(lambda application: _gave_up(application, starting))
+
+
+def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
+    deployments: dict[str, Any] = details["applications"].get(name, {}).get("deployments", {})
+    return deployments
+
+
+def _is_built(application: dict[str, Any]) -> bool:
+    return bool(application["status"] != "DEPLOYING" or application["deployments"])
 
 
 def _lacks_some(deployment: dict[str, Any]) -> bool:
@@ -97,12 +112,16 @@ def _lacks_some(deployment: dict[str, Any]) -> bool:
     return bool(running < deployment["target_num_replicas"])
 
 
-def _starts_as_before(application: dict[str, Any] | None) -> bool:
-    """Whether a replica starts that is older than the application's last deployment, both by Serve's clock."""
-    if application is None:
-        return False
-    replicas = [replica for told in application["deployments"].values() for replica in told["replicas"]]
-    return any(r["state"] == "STARTING" and r["start_time_s"] < application["last_deployed_time_s"] for r in replicas)
+def _gave_up(application: dict[str, Any], starting: list[str]) -> bool:
+    """Whether Serve has taken the new version for the target of these deployments, and stopped what started before it,
+    both by Serve's clock. An older replica that it starts in between is stopped before it looks at applications again.
+    """
+    for told in (application["deployments"][d] for d in starting if d in application["deployments"]):
+        replicas = [r for r in told["replicas"] if r["start_time_s"] < application["last_deployed_time_s"]]
+        timeout = told["deployment_config"]["graceful_shutdown_timeout_s"]
+        if timeout != NOWHERE["graceful_shutdown_timeout_s"] or any(r["state"] == "STARTING" for r in replicas):
+            return False
+    return True
 
 
 def _wait(connection: Connection, name: str, patience: Patience, say: Callable[[str], object]) -> None:

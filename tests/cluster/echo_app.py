@@ -1,7 +1,8 @@
 """A Serve application that answers with one word; where a request names two files, it makes the one and waits for the
-other."""
+other. Where its arguments name a file, it waits for that to be built."""
 
 import asyncio
+import time
 from pathlib import Path
 
 from ray import serve
@@ -23,4 +24,6 @@ class Echo:
 
 
 def build(args):
+    while "gate" in args and not Path(args["gate"]).exists():
+        time.sleep(0.1)
     return Echo.bind(args["word"])

@@ -333,6 +333,31 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
 
 
 @pytest.mark.ray
+def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path, monkeypatch):
+    """Its replica starts at the worst moment: when Serve has told that there is none."""
+    gate = tmp_path / "gate"
+    nowhere = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
+    app = _app("a", "x")
+    app["args"]["gate"] = str(gate)
+    serving.deploy(connection, {**app, "deployments": [nowhere]}, HOST, port)
+    assert _states(connection, "a") == []
+
+    def get_before_it_starts(*args):
+        details = serve_client.get(*args)
+        if not gate.exists():
+            gate.touch()
+            wait_until(lambda: _states(connection, "a") == ["STARTING"], "a replica without room")
+        return details
+
+    monkeypatch.setattr(serve_removal, "get", get_before_it_starts)
+    removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+    removing.start()
+    removing.join(LIMIT)
+    assert not removing.is_alive()
+    assert serving.applications(connection) == []
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_applications(connection, port, monkeypatch):
     """Serve has one configuration for all: each deployment must keep the others', and those that came while its
