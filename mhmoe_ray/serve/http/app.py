@@ -111,7 +111,7 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
     @routes.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> Detokenized:
         service.check_model(request.model)
-        return Detokenized(prompt=answerer.decode(request.tokens))
+        return Detokenized(prompt=await service.decode(request.tokens))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:

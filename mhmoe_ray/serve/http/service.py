@@ -42,6 +42,10 @@ class Service:
         """In a thread: a long prompt takes seconds, in which streams of others go on."""
         return await asyncio.to_thread(self.answerer.encode, prompt)
 
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """As `encode`."""
+        return await asyncio.to_thread(self.answerer.decode, tokens)
+
     async def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
         """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
         ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
