@@ -13,6 +13,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.errors import ClusterError
@@ -41,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # A core for each lane; what it starts may compute with more threads, which do not spin while they wait.
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # A port is free when it is chosen, and taken seconds later: no other lane is to choose it meanwhile.
+        lane, lanes = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        spawn.PORTS = spawn.PORTS[lane::lanes]
     if config.getoption("--hypothesis-profile") is None:
         hypothesis.settings.load_profile("house")
     if not torch.cuda.is_available():

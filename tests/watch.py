@@ -12,7 +12,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import RunDir, list_runs
 
 T = TypeVar("T")
-LIMIT = 150.0
+LIMIT = 400.0
 """Seconds within which whatever is waited for must have come: a watchdog of the tests, not a measurement."""
 
 

@@ -12,6 +12,9 @@ from mhmoe_ray.cli.launch import ended
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
 
+ASK_SECONDS = 60.0
+"""For a dashboard that is busy: what is served would be taken away from its replicas."""
+
 
 def rm(
     runs: Annotated[list[str], typer.Argument(help="Ids, beginnings of ids, or paths.", autocompletion=complete.runs)],
@@ -37,6 +40,8 @@ def rm(
         if not typer.confirm(f"remove {names}, with all checkpoints?", err=True):
             note.print("nothing was removed")
             return
+        for run in found:  # to answer may have taken long
+            _check(run, force)
     for run in found:
         remove_tree(run.path)
         out.print(f"removed {run.id}")
@@ -52,7 +57,7 @@ def _check(run: "RunDir", force: bool) -> None:
     from mhmoe_ray.runs import events
 
     ended(run, force)
-    for where in served(run, events.events(run)):
+    for where in served(run, events.events(run), ASK_SECONDS):
         if where["status"] != "unknown":
             raise RunError(
                 f"run {run.id}",

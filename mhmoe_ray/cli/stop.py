@@ -47,7 +47,7 @@ def stop(
         note.print(f"asked for in its directory; whether it happens is not seen from here: {e.why}", soft_wrap=True)
         return
     found.stop_file.touch()
-    if now or not trains:
+    if now or events.state(events.events(found)) != "running":  # to connect may have taken long
         jobs.stop(connection, attempt.job)
     else:
         note.print("waiting for its checkpoint; `mhmoe stop --now` does not")

@@ -76,6 +76,8 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
                 return
             gone_since = gone_since or asked
             newer = patience.ask(partial(_stands, place), None)
+            if newer and newer[2]:
+                return
             if newer is None or newer[0] != newest or (newest != name and asked - gone_since < 2 * ASK_SECONDS):
                 continue  # whoever gave that order may follow it, and start it again
             if error := client.own_error(order):

@@ -19,7 +19,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
         path: with its query.
         token: the cluster's.
         missing_ok: whether there may be no such thing.
-        seconds: that an answer may take.
+        seconds: that an answer may take; a connection may take 10.
 
     Raises:
         ClusterError: nothing answers, or something that is no Ray dashboard.
@@ -29,7 +29,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
     keep_off_proxies(address)
     try:
-        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=seconds)
+        answer = requests.get(address + path, headers=token.headers if token else {}, timeout=(10, seconds))
     except requests.RequestException as e:
         raise unreachable(address, e) from e
     if answer.status_code in (401, 403):

@@ -15,6 +15,7 @@ QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 _SENDING_SECONDS = 300.0  # in which code and packages are sent to a cluster, which knows the job after that
+_LOCAL_SECONDS = 30.0  # the same of a cluster of this machine, to which nothing is sent
 _DOUBT_SECONDS = 30.0  # less than `patience.SECONDS`, so that who follows a run hears the end
 _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apart
 
@@ -50,6 +51,9 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
         over = recorded_outcome(events.events(run))
         if over:
             return over
+        job = job or jobs.info(connection, attempt.job)
+        if job and job.is_alive:
+            return None
     if job is None and _may_be_on_its_way(run, attempt):
         return None
     if job is None and not attempt.local and (since := quiet(run)) < doubt:
@@ -65,7 +69,8 @@ def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) 
 def _may_be_on_its_way(run: RunDir, attempt: Attempt) -> bool:
     began = events.newest(events.events(run), "began")
     has_begun = began is not None and began["attempt"] == newest_number(run)
-    return not attempt.local and not has_begun and abs(time.time() - attempt.submitted) < _SENDING_SECONDS
+    seconds = _LOCAL_SECONDS if attempt.local else _SENDING_SECONDS
+    return not has_begun and abs(time.time() - attempt.submitted) < seconds
 
 
 def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome | None:

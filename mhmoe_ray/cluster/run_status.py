@@ -92,13 +92,14 @@ def _asked(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def served(run: RunDir, happened: Happened) -> list[dict[str, Any]]:
-    """Where its checkpoints are served, as the clusters say that they were once deployed to."""
+def served(run: RunDir, happened: Happened, seconds: float = 10) -> list[dict[str, Any]]:
+    """Where its checkpoints are served, as the clusters say that they were once deployed to; "unknown" where one does
+    not say so in as many seconds."""
     deployed = {(e["address"], e["application"]): e for e in happened if e["event"] == "served"}
     found = []
     for address in {address for address, _ in deployed}:
         try:
-            there = {a.name: a for a in applications(connect(address))}
+            there = {a.name: a for a in applications(connect(address), seconds)}
         except MhmoeError as e:
             names = [name for where, name in deployed if where == address]
             found += [

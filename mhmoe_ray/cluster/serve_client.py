@@ -2,10 +2,14 @@
 
 import functools
 import logging
+import time
 from typing import Any
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.errors import ServeError
+
+END_SECONDS = 60.0
 
 
 @functools.cache
@@ -45,3 +49,22 @@ def put(connection: Connection, details: dict[str, Any], configs: list[dict[str,
     if details.get("target_capacity") is not None:
         config["target_capacity"] = details["target_capacity"]
     client(connection).deploy_applications(config)
+
+
+def end_idle(connection: Connection) -> dict[str, Any]:
+    """End Serve itself, which frees its port, unless it has applications.
+
+    Returns:
+        What Serve tells then.
+
+    Raises:
+        ServeError: it does not end.
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    while (details := get(connection)).get("http_options") and not details["applications"]:
+        if time.monotonic() > deadline:
+            raise ServeError("Ray Serve", f"it does not end within {END_SECONDS:.0f} s", "see the dashboard")
+        # That is said to be done, too, where Serve was too busy to hear of it, or had not ended in time.
+        client(connection).delete_applications()
+    return details

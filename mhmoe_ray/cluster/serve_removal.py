@@ -8,7 +8,7 @@ from typing import Any
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, get, put
+from mhmoe_ray.cluster.serve_client import client, configs, end_idle, get, put
 from mhmoe_ray.errors import ServeError
 
 SAY_SECONDS = 30.0
@@ -45,11 +45,9 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
         if details["applications"]:
             _ask(connection, name, details, patience)
             _wait(connection, name, patience, say)
-            details = get(connection)
         elif not details.get("http_options"):
             raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-        if not details["applications"]:
-            client(connection).delete_applications()
+        end_idle(connection)
 
 
 def _ask(connection: Connection, name: str, details: dict[str, Any], patience: Patience) -> None:
@@ -63,7 +61,8 @@ def _ask(connection: Connection, name: str, details: dict[str, Any], patience: P
     try:
         details = _without_what_starts(connection, name, details, patience)
     finally:  # else it would stay as one that starts nowhere
-        put(connection, details, [c for c in configs(details) if c["name"] != name], details["http_options"])
+        if name in details["applications"]:  # nobody else has removed it meanwhile
+            put(connection, details, [c for c in configs(details) if c["name"] != name], details["http_options"])
 
 
 def _without_what_starts(
@@ -86,7 +85,7 @@ def _without_what_starts(
 
     client(connection)  # its import takes seconds, in which what we are told would grow old
     details = until(_is_built)  # whose deployments are not told before, and would start between two questions
-    starting = [d for d, told in _deployments(details, name).items() if _lacks_some(told)]
+    starting = [d for d, told in _deployments(details, name).items() if _starts_some(told)]
     config = next((c for c in configs(details) if c["name"] == name), {})
     deployments = {d["name"]: d for d in config.get("deployments", [])}
     given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d in starting}
@@ -107,9 +106,10 @@ def _is_built(application: dict[str, Any]) -> bool:
     return bool(application["status"] != "DEPLOYING" or application["deployments"])
 
 
-def _lacks_some(deployment: dict[str, Any]) -> bool:
-    running = sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
-    return bool(running < deployment["target_num_replicas"])
+def _starts_some(deployment: dict[str, Any]) -> bool:
+    """Now or next; as many as there are to be may run, of a version that is to give way."""
+    states = [replica["state"] for replica in deployment["replicas"]]
+    return "STARTING" in states or states.count("RUNNING") < deployment["target_num_replicas"]
 
 
 def _gave_up(application: dict[str, Any], starting: list[str]) -> bool:

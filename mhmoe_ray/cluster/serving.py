@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.jobs import PACKAGES, with_packages
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, get, put
+from mhmoe_ray.cluster.serve_client import client, configs, end_idle, get, put
 from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
@@ -64,8 +64,7 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
         try:
             put(connection, details, [*others, application], {"host": host, "port": port})
         except RuntimeError:
-            if not details["applications"]:
-                serve.delete_applications()
+            end_idle(connection)
             raise
     route: str = application.get("route_prefix", "/")
     return _place(connection, host, port)[0] + route.rstrip("/")
@@ -73,10 +72,7 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
 
 def _checked(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
     """What Serve tells, if the application can be had there beside what it runs."""
-    details = get(connection)
-    if details.get("http_options") and not details["applications"]:
-        client(connection).delete_applications()  # Serve keeps its port, also one that it could not get
-        details = get(connection)
+    details = end_idle(connection)  # without applications it keeps its port, also one that it could not get
     _check_address(details, host, port)
     _check_route(details, application)
     return details
@@ -148,13 +144,17 @@ def _application(connection: Connection, name: str) -> Application:
     return found
 
 
-def applications(connection: Connection) -> list[Application]:
+def applications(connection: Connection, seconds: float = 60) -> list[Application]:
     """All that Serve runs on the cluster, by name.
+
+    Args:
+        connection: the cluster.
+        seconds: that an answer may take; the dashboard joins Ray for the first.
 
     Raises:
         ClusterError, TokenError: as `dashboard.get`.
     """
-    details = get(connection, seconds=10)
+    details = get(connection, seconds)
     http = details.get("http_options") or {}
     base, reachable = _place(connection, str(http.get("host")), int(http.get("port") or 0))
     found = []

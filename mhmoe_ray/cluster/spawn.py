@@ -13,6 +13,8 @@ from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.serve.config import ENVIRONMENT
 
 OBJECT_STORE_BYTES = 512 << 20
+PORTS = range(20000, 30000)
+"""Outside those of other clusters' workers (10002 to 19999) and those that the system gives out (from 32768)."""
 
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
@@ -121,10 +123,9 @@ def _shared_memory_holds(size: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports outside those of other clusters' workers (10002 to 19999) and those that the system gives out (from
-    32768)."""
+    """Of `PORTS`, which nobody has at the moment."""
     ports: list[int] = []
-    for port in random.SystemRandom().sample(range(20000, 30000), 1000):
+    for port in random.SystemRandom().sample(PORTS, 1000):
         with socket.socket() as s:
             try:
                 s.bind(("", port))
@@ -133,4 +134,4 @@ def free_ports(count: int) -> list[int]:
         ports.append(port)
         if len(ports) == count:
             return ports
-    raise ClusterError("local cluster", "no free ports between 20000 and 30000", "end what uses them")
+    raise ClusterError("local cluster", f"no free ports between {PORTS.start} and {PORTS.stop}", "end what uses them")

@@ -165,10 +165,10 @@ class Tail:
                 self._read[part.name] = part.stat().st_size
 
     def new(self) -> Iterator[dict[str, Any]]:
-        # What lies before the newest segment that was read does not grow any more.
+        # What was read before the newest does not grow any more; one of an earlier name may come, by another's clock.
         newest = max(self._read, default="")
         for part in _parts(self._path):
-            if part.name < newest:
+            if part.name < newest and part.name in self._read:
                 continue
             seen = self._read.get(part.name, 0)
             with part.open("rb") as f:

@@ -18,6 +18,9 @@ ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # A proxy that is not up after three times as many seconds is killed, and the deployment fails: five are too few for
+    # a machine at work.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 """Of every node that is to serve, before Ray starts there."""
 SPARE = 32

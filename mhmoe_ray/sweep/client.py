@@ -86,7 +86,7 @@ def submit(
         order.entries += [e for e in others if e.name not in known]
         order.wanted += [e.name for e in others]
         order.retry = {**{e.name: n for e in others if (n := at_work.retry.get(e.name))}, **order.retry}
-    return again(place, connection, order)
+    return _start(place, connection, order, anew=True)
 
 
 def again(place: SweepDir, connection: Connection, order: Order) -> str:
@@ -103,13 +103,19 @@ def again(place: SweepDir, connection: Connection, order: Order) -> str:
     Raises:
         JobError, ClusterError, SpecError: as `submit`.
     """
+    return _start(place, connection, order, anew=False)
+
+
+def _start(place: SweepDir, connection: Connection, order: Order, *, anew: bool) -> str:
+    """`anew`: also where the sweep was stopped, which otherwise ends this job too."""
     name = place.new_order()
     job = f"sweep-{place.name}-{name}"
     args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
     request = jobs.request(args, job, local=connection.local, runtime_env=order.entries[0].spec.cluster.runtime_env)
     jobs.submit(connection, request)
     # Only now, for what the job may wait: an order whose job no cluster takes would end the one at work.
-    place.stop_file.unlink(missing_ok=True)
+    if anew:
+        place.stop_file.unlink(missing_ok=True)
     where = {"job": job, "address": connection.address, "local": connection.local, "submitted": time.time()}
     place.write_order(name, order.model_copy(update=where))
     return name

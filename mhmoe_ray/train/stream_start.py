@@ -36,11 +36,12 @@ class StreamFromNewest(ray.train.DataConfig):
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """`datasets` has the names alone."""
-        require_newest(self._run, self._attempt)  # or it would remove what the newer job is writing
+        require_newest(self._run, self._attempt)
         newest = newest_checkpoint(self._run, describe=self._describe)
         for error in newest.skipped if newest else []:
             print(f"warning: {error}")
             events.record(self._run, "skipped_checkpoint", name=error.what, reason=error.why)
+        require_newest(self._run, self._attempt)  # now, or it would remove what a newer job is writing
         for folder in unfinished(self._run):  # of earlier groups: this one writes none before it has the stream
             remove_tree(folder)
         name, step, position = None, 0, 0

@@ -3,6 +3,7 @@ import http.server
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -330,6 +331,28 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
         until.touch()
     assert serving.applications(connection) == []
     wait_until(lambda: _is_free(port), "nobody listens there any more")
+
+
+@pytest.mark.ray
+def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port):
+    """As many replicas run as there are to be, of the version before; by Serve's own rules that which starts would stay
+    for its hour."""
+    app = _app("a", "x")
+
+    def deploy(cpus):
+        options = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "max_surge_percent": 100}
+        serving.deploy(
+            connection, {**app, "deployments": [{**options, "ray_actor_options": {"num_cpus": cpus}}]}, HOST, port
+        )
+
+    deploy(0.1)
+    serving.wait_until_running(connection, "a")
+    deploy(100)
+    wait_until(lambda: _states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
+    with ThreadPoolExecutor(2) as pool:
+        for ended in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
+            assert ended.exception() is None or "there is no such application" in str(ended.exception())
+    assert serving.applications(connection) == []
 
 
 @pytest.mark.ray

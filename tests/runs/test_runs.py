@@ -6,6 +6,7 @@ import pytest
 
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs import manifest as manifests
 from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number, read_attempts, require_newest
@@ -141,6 +142,17 @@ def test_a_tail_gives_each_whole_line_once(tmp_path):
         assert list(tail.new()) == []
         f.write(b"2}\n")
     assert list(tail.new()) == [{"a": 2}]
+
+
+def test_a_tail_misses_no_segment_that_comes_later_though_its_name_is_earlier(tmp_path, s3, monkeypatch):
+    """By the clock of another machine."""
+    path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
+    tail, found = jsonl.Tail(path), []
+    for name in ("20", "10", "15", "30"):
+        monkeypatch.setattr(jsonl, "_segment_name", lambda name=name: name)
+        jsonl.append(path, {"a": name})
+        found += tail.new()
+    assert found == [{"a": "20"}, {"a": "10"}, {"a": "15"}, {"a": "30"}]
 
 
 def test_history_takes_repeated_steps_from_the_last_who_did_them(run):

@@ -15,7 +15,7 @@ import ray
 from pydantic import PydanticDeprecatedSince20
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-from mhmoe_ray.serve.config import DEPLOYMENT
+from mhmoe_ray.serve.config import DEPLOYMENT, ENVIRONMENT
 
 from .conftest import free_port
 
@@ -36,8 +36,8 @@ def serving(cpus: int = 4) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(temp / "token"))
-        # As in a local cluster of ours (cluster/spawn.py).
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "mhmoe_ray.serve.http.proxy:middlewares")
+        for name, value in ENVIRONMENT.items():  # as in a local cluster of ours
+            patch.setenv(name, value)
         reset_auth_token_state()  # Ray reads both once, when it is imported
         try:
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _temp_dir=str(temp / "ray"))

@@ -195,10 +195,10 @@ def test_a_counter_that_does_not_answer_keeps_those_with_limits_no_longer_than_a
             asked.append(client)
 
     keys = (key("ann"), key("bob", requests_per_minute=2))
-    app = create_app(answerer, "tiny", ServeSpec(request_timeout=1, keys=keys), limits=Silent())
+    app = create_app(answerer, "tiny", ServeSpec(request_timeout=5, keys=keys), limits=Silent())
     late, free = (call(app, "POST", "/v1/completions", json=BODY, headers=bearer(name)) for name in ("bob", "ann"))
     assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
-    assert late.json()["error"]["message"] == "there was no answer within 1 s; ask for less, or later"
+    assert late.json()["error"]["message"] == "there was no answer within 5 s; ask for less, or later"
     assert (free.status_code, asked) == (200, ["bob"])
 
 

@@ -23,7 +23,7 @@ from .asking import pieces
 from .conftest import SEQ_LEN
 from .deployed import deploy, details, running, serving, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.ray
 
 LIMITED, TALKER, FREE = "secret", "of few words", "of all other tests"
 KEYS = (

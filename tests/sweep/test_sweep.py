@@ -18,6 +18,7 @@ from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.sweep import client, scheduler
 from tests.data.shards.manifests import manifest_of
 from tests.specs import tiny_spec
+from tests.watch import wait_until
 
 NOWHERE = Connection("http://127.0.0.1:1", True, True, None)
 
@@ -232,6 +233,21 @@ def test_what_a_command_asked_for_goes_on_beside_what_the_next_one_asks_for_unti
     assert client.stop(place) == ({}, [])
     assert [client.is_alive(one) for one in (order, newest)] == [False, False]
     assert list(place.runs()) == [over.name]  # for the second waits until the first has made way
+
+
+@pytest.mark.ray
+def test_a_job_that_is_started_again_ends_where_the_sweep_was_stopped_meanwhile(tmp_path, place, local_cluster):
+    """Whoever follows it saw the job gone before the sweep was stopped."""
+    connection, wanted = connect(), entry(tmp_path, "a")
+    order = place.order(ordered(place, [wanted]))
+    place.stop_file.parent.mkdir(parents=True, exist_ok=True)
+    place.stop_file.touch()
+    started = place.order(client.again(place, connection, order))
+    wait_until(lambda: not client.is_alive(started), "the end of the job")
+    assert (place.stop_file.exists(), list(place.runs())) == (True, [])
+    anew = place.order(client.submit(place, connection, [wanted], [wanted.name], size="small", concurrent=1))
+    assert not place.stop_file.exists()
+    jobs.stop(connection, anew.job)
 
 
 def test_a_removed_run_is_begun_anew(tmp_path, place):

@@ -64,17 +64,18 @@ def prepare(spec: RunSpec) -> DataManifest:
     """
     folder = spec.data.prepared
     if read_data_manifest(folder) is None:
-        place = make_workplace(spec)
         try:
-            with _chunks_as_blocks():
-                _Preparation(spec, place).run()
-            publish(place.result, folder)
+            place = make_workplace(spec)
+            try:
+                with _chunks_as_blocks():
+                    _Preparation(spec, place).run()
+                publish(place.result, folder)
+            finally:
+                shutil.rmtree(place.own, ignore_errors=True)
         except Exception:
             if read_data_manifest(folder) is None:
                 raise
             # Another job was first and has taken the parts away.
-        finally:
-            shutil.rmtree(place.own, ignore_errors=True)
         require_data_manifest(folder)  # else something that is no job's lies there, and the parts are kept
     clear(folder)  # also what a job left that was killed before it came here
     return prepared_for(spec)

@@ -7,7 +7,7 @@ from mhmoe_ray.data.prepare.job import main
 
 
 def in_small_chunks() -> None:
-    pipeline.CHUNK = 2_000
+    pipeline.CHUNK = 1_000
 
 
 def one_task_at_a_time() -> None:
