@@ -71,8 +71,9 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.spec import dump_spec
+    from mhmoe_ray.spec.packed import packed
 
-    folder, env = spec.data.prepared, {"MHMOE_SPEC": dump_spec(spec)}
+    folder, env = spec.data.prepared, {"MHMOE_SPEC": packed(dump_spec(spec))}
     job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     patience = Patience(say)

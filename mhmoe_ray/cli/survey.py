@@ -86,6 +86,7 @@ def raw_text(what: list[str], overrides: list[str]) -> What:
     if data.tokenizer:
         data = data.model_copy(update={"tokenizer": Path.cwd() / data.tokenizer})
     needed = [Path(source.path) for source in data.sources.values() if "://" not in source.path]
+    needed += [data.tokenizer] if data.tokenizer else []
     return What(", ".join(data.sources), data, cluster, needed, None, None)
 
 

@@ -45,7 +45,8 @@ class Stored:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        """(1,) of a number without a dimension, which is read as one of one."""
+        return tuple(self._slice(name).get_shape()) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises:

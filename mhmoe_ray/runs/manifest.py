@@ -51,6 +51,8 @@ class Manifest(BaseModel):
     """Steps done."""
     skipped: int = 0
     """Those of them that updated nothing, since their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Those of these that were the last ones."""
     tokens: int
     """Tokens predicted so far; padding is not among them."""
     position: int

@@ -90,7 +90,7 @@ class StoredSlice(NamedTuple):
     """Its first byte."""
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Of the slice."""
+    """Of the slice; (1,) of a number without a dimension."""
     offset: tuple[int, ...]
 
 
@@ -110,8 +110,8 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} is of dtype {entry['dtype']}")
-        shape = tuple(entry["shape"])
-        offset = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
+        shape = tuple(entry["shape"]) or (1,)
+        offset = tuple(offsets[name]["saved_offsets"] if name in offsets else ()) or (0,) * len(shape)
         start = 8 + length + entry["data_offsets"][0]
         found[name] = StoredSlice(file, start, DTYPES[entry["dtype"]], shape, offset)
     return found
@@ -134,7 +134,7 @@ def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
         file: `stored.file`, open.
     """
     local = target.local if target.local.ndim else target.local.view(1)
-    shape, there, here = stored.shape or (1,), stored.offset or (0,), target.offset or (0,)
+    shape, there, here = stored.shape, stored.offset, target.offset or (0,)
     first = [max(a, b) for a, b in zip(here, there, strict=True)]
     last = [min(a + n, b + m) for a, n, b, m in zip(here, local.shape, there, shape, strict=True)]
     if any(b <= a for a, b in zip(first, last, strict=True)):

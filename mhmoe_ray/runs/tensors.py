@@ -103,7 +103,7 @@ def load_tensors(
         there = index.get(name, [])
         if not there:
             raise _unfit(folder, f"{name} is not in it")
-        if (shape := _shape(there)) != target.shape:
+        if (shape := _shape(there)) != (target.shape or (1,)):
             raise _unfit(folder, f"{name} has shape {shape} there and {target.shape} in the model")
         for stored in there:
             by_file.setdefault(stored.file, []).append((name, stored))

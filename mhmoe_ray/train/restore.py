@@ -14,4 +14,5 @@ def restore(trainer: Trainer, checkpoint: Location, manifest: Manifest) -> None:
     load_tensors(checkpoint / "weights", weights, trainer.on_progress)
     load_tensors(checkpoint / "optim", moments, trainer.on_progress)
     strategy.loaded(weights, moments)
-    trainer.step, trainer.tokens, trainer.skipped = manifest.step, manifest.tokens, manifest.skipped
+    trainer.step, trainer.tokens = manifest.step, manifest.tokens
+    trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row

@@ -160,6 +160,7 @@ class Saver:
         return Manifest(
             step=trainer.step,
             skipped=trainer.skipped,
+            skipped_in_a_row=trainer.skipped_in_a_row,
             tokens=trainer.tokens,
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,

@@ -104,7 +104,8 @@ class Trainer:
         """Called when the state is about to change."""
         self.skipped = 0
         """Steps so far whose updates were not applied."""
-        self._in_a_row = 0
+        self.skipped_in_a_row = 0
+        """Those of them that were the last ones."""
 
     def _fill(self, model: Decoder) -> None:
         model.to_empty(device=self.device)
@@ -198,11 +199,11 @@ class Trainer:
         moe = self.spec.model.moe
         if applied and moe and moe.bias_rate:
             self._move_biases(sums.count_LE, moe.bias_rate)
-        self._in_a_row = 0 if applied else self._in_a_row + 1
-        if not applied and (self.spec.train.on_nonfinite == "stop" or self._in_a_row > MOST_SKIPPED):
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied and (self.spec.train.on_nonfinite == "stop" or self.skipped_in_a_row > MOST_SKIPPED):
             why = f"the gradient of step {self.step + 1} is not finite (norm {norm})"
-            if self._in_a_row > 1:
-                why += f", as those of the {self._in_a_row - 1} steps before it were not"
+            if self.skipped_in_a_row > 1:
+                why += f", as those of the {self.skipped_in_a_row - 1} steps before it were not"
             raise JobError("training", why, "submit again with a lower train.lr or longer warm-up")
         self.skipped += not applied
         self.step += 1

@@ -56,6 +56,14 @@ def test_we_read_torchs_files(tmp_path):
     assert {s.dtype for s in index_of(tmp_path / "weights")["half"]} == {torch.bfloat16}
 
 
+def test_a_number_without_a_dimension_is_one_of_one(tmp_path):
+    """As temperatures were stored that are parameters of one number now."""
+    save_tensors(tmp_path / "weights", TENSORS)
+    found = {"scalar": torch.zeros(1)}
+    load_tensors(tmp_path / "weights", found)
+    assert found["scalar"].tolist() == [3.5]
+
+
 def test_what_is_written_is_what_is_described(tmp_path):
     with (tmp_path / "x").open("wb") as file:
         entry = write_slices(file, {name: Slice(t, (0,) * t.ndim, tuple(t.shape)) for name, t in TENSORS.items()})

@@ -100,6 +100,32 @@ def test_hierarchical_dispatch_trains_alike(request, ep, nodes, strategy, shard_
         assert_alike(found, expected)
 
 
+@pytest.fixture(scope="module")
+def alone_with_xmoe():
+    return run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **with_xmoe()), STEPS)[0]
+
+
+def with_xmoe():
+    model = tiny_spec().model.model_dump()
+    return {"model": {**model, "moe": {**model["moe"], "router": "xmoe"}}}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ep", "strategy"),
+    [
+        (2, 2, "fsdp"),
+        (2, 1, "zero2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 2, "ddp"), (2, 2, "zero1"), (2, 1, "zero3")]),
+    ],
+)
+def test_a_router_with_a_learnt_temperature_trains_alike(alone_with_xmoe, workers, ep, strategy):
+    """A single number, which some strategies would refuse."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for found in run_ranks(workers, jobs.gradients_then_losses, spread(workers, ep, strategy, **with_xmoe()), STEPS):
+        assert_alike(found, alone_with_xmoe)
+
+
 def assert_alike(found, expected):
     for name, gradient in expected["gradients"].items():
         assert (found["gradients"][name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, f"gradient of {name}"

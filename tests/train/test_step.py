@@ -103,10 +103,15 @@ def test_a_checkpoint_after_a_skipped_step_goes_on_with_the_same_bits(tmp_path):
         assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-def test_more_than_ten_skipped_in_a_row_stop_the_run():
-    spec = tiny_spec(train={"on_nonfinite": "skip"})
+def test_more_than_ten_skipped_in_a_row_stop_the_run_though_it_was_restored_meanwhile(tmp_path):
+    spec, run = new_run(tmp_path, {"workers": 1}, train={"on_nonfinite": "skip"})
     trainer = trainer_of(spec)
-    for _ in range(10):
+    for step in range(10):
+        if step == 7:
+            save(run, trainer)
+            checkpoint, manifest, _ = newest_checkpoint(run)
+            trainer = trainer_of(spec)
+            restore(trainer, checkpoint, manifest)
         sums = trainer.accumulate(batches(spec, 0, trainer))
         spoil(trainer)
         trainer.update(sums)

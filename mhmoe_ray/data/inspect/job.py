@@ -1,6 +1,7 @@
 """The job of `mhmoe data inspect` and `lint`: the request comes packed in MHMOE_REQUEST, the survey is in its log."""
 
 import os
+import sys
 
 import ray
 
@@ -14,7 +15,7 @@ def main() -> None:
     ray.init()
     with logging_errors():
         for line in lines_of(survey(request)):
-            print(line)
+            sys.stdout.write(f"{line}\n")  # at once: Ray's own lines go to the same file
 
 
 if __name__ == "__main__":

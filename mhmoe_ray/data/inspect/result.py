@@ -4,8 +4,6 @@ The survey comes back as JSON in lines of the job's log, which is there on any c
 has no folder to leave a file in.
 """
 
-import base64
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from mhmoe_ray.data.inspect import REPORT
 from mhmoe_ray.data.inspect.copies import Copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.spec.packed import packed, unpacked
 
 _PIECE = 8_000  # characters of a line: Ray sends a log in chunks of 20,000
 
@@ -29,13 +28,12 @@ class Request(BaseModel):
     """Whether texts are held against textrules.py."""
 
     def packed(self) -> str:
-        """As an environment variable holds it, which in Linux has room for 128 KiB: a pattern that the shell spells out
-        is a thousand sources, alike but for a few letters."""
-        return base64.b64encode(zlib.compress(self.model_dump_json().encode())).decode()
+        """As an environment variable holds it."""
+        return packed(self.model_dump_json())
 
     @classmethod
     def unpacked(cls, text: str) -> Self:
-        return cls.model_validate_json(zlib.decompress(base64.b64decode(text)))
+        return cls.model_validate_json(unpacked(text))
 
 
 @dataclass

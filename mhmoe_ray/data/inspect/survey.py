@@ -21,7 +21,7 @@ from mhmoe_ray.data.inspect.copies import ENTRY, Copies, count_copies, deal
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.data.inspect.reading import Whole, open_encoder, survey_file
 from mhmoe_ray.data.inspect.result import Request, Survey
-from mhmoe_ray.data.sources import RawFile, find_files
+from mhmoe_ray.data.sources import RawFile, blocks_for, find_files
 
 PARTITION_BYTES = 4 << 30
 """Of raw files, a partition of entries; of documents of 500 stored bytes that is 8 million, 160 MB."""
@@ -45,7 +45,7 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     print(f"{SAYS}reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
     rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
     read = partial(_read_file, request=request, partitions=partitions)
-    blocks = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(read, compute=_at_once())
+    blocks = ray.data.from_items(rows, override_num_blocks=blocks_for(files)).flat_map(read, compute=_at_once())
 
     result, held, done = Survey(tokenized=request.tokenizer is not None), [], 0
     for bundle in blocks.iter_internal_ref_bundles():
@@ -74,6 +74,8 @@ def _at_once() -> ray.data.TaskPoolStrategy:
     return ray.data.TaskPoolStrategy(cores if crowded else None)
 
 
+MOST_BLOCKS = 1000
+
 _WHOLE = -1
 """In place of a partition: the row of a whole file."""
 
@@ -94,9 +96,10 @@ def _only(block: pa.Table, partition: int) -> pa.Table:
 
 
 def _count(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
-    """Copies by partition. A single one needs no shuffle, whose start takes longer than counting it."""
+    """Copies by partition. A single one needs no shuffle, whose start takes longer than counting it, unless its blocks
+    are more than a task can be given."""
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
-    if partitions == 1:
+    if partitions == 1 and len(blocks) <= MOST_BLOCKS:
         alone = ray.remote(_count_alone).options(num_cpus=1)
         counted = ray.get(alone.remote(count, *blocks))["data"].to_pylist()
     else:

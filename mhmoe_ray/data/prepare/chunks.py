@@ -1,6 +1,7 @@
 """The documents of raw files in chunks: what one task tokenises, and what a restart finds done or not.
 
-A chunk ends with the document that fills it, so chunks depend on the file alone. The last one of a file may hold none.
+A chunk ends with what fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last
+one of a file may hold none.
 """
 
 import pickle
@@ -89,13 +90,14 @@ def _chunks(
         if isinstance(item, Document):
             texts.append(item.text)
             size += len(item.text)
-            if size >= characters:
-                yield finish()
-            continue
-        bad.append(entry(file.domain, item))
-        stopped = limit.hopeless(reading.tally)
-        if stopped:
-            break
+        else:
+            bad.append(entry(file.domain, item))
+            size += len(bad[-1])
+            stopped = limit.hopeless(reading.tally)
+            if stopped:
+                break
+        if size >= characters:
+            yield finish()
     yield finish()
 
 

@@ -1,4 +1,4 @@
-"""The job of `mhmoe data prepare`; the spec comes as YAML in MHMOE_SPEC."""
+"""The job of `mhmoe data prepare`; the spec comes as packed YAML in MHMOE_SPEC."""
 
 import os
 
@@ -8,13 +8,18 @@ import yaml
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import logging_errors
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec.packed import unpacked
 
 
 def main() -> None:
-    spec = RunSpec.model_validate(yaml.safe_load(os.environ["MHMOE_SPEC"]))
+    spec = asked_for()
     ray.init()
     with logging_errors():
         prepare(spec)
+
+
+def asked_for() -> RunSpec:
+    return RunSpec.model_validate(yaml.safe_load(unpacked(os.environ["MHMOE_SPEC"])))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from mhmoe_ray.data.prepare.packing import Made, make_shard, plan
 from mhmoe_ray.data.prepare.parts import PartRef, Stream
 from mhmoe_ray.data.prepare.progress import Report
 from mhmoe_ray.data.prepare.quarantine import FILE, Limit
-from mhmoe_ray.data.prepare.tokenise import Tokenised, tokenise_chunk
+from mhmoe_ray.data.prepare.tokenise import Part, Tokenised, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import Chosen, choose
 from mhmoe_ray.data.prepare.work import Workplace, clear, make_workplace, publish
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
@@ -43,7 +43,7 @@ from mhmoe_ray.data.shards.manifest import (
     recipe,
     require_data_manifest,
 )
-from mhmoe_ray.data.sources import Tally, find_files
+from mhmoe_ray.data.sources import Tally, blocks_for, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.files import write_json
@@ -109,15 +109,15 @@ class _Preparation:
         start = self._make_tokenizer()
         self._say(f"tokenising {len(self._files)} files")
         self._report.enter("tokenising")
-        tokenised = self._tokenise()
-        by_domain: dict[str, list[Tokenised]] = defaultdict(list)
-        for chunk in tokenised:
-            by_domain[self._files[chunk.file].domain].append(chunk)
+        parts, tallies = self._tokenise()
+        by_domain: dict[str, list[Part]] = defaultdict(list)
+        for part in parts:
+            by_domain[self._files[part.file].domain].append(part)
         self._check_not_empty(by_domain)
         self._say(f"packing {len(by_domain)} domains and languages")
         made = self._pack(by_domain, start)
         self._report.enter("finishing")
-        held_out = {name: self._held_out(chunks) for name, chunks in sorted(by_domain.items())}
+        held_out = {name: self._held_out(own) for name, own in sorted(by_domain.items())}
         shards = {name: [m.shard for m in made[name]] for name in by_domain}
         finish = ray.remote(_finish).options(num_cpus=1)
         chosen, figures = ray.get(finish.remote(self._place.result, held_out, shards, self._spec, self._token_bytes))
@@ -127,13 +127,13 @@ class _Preparation:
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,
             domains={
-                name: _domain(by_domain[name], made[name], chosen.samples[name], self._data.seq_len)
+                name: _domain(by_domain[name], tallies[name], made[name], chosen.samples[name], self._data.seq_len)
                 for name in sorted(by_domain)
             },
             validation=chosen.shards,
             validation_tokens=chosen.targets,
             baselines=figures,
-            bad_lines=sum(chunk.tally.bad.total() for chunk in tokenised),
+            bad_lines=sum(tally.bad.total() for tally in tallies.values()),
         )
         write_json(self._place.result / "manifest.json", manifest.model_dump(mode="json"))
 
@@ -151,8 +151,8 @@ class _Preparation:
             tokenizer.save(str(path))
         return boundaries(load_tokenizer(path, vocab_size)).start
 
-    def _tokenise(self) -> list[Tokenised]:
-        """All chunks, by file and number; and the quarantine file.
+    def _tokenise(self) -> tuple[list[Part], dict[str, Tally]]:
+        """All parts, by file and number, and tallies by domain; and the quarantine file.
 
         Raises:
             DataError: more is bad than the spec allows.
@@ -169,17 +169,23 @@ class _Preparation:
             token_bytes=self._token_bytes,
         )
         # A cluster whose nodes start when they are needed may have none yet.
-        readers = max(1, ceil(ray.cluster_resources().get("CPU", 0) / CPUS_PER_READER))
-        files = ray.data.from_items(rows, override_num_blocks=len(rows))
+        cpus = max(self._spec.cluster.cpus, ray.cluster_resources().get("CPU", 0))
+        readers = ceil(cpus / CPUS_PER_READER)
+        files = ray.data.from_items(rows, override_num_blocks=blocks_for(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
-        done, tally, report = [], Tally(), self._report
+        parts, tally, report = [], Tally(), self._report
+        tallies, quarantined = defaultdict[str, Tally](Tally), []
         for row in chunks.map_batches(tokenise, batch_format="pyarrow", batch_size=1).iter_rows():
             chunk = Tokenised.of_row(row)
-            done.append(chunk)
+            part = chunk.part
+            parts.append(part)
             tally += chunk.tally
+            tallies[self._files[part.file].domain] += chunk.tally
+            if chunk.tally.bad:
+                quarantined.append((part.file, part.chunk))
             if chunk.stopped or self._limit.hopeless(tally):
                 raise self._limit.error(tally)
-            tokens = chunk.counts.tokens + chunk.counts.held_out_tokens
+            tokens = part.counts.tokens + part.counts.held_out_tokens
             report.done_bytes = tally.bytes_read
             report.documents, report.tokens = tally.documents, report.tokens + tokens
             if chunk.found:
@@ -190,38 +196,38 @@ class _Preparation:
             raise self._limit.error(tally)
         before = f", {report.found_tokens:,} of them from before" if report.found_tokens else ""
         self._say(f"{report.documents:,} documents have {report.tokens:,} tokens{before}")
-        done.sort(key=lambda chunk: (chunk.file, chunk.chunk))
+        parts.sort(key=lambda part: (part.file, part.chunk))
         with (self._place.result / FILE).open("wb") as out:
-            for chunk in done:
-                if chunk.tally.bad:
-                    out.write(quarantine_file(quarantine, chunk.file, chunk.chunk).read_bytes())
-        return done
+            for file, number in sorted(quarantined):
+                out.write(quarantine_file(quarantine, file, number).read_bytes())
+        return parts, tallies
 
-    def _check_not_empty(self, by_domain: dict[str, list[Tokenised]]) -> None:
+    def _check_not_empty(self, by_domain: dict[str, list[Part]]) -> None:
         """Here and not in a task, since Ray would wrap the error in a traceback."""
-        chunks = [chunk for own in by_domain.values() for chunk in own]
-        if not any(chunk.counts.held_out_documents for chunk in chunks):
+        if not any(part.counts.held_out_documents for own in by_domain.values() for part in own):
             fix = "raise data.validation_fraction or add documents"
             raise DataError("validation", "no document fell into the held-out share", fix)
+        if all(sum(part.counts.held_out_tokens for part in own) < 2 for own in by_domain.values()):
+            raise DataError("validation", "the documents of the held-out share have no tokens", fix)
         needed = 1 if self._data.packing == "best_fit" else self._data.seq_len + 1
-        if all(sum(chunk.counts.tokens for chunk in own) < needed for own in by_domain.values()):
+        if all(sum(part.counts.tokens for part in own) < needed for own in by_domain.values()):
             raise DataError("training", "no domain fills a single sample", "shorten data.seq_len or add documents")
 
-    def _training(self, chunks: list[Tokenised]) -> Stream:
-        parts = [PartRef(c.part, 0, c.counts.tokens) for c in chunks if c.counts.tokens]
-        return Stream(self._place.parts, parts, self._token_bytes)
+    def _training(self, parts: list[Part]) -> Stream:
+        refs = [PartRef(part.name, 0, part.counts.tokens) for part in parts if part.counts.tokens]
+        return Stream(self._place.parts, refs, self._token_bytes)
 
-    def _held_out(self, chunks: list[Tokenised]) -> Stream:
-        counted = [(c.part, c.counts) for c in chunks if c.counts.held_out_tokens]
-        parts = [PartRef(part, n.tokens, n.tokens + n.held_out_tokens) for part, n in counted]
-        return Stream(self._place.parts, parts, self._token_bytes)
+    def _held_out(self, parts: list[Part]) -> Stream:
+        counted = [(part.name, part.counts) for part in parts if part.counts.held_out_tokens]
+        refs = [PartRef(name, n.tokens, n.tokens + n.held_out_tokens) for name, n in counted]
+        return Stream(self._place.parts, refs, self._token_bytes)
 
-    def _pack(self, by_domain: dict[str, list[Tokenised]], start: int) -> dict[str, list[Made]]:
+    def _pack(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[Made]]:
         """The shards of each domain, in order."""
         plans = [
             p
-            for name, chunks in by_domain.items()
-            for p in plan(name, self._training(chunks), self._data, self._token_bytes)
+            for name, parts in by_domain.items()
+            for p in plan(name, self._training(parts), self._data, self._token_bytes)
         ]
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter("packing")
@@ -242,11 +248,8 @@ class _Preparation:
         return {name: sorted(shards, key=lambda m: m.number) for name, shards in made.items()}
 
 
-def _domain(chunks: list[Tokenised], made: list[Made], validation_samples: int, seq_len: int) -> Domain:
-    tally = Tally()
-    for chunk in chunks:
-        tally += chunk.tally
-    counts = [chunk.counts for chunk in chunks]
+def _domain(parts: list[Part], tally: Tally, made: list[Made], validation_samples: int, seq_len: int) -> Domain:
+    counts = [part.counts for part in parts]
     documents, tokens = sum(c.documents for c in counts), sum(c.tokens for c in counts)
     samples, padding = sum(m.shard.rows for m in made), sum(m.padding for m in made)
     # Best fit makes each token and each document's end a target; concatenation each token but the first.

@@ -40,14 +40,20 @@ class PartCounts(BaseModel):
     """UTF-8, of all of them."""
 
 
-class Tokenised(NamedTuple):
-    """A chunk that has become a part."""
+class Part(NamedTuple):
+    """What is kept of each chunk until all is packed."""
 
     file: int
     chunk: int
-    part: str
-    """Its name; empty for a chunk without documents."""
+    name: str
+    """Empty for a chunk without documents."""
     counts: PartCounts
+
+
+class Tokenised(NamedTuple):
+    """A chunk that has become a part."""
+
+    part: Part
     tally: Tally
     stopped: bool
     found: bool
@@ -93,7 +99,7 @@ def tokenise_chunk(
             tokens, counts = _encode(chunk.texts, document_encoder(tokenizer), validation_fraction, token_bytes)
             replace_file(part_file(parts, name), tokens.tobytes())
             replace_file(_described(part_file(parts, name)), counts.model_dump_json().encode())
-    tokenised = Tokenised(chunk.file, chunk.number, name, counts, chunk.tally, chunk.stopped, found)
+    tokenised = Tokenised(Part(chunk.file, chunk.number, name, counts), chunk.tally, chunk.stopped, found)
     return {key: [value] for key, value in tokenised.as_row().items()}
 
 

@@ -3,7 +3,7 @@
     <prepared>.partial-<hash of the settings>/
       parts/           tokens of chunks, named by content: what an earlier job left, this one does not make again
       progress.json
-      <a job's own>/   quarantine of each file; prepared/, the result
+      <a job's own>/   quarantine of each file; prepared/, the result; alive, written while the job is
 
 Jobs may work here at once: parts are all they share, each is written in one step, and two of one name are the same. The
 first to have a whole result gives it the name and takes the rest away; the others find that and use it.
@@ -13,13 +13,21 @@ import errno
 import glob
 import hashlib
 import json
+import os
 import secrets
 import shutil
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.spec import RunSpec
+
+ALIVE = "alive"
+ALIVE_SECONDS = 20.0
+DEAD_SECONDS = 1200.0
 
 
 class Workplace(NamedTuple):
@@ -47,9 +55,30 @@ def shared_folder(spec: RunSpec) -> Path:
 
 
 def make_workplace(spec: RunSpec) -> Workplace:
+    """A new job's, of which it says from time to time that it is still at work. What jobs have left that do not say so
+    any more is taken away: all that they had packed."""
     place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
     place.result.mkdir(parents=True)
+    (place.own / ALIVE).touch()
+    threading.Thread(target=_stay_alive, args=[place.own / ALIVE], daemon=True).start()
+    now = (place.own / ALIVE).stat().st_mtime  # by the clock of the storage
+    for other in shared.glob(f"*/{ALIVE}"):
+        with suppress(FileNotFoundError):  # that job has ended at this moment
+            if now - other.stat().st_mtime > DEAD_SECONDS:
+                shutil.rmtree(other.parent, ignore_errors=True)
     return place
+
+
+def _stay_alive(file: Path) -> None:
+    with suppress(FileNotFoundError):  # the job has ended, and its folder is gone
+        while True:
+            try:
+                os.utime(file)
+            except FileNotFoundError:
+                raise
+            except OSError:  # a storage that is away for a while; the next time will do
+                pass
+            time.sleep(ALIVE_SECONDS)
 
 
 def publish(result: Path, folder: Path) -> None:

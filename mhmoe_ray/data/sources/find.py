@@ -6,7 +6,8 @@ itself are of the domain `all`.
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mhmoe_ray.data.domains import subfolder_of
@@ -20,6 +21,12 @@ from mhmoe_ray.spec.formats import SUFFIXES
 WHOLE = "all"
 """Domain of files that are in no subfolder."""
 
+FILES_ALONE = 1000
+BLOCK_BYTES = 4 << 20
+
+_PREPARED = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
+"""Files of a prepared folder that no other has together."""
+_PARTIAL = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -35,20 +42,28 @@ def find_files(spec: DataSpec) -> list[RawFile]:
     return found
 
 
+def blocks_for(files: Sequence[RawFile]) -> int:
+    """As many blocks as a dataset of these files has, each of which a task reads: one for each, but of files that are
+    small and many a block has some neighbours, or tasks would be what takes time."""
+    return min(len(files), max(FILES_ALONE, sum(file.size for file in files) // BLOCK_BYTES))
+
+
 def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
-    """As `storage.files()`, but without the prepared folder, which may lie below a source's path, and without what is
-    beside it while it is made.
+    """As `storage.files()`, but without prepared folders, which may lie below a source's path, and without what is
+    beside them while they are made: neither the one that is named nor others, of other settings.
 
     Raises:
         DataError: the pattern is none.
         OSError: it cannot be listed, or there is nothing of this name.
     """
     root, listed = storage.files()
-    if "://" in root:
-        return root, listed
-    inside = below(os.path.realpath(root), os.path.realpath(prepared))  # whichever links they are named by
-    made = (f"{inside}/", f"{inside}.partial-")
-    return root, [file for file in listed if not below(root, file.path).startswith(made)]
+    paths = {file.path for file in listed}
+    others = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED[0]}"))
+    made = tuple(f"{folder}/" for folder in others if all(f"{folder}/{name}" in paths for name in _PREPARED))
+    if "://" not in root:
+        inside = below(os.path.realpath(root), os.path.realpath(prepared))  # whichever links they are named by
+        made += tuple(f"{root.rstrip('/')}/{inside}{end}" for end in ("/", ".partial-"))
+    return root, [f for f in listed if not f.path.startswith(made) and not _PARTIAL.search(below(root, f.path))]
 
 
 def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:

@@ -15,6 +15,8 @@ from mhmoe_ray.data.sources.items import BadLine, DamageError, Document, RawFile
 from mhmoe_ray.data.sources.lines import lines
 from mhmoe_ray.data.sources.storage import Storage
 
+MOST_OF_KEY = 40
+"""Characters of one that is shown."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -103,7 +105,8 @@ def unusable(text: str) -> Reason | None:
 def _why_no_text(fields: dict[str, Any], text_field: str) -> str:
     if text_field in fields:
         return f"{text_field!r} is {_kind(fields[text_field])}"
-    return f"no {text_field!r} among " + (", ".join(map(repr, sorted(fields)[:8])) or "no keys")
+    keys = (repr(key) if len(key) <= MOST_OF_KEY else f"{key[:MOST_OF_KEY]!r}..." for key in sorted(fields)[:8])
+    return f"no {text_field!r} among " + (", ".join(keys) or "no keys")
 
 
 def _kind(value: Any) -> str:

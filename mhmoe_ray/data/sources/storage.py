@@ -75,7 +75,7 @@ class Storage:
         if self.is_pattern:
             plain = next(i for i, part in enumerate(parts) if self._wild.search(part))
         root = "/".join(parts[:plain]) or "/"
-        info = self._fs.get_file_info(root)
+        info = self._ask(root)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
         if info.type == fs.FileType.File:
@@ -87,6 +87,12 @@ class Storage:
         wanted = (file for file in found if not re.search(r"(^|/)[._]", below(root, file.path)))
         ordered = sorted(wanted, key=lambda file: file.path.split("/"))
         return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
+
+    def _ask(self, path: str) -> fs.FileInfo:
+        try:
+            return self._fs.get_file_info(path)
+        except (pa.ArrowException, ValueError) as e:  # an empty name between two slashes, a NUL
+            raise OSError(str(e)) from e
 
     def _objects(self, root: str) -> Iterator[Listed]:
         for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):

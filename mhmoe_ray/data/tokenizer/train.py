@@ -14,6 +14,9 @@ from mhmoe_ray.spec import DataSpec
 
 MAX_PIECE = 32
 """Bytes of a Unigram piece; a letter has up to 4."""
+MAX_WORD = 1000
+"""Bytes that are looked at together. Text without a space or another break (a sequence of DNA, Base64) is cut: time
+goes with the square of a word's length."""
 _SPACE = "\u2581"  # SentencePiece's, which no letter of the byte-level alphabet is
 _THREADS = 16
 """SentencePiece adds up each thread's share of the counts, so that another number gives other last digits. Any machine
@@ -35,7 +38,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    whole = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole, pre_tokenizers.FixedLength(MAX_WORD)])
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = whole
     return tokenizer
 
 
@@ -45,7 +51,8 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     SentencePiece trains it: the tokenizers library adds up in the order of a hash table, so that its scores are not the
     same twice.
     """
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD)])
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in split.pre_tokenize_str(text))

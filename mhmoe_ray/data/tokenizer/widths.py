@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer.edges import find_boundaries, unknown_token
 
 UNKNOWN = -1
+_PLAIN = "It is a plain text, of words and  spaces: 12 of them, (or more)\nin 2 lines."
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -20,18 +21,25 @@ def token_count(tokenizer: Tokenizer) -> int:
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of UTF-8 by token id, int64; 0 for special tokens, and UNKNOWN for the one that stands for any text that
     has no other. Those of a document's tokens add up to its own, but for a space that some tokenizers put before its
-    first word, and for what a normalizer has changed before."""
+    first word, and for what a normalizer has changed before. All are UNKNOWN of a tokenizer that leaves parts of a
+    text out, as spaces."""
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token["special"] for token in content["added_tokens"]}
-    byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
+    byte_level = '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])
+    marks = content["model"].get("continuing_subword_prefix") or "", content["model"].get("end_of_word_suffix") or ""
     widths = np.zeros(token_count(tokenizer), np.int64)
     for token, number in tokenizer.get_vocab().items():
-        if not added.get(number):
-            widths[number] = _width(token, byte_level and number not in added)  # an added one is written as it is
+        if number not in added:
+            widths[number] = _width(token.removeprefix(marks[0]).removesuffix(marks[1]), byte_level)
+        elif not added[number]:
+            widths[number] = _width(token, False)  # it is written as it is
     unknown, edges = unknown_token(tokenizer), find_boundaries(tokenizer)
     # Tokenizers of GPT-2's kind name the end of a text there, and spell all in bytes.
     if unknown is not None and not (edges and unknown in edges.ends):
         widths[unknown] = UNKNOWN
+    plain = tokenizer.encode(_PLAIN, add_special_tokens=False).ids
+    if unknown not in plain and widths[plain].sum() - len(_PLAIN) not in (0, 1):
+        widths[:] = UNKNOWN
     return widths
 
 

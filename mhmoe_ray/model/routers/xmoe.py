@@ -22,7 +22,7 @@ class Scores(BaseScores):
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
         self.expert_EQ = nn.Parameter(torch.empty(moe.experts, moe.routing_width))
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 and DeepSpeed take no scalars
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.cosine(x_ND) / self.temperature

@@ -7,11 +7,8 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-import yaml
-
-from mhmoe_ray.data.prepare.job import main
+from mhmoe_ray.data.prepare.job import asked_for, main
 from mhmoe_ray.data.prepare.work import shared_folder
-from mhmoe_ray.spec import RunSpec
 from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
 
 
@@ -25,6 +22,6 @@ def kill_at(parts: int, pid: int, work: Path) -> None:
 if __name__ == "__main__":
     in_small_chunks()
     one_task_at_a_time()
-    work = shared_folder(RunSpec.model_validate(yaml.safe_load(os.environ["MHMOE_SPEC"])))
+    work = shared_folder(asked_for())
     get_context("spawn").Process(target=kill_at, args=(int(sys.argv[1]), os.getpid(), work), daemon=True).start()
     main()

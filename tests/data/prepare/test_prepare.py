@@ -23,6 +23,7 @@ from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
+from mhmoe_ray.spec.packed import packed
 from mhmoe_ray.train.digest import sample_digest
 from tests.data.shards.test_verify import make_folders, told
 from tests.data.texts import write_corpus, write_documents
@@ -89,7 +90,9 @@ class Killed(NamedTuple):
 def killed(corpus, local_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     spec = in_folder(corpus[0], folder / "again")
-    on_cluster(local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", MHMOE_SPEC=dump_spec(spec))
+    on_cluster(
+        local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", MHMOE_SPEC=packed(dump_spec(spec))
+    )
     made = spec.data.prepared.exists()
     [work] = folder.iterdir()
     return Killed(spec, made, read_progress(work).stage, len(list(work.glob("parts/*/*.json"))))
@@ -196,7 +199,7 @@ def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(killed, made):
 
 def test_two_jobs_at_once_make_the_same_and_leave_nothing(made, local_cluster, tmp_path):
     again = in_folder(made.spec, tmp_path / "again")
-    run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=dump_spec(again))
+    run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=packed(dump_spec(again)))
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(run) for _ in range(2)]:
             job.result()

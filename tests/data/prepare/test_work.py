@@ -1,12 +1,16 @@
 """What preparations leave beside a prepared folder, without Ray."""
 
+import os
+
+from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.prepare.progress import read_progress
-from mhmoe_ray.data.prepare.work import clear, make_workplace, shared_folder
+from mhmoe_ray.data.prepare.work import ALIVE, clear, make_workplace, shared_folder
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.runs.files import write_json
 from tests.data.shards.manifests import manifest_of
 from tests.specs import tiny_spec
+from tests.watch import wait_until
 
 
 def test_leftovers_of_another_folder_stay(tmp_path):
@@ -31,3 +35,18 @@ def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_pat
     assert prepare(spec) == made
     assert read_progress(shared_folder(spec)) is None
     assert list(tmp_path.iterdir()) == [spec.data.prepared]
+
+
+def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "ALIVE_SECONDS", 0.05)
+    spec = tiny_spec(tmp_path)
+    at_work = make_workplace(spec)
+    dead = at_work.shared / "dead"
+    (dead / "prepared" / "train").mkdir(parents=True)
+    for alive in (at_work.own / ALIVE, dead / ALIVE):
+        alive.touch()
+        os.utime(alive, (0, 0))
+    at_work.parts.mkdir()
+    wait_until(lambda: (at_work.own / ALIVE).stat().st_mtime, "its next sign of life")
+    place = make_workplace(spec)
+    assert {path.name for path in place.shared.iterdir()} == {at_work.own.name, place.own.name, "parts"}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.sources import Reason, find_files
+from mhmoe_ray.data.sources import RawFile, Reason, blocks_for, find_files
 from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.spec import DataSpec, checked
 from tests.data.sources.read import bad, data_spec, read, texts
@@ -100,6 +100,35 @@ def test_what_preparing_leaves_below_a_source_is_no_part_of_it(tmp_path):
         write_documents(tmp_path / "raw" / name, ["text"])
     assert find_files(spec) == before
     assert {file.domain for file in before} == {f"{name}/{sub}" for name in sources for sub in ("a", "out-of-print")}
+
+
+def test_nor_is_what_was_prepared_with_other_settings(tmp_path):
+    write_documents(tmp_path / "raw" / "a" / "f.jsonl", ["text"])
+    write_documents(tmp_path / "raw" / "b" / "manifest.json", ["text"])
+    write_documents(tmp_path / "raw" / "b" / "g.jsonl", ["text"])
+    before = find_files(tiny_spec(tmp_path).data)
+    for name in ("manifest.json", "tokenizer.json", "quarantine.jsonl", "train/00000.arrow"):
+        write_documents(tmp_path / "raw" / "prepared-2048" / name, ["text"])
+    write_documents(tmp_path / "raw" / "prepared-512.partial-0a1b2c3d" / "d4" / "quarantine" / "0.jsonl", ["text"])
+    assert find_files(tiny_spec(tmp_path).data) == before
+    assert {file.domain for file in before} == {"web/a", "web/b"}
+
+
+def test_names_that_no_storage_has_are_said(tmp_path):
+    for path in ("s3://bucket//data", "s3://bucket/a//x/*.jsonl", "s3:///data", "gs://", str(tmp_path / "a\0b")):
+        spec = tiny_spec(tmp_path, data={"sources": {"web": {"path": path}}}).data
+        with pytest.raises(DataError, match=r"^(source web|path |.*cannot be listed)"):
+            find_files(spec)
+
+
+def test_files_that_are_small_and_many_share_blocks():
+    def files(*sizes):
+        return [RawFile("web/a", f"/{i}", size, "jsonl") for i, size in enumerate(sizes)]
+
+    assert blocks_for(files(*[1 << 30] * 7)) == 7
+    assert blocks_for(files(*[100] * 1000)) == 1000
+    assert blocks_for(files(*[100] * 100_000)) == 1000
+    assert blocks_for(files(*[8 << 20] * 3000)) == 3000
 
 
 @pytest.mark.parametrize(("to", "detail"), [("nowhere", "not there any more"), ("g.jsonl", "Failed to open")])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from mhmoe_ray.data.tokenizer import DocumentEncoder
-from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
+from mhmoe_ray.data.tokenizer.train import MAX_WORD, train_bpe, train_unigram
 
 from .texts import SCRIPTS, texts
 
@@ -40,6 +40,17 @@ def test_a_vocabulary_is_as_large_as_asked_and_never_lacks_a_byte(kind):
 def test_frequent_words_become_one_token(kind):
     made = TRAIN[kind](["the moon rises over the quiet sea"] * 50 + SCRIPTS, 400)
     assert len(made.encode("the moon rises over the quiet sea").ids) <= 9
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_a_run_without_a_break_is_cut_and_spoils_neither_time_nor_vocabulary(kind):
+    """Whose whole length, squared, would take minutes."""
+    run = "ACGT" * 50_000
+    made = TRAIN[kind]([f"the moon {run}", "A" * 5000], 300)
+    assert max(map(len, made.get_vocab())) <= MAX_WORD
+    assert made.decode(made.encode(run).ids) == run
+    # Each is as one word to it, when it has been trained.
+    assert [word for word, _ in made.pre_tokenizer.pre_tokenize_str(run)] == [run]
 
 
 ONCE = """

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, UNKNOWN, DocumentEncoder, token_widths
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
@@ -39,6 +39,25 @@ def test_with_a_space_before_the_first_word_and_bytes_in_brackets():
     text = "the moon 🌙 rises"
     ids = DocumentEncoder(tokenizer).encode([text])[0]
     assert token_widths(tokenizer)[ids].sum() == len(text.encode()) + 1
+
+
+def test_words_that_are_marked_and_bytes_that_no_decoder_tells_of():
+    words = [*sorted(set("".join(TEXTS))), "##e", "##s"]
+    pieces = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    widths = token_widths(pieces)
+    assert widths[pieces.token_to_id("##e")] == 1
+    ended = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
+    assert token_widths(ended).tolist() == [UNKNOWN, UNKNOWN]  # it has no other letters, and leaves them out
+    plain = Tokenizer.from_str(TRAINED["bpe"].to_str())
+    plain.decoder = decoders.Fuse()
+    assert (token_widths(plain) == token_widths(TRAINED["bpe"])).all()
+
+
+def test_of_a_tokenizer_that_leaves_spaces_out_nobody_knows_the_bytes():
+    letters = sorted({*"".join(TEXTS), *map(chr, range(33, 127))})
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate([*letters, *(f"##{c}" for c in letters)])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert set(token_widths(tokenizer)) == {UNKNOWN}
 
 
 @pytest.mark.parametrize(
