@@ -82,7 +82,7 @@ def hidden_rows(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> l
 
 
 class SumOfProducts:
-    """Of the pieces of each expert in turn. Narrow numbers: each product is rounded once, and they add up in float32."""
+    """Of the pieces of each expert in turn. Narrow numbers: products are rounded once each, and add up in float32."""
 
     def __init__(self, like_EOI: Tensor) -> None:
         """Args:

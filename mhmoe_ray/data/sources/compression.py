@@ -29,6 +29,7 @@ _OTHERS = {
 the whole file's."""
 
 OUTPUT = 1 << 20  # of gzip at a time
+MOST = 1 << 16  # that gzip is given, which gives back what is not the member's
 MAX_BLOCK = 1 << 17  # of zstd, RFC 8878 section 3.1.1.2.4
 MAX_WINDOW = 1 << 31  # that of `zstd --long=31`, the most there is; a frame takes as much of it as it has content
 _CUT = "its zstd frame is cut off"
@@ -97,17 +98,18 @@ class _Bytes:
         self._at -= len(taken)
         return taken
 
-    def give_back(self, data: bytes) -> None:
-        self._held, self._at = data + self._held[self._at :], 0
+    def give_back(self, count: int) -> None:
+        """So many of the bytes that were just taken."""
+        self._at -= count
 
-    def chunk(self) -> bytes:
-        """What is at hand, or the next chunk; nothing where the file ends."""
-        held, at = self._held, self._at
-        self._held, self._at = b"", 0
-        return held[at:] or next(self._chunks, b"")
+    def some(self, most: int = MOST) -> bytes:
+        """Of what is at hand, or of the next chunk; nothing where the file ends."""
+        if self._at == len(self._held):
+            self._held, self._at = next(self._chunks, b""), 0
+        return self.take(min(most, len(self._held) - self._at))
 
     def rest(self) -> Iterator[bytes]:
-        while chunk := self.chunk():
+        while chunk := self.some(1 << 30):
             yield chunk
 
 
@@ -116,7 +118,7 @@ def _gunzip(data: _Bytes) -> Iterator[bytes]:
     while True:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
-            chunk = data.chunk()
+            chunk = data.some()
             if not chunk:
                 yield member.flush()
                 raise DamageError("its gzip stream is cut off")
@@ -126,12 +128,12 @@ def _gunzip(data: _Bytes) -> Iterator[bytes]:
             except zlib.error as e:
                 yield from _to_the_damage(before, chunk)
                 raise DamageError(f"its gzip stream is damaged: {_reason(e)}") from e
-            data.give_back(member.unconsumed_tail or member.unused_data)
-        while (after := data.chunk()) and not (after := after.lstrip(b"\0")):
+            data.give_back(len(member.unconsumed_tail or member.unused_data))
+        while (after := data.some()) and not (after := after.lstrip(b"\0")):
             pass
         if not after:
             return
-        data.give_back(after)
+        data.give_back(len(after))
         if not data.peek(2).startswith(GZIP):
             raise DamageError("after its gzip stream comes something else")
 

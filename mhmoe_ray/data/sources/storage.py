@@ -18,7 +18,8 @@ from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.location import SCHEMES, object_store
 
-CHUNK = 1 << 20  # a read; on object stores each one is a request
+CHUNK = 1 << 20  # a read
+OBJECT_CHUNK = 8 << 20  # the same on object stores, where each one is a request and takes its time
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -124,7 +125,7 @@ class Storage:
         read = 0
         try:
             with self.open(file.path) as stream:
-                while chunk := stream.read(CHUNK):
+                while chunk := stream.read(OBJECT_CHUNK if self._prefix else CHUNK):
                     read += len(chunk)
                     tally.bytes_read += len(chunk)
                     yield chunk
