@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mhmoe_ray.data.sources import Reading, Reason, find_files
+from mhmoe_ray.data.sources import Reading, Reason, find_files, storage
 from mhmoe_ray.data.sources.storage import CHUNK
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad, data_spec, read, texts
@@ -73,7 +73,8 @@ def test_a_source_on_s3_reads_as_the_same_one_here(tmp_path, s3):
     ]
 
 
-def test_an_object_that_vanishes_in_mid_read_is_told_with_what_was_read(tmp_path, s3):
+def test_an_object_that_vanishes_in_mid_read_is_told_with_what_was_read(tmp_path, s3, monkeypatch):
+    monkeypatch.setattr(storage, "OBJECT_CHUNK", CHUNK)
     query, system = s3
     write_documents(tmp_path / "f.jsonl", LONG)
     upload(system, tmp_path, "gone")
