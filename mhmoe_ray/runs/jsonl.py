@@ -112,10 +112,6 @@ def _gathered(path: ObjectPath) -> _Gathered:
     return _Gathered(path)
 
 
-def _parts(path: Location) -> list[Location]:
-    return [part for part, _ in parts_with_sizes(path)]
-
-
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
     """Files that together are this one, in order, with their bytes."""
     if isinstance(path, ObjectPath):
@@ -152,7 +148,7 @@ def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 def modified(path: Location) -> float:
     """When the last line was written, in seconds since the epoch; 0 without any."""
-    return max((part.stat().st_mtime for part in _parts(path)[-1:]), default=0.0)
+    return max((part.stat().st_mtime for part, _ in parts_with_sizes(path)[-1:]), default=0.0)
 
 
 class Tail:
@@ -161,16 +157,13 @@ class Tail:
     def __init__(self, path: Location, *, from_now: bool = False) -> None:
         self._path, self._read = path, dict[str, int]()
         if from_now:
-            for part in _parts(path):
-                self._read[part.name] = part.stat().st_size
+            self._read = {part.name: size for part, size in parts_with_sizes(path)}
 
     def new(self) -> Iterator[dict[str, Any]]:
-        # What was read before the newest does not grow any more; one of an earlier name may come, by another's clock.
-        newest = max(self._read, default="")
-        for part in _parts(self._path):
-            if part.name < newest and part.name in self._read:
-                continue
+        for part, size in parts_with_sizes(self._path):
             seen = self._read.get(part.name, 0)
+            if seen == size:
+                continue
             with part.open("rb") as f:
                 f.seek(seen)
                 added = f.read()

@@ -153,6 +153,9 @@ def test_a_tail_misses_no_segment_that_comes_later_though_its_name_is_earlier(tm
         jsonl.append(path, {"a": name})
         found += tail.new()
     assert found == [{"a": "20"}, {"a": "10"}, {"a": "15"}, {"a": "30"}]
+    (path / "10").write_bytes((path / "10").read_bytes() + b'{"a": "11"}\n')  # where lines are gathered, one grows
+    assert list(tail.new()) == [{"a": "11"}]
+    assert list(tail.new()) == []
 
 
 def test_history_takes_repeated_steps_from_the_last_who_did_them(run):

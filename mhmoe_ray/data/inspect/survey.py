@@ -21,7 +21,7 @@ from mhmoe_ray.data.inspect.copies import ENTRY, Copies, count_copies, deal
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.data.inspect.reading import Whole, open_encoder, survey_file
 from mhmoe_ray.data.inspect.result import Request, Survey
-from mhmoe_ray.data.sources import RawFile, blocks_for, find_files
+from mhmoe_ray.data.sources import RawFile, blocks_of, find_files
 
 PARTITION_BYTES = 4 << 30
 """Of raw files, a partition of entries; of documents of 500 stored bytes that is 8 million, 160 MB."""
@@ -43,9 +43,8 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     size = sum(file.size for file in files)
     partitions = min(MOST_PARTITIONS, 1 + size // partition_bytes)
     print(f"{SAYS}reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
-    rows = [{"number": i, **file._asdict()} for i, file in enumerate(files)]
     read = partial(_read_file, request=request, partitions=partitions)
-    blocks = ray.data.from_items(rows, override_num_blocks=blocks_for(files)).flat_map(read, compute=_at_once())
+    blocks = ray.data.from_arrow(blocks_of(files)).flat_map(read, compute=_at_once())
 
     result, held, done = Survey(tokenized=request.tokenizer is not None), [], 0
     for bundle in blocks.iter_internal_ref_bundles():

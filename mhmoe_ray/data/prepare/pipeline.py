@@ -43,7 +43,7 @@ from mhmoe_ray.data.shards.manifest import (
     recipe,
     require_data_manifest,
 )
-from mhmoe_ray.data.sources import Tally, blocks_for, find_files
+from mhmoe_ray.data.sources import Tally, blocks_of, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.runs.files import write_json
@@ -52,6 +52,9 @@ from mhmoe_ray.spec import RunSpec
 
 CPUS_PER_READER = 8
 """One core reads as fast as this many tokenise, and more; they wait for each other, so readers take no CPU of Ray's."""
+
+MOST_CPUS_TO_COME = 64
+"""For which a cluster without CPUs gets readers at once: those may run on its head."""
 
 BASELINE_TOKENS = 20_000_000
 
@@ -157,7 +160,6 @@ class _Preparation:
         Raises:
             DataError: more is bad than the spec allows.
         """
-        rows = [{"number": i, **file._asdict()} for i, file in enumerate(self._files)]
         quarantine = self._place.quarantine
         read = partial(read_chunks, spec=self._data, limit=self._limit, quarantine=quarantine, characters=CHUNK)
         tokenise = partial(
@@ -169,9 +171,9 @@ class _Preparation:
             token_bytes=self._token_bytes,
         )
         # A cluster whose nodes start when they are needed may have none yet.
-        cpus = max(self._spec.cluster.cpus, ray.cluster_resources().get("CPU", 0))
+        cpus = ray.cluster_resources().get("CPU", 0) or min(self._spec.cluster.cpus, MOST_CPUS_TO_COME)
         readers = ceil(cpus / CPUS_PER_READER)
-        files = ray.data.from_items(rows, override_num_blocks=blocks_for(self._files))
+        files = ray.data.from_arrow(blocks_of(self._files))
         chunks = files.map_batches(read, batch_format="pyarrow", batch_size=1, num_cpus=0, concurrency=readers)
         parts, tally, report = [], Tally(), self._report
         tallies, quarantined = defaultdict[str, Tally](Tally), []

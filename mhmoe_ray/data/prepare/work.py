@@ -55,30 +55,30 @@ def shared_folder(spec: RunSpec) -> Path:
 
 
 def make_workplace(spec: RunSpec) -> Workplace:
-    """A new job's, of which it says from time to time that it is still at work. What jobs have left that do not say so
-    any more is taken away: all that they had packed."""
+    """A new job's, of which it says from time to time that it is still at work. As long as it does, it takes away what
+    other jobs have left that do not say so any more: all that they had packed."""
     place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
     place.result.mkdir(parents=True)
     (place.own / ALIVE).touch()
-    threading.Thread(target=_stay_alive, args=[place.own / ALIVE], daemon=True).start()
-    now = (place.own / ALIVE).stat().st_mtime  # by the clock of the storage
-    for other in shared.glob(f"*/{ALIVE}"):
-        with suppress(FileNotFoundError):  # that job has ended at this moment
-            if now - other.stat().st_mtime > DEAD_SECONDS:
-                shutil.rmtree(other.parent, ignore_errors=True)
+    threading.Thread(target=_stay_alive, args=[place], daemon=True).start()
     return place
 
 
-def _stay_alive(file: Path) -> None:
-    with suppress(FileNotFoundError):  # the job has ended, and its folder is gone
-        while True:
-            try:
-                os.utime(file)
-            except FileNotFoundError:
-                raise
-            except OSError:  # a storage that is away for a while; the next time will do
-                pass
-            time.sleep(ALIVE_SECONDS)
+def _stay_alive(place: Workplace) -> None:
+    there = True
+    while there:
+        with suppress(OSError):  # a storage that is away for a while: the next time will do
+            there = place.own.exists()  # else the job has ended
+            os.utime(place.own / ALIVE)
+            _bury_the_dead(place)
+        time.sleep(ALIVE_SECONDS)
+
+
+def _bury_the_dead(place: Workplace) -> None:
+    now = (place.own / ALIVE).stat().st_mtime  # by the clock of the storage
+    for other in place.shared.glob(f"*/{ALIVE}"):
+        if now - other.stat().st_mtime > DEAD_SECONDS:
+            shutil.rmtree(other.parent, ignore_errors=True)
 
 
 def publish(result: Path, folder: Path) -> None:

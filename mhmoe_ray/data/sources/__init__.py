@@ -12,8 +12,8 @@ documents filters keep.
 Files of JSON lines and of text may be zstd or gzip, whatever their names say.
 """
 
-from mhmoe_ray.data.sources.find import blocks_for, find_files
+from mhmoe_ray.data.sources.find import blocks_of, find_files
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.reading import Reading
 
-__all__ = ["BadLine", "Document", "RawFile", "Reading", "Reason", "Tally", "blocks_for", "find_files"]
+__all__ = ["BadLine", "Document", "RawFile", "Reading", "Reason", "Tally", "blocks_of", "find_files"]

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
 from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.sources.formats.redpajama_v2 import NAME, Beside
 from mhmoe_ray.data.sources.items import RawFile
@@ -42,10 +44,18 @@ def find_files(spec: DataSpec) -> list[RawFile]:
     return found
 
 
-def blocks_for(files: Sequence[RawFile]) -> int:
-    """As many blocks as a dataset of these files has, each of which a task reads: one for each, but of files that are
-    small and many a block has some neighbours, or tasks would be what takes time."""
-    return min(len(files), max(FILES_ALONE, sum(file.size for file in files) // BLOCK_BYTES))
+def blocks_of(files: Sequence[RawFile]) -> list[pa.Table]:
+    """Blocks of a dataset, each for a task to read: a table with a row for each file, its number and the fields of
+    `RawFile`. A file is a block, but of those that are small and many a block has some neighbours, or tasks would be
+    what takes time."""
+    most, blocks, rows, size = 1 + len(files) // FILES_ALONE, [], [], 0
+    for number, file in enumerate(files):
+        rows.append({"number": number, **file._asdict()})
+        size += file.size
+        if size >= BLOCK_BYTES or len(rows) == most or number == len(files) - 1:
+            blocks.append(pa.Table.from_pylist(rows))
+            rows, size = [], 0
+    return blocks
 
 
 def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
@@ -56,8 +66,7 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
         DataError: the pattern is none.
         OSError: it cannot be listed, or there is nothing of this name.
     """
-    root, listed = storage.files()
-    paths = {file.path for file in listed}
+    root, listed, paths = storage.files()
     others = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED[0]}"))
     made = tuple(f"{folder}/" for folder in others if all(f"{folder}/{name}" in paths for name in _PREPARED))
     if "://" not in root:

@@ -29,6 +29,15 @@ class Listed(NamedTuple):
     size: int
 
 
+class Listing(NamedTuple):
+    root: str
+    """The folder that all are below: that before the first wildcard, or that of a single file."""
+    files: list[Listed]
+    """Those that are meant, sorted by their names."""
+    paths: set[str]
+    """Of all that are there, whatever a pattern takes of them."""
+
+
 class Storage:
     """The files of one source.
 
@@ -62,9 +71,8 @@ class Storage:
         """Whether the path has wildcards, and is no name of something that is there."""
         return bool(self._wild.search(self._pattern)) and not Path(self._pattern).exists()
 
-    def files(self) -> tuple[str, list[Listed]]:
-        """All files, sorted by their names, and the folder that they are below: that before the first wildcard, or that
-        of a single file. Hidden ones (a leading dot or underscore) are left out.
+    def files(self) -> Listing:
+        """All files. Hidden ones (a leading dot or underscore) are left out.
 
         Raises:
             DataError: the pattern is none.
@@ -80,14 +88,17 @@ class Storage:
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(f"there is no folder {self._prefix}{root}")
         if info.type == fs.FileType.File:
-            return self._prefix + root.rpartition("/")[0], [Listed(self._prefix + root, info.size)]
-        found = _local(root) if self._prefix == "" else self._objects(root)
+            alone = Listed(self._prefix + root, info.size)
+            return Listing(self._prefix + root.rpartition("/")[0], [alone], {alone.path})
+        found = list(_local(root) if self._prefix == "" else self._objects(root))
+        paths = {self._prefix + file.path for file in found}
         if plain < len(parts):
             pattern = _translate(parts[plain:])
-            found = (file for file in found if pattern.fullmatch(below(root, file.path)))
+            found = [file for file in found if pattern.fullmatch(below(root, file.path))]
         wanted = (file for file in found if not re.search(r"(^|/)[._]", below(root, file.path)))
         ordered = sorted(wanted, key=lambda file: file.path.split("/"))
-        return self._prefix + root, [Listed(self._prefix + file.path, file.size) for file in ordered]
+        files = [Listed(self._prefix + file.path, file.size) for file in ordered]
+        return Listing(self._prefix + root, files, paths)
 
     def _ask(self, path: str) -> fs.FileInfo:
         try:

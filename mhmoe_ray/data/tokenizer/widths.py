@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer.edges import find_boundaries, unknown_token
 
 UNKNOWN = -1
-_PLAIN = "It is a plain text, of words and  spaces: 12 of them, (or more)\nin 2 lines."
+_PLAIN = "It is a plain text, of words and spaces: 12 of them, (or more)\nin 2 lines."
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.data.sources import RawFile, Reason, blocks_for, find_files
+from mhmoe_ray.data.sources import RawFile, Reason, blocks_of, find_files
 from mhmoe_ray.errors import DataError, SpecError
 from mhmoe_ray.spec import DataSpec, checked
 from tests.data.sources.read import bad, data_spec, read, texts
@@ -112,6 +112,8 @@ def test_nor_is_what_was_prepared_with_other_settings(tmp_path):
     write_documents(tmp_path / "raw" / "prepared-512.partial-0a1b2c3d" / "d4" / "quarantine" / "0.jsonl", ["text"])
     assert find_files(tiny_spec(tmp_path).data) == before
     assert {file.domain for file in before} == {"web/a", "web/b"}
+    for pattern in ("raw/**/*.jsonl", "raw/*/*.jsonl"):
+        assert {name for _, name in found(tmp_path / pattern)} == {"f.jsonl", "g.jsonl"}
 
 
 def test_names_that_no_storage_has_are_said(tmp_path):
@@ -125,10 +127,16 @@ def test_files_that_are_small_and_many_share_blocks():
     def files(*sizes):
         return [RawFile("web/a", f"/{i}", size, "jsonl") for i, size in enumerate(sizes)]
 
-    assert blocks_for(files(*[1 << 30] * 7)) == 7
-    assert blocks_for(files(*[100] * 1000)) == 1000
-    assert blocks_for(files(*[100] * 100_000)) == 1000
-    assert blocks_for(files(*[8 << 20] * 3000)) == 3000
+    def rows(*sizes):
+        blocks = blocks_of(files(*sizes))
+        assert [row["number"] for block in blocks for row in block.to_pylist()] == list(range(len(sizes)))
+        return [block.num_rows for block in blocks]
+
+    assert rows(*[1 << 30] * 7) == [1] * 7
+    assert rows(*[100] * 999) == [1] * 999
+    assert rows(*[100] * 100_000) == [101] * 990 + [10]
+    assert rows(*[1 << 20] * 10_000) == [4] * 2500
+    assert rows(*[100] * 10_000, *[8 << 20] * 5)[-5:] == [2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("to", "detail"), [("nowhere", "not there any more"), ("g.jsonl", "Failed to open")])
