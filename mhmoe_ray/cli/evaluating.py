@@ -75,6 +75,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     from mhmoe_ray.evaluate import CAN_GROW, SAYS
     from mhmoe_ray.evaluate.request import stored
     from mhmoe_ray.spec import ClusterSpec
+    from mhmoe_ray.spec.packed import packed
 
     if not request.said:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
@@ -86,7 +87,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
     connection = connecting.cluster_for(section, needed, request.cpus, address)
-    env = {"MHMOE_REQUEST": request.model_dump_json(), CAN_GROW: str(int(not connection.local))}
+    env = {"MHMOE_REQUEST": packed(request.model_dump_json()), CAN_GROW: str(int(not connection.local))}
     job = Job.start(connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", env)
     job.say(SAYS)
     made = stored(run, request)

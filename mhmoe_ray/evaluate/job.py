@@ -1,4 +1,4 @@
-"""The job of `mhmoe eval` and `mhmoe routing`; the request comes as JSON in MHMOE_REQUEST."""
+"""The job of `mhmoe eval` and `mhmoe routing`; the request comes as packed JSON in MHMOE_REQUEST."""
 
 import os
 
@@ -7,10 +7,11 @@ import ray
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
 from mhmoe_ray.evaluate import CAN_GROW, SAYS
 from mhmoe_ray.evaluate.request import EvalRequest
+from mhmoe_ray.spec.packed import unpacked
 
 
 def main() -> None:
-    request = EvalRequest.model_validate_json(os.environ["MHMOE_REQUEST"])
+    request = EvalRequest.model_validate_json(unpacked(os.environ["MHMOE_REQUEST"]))
     ray.init()
     with logging_errors():
         _check_room(request, can_grow=os.environ[CAN_GROW] != "0")

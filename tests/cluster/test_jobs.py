@@ -6,7 +6,6 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.cluster.shipping import NEVER
@@ -15,11 +14,6 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import create_run
 from tests.specs import tiny_spec
-
-
-@pytest.fixture
-def connection(local_cluster):
-    return connect()
 
 
 def _submit(connection, job, code, **options):

@@ -1,42 +1,16 @@
 import dataclasses
-import http.server
-import json
 import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import requests
 
-from mhmoe_ray.cluster import dashboard, serve_client, serve_removal, serving
-from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster import dashboard, serve_client, serving
+from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.jobs import with_packages
 from mhmoe_ray.cluster.serve_removal import remove
-from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
-from tests.watch import LIMIT, wait_until
-
-HOST = "127.0.0.1"
-
-
-@pytest.fixture
-def connection(local_cluster):
-    return connect()
-
-
-@pytest.fixture(scope="module")
-def port():
-    return free_ports(1)[0]
-
-
-def _app(name, word):
-    runtime_env = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    app = {"name": name, "route_prefix": f"/{name}", "import_path": "echo_app:build", "args": {"word": word}}
-    return {**app, "runtime_env": runtime_env}
-
+from tests.cluster.applications import HOST, answering, ask, building, echo, is_free, told_of
+from tests.watch import wait_until
 
 OWN = """
 import os
@@ -53,10 +27,6 @@ class Echo:
 def build(args):
     return Echo.bind()
 """
-
-
-def _get(port, name):
-    return requests.get(f"http://{HOST}:{port}/{name}", timeout=10)
 
 
 def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
@@ -81,7 +51,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         """What replicas in this environment say, and that environment as it was sent."""
         assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
         serving.wait_until_running(there, "a")
-        assert _get(port, "a").text == word
+        assert ask(port, "a").text == word
         [deployed] = serve_client.configs(serve_client.get(there))
         assert len(deployed["runtime_env"]["py_modules"]) == modules
         return deployed["runtime_env"]
@@ -131,44 +101,10 @@ def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all
     assert serving._place(Connection("http://127.0.0.1:8265", False, True, None), host, 8000)[1]
 
 
-@contextmanager
-def answering(paths):
-    """A server on loopback, and the requests that it got: paths, and whether with a key. At a path with None it is too
-    busy to answer."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, "Authorization" in self.headers))
-            told = paths.get(self.path, {})
-            self.send_response(503 if told is None else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps(told).encode())
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer((HOST, 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port, asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def _building(message):
-    """What a dashboard tells of an application that does not answer yet."""
-    config = {"import_path": "mhmoe_ray.serve.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
-    app = {"route_prefix": None, "status": "DEPLOYING", "message": message, "deployments": {}}
-    return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
-
-
 def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(monkeypatch):
     """A node that must start, and its image, may take half an hour; a dashboard may be late meanwhile."""
     monkeypatch.setattr(serving, "SAY_SECONDS", 0)
-    told, said = _building("waiting for the cluster to auto-scale"), []
+    told, said = building("waiting for the cluster to auto-scale"), []
     board = {"/api/serve/applications/": told}
     with answering(board) as (port, _):
 
@@ -186,7 +122,7 @@ def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(mo
 
 
 def test_what_serve_gives_up_is_waited_for_no_longer():
-    told = _building("No module named 'x'")
+    told = building("No module named 'x'")
     told["applications"]["a"]["status"] = "DEPLOY_FAILED"
     with answering({"/api/serve/applications/": told}) as (port, _):
         at = Connection(f"http://{HOST}:{port}", False, True, None)
@@ -199,7 +135,7 @@ def test_what_serve_gives_up_is_waited_for_no_longer():
 
 def test_a_route_is_taken_while_its_application_is_built():
     with pytest.raises(ServeError, match="application b: a answers at /a already"):
-        serving._check_route(_building(""), {"name": "b", "route_prefix": "/a"})
+        serving._check_route(building(""), {"name": "b", "route_prefix": "/a"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -245,139 +181,8 @@ def test_port_that_is_taken(connection):
         s.listen()
         taken = s.getsockname()[1]
         with pytest.raises(ServeError, match=f"application a: .*Failed to bind .*; correct it, or its address {HOST}"):
-            serving.deploy(connection, _app("a", "x"), HOST, taken)
+            serving.deploy(connection, echo("a", "x"), HOST, taken)
     assert serving.applications(connection) == []  # and Serve is not left with that port: the next test takes another
-
-
-def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
-    """Serve tells nothing of deployments then."""
-    monkeypatch.setattr(serve_removal, "SAY_SECONDS", 0)
-    told, said = _building(""), []
-    told["applications"] |= {"b": told["applications"]["a"], "a": {**told["applications"]["a"], "status": "DELETING"}}
-    board = {"/api/serve/applications/": told}
-    with answering(board) as (port, _):
-
-        def say(line):
-            said.append(line)
-            board["/api/serve/applications/"] = None if len(said) == 1 else told
-            if len(said) == 3:
-                told["applications"].pop("a", None)
-
-        at = Connection(f"http://{HOST}:{port}", False, True, None)
-        remove(at, "a", say)
-        assert [line.split(",")[0] for line in said] == [
-            "application a ends what it has begun",
-            "still following",
-            "application a ends what it has begun",
-        ]
-        with pytest.raises(ServeError, match="application a: there is no such application"):
-            remove(at, "a")
-        told["applications"]["a"] = {**told["applications"]["b"], "status": "DELETING"}
-        with pytest.raises(ServeError, match="application a: it is deployed anew meanwhile"):
-            remove(at, "a", lambda line: told["applications"]["a"].update(status="DEPLOYING"))
-
-
-def test_an_application_of_a_program_is_left_to_it():
-    told = _building("")
-    told["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
-    said = "application a: it was deployed by a program of its own"
-    with answering({"/api/serve/applications/": told}) as (port, _), pytest.raises(ServeError, match=said):
-        remove(Connection(f"http://{HOST}:{port}", False, True, None), "a")
-
-
-def _application(connection, name):
-    return serve_client.get(connection)["applications"][name]
-
-
-def _states(connection, name):
-    deployments = _application(connection, name)["deployments"].values()
-    return sorted(replica["state"] for told in deployments for replica in told["replicas"])
-
-
-def _is_free(port):
-    """Serve ends without waiting for its proxy's process."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-@pytest.mark.ray
-def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path):
-    """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
-    two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
-    two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
-    began, until, answers = tmp_path / "began", tmp_path / "until", []
-    url = f"http://{HOST}:{port}/a?began={began}&until={until}"
-    serving.deploy(connection, {**_app("a", "x"), "deployments": [two]}, HOST, port)
-    try:
-        wait_until(lambda: _states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
-        wait_until(lambda: _get(port, "a").text == "x", "an answer")
-        asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
-        asking.start()
-        wait_until(began.exists, "a request under way")
-        removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
-        removing.start()
-        wait_until(lambda: _application(connection, "a")["status"] == "DELETING", "its removal")
-        until.touch()
-        asking.join(LIMIT)
-        assert answers == ["x"]
-        removing.join(LIMIT)
-        assert not removing.is_alive()
-    finally:
-        until.touch()
-    assert serving.applications(connection) == []
-    wait_until(lambda: _is_free(port), "nobody listens there any more")
-
-
-@pytest.mark.ray
-def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port):
-    """As many replicas run as there are to be, of the version before; by Serve's own rules that which starts would stay
-    for its hour."""
-    app = _app("a", "x")
-
-    def deploy(cpus):
-        options = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "max_surge_percent": 100}
-        serving.deploy(
-            connection, {**app, "deployments": [{**options, "ray_actor_options": {"num_cpus": cpus}}]}, HOST, port
-        )
-
-    deploy(0.1)
-    serving.wait_until_running(connection, "a")
-    deploy(100)
-    wait_until(lambda: _states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
-    with ThreadPoolExecutor(2) as pool:
-        for ended in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
-            assert ended.exception() is None or isinstance(ended.exception(), ServeError)  # of what the other does
-    assert serving.applications(connection) == []
-
-
-@pytest.mark.ray
-def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path, monkeypatch):
-    """Its replica starts at the worst moment: when Serve has told that there is none."""
-    gate = tmp_path / "gate"
-    nowhere = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
-    app = _app("a", "x")
-    app["args"]["gate"] = str(gate)
-    serving.deploy(connection, {**app, "deployments": [nowhere]}, HOST, port)
-    assert _states(connection, "a") == []
-
-    def get_before_it_starts(*args):
-        details = serve_client.get(*args)
-        if not gate.exists():
-            gate.touch()
-            wait_until(lambda: _states(connection, "a") == ["STARTING"], "a replica without room")
-        return details
-
-    monkeypatch.setattr(serve_removal, "get", get_before_it_starts)
-    removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
-    removing.start()
-    removing.join(LIMIT)
-    assert not removing.is_alive()
-    assert serving.applications(connection) == []
 
 
 @pytest.mark.ray
@@ -390,30 +195,30 @@ def test_two_applications(connection, port, monkeypatch):
 
     def send_while_another_deploys(*args):
         monkeypatch.setattr(serving, "_sent", send)
-        serving.deploy(other, _app("b", "other"), HOST, port)
+        serving.deploy(other, echo("b", "other"), HOST, port)
         return send(*args)
 
     monkeypatch.setattr(serving, "_sent", send_while_another_deploys)
-    serving.deploy(connection, _app("a", "first"), HOST, port)
+    serving.deploy(connection, echo("a", "first"), HOST, port)
     for name in "ab":
         serving.wait_until_running(connection, name, 60)
-    assert [_get(port, name).text for name in "ab"] == ["first", "other"]
+    assert [ask(port, name).text for name in "ab"] == ["first", "other"]
 
-    sent = _application(connection, "b")["deployed_app_config"]["runtime_env"]
-    serving.deploy(other, {**_app("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
-    assert _application(connection, "b")["deployed_app_config"]["runtime_env"] == sent
+    sent = told_of(connection, "b")["deployed_app_config"]["runtime_env"]
+    serving.deploy(other, {**echo("b", "other"), "runtime_env": serving.without_packages(sent)}, HOST, port)
+    assert told_of(connection, "b")["deployed_app_config"]["runtime_env"] == sent
     with pytest.raises(ServeError, match="application a: it serves no checkpoint of a run"):
         serving.declared(connection, "a")
 
-    serving.deploy(connection, _app("a", "second"), HOST, port)
-    serving.deploy(connection, _app("c", "bad"), HOST, port)
+    serving.deploy(connection, echo("a", "second"), HOST, port)
+    serving.deploy(connection, echo("c", "bad"), HOST, port)
     serving.wait_until_running(connection, "a", 60)
-    assert [_get(port, name).text for name in "ab"] == ["second", "other"]
+    assert [ask(port, name).text for name in "ab"] == ["second", "other"]
 
     with pytest.raises(ServeError, match=f"Serve listens on {HOST}:{port} already"):
-        serving.deploy(connection, _app("d", "x"), HOST, port + 1)
+        serving.deploy(connection, echo("d", "x"), HOST, port + 1)
     with pytest.raises(ServeError, match="application d: a answers at /a already"):
-        serving.deploy(connection, {**_app("d", "x"), "route_prefix": "/a"}, HOST, port)
+        serving.deploy(connection, {**echo("d", "x"), "route_prefix": "/a"}, HOST, port)
 
     with pytest.raises(ServeError, match="application c: ValueError: bad word; see its log"):
         serving.wait_until_running(connection, "c", 60)
@@ -425,7 +230,7 @@ def test_two_applications(connection, port, monkeypatch):
     ]
 
     options = {"ray_actor_options": {"num_cpus": 100}, "graceful_shutdown_timeout_s": 1}
-    serving.deploy(connection, {**_app("big", "x"), "deployments": [{"name": "Echo", **options}]}, HOST, port)
+    serving.deploy(connection, {**echo("big", "x"), "deployments": [{"name": "Echo", **options}]}, HOST, port)
     with pytest.raises(ServeError, match=r"not running after 2 s: .*; wait, or check that the cluster has the CPUs"):
         serving.wait_until_running(connection, "big", 2)
 
@@ -433,11 +238,11 @@ def test_two_applications(connection, port, monkeypatch):
         remove(connection, name)
     with pytest.raises(ServeError, match="it is gone from the cluster"):
         serving.wait_until_running(connection, "b", 2)
-    assert _get(port, "a").text == "second"
-    assert _get(port, "b").status_code == 404
+    assert ask(port, "a").text == "second"
+    assert ask(port, "b").status_code == 404
     with pytest.raises(ServeError, match="application b: there is no such application"):
         remove(connection, "b")
 
     remove(connection, "a")
     assert serving.applications(connection) == []
-    wait_until(lambda: _is_free(port), "nobody listens there any more")
+    wait_until(lambda: is_free(port), "nobody listens there any more")

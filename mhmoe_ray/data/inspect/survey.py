@@ -74,6 +74,7 @@ def _at_once() -> ray.data.TaskPoolStrategy:
 
 
 MOST_BLOCKS = 1000
+"""That one task is given."""
 
 _WHOLE = -1
 """In place of a partition: the row of a whole file."""

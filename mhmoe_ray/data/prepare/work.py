@@ -27,7 +27,9 @@ from mhmoe_ray.spec import RunSpec
 
 ALIVE = "alive"
 ALIVE_SECONDS = 20.0
+"""Between two signs of life."""
 DEAD_SECONDS = 1200.0
+"""Without one."""
 
 
 class Workplace(NamedTuple):

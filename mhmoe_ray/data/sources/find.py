@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from math import ceil
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +25,9 @@ WHOLE = "all"
 """Domain of files that are in no subfolder."""
 
 FILES_ALONE = 1000
+"""Of a spec, up to which each is a block of its own."""
 BLOCK_BYTES = 4 << 20
+"""That fill one of several files."""
 
 _PREPARED = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
 """Files of a prepared folder that no other has together."""
@@ -48,7 +51,7 @@ def blocks_of(files: Sequence[RawFile]) -> list[pa.Table]:
     """Blocks of a dataset, each for a task to read: a table with a row for each file, its number and the fields of
     `RawFile`. A file is a block, but of those that are small and many a block has some neighbours, or tasks would be
     what takes time."""
-    most, blocks, rows, size = 1 + len(files) // FILES_ALONE, [], [], 0
+    most, blocks, rows, size = ceil(len(files) / FILES_ALONE), [], [], 0
     for number, file in enumerate(files):
         rows.append({"number": number, **file._asdict()})
         size += file.size

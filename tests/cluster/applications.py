@@ -1,0 +1,79 @@
+"""Applications of Ray Serve for tests: ones that run, and what a dashboard tells of one."""
+
+import http.server
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+from mhmoe_ray.cluster import serve_client
+
+HOST = "127.0.0.1"
+
+
+def echo(name, word):
+    """An entry of Serve's configuration, of echo_app.py."""
+    runtime_env = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    app = {"name": name, "route_prefix": f"/{name}", "import_path": "echo_app:build", "args": {"word": word}}
+    return {**app, "runtime_env": runtime_env}
+
+
+@contextmanager
+def answering(paths):
+    """A server on loopback, and the requests that it got: paths, and whether with a key. At a path with None it is too
+    busy to answer."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, "Authorization" in self.headers))
+            told = paths.get(self.path, {})
+            self.send_response(503 if told is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer((HOST, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def building(message):
+    """What a dashboard tells of an application that does not answer yet."""
+    config = {"import_path": "mhmoe_ray.serve.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
+    app = {"route_prefix": None, "status": "DEPLOYING", "message": message, "deployments": {}}
+    return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
+
+
+def told_of(connection, name):
+    return serve_client.get(connection)["applications"][name]
+
+
+def states(connection, name):
+    deployments = told_of(connection, name)["deployments"].values()
+    return sorted(replica["state"] for told in deployments for replica in told["replicas"])
+
+
+def is_free(port):
+    """Serve ends without waiting for its proxy's process."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def ask(port, name):
+    return requests.get(f"http://{HOST}:{port}/{name}", timeout=10)

@@ -1,0 +1,125 @@
+"""What is taken away from Ray Serve ends what it has begun, and nobody waits for what has not."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import pytest
+import requests
+
+from mhmoe_ray.cluster import serve_client, serve_removal, serving
+from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.serve_removal import remove
+from mhmoe_ray.errors import ServeError
+from tests.cluster.applications import HOST, answering, ask, building, echo, is_free, states, told_of
+from tests.watch import LIMIT, wait_until
+
+
+def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
+    """Serve tells nothing of deployments then."""
+    monkeypatch.setattr(serve_removal, "SAY_SECONDS", 0)
+    told, said = building(""), []
+    told["applications"] |= {"b": told["applications"]["a"], "a": {**told["applications"]["a"], "status": "DELETING"}}
+    board = {"/api/serve/applications/": told}
+    with answering(board) as (port, _):
+
+        def say(line):
+            said.append(line)
+            board["/api/serve/applications/"] = None if len(said) == 1 else told
+            if len(said) == 3:
+                told["applications"].pop("a", None)
+
+        at = Connection(f"http://{HOST}:{port}", False, True, None)
+        remove(at, "a", say)
+        assert [line.split(",")[0] for line in said] == [
+            "application a ends what it has begun",
+            "still following",
+            "application a ends what it has begun",
+        ]
+        with pytest.raises(ServeError, match="application a: there is no such application"):
+            remove(at, "a")
+        told["applications"]["a"] = {**told["applications"]["b"], "status": "DELETING"}
+        with pytest.raises(ServeError, match="application a: it is deployed anew meanwhile"):
+            remove(at, "a", lambda line: told["applications"]["a"].update(status="DEPLOYING"))
+
+
+def test_an_application_of_a_program_is_left_to_it():
+    told = building("")
+    told["applications"]["a"] |= {"source": "imperative", "deployed_app_config": None}
+    said = "application a: it was deployed by a program of its own"
+    with answering({"/api/serve/applications/": told}) as (port, _), pytest.raises(ServeError, match=said):
+        remove(Connection(f"http://{HOST}:{port}", False, True, None), "a")
+
+
+@pytest.mark.ray
+def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path):
+    """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
+    two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
+    two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
+    began, until, answers = tmp_path / "began", tmp_path / "until", []
+    url = f"http://{HOST}:{port}/a?began={began}&until={until}"
+    serving.deploy(connection, {**echo("a", "x"), "deployments": [two]}, HOST, port)
+    try:
+        wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one replica of two")
+        wait_until(lambda: ask(port, "a").text == "x", "an answer")
+        asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=LIMIT).text))
+        asking.start()
+        wait_until(began.exists, "a request under way")
+        removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+        removing.start()
+        wait_until(lambda: told_of(connection, "a")["status"] == "DELETING", "its removal")
+        until.touch()
+        asking.join(LIMIT)
+        assert answers == ["x"]
+        removing.join(LIMIT)
+        assert not removing.is_alive()
+    finally:
+        until.touch()
+    assert serving.applications(connection) == []
+    wait_until(lambda: is_free(port), "nobody listens there any more")
+
+
+@pytest.mark.ray
+def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port):
+    """As many replicas run as there are to be, of the version before; by Serve's own rules that which starts would stay
+    for its hour."""
+    app = echo("a", "x")
+
+    def deploy(cpus):
+        options = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "max_surge_percent": 100}
+        serving.deploy(
+            connection, {**app, "deployments": [{**options, "ray_actor_options": {"num_cpus": cpus}}]}, HOST, port
+        )
+
+    deploy(0.1)
+    serving.wait_until_running(connection, "a")
+    deploy(100)
+    wait_until(lambda: states(connection, "a") == ["RUNNING", "STARTING"], "one of the update")
+    with ThreadPoolExecutor(2) as pool:
+        for ended in as_completed([pool.submit(remove, connection, "a") for _ in range(2)], LIMIT):
+            assert ended.exception() is None or isinstance(ended.exception(), ServeError)  # of what the other does
+    assert serving.applications(connection) == []
+
+
+@pytest.mark.ray
+def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path, monkeypatch):
+    """Its replica starts at the worst moment: when Serve has told that there is none."""
+    gate = tmp_path / "gate"
+    nowhere = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
+    app = echo("a", "x")
+    app["args"]["gate"] = str(gate)
+    serving.deploy(connection, {**app, "deployments": [nowhere]}, HOST, port)
+    assert states(connection, "a") == []
+
+    def get_before_it_starts(*args):
+        details = serve_client.get(*args)
+        if not gate.exists():
+            gate.touch()
+            wait_until(lambda: states(connection, "a") == ["STARTING"], "a replica without room")
+        return details
+
+    monkeypatch.setattr(serve_removal, "get", get_before_it_starts)
+    removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
+    removing.start()
+    removing.join(LIMIT)
+    assert not removing.is_alive()
+    assert serving.applications(connection) == []
