@@ -40,13 +40,15 @@ def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_pat
 def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "ALIVE_SECONDS", 0.05)
     spec = tiny_spec(tmp_path)
-    at_work = make_workplace(spec)
-    dead = at_work.shared / "dead"
-    (dead / "prepared" / "train").mkdir(parents=True)
-    for alive in (at_work.own / ALIVE, dead / ALIVE):
-        alive.touch()
-        os.utime(alive, (0, 0))
-    at_work.parts.mkdir()
-    wait_until(lambda: (at_work.own / ALIVE).stat().st_mtime, "its next sign of life")
-    place = make_workplace(spec)
-    assert {path.name for path in place.shared.iterdir()} == {at_work.own.name, place.own.name, "parts"}
+    jobs = make_workplace(spec), make_workplace(spec)
+    shared = jobs[0].shared
+    jobs[0].parts.mkdir()
+    (shared / "dead" / "prepared" / "train").mkdir(parents=True)
+    (shared / "dead" / ALIVE).touch()
+    os.utime(shared / "dead" / ALIVE, (0, 0))
+    wait_until(lambda: not (shared / "dead").exists(), "the dead one's removal")
+    for _ in range(2):  # between two signs of life each job looks around once
+        for job in jobs:
+            seen = (job.own / ALIVE).stat().st_mtime_ns
+            wait_until(lambda job=job, seen=seen: (job.own / ALIVE).stat().st_mtime_ns > seen, "its next sign of life")
+    assert {path.name for path in shared.iterdir()} == {jobs[0].own.name, jobs[1].own.name, "parts"}
