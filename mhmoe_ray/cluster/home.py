@@ -27,11 +27,12 @@ def home() -> Path:
 
 
 @contextmanager
-def locked() -> Iterator[Path]:
-    """The home, while no other command starts, stops or looks for the local cluster."""
+def locked(name: str = "lock") -> Iterator[Path]:
+    """The home, while no other command holds the lock of this name: by default that of one who starts, stops or looks
+    for the local cluster."""
     folder = home()
     try:
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
         raise ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one you can write") from e
     try:

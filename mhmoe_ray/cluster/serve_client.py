@@ -1,15 +1,23 @@
-"""The configuration of Serve, which is one for all applications, over the dashboard's REST API."""
+"""The configuration of Serve, which is one for all applications, over the dashboard's REST API.
+
+It is put whole, so whoever changes it reads it first, and nobody else may change it in between. For commands that share
+a home a lock sees to that; Serve itself knows none.
+"""
 
 import functools
 import logging
 import time
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.home import locked
 from mhmoe_ray.errors import ServeError
 
-END_SECONDS = 60.0
+END_SECONDS = 150.0
+"""Several times what Serve's own removal takes at most, half a minute."""
 
 
 @functools.cache
@@ -41,8 +49,26 @@ def configs(details: dict[str, Any]) -> list[dict[str, Any]]:
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
+def changing() -> AbstractContextManager[Path]:
+    """Hold this from the question on which a change is built until it is put."""
+    return locked("serve.lock")
+
+
+def replace(connection: Connection, name: str, config: dict[str, Any] | None) -> None:
+    """Another configuration for an application, or none: then Serve removes it. Nothing if it is gone.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    with changing():
+        details = get(connection)
+        others = [c for c in configs(details) if c["name"] != name]
+        if len(others) < len(configs(details)):
+            put(connection, details, [*others, *([config] if config else [])], details["http_options"])
+
+
 def put(connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]) -> None:
-    """Serve's PUT replaces the whole configuration, so it must hold all that is to stay."""
+    """All that is to stay; what is missing ends."""
     config = {"applications": configs, "http_options": http}
     if details.get("proxy_location"):
         config["proxy_location"] = details["proxy_location"]
@@ -52,7 +78,8 @@ def put(connection: Connection, details: dict[str, Any], configs: list[dict[str,
 
 
 def end_idle(connection: Connection) -> dict[str, Any]:
-    """End Serve itself, which frees its port, unless it has applications.
+    """End Serve itself, which frees its port, unless it has applications. One that starts has none yet, so this is a
+    change like others.
 
     Returns:
         What Serve tells then.
@@ -67,4 +94,5 @@ def end_idle(connection: Connection) -> dict[str, Any]:
             raise ServeError("Ray Serve", f"it does not end within {END_SECONDS:.0f} s", "see the dashboard")
         # That is said to be done, too, where Serve was too busy to hear of it, or had not ended in time.
         client(connection).delete_applications()
+        time.sleep(0.2)
     return details

@@ -1,5 +1,6 @@
 """Take Ray Serve applications away."""
 
+import secrets
 import time
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, end_idle, get, put
+from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, replace
 from mhmoe_ray.errors import ServeError
 
 SAY_SECONDS = 30.0
@@ -16,12 +17,8 @@ GIVE_UP_SECONDS = 60.0
 """For Serve to build an application and to give up its replicas that start: seconds unless the machine is busy or an
 environment is installed."""
 
-NOWHERE = {
-    "graceful_shutdown_timeout_s": 0,
-    "max_surge_percent": 100,
-    "ray_actor_options": {"num_cpus": 0, "num_gpus": 0, "resources": {"none_as_it_is_removed": 1}},
-}
-"""Options of a deployment whose replicas find no place, and are not waited for."""
+GRACE_SECONDS = 0
+"""Of replicas that are not waited for."""
 
 
 def remove(connection: Connection, name: str, say: Callable[[str], object] = lambda line: None) -> None:
@@ -47,7 +44,8 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
             _wait(connection, name, patience, say)
         elif not details.get("http_options"):
             raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-        end_idle(connection)
+        with changing():
+            end_idle(connection)
 
 
 def _ask(connection: Connection, name: str, details: dict[str, Any], patience: Patience) -> None:
@@ -59,16 +57,13 @@ def _ask(connection: Connection, name: str, details: dict[str, Any], patience: P
     if told["source"] == "imperative" or not told["deployed_app_config"]:
         raise ServeError(what, "it was deployed by a program of its own", "call serve.delete there")
     try:
-        details = _without_what_starts(connection, name, details, patience)
+        _give_up_what_starts(connection, name, patience)
     finally:  # else it would stay as one that starts nowhere
-        if name in details["applications"]:  # nobody else has removed it meanwhile
-            put(connection, details, [c for c in configs(details) if c["name"] != name], details["http_options"])
+        replace(connection, name, None)
 
 
-def _without_what_starts(
-    connection: Connection, name: str, details: dict[str, Any], patience: Patience
-) -> dict[str, Any]:
-    """What Serve tells once no replica of the application starts any more.
+def _give_up_what_starts(connection: Connection, name: str, patience: Patience) -> None:
+    """Until no replica of the application starts any more.
 
     When it removes an application, Serve waits for those that start as for those that answer, ours ten minutes. It does
     not where another version takes their place; so one does, which starts nowhere. Deployments with placement groups,
@@ -78,8 +73,10 @@ def _without_what_starts(
     def until(done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while True:
-            told = patience.ask(partial(get, connection), details)
-            if name not in told["applications"] or done(told["applications"][name]) or time.monotonic() > deadline:
+            told = patience.ask(partial(get, connection), None)
+            if told and (application := told["applications"].get(name)) is None:
+                return told
+            if told and (done(application) or time.monotonic() > deadline):
                 return told
             time.sleep(0.2)
 
@@ -88,13 +85,22 @@ def _without_what_starts(
     starting = [d for d, told in _deployments(details, name).items() if _starts_some(told)]
     config = next((c for c in configs(details) if c["name"] == name), {})
     deployments = {d["name"]: d for d in config.get("deployments", [])}
-    given_up = {d: {"name": d, **deployments.get(d, {}), **NOWHERE} for d in starting}
-    if not given_up or any("placement_group_bundles" in d for d in given_up.values()):
-        return details
-    config = {**config, "deployments": list({**deployments, **given_up}.values())}
-    others = [c for c in configs(details) if c["name"] != name]
-    put(connection, details, [*others, config], details["http_options"])
-    return until(lambda application: _gave_up(application, starting))
+    nowhere = _nowhere()
+    given_up = {d: {"name": d, **deployments.get(d, {}), **nowhere} for d in starting}
+    if given_up and not any("placement_group_bundles" in d for d in given_up.values()):
+        replace(connection, name, {**config, "deployments": list({**deployments, **given_up}.values())})
+        until(lambda application: _gave_up(application, starting))
+
+
+def _nowhere() -> dict[str, Any]:
+    """Options of a deployment whose replicas find no place, and are not waited for. Of each removal others, so that
+    Serve replaces also what another removal has started nowhere, which would look like any that starts."""
+    resource = f"none_as_it_is_removed_{secrets.token_hex(4)}"
+    return {
+        "graceful_shutdown_timeout_s": GRACE_SECONDS,
+        "max_surge_percent": 100,
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": 0, "resources": {resource: 1}},
+    }
 
 
 def _deployments(details: dict[str, Any], name: str) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def _gave_up(application: dict[str, Any], starting: list[str]) -> bool:
     for told in (application["deployments"][d] for d in starting if d in application["deployments"]):
         replicas = [r for r in told["replicas"] if r["start_time_s"] < application["last_deployed_time_s"]]
         timeout = told["deployment_config"]["graceful_shutdown_timeout_s"]
-        if timeout != NOWHERE["graceful_shutdown_timeout_s"] or any(r["state"] == "STARTING" for r in replicas):
+        if timeout != GRACE_SECONDS or any(r["state"] == "STARTING" for r in replicas):
             return False
     return True
 

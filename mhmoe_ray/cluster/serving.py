@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.http_errors import explained, reason
 from mhmoe_ray.cluster.jobs import PACKAGES, with_packages
 from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.serve_client import client, configs, end_idle, get, put
+from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, put
 from mhmoe_ray.cluster.shipping import NEVER, check_size
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
@@ -54,18 +54,20 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
         serve = client(connection)
-        _checked(connection, application, host, port)
+        with changing():
+            _checked(connection, application, host, port)
         runtime_env = application.get("runtime_env", {})
         sent = _sent(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": sent}
-        # To send takes its time, in which others may have deployed or removed theirs.
-        details = _checked(connection, application, host, port)
-        others = [a for a in configs(details) if a["name"] != application["name"]]
-        try:
-            put(connection, details, [*others, application], {"host": host, "port": port})
-        except RuntimeError:
-            end_idle(connection)
-            raise
+        with changing():
+            # To send takes its time, in which others may have deployed or removed theirs.
+            details = _checked(connection, application, host, port)
+            others = [a for a in configs(details) if a["name"] != application["name"]]
+            try:
+                put(connection, details, [*others, application], {"host": host, "port": port})
+            except RuntimeError:
+                end_idle(connection)
+                raise
     route: str = application.get("route_prefix", "/")
     return _place(connection, host, port)[0] + route.rstrip("/")
 

@@ -125,7 +125,7 @@ def _shared_memory_holds(size: int) -> bool:
 def free_ports(count: int) -> list[int]:
     """Of `PORTS`, which nobody has at the moment."""
     ports: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, 1000):
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as s:
             try:
                 s.bind(("", port))

@@ -10,6 +10,7 @@ from pathlib import Path
 import requests
 
 from mhmoe_ray.cluster import serve_client
+from tests.watch import LIMIT
 
 HOST = "127.0.0.1"
 
@@ -76,4 +77,4 @@ def is_free(port):
 
 
 def ask(port, name):
-    return requests.get(f"http://{HOST}:{port}/{name}", timeout=10)
+    return requests.get(f"http://{HOST}:{port}/{name}", timeout=LIMIT)

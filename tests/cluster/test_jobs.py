@@ -120,7 +120,7 @@ def test_a_job_that_a_cluster_does_not_know_yet_has_not_failed_while_its_code_ma
     events.record(run, "began", attempt=1)  # so it was there
     with pytest.raises(ClusterError, match=r"it knows no job unknown, but the run wrote something \d+ s ago"):
         outcome(run, connection)  # behind a tunnel's address there may be another cluster now
-    assert submitted(True, 20) is None  # which takes seconds from its record on
+    assert submitted(True, 12) is None  # which takes seconds from its record on
     assert submitted(True, 30).state == "failed"  # nothing is sent, and nobody else's cluster has our address
     os.utime(run.events_file, (0, 0))
     assert submitted(False, 1000).state == "failed"

@@ -51,8 +51,9 @@ def test_an_application_of_a_program_is_left_to_it():
 
 
 @pytest.mark.ray
-def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path):
+def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path, monkeypatch):
     """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
+    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
     two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
     two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
     began, until, answers = tmp_path / "began", tmp_path / "until", []
@@ -79,9 +80,10 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
 
 
 @pytest.mark.ray
-def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port):
+def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port, monkeypatch):
     """As many replicas run as there are to be, of the version before; by Serve's own rules that which starts would stay
     for its hour."""
+    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
     app = echo("a", "x")
 
     def deploy(cpus):
@@ -117,6 +119,7 @@ def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path
             wait_until(lambda: states(connection, "a") == ["STARTING"], "a replica without room")
         return details
 
+    monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
     monkeypatch.setattr(serve_removal, "get", get_before_it_starts)
     removing = threading.Thread(target=remove, args=(connection, "a"), daemon=True)
     removing.start()

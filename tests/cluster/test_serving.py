@@ -1,5 +1,6 @@
 import dataclasses
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,7 +11,7 @@ from mhmoe_ray.cluster.serve_removal import remove
 from mhmoe_ray.errors import ServeError, SpecError
 from tests.cli.run import assert_one_line, mhmoe
 from tests.cluster.applications import HOST, answering, ask, building, echo, is_free, told_of
-from tests.watch import wait_until
+from tests.watch import LIMIT, wait_until
 
 OWN = """
 import os
@@ -71,6 +72,18 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
         assert_one_line(mhmoe(tmp_path, "serve", "update", "a"), 10, "it serves no checkpoint of a run")
     finally:
         remove(connection, "a")
+
+
+@pytest.mark.ray
+def test_who_deploys_or_removes_at_once_does_not_undo_what_the_other_does(connection, port):
+    """Serve does not run before, and ends after the last."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: serving.deploy(connection, echo(name, name), HOST, port), "ab"))
+        for name in "ab":
+            serving.wait_until_running(connection, name)
+        assert [ask(port, name).text for name in "ab"] == ["a", "b"]
+        list(pool.map(lambda name: remove(connection, name), "ab"))
+    assert not serve_client.get(connection).get("http_options")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +214,7 @@ def test_two_applications(connection, port, monkeypatch):
     monkeypatch.setattr(serving, "_sent", send_while_another_deploys)
     serving.deploy(connection, echo("a", "first"), HOST, port)
     for name in "ab":
-        serving.wait_until_running(connection, name, 60)
+        serving.wait_until_running(connection, name, LIMIT)
     assert [ask(port, name).text for name in "ab"] == ["first", "other"]
 
     sent = told_of(connection, "b")["deployed_app_config"]["runtime_env"]
@@ -212,7 +225,7 @@ def test_two_applications(connection, port, monkeypatch):
 
     serving.deploy(connection, echo("a", "second"), HOST, port)
     serving.deploy(connection, echo("c", "bad"), HOST, port)
-    serving.wait_until_running(connection, "a", 60)
+    serving.wait_until_running(connection, "a", LIMIT)
     assert [ask(port, name).text for name in "ab"] == ["second", "other"]
 
     with pytest.raises(ServeError, match=f"Serve listens on {HOST}:{port} already"):
@@ -221,7 +234,7 @@ def test_two_applications(connection, port, monkeypatch):
         serving.deploy(connection, {**echo("d", "x"), "route_prefix": "/a"}, HOST, port)
 
     with pytest.raises(ServeError, match="application c: ValueError: bad word; see its log"):
-        serving.wait_until_running(connection, "c", 60)
+        serving.wait_until_running(connection, "c", LIMIT)
     found = serving.applications(connection)
     assert [(a.name, a.status, a.url) for a in found] == [
         ("a", "RUNNING", f"http://{HOST}:{port}/a"),
@@ -239,7 +252,7 @@ def test_two_applications(connection, port, monkeypatch):
     with pytest.raises(ServeError, match="it is gone from the cluster"):
         serving.wait_until_running(connection, "b", 2)
     assert ask(port, "a").text == "second"
-    assert ask(port, "b").status_code == 404
+    wait_until(lambda: ask(port, "b").status_code == 404, "its route goes, which its proxies hear a little later")
     with pytest.raises(ServeError, match="application b: there is no such application"):
         remove(connection, "b")
 

@@ -9,7 +9,6 @@ between. It appears under its name in one rename, when it is whole.
 """
 
 import pickle
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from mhmoe_ray.data.prepare.progress import Report
 from mhmoe_ray.data.prepare.quarantine import FILE, Limit
 from mhmoe_ray.data.prepare.tokenise import Part, Tokenised, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import Chosen, choose
-from mhmoe_ray.data.prepare.work import Workplace, clear, make_workplace, publish
+from mhmoe_ray.data.prepare.work import Workplace, at_work, clear, publish
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import (
     Baselines,
@@ -68,13 +67,9 @@ def prepare(spec: RunSpec) -> DataManifest:
     folder = spec.data.prepared
     if read_data_manifest(folder) is None:
         try:
-            place = make_workplace(spec)
-            try:
-                with _chunks_as_blocks():
-                    _Preparation(spec, place).run()
+            with at_work(spec) as place, _chunks_as_blocks():
+                _Preparation(spec, place).run()
                 publish(place.result, folder)
-            finally:
-                shutil.rmtree(place.own, ignore_errors=True)
         except Exception:
             if read_data_manifest(folder) is None:
                 raise

@@ -17,8 +17,8 @@ import os
 import secrets
 import shutil
 import threading
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,31 +56,53 @@ def shared_folder(spec: RunSpec) -> Path:
     return spec.data.prepared.with_name(f"{spec.data.prepared.name}.partial-{digest[:8]}")
 
 
-def make_workplace(spec: RunSpec) -> Workplace:
-    """A new job's, of which it says from time to time that it is still at work. As long as it does, it takes away what
-    other jobs have left that do not say so any more: all that they had packed."""
+@contextmanager
+def at_work(spec: RunSpec) -> Iterator[Workplace]:
+    """A new job's, of which it says from time to time that it is still at work, and which is taken away in the end. As
+    long as it is, it takes away what other jobs have left that do not say so any more: all that they had packed."""
     place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
     place.result.mkdir(parents=True)
     (place.own / ALIVE).touch()
-    threading.Thread(target=_stay_alive, args=[place], daemon=True).start()
-    return place
+    ended = threading.Event()
+    threading.Thread(target=_stay_alive, args=[place, ended], daemon=True).start()
+    try:
+        yield place
+    finally:
+        ended.set()
+        _take_away(place)
 
 
-def _stay_alive(place: Workplace) -> None:
-    there = True
-    while there:
+def _stay_alive(place: Workplace, ended: threading.Event) -> None:
+    signs: dict[Path, float] = {}
+    while not ended.wait(ALIVE_SECONDS):
         with suppress(OSError):  # a storage that is away for a while: the next time will do
-            there = place.own.exists()  # else the job has ended
             os.utime(place.own / ALIVE)
-            _bury_the_dead(place)
-        time.sleep(ALIVE_SECONDS)
+            signs = _bury_the_dead(place, signs)
 
 
-def _bury_the_dead(place: Workplace) -> None:
+def _bury_the_dead(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]:
+    """Those that have given no sign since we looked before, either: after a machine or a storage stood still, all have
+    been silent for long.
+
+    Args:
+        place: ours.
+        seen: the last sign of each, in seconds, when we looked before.
+
+    Returns:
+        The same now.
+    """
     now = (place.own / ALIVE).stat().st_mtime  # by the clock of the storage
-    for other in place.shared.glob(f"*/{ALIVE}"):
-        if now - other.stat().st_mtime > DEAD_SECONDS:
-            shutil.rmtree(other.parent, ignore_errors=True)
+    signs = {alive: alive.stat().st_mtime for alive in place.shared.glob(f"*/{ALIVE}")}
+    for alive, sign in signs.items():
+        if now - sign > DEAD_SECONDS and seen.get(alive) == sign:
+            _take_away(Workplace(place.shared, alive.parent))
+    return signs
+
+
+def _take_away(place: Workplace) -> None:
+    """What is large first, so that what is left by one who is killed meanwhile can be told to be dead, too."""
+    for folder in (place.result, place.quarantine, place.own):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(result: Path, folder: Path) -> None:

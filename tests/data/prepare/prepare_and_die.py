@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from mhmoe_ray.data.prepare.job import asked_for, main
@@ -12,8 +13,9 @@ from mhmoe_ray.data.prepare.work import shared_folder
 from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
 
 
-def kill_at(parts: int, pid: int, work: Path) -> None:
+def kill_at(parts: int, pid: int, work: Path, ready: Event) -> None:
     """By a process of its own: a thread of the job would wait for its turn while parts are made."""
+    ready.set()
     while len(list(work.glob("parts/*/*.json"))) < parts:
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
@@ -23,5 +25,8 @@ if __name__ == "__main__":
     in_small_chunks()
     one_task_at_a_time()
     work = shared_folder(asked_for())
-    get_context("spawn").Process(target=kill_at, args=(int(sys.argv[1]), os.getpid(), work), daemon=True).start()
+    spawn = get_context("spawn")
+    ready = spawn.Event()
+    spawn.Process(target=kill_at, args=(int(sys.argv[1]), os.getpid(), work, ready), daemon=True).start()
+    ready.wait()  # it imports for longer than parts take
     main()

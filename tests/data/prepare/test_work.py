@@ -5,7 +5,7 @@ import os
 from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.prepare.progress import read_progress
-from mhmoe_ray.data.prepare.work import ALIVE, clear, make_workplace, shared_folder
+from mhmoe_ray.data.prepare.work import ALIVE, at_work, clear, shared_folder
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.runs.files import write_json
 from tests.data.shards.manifests import manifest_of
@@ -23,15 +23,15 @@ def test_leftovers_of_another_folder_stay(tmp_path):
 def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_path):
     """Between the rename and the end, so that who follows would be shown a preparation for ever."""
     spec = tiny_spec(tmp_path)
-    place = make_workplace(spec)
-    (place.shared / "progress.json").write_text(
-        '{"stage": "finishing", "done": 1, "total": 1, "documents": 1, "tokens": 1, "found_tokens": 0, '
-        '"bytes_per_s": 0.0, "seconds_left": null}'
-    )
-    assert read_progress(shared_folder(spec))
     made = manifest_of({"web/a": 4}, recipe(spec))
-    write_json(place.result / "manifest.json", made.model_dump(mode="json"))
-    place.result.rename(spec.data.prepared)
+    with at_work(spec) as place:
+        (place.shared / "progress.json").write_text(
+            '{"stage": "finishing", "done": 1, "total": 1, "documents": 1, "tokens": 1, "found_tokens": 0, '
+            '"bytes_per_s": 0.0, "seconds_left": null}'
+        )
+        assert read_progress(shared_folder(spec))
+        write_json(place.result / "manifest.json", made.model_dump(mode="json"))
+        place.result.rename(spec.data.prepared)
     assert prepare(spec) == made
     assert read_progress(shared_folder(spec)) is None
     assert list(tmp_path.iterdir()) == [spec.data.prepared]
@@ -40,15 +40,35 @@ def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_pat
 def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "ALIVE_SECONDS", 0.05)
     spec = tiny_spec(tmp_path)
-    jobs = make_workplace(spec), make_workplace(spec)
-    shared = jobs[0].shared
-    jobs[0].parts.mkdir()
-    (shared / "dead" / "prepared" / "train").mkdir(parents=True)
-    (shared / "dead" / ALIVE).touch()
-    os.utime(shared / "dead" / ALIVE, (0, 0))
-    wait_until(lambda: not (shared / "dead").exists(), "the dead one's removal")
-    for _ in range(2):  # between two signs of life each job looks around once
-        for job in jobs:
-            seen = (job.own / ALIVE).stat().st_mtime_ns
-            wait_until(lambda job=job, seen=seen: (job.own / ALIVE).stat().st_mtime_ns > seen, "its next sign of life")
-    assert {path.name for path in shared.iterdir()} == {jobs[0].own.name, jobs[1].own.name, "parts"}
+    with at_work(spec) as one, at_work(spec) as other:
+        shared = one.shared
+        one.parts.mkdir()
+        dead = left_by_the_dead(shared)
+        wait_until(lambda: not dead.exists(), "its removal")
+        for _ in range(2):  # between two signs of life each job looks around once
+            for job in (one, other):
+                sign = job.own / ALIVE
+                seen = sign.stat().st_mtime_ns
+                wait_until(lambda sign=sign, seen=seen: sign.stat().st_mtime_ns > seen, "its next sign of life")
+        assert {path.name for path in shared.iterdir()} == {one.own.name, other.own.name, "parts"}
+    assert [path.name for path in shared.iterdir()] == ["parts"]
+
+
+def test_who_was_silent_for_long_is_dead_only_if_silent_still(tmp_path):
+    """A machine or a storage that stood still makes all look dead to whoever is the first to go on."""
+    with at_work(tiny_spec(tmp_path)) as place:
+        silent = left_by_the_dead(place.shared)
+        seen = work._bury_the_dead(place, {})
+        os.utime(silent / ALIVE, (1, 1))
+        seen = work._bury_the_dead(place, seen)
+        assert silent.exists()
+        work._bury_the_dead(place, seen)
+        assert not silent.exists()
+
+
+def left_by_the_dead(shared):
+    dead = shared / "dead"
+    (dead / "prepared" / "train").mkdir(parents=True)
+    (dead / ALIVE).touch()
+    os.utime(dead / ALIVE, (0, 0))
+    return dead
