@@ -1,6 +1,7 @@
 """Whose process is it? Told by an environment variable with the cluster's own folder, which children inherit."""
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,8 +51,27 @@ def end(processes: Sequence[psutil.Process], *, patience: float, ask: bool = Fal
     for process in processes if ask else ():
         with suppress(psutil.Error):
             process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=patience)
+    alive = _alive_after(patience, processes)
     for process in alive:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=10)
+    _alive_after(10, alive)
+
+
+def _alive_after(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that do not end within that time. One whose parent does not ask for its end is over, too: in a container
+    that may be the first process, which never asks."""
+    deadline = time.monotonic() + seconds
+    while True:
+        _, alive = psutil.wait_procs(processes, timeout=0)
+        alive = [process for process in alive if not _is_over(process)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.05)
+
+
+def _is_over(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

@@ -23,7 +23,9 @@ def disk(tmp_path):
         pytest.skip(f"no file system can be mounted: {made.stderr.strip()}")
 
     def again(options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+        """It does not become read-only while a file is open for writing."""
+        remount = ["mount", "-o", f"remount,{options}", folder]
+        wait_until(lambda: subprocess.run(remount).returncode == 0, f"a disk with {options}")
 
     yield folder, again
     subprocess.run(["umount", "-l", folder], check=True)

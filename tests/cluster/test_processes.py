@@ -1,0 +1,37 @@
+"""Ends of processes, without Ray."""
+
+import subprocess
+import sys
+
+import psutil
+
+from mhmoe_ray.cluster import processes
+from tests.watch import LIMIT, wait_until
+
+# Never asks how its child ended, as the first process of a container may not.
+CARELESS = """
+import subprocess, time
+print(subprocess.Popen(["true"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_who_has_ended_is_not_waited_for_though_its_parent_does_not_ask():
+    with subprocess.Popen([sys.executable, "-c", CARELESS], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            child = psutil.Process(int(parent.stdout.readline()))
+            wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, "its end")
+            assert processes._alive_after(LIMIT, [child]) == []
+        finally:
+            parent.kill()
+
+
+def test_who_ends_neither_by_itself_nor_when_asked_is_killed():
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            processes.end([psutil.Process(process.pid)], patience=0.5, ask=True)
+            assert not psutil.pid_exists(process.pid)
+        finally:
+            process.kill()
