@@ -1,5 +1,6 @@
 """Files that change while they are read, and object stores: a real server that speaks S3, on loopback."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,6 @@ def test_what_is_not_on_s3_is_one_line(s3):
         find_files(data_spec(f"s3://nowhere/f?{query}"))
     with pytest.raises(DataError, match=r"path s3://bucket/f\?nonsense=1: "):
         find_files(data_spec("s3://bucket/f?nonsense=1"))
+    for empty in ("bucket//data", "bucket/a//x/*.jsonl"):
+        with pytest.raises(DataError, match=f"^source web: s3://{re.escape(empty)}.*cannot be listed: Empty path"):
+            find_files(data_spec(f"s3://{empty}?{query}"))
