@@ -22,21 +22,32 @@ def home() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one you can write") from e
+        raise _unusable(folder, e) from e
     return folder
+
+
+def _unusable(folder: Path, e: OSError) -> ClusterError:
+    return ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one that you can write and lock")
 
 
 @contextmanager
 def locked(name: str = "lock") -> Iterator[Path]:
     """The home, while no other command holds the lock of this name: by default that of one who starts, stops or looks
-    for the local cluster."""
+    for the local cluster.
+
+    Raises:
+        ClusterError: it cannot be written, or its file system has no locks.
+    """
     folder = home()
     try:
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
-        raise ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one you can write") from e
+        raise _unusable(folder, e) from e
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as e:
+            raise _unusable(folder, e) from e
         yield folder
     finally:
         os.close(fd)

@@ -5,6 +5,7 @@ a home a lock sees to that; Serve itself knows none.
 """
 
 import functools
+import hashlib
 import logging
 import time
 from contextlib import AbstractContextManager
@@ -14,10 +15,11 @@ from typing import Any
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.home import locked
+from mhmoe_ray.cluster.patience import Patience
 from mhmoe_ray.errors import ServeError
 
 END_SECONDS = 150.0
-"""Several times what Serve's own removal takes at most, half a minute."""
+"""Several times what one request for it waits, half a minute."""
 
 
 @functools.cache
@@ -49,19 +51,21 @@ def configs(details: dict[str, Any]) -> list[dict[str, Any]]:
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
-def changing() -> AbstractContextManager[Path]:
+def changing(connection: Connection) -> AbstractContextManager[Path]:
     """Hold this from the question on which a change is built until it is put."""
-    return locked("serve.lock")
+    cluster = "" if connection.local else f"-{hashlib.sha256(connection.address.encode()).hexdigest()[:8]}"
+    return locked(f"serve{cluster}.lock")
 
 
-def replace(connection: Connection, name: str, config: dict[str, Any] | None) -> None:
+def replace(connection: Connection, name: str, config: dict[str, Any] | None, patience: Patience) -> None:
     """Another configuration for an application, or none: then Serve removes it. Nothing if it is gone.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: as `Patience.ask`.
     """
-    with changing():
-        details = get(connection)
+    with changing(connection):
+        while (details := patience.ask(functools.partial(get, connection), None)) is None:
+            time.sleep(0.2)
         others = [c for c in configs(details) if c["name"] != name]
         if len(others) < len(configs(details)):
             put(connection, details, [*others, *([config] if config else [])], details["http_options"])

@@ -44,7 +44,7 @@ def remove(connection: Connection, name: str, say: Callable[[str], object] = lam
             _wait(connection, name, patience, say)
         elif not details.get("http_options"):
             raise ServeError(what, "there is no such application", "see `mhmoe serve status`")
-        with changing():
+        with changing(connection):
             end_idle(connection)
 
 
@@ -59,7 +59,7 @@ def _ask(connection: Connection, name: str, details: dict[str, Any], patience: P
     try:
         _give_up_what_starts(connection, name, patience)
     finally:  # else it would stay as one that starts nowhere
-        replace(connection, name, None)
+        replace(connection, name, None, patience)
 
 
 def _give_up_what_starts(connection: Connection, name: str, patience: Patience) -> None:
@@ -88,7 +88,8 @@ def _give_up_what_starts(connection: Connection, name: str, patience: Patience) 
     nowhere = _nowhere()
     given_up = {d: {"name": d, **deployments.get(d, {}), **nowhere} for d in starting}
     if given_up and not any("placement_group_bundles" in d for d in given_up.values()):
-        replace(connection, name, {**config, "deployments": list({**deployments, **given_up}.values())})
+        config = {**config, "deployments": list({**deployments, **given_up}.values())}
+        replace(connection, name, config, patience)
         until(lambda application: _gave_up(application, starting))
 
 

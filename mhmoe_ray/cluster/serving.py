@@ -54,12 +54,12 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
     what = f"application {application['name']}"
     with explained(connection, what, ServeError, f"correct it, or its address {host}:{port}"):
         serve = client(connection)
-        with changing():
+        with changing(connection):
             _checked(connection, application, host, port)
         runtime_env = application.get("runtime_env", {})
         sent = _sent(serve, runtime_env if connection.local else with_packages(runtime_env))
         application = {**application, "runtime_env": sent}
-        with changing():
+        with changing(connection):
             # To send takes its time, in which others may have deployed or removed theirs.
             details = _checked(connection, application, host, port)
             others = [a for a in configs(details) if a["name"] != application["name"]]

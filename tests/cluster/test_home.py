@@ -1,8 +1,11 @@
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cluster.home import home
+from mhmoe_ray.cluster.home import home, locked
 from mhmoe_ray.errors import ClusterError
 
 
@@ -24,5 +27,18 @@ def test_follows_xdg_only_if_absolute(tmp_path, monkeypatch):
 def test_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(ClusterError, match="Not a directory; set MHMOE_HOME to one you can write"):
+    with pytest.raises(ClusterError, match="Not a directory; set MHMOE_HOME to one that you can write"):
         home()
+
+
+def test_that_has_no_locks_is_one_line(tmp_path, monkeypatch):
+    """As on file systems of some clusters."""
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = "No locks available; set MHMOE_HOME to one that you can write and lock"
+    with pytest.raises(ClusterError, match=said), locked():
+        pytest.fail("it is not held")

@@ -11,7 +11,8 @@ from tests.watch import LIMIT, wait_until
 # Never asks how its child ended, as the first process of a container may not.
 CARELESS = """
 import subprocess, time
-print(subprocess.Popen(["true"]).pid, flush=True)
+child = subprocess.Popen(["true"])
+print(child.pid, flush=True)
 time.sleep(600)
 """
 
@@ -31,7 +32,8 @@ def test_who_ends_neither_by_itself_nor_when_asked_is_killed():
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, text=True) as process:
         try:
             process.stdout.readline()
-            processes.end([psutil.Process(process.pid)], patience=0.5, ask=True)
-            assert not psutil.pid_exists(process.pid)
+            ended = psutil.Process(process.pid)
+            processes.end([ended], patience=0.5, ask=True)
+            assert processes._is_over(ended)
         finally:
             process.kill()

@@ -74,27 +74,31 @@ def at_work(spec: RunSpec) -> Iterator[Workplace]:
 
 def _stay_alive(place: Workplace, ended: threading.Event) -> None:
     signs: dict[Path, float] = {}
-    while not ended.wait(ALIVE_SECONDS):
+    while True:
         with suppress(OSError):  # a storage that is away for a while: the next time will do
-            os.utime(place.own / ALIVE)
-            signs = _bury_the_dead(place, signs)
+            signs = _look_around(place, signs)
+        if ended.wait(ALIVE_SECONDS):
+            return
 
 
-def _bury_the_dead(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]:
-    """Those that have given no sign since we looked before, either: after a machine or a storage stood still, all have
-    been silent for long.
+def _look_around(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]:
+    """Give a sign of life, and take away what others left that have given none for long, nor since we looked before;
+    unless we have been as silent: where a machine or a storage stood still, so have all.
 
     Args:
         place: ours.
-        seen: the last sign of each, in seconds, when we looked before.
+        seen: the last sign of each job, in seconds, when we looked before.
 
     Returns:
         The same now.
     """
-    now = (place.own / ALIVE).stat().st_mtime  # by the clock of the storage
+    mine = place.own / ALIVE
+    before = mine.stat().st_mtime
+    os.utime(mine)
+    now = mine.stat().st_mtime  # by the clock of the storage
     signs = {alive: alive.stat().st_mtime for alive in place.shared.glob(f"*/{ALIVE}")}
     for alive, sign in signs.items():
-        if now - sign > DEAD_SECONDS and seen.get(alive) == sign:
+        if now - sign > DEAD_SECONDS and seen.get(alive) == sign and now - before < DEAD_SECONDS / 2:
             _take_away(Workplace(place.shared, alive.parent))
     return signs
 

@@ -5,7 +5,7 @@ import os
 from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.prepare.progress import read_progress
-from mhmoe_ray.data.prepare.work import ALIVE, at_work, clear, shared_folder
+from mhmoe_ray.data.prepare.work import ALIVE, Workplace, at_work, clear, shared_folder
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.runs.files import write_json
 from tests.data.shards.manifests import manifest_of
@@ -32,7 +32,7 @@ def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_pat
         assert read_progress(shared_folder(spec))
         write_json(place.result / "manifest.json", made.model_dump(mode="json"))
         place.result.rename(spec.data.prepared)
-    assert prepare(spec) == made
+        assert prepare(spec) == made
     assert read_progress(shared_folder(spec)) is None
     assert list(tmp_path.iterdir()) == [spec.data.prepared]
 
@@ -54,16 +54,21 @@ def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_
     assert [path.name for path in shared.iterdir()] == ["parts"]
 
 
-def test_who_was_silent_for_long_is_dead_only_if_silent_still(tmp_path):
-    """A machine or a storage that stood still makes all look dead to whoever is the first to go on."""
-    with at_work(tiny_spec(tmp_path)) as place:
-        silent = left_by_the_dead(place.shared)
-        seen = work._bury_the_dead(place, {})
-        os.utime(silent / ALIVE, (1, 1))
-        seen = work._bury_the_dead(place, seen)
-        assert silent.exists()
-        work._bury_the_dead(place, seen)
-        assert not silent.exists()
+def test_who_was_silent_for_long_is_dead_unless_all_have_been(tmp_path):
+    """A machine or a storage that stood still makes the others look dead to whoever is the first to go on."""
+    place = Workplace(tmp_path, tmp_path / "own")
+    place.own.mkdir()
+    (place.own / ALIVE).touch()
+    silent = left_by_the_dead(place.shared)
+    seen = work._look_around(place, {})
+    os.utime(silent / ALIVE, (1, 1))
+    seen = work._look_around(place, seen)
+    assert silent.exists(), "it gave a sign since"
+    os.utime(place.own / ALIVE, (0, 0))
+    seen = work._look_around(place, seen)
+    assert silent.exists(), "we were as silent"
+    work._look_around(place, seen)
+    assert not silent.exists()
 
 
 def left_by_the_dead(shared):
