@@ -82,8 +82,8 @@ def put(connection: Connection, details: dict[str, Any], configs: list[dict[str,
 
 
 def end_idle(connection: Connection) -> dict[str, Any]:
-    """End Serve itself, which frees its port, unless it has applications. One that starts has none yet, so this is a
-    change like others.
+    """End Serve itself, which frees its port, unless it has applications. To be asked under `changing`: one that is
+    just started for a configuration has none yet.
 
     Returns:
         What Serve tells then.

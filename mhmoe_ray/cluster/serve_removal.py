@@ -74,9 +74,8 @@ def _give_up_what_starts(connection: Connection, name: str, patience: Patience) 
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while True:
             told = patience.ask(partial(get, connection), None)
-            if told and (application := told["applications"].get(name)) is None:
-                return told
-            if told and (done(application) or time.monotonic() > deadline):
+            found = told and told["applications"].get(name)
+            if told and (not found or done(found) or time.monotonic() > deadline):
                 return told
             time.sleep(0.2)
 
