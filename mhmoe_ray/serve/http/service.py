@@ -12,7 +12,7 @@ from mhmoe_ray.serve.engine import Request
 from mhmoe_ray.serve.http.access import Access, Client
 from mhmoe_ray.serve.http.errors import RequestError
 from mhmoe_ray.serve.http.schema import Choosing
-from mhmoe_ray.serve.http.stream import Answers, late
+from mhmoe_ray.serve.http.stream import Answers, Pace, late
 from mhmoe_ray.spec import ServeSpec
 
 logger = logging.getLogger("ray.serve")
@@ -27,6 +27,9 @@ class Service:
     """Limits."""
     access: Access
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.spec.stream_interval)
 
     def check_model(self, named: str | None) -> None:
         if named not in (None, self.model):
@@ -90,4 +93,4 @@ class Service:
             for one, own in asked:
                 logger.info("%s asks: %r", client.name or "somebody", self.answerer.decode(one.prompt_ids[own:]))
         answers = [self.answerer.answer(one, request.stop, echo, own) for one, own in asked]
-        return Answers(answers, prompt_tokens, client, self.spec)
+        return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pace)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -13,7 +13,6 @@ from mhmoe_ray.serve.engine import BusyError, EngineError
 from mhmoe_ray.serve.http.access import Client
 from mhmoe_ray.serve.http.errors import RequestError, body_of
 from mhmoe_ray.serve.http.schema import Usage
-from mhmoe_ray.spec import ServeSpec
 
 Pieces = AsyncGenerator[tuple[int, Piece]]
 """Each with the number of its choice."""
@@ -25,20 +24,53 @@ DESCRIBED = {
 }
 
 
+CHUNK_SECONDS = 0.004
+"""Between two chunks of any streams of a replica. On its way through Serve's proxy a chunk costs about a millisecond of
+a core, whatever it holds; so all of them together take some quarter of one, and leave the rest to engines."""
+
+
+class Pace:
+    """How long the tokens of a stream wait for each other: the longer, the more streams a replica has."""
+
+    def __init__(self, interval: float) -> None:
+        """`interval`: seconds between two chunks of a stream, at least; 0 for a chunk with each token."""
+        self._interval, self._open = interval, 0
+
+    @contextmanager
+    def streaming(self, choices: int) -> Iterator[None]:
+        """So many streams more, one for each choice."""
+        self._open += choices
+        try:
+            yield
+        finally:
+            self._open -= choices
+
+    @property
+    def interval(self) -> float:
+        """In seconds, now."""
+        return max(self._interval, self._open * CHUNK_SECONDS) if self._interval else 0.0
+
+
 class Answers:
     """Of one request."""
 
     def __init__(
-        self, answers: Sequence[AsyncGenerator[Piece]], prompt_tokens: int, client: Client, spec: ServeSpec
+        self,
+        answers: Sequence[AsyncGenerator[Piece]],
+        prompt_tokens: int,
+        client: Client,
+        timeout: float,
+        pace: Pace,
     ) -> None:
         """Args:
         answers: its choices.
         prompt_tokens: of all of its prompts.
         client: that uses what they take, however they end; unless the engine refuses them.
-        spec: how long they may take, and how often a stream has a chunk.
+        timeout: seconds that they may take.
+        pace: of all streams here.
         """
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
-        self._timeout, self._interval = spec.request_timeout, spec.stream_interval
+        self._timeout, self._pace = timeout, pace
         self._tokens = [0] * len(answers)
 
     @property
@@ -98,20 +130,21 @@ class Answers:
                 return
             whole = _joined(held[number])
             if whole.text or whole.scores or whole.finish_reason:
-                held[number], due[number] = [], clock() + self._interval
+                held[number], due[number] = [], clock() + self._pace.interval
                 yield _event(chunk(number, whole))
 
-        async with aclosing(self.pieces()) as pieces:
-            found: tuple[int, Piece] | None = await anext(pieces)
-            yield ""
-            error: Exception | None = None
-            while found:
-                for event in shown(*found):
-                    yield event
-                try:
-                    found = await anext(pieces, None)
-                except Exception as e:
-                    found, error = None, e
+        with self._pace.streaming(len(held)):
+            async with aclosing(self.pieces()) as pieces:
+                found: tuple[int, Piece] | None = await anext(pieces)
+                yield ""
+                error: Exception | None = None
+                while found:
+                    for event in shown(*found):
+                        yield event
+                    try:
+                        found = await anext(pieces, None)
+                    except Exception as e:
+                        found, error = None, e
         if error:
             for number, kept in enumerate(held):
                 if kept and ((whole := _joined(kept)).text or whole.scores):
