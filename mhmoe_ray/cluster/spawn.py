@@ -27,10 +27,12 @@ PRIVATE = {
 _OF_ONE_MACHINE = {
     # Asks, from a process of its own in each run, whether nodes are to be taken away; there is only this one.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How often a run asks its workers whether they are done or have failed; over a network Ray's 2 s are as well.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A Python for each core before there is work: jobs have a runtime environment and would not use them.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""What Ray need not do where nothing joins; the user's own settings go before."""
+"""What Ray need not do, or can do sooner, where nothing joins; the user's own settings go before."""
 
 # What ties a `ray start` to another cluster.
 _FOREIGN = (

@@ -4,10 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
-from mhmoe_ray.cluster.processes import is_ours
+from mhmoe_ray.cluster.nodes import free_nodes
+from mhmoe_ray.cluster.processes import family, is_ours
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import committed, unfinished
 from mhmoe_ray.train import malloc
@@ -99,6 +102,23 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
     wait_until(lambda: not harness.driver_of(run), "the end of its job")
     resumed = mhmoe(project, "resume", run.id, "--force")
     assert resumed.code == 0, resumed.err
+    harness.assert_as_if_nothing_had_happened(run, reference)
+
+
+@pytest.mark.slow
+def test_a_controller_that_dies_ends_its_job_which_leaves_nothing(project, reference):
+    """Of Ray Train, whose own process to see to that our runs go without."""
+    connection = connect(None)
+    before = free_nodes(connection, None)
+    run = hurt(project)
+    ranks = [worker["pid"] for worker in harness.workers(run, 1)]
+    processes = family(find_local().pid)
+    [controller] = [p.pid for p in processes if p.cmdline() and p.cmdline()[0].startswith("ray::TrainController")]
+    assert harness.kill(controller)
+    wait_until(lambda: harness.outcome(project, run) == "failed", "the job's end")
+    wait_until(lambda: not any(map(psutil.pid_exists, ranks)), "the workers' end")
+    wait_until(lambda: free_nodes(connection, None) == before, "all that they had")
+    assert mhmoe(project, "resume", run.id).code == 0
     harness.assert_as_if_nothing_had_happened(run, reference)
 
 

@@ -14,6 +14,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
@@ -42,6 +43,13 @@ def test_ray_still_makes_its_controller_where_the_trainer_steps_in():
     assert "failure_policy=create_failure_policy" in inspect.getsource(TorchTrainer.fit)
     assert "_initialize_and_run_controller(" in inspect.getsource(TorchTrainer.fit)
     assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
+
+
+def test_ray_still_makes_the_callbacks_of_which_a_run_goes_without_one():
+    assert "_create_default_callbacks" in vars(RunTrainer)
+    source = inspect.getsource(DataParallelTrainer._create_default_callbacks)
+    assert "PlacementGroupCleanerCallback()" in source
+    assert "_create_default_callbacks()" in inspect.getsource(TorchTrainer.fit)
 
 
 def test_the_policy_travels_to_the_controller(tmp_path):
