@@ -25,7 +25,7 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
         ClusterError: nothing answers, or something that is no Ray dashboard.
         TokenError: the dashboard refuses the token, or wants one.
     """
-    import requests  # type: ignore[import-untyped, unused-ignore]
+    import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
 
     keep_off_proxies(address)
     try:

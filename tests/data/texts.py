@@ -11,8 +11,11 @@ WORDS = ("the moon rises over a quiet sea and every small boat turns home before
 def documents(name: str, count: int, words: int = 60) -> list[str]:
     """Different texts of different lengths that depend on the arguments only."""
     seed = sum(map(ord, name))
-    make = lambda i: " ".join(WORDS[(i * j * 7 + seed + j) % len(WORDS)] for j in range(words + i % 13))  # noqa: E731
-    return [f"{name} {i}: {make(i + 1)}" for i in range(count)]
+
+    def text(i: int) -> str:
+        return " ".join(WORDS[(i * j * 7 + seed + j) % len(WORDS)] for j in range(words + i % 13))
+
+    return [f"{name} {i}: {text(i + 1)}" for i in range(count)]
 
 
 def write_lines(path: Path, lines: list[bytes]) -> None:

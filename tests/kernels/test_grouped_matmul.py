@@ -14,12 +14,16 @@ from tests.kernels.problems import problem, with_gradients
 KINDS = [Swiglu(), GeluSubln(), GeluSubln(0.1)]
 
 
-def both(x, counts, weights):
+def matmul_of(counts):
+    """With so many rows of each expert."""
     ends = torch.tensor(counts).cumsum(0).int()
-    matmul = lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=ends)  # noqa: E731
+    return lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=ends)
+
+
+def both(x, counts, weights):
     return [
         with_gradients(y, [x, *weights.stacked])
-        for y in (run_grouped(x, weights, matmul), run_sorted(x, counts, weights))
+        for y in (run_grouped(x, weights, matmul_of(counts)), run_sorted(x, counts, weights))
     ]
 
 
@@ -35,14 +39,12 @@ def test_all_at_once_agrees_with_one_by_one(function, seed, counts):
 def test_gradients_of_vectors_in_bfloat16_are_added_in_float32():
     # 4000 summands each: added in bfloat16, a sum stops growing at 256 times one of them.
     x, _, _, weights = problem(0, 4000, 8, 8, 1, 1, torch.bfloat16, function=GeluSubln())
-    matmul = lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=torch.tensor([4000]).int())  # noqa: E731
-    run_grouped(x, weights, matmul).backward(torch.ones(4000, 8, dtype=torch.bfloat16))
+    run_grouped(x, weights, matmul_of([4000])).backward(torch.ones(4000, 8, dtype=torch.bfloat16))
     assert weights.stacked[-1].grad.tolist() == [[4000.0] * 8]
 
 
 def test_rows_that_are_not_aligned_cannot_be_grouped():
     for function in KINDS:
-        of = lambda f, dtype, function=function: problem(0, 1, 8, f, 2, 1, dtype, function=function)[-1]  # noqa: E731
-        assert can_group(of(4, torch.float32))
-        assert not can_group(of(6, torch.float32))
-        assert not can_group(of(4, torch.bfloat16))
+        for width, dtype, aligned in ((4, torch.float32, True), (6, torch.float32, False), (4, torch.bfloat16, False)):
+            *_, weights = problem(0, 1, 8, width, 2, 1, dtype, function=function)
+            assert can_group(weights) == aligned

@@ -37,7 +37,7 @@ def _interpreted():
 def problem(kind, seed, n, d, f, e, k, dtype=torch.float32, only=None):
     """Rows, routes, gates of which some are 0 as a dropped route's, and weights as a layer starts with."""
     g = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    make = partial(torch.randn, generator=g)
     if kind == "swiglu":
         stacked = (make(e, f, d) * d**-0.5, make(e, f, d) * d**-0.5, make(e, d, f) * f**-0.5)
     else:

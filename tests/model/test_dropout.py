@@ -102,8 +102,11 @@ def test_the_default_generator_is_neither_read_nor_moved():
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbone):
     model, x, rate = build(moe=False, dropout=0.4, backbone=backbone), tokens(), 0.4
-    mask = lambda like, g: (torch.rand(like.shape, generator=g) >= rate) / (1 - rate)  # noqa: E731
     noise = Noise(5, 7)
+
+    def mask(like, g):
+        return (torch.rand(like.shape, generator=g) >= rate) / (1 - rate)
+
     h = model.embedding(x) * (4 if backbone == "subln" else 1)
     h = h * mask(h, noise.generator(EMBEDDING, CPU))
     for i, block in enumerate(model.blocks):
@@ -120,7 +123,10 @@ def test_masks_fall_on_the_embedding_and_on_what_is_added_to_the_residual(backbo
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 def test_draws_belong_to_the_micro_batch_and_evaluation_has_none(rates, backbone):
     model, x = build(**rates, backbone=backbone), tokens()
-    run = lambda seed, micro_batch: model(x, noise=Noise(seed, micro_batch)).logits_BTV  # noqa: E731
+
+    def run(seed, micro_batch):
+        return model(x, noise=Noise(seed, micro_batch)).logits_BTV
+
     assert torch.equal(run(3, 8), run(3, 8))
     assert not torch.equal(run(3, 8), run(3, 9))
     assert not torch.equal(run(3, 8), run(4, 8))

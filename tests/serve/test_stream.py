@@ -75,17 +75,24 @@ def test_streams_count_while_they_are_open_each_choice_for_itself():
     assert pace.interval == 1e-9, "what has ended counts no more"
 
 
-def test_a_stream_that_is_left_counts_no_more():
+def test_a_stream_counts_neither_while_it_waits_for_its_turn_nor_when_it_was_left():
     pace = Pace(1e-9)
 
     async def run():
+        turn = asyncio.Event()
+
         async def answer():
+            await turn.wait()
             while True:
                 yield Piece("a", 1, ())
                 await asyncio.sleep(0)
 
         answers = Answers([answer()], 1, Client(""), timeout=600.0, pace=pace)
-        events = await answers.events(lambda _, piece: Chunk(text=piece.text, at=0.0), None)
+        begun = asyncio.create_task(answers.events(lambda _, piece: Chunk(text=piece.text, at=0.0), None))
+        await asyncio.sleep(0.01)
+        assert pace.interval == 1e-9
+        turn.set()
+        events = await begun
         assert pace.interval == CHUNK_SECONDS
         await events.aclose()
 

@@ -133,9 +133,9 @@ class Answers:
                 held[number], due[number] = [], clock() + self._pace.interval
                 yield _event(chunk(number, whole))
 
-        with self._pace.streaming(len(held)):
-            async with aclosing(self.pieces()) as pieces:
-                found: tuple[int, Piece] | None = await anext(pieces)
+        async with aclosing(self.pieces()) as pieces:
+            found: tuple[int, Piece] | None = await anext(pieces)
+            with self._pace.streaming(len(held)):  # not while it waits for its turn
                 yield ""
                 error: Exception | None = None
                 while found:

@@ -123,7 +123,9 @@ def test_sums_do_not_depend_on_order_or_grouping(groups, random):
 
 
 def test_languages_of_records_and_of_folders(tmp_path):
-    record = lambda **keys: json.dumps({"text": "some text", **keys}).encode()  # noqa: E731
+    def record(**keys):
+        return json.dumps({"text": "some text", **keys}).encode()
+
     write_lines(tmp_path / "de" / "x.jsonl", [record(), record(language="DE"), record(meta={"language": "french"})])
     write_lines(tmp_path / "book" / "x.jsonl", [record(), record(meta={"language": [{"name": "C"}]})])
     found = survey_serially(data_spec(tmp_path)).domains
