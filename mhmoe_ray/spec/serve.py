@@ -51,8 +51,8 @@ class ServeSpec(Section):
     begun."""
     stream_interval: NonNegativeFloat = 0.05
     """Seconds between two chunks of a streamed answer, the first of which comes at once: tokens that come sooner wait
-    for it; longer with more than a dozen streams, of which a replica sends 250 chunks a second. 0: a chunk for each
-    token, each of which Serve's proxy hands on by itself."""
+    for it, and where a replica has more than a dozen streams longer, up to 0.25, so that it sends 250 chunks a second
+    for all of them. 0: a chunk for each token, each of which Serve's proxy hands on by itself."""
     max_body_bytes: PositiveInt = 1 << 20
     log_prompts: bool = False
     """Whether replicas log what they are asked; else they log that, and nothing of it."""

@@ -27,7 +27,7 @@ class AllowedSizes(ElasticScalingPolicy):
     """The largest allowed number of workers that there is room for.
 
     Ray ends a group to let it grow, in the middle of a step. So growth is considered once after each checkpoint, seen
-    within a poll (2 s): what was trained since is done again, and nothing else is lost. A healthy group never shrinks.
+    within a poll: what was trained since is done again, and nothing else is lost. A healthy group never shrinks.
     """
 
     def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:

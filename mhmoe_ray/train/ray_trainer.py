@@ -25,7 +25,7 @@ class RunTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         # It frees what workers had of a controller that died: by a process of each run on the head, which asks for the
-        # controller every second. Ours is of the run's job, which ends with it and leaves nothing.
+        # controller every second. Ours is of the run's job, which ends with it, and with the job all that it reserved.
         callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
-from mhmoe_ray.cluster.nodes import free_nodes
 from mhmoe_ray.cluster.processes import family, is_ours
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.manifest import committed, unfinished
@@ -105,19 +105,26 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
     harness.assert_as_if_nothing_had_happened(run, reference)
 
 
+def reserved() -> int:
+    """Placement groups of the cluster, as it knows them now."""
+    connection = connect(None)
+    told = dashboard.get(connection.address, "/api/v0/placement_groups?limit=1000", connection.token)
+    return sum(group["state"] == "CREATED" for group in told["data"]["result"]["result"])
+
+
 @pytest.mark.slow
 def test_a_controller_that_dies_ends_its_job_which_leaves_nothing(project, reference):
     """Of Ray Train, whose own process to see to that our runs go without."""
-    connection = connect(None)
-    before = free_nodes(connection, None)
     run = hurt(project)
     ranks = [worker["pid"] for worker in harness.workers(run, 1)]
-    processes = family(find_local().pid)
-    [controller] = [p.pid for p in processes if p.cmdline() and p.cmdline()[0].startswith("ray::TrainController")]
+    assert reserved() == 1
+    own = {process.pid for process in family(find_local().pid)}
+    named = {process.pid: process.info["name"] for process in psutil.process_iter(["name"])}
+    [controller] = [pid for pid in own & named.keys() if named[pid].startswith("ray::TrainCon")]
     assert harness.kill(controller)
     wait_until(lambda: harness.outcome(project, run) == "failed", "the job's end")
     wait_until(lambda: not any(map(psutil.pid_exists, ranks)), "the workers' end")
-    wait_until(lambda: free_nodes(connection, None) == before, "all that they had")
+    wait_until(lambda: reserved() == 0, "the end of what they had")
     assert mhmoe(project, "resume", run.id).code == 0
     harness.assert_as_if_nothing_had_happened(run, reference)
 

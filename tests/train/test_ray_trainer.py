@@ -7,6 +7,7 @@ import pickle
 import pytest
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
@@ -14,7 +15,6 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
@@ -45,11 +45,14 @@ def test_ray_still_makes_its_controller_where_the_trainer_steps_in():
     assert "scaling_policy" in inspect.signature(TrainController.__init__).parameters
 
 
-def test_ray_still_makes_the_callbacks_of_which_a_run_goes_without_one():
-    assert "_create_default_callbacks" in vars(RunTrainer)
-    source = inspect.getsource(DataParallelTrainer._create_default_callbacks)
-    assert "PlacementGroupCleanerCallback()" in source
-    assert "_create_default_callbacks()" in inspect.getsource(TorchTrainer.fit)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # of its own defaults
+def test_no_process_on_the_head_looks_after_a_runs_controller(tmp_path):
+    trainer = RunTrainer(RunDir(tmp_path), tiny_spec(tmp_path), scaling_config=ScalingConfig(num_workers=2))
+    ours, rays = (
+        {type(c) for c in made()}
+        for made in (trainer._create_default_callbacks, super(RunTrainer, trainer)._create_default_callbacks)
+    )
+    assert rays - ours == {PlacementGroupCleanerCallback}
 
 
 def test_the_policy_travels_to_the_controller(tmp_path):

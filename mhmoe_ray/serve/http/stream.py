@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -27,6 +27,8 @@ DESCRIBED = {
 CHUNK_SECONDS = 0.004
 """Between two chunks of any streams of a replica. On its way through Serve's proxy a chunk costs about a millisecond of
 a core, whatever it holds; so all of them together take some quarter of one, and leave the rest to engines."""
+LONGEST_SECONDS = 0.25
+"""That a token waits for another one because of other streams."""
 
 
 class Pace:
@@ -34,21 +36,23 @@ class Pace:
 
     def __init__(self, interval: float) -> None:
         """`interval`: seconds between two chunks of a stream, at least; 0 for a chunk with each token."""
-        self._interval, self._open = interval, 0
+        self._interval = interval
+        self._streams = set[object]()
 
-    @contextmanager
-    def streaming(self, choices: int) -> Iterator[None]:
-        """So many streams more, one for each choice."""
-        self._open += choices
-        try:
-            yield
-        finally:
-            self._open -= choices
+    def goes_on(self, stream: object) -> None:
+        """It has a token, maybe its first."""
+        self._streams.add(stream)
+
+    def ends(self, stream: object) -> None:
+        """It has no more, or nobody wants them, whether it ever began or not."""
+        self._streams.discard(stream)
 
     @property
     def interval(self) -> float:
         """In seconds, now."""
-        return max(self._interval, self._open * CHUNK_SECONDS) if self._interval else 0.0
+        if not self._interval:
+            return 0.0
+        return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, LONGEST_SECONDS))
 
 
 class Answers:
@@ -123,9 +127,11 @@ class Answers:
         held: list[list[Piece]] = [[] for _ in self._answers]
         due = [0.0] * len(held)
         """When each choice may have a chunk again."""
+        streams = [object() for _ in held]
 
         def shown(number: int, piece: Piece) -> Iterator[str]:
             held[number].append(piece)
+            (self._pace.ends if piece.finish_reason else self._pace.goes_on)(streams[number])
             if clock() < due[number] and not piece.finish_reason:
                 return
             whole = _joined(held[number])
@@ -133,11 +139,11 @@ class Answers:
                 held[number], due[number] = [], clock() + self._pace.interval
                 yield _event(chunk(number, whole))
 
-        async with aclosing(self.pieces()) as pieces:
-            found: tuple[int, Piece] | None = await anext(pieces)
-            with self._pace.streaming(len(held)):  # not while it waits for its turn
+        error: Exception | None = None
+        try:
+            async with aclosing(self.pieces()) as pieces:
+                found: tuple[int, Piece] | None = await anext(pieces)
                 yield ""
-                error: Exception | None = None
                 while found:
                     for event in shown(*found):
                         yield event
@@ -145,6 +151,9 @@ class Answers:
                         found = await anext(pieces, None)
                     except Exception as e:
                         found, error = None, e
+        finally:
+            for stream in streams:
+                self._pace.ends(stream)
         if error:
             for number, kept in enumerate(held):
                 if kept and ((whole := _joined(kept)).text or whole.scores):
