@@ -23,7 +23,6 @@ DESCRIBED = {
     "content": {"text/event-stream": {"schema": _EVENT}},
 }
 
-
 CHUNK_SECONDS = 0.004
 """Between two chunks of any streams of a replica. On its way through Serve's proxy a chunk costs about a millisecond of
 a core, whatever it holds; so all of them together take some quarter of one, and leave the rest to engines."""
