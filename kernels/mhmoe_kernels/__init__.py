@@ -13,6 +13,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     permute.py          sorting routes by expert and bringing them back
     pieces.py           how sorted rows are cut into what goes through an expert at once
     precision.py        at least float32
+    cpu.py              what the CPU at hand can compute
     reference.py        the oracle: a loop over experts, written to be read
     grouped.py          each expert once on its contiguous rows
     sorted_swiglu.py    SwiGLU experts over sorted rows, with a backward by hand

@@ -3,6 +3,10 @@
 A matrix is read where it lies, so that a product of few rows takes a third of the time of a plain one in float32; and
 what a row gives depends on no other row, to the last bit, however many there are (tests/kernels/test_packed.py).
 torch has these operators for its compiler, which packs the weights of models that are frozen in the same way.
+
+So it is where oneDNN has kernels of blocks for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. With
+less, its products are those of a BLAS, which adds up a row alone in another order (held to SSE4.1 it does so in
+float32, width 384 to 1,024); matrices are not packed there, and `padded` has the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.permute import combine, plan_routes
 from mhmoe_kernels.weights import Function, Swiglu
 
@@ -20,12 +25,22 @@ LIKELY_ROWS = 16
 
 
 def why_not(dtype: torch.dtype) -> str | None:
-    """Why matrices of this dtype cannot be packed here; None where they can."""
+    """Return why matrices of this dtype cannot be packed here, in one line; None where they can.
+
+    Raises:
+        ValueError: MHMOE_CPU_LEVEL names no level.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN packs no {dtype}"
     if not torch._C._has_mkldnn:
         return "this torch is built without oneDNN"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN has no bfloat16 on this CPU"
-    return None if dtype in (torch.float32, torch.bfloat16) else f"oneDNN packs no {dtype}"
+    if is_x86():
+        if cpu_level() < CpuLevel.AVX2:
+            return "without AVX2 oneDNN gives a row other bits among others"
+        has_bfloat16 = cpu_level() >= CpuLevel.AVX512_BF16
+    else:
+        has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "oneDNN has no bfloat16 on this CPU" if dtype == torch.bfloat16 and not has_bfloat16 else None
 
 
 class PackedMatrix:

@@ -26,11 +26,7 @@ def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, s
     if spec.gpus_per_replica:
         model.to("cuda")  # after that: whole, it may not fit
     if model.embedding.weight.device.type == "cpu":
-        if packed.why_not(dtype) is None:
-            pack(model)
-        else:
-            for layer in model.moe_layers():
-                layer.experts.kernel = "padded"
+        suit_to_cpu(model, dtype)
     return TorchEngine(
         model,
         dtype,
@@ -42,6 +38,20 @@ def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, s
         threads=spec.cpus_per_replica,
         cache_tokens=spec.cache_tokens,
     )
+
+
+def suit_to_cpu(model: Decoder, dtype: torch.dtype) -> None:
+    """Give a model, in place, the products in which what a row gives depends on no other row.
+
+    Args:
+        model: with all experts, on a CPU.
+        dtype: of its matrices.
+    """
+    if packed.why_not(dtype) is None:
+        pack(model)
+    else:
+        for layer in model.moe_layers():
+            layer.experts.kernel = "padded"
 
 
 def _halve(model: Decoder) -> None:

@@ -40,6 +40,14 @@ def test_another_ray_is_an_error(monkeypatch):
     assert "training needs 3.1" in ray.found
 
 
+@pytest.mark.cpu
+def test_a_level_of_the_cpu_that_there_is_not_is_an_error(monkeypatch):
+    monkeypatch.setenv("MHMOE_CPU_LEVEL", "sse9")
+    found = {f.what: f for f in machine.findings()}
+    assert (found["torch"].level, found["kernel cpp"].level) == ("error", "note")
+    assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in found["torch"].found
+
+
 def test_storage_is_written_read_and_left_as_it_was(tmp_path):
     assert levels(storage.findings(tmp_path / "new")) == {"storage": "ok"}
     assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, choose, cpp, run_experts, run_sorted_experts
+from mhmoe_kernels.cpu import CpuLevel, cpu_level, level_environment
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
 CPU = torch.device("cpu")
 HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++"))
-COMPILES = sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported() and HAS_COMPILER
+COMPILES = sys.platform == "linux" and cpu_level() >= CpuLevel.AVX512_BF16 and HAS_COMPILER
 """By what the machine is; by what the kernel says of itself, one that does not compile would only be skipped."""
 runs_here = pytest.mark.skipif(not COMPILES, reason="needs Linux, a CPU with AVX512_BF16, and g++")
+pytestmark = pytest.mark.cpu
 
 
 def rounded(seed, n, d, f, e, k, only=None):
@@ -130,7 +132,6 @@ def test_needs_no_gradients():
         assert run_experts("cpp", x, expert, gate, w).shape == x.shape
 
 
-@runs_here
 @pytest.mark.parametrize(
     ("change", "kind", "why"),
     [
@@ -140,7 +141,7 @@ def test_needs_no_gradients():
         ({"function": GeluSubln()}, ValueError, "SwiGLU experts only"),
     ],
 )
-def test_refuses_what_it_does_not_compute(change, kind, why):
+def test_refuses_what_it_does_not_compute_on_any_machine(change, kind, why):
     sizes = {"n": 4, "d": 6, "f": 8, "e": 2, "k": 1, "dtype": torch.bfloat16} | change
     with pytest.raises(kind, match=why):
         run_experts("cpp", *problem(0, **sizes))
@@ -149,14 +150,15 @@ def test_refuses_what_it_does_not_compute(change, kind, why):
 @runs_here
 def test_auto_takes_it_on_a_matrix_unit_for_what_it_computes(monkeypatch):
     (x, _, _, w), (exact_x, _, _, exact) = rounded(0, n=4, d=6, f=8, e=2, k=1)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(cpp, "cpu_level", lambda: CpuLevel.AMX)
     assert choose("auto", x, w) == "cpp"
     assert choose("auto", exact_x, exact) == "grouped"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpp, "cpu_level", lambda: CpuLevel.AVX512_BF16)
     assert choose("auto", x, w) == "grouped"
     assert choose("cpp", x, w) == "cpp"
 
 
+NO_BFLOAT16 = "this CPU multiplies no bfloat16 (AVX512_BF16, or AMX)"
 SAY = "import torch; from mhmoe_kernels import cpp; print(cpp.why_not(torch.device('cpu')))"
 
 
@@ -219,6 +221,24 @@ def test_a_library_that_cannot_be_moved_to_its_place_is_a_reason_too(tmp_path):
 )
 def test_without_a_compiler_it_says_so(tmp_path, environment, why):
     assert said(start(tmp_path, **environment)) == why
+
+
+@pytest.mark.parametrize("level", [level for level in CpuLevel if level < CpuLevel.AVX512_BF16])
+def test_a_lesser_cpu_is_a_reason_and_auto_is_grouped_there(tmp_path, level):
+    if sys.platform == "linux":
+        assert said(start(tmp_path, **level_environment(level))) == NO_BFLOAT16
+    code = (
+        "import torch; from mhmoe_kernels import choose; from tests.kernels.problems import problem;"
+        "x, *_, weights = problem(0, n=4, d=6, f=8, e=2, k=1, dtype=torch.bfloat16); print(choose('auto', x, weights))"
+    )
+    environment = {**os.environ, **level_environment(level)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "grouped"
+
+
+def test_a_level_that_there_is_not_is_a_reason(tmp_path):
+    if sys.platform == "linux":
+        assert said(start(tmp_path, MHMOE_CPU_LEVEL="sse9")).startswith("MHMOE_CPU_LEVEL is 'sse9', but levels are ")
 
 
 def test_it_is_for_cpus():

@@ -5,15 +5,18 @@ import torch
 import torch.nn.functional as F
 
 from mhmoe_kernels import GeluSubln, Swiglu, packed, run_experts
+from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.packed import PackedMatrix, run_packed
 from tests.kernels.problems import problem
 
 FUNCTIONS = [Swiglu(), GeluSubln()]
-HAS_BFLOAT16 = torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported()
-DTYPES = [torch.float32] * torch._C._has_mkldnn + [torch.bfloat16] * HAS_BFLOAT16
+LEVELS = {torch.float32: CpuLevel.AVX2, torch.bfloat16: CpuLevel.AVX512_BF16}
+"""From which on a dtype is packed on an x86; elsewhere float32 is, wherever oneDNN is there."""
+MULTIPLIED = [dtype for dtype in LEVELS if (cpu_level() >= LEVELS[dtype] if is_x86() else dtype == torch.float32)]
+DTYPES = MULTIPLIED if torch._C._has_mkldnn else []
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
 
-pytestmark = pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")]
 
 
 def packed_experts(weights):
@@ -22,6 +25,15 @@ def packed_experts(weights):
 
 def test_what_the_machine_multiplies_is_packed():
     assert [packed.why_not(dtype) for dtype in DTYPES] == [None] * len(DTYPES)
+    assert packed.why_not(torch.float64) == "oneDNN packs no torch.float64"
+
+
+@pytest.mark.parametrize("dtype", LEVELS)
+@pytest.mark.parametrize("level", CpuLevel)
+def test_from_which_level_on_a_dtype_is_packed(monkeypatch, dtype, level):
+    monkeypatch.setattr(packed, "is_x86", lambda: True)
+    monkeypatch.setattr(packed, "cpu_level", lambda: level)
+    assert (packed.why_not(dtype) is None) == (level >= LEVELS[dtype])
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 40])

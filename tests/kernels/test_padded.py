@@ -22,14 +22,16 @@ def test_padded_agrees_with_reference(seed, n, e, data, function):
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 @torch.no_grad()
-def test_a_row_gives_the_same_bits_alone_and_among_others(function, threads):
+def test_a_row_gives_the_same_bits_alone_and_among_others(function, threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x, expert, gate, weights = problem(3, 60, d=96, f=200, e=6, k=2, dtype=torch.float32, function=function)
+        x, expert, gate, weights = problem(3, 60, d=96, f=200, e=6, k=2, dtype=dtype, function=function)
         together = run_experts("padded", x, expert, gate, weights)
         for rows in ([0], [59], [3, 4, 5], [*range(10, 27)]):
             alone = run_experts("padded", x[rows], expert[rows], gate[rows], weights)

@@ -10,7 +10,10 @@ from mhmoe_ray.spec import ModelSpec
 
 from .conftest import SPEC, build_model
 
-pytestmark = pytest.mark.skipif(packed.why_not(torch.float32) is not None, reason="oneDNN packs nothing here")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(packed.why_not(torch.float32) is not None, reason="oneDNN packs nothing here"),
+]
 
 
 def changed(moe=None, **trunk):

@@ -10,7 +10,7 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
 from mhmoe_ray.serve.engine.schedule import PIECE
 from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
-from mhmoe_ray.serve.packed_model import pack
+from mhmoe_ray.serve.own_engine import suit_to_cpu
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
 from tests.serve.own import answerer_of
@@ -23,7 +23,7 @@ KNOWN = 300
 
 
 def engine_of(model, **more):
-    pack(model)
+    suit_to_cpu(model, torch.float32)
     settings = {"concurrency": 32, "queue": 1000, "threads": 1, **more}
     return TorchEngine(model, torch.float32, frozenset(), KNOWN, settings.pop("seq_len", SEQ_LEN), **settings)
 
@@ -80,6 +80,7 @@ def mixed():
     return asked
 
 
+@pytest.mark.cpu
 def test_32_mixed_answers_are_the_same_to_the_last_bit_alone_and_together(engine):
     asked = mixed()
     alone = [together(engine, [request])[0] for request in asked]
@@ -124,6 +125,7 @@ def test_a_prompt_longer_than_a_steps_budget_is_answered_as_in_one_go():
         engine.close()
 
 
+@pytest.mark.cpu
 def test_a_prompt_that_begins_like_one_before_gives_the_same_bits_for_less():
     engine = engine_of(build_model(), seq_len=4 * PIECE)
     ids = tuple(torch.randint(KNOWN, (3 * PIECE,), generator=torch.Generator().manual_seed(4)).tolist())
@@ -145,6 +147,7 @@ def test_a_prompt_that_begins_like_one_before_gives_the_same_bits_for_less():
         fresh.close()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_second_turn_gets_the_bits_of_an_engine_that_has_seen_nothing(tokenizer, precision):
     """The first turn's answer fills a piece up, which is computed as one where the second turn's prompt has it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels.cpp.build import BuildError, library
+from mhmoe_kernels.cpu import CpuLevel, cpu_level
 from mhmoe_kernels.grouped import sort_first
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
@@ -30,7 +31,7 @@ def why_not(device: torch.device) -> str | None:
 def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
     """Whether rows go through these experts faster so than by `grouped` (measured: kernels/README.md): on AMX, if it
     computes them at all."""
-    amx = x_ND.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    amx = x_ND.device.type == "cpu" and cpu_level() >= CpuLevel.AMX
     return amx and _refusal(x_ND, weights) is None and why_not(x_ND.device) is None
 
 
@@ -52,10 +53,11 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
         TypeError: for a dtype.
         RuntimeError: where `why_not` has a reason.
     """
-    if reason := why_not(x_RD.device):
-        raise RuntimeError(reason)
+    # What it computes nowhere comes first: another machine would not help.
     if error := _refusal(x_RD, weights):
         raise error
+    if reason := why_not(x_RD.device):
+        raise RuntimeError(reason)
     from mhmoe_kernels.cpp.autograd import swiglu_sorted
 
     gate_EFD, up_EFD, down_EDF = weights.stacked

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from mhmoe_kernels.cpu import CpuLevel, cpu_level
+
 SOURCES = ("swiglu.cpp", "transpose.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-Werror")
 
@@ -50,7 +52,11 @@ def _once() -> ctypes.CDLL | BuildError:
 def _built() -> Path:
     if sys.platform != "linux":
         raise BuildError("it is built on Linux only")
-    if not torch.cpu._is_avx512_bf16_supported():
+    try:
+        level = cpu_level()
+    except ValueError as error:
+        raise BuildError(str(error)) from error
+    if level < CpuLevel.AVX512_BF16:
         raise BuildError("this CPU multiplies no bfloat16 (AVX512_BF16, or AMX)")
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:

@@ -57,10 +57,11 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
         TypeError: for a dtype that no kernel here computes.
         RuntimeError: where `why_not` has a reason.
     """
-    if reason := why_not(x_ND.device):
-        raise RuntimeError(reason)
+    # What it computes nowhere comes first: another machine would not help.
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"rows and weights must all be float32 or all bfloat16, not {x_ND.dtype} and others")
+    if reason := why_not(x_ND.device):
+        raise RuntimeError(reason)
     from mhmoe_kernels.triton.autograd import fused_experts
     from mhmoe_kernels.triton.launch import kind_of
     from mhmoe_kernels.triton.schedule import sort_routes

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mhmoe_kernels import BACKENDS, why_not
+from mhmoe_kernels.cpu import TITLES, VARIABLE, cpu_level, is_x86
 from mhmoe_ray.cluster.doctor.finding import Finding
 
 RAY = "2.60"
@@ -59,9 +60,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _accelerators() -> Iterator[Finding]:
-    cpu = f"{os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
-    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
-    yield Finding("ok", "torch", f"{torch.__version__}; {cpu}{amx}")
+    try:
+        level = TITLES[cpu_level()] if is_x86() else platform.machine()
+    except ValueError as error:
+        yield Finding("error", "torch", str(error), f"unset {VARIABLE}, which is for tests")
+    else:
+        yield Finding("ok", "torch", f"{torch.__version__}; {os.cpu_count()} CPUs, {level}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "GPUs", f"{len(names)}: {', '.join(sorted(set(names)))}")
