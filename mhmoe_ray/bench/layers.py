@@ -137,7 +137,8 @@ def _usable(kernels: Sequence[str], device: torch.device, dtype: DTypeName) -> t
             raise SpecError("kernel capacity", "it is static routing, which drops rows", "ask for it with --static")
         precision = next(limits.precision for name, limits in KERNELS.items() if name == kernel)
         other = f"kernel {kernel} computes in {precision}, not in {dtype}" if precision not in (None, dtype) else None
-        why = why_not(kernel, device) or other
+        # What it computes nowhere comes first: another machine would not help.
+        why = other or why_not(kernel, device)
         if why is None:
             can_run.append(kernel)
         else:

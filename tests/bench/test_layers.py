@@ -57,3 +57,10 @@ def test_each_kernel_that_can_run_computes_each_layer_and_the_others_say_why_not
 def test_what_cannot_be_is_refused(heads, kernels, why):
     with pytest.raises(SpecError, match=why):
         our_layers(SMALL, heads, False, kernels, CPU)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_precision_that_a_kernel_never_computes_is_named_before_the_machine(device):
+    with pytest.raises(SpecError, match="kernel cpp computes in bfloat16, not in float32"):
+        our_layers(SMALL, [2], False, ["cpp"], torch.device(device), "float32")

@@ -107,6 +107,7 @@ def test_they_are_mistakes_of_the_command_line(tmp_path, words, why):
         ),
     ],
 )
+@pytest.mark.cpu
 def test_sizes_and_kernels_that_there_are_not_are_one_line(tmp_path, words, why):
     assert_one_line(mhmoe_anew(tmp_path, "bench", *words), 3, why)
 
