@@ -8,7 +8,8 @@ LANES := -n 2 --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu check render clean
+.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu
+.PHONY: test-cpu check render clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
@@ -20,6 +21,8 @@ help:
 	@echo "make soak-train   50 random kills of one run, which must end as if there were none (SOAK_SEED, SOAK_KILLS)"
 	@echo "make soak-serve   half an hour of clients of all kinds, good and bad (SOAK_SEED, SOAK_SECONDS)"
 	@echo "make test-gpu     only the tests that need CUDA; elsewhere they skip"
+	@echo "make test-cpu     those that depend on the CPU, at each level that it has; MHMOE_CPU_LEVEL=avx2 make test"
+	@echo "                  holds all tests to one of generic, avx2, avx512, avx512_bf16, amx"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
 	@echo "make check        format, lint, types, direction of imports"
 	@echo "make render       write the files of cluster/ anew, from cluster/site.yaml"
@@ -53,6 +56,9 @@ soak-serve: .venv/installed-dev
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+test-cpu: .venv/installed-dev
+	$(BIN)/python -m tests.cpu_levels
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

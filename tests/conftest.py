@@ -13,6 +13,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from mhmoe_kernels.cpu import asked_level, level_environment
 from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
@@ -35,6 +36,15 @@ QUIET = {
 # machine is no failure.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+
+
+try:
+    if (_LEVEL := asked_level()) is not None:
+        # Torch and its libraries read these when they first compute: here, which is not yet, in the lanes, in processes
+        # that tests start, and in Ray's, all of which have the environment of this one.
+        os.environ |= level_environment(_LEVEL)
+except ValueError as error:
+    raise pytest.UsageError(str(error)) from error
 
 
 def pytest_configure(config: pytest.Config) -> None:
