@@ -1,0 +1,56 @@
+"""Values without what differs from call to call: times, process ids, names of runs, addresses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+CHANGING_KEYS = {
+    # moments and durations
+    *("time", "created", "submitted", "imported", "seconds", "pause", "began", "eta_seconds"),
+    # speeds
+    *("tokens_per_s", "mean_tokens_per_s", "data_wait", "exchange_wait", "mfu"),
+    # processes, nodes and clusters
+    *("pid", "host", "node", "address", "dashboard", "replica", "stats", "system_fingerprint"),
+}
+"""Keys of JSON whose values are left out."""
+LEFT_OUT = "(left out)"
+
+
+class Normaliser:
+    def __init__(self, folder: Path) -> None:
+        """Args:
+        folder: a side's, which is called <side> in all texts.
+        """
+        self._patterns = [
+            (re.compile(re.escape(str(folder))), "<side>"),
+            (re.compile(r"/tmp/mhmoe-\w+"), "<cluster>"),
+            (re.compile(r"(127\.0\.0\.1|localhost):\d{4,5}"), r"\1:<port>"),
+            # The end of a run's id, and of names that are made of it.
+            (re.compile(r"-[0-9a-f]{6}(?![0-9a-f])"), "-<id>"),
+            (re.compile(r"\b(cmpl|chatcmpl)-[0-9a-f]{8,}"), r"\1-<id>"),
+            (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?"), "<time>"),
+            # A module that a job runs may be called anything.
+            (re.compile(r"-m mhmoe\w+(\.\w+)+"), "-m <module>"),
+        ]
+
+    def text(self, text: str) -> str:
+        """Return the text without addresses, ids, times and the side's own folder."""
+        for pattern, name in self._patterns:
+            text = pattern.sub(name, text)
+        return text
+
+    def value(self, value: Any) -> Any:
+        """Return JSON in the same way, and without the values of `CHANGING_KEYS`."""
+        if isinstance(value, dict):
+            return {self.text(key): self._of_key(key, each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.value(each) for each in value]
+        return self.text(value) if isinstance(value, str) else value
+
+    def _of_key(self, key: str, value: Any) -> Any:
+        if key in CHANGING_KEYS and value is not None:
+            return LEFT_OUT
+        if key == "files" and isinstance(value, dict):
+            # Of a checkpoint, with hashes: the order of tensors in a file is no one's concern, and these are compared.
+            return sorted(value)
+        return self.value(value)

@@ -1,0 +1,150 @@
+"""A tree at work: its environment, its commands and its cluster."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LEVELS = {"avx2": ("avx2", "AVX2", "AVX2"), "avx512": ("avx512", "AVX512_CORE", "AVX512")}
+"""For each CPU level, what torch, oneDNN and MKL call it."""
+LOGICAL_CPUS = 12
+"""As many as the sweep asks for: with more, Ray starts more processes that have little to do."""
+SECONDS = 1500
+"""Within which a command must end, the sweep of all models too."""
+SITE = Path(__file__).parent / "site"
+
+LAUNCHER = """\
+import sys
+
+from {module} import {function}
+
+if __name__ == "__main__":
+    sys.exit({function}())
+"""
+
+
+class CommandError(Exception):
+    """A command did not end as it must for the comparison to go on."""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def best_level() -> str:
+    """Return the highest of the CPU levels that this machine has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512" if "avx512f" in flags and "avx512bw" in flags else "avx2"
+
+
+class Side:
+    def __init__(self, folder: Path, level: str) -> None:
+        """Prepare the folder of a side, whose tree lies in it already.
+
+        Args:
+            folder: the side's own; its path is the same for both sides, one after the other, so that absolute paths in
+                specs, manifests and digests are equal too.
+            level: a key of `LEVELS`.
+        """
+        self.folder, self.tree, self.project = folder, folder / "tree", folder / "project"
+        self.imports = folder / "imports.jsonl"
+        self.project.mkdir()
+        (folder / "home").mkdir()
+        (folder / "bin").mkdir()
+        self._write_launcher()
+        self._environment = self._made_environment(level)
+
+    def _write_launcher(self) -> None:
+        """Write what pip would install as `mhmoe`; its module is the one that the tree's own pyproject.toml names."""
+        scripts = tomllib.loads((self.tree / "pyproject.toml").read_text())["project"]["scripts"]
+        module, _, function = scripts["mhmoe"].partition(":")
+        (self.folder / "bin" / "mhmoe").write_text(LAUNCHER.format(module=module, function=function))
+
+    def _made_environment(self, level: str) -> dict[str, str]:
+        of_others = ("RAY_", "MHMOE_", "PYTHON", "OMP_", "MKL_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(of_others)}
+        packages = [path.parent for top in (self.tree, self.tree / "kernels") for path in top.glob("*/__init__.py")]
+        aten, onednn, mkl = LEVELS[level]
+        return {
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            # Before the editable install, whose finder comes after all folders of the path.
+            "PYTHONPATH": os.pathsep.join(map(str, (SITE, self.tree, self.tree / "kernels"))),
+            "PYTHONHASHSEED": "0",
+            "EQUAL_PACKAGES": " ".join(package.name for package in packages),
+            "EQUAL_IMPORTS": str(self.imports),
+            "MHMOE_HOME": str(self.folder / "home"),
+            "MHMOE_CPU_LEVEL": level,
+            "ATEN_CPU_CAPABILITY": aten,
+            "ONEDNN_MAX_CPU_ISA": onednn,
+            "MKL_ENABLE_INSTRUCTIONS": mkl,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "100",
+            "TERM": "dumb",
+            # Nothing scales here, and what asks whether anything should takes a part of a core.
+            "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+        }
+
+    def ask(self, *args: str, stdin: str = "") -> Answer:
+        """Run `mhmoe` with these arguments in the project folder."""
+        command = [sys.executable, str(self.folder / "bin" / "mhmoe"), *args]
+        done = subprocess.run(
+            command,
+            cwd=self.project,
+            env=self._environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    def text(self, *args: str) -> str:
+        """Return the standard output of a command that must succeed.
+
+        Raises:
+            CommandError: it fails.
+        """
+        answer = self.ask(*args)
+        if answer.code:
+            raise CommandError(f"mhmoe {' '.join(args)} ended with {answer.code}\n{answer.out}{answer.err}")
+        return answer.out
+
+    def json(self, *args: str) -> Any:
+        """Return the JSON that a command prints, which must succeed; otherwise as `text`."""
+        return json.loads(self.text(*args))
+
+    @contextmanager
+    def cluster(self) -> Iterator[None]:
+        """Start the side's own Ray cluster, and take it down whatever happens."""
+        try:
+            self.text("cluster", "up", "--cpus", str(LOGICAL_CPUS))
+            yield
+        finally:
+            down = self.ask("cluster", "down")
+            if down.code:
+                print(f"warning: the cluster of {self.folder} may still run: {down.err}", file=sys.stderr)
+
+    def check_imports(self, *parts: str) -> list[str]:
+        """Return what shows that a process did not run this side's code, one line each.
+
+        Args:
+            parts: for each of them there must be a process whose command line has it.
+        """
+        lines = [json.loads(line) for line in self.imports.read_text().splitlines()]
+        wrong = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]
+        wrong = [text for text, line in zip(wrong, lines, strict=True) if not self._is_ours(line["origin"])]
+        commands = [" ".join(line["command"]) for line in lines]
+        missing = [part for part in parts if not any(part in command for command in commands)]
+        return [*wrong, *(f"no process of {part!r} imported the project" for part in missing)]
+
+    def _is_ours(self, origin: str | None) -> bool:
+        return origin is not None and Path(origin).is_relative_to(self.tree)

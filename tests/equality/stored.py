@@ -1,0 +1,46 @@
+"""What was seen of a commit, stored for the next comparison with it."""
+
+import hashlib
+import json
+import platform
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from tests.equality.trees import ROOT
+
+FOLDER = Path(sys.prefix) / "equal"
+"""Within the virtual environment, with which it goes."""
+
+
+class Store:
+    def __init__(self, commit: str, level: str, models: list[str]) -> None:
+        """Args:
+        commit: its full hash.
+        level: of the CPU.
+        models: that were trained.
+        """
+        packages = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name != "mhmoe-ray")
+        sources = [ROOT / "tests" / "equal.py", *sorted((ROOT / "tests" / "equality").rglob("*.py"))]
+        asked = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+        # Libraries choose among their kernels by the CPU's maker too.
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+        cpu = next((line for line in lines if line.startswith("model name")), lines[0])
+        key = json.dumps([commit, level, models, packages, sys.version, cpu, asked])
+        self._file = FOLDER / f"{commit[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was stored; None where there is nothing."""
+        if not self._file.exists():
+            return None
+        print(f"base: as seen before, in {self._file}; --anew looks at it again", file=sys.stderr)
+        stored: dict[str, Any] = json.loads(self._file.read_text())
+        return stored
+
+    def write(self, seen: dict[str, Any]) -> None:
+        FOLDER.mkdir(exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(seen))
+        partial.rename(self._file)
