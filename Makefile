@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART_SET ?=
+# What `make equal` compares with.
+BASE ?= HEAD
 # Two lanes of tests, each with a Ray cluster of its own. The files of tests go to whichever is free, in their order.
 LANES := -n 2 --dist loadfile --no-loadscope-reorder
 # pip compiles one file after another; this does it on all cores. As with pip, a file for another Python is passed over.
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore test-gpu
+.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore equal test-gpu
 .PHONY: test-cpu check render clean
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test-cpu     those that depend on the CPU, at each level that it has; MHMOE_CPU_LEVEL=avx2 make test"
 	@echo "                  holds all tests to one of generic, avx2, avx512, avx512_bf16, amx"
 	@echo "make explore      the tests without Ray once more, on examples newly drawn"
+	@echo "make equal        compare all that users see of this tree with a commit, BASE=HEAD, all bits: some 12 minutes"
 	@echo "make check        format, lint, types, direction of imports"
 	@echo "make render       write the files of cluster/ anew, from cluster/site.yaml"
 	@echo "make clean        remove .venv, and runs, data and sample text of quickstart; other runs stay"
@@ -38,6 +41,9 @@ test: check
 
 explore: .venv/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system and not soak"
+
+equal: .venv/installed-dev
+	$(BIN)/python -m tests.equal $(BASE)
 
 test-full: check
 	$(BIN)/python -m pytest -m "not system and not soak"
