@@ -73,7 +73,7 @@ def _preparations(side: Side, normal: Normaliser) -> Iterator[Question]:
         yield f"shards of {folder}", prepared
     yield "data inspect --json", lambda: normal.value(side.json("data", "inspect", "text/web", "--json"))
     lint = ["data", "lint", "text/web", "--json"]
-    yield "data lint --json", lambda: {**_both(side, normal, lint)}
+    yield "data lint --json", lambda: _both(side, normal, lint)
 
 
 def _both(side: Side, normal: Normaliser, words: list[str]) -> Any:
@@ -136,7 +136,7 @@ def _afterwards(side: Side, normal: Normaliser, runs: dict[str, Path], port: int
     for name, run in names.items():
         yield f"status --json of {name}", asked("status", run)
     name, run = next(iter(names.items()))
-    yield f"status of {name}", lambda: normal.text(side.text("ckpt", "inspect", run))
+    yield f"ckpt inspect of {name}", lambda: normal.text(side.text("ckpt", "inspect", run))
     yield f"ckpt inspect --json of {name}", asked("ckpt", "inspect", run)
     yield f"ckpt verify --json of {name}", asked("ckpt", "verify", run)
     listed = ["list", "equal-", "--json"]
@@ -170,7 +170,8 @@ def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
 def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
     """Return what servers of these runs answer, the first one at / and the others at their own names."""
     found: dict[str, Any] = {}
-    for run, name in zip(runs, ("mhmoe", "beside"), strict=False):
+    names = ("mhmoe", "beside")[: len(runs)]
+    for run, name in zip(runs, names, strict=True):
         said = side.text("serve", "deploy", run, "--name", name, "--set", f"serve.port={port}")
         url = f"http://127.0.0.1:{port}" + ("" if name == "mhmoe" else f"/{name}")
         answers: dict[str, Any] = {"said": said}
@@ -190,7 +191,7 @@ def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
         answers["no such path"] = _http(f"{url}/v1/nonsense")
         found[name] = answers
     found["serve status --json"] = side.json("serve", "status", "--json")
-    found["serve down"] = [side.text("serve", "down", name) for name in [*found][:0:-1] if name == "beside"]
+    found["serve down"] = [side.text("serve", "down", name) for name in reversed(names)]
     return normal.value(found)
 
 
