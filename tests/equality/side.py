@@ -14,6 +14,8 @@ LEVELS = {"avx2": ("avx2", "AVX2", "AVX2"), "avx512": ("avx512", "AVX512_CORE", 
 """For each CPU level, what torch, oneDNN and MKL call it."""
 LOGICAL_CPUS = 12
 """As many as the sweep asks for: with more, Ray starts more processes that have little to do."""
+STARTS = 3
+"""Attempts to start a cluster."""
 SECONDS = 1500
 """Within which a command must end, the sweep of all models too."""
 SITE = Path(__file__).parent / "site"
@@ -126,7 +128,12 @@ class Side:
     def cluster(self) -> Iterator[None]:
         """Start the side's own Ray cluster, and take it down whatever happens."""
         try:
-            self.text("cluster", "up", "--cpus", str(LOGICAL_CPUS))
+            # Somebody may take a port between its choice and Ray's start; how that ends is not what is compared.
+            for attempt in range(STARTS):
+                if self.ask("cluster", "up", "--cpus", str(LOGICAL_CPUS)).code == 0:
+                    break
+                print(f"warning: the cluster did not start, attempt {attempt + 1}", file=sys.stderr)
+            self.text("cluster", "status")
             yield
         finally:
             down = self.ask("cluster", "down")
