@@ -5,10 +5,9 @@ import json
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.location import ObjectPath, location
 from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.files import copy_file, create_file, remove_tree, replace_file
 from mhmoe_ray.runs.glimpse import Glimpse
+from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
 
 
 @pytest.fixture(params=["here", "on S3"])

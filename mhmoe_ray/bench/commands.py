@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from mhmoe_ray.bench.timing import interleaved
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import RunDir, create_run
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import location
 
 MOST_SECONDS = 60.0
 """That a job's first sign is waited for."""

@@ -10,9 +10,10 @@ from mhmoe_ray.cli.common import STORAGE, note
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.location import Location
     from mhmoe_ray.runs.layout import RunDir
     from mhmoe_ray.spec import ClusterSpec, RunSpec
+    from mhmoe_ray.storage import Location
+
 
 LOCAL_CPUS = 8
 """Logical CPUs that a local cluster is started with at least."""
@@ -56,7 +57,7 @@ def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
 
 def name_of(run: "RunDir") -> str:
     """What to call a run in a command: its id where that looks for it, else its path."""
-    from mhmoe_ray.location import location
+    from mhmoe_ray.storage import location
 
     looked_in = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
     return run.id if run.path.parent == looked_in else shlex.quote(str(run.path))

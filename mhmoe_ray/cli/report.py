@@ -32,10 +32,10 @@ def report(
     Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
     smoe`.
     """
-    from mhmoe_ray.location import location
     from mhmoe_ray.report.page import PAGE, write_report
     from mhmoe_ray.runs.layout import find_run
     from mhmoe_ray.runs.sweeps import sweep_dir
+    from mhmoe_ray.storage import location
 
     found = [] if runs else [find_run(None, storage, with_job=True)]
     for name in runs or []:

@@ -12,6 +12,7 @@ from mhmoe_ray.cli.launch import ended
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
 
+
 ASK_SECONDS = 60.0
 """For a dashboard that is busy: what is served would be taken away from its replicas."""
 
@@ -27,8 +28,8 @@ def rm(
     For example `mhmoe rm tiny-3f tiny-9a`.
     """
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.runs.files import remove_tree
     from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.storage import remove_tree
 
     found = [find_run(name, storage) for name in dict.fromkeys(runs)]
     for run in found:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.cluster.serving import Application
     from mhmoe_ray.runs.layout import RunDir
 
+
 app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
@@ -84,8 +85,8 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     deployed with `--set serve.surge=false`, and old ones end what they have begun."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.location import location
     from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.storage import location
 
     connection = connect(address)
     config, host, port = serving.declared(connection, name)
@@ -154,7 +155,7 @@ def _deployed(
     """The application, when it answers. That the run is served is recorded before: Serve goes on with it, and may
     succeed, whatever becomes of this command."""
     from mhmoe_ray.cluster import serving
-    from mhmoe_ray.location import location
+    from mhmoe_ray.storage import location
 
     name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
     if _status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):

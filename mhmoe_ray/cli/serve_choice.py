@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint, read_spec
 from mhmoe_ray.errors import RunError, SpecError
-from mhmoe_ray.location import Location, location
 from mhmoe_ray.runs.layout import RunDir, find_run, list_runs
 from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
 from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, parse_overrides
+from mhmoe_ray.storage import Location, location
 
 KEYS = "MHMOE_API_KEYS"
 OF_CLUSTER = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mhmoe_ray.cluster.home import home, locked
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.storage import write_json
 
 FILE = "clusters.json"
 LOCAL = "local"

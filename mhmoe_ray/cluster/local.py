@@ -18,7 +18,7 @@ from mhmoe_ray.cluster import dashboard, processes, tokens
 from mhmoe_ray.cluster.home import home, locked
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn
 from mhmoe_ray.errors import ClusterError, TokenError
-from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.storage import write_json
 
 RECORD = "cluster.json"
 START_SECONDS = 120

@@ -17,9 +17,9 @@ from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
 from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.model import load_model
+from mhmoe_ray.storage import location
 
 EVERY_SECONDS = 5.0
 

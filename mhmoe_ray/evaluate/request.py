@@ -8,10 +8,9 @@ from pydantic import BaseModel
 
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.location import Location
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location, write_json
 
 
 class EvalRequest(BaseModel):

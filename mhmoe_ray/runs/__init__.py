@@ -22,7 +22,7 @@ An imported run (huggingface/) was never trained: it has run.json, events.jsonl,
 chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
     layout.py      where things lie in it, and how runs are made and found
-    files.py       writing files so that a reader sees the old one or the new one
+    storage.py       writing files so that a reader sees the old one or the new one
     jsonl.py       append-only files of JSON lines
     glimpse.py     looks into them here and there
     attempts.py    run.json: how often a run was begun, and by which jobs

@@ -5,8 +5,8 @@ import time
 from dataclasses import asdict, dataclass, field
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.storage import write_json
 
 
 @dataclass(frozen=True)

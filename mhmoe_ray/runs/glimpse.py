@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.jsonl import parts_with_sizes, records
+from mhmoe_ray.storage import Location
 
 BLOCK = 1 << 16
 PROBE = 1 << 12

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.errors import StorageError
-from mhmoe_ray.location import Location, ObjectPath
+from mhmoe_ray.storage import Location, ObjectPath
 
 SEGMENT_BYTES = 1 << 18
 SHORT_BYTES = 1 << 12

@@ -8,9 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
-from mhmoe_ray.location import Location, location
-from mhmoe_ray.runs.files import remove_tree, replace_file
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
+from mhmoe_ray.storage import Location, location, remove_tree, replace_file
 
 CHAT_TEMPLATE = "chat_template.jinja"
 

@@ -19,31 +19,23 @@ A directory is never written twice: readers take every *.safetensors they find, 
 would load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.location import Location
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import Describe, FileEntry, Location, describe_file, describe_files, write_json
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
-_BLOCK_BYTES = 16 << 20  # on an object store each is a request
-_READERS = 8  # files that are read at a time: storage that many nodes share is faster so
+
+
 _FIX = "use another checkpoint of the run"
-
-
-class FileEntry(BaseModel):
-    size: int
-    sha256: str
 
 
 class Manifest(BaseModel):
@@ -80,23 +72,6 @@ _NAME = re.compile(r"step_\d+\.\d+")
 
 def checkpoint_name(step: int, group: int) -> str:
     return f"step_{step:08d}.{group}"
-
-
-def describe_file(path: Location) -> FileEntry:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(_BLOCK_BYTES):
-            digest.update(block)
-    return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
-    """Of each, in order."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(describe_file, paths)
-
-
-Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
 
 
 def commit(checkpoint: Location, manifest: Manifest) -> None:

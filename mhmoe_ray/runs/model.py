@@ -1,9 +1,9 @@
 """From a checkpoint directory to a model, with no step in between."""
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.manifest import Manifest, read_manifest
 from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.storage import Location
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:

@@ -2,11 +2,10 @@
 
 import math
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
+from mhmoe_ray.storage import Location, remove_tree
 
 
 class Retention:

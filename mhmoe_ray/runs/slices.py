@@ -13,9 +13,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.model.held import local, offset
-from mhmoe_ray.runs.manifest import FileEntry
+from mhmoe_ray.storage import FileEntry, Location
 
 SUFFIX = ".safetensors"
 PIECE = 16 << 20  # bytes in memory at a time

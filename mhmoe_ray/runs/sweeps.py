@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.location import Location
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.storage import Location, write_json
 
 
 class Order(BaseModel):

@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.location import Location
 from mhmoe_ray.model.held import is_shared_out
-from mhmoe_ray.runs.files import create_file
-from mhmoe_ray.runs.manifest import FileEntry, removed
+from mhmoe_ray.runs.manifest import removed
 from mhmoe_ray.runs.slices import SUFFIX, Slice, StoredSlice, read_into, slice_of, stored_slices, write_slices
+from mhmoe_ray.storage import FileEntry, Location, create_file
 
 Index = Mapping[str, list[StoredSlice]]
 """All slices of a folder, by the names of their tensors."""

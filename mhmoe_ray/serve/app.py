@@ -10,7 +10,6 @@ from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.data.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
-from mhmoe_ray.location import location
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.answer import edge_texts
@@ -22,6 +21,7 @@ from mhmoe_ray.serve.http.app import create_app, told
 from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
 from mhmoe_ray.serve.ray_metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from mhmoe_ray.storage import location
 
 
 class Args(BaseModel):

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"

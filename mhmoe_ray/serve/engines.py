@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 
 def check_engine(manifest: Manifest, spec: ServeSpec) -> None:

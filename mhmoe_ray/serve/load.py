@@ -3,13 +3,13 @@
 import torch
 
 from mhmoe_ray.data.tokenizer import load_run_tokenizer
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engines import load_engine
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: Manifest | None = None) -> Answerer:

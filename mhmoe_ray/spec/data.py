@@ -5,11 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mhmoe_ray.location import refuse_password
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
 from mhmoe_ray.spec.formats import Format
 from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
+from mhmoe_ray.storage import refuse_password
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
 """The part of a domain's name before its first slash."""

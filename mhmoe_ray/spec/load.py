@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.location import Location
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.spec.sweep import SweepSpec
+from mhmoe_ray.storage import Location
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, model_validator
 
-from mhmoe_ray.location import Location, ObjectPath, location
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute
@@ -13,6 +12,7 @@ from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.tracking import TrackingSpec
 from mhmoe_ray.spec.train import TrainSpec
+from mhmoe_ray.storage import Location, ObjectPath, location
 
 
 def _location(given: Any) -> Location:

@@ -13,8 +13,8 @@ import ray
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import logging_errors
-from mhmoe_ray.location import location
 from mhmoe_ray.runs.sweeps import Order, SweepDir
+from mhmoe_ray.storage import location
 from mhmoe_ray.sweep.scheduler import Sweep
 
 ORDER_SECONDS = 60

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mhmoe_ray.location import Location
-from mhmoe_ray.runs.manifest import FileEntry, describe_files
+from mhmoe_ray.storage import FileEntry, Location, describe_files
 
 ALONE = 4 << 30
 """Bytes that are not worth asking others for: a process must start there first."""

@@ -9,10 +9,10 @@ import sys
 from typing import Literal
 
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
-from mhmoe_ray.location import location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import newest_number, require_newest
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.storage import location
 
 
 def main() -> None:

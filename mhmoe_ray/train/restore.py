@@ -1,8 +1,8 @@
 """A trainer's state from a checkpoint; `saver.py` writes them."""
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.runs.tensors import load_tensors
+from mhmoe_ray.storage import Location
 from mhmoe_ray.train.step import Trainer
 
 

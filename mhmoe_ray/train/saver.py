@@ -21,14 +21,13 @@ import torch.distributed as dist
 
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError, StorageError
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import PARTS, FileEntry, Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.manifest import PARTS, Manifest, checkpoint_name, commit
 from mhmoe_ray.runs.retention import Retention, drop
 from mhmoe_ray.runs.slices import Slice, slice_of
 from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
+from mhmoe_ray.storage import FileEntry, Location, describe_file, write_json
 from mhmoe_ray.train.step import Trainer
 
 T = TypeVar("T")

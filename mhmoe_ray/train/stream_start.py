@@ -7,13 +7,12 @@ import ray.data
 import ray.train
 
 from mhmoe_ray.data.stream import training_stream
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import require_newest
-from mhmoe_ray.runs.files import remove_tree
 from mhmoe_ray.runs.layout import RunDir
-from mhmoe_ray.runs.manifest import FileEntry, newest_checkpoint, unfinished
+from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import FileEntry, Location, remove_tree
 from mhmoe_ray.train.hashing import describe_together
 
 

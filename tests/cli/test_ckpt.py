@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
+from mhmoe_ray import storage
 from mhmoe_ray.cli.ckpt import verify
-from mhmoe_ray.runs import manifest
 from mhmoe_ray.runs.retention import drop
 from tests.cli.run import Result, assert_one_line, command, mhmoe
 from tests.huggingface.conftest import MIXTRAL, make_run
@@ -91,14 +91,14 @@ def test_verify_passes_over_what_is_dropped_meanwhile_and_says_so(tmp_path, monk
     run = make_run(tmp_path, MIXTRAL)
     old = run.checkpoints / "step_00000005.1"
     shutil.copytree(run.checkpoints / "step_00000007.1", old)
-    describe = manifest.describe_file
+    describe = storage.describe_file
 
     def dropped_when_read(path):
         if path.is_relative_to(old) and old.exists():
             drop(old)
         return describe(path)
 
-    monkeypatch.setattr(manifest, "describe_file", dropped_when_read)
+    monkeypatch.setattr(storage, "describe_file", dropped_when_read)
     verify(run.id, str(run.path.parent), json=True)
     found = json.loads(capsys.readouterr().out)
     assert (found["dropped"], found["unfinished"]) == (["step_00000005.1"], [])

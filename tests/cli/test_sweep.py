@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from mhmoe_ray.cluster.local import start_local, stop_local
-from mhmoe_ray.location import location
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.layout import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
+from mhmoe_ray.storage import location
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.data.texts import write_corpus

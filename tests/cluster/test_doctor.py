@@ -12,8 +12,8 @@ import pytest
 
 from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
 from mhmoe_ray.cluster.spawn import free_ports
-from mhmoe_ray.location import location
 from mhmoe_ray.spec.model import MoESpec
+from mhmoe_ray.storage import location
 from tests.cli.run import mhmoe
 from tests.watch import wait_until
 

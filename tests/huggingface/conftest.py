@@ -11,8 +11,9 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.attempts import Attempt, add_attempt
 from mhmoe_ray.runs.layout import RunDir, create_run
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file, newest_checkpoint
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, newest_checkpoint
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.storage import describe_file
 from tests.llama_tokenizer import llama_tokenizer
 from tests.saved import save_tensors
 from tests.specs import tiny_spec

@@ -11,7 +11,7 @@ from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from tests.kernels.test_backends import problem
+from tests.kernels.problems import problem
 
 
 def outputs_and_gradients(backend, x, expert, gate, weights, places=None):

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.location import location
 from mhmoe_ray.placement.packing import on_paper, packed
 from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.dashboards import DASHBOARDS
@@ -22,6 +21,7 @@ from mhmoe_ray.render.fit import nodes_for
 from mhmoe_ray.serve.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, checked, load_resolved_spec, load_site
 from mhmoe_ray.spec.site import SiteSpec
+from mhmoe_ray.storage import location
 from tests.specs import tiny_spec
 
 ROOT = Path(__file__).parents[2]

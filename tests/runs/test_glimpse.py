@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import glimpse, jsonl
 from mhmoe_ray.runs.glimpse import Glimpse
+from mhmoe_ray.storage import ObjectPath
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import slices as slices_module
-from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.runs.slices import Slice, read_into, stored_slices, write_slices
 from mhmoe_ray.runs.tensors import index_of, load_tensors, save_slices
+from mhmoe_ray.storage import describe_file
 from tests.saved import save_tensors
 
 TENSORS = {

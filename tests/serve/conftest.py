@@ -20,10 +20,11 @@ from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, describe_file
+from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec
+from mhmoe_ray.storage import describe_file
 from tests.saved import save_tensors
 
 SEQ_LEN = 64

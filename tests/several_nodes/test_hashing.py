@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from mhmoe_ray.runs.manifest import describe_file
+from mhmoe_ray.storage import describe_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

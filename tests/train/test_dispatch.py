@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import mhmoe_kernels
 from mhmoe_ray.train.dispatch import FlatDispatch, flat, least_sent
 from tests.ranks import run_ranks
 from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
@@ -106,7 +107,7 @@ def a_peer_that_lags(path):
     """Rank 1 starts each exchange only when rank 0 has done what should need nothing of it; returns who did what."""
     rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
     store = dist.FileStore(str(path), 2)
-    start, permute, run = dist.all_to_all_single, flat.permute, flat.run_sorted_experts
+    start, permute, run = dist.all_to_all_single, flat.permute, mhmoe_kernels.run_sorted_experts
     before = iter(
         ["permuted", "own rows, forward", "their rows, forward", "own rows, backward", "their rows, backward"]
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
 from mhmoe_ray.cluster.doctor.finding import Finding
-from mhmoe_ray.location import location
+from mhmoe_ray.storage import location
 
 __all__ = ["Finding", "examine"]
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mhmoe_ray.cluster.doctor.finding import Finding
-from mhmoe_ray.location import Location
-from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.storage import Location, replace_file
 
 SIZE = 8 << 20
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from mhmoe_ray.data.prepare.quarantine import Limit, entry
 from mhmoe_ray.data.sources import Document, RawFile, Reading, Tally
-from mhmoe_ray.runs.files import replace_file
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import replace_file
 
 CHUNK = 4 << 20
 """Characters of text: a part of a second for one core, or seconds where the tokenizers library encodes."""

@@ -45,9 +45,8 @@ from mhmoe_ray.data.shards.manifest import (
 from mhmoe_ray.data.sources import Tally, blocks_of, find_files
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.runs.files import write_json
-from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
 """One core reads as fast as this many tokenise, and more; they wait for each other, so readers take no CPU of Ray's."""

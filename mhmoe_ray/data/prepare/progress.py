@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.storage import replace_file
 
 FILE = "progress.json"
 EVERY_SECONDS = 1.0

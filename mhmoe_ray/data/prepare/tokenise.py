@@ -21,7 +21,7 @@ from mhmoe_ray.data.prepare.parts import Tokens, part_file
 from mhmoe_ray.data.shards.files import token_dtype
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.tokenizer import DocumentEncoder, document_encoder
-from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.storage import replace_file
 
 BATCH = 1 << 18
 """Characters that are encoded in one call; an encoding takes some 50 times the memory of its text."""

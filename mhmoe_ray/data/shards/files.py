@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mhmoe_ray.data.shards.manifest import Shard
-from mhmoe_ray.runs.files import replace_file
+from mhmoe_ray.storage import replace_file
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
 """(samples, T + 1) token ids."""

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.runs.manifest import describe_file
 from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import describe_file
 
 FORMAT = 3
 _READING = {"format", "text_field", "delimiter", "filters"}

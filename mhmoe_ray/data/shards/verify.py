@@ -10,7 +10,7 @@ import ray.data
 
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.runs.manifest import describe_file
+from mhmoe_ray.storage import describe_file
 
 FILES_PER_TASK = 16
 LITTLE = 1 << 30

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.location import SCHEMES, object_store
+from mhmoe_ray.storage import SCHEMES, object_store
 
 CHUNK = 1 << 20  # a read
 OBJECT_CHUNK = 8 << 20  # the same on object stores, where each one is a request and takes its time

@@ -8,9 +8,9 @@ from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, find_boundar
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
 from mhmoe_ray.data.tokenizer.widths import token_count
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:

@@ -22,7 +22,6 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from mhmoe_ray.location import Location
 from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, Sampling, Scored, Update
 from mhmoe_ray.serve.engine.stats import Stats
@@ -30,6 +29,7 @@ from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine, Ticket
 from mhmoe_ray.serve.engine.turns import Turns
 from mhmoe_ray.serve.vllm.folder import FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 FIRST = Request((0,), Sampling(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
 """A request that uses all of vLLM's sampler."""

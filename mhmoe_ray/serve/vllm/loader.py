@@ -8,10 +8,10 @@ from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from mhmoe_ray.location import Location, location
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.storage import Location, location
 
 
 class CheckpointLoader(BaseModelLoader):

@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.files import copy_file
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.storage import copy_file
 from mhmoe_ray.train.telemetry.tags import tagged
 
 FLUSH_SECONDS = 10.0

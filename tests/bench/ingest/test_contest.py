@@ -7,8 +7,8 @@ import pytest
 from mhmoe_ray.bench.ingest import contest
 from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
 from mhmoe_ray.data.shards.manifest import read_data_manifest, recipe
-from mhmoe_ray.runs.files import write_json
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
+from mhmoe_ray.storage import write_json
 from tests.bench.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe_anew
 from tests.data.shards.manifests import manifest_of

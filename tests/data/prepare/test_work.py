@@ -7,7 +7,7 @@ from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.prepare.progress import read_progress
 from mhmoe_ray.data.prepare.work import ALIVE, Workplace, at_work, clear, shared_folder
 from mhmoe_ray.data.shards.manifest import recipe
-from mhmoe_ray.runs.files import write_json
+from mhmoe_ray.storage import write_json
 from tests.data.shards.manifests import manifest_of
 from tests.specs import tiny_spec
 from tests.watch import wait_until

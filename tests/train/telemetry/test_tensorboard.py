@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 
-from mhmoe_ray.location import ObjectPath
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.storage import ObjectPath
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
 

@@ -1,21 +1,34 @@
-"""Where a file or folder is: a local path, or a place on an object store, s3:// or gs://, with the same methods.
+"""Files and folders, local or on an object store, with one set of methods; atomic writes; sizes and hashes of files.
 
-A place has those of `pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own
-tools find them; the query of a URI says how to reach its server. Folders of an object store are there when something is
-in them.
+A location is a local `pathlib.Path` or an `ObjectPath` (s3:// or gs://), which has the methods of `pathlib.Path` that a
+run directory needs. Credentials and regions are found as the vendors' own tools find them; the query of a URI says how
+to reach its server. A folder of an object store exists when something is in it.
+
+`replace_file`, `create_file` and `copy_file` write so that a reader sees the old file or the new one, whole, also after
+a crash.
 """
 
 import fnmatch
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
+
+from pydantic import BaseModel
+
+from mhmoe_ray.errors import SpecError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import fs
 
-from mhmoe_ray.errors import SpecError
 
 SCHEMES = ("s3", "gs")
 
@@ -228,3 +241,77 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
     except pa.ArrowException as e:
         raise OSError(str(e)) from e
     return found
+
+
+def replace_file(path: Location, data: bytes | memoryview) -> None:
+    """Write a file in one step, its folder too where that is missing. Several may write at the same time."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Location, value: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(value, indent=1).encode())
+
+
+@contextmanager
+def create_file(path: Location) -> Iterator[BinaryIO]:
+    """A new file to write, its folder made too; on the disk when the context ends.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb", buffering=0) as f:
+        yield f
+        if not isinstance(path, ObjectPath):
+            os.fsync(f.fileno())
+
+
+def copy_file(source: Location, to: Location) -> None:
+    """A small one, in one step."""
+    replace_file(to, source.read_bytes())
+
+
+def remove_tree(folder: Location) -> None:
+    """A folder and all in it."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder)
+
+
+_BLOCK_BYTES = 16 << 20  # on an object store each is a request
+_READERS = 8  # files that are read at a time: storage that many nodes share is faster so
+
+
+class FileEntry(BaseModel):
+    size: int
+    sha256: str
+
+
+def describe_file(path: Location) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(_BLOCK_BYTES):
+            digest.update(block)
+    return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
+    """Of each, in order."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(describe_file, paths)
+
+
+Describe = Callable[[Sequence[Location]], Iterable[FileEntry]]
