@@ -9,12 +9,13 @@ from mhmoe_ray.cli import connecting
 from mhmoe_ray.cli.common import note, pick_checkpoint
 from mhmoe_ray.cli.job import Job
 
-SAMPLES = 512
-"""Of each domain of raw text, at most."""
-
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
     from mhmoe_ray.runs.layout import RunDir
+
+
+SAMPLES = 512
+"""Of each domain of raw text, at most."""
 
 
 def make_request(
@@ -75,7 +76,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     from mhmoe_ray.evaluate import CAN_GROW, SAYS
     from mhmoe_ray.evaluate.request import stored
     from mhmoe_ray.spec import ClusterSpec
-    from mhmoe_ray.spec.packed import packed
+    from mhmoe_ray.spec.load import packed
 
     if not request.said:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")

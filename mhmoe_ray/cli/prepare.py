@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.spec import RunSpec
 
+
 POLL_SECONDS = 0.5
 
 
@@ -71,7 +72,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.spec import dump_spec
-    from mhmoe_ray.spec.packed import packed
+    from mhmoe_ray.spec.load import packed
 
     folder, env = spec.data.prepared, {"MHMOE_SPEC": packed(dump_spec(spec))}
     job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)

@@ -7,7 +7,7 @@ import ray
 from mhmoe_ray.errors import ClusterError, MhmoeError, logging_errors
 from mhmoe_ray.evaluate import CAN_GROW, SAYS
 from mhmoe_ray.evaluate.request import EvalRequest
-from mhmoe_ray.spec.packed import unpacked
+from mhmoe_ray.spec.load import unpacked
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The kernel that `auto` is taken for where nothing runs yet; a run's own choice is `mhmoe_kernels.choose`."""
 
 from mhmoe_ray.spec import ModelSpec, RunSpec
-from mhmoe_ray.spec.kernels import FUSED_UP_TO, KERNELS, KernelName
+from mhmoe_ray.spec.model import FUSED_UP_TO, KERNELS, KernelName
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:

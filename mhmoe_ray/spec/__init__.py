@@ -1,9 +1,8 @@
 """What a user writes: one YAML file that wholly describes a run. No torch, no ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
-from mhmoe_ray.spec.data import DataSpec, SourceSpec
+from mhmoe_ray.spec.data import DataSpec, Format, PhaseSpec, SourceMix, SourceSpec
 from mhmoe_ray.spec.filters import FilterSpec, SignalRule
-from mhmoe_ray.spec.formats import Format
 from mhmoe_ray.spec.load import (
     checked,
     dump_spec,
@@ -16,7 +15,6 @@ from mhmoe_ray.spec.load import (
     parse_overrides,
     read_tree,
 )
-from mhmoe_ray.spec.mix import PhaseSpec, SourceMix
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.run import ELSEWHERE, ReferenceSpec, RunSpec
 from mhmoe_ray.spec.serve import DeploySpec, KeySpec, ServeSpec

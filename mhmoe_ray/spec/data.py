@@ -1,4 +1,4 @@
-"""The `data` section: where raw text lies, how it is mixed, and where the prepared token shards go."""
+"""The `data` section: where raw text lies, its format, how it is mixed, and where the prepared shards go."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -7,9 +7,52 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.filters import FilterSpec
-from mhmoe_ray.spec.formats import Format
-from mhmoe_ray.spec.mix import Epochs, PhaseSpec, Share, SourceMix, Weight
 from mhmoe_ray.storage import refuse_password
+
+Format = Literal["jsonl", "redpajama-v2", "parquet", "text", "huggingface"]
+
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".txt.gz", ".txt.zst"),
+}
+"""Of those whose files are known by their names' ends; the others are known by their folders (`find.py`)."""
+
+
+Weight = Annotated[float, Field(ge=0, le=1e18)]
+Share = Annotated[float, Field(gt=0, le=1e18)]
+"""Both may be counts of tokens as well as fractions: only ratios count."""
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class SourceMix(Section):
+    """A source's part and how its subfolders share it; in a schedule, a key left out stays as it was."""
+
+    weight: Weight | None = None
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    """In the place of `shares`, where the source had some."""
+    shares: dict[str, Share] | None = Field(default=None, min_length=1)
+    """In the place of `alpha`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.shares is not None and self.alpha is not None:
+            raise ValueError("shares fix the mixture, so alpha would be ignored: give one of the two")
+        return self
+
+    def changed(self, by: "SourceMix") -> "SourceMix":
+        """This mix with the other's keys in place of its own."""
+        within = self if by.alpha is None and by.shares is None else by
+        weight = self.weight if by.weight is None else by.weight
+        return SourceMix(weight=weight, alpha=within.alpha, shares=within.shares)
+
+
+class PhaseSpec(Section):
+    from_step: PositiveInt
+    """Optimizer steps done before it."""
+    sources: dict[str, SourceMix] = Field(min_length=1)
+    """What changes, by source."""
+
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
 """The part of a domain's name before its first slash."""

@@ -1,19 +1,84 @@
-"""The `model` section: a decoder with (multi-head) mixture-of-experts layers.
+"""The `model` section: a decoder with (multi-head) mixture-of-experts layers, its routers and its kernels.
 
 Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`).
 P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205). Where they or their code disagree,
 both readings are options, and the default is P2's.
+
+`ROUTERS` has the sizes of each router, for E experts and rows of D values, which some project to Q values first; the
+scores themselves are computed in `model/router.py`. `KERNELS` says what each kernel can compute; its code is in
+`mhmoe_kernels.BACKENDS`.
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mhmoe_ray.spec.base import Section
-from mhmoe_ray.spec.kernels import KERNELS, KernelLimits, KernelName
-from mhmoe_ray.spec.routers import ROUTERS, RouterName, RouterSizes
+
+RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
+
+
+class RouterSizes(NamedTuple):
+    macs: int
+    """Multiply-adds of a row."""
+    parameters: int
+    kept: int
+    """Values that the backward needs of a row, beside logits and probabilities."""
+
+
+def _linear(E: int, D: int, Q: int) -> RouterSizes:
+    return RouterSizes(macs=D * E, parameters=D * E, kept=0)
+
+
+def _xmoe(E: int, D: int, Q: int) -> RouterSizes:
+    """Kept are cosines and probabilities once more, at the temperature of the balance loss."""
+    return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, kept=2 * E + 4 * (Q + 1))
+
+
+def _torchscale(E: int, D: int, Q: int) -> RouterSizes:
+    return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E), kept=Q)
+
+
+ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
+    "linear": _linear,
+    "xmoe": _xmoe,
+    "xmoe_torchscale": _torchscale,
+}
+
+
+KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
+
+
+FUSED_UP_TO = 256
+"""Width of rows up to which `auto` is `triton` on GPUs, in bfloat16: `mhmoe_kernels.backends` has the same number."""
+
+
+class KernelLimits(NamedTuple):
+    """None where it takes any."""
+
+    device: Literal["CUDA", "CPUs"] | None = None
+    precision: Literal["bfloat16"] | None = None
+    backbone: Literal["llama"] | None = None
+    """Which has the experts that it computes."""
+    sizes: int = 1
+    """Widths of rows and of experts are multiples of it."""
+    widest_row: int | None = None
+    keeps: Literal["as told", "nothing", "all"] = "all"
+    """Of the experts' hidden rows, for the backward; `MoESpec.recompute` tells."""
+
+
+KERNELS: dict[KernelName, KernelLimits] = {
+    "auto": KernelLimits(keeps="as told"),
+    "grouped": KernelLimits(keeps="as told"),
+    "cpp": KernelLimits(device="CPUs", precision="bfloat16", backbone="llama", sizes=2, keeps="nothing"),
+    "triton": KernelLimits(device="CUDA", widest_row=1024, keeps="nothing"),
+    "megablocks": KernelLimits(device="CUDA"),
+    "capacity": KernelLimits(),
+    "reference": KernelLimits(),
+}
 
 
 class MoESpec(Section):

@@ -10,8 +10,7 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, absolute
 from mhmoe_ray.spec.model import ModelSpec, MoESpec
 from mhmoe_ray.spec.serve import ServeSpec
-from mhmoe_ray.spec.tracking import TrackingSpec
-from mhmoe_ray.spec.train import TrainSpec
+from mhmoe_ray.spec.train import TrackingSpec, TrainSpec
 from mhmoe_ray.storage import Location, ObjectPath, location
 
 

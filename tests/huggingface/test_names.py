@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from mhmoe_ray.huggingface.names import TABLE, entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
-
-from .conftest import MODELS
+from mhmoe_ray.spec.model import ROUTERS
+from tests.huggingface.conftest import MODELS
 
 
 @st.composite

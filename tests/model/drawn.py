@@ -9,7 +9,7 @@ from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 
 WIDTH = 24
 

@@ -4,7 +4,7 @@ import torch
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 from tests.paged import in_parts
 
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]

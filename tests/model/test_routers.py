@@ -16,7 +16,7 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import Router
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 
 
 def router(**fields):

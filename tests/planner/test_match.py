@@ -7,7 +7,7 @@ from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve, without_ep
 from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 from tests.specs import tiny_spec
 
 

@@ -16,8 +16,7 @@ from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, w
 from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.runs.layout import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.spec.kernels import FUSED_UP_TO
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import FUSED_UP_TO, ROUTERS
 from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import Trainer

@@ -3,7 +3,7 @@ import pytest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 
 
 def spec(moe=None, d=768, layers=12):

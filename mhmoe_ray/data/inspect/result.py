@@ -15,7 +15,7 @@ from mhmoe_ray.data.inspect import REPORT
 from mhmoe_ray.data.inspect.copies import Copies
 from mhmoe_ray.data.inspect.figures import DomainSurvey
 from mhmoe_ray.spec import DataSpec
-from mhmoe_ray.spec.packed import packed, unpacked
+from mhmoe_ray.spec.load import packed, unpacked
 
 _PIECE = 8_000  # characters of a line: Ray sends a log in chunks of 20,000
 

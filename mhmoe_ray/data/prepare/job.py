@@ -8,7 +8,7 @@ import yaml
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.errors import logging_errors
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.spec.packed import unpacked
+from mhmoe_ray.spec.load import unpacked
 
 
 def main() -> None:

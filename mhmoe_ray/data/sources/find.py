@@ -19,7 +19,7 @@ from mhmoe_ray.data.sources.items import RawFile
 from mhmoe_ray.data.sources.storage import Listed, Storage, below, one_line
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
-from mhmoe_ray.spec.formats import SUFFIXES
+from mhmoe_ray.spec.data import SUFFIXES
 
 WHOLE = "all"
 """Domain of files that are in no subfolder."""

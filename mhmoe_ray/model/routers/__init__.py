@@ -1,4 +1,4 @@
-"""Scores of E experts for rows, one file for each router of `spec/routers.py`, with a class `Scores` of that base.
+"""Scores of E experts for rows, one file for each router of `spec/model.py`, with a class `Scores` of that base.
 
 base.py               what they have in common      linear.py    W x (both papers' equations)
 xmoe.py               X-MoE's, as published         xmoe_torchscale.py    the same as coded, and used for P1

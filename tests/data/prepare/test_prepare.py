@@ -22,7 +22,7 @@ from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
-from mhmoe_ray.spec.packed import packed
+from mhmoe_ray.spec.load import packed
 from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.digest import sample_digest
 from tests.data.shards.test_verify import make_folders, told

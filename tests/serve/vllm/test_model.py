@@ -5,12 +5,11 @@ import torch
 
 from mhmoe_ray.serve.engine import Request, Sampling
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.routers import ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 from tests.serve.asking import together
 from tests.serve.conftest import build_model, save
 from tests.serve.test_torch_engine import KNOWN, argmax_loop, prompts
-
-from .conftest import SPEC, served
+from tests.serve.vllm.conftest import SPEC, served
 
 
 def changed(moe: dict, **trunk: object) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Reading files of one format; one file here for each format of `spec/formats.py`, with a function `read`.
+"""Reading files of one format; one file here for each format of `spec/data.py`, with a function `read`.
 
 | format       | a document is                                       | read by         |
 | ------------ | --------------------------------------------------- | --------------- |
