@@ -19,7 +19,7 @@ from mhmoe_ray.cli.common import (
 if TYPE_CHECKING:
     from mhmoe_ray.cli.plan_placement import Placement
     from mhmoe_ray.planner.estimate import Estimate
-    from mhmoe_ray.planner.links import Links
+    from mhmoe_ray.planner.traffic import Links
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.spec.train import TrainSpec
 
@@ -75,13 +75,11 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
     """The resolved spec and all that follows from it; groups and links as if on a single node where ranks have no
     place."""
     from mhmoe_ray.cli.plan_placement import placed_spec
-    from mhmoe_ray.placement.layout import on_one_node
-    from mhmoe_ray.planner.dropped import dropped_by_chance
-    from mhmoe_ray.planner.kernel import assumed_kernel
+    from mhmoe_ray.planner.expert_step import assumed_kernel, dropped_by_chance, expert_step
+    from mhmoe_ray.planner.match import parity
     from mhmoe_ray.planner.memory import checkpoint_copy, memory
-    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.placement import on_one_node
     from mhmoe_ray.planner.sizes import flops_per_token, parts, sizes
-    from mhmoe_ray.planner.step import expert_step
     from mhmoe_ray.planner.traffic import exchanges
 
     cluster, moe, reference = spec.cluster, spec.model.moe, spec.reference_model
@@ -134,10 +132,9 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
     """
     from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.cli.plan_estimate import cost
-    from mhmoe_ray.planner.find_preset import about
-    from mhmoe_ray.planner.match import without_ep
+    from mhmoe_ray.planner.match import parity, without_ep
     from mhmoe_ray.planner.memory import CHECKPOINT_BYTES
-    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.resolve import about
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
     from mhmoe_ray.spec.cluster import STREAM_CPUS
 
@@ -204,7 +201,7 @@ def _checkpoints(train: "TrainSpec") -> str:
 
 
 def _static_routing(spec: "RunSpec") -> str | None:
-    from mhmoe_ray.planner.dropped import dropped_by_chance
+    from mhmoe_ray.planner.expert_step import dropped_by_chance
 
     moe = spec.model.moe
     if moe is None:
@@ -221,7 +218,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 def _kernel(spec: "RunSpec") -> str | None:
     """What its memory is reckoned with, where the spec leaves it open."""
-    from mhmoe_ray.planner.kernel import assumed_kernel, may_be_compiled
+    from mhmoe_ray.planner.expert_step import assumed_kernel, may_be_compiled
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto":
         return None

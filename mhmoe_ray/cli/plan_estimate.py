@@ -7,11 +7,10 @@ from rich.table import Table
 
 from mhmoe_ray.cli.common import in_bytes, in_digits, in_seconds, number_table
 from mhmoe_ray.cli.plan_placement import NOBODYS, placed_spec
-from mhmoe_ray.placement.layout import Layout
 from mhmoe_ray.planner.estimate import Estimate, estimate, seconds
-from mhmoe_ray.planner.links import Links
 from mhmoe_ray.planner.memory import memory
-from mhmoe_ray.planner.traffic import Exchange, dispatches, reductions
+from mhmoe_ray.planner.placement import Layout
+from mhmoe_ray.planner.traffic import Exchange, Links, dispatches, reductions
 from mhmoe_ray.spec import RunSpec
 
 DISPATCHES = ("flat", "hierarchical")

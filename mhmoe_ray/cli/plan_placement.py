@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from mhmoe_ray.cli.common import note, number_table
-from mhmoe_ray.placement.layout import Layout, laid_out
-from mhmoe_ray.placement.packing import Node, on_paper, packed
+from mhmoe_ray.planner.placement import Layout, Node, laid_out, on_paper, packed
 
 if TYPE_CHECKING:
     from mhmoe_ray.spec import RunSpec
+
 
 NOBODYS = "one node"
 """Name of the node that is assumed where no cluster tells of its own."""

@@ -7,10 +7,10 @@ from rich.table import Table
 from mhmoe_ray.cli import plan_placement
 from mhmoe_ray.cli.common import in_bytes, number_table
 from mhmoe_ray.cli.plan_placement import Placement, placed_spec
+from mhmoe_ray.planner.expert_step import ExpertStep, expert_step
+from mhmoe_ray.planner.match import parity
 from mhmoe_ray.planner.memory import checkpoint_copy, memory
-from mhmoe_ray.planner.parity import parity
 from mhmoe_ray.planner.sizes import parts
-from mhmoe_ray.planner.step import ExpertStep, expert_step
 from mhmoe_ray.planner.traffic import Exchange, exchanges
 from mhmoe_ray.spec import ModelSpec, RunSpec
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from mhmoe_ray.cli.common import JsonOption, out, print_json, print_whole
 
 if TYPE_CHECKING:
-    from mhmoe_ray.planner.preset import Preset
+    from mhmoe_ray.planner.presets import Preset
 
 
 LEFT = ("preset", "reference: ratio of parameters, of multiply-adds")
@@ -21,7 +21,7 @@ def presets(
 ) -> None:
     """List the models that `preset:` names in a spec, with sizes and ratios to their reference."""
     from mhmoe_ray.errors import SpecError
-    from mhmoe_ray.planner.find_preset import every_preset
+    from mhmoe_ray.planner.resolve import every_preset
 
     rows = [_row(name, size, preset) for name, size, preset in every_preset() if part in name]
     if not rows:
@@ -46,7 +46,7 @@ def presets(
 
 
 def _row(name: str, size: Any, preset: "Preset") -> dict[str, Any]:
-    from mhmoe_ray.planner.parity import parity
+    from mhmoe_ray.planner.match import parity
     from mhmoe_ray.planner.resolve import models_of
     from mhmoe_ray.planner.sizes import sizes
 

@@ -35,10 +35,10 @@ def sweep(
     failed, were stopped or interrupted go on from their checkpoints; runs that the file has got since are added. For
     example `mhmoe sweep jobs/paper/heads.yaml --size small --seeds 0,1`.
     """
-    from mhmoe_ray.planner.sweep import planned_runs
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.spec import load_sweep
     from mhmoe_ray.sweep import client
+    from mhmoe_ray.sweep.plan import planned_runs
 
     if json and detach:
         raise typer.BadParameter("--json prints the table of a sweep that is followed: leave out --detach")

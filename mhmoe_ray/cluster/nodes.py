@@ -5,7 +5,7 @@ from collections import Counter
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.placement.packing import Node
+from mhmoe_ray.planner.placement import Node
 
 # "2.0/8.0 CPU (1.0 used of 2.0 reserved in placement groups)": what a placement group reserves is taken, used or not,
 # and only the used part of it is in the first number.

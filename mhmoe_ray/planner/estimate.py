@@ -11,23 +11,21 @@ checkpoints, stragglers, congestion, and routing that is not uniform.
 
 from typing import NamedTuple
 
-from mhmoe_ray.placement.layout import Layout
-from mhmoe_ray.planner.kernel import planned_model
-from mhmoe_ray.planner.links import Links
+from mhmoe_ray.planner.expert_step import expert_step, planned_model
 from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.placement import Layout
 from mhmoe_ray.planner.sizes import (
     EXPERTS,
     PROJECTIONS,
     ROUTER,
     SHARED,
+    compute_bytes,
     feed_forward_macs,
     flops_per_token,
     parts,
     sizes,
 )
-from mhmoe_ray.planner.step import expert_step
-from mhmoe_ray.planner.traffic import Exchange, dispatches, reductions
-from mhmoe_ray.planner.units import compute_bytes
+from mhmoe_ray.planner.traffic import Exchange, Links, dispatches, reductions
 from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY = "compute", "memory bandwidth", "latency"

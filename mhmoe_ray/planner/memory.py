@@ -7,9 +7,8 @@ on a CPU). Padding is computed like any token, so what there is of it changes no
 
 from typing import NamedTuple
 
-from mhmoe_ray.planner.kernel import planned_model
-from mhmoe_ray.planner.sizes import EMBEDDING, NORMS, ROUTER, Sizes, blocks, parts, sizes
-from mhmoe_ray.planner.units import FLOAT32, INT64, compute_bytes
+from mhmoe_ray.planner.expert_step import planned_model
+from mhmoe_ray.planner.sizes import EMBEDDING, FLOAT32, INT64, NORMS, ROUTER, Sizes, blocks, compute_bytes, parts, sizes
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
 CHECKPOINT_BYTES = 3 * FLOAT32

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.preset import Preset, Tree, fixed, rhythm
-from mhmoe_ray.planner.width import dense_width
+from mhmoe_ray.planner.presets import Preset, Tree, fixed, rhythm
+from mhmoe_ray.planner.sizes import dense_width
 
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)

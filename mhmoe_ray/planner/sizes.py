@@ -1,8 +1,30 @@
-"""Parameters and multiply-adds from the spec alone: nothing is built. Tested equal to a built model."""
+"""Parameters, multiply-adds and bytes of numbers from the spec alone: nothing is built. Tested equal to a built model."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec.model import usual_width
+
+FLOAT32 = 4
+INT32 = 4
+INT64 = 8
+
+
+def compute_bytes(spec: RunSpec) -> int:
+    """Of a value in matrix products and in the rows that ranks exchange."""
+    return 2 if spec.train.precision == "bfloat16" else FLOAT32
+
+
+def dense_width(trunk: Mapping[str, Any]) -> int:
+    """What experts of a family are measured by: the trunk's own feed-forward width, or the usual one if it has none."""
+    d_ff, d_model = trunk.get("d_ff"), trunk.get("d_model")
+    if d_ff is None and isinstance(d_model, int):
+        return usual_width(d_model)
+    if not isinstance(d_ff, int):
+        raise SpecError("model.d_ff", f"experts of a family follow from it, and it is {d_ff!r}", "give it a number")
+    return d_ff
 
 
 class Part(NamedTuple):
@@ -159,3 +181,23 @@ def _feed_forward(spec: ModelSpec, width: int, hidden: int) -> int:
     """With subln: two biases, and weight and bias of the inner norm."""
     extra = 3 * hidden + width if spec.backbone == "subln" else 0
     return feed_forward_macs(spec, width, hidden) + extra
+
+
+def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
+    """FLOPs that the model needs, over those that its accelerators could do (MFU; PaLM, arXiv 2204.02311, appendix B).
+
+    What is computed twice to spare memory does not count, and of attention only the half that a causal mask leaves.
+
+    Args:
+        spec: its `cluster.accelerator` tells the peak.
+        tokens_per_s: of all workers.
+        workers: with a GPU each.
+
+    Returns:
+        A share of 1; None on CPUs, of which no peak is told.
+    """
+    if not spec.cluster.gpus_per_worker:
+        return None
+    peak = spec.cluster.accelerator.peak(spec.train.precision)
+    needed = flops_per_token(spec.model, spec.data.seq_len).training * tokens_per_s
+    return needed / (workers * spec.cluster.gpus_per_worker * peak)

@@ -1,7 +1,7 @@
 """Whether a run's workers fit on a site's nodes, by the same packing as the planner's."""
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.placement.packing import Node, packed
+from mhmoe_ray.planner.placement import Node, packed
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import STREAM_CPUS
 from mhmoe_ray.spec.site import SiteSpec

@@ -4,5 +4,5 @@
     job.py         the job that starts its runs
     scheduler.py   which of them start when
 
-What a sweep is, `spec/sweep.py` says; which runs it comes to, `planner/sweep.py`; its directory is `runs/sweeps.py`.
+What a sweep is, `spec/sweep.py` says; which runs it comes to, `sweep/plan.py`; its directory is `runs/sweeps.py`.
 """

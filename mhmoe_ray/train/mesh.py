@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.placement.groups import by_node, expert_groups
+from mhmoe_ray.planner.placement import by_node, expert_groups
 from mhmoe_ray.spec import ClusterSpec
 
 

@@ -3,7 +3,7 @@ import pytest
 from mhmoe_ray.bench import hardware
 from mhmoe_ray.bench.steps import SMALL, Case, matched_models, measure
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.families import Size
+from mhmoe_ray.planner.presets import Size
 from mhmoe_ray.planner.sizes import sizes
 
 TINY = Size(48, 2, 64, 8, steps=10, micro_batches=2, micro_batch_size=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.planner.find_preset import every_preset
+from mhmoe_ray.planner.resolve import every_preset
 from tests.cli.run import mhmoe
 
 JOBS = Path(__file__).parents[2] / "jobs"

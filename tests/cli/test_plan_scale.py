@@ -10,8 +10,8 @@ from mhmoe_ray.cli import plan_estimate
 from mhmoe_ray.cli.plan import as_dict
 from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.placement.packing import Node
 from mhmoe_ray.planner.estimate import estimate
+from mhmoe_ray.planner.placement import Node
 from mhmoe_ray.planner.resolve import resolve_spec
 from tests.cli.run import assert_one_line, mhmoe
 from tests.specs import tiny_spec

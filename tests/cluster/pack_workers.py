@@ -14,7 +14,7 @@ from ray.util import placement_group, placement_group_table
 
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.nodes import free_nodes
-from mhmoe_ray.placement.packing import Node, packed
+from mhmoe_ray.planner.placement import Node, packed
 
 
 def free(connection: Connection, gpus: int) -> list[Node]:

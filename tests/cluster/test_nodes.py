@@ -12,7 +12,7 @@ from ray.autoscaler._private.util import parse_usage
 from mhmoe_ray.cluster import dashboard, nodes
 from mhmoe_ray.cluster.connect import Connection, connect, connect_if_there
 from mhmoe_ray.cluster.nodes import _taken, free_nodes
-from mhmoe_ray.placement.packing import Node
+from mhmoe_ray.planner.placement import Node
 from tests.cli.run import mhmoe
 from tests.conftest import OF_THE_USER
 

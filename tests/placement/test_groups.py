@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.placement.groups import by_node, expert_groups
+from mhmoe_ray.planner.placement import by_node, expert_groups
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=40), st.integers(1, 6))

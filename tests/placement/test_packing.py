@@ -5,9 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.placement.groups import expert_groups
-from mhmoe_ray.placement.layout import Kind, laid_out, on_one_node
-from mhmoe_ray.placement.packing import Node, on_paper, packed
+from mhmoe_ray.planner.placement import Kind, Node, expert_groups, laid_out, on_one_node, on_paper, packed
 
 NODES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8), st.sampled_from("xyz")), min_size=1, max_size=20)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhmoe_ray.model.capacity import fits
-from mhmoe_ray.planner.dropped import dropped_by_chance
+from mhmoe_ray.planner.expert_step import dropped_by_chance
 from mhmoe_ray.spec import MoESpec
 
 

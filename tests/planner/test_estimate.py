@@ -2,12 +2,11 @@
 
 import pytest
 
-from mhmoe_ray.placement.layout import laid_out, on_one_node
-from mhmoe_ray.placement.packing import on_paper, packed
 from mhmoe_ray.planner.estimate import estimate, seconds
+from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.memory import memory
+from mhmoe_ray.planner.placement import laid_out, on_one_node, on_paper, packed
 from mhmoe_ray.planner.sizes import flops_per_token, parts
-from mhmoe_ray.planner.step import expert_step
 from mhmoe_ray.planner.traffic import exchanges
 from tests.specs import tiny_spec
 

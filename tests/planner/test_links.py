@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.placement.layout import laid_out
-from mhmoe_ray.placement.packing import Node
-from mhmoe_ray.planner.links import crossed, flat, reached, ring, to_nodes, within_nodes
-from mhmoe_ray.planner.traffic import dispatches, exchanges
+from mhmoe_ray.planner.placement import Node, laid_out
+from mhmoe_ray.planner.traffic import crossed, dispatches, exchanges, flat, reached, ring, to_nodes, within_nodes
 from tests.specs import tiny_spec
 
 CLASSES = ("node", "domain", "between")

@@ -3,8 +3,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.match import MatchSpec, matched_heads, solve, without_ep
-from mhmoe_ray.planner.parity import parity
+from mhmoe_ray.planner.match import MatchSpec, matched_heads, parity, solve, without_ep
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS

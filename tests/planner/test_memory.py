@@ -11,7 +11,7 @@ from mhmoe_ray.bench.memory import peak_bytes
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.planner.kernel import assumed_kernel, may_be_compiled
+from mhmoe_ray.planner.expert_step import assumed_kernel, may_be_compiled
 from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, whole_weights
 from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.runs.layout import RunDir

@@ -3,10 +3,9 @@
 import pytest
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.find_preset import every_preset, find_preset
+from mhmoe_ray.planner.match import parity
 from mhmoe_ray.planner.papers import P1_EXPERTS, P1_HEADS
-from mhmoe_ray.planner.parity import parity
-from mhmoe_ray.planner.resolve import models_of
+from mhmoe_ray.planner.resolve import every_preset, find_preset, models_of
 from mhmoe_ray.planner.sizes import sizes
 
 NAMES = [name for name, _, _ in every_preset()]

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.planner.find_preset import every_preset
-from mhmoe_ray.planner.resolve import models_of, resolve_spec
+from mhmoe_ray.planner.resolve import every_preset, models_of, resolve_spec
 from mhmoe_ray.spec import dump_spec
 
 BASE = {

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mhmoe_kernels import pieces
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.sizes import flops_per_token, sizes
-from mhmoe_ray.planner.step import expert_step
 from tests.specs import tiny_spec
 
 MODELS = [

@@ -6,8 +6,8 @@ import pytest
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.planner.sweep import planned_runs
 from mhmoe_ray.spec import SweepSpec, load_sweep
+from mhmoe_ray.sweep.plan import planned_runs
 
 PAPER = Path(__file__).parents[2] / "jobs/paper"
 SWEEPS = sorted(path for path in PAPER.glob("*.yaml") if "\nsizes:" in path.read_text())

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhmoe_ray.placement.layout import laid_out
-from mhmoe_ray.placement.packing import Node
 from mhmoe_ray.planner.memory import whole_weights
+from mhmoe_ray.planner.placement import Node, laid_out
 from mhmoe_ray.planner.traffic import dispatches, exchanges
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec

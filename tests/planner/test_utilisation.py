@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.planner.sizes import flops_per_token
-from mhmoe_ray.planner.utilisation import model_flops_utilisation
+from mhmoe_ray.planner.sizes import flops_per_token, model_flops_utilisation
 from tests.specs import tiny_spec
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.placement.packing import on_paper, packed
+from mhmoe_ray.planner.placement import on_paper, packed
 from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.dashboards import DASHBOARDS
 from mhmoe_ray.render.files import files

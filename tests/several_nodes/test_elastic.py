@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.placement.groups import expert_groups
+from mhmoe_ray.planner.placement import expert_groups
 from mhmoe_ray.runs import jsonl, metrics
 from mhmoe_ray.runs.layout import RunDir
 from tests.cli.audit import expected_streams

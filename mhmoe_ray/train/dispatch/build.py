@@ -1,6 +1,6 @@
 """Which dispatch a rank gets, and the process groups that it needs."""
 
-from mhmoe_ray.placement.groups import by_node
+from mhmoe_ray.planner.placement import by_node
 from mhmoe_ray.spec import ClusterSpec
 from mhmoe_ray.train.dispatch.flat import FlatDispatch
 from mhmoe_ray.train.dispatch.hierarchical import HierarchicalDispatch

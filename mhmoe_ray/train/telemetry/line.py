@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mhmoe_ray.planner.utilisation import model_flops_utilisation
+from mhmoe_ray.planner.sizes import model_flops_utilisation
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.expert_load import load, load_entropy
 from mhmoe_ray.spec import RunSpec

@@ -1,0 +1,96 @@
+"""The expert step on paper: the kernel that `auto` stands for, arithmetic and bytes moved, and routes dropped.
+
+A run's own choice of kernel is `mhmoe_kernels.choose`; here it is assumed, since nothing runs yet.
+"""
+
+import math
+from typing import NamedTuple
+
+from mhmoe_ray.planner.sizes import compute_bytes, feed_forward_macs
+from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+from mhmoe_ray.spec.model import FUSED_UP_TO, KERNELS, KernelName
+
+
+def assumed_kernel(spec: RunSpec) -> KernelName | None:
+    """That experts go through, `triton` on GPUs that can have it; None for a dense model. CPUs are taken to have no
+    AMX: with it `auto` is `cpp`, which keeps less."""
+    moe = spec.model.moe
+    if moe is None or moe.kernel != "auto":
+        return moe.kernel if moe else None
+    narrow = spec.model.d_model // moe.heads <= FUSED_UP_TO
+    fused = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and narrow
+    return "triton" if fused else "grouped"
+
+
+def may_be_compiled(spec: RunSpec) -> bool:
+    """Whether `auto` is `cpp` where CPUs have AMX."""
+    model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
+    if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
+        return False
+    fits = not (model.d_model // moe.heads % limits.sizes or moe.d_expert % limits.sizes)
+    return fits and model.backbone == limits.backbone and spec.train.precision == limits.precision
+
+
+def planned_model(spec: RunSpec) -> ModelSpec:
+    """The model as training computes it, with that kernel."""
+    model, kernel = spec.computed_model, assumed_kernel(spec)
+    if model.moe is None:
+        return model
+    return model.model_copy(update={"moe": model.moe.model_copy(update={"kernel": kernel})})
+
+
+class ExpertStep(NamedTuple):
+    """Forward of one micro-batch; with expert parallelism, what a rank gets when routing is uniform."""
+
+    rows: int
+    """R = N * h * k routed rows of width d/h."""
+    flops: int
+    """A multiply-add counts as two."""
+    bytes: int
+    """Operands and results of the matrix products, each counted once: rows in, hidden rows out and in, rows out, and
+    the weights of all experts held here. What is computed between the products is taken as fused with them."""
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte: below the machine's own ratio, the step waits for memory."""
+        return self.flops / self.bytes
+
+
+def expert_step(spec: RunSpec) -> ExpertStep | None:
+    """None for a dense model."""
+    model, moe = spec.model, spec.model.moe
+    if moe is None:
+        return None
+    width = model.d_model // moe.heads
+    rows = spec.tokens_per_micro_batch * moe.heads * moe.top_k
+    values = _products(model) * (rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert)
+    return ExpertStep(rows, 2 * rows * feed_forward_macs(model, width, moe.d_expert), values * compute_bytes(spec))
+
+
+def _products(model: ModelSpec) -> int:
+    """Matrix products in an expert, each between width d/h and width f."""
+    return feed_forward_macs(model, 1, 1)
+
+
+def dropped_by_chance(moe: MoESpec, rows: int) -> float:
+    """Share of the routes that find no place, if each row chooses its k experts evenly and at random and wants all.
+
+    An expert's load is then binomial, of N draws at k / E. A router that favours some experts drops more; one whose
+    loads are more even than chance makes them drops less. With `second_expert: random` it is the most by chance: the
+    second choices that are left out want no place, and leave theirs to others. 0 where routing is dropless.
+    """
+    places, p = moe.places(rows), moe.top_k / moe.experts
+    if places is None or places >= rows:
+        return 0.0
+    if p == 1:
+        return 1 - places / rows
+    mean, spread = rows * p, math.sqrt(rows * p * (1 - p))
+    # Farther out, or 30 rows farther where the distribution is narrow and has a long tail, no load is ever seen.
+    likely = range(max(places + 1, math.floor(mean - 12 * spread)), min(rows, math.ceil(mean + 12 * spread) + 30) + 1)
+    return sum((load - places) * _chance(load, rows, p) for load in likely) / mean
+
+
+def _chance(load: int, rows: int, p: float) -> float:
+    """Binomial."""
+    ways = math.lgamma(rows + 1) - math.lgamma(load + 1) - math.lgamma(rows - load + 1)
+    return math.exp(ways + load * math.log(p) + (rows - load) * math.log1p(-p))
