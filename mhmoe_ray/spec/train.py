@@ -1,4 +1,4 @@
-"""The `train` section: the optimizer, its schedule, and how often to validate and to save; and the `tracking` section."""
+"""The `train` section: the optimizer, its schedule, and how often to validate and to save; also `tracking`."""
 
 from typing import Annotated, Literal, Self
 
