@@ -8,7 +8,7 @@ from mhmoe_ray.model.routers.base import BaseScores
 from mhmoe_ray.spec import MoESpec
 
 
-class Scores(BaseScores):
+class LinearScores(BaseScores):
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.weight_ED = nn.Parameter(torch.empty(moe.experts, width))

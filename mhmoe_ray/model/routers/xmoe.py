@@ -17,7 +17,7 @@ INITIAL_TEMPERATURE = 0.3
 LOWEST_TEMPERATURE = 0.01
 
 
-class Scores(BaseScores):
+class XMoEScores(BaseScores):
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))

@@ -10,7 +10,7 @@ from mhmoe_ray.model.routers.base import BaseScores
 from mhmoe_ray.spec import MoESpec
 
 
-class Scores(BaseScores):
+class TorchscaleScores(BaseScores):
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__(width, moe)
         self.reduce_QD = nn.Parameter(torch.empty(moe.routing_width, width))
