@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mhmoe_ray.model import router
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_shared_out, local, offset
 from mhmoe_ray.model.noise import seeded_generator
-from mhmoe_ray.model.routers import xmoe
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _fill(module: nn.Module, name: str, t: Tensor, g: torch.Generator) -> None:
     if "norm" in name:
         nn.init.constant_(t, 0.0 if "bias" in name else 1.0)
     elif "temperature" in name:
-        nn.init.constant_(t, math.log(xmoe.INITIAL_TEMPERATURE - xmoe.LOWEST_TEMPERATURE))
+        nn.init.constant_(t, math.log(router.INITIAL_TEMPERATURE - router.LOWEST_TEMPERATURE))
     elif "expert_EQ" in name:
         nn.init.orthogonal_(t, gain=0.32, generator=g)
     elif "embedding" in name or name.startswith("output."):

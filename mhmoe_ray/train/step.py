@@ -11,10 +11,10 @@ from torch import Tensor
 from mhmoe_kernels import why_not
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.attention import document_of
-from mhmoe_ray.model.balance import moved_bias
 from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
+from mhmoe_ray.model.router import moved_bias
 from mhmoe_ray.planner.sizes import compute_bytes
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.dispatch import Sent, build_dispatch, least_sent

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.model.balance import balance_loss
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import Router, balance_loss
 from mhmoe_ray.spec import MoESpec
 from tests.model.drawn import layers
 

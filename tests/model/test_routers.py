@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mhmoe_ray.model.balance import balance_loss, moved_bias, z_loss
-from mhmoe_ray.model.capacity import fits
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
-from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router import Router, balance_loss, fits, moved_bias, z_loss
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mhmoe_ray.model.capacity import fits
+from mhmoe_ray.model.router import fits
 from mhmoe_ray.planner.expert_step import dropped_by_chance
 from mhmoe_ray.spec import MoESpec
 
