@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and bytes of numbers from the spec alone: nothing is built. Tested equal to a built model."""
+"""Parameters, multiply-adds and bytes from the spec alone: nothing is built. Tested equal to a built model."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
