@@ -24,7 +24,7 @@ SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8,
 """About a second a step on two CPU cores. 384 is the nearest to the families' `small` that splits in 2 and in 3."""
 
 
-class Figures(NamedTuple):
+class StepFigures(NamedTuple):
     """Of one model."""
 
     name: str
@@ -76,7 +76,7 @@ class Case:
         return sums.loss / sums.targets
 
 
-def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[Figures]:
+def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[StepFigures]:
     """Steps of every model in turn, the plain one first.
 
     Raises:
@@ -87,7 +87,7 @@ def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -
     found = interleaved(cases, rounds, clock(hardware.device))
     plain = found["SMoE"].median
     return [
-        Figures(
+        StepFigures(
             name,
             specs[name],
             timing.seconds,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.bench.serve.contest import Rates
     from mhmoe_ray.bench.sweep import Sweep
 
+
 Part = str | tuple[str, Table]
 """A text, or a table under its title."""
 
@@ -51,7 +52,7 @@ def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
     return number_table(columns, rows, names=columns[:1])
 
 
-def steps(figures: Sequence["steps_.Figures"]) -> Table:
+def steps(figures: Sequence["steps_.StepFigures"]) -> Table:
     """Whole training steps."""
     columns = ("model", "E", "k", "f", "parameters", "median", "tokens/s", "time to SMoE", "the paper's")
     rows = []

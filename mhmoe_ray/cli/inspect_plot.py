@@ -8,6 +8,7 @@ from mhmoe_ray.pictures import BLUE, ROW_INCHES, VERMILION, new_figure, save, sh
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 BAR_INCHES = 0.2  # of the scale of shades
 
 
@@ -32,21 +33,21 @@ def _picture(found: dict[str, Any]) -> "Figure":
     axes = figure.subplots(1, panels, width_ratios=[1.6, *[1] * (panels - 1)])
     for axis in axes:
         axis.xaxis.tick_top()
-    _lengths(figure, axes[0], found)
+    _plot_lengths(figure, axes[0], found)
     languages = {name or "(not named)": row for name, row in found["languages"].items()}
     if found["tokenized"]:
-        _bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", BLUE)
-        _bars(
+        _plot_bars(axes[1], {n: row["tokens_per_word"] for n, row in languages.items()}, "tokens per word", BLUE)
+        _plot_bars(
             axes[2], {n: row["tokens_per_character"] for n, row in languages.items()}, "tokens per character", VERMILION
         )
     else:
-        _bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", BLUE)
+        _plot_bars(axes[1], {n: row["bytes"] / 1e6 for n, row in languages.items()}, "MB of text", BLUE)
     for axis in axes:  # rows of one height, whether there are more domains or more languages
         axis.set_ylim(rows - 0.5, -0.5)
     return figure
 
 
-def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
+def _plot_lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
     """A row of shades for each domain: its share of documents in each octave."""
     key, unit = ("lengths_in_tokens", "tokens") if found["tokenized"] else ("lengths_in_characters", "characters")
     by_domain = {
@@ -76,7 +77,7 @@ def _lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
     )
 
 
-def _bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
+def _plot_bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
     """One bar a language; none where there is no figure."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)

@@ -10,7 +10,8 @@ from rich.progress import TaskID
 from mhmoe_ray.cli.common import in_bytes, note
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.progress import Progress
+    from mhmoe_ray.data.prepare.progress import PreparationProgress
+
 
 EVERY_SECONDS = 10.0
 """Between lines, where there is no terminal to keep one line in motion."""
@@ -52,7 +53,7 @@ class PreparingView:
             self._task = None
 
 
-def text(progress: "Progress") -> str:
+def text(progress: "PreparationProgress") -> str:
     """Its figures in one line."""
     if progress.stage == "packing":
         return f"{progress.done:,} of {progress.total:,} shards"

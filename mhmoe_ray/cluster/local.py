@@ -16,7 +16,7 @@ from typing import Any
 
 from mhmoe_ray.cluster import dashboard, processes, tokens
 from mhmoe_ray.cluster.home import home, locked
-from mhmoe_ray.cluster.spawn import LocalCluster, spawn
+from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
 
@@ -36,7 +36,7 @@ def start_local(cpus: int) -> LocalCluster:
         if running:
             return running
         tokens.make_token()
-        cluster = spawn(cpus)
+        cluster = spawn_ray(cpus)
         try:
             _write(cluster)
             _wait_until_ready(cluster)

@@ -70,7 +70,7 @@ class LocalCluster:
         return self.folder / "ray_start.log"
 
 
-def spawn(cpus: int) -> LocalCluster:
+def spawn_ray(cpus: int) -> LocalCluster:
     """Start Ray, in a session of its own, and do not wait for it.
 
     Raises:

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
+from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
 
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
 """Grafana's names: percentunit is of 1, reqps a second."""
@@ -65,7 +65,7 @@ TRAINING = Dashboard(
         ),
         Panel("Gradient norm", {"{{run}}": _train(metrics.GRAD_NORM)}),
         Panel("Learning rate", {"{{run}}": _train(metrics.LR)}),
-        Panel("Steps without an update", {"{{run}}": _train((skipped := SKIPPED_STEPS)[0])}, about=skipped[1]),
+        Panel("Steps without an update", {"{{run}}": _train((skipped := SKIPPED_STEPS_TOTAL)[0])}, about=skipped[1]),
         Panel(
             "Waiting for data",
             {"{{run}}, slowest rank": f"max by (run) ({_train(metrics.DATA_WAIT)})"},

@@ -24,7 +24,7 @@ RUN = {
     metrics.ROWS_BETWEEN_NODES: "Bytes of them that left their node.",
 }
 """Of the whole run."""
-SKIPPED_STEPS = metrics.SKIPPED_STEPS, "Steps that updated nothing, since their gradient was not finite."
+SKIPPED_STEPS_TOTAL = metrics.SKIPPED_STEPS, "Steps that updated nothing, since their gradient was not finite."
 STEPS = "steps", "Steps that the run is to have."
 RANK = {
     metrics.DATA_WAIT: "Share of the newest step's time that the rank waited for the stream.",

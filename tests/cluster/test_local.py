@@ -12,7 +12,7 @@ import pytest
 from mhmoe_ray.cluster import jobs, processes
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
-from mhmoe_ray.cluster.spawn import LocalCluster, spawn
+from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.cluster.tokens import own_token, token_file
 from mhmoe_ray.errors import ClusterError
 from tests.watch import wait_until
@@ -165,7 +165,7 @@ def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatc
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("MHMOE_API_KEY", "MHMOE_API_KEYS", "OF_ITS_OWN"):
         monkeypatch.setenv(name, "secret")
-    cluster = spawn(1)
+    cluster = spawn_ray(1)
     os.waitpid(cluster.pid, 0)
     told = cluster.log.read_text()
     shutil.rmtree(cluster.folder)

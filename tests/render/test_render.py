@@ -324,7 +324,7 @@ def test_every_metric_of_a_run_has_a_panel():
     from mhmoe_ray.runs import prometheus
 
     queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
-    of_all = (prometheus.SKIPPED_STEPS[0], prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0])
+    of_all = (prometheus.SKIPPED_STEPS_TOTAL[0], prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0])
     for name in (*prometheus.RUN, *prometheus.RANK, *of_all):
         assert f"{prometheus.PREFIX}{name}{{" in queries, name
 

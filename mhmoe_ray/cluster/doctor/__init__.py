@@ -25,7 +25,7 @@ def examine(address: str | None, folder: str) -> Iterator[Finding]:
         address: of a cluster, as commands take it.
         folder: that holds run directories, or is to.
     """
-    yield from machine.findings()
-    yield from reach.findings(address)
-    yield from ports.findings()
-    yield from storage.findings(location(folder))
+    yield from machine.machine_findings()
+    yield from reach.reach_findings(address)
+    yield from ports.port_findings()
+    yield from storage.storage_findings(location(folder))

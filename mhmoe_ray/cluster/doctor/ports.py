@@ -12,7 +12,7 @@ KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray
 """By what is in a command line."""
 
 
-def findings() -> Iterator[Finding]:
+def port_findings() -> Iterator[Finding]:
     try:
         listening = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     except psutil.AccessDenied:  # macOS, for one

@@ -14,7 +14,7 @@ from mhmoe_ray.errors import ClusterError, TokenError
 SKEW_SECONDS = 5.0
 
 
-def findings(address: str | None) -> Iterator[Finding]:
+def reach_findings(address: str | None) -> Iterator[Finding]:
     """Args:
     address: as commands take it.
     """
@@ -31,7 +31,7 @@ def findings(address: str | None) -> Iterator[Finding]:
             "note", "cluster", "none is named and none runs here", "`mhmoe submit` starts one on this machine"
         )
         return
-    yield from _version(connection)
+    yield from _ray_version(connection)
     yield from _openness(connection)
     yield from _clock(connection)
     nodes = free_nodes(connection, None)
@@ -39,7 +39,7 @@ def findings(address: str | None) -> Iterator[Finding]:
     yield Finding("ok", "nodes", f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs free")
 
 
-def _version(connection: Connection) -> Iterator[Finding]:
+def _ray_version(connection: Connection) -> Iterator[Finding]:
     theirs, ours = dashboard.ray_version(connection.address, connection.token)["ray_version"], version("ray")
     if theirs.split(".")[:2] == ours.split(".")[:2]:
         yield Finding("ok", "cluster", f"{connection.address}, Ray {theirs}")

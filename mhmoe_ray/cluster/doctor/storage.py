@@ -12,7 +12,7 @@ from mhmoe_ray.storage import Location, replace_file
 SIZE = 8 << 20
 
 
-def findings(folder: Location) -> Iterator[Finding]:
+def storage_findings(folder: Location) -> Iterator[Finding]:
     data = secrets.token_bytes(SIZE)
     probe = folder / f".doctor-{secrets.token_hex(4)}"
     made = isinstance(folder, Path) and not folder.exists()

@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     cut_documents: int
 
 
-def plan(stream: Stream, tokens_per_shard: int) -> list[Stream]:
+def plan_best_fit(stream: Stream, tokens_per_shard: int) -> list[Stream]:
     """What each shard of a domain is made of: whole parts, so that documents are whole, until there are enough."""
     shards, start, stop = list[Stream](), 0, 0
     for part in stream.parts:
@@ -36,7 +36,7 @@ def plan(stream: Stream, tokens_per_shard: int) -> list[Stream]:
     return shards + ([stream.part(start, stop)] if stop > start else [])
 
 
-def pack(tokens: Tokens, seq_len: int, start: int, padding: int) -> Packed:
+def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Packed:
     """Samples of some documents.
 
     Args:

@@ -20,7 +20,7 @@ class Cut(NamedTuple):
     """How many fill it; after them come tokens that only tell where documents end."""
 
 
-def plan(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
+def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
     """The shards of a domain.
 
     Args:
@@ -38,7 +38,7 @@ def plan(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
     return cuts
 
 
-def cut(tokens: Tokens, samples: int, seq_len: int) -> Samples:
+def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
     """The first `samples` samples of some tokens, a view."""
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]

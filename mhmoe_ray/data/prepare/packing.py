@@ -11,7 +11,7 @@ from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     """One shard to be made."""
 
     domain: str
@@ -29,13 +29,13 @@ class Made(NamedTuple):
     whole_documents: int
 
 
-def plan(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -> list[Plan]:
+def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
     """The shards of a domain; what they hold depends on its tokens alone, so they can be made in any order."""
     if spec.packing == "best_fit":
-        streams = best_fit.plan(stream, SHARD_BYTES // token_bytes)
-        return [Plan(domain, i, part, None) for i, part in enumerate(streams)]
-    cuts = concat.plan(stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))
-    return [Plan(domain, i, cut.stream, cut.samples) for i, cut in enumerate(cuts)]
+        streams = best_fit.plan_best_fit(stream, SHARD_BYTES // token_bytes)
+        return [ShardPlan(domain, i, part, None) for i, part in enumerate(streams)]
+    cuts = concat.plan_concat(stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))
+    return [ShardPlan(domain, i, cut.stream, cut.samples) for i, cut in enumerate(cuts)]
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
@@ -48,13 +48,13 @@ def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: 
         token_bytes: 2 or 4.
         start: the token that each document begins with.
     """
-    asked: Plan = pickle.loads(row["plan"])
+    asked: ShardPlan = pickle.loads(row["plan"])
     tokens = asked.tokens.read()
     if asked.samples is None:
-        samples, padding, cut = best_fit.pack(tokens, seq_len, start, padding_token(token_bytes))
+        samples, padding, cut = best_fit.pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
         whole = int((tokens == start).sum()) - cut
     else:
-        samples, padding = concat.cut(tokens, asked.samples, seq_len), 0
+        samples, padding = concat.cut_concat(tokens, asked.samples, seq_len), 0
         whole = concat.whole_documents(tokens, asked.samples, seq_len, start)
     shard = write_shard(folder, f"train/{asked.domain}/{asked.number:05d}.arrow", samples)
     return {"made": pickle.dumps(Made(asked.domain, asked.number, shard, padding, whole))}

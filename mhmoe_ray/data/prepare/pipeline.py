@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.prepare.baselines import baselines, joined, pairs
 from mhmoe_ray.data.prepare.chunks import CHUNK, quarantine_file, read_chunks
-from mhmoe_ray.data.prepare.packing import Made, make_shard, plan
+from mhmoe_ray.data.prepare.packing import Made, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartRef, Stream
 from mhmoe_ray.data.prepare.progress import Report
 from mhmoe_ray.data.prepare.quarantine import FILE, Limit
@@ -223,7 +223,7 @@ class _Preparation:
         plans = [
             p
             for name, parts in by_domain.items()
-            for p in plan(name, self._training(parts), self._data, self._token_bytes)
+            for p in plan_shards(name, self._training(parts), self._data, self._token_bytes)
         ]
         self._report.shards, self._report.total_shards = 0, len(plans)
         self._report.enter("packing")

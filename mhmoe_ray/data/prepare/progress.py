@@ -15,7 +15,7 @@ EVERY_SECONDS = 1.0
 Stage = Literal["tokenizer", "tokenising", "packing", "finishing"]
 
 
-class Progress(BaseModel):
+class PreparationProgress(BaseModel):
     stage: Stage
     done: int
     """Of tokenising bytes as they are stored, of packing shards."""
@@ -60,7 +60,7 @@ class Report:
         seconds = max(self._written - self._began, 1e-3)
         made = self.done_bytes - self.found_bytes
         packing = self.stage == "packing"
-        progress = Progress(
+        progress = PreparationProgress(
             stage=self.stage,
             done=self.shards if packing else self.done_bytes,
             total=self.total_shards if packing else self.total_bytes,
@@ -75,9 +75,9 @@ class Report:
         replace_file(self.folder / FILE, progress.model_dump_json().encode())
 
 
-def read_progress(folder: Path) -> Progress | None:
+def read_progress(folder: Path) -> PreparationProgress | None:
     """None where nothing is being prepared."""
     try:
-        return Progress.model_validate_json((folder / FILE).read_bytes())
+        return PreparationProgress.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError):
         return None

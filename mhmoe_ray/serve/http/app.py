@@ -50,9 +50,9 @@ def create_app(
     service = Service(answerer, model, spec, Access(spec.keys, limits or Limits(spec.keys)))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
-    app.include_router(completions.router(service), responses=RESPONSES)
-    app.include_router(page.router())
-    app.include_router(chat.router(service), responses=RESPONSES)
+    app.include_router(completions.completions_router(service), responses=RESPONSES)
+    app.include_router(page.page_router())
+    app.include_router(chat.chat_router(service), responses=RESPONSES)
     app.include_router(
         _others(service, replica, everyone), dependencies=[Depends(service.access.client)], responses=RESPONSES
     )

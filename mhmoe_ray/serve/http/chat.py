@@ -28,7 +28,7 @@ from mhmoe_ray.serve.http.stream import DESCRIBED, EventResponse
 from mhmoe_ray.serve.text import shown
 
 
-def router(service: Service) -> APIRouter:
+def chat_router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: DESCRIBED})

@@ -18,7 +18,7 @@ from mhmoe_ray.serve.http.stream import DESCRIBED, EventResponse
 from mhmoe_ray.serve.text import shown
 
 
-def router(service: Service) -> APIRouter:
+def completions_router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=Completion, responses={200: DESCRIBED})

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 
-def router() -> APIRouter:
+def page_router() -> APIRouter:
     routes = APIRouter()
     text = files(__package__).joinpath("page.html").read_text("utf-8")
     headers = {"Content-Security-Policy": _policy(text), "X-Content-Type-Options": "nosniff"}

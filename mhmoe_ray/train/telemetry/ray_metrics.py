@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.expert_load import load, load_entropy
-from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS, STEPS
+from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
 from mhmoe_ray.train.telemetry.line import Waits
 
 AGAIN_SECONDS = 5.0
@@ -65,7 +65,7 @@ def add_run(gauges: Gauges, steps: int) -> None:
     """
     for name, about in RUN.items():
         gauges.add(name, about)
-    gauges.add(*SKIPPED_STEPS)
+    gauges.add(*SKIPPED_STEPS_TOTAL)
     gauges.add(*LAYER_ENTROPY, "layer")
     gauges.add(*EXPERT_LOAD, "layer", "expert")
     gauges.add(*STEPS)
@@ -81,7 +81,7 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     for name in RUN:
         if line.get(name) is not None:
             gauges.set(name, line[name])
-    gauges.set(SKIPPED_STEPS[0], line.get(metrics.SKIPPED_STEPS, 0))
+    gauges.set(SKIPPED_STEPS_TOTAL[0], line.get(metrics.SKIPPED_STEPS, 0))
     if not len(count_LE):  # a dense model
         return
     entropy_L, load_LE = load_entropy(count_LE.numpy()), load(count_LE.numpy())

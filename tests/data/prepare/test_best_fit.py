@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.best_fit import pack, plan
+from mhmoe_ray.data.prepare.best_fit import pack_best_fit, plan_best_fit
 from tests.data.prepare.parts import START, documents_of, stream_of
 
 PADDING = 65_535
@@ -12,7 +12,7 @@ PADDING = 65_535
 
 def packed(lengths, seq_len):
     documents = documents_of(lengths)
-    return documents, pack(np.array(sum(documents, []), np.uint16), seq_len, START, PADDING)
+    return documents, pack_best_fit(np.array(sum(documents, []), np.uint16), seq_len, START, PADDING)
 
 
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30), seq_len=st.integers(1, 16))
@@ -54,7 +54,7 @@ def test_no_two_samples_would_fit_into_one(lengths):
 def test_ordinary_documents_leave_less_than_a_sample_of_padding():
     lengths = np.random.default_rng(0).lognormal(5, 1, 5000).astype(int)
     documents = [[START] + [2] * n for n in lengths]
-    made = pack(np.concatenate(documents).astype(np.uint16), 2048, START, PADDING)
+    made = pack_best_fit(np.concatenate(documents).astype(np.uint16), 2048, START, PADDING)
     assert made.padding < 2048
 
 
@@ -62,7 +62,7 @@ def test_ordinary_documents_leave_less_than_a_sample_of_padding():
 def test_shards_are_of_whole_parts_and_hold_all(tmp_path_factory, lengths, tokens):
     parts = [np.arange(n) + 100 * i for i, n in enumerate(lengths)]
     stream = stream_of(tmp_path_factory.mktemp("parts"), parts)
-    shards = plan(stream, tokens)
+    shards = plan_best_fit(stream, tokens)
     assert sum((s.read().tolist() for s in shards), []) == stream.read().tolist()
     assert all(len(s) >= tokens for s in shards[:-1])
     assert all(len(s) > 0 for s in shards)

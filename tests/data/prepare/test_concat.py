@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.concat import cut, plan, whole_documents
+from mhmoe_ray.data.prepare.concat import cut_concat, plan_concat, whole_documents
 from tests.data.prepare.parts import START, documents_of, stream_of
 
 LENGTHS = st.lists(st.lists(st.integers(0, 25), max_size=6), max_size=4)
@@ -15,9 +15,9 @@ def test_each_token_but_the_first_is_a_target_once(tmp_path_factory, parts, seq_
     stream = stream_of(tmp_path_factory.mktemp("parts"), tokens, token_bytes)
     whole = np.concatenate([*tokens, np.empty(0, int)])
     assert len(stream) == len(whole)
-    cuts = plan(stream, seq_len, rows)
+    cuts = plan_concat(stream, seq_len, rows)
     assert all(c.samples == rows for c in cuts[:-1])
-    made = [cut(c.stream.read(), c.samples, seq_len) for c in cuts]
+    made = [cut_concat(c.stream.read(), c.samples, seq_len) for c in cuts]
     samples = max(0, len(whole) - 1) // seq_len
     assert sum(map(len, made)) == samples
     if made:
@@ -41,7 +41,7 @@ def test_whole_documents_are_those_that_lie_within_a_sample(tmp_path_factory, pa
     each = iter(documents)
     tokens = [np.array(sum((next(each) for _ in part), []), int) for part in parts]
     stream = stream_of(tmp_path_factory.mktemp("parts"), tokens)
-    found = sum(whole_documents(c.stream.read(), c.samples, seq_len, START) for c in plan(stream, seq_len, rows))
+    found = sum(whole_documents(c.stream.read(), c.samples, seq_len, START) for c in plan_concat(stream, seq_len, rows))
     assert found == whole
 
 

@@ -14,7 +14,9 @@ from mhmoe_ray.spec import SourceSpec
 _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 
 
-def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+def read_huggingface(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
     """See `formats.Read`."""
     column = source.text_field or "text"
     row = 0

@@ -8,7 +8,9 @@ from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
 
 
-def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+def read_jsonl(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
     """See `formats.Read`."""
     for record in read_records(storage, file, limit, tally):
         yield record if isinstance(record, BadLine) else document_of(record, source.text_field or "text", file.path)

@@ -10,7 +10,9 @@ from mhmoe_ray.data.sources.storage import Storage, one_line
 from mhmoe_ray.spec import SourceSpec
 
 
-def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+def read_parquet(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
     """See `formats.Read`."""
     column = source.text_field or "text"
     row = 0

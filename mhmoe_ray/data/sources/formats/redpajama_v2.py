@@ -57,7 +57,9 @@ class Beside(NamedTuple):
         return [path for path, is_wanted in wanted.items() if is_wanted]
 
 
-def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+def read_redpajama_v2(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
     """The documents that pass the source's filters; those that do not are counted in `tally.dropped`. See
     `formats.Read`."""
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()

@@ -14,7 +14,9 @@ from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
 
 
-def read(storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally) -> Iterator[Document | BadLine]:
+def read_text(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
     """See `formats.Read`."""
     part = _Part(file.path, limit)
     end = None if source.delimiter is None else source.delimiter.encode()
