@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mhmoe_ray.cli import complete
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.layout import RunDir
@@ -53,7 +54,6 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Also if its cluster does not answer but it wrote a moment ago.")
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
-STORAGE = complete.STORAGE
 SPEC_SUFFIXES = (".yaml", ".yml")
 """By which an argument that may be a spec or something else is told to be one."""
 BARS = "▁▂▃▄▅▆▇█"

@@ -1,7 +1,7 @@
 """The router: scores of E experts for each row, the choice among them, capacity and balance. In float32 or wider.
 
 Scores are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them and P1
-ran them. Two losses and a bias keep experts equally loaded; each is of one layer, and a model sums them over its layers.
+ran them. Two losses and a bias keep experts equally loaded; each is of one layer; a model sums them over its layers.
 """
 
 from abc import ABC, abstractmethod

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.sources.formats import reader
+from mhmoe_ray.data.sources.formats import READERS
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import DataSpec
@@ -43,4 +43,4 @@ def _items(file: RawFile, spec: DataSpec, tally: Tally) -> Iterator[Document | B
     source = spec.sources[source_of(file.domain)]
     storage = Storage(source.path)
     limit = int(spec.max_document_mb * 1e6)
-    return reader(file.format)(storage, file, source, limit, tally)
+    return READERS[file.format](storage, file, source, limit, tally)

@@ -1,4 +1,4 @@
-"""Reading files of one format; one file here for each format of `spec/data.py`, with a function `read`.
+"""Reading files of one format; one file here for each format of `spec/data.py`, each entered in READERS.
 
 | format       | a document is                                       | read by         |
 | ------------ | --------------------------------------------------- | --------------- |
@@ -10,9 +10,13 @@
 """
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Protocol
 
+from mhmoe_ray.data.sources.formats.huggingface import read_huggingface
+from mhmoe_ray.data.sources.formats.jsonl import read_jsonl
+from mhmoe_ray.data.sources.formats.parquet import read_parquet
+from mhmoe_ray.data.sources.formats.redpajama_v2 import read_redpajama_v2
+from mhmoe_ray.data.sources.formats.text import read_text
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import Format, SourceSpec
@@ -33,6 +37,10 @@ class Read(Protocol):
         """
 
 
-def reader(format: Format) -> Read:
-    found: Read = import_module(f"{__name__}.{format.replace('-', '_')}").read
-    return found
+READERS: dict[Format, Read] = {
+    "jsonl": read_jsonl,
+    "redpajama-v2": read_redpajama_v2,
+    "parquet": read_parquet,
+    "text": read_text,
+    "huggingface": read_huggingface,
+}
