@@ -6,7 +6,7 @@ import pytest
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.glimpse import Glimpse
+from mhmoe_ray.runs.jsonl import Glimpse
 from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import RunDir, list_runs
+from mhmoe_ray.runs.directory import RunDir, list_runs
 
 T = TypeVar("T")
 LIMIT = 400.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.sources import Document, Reading, find_files
-from mhmoe_ray.runs.layout import find_run
+from mhmoe_ray.runs.directory import find_run
 from mhmoe_ray.spec import DataSpec
 
 TASK = """\

@@ -12,8 +12,7 @@ from typing import NamedTuple
 from mhmoe_ray.bench.timing import interleaved
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 

@@ -23,7 +23,7 @@ from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc

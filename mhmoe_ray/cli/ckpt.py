@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli.common import (
-    STORAGE,
     CheckpointOption,
     JsonOption,
     RunArg,
@@ -18,6 +17,7 @@ from mhmoe_ray.cli.common import (
     pick_checkpoint,
     print_json,
 )
+from mhmoe_ray.cli.complete import STORAGE
 
 app = typer.Typer(help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: where in training and in the data it is, who wrote it, its files."""
     from mhmoe_ray.planner.sizes import sizes
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.runs.manifest import PARTS
 
     found = find_run(run, storage)
@@ -62,7 +62,7 @@ def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
     does one that keep_checkpoints has removed meanwhile.
     """
     from mhmoe_ray.errors import CheckpointError
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.runs.manifest import committed, is_committed, read_manifest, unfinished
 
     found = find_run(run, storage)
@@ -105,7 +105,7 @@ def export(
     A model of exactly Mixtral's shape loads in transformers as it lies.
     """
     from mhmoe_ray.huggingface import export as exporting
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint, hashed=True)

@@ -8,7 +8,6 @@ import typer
 from rich.table import Table
 
 from mhmoe_ray.cli.common import (
-    STORAGE,
     AddressOption,
     JsonOption,
     SetOption,
@@ -19,6 +18,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
+from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.connecting import LOCAL_CPUS
 
 app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)

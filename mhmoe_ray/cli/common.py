@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.runs.manifest import Manifest
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location

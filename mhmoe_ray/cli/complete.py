@@ -10,7 +10,7 @@ STORAGE = "runs"
 def runs(incomplete: str) -> list[str]:
     """Ids of runs in the storage that commands look into."""
     from mhmoe_ray.errors import MhmoeError
-    from mhmoe_ray.runs.layout import list_runs
+    from mhmoe_ray.runs.directory import list_runs
 
     try:
         found = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhmoe_ray.cli.common import STORAGE, note
+from mhmoe_ray.cli.common import note
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import ClusterSpec, RunSpec
     from mhmoe_ray.storage import Location
 

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 import typer
 from rich.text import Text
 
-from mhmoe_ray.cli.common import STORAGE, AddressOption, JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.common import AddressOption, JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.doctor import Finding
+
 
 STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
 

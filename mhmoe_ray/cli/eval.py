@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mhmoe_ray.cli.common import (
-    STORAGE,
     AddressOption,
     CheckpointOption,
     JsonOption,
@@ -17,11 +16,13 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
+from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.evaluating import SAMPLES, evaluation_of, make_request
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import Evaluation
     from mhmoe_ray.evaluate.score import Score
+
 
 TextOption = Annotated[
     list[str], typer.Option("--text", help="Raw text instead of the held-out samples: a folder, file or pattern.")
@@ -64,7 +65,7 @@ def eval_(
     Routing is dropless, as in serving. For example `mhmoe eval --text books/ --samples 100`, or `mhmoe eval --tasks
     english --limit 200`.
     """
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage)
     named = [task.strip() for task in tasks.split(",")] if tasks else []

@@ -11,7 +11,7 @@ from mhmoe_ray.cli.job import Job
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
 
 
 SAMPLES = 512

@@ -12,7 +12,8 @@ from mhmoe_ray.cli.preparing import PreparingView
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.run_outcome import Outcome
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
+
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between questions to the cluster; the directory is read at every poll

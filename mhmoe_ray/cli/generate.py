@@ -5,15 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import (
-    STORAGE,
-    CheckpointOption,
-    JsonOption,
-    RunArg,
-    StorageOption,
-    pick_checkpoint,
-    print_json,
-)
+from mhmoe_ray.cli.common import CheckpointOption, JsonOption, RunArg, StorageOption, pick_checkpoint, print_json
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.serve.answer import Answerer, Piece
@@ -37,7 +30,7 @@ def generate(
     import os
 
     from mhmoe_ray.errors import ServeError
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.serve.engine import EngineError, Request, Sampling
     from mhmoe_ray.serve.load import load_answerer
     from mhmoe_ray.spec import ServeSpec

@@ -9,7 +9,7 @@ from mhmoe_ray.cli.connecting import cluster_to_train, name_of
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.run_outcome import Outcome
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
 
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.common import JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
 
 
 def list_(
@@ -32,7 +33,7 @@ def list_(
     """
     from mhmoe_ray.cli.log_lines import moment
     from mhmoe_ray.cluster.connect import each_once
-    from mhmoe_ray.runs.layout import list_runs
+    from mhmoe_ray.runs.directory import list_runs
 
     start = moment(since) if since else 0.0
     wanted = [run for run in list_runs(storage) if run.id.startswith(name or "") and run.created() >= start]

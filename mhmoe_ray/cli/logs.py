@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, note, print_json, say
+from mhmoe_ray.cli.common import JsonOption, RunArg, StorageOption, note, print_json, say
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
+
 
 LOOK_SECONDS = 2.0
 """Without a line of a worker that is followed, before each look whether its run is over."""
@@ -42,8 +44,7 @@ def logs(
     from mhmoe_ray.cli.log_lines import chosen, moment, pattern
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.runs.attempts import last_attempt
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run, last_attempt
 
     start, wanted = moment(since) if since else None, pattern(grep) if grep else None
     found = find_run(run, storage, with_job=True)

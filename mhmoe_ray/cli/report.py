@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.common import JsonOption, StorageOption, out, print_json
+from mhmoe_ray.cli.complete import STORAGE
 
 
 def report(
@@ -33,7 +34,7 @@ def report(
     smoe`.
     """
     from mhmoe_ray.report.page import PAGE, write_report
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.runs.sweeps import sweep_dir
     from mhmoe_ray.storage import location
 

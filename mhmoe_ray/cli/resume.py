@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from mhmoe_ray.cli.common import STORAGE, AddressOption, DetachOption, ForceOption, RunArg, SetOption, StorageOption
+from mhmoe_ray.cli.common import AddressOption, DetachOption, ForceOption, RunArg, SetOption, StorageOption
+from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.follow import follow
 from mhmoe_ray.cli.launch import ended, go_on
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.attempts import Attempt
+    from mhmoe_ray.runs.directory import Attempt
 
 
 def resume(
@@ -24,8 +25,7 @@ def resume(
     the run goes on exactly as it would have.
     """
     from mhmoe_ray.errors import RunError, SpecError
-    from mhmoe_ray.runs.attempts import last_attempt
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run, last_attempt
     from mhmoe_ray.spec import load_resolved_spec, parse_overrides
 
     found = find_run(run, storage, with_job=True)

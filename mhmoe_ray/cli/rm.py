@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.common import STORAGE, ForceOption, StorageOption, note, out
+from mhmoe_ray.cli.common import ForceOption, StorageOption, note, out
+from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.launch import ended
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
 
 
 ASK_SECONDS = 60.0
@@ -28,7 +29,7 @@ def rm(
     For example `mhmoe rm tiny-3f tiny-9a`.
     """
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
     from mhmoe_ray.storage import remove_tree
 
     found = [find_run(name, storage) for name in dict.fromkeys(runs)]

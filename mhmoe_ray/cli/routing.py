@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.common import (
-    STORAGE,
     AddressOption,
     CheckpointOption,
     JsonOption,
@@ -14,11 +13,13 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
+from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.eval import AgainOption, GpusOption, SamplesOption, TextOption, TextSetOption
 from mhmoe_ray.cli.evaluating import evaluation_of, make_request
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
+
 
 CURVE_POINTS = 8
 
@@ -42,7 +43,7 @@ def routing(
     For example `mhmoe routing --text books/ --samples 100`.
     """
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage)
     dense = RunError(f"run {found.id}", "it is a dense model, without a router", "name a run with experts")
@@ -103,7 +104,7 @@ def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
 def _training(run: "RunDir") -> list[dict[str, Any]]:
     """Some steps of the training, evenly spread."""
     from mhmoe_ray.runs import metrics
-    from mhmoe_ray.runs.course import course
+    from mhmoe_ray.runs.metrics import course
 
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
     lines = course(run, run.spec().train.validate_every).curve

@@ -8,7 +8,6 @@ import typer
 from rich.table import Table
 
 from mhmoe_ray.cli.common import (
-    STORAGE,
     AddressOption,
     CheckpointOption,
     JsonOption,
@@ -21,11 +20,12 @@ from mhmoe_ray.cli.common import (
     print_json,
     say,
 )
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.serving import Application
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
 
 
 app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
@@ -85,7 +85,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
     deployed with `--set serve.surge=false`, and old ones end what they have begun."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.storage import location
 
     connection = connect(address)

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, JsonOption, RunArg, StorageOption, nats, out, print_json, say
+from mhmoe_ray.cli.common import JsonOption, RunArg, StorageOption, nats, out, print_json, say
+from mhmoe_ray.cli.complete import STORAGE
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
+
 
 REDRAW_SECONDS = 1.0
 
@@ -27,7 +29,7 @@ def status(
     """
     from mhmoe_ray.cli.status_view import view
     from mhmoe_ray.cluster.run_status import standing
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage, with_job=watch)
     if watch:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import STORAGE, RunArg, StorageOption, note, out, say
+from mhmoe_ray.cli.common import RunArg, StorageOption, note, out, say
+from mhmoe_ray.cli.complete import STORAGE
 
 POLL_SECONDS = 0.5
 
@@ -25,8 +26,7 @@ def stop(
     from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
     from mhmoe_ray.runs import events
-    from mhmoe_ray.runs.attempts import last_attempt
-    from mhmoe_ray.runs.layout import find_run
+    from mhmoe_ray.runs.directory import find_run, last_attempt
 
     found = find_run(run, storage, with_job=True)
     attempt = last_attempt(found)

@@ -10,7 +10,7 @@ from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg
 from mhmoe_ray.cli.follow import follow
 
 if TYPE_CHECKING:
-    from mhmoe_ray.runs.layout import RunDir
+    from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
 
 
@@ -41,8 +41,7 @@ def submit(
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.connect import is_local
     from mhmoe_ray.cluster.run_start import job_request
-    from mhmoe_ray.runs.attempts import last_attempt
-    from mhmoe_ray.runs.layout import create_run
+    from mhmoe_ray.runs.directory import create_run, last_attempt
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json tells of a run that is not followed: give --detach too")
@@ -83,7 +82,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
         RunError: it may still run, or its spec is another one.
     """
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.runs.layout import list_runs
+    from mhmoe_ray.runs.directory import list_runs
 
     runs = [run for run in list_runs(spec.storage) if run.name == spec.name and not run.is_imported]
     if not runs:

@@ -8,8 +8,7 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs import events, jsonl
-from mhmoe_ray.runs.attempts import Attempt, last_attempt, newest_number
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import Attempt, RunDir, last_attempt, newest_number
 
 QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""

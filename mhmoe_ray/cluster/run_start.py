@@ -7,8 +7,7 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, newest_number
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location
 

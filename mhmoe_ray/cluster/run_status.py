@@ -8,9 +8,8 @@ from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, outcome, recorded_outco
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import read_attempts
-from mhmoe_ray.runs.course import course
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir, read_attempts
+from mhmoe_ray.runs.metrics import course
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mhmoe_ray.evaluate.counts import RoutingCounts
-from mhmoe_ray.runs import expert_load
+from mhmoe_ray.runs import metrics
 
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 RELATIVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -33,12 +33,12 @@ def joined(counts: Iterable[RoutingCounts]) -> RoutingCounts:
 
 def load(routes: Counts) -> np.ndarray:
     """(L, E): an expert's share of its layer's routes, times E; 1 is uniform."""
-    return expert_load.load(np.array(routes))
+    return metrics.load(np.array(routes))
 
 
 def entropy(counts: RoutingCounts) -> np.ndarray:
     """(L,): of the shares, over the highest; 1 is uniform."""
-    return expert_load.load_entropy(np.array(counts.counts))
+    return metrics.load_entropy(np.array(counts.counts))
 
 
 def activated(counts: RoutingCounts) -> list[float]:

@@ -17,7 +17,7 @@ from mhmoe_ray.evaluate.measure import measure
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
 from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.storage import location
 

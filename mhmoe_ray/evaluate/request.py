@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, write_json
 

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
+from mhmoe_ray.runs.metrics import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
 
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
 """Grafana's names: percentunit is of 1, reqps a second."""

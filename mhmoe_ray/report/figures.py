@@ -10,7 +10,7 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate.request import Evaluation, all_stored
 from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 
 

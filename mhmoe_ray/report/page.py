@@ -19,11 +19,12 @@ from mhmoe_ray.report.routes import Routes, compared_use, routes
 from mhmoe_ray.report.variants import Variant, matched_step, row, variants
 from mhmoe_ray.report.verdict import Verdict, verdict
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec, leaves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 PAGE = "report.html"
 MOST_LOAD = 2.0

@@ -21,16 +21,16 @@ On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.p
 An imported run (huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json, perhaps
 chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
-    layout.py      where things lie in it, and how runs are made and found
+    directory.py      where things lie in it, and how runs are made and found
     storage.py       writing files so that a reader sees the old one or the new one
     jsonl.py       append-only files of JSON lines
-    glimpse.py     looks into them here and there
-    attempts.py    run.json: how often a run was begun, and by which jobs
+    jsonl.py     looks into them here and there
+    directory.py    run.json: how often a run was begun, and by which jobs
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     names of the metrics, and their history
-    prometheus.py  what Prometheus hears of them
-    expert_load.py how evenly routes are spread over experts
-    course.py      how a run went, from a few looks into that history
+    metrics.py  what Prometheus hears of them
+    metrics.py how evenly routes are spread over experts
+    metrics.py      how a run went, from a few looks into that history
     manifest.py    a checkpoint's manifest, whose presence is the commit
     tensors.py     named tensors to and from a checkpoint
     slices.py      slices of tensors in its files

@@ -4,7 +4,7 @@ import time
 from typing import Any, Literal
 
 from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 
 Kind = Literal[
     "submitted",  # attempt, job, address

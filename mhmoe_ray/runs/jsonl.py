@@ -1,7 +1,11 @@
-"""Append-only files of JSON lines that survive a writer killed in mid-line.
+"""Append-only files of JSON lines that survive a writer killed in mid-line, and quick looks into long ones.
+
+Append-only files of JSON lines that survive a writer killed in mid-line.
 
 An object store cannot append: there such a file is a folder of segments, in the order of time. A line is a segment of
 its own; or, where lines come fast and from one process, gathered with others to one that is put anew once a second.
+
+Looks into a file of JSON lines (jsonl.py) here and there: a long one takes no longer than a short one.
 """
 
 import atexit
@@ -9,9 +13,11 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +176,75 @@ class Tail:
             whole = added[: added.rfind(b"\n") + 1]
             self._read[part.name] = seen + len(whole)
             yield from records(whole.splitlines())
+
+
+BLOCK = 1 << 16
+PROBE = 1 << 12
+
+
+class Glimpse:
+    """The file as it is when this is made; torn lines are passed over."""
+
+    def __init__(self, path: Location) -> None:
+        self._parts, sizes = [], []
+        for part, size in parts_with_sizes(path):
+            self._parts.append(part)
+            sizes.append(size)
+        self._ends = list(accumulate(sizes))
+        self.size = self._ends[-1] if self._ends else 0
+        """Bytes."""
+
+    def backwards(self) -> Iterator[dict[str, Any]]:
+        """All lines, the last one first."""
+        end, rest = self.size, b""
+        for index in reversed(range(len(self._parts))):
+            begin = self._begin(index)
+            while end > begin:
+                block = self._read(index, max(begin, end - BLOCK), end)
+                end -= len(block)
+                rest, *lines = (block + rest).split(b"\n")
+                yield from records(reversed(lines))
+            yield from records([rest])
+            rest = b""
+
+    def at(self, offset: int) -> dict[str, Any] | None:
+        """The first whole line that begins there or later; None past the last one."""
+        index = bisect_right(self._ends, offset)
+        while index < len(self._parts):
+            begin, end, length = max(offset, self._begin(index)), self._ends[index], PROBE
+            inside = begin > self._begin(index)
+            while True:
+                found = self._read(index, begin - inside, min(end, begin + length))
+                lines = found.split(b"\n")[inside:-1]
+                if line := next(records(lines), None):
+                    return line
+                if begin + length >= end:
+                    break
+                length *= 2
+            index += 1
+        return None
+
+    def spread(self, count: int) -> list[dict[str, Any]]:
+        """About so many lines in order, evenly far apart; of a file of fewer, some twice."""
+        found = (self.at(self.size * i // count) for i in range(count))
+        return [line for line in found if line]
+
+    def first(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The first line for which `holds`, where it does so for all lines after that one and for none before."""
+        below, above = 0, self.size
+        while below < above:
+            middle = (below + above) // 2
+            line = self.at(middle)
+            if line is None or holds(line):
+                above = middle
+            else:
+                below = middle + 1
+        return self.at(below)
+
+    def _begin(self, index: int) -> int:
+        return self._ends[index - 1] if index else 0
+
+    def _read(self, index: int, start: int, stop: int) -> bytes:
+        with self._parts[index].open("rb") as f:
+            f.seek(start - self._begin(index))
+            return bytes(f.read(stop - start))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Describe, FileEntry, Location, describe_file, describe_files, write_json
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import RunError
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import Location, write_json
 

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mhmoe_ray.data.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.answer import edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate

@@ -12,7 +12,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 
 
 class ChatTemplate:

@@ -9,8 +9,7 @@ from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import last_attempt, newest_number
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 

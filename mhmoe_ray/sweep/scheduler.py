@@ -11,8 +11,7 @@ from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
 from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import last_attempt, newest_number
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import RunDir, create_run, last_attempt, newest_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
 

@@ -12,7 +12,7 @@ from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import last_step, newest_checkpoint
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import ObjectPath, copy_file, describe_file

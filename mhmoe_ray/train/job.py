@@ -10,8 +10,7 @@ from typing import Literal
 
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import newest_number, require_newest
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir, newest_number, require_newest
 from mhmoe_ray.storage import location
 
 

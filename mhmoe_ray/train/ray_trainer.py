@@ -12,7 +12,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.elastic import AllowedSizes
 from mhmoe_ray.train.retries import MistakesAreFinal

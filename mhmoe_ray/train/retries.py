@@ -11,7 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.waiting import record_waiting
 
 STORAGE_SECONDS, LOOK_SECONDS = 600.0, 5.0

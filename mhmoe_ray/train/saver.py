@@ -22,7 +22,7 @@ import torch.distributed as dist
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError, StorageError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import PARTS, Manifest, checkpoint_name, commit
 from mhmoe_ray.runs.retention import Retention, drop
 from mhmoe_ray.runs.slices import Slice, slice_of

@@ -8,8 +8,7 @@ import ray.train
 
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import require_newest
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir, require_newest
 from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, remove_tree

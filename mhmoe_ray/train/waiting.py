@@ -2,7 +2,7 @@
 
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 
 
 def record_waiting(run: RunDir) -> None:

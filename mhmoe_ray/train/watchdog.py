@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mhmoe_ray.errors import StorageError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 
 BEAT_SECONDS = 1.0

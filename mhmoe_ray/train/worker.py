@@ -19,8 +19,7 @@ from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import require_newest
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir, require_newest
 from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location

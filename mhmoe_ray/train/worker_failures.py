@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from mhmoe_ray.errors import MhmoeError, StorageError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 
 

@@ -21,8 +21,7 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.run_outcome import outcome, outcome_or_gone
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
 

@@ -14,8 +14,7 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.counts import RoutingCounts
 from mhmoe_ray.evaluate.request import Evaluation, store
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, mark_imported
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from tests.runs.test_runs import write_checkpoint
 from tests.specs import tiny_spec
 

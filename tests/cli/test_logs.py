@@ -9,8 +9,7 @@ import pytest
 from mhmoe_ray.cli import logs
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.specs import tiny_spec
 
 RANK = {"rank": 0, "pid": 5, "began": 1.0, "host": "here", "node": "a1"}

@@ -22,7 +22,7 @@ from mhmoe_ray.cluster.home import home
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.evaluate.answer import answer
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec

@@ -15,7 +15,7 @@ import yaml
 
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.runs.directory import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
 from mhmoe_ray.storage import location
 from tests.cli.conftest import write_spec

@@ -7,7 +7,7 @@ from mhmoe_ray.cluster import contexts, tokens
 from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
 from mhmoe_ray.cluster.home import home
 from mhmoe_ray.errors import ClusterError, TokenError
-from mhmoe_ray.runs.attempts import Attempt
+from mhmoe_ray.runs.directory import Attempt
 from tests.cli.run import assert_one_line, mhmoe
 
 

@@ -11,8 +11,7 @@ from mhmoe_ray.cluster.run_start import start_attempt
 from mhmoe_ray.cluster.shipping import NEVER
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.specs import tiny_spec
 
 

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.evaluate.harness import run_tasks
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.data.texts import write_documents
 from tests.evaluate.test_measure import model_of
 from tests.huggingface.conftest import TEXT

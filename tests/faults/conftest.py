@@ -9,7 +9,7 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
 from mhmoe_ray.train.digest import combine_digests, sample_digest

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import MANIFEST, committed, read_manifest, unfinished
 from mhmoe_ray.storage import Location
 from tests.cli.audit import assert_read_as_ordered

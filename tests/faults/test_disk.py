@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import committed, newest_checkpoint
 from tests.cli.run import mhmoe
 from tests.faults import harness

@@ -9,7 +9,7 @@ from secrets import token_hex
 
 import pytest
 
-from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.runs.directory import list_runs
 from mhmoe_ray.runs.manifest import unfinished
 from tests.cli.run import command, mhmoe
 from tests.faults import harness

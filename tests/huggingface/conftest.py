@@ -9,8 +9,7 @@ from mhmoe_ray.huggingface.export import export
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.attempts import Attempt, add_attempt
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
 from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, newest_checkpoint
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.storage import describe_file

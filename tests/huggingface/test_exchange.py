@@ -15,7 +15,7 @@ from mhmoe_ray.huggingface.export import export
 from mhmoe_ray.huggingface.import_ import import_folder
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir, find_run
+from mhmoe_ray.runs.directory import RunDir, find_run
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.runs.slices import stored_slices
@@ -23,11 +23,19 @@ from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
+from tests.huggingface.conftest import (
+    MIXTRAL,
+    MODELS,
+    SEQ_LEN,
+    exported,
+    make_run,
+    random_model,
+    save_mixtral,
+    unreadable,
+)
 from tests.paged import in_parts
 from tests.ranks import run_ranks
 from tests.serve.asking import pieces, tokens
-
-from .conftest import MIXTRAL, MODELS, SEQ_LEN, exported, make_run, random_model, save_mixtral, unreadable
 
 TOKENS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
 

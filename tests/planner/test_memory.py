@@ -14,7 +14,7 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.planner.expert_step import assumed_kernel, may_be_compiled
 from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, whole_weights
 from mhmoe_ray.planner.sizes import blocks, sizes
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.model import FUSED_UP_TO, ROUTERS
 from mhmoe_ray.train.mesh import build_mesh

@@ -321,12 +321,12 @@ def test_a_site_that_contradicts_itself_is_refused(wrong, why):
 
 
 def test_every_metric_of_a_run_has_a_panel():
-    from mhmoe_ray.runs import prometheus
+    from mhmoe_ray.runs import metrics
 
     queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
-    of_all = (prometheus.SKIPPED_STEPS_TOTAL[0], prometheus.EXPERT_LOAD[0], prometheus.LAYER_ENTROPY[0])
-    for name in (*prometheus.RUN, *prometheus.RANK, *of_all):
-        assert f"{prometheus.PREFIX}{name}{{" in queries, name
+    of_all = (metrics.SKIPPED_STEPS_TOTAL[0], metrics.EXPERT_LOAD[0], metrics.LAYER_ENTROPY[0])
+    for name in (*metrics.RUN, *metrics.RANK, *of_all):
+        assert f"{metrics.PREFIX}{name}{{" in queries, name
 
 
 def test_the_folder_cluster_holds_what_is_rendered():

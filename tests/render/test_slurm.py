@@ -11,7 +11,7 @@ import pytest
 
 from mhmoe_ray.render.slurm import script
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import list_runs
+from mhmoe_ray.runs.directory import list_runs
 from mhmoe_ray.spec import checked
 from mhmoe_ray.spec.site import SiteSpec
 from tests.cli.conftest import write_spec

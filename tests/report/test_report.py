@@ -17,8 +17,7 @@ from mhmoe_ray.report.plots import differences
 from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants
 from mhmoe_ray.report.verdict import verdict
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, mark_imported
-from mhmoe_ray.runs.layout import RunDir, create_run
+from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.spec import DataSpec
 from tests.specs import tiny_spec
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.course import CURVE, course
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import create_run
+from mhmoe_ray.runs.metrics import CURVE, course
 from tests.specs import tiny_spec
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mhmoe_ray.runs.expert_load import load, load_entropy
+from mhmoe_ray.runs.metrics import load, load_entropy
 
 
 def test_load_entropy_is_one_for_even_loads_and_zero_for_one_expert():

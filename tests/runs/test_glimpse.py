@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.runs import glimpse, jsonl
-from mhmoe_ray.runs.glimpse import Glimpse
+from mhmoe_ray.runs import jsonl
+from mhmoe_ray.runs.jsonl import Glimpse
 from mhmoe_ray.storage import ObjectPath
 
 
@@ -15,8 +15,8 @@ from mhmoe_ray.storage import ObjectPath
 def small_reads():
     """So that lines lie over the edges of what is read at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glimpse, "BLOCK", 64)
-        patch.setattr(glimpse, "PROBE", 16)
+        patch.setattr(jsonl, "BLOCK", 64)
+        patch.setattr(jsonl, "PROBE", 16)
         yield
 
 

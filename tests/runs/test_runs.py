@@ -8,8 +8,17 @@ from mhmoe_ray import storage as manifests
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number, read_attempts, require_newest
-from mhmoe_ray.runs.layout import RunDir, create_run, find_run, list_runs
+from mhmoe_ray.runs.directory import (
+    Attempt,
+    RunDir,
+    add_attempt,
+    create_run,
+    find_run,
+    list_runs,
+    newest_number,
+    read_attempts,
+    require_newest,
+)
 from mhmoe_ray.runs.manifest import Manifest, commit, newest_checkpoint, read_manifest
 from mhmoe_ray.runs.retention import drop
 from mhmoe_ray.storage import ObjectPath, describe_file

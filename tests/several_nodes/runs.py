@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.planner.placement import Groups, expert_groups
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import dump_spec
 from tests.cli.run import Result, mhmoe
 from tests.several_nodes.nodes import Nodes

@@ -4,7 +4,7 @@ import pytest
 
 from mhmoe_ray.planner.placement import expert_groups
 from mhmoe_ray.runs import jsonl, metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from tests.cli.audit import expected_streams
 from tests.several_nodes.alone import trained_alone
 from tests.several_nodes.runs import assert_as_planned, command, submit

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from mhmoe_ray.cluster import processes
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.several_nodes.conftest import several
 from tests.several_nodes.runs import command, submit

@@ -10,8 +10,7 @@ from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
 from mhmoe_ray.report.table import table
 from mhmoe_ray.runs import events, metrics
-from mhmoe_ray.runs.attempts import Attempt, add_attempt, newest_number
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_number
 from mhmoe_ray.runs.sweeps import Order, sweep_dir
 from mhmoe_ray.spec import SweepRun
 from mhmoe_ray.storage import write_json

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.mesh import build_mesh

@@ -8,7 +8,7 @@ import torch
 
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.restore import restore

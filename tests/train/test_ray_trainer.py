@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 from mhmoe_ray.train import retries
 from mhmoe_ray.train.elastic import AllowedSizes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.layout import create_run
+from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.manifest import MANIFEST, newest_checkpoint, read_manifest
 from mhmoe_ray.runs.model import load_model
 from tests.ranks import run_ranks

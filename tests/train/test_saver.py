@@ -9,7 +9,7 @@ import torch
 
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest, unfinished
 from mhmoe_ray.train.saver import Saver
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import watchdog
 from mhmoe_ray.train.watchdog import Place, Progress, Pulse, Watchdog
 

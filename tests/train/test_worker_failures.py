@@ -7,7 +7,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mhmoe_ray.errors import CheckpointError, JobError
 from mhmoe_ray.runs import events
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import worker_failures
 from mhmoe_ray.train.driver import _explain
 from mhmoe_ray.train.worker_failures import RecordLost, _place, causes, first_cause, reason

@@ -2,10 +2,10 @@
 
     line.py          all numbers of a step, under the names of runs/metrics.py
     sinks.py         metrics.jsonl, and all of the others, for a rank
-    ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/prometheus.py
+    ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/metrics.py
     tensorboard.py   event files in the run directory
     mlflow.py        a server of MLflow's, where the spec names one
-    tags.py          the names that these two use
+    runs/metrics.py          the names that these two use
 
 What concerns the whole run, rank 0 tells.
 """

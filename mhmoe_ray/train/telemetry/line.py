@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mhmoe_ray.planner.sizes import model_flops_utilisation
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.expert_load import load, load_entropy
+from mhmoe_ray.runs.metrics import load, load_entropy
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.step import Trainer, Update

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.metrics import tagged
 from mhmoe_ray.spec import RunSpec, leaves
-from mhmoe_ray.train.telemetry.tags import tagged
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
+
 
 LOG = logging.getLogger("mhmoe")
 SEND_SECONDS = 5.0

@@ -7,8 +7,17 @@ from ray.util.metrics import Gauge
 from torch import Tensor
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.expert_load import load, load_entropy
-from mhmoe_ray.runs.prometheus import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
+from mhmoe_ray.runs.metrics import (
+    EXPERT_LOAD,
+    LAYER_ENTROPY,
+    PREFIX,
+    RANK,
+    RUN,
+    SKIPPED_STEPS_TOTAL,
+    STEPS,
+    load,
+    load_entropy,
+)
 from mhmoe_ray.train.telemetry.line import Waits
 
 AGAIN_SECONDS = 5.0

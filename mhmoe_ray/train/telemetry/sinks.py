@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry.line import Waits
 from mhmoe_ray.train.telemetry.mlflow import End, MlflowRun

@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.metrics import tagged
 from mhmoe_ray.storage import copy_file
-from mhmoe_ray.train.telemetry.tags import tagged
 
 FLUSH_SECONDS = 10.0
 """After which a reader sees what was written, without a flush."""

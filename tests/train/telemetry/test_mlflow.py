@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.telemetry import mlflow as sink
 from mhmoe_ray.train.telemetry.mlflow import MlflowRun
 from tests.specs import tiny_spec

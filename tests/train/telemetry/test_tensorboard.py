@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.layout import RunDir
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import ObjectPath
 from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
