@@ -21,6 +21,7 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import create_run
@@ -28,7 +29,6 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 from mhmoe_ray.train import malloc
 from mhmoe_ray.train.driver import drive
-from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 WARM_UP = 10

@@ -13,11 +13,11 @@ import torch
 from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.paper import time_ratio
 from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
-from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")

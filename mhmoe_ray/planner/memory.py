@@ -62,7 +62,7 @@ def checkpoint_copy(spec: RunSpec) -> int:
 
 def whole_weights(spec: RunSpec) -> int:
     """Bytes, with fsdp: of what is outside blocks, for all of a pass; of the block at work; and of the next, which is
-    gathered meanwhile. With zero3 as much at most, as `strategies/zero.py` tells DeepSpeed."""
+    gathered meanwhile. With zero3 as much at most, as `distributed/strategies/zero.py` tells DeepSpeed."""
     gathers = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.world > 1
     return FLOAT32 * (blocks(spec.model).outside + 2 * _largest_block(spec)) if gathers else 0
 

@@ -11,9 +11,9 @@
     preemption.py   leaving a node that is to be taken away
     malloc.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
-    optimizer.py    AdamW and its schedule
+    distributed/optimizer.py    AdamW and its schedule
     digest.py       a fingerprint of what a step read
-    mesh.py dispatch/ gradients.py      dp x ep: groups, exchange of rows, reduction and clipping
+    distributed/mesh.py dispatch/ distributed/strategies/ddp.py      dp x ep: groups, exchange of rows, reduction and clipping
     strategies/     how what all ranks need is held: whole, or in slices
     saver.py restore.py hashing.py      checkpoints: written beside training; restored; hashed by all nodes
     telemetry/      where metrics go

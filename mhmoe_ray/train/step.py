@@ -9,6 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhmoe_kernels import why_not
+from mhmoe_ray.distributed.build import build_dispatch, build_strategy
+from mhmoe_ray.distributed.dispatch.exchange import Sent, least_sent
+from mhmoe_ray.distributed.mesh import Mesh
+from mhmoe_ray.distributed.optimizer import learning_rate
 from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.model.attention import document_of
 from mhmoe_ray.model.decoder import Decoder, Output, routing_loss, token_losses
@@ -17,10 +21,6 @@ from mhmoe_ray.model.noise import Noise
 from mhmoe_ray.model.router import moved_bias
 from mhmoe_ray.planner.sizes import compute_bytes
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.dispatch import Sent, build_dispatch, least_sent
-from mhmoe_ray.train.mesh import Mesh
-from mhmoe_ray.train.optimizer import learning_rate
-from mhmoe_ray.train.strategies import build_strategy
 
 
 class MicroBatch(NamedTuple):

@@ -17,6 +17,8 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
+from mhmoe_ray.distributed.dispatch.exchange import Sent
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest
@@ -24,8 +26,6 @@ from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.digest import combine_digests, sample_digest
-from mhmoe_ray.train.dispatch import Sent
-from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.restore import restore
 from mhmoe_ray.train.saver import Saver

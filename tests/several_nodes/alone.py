@@ -8,8 +8,8 @@ import torch
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 

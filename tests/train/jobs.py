@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.mesh import build_mesh
 from mhmoe_ray.train.restore import restore
 from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import MicroBatch, Trainer

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 import mhmoe_kernels
-from mhmoe_ray.train.dispatch import FlatDispatch, flat, least_sent
+from mhmoe_ray.distributed.dispatch import flat
+from mhmoe_ray.distributed.dispatch.exchange import least_sent
+from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from tests.ranks import run_ranks
 from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.train.dispatch import FlatDispatch, HierarchicalDispatch, build_dispatch
-from mhmoe_ray.train.mesh import build_mesh
+from mhmoe_ray.distributed.build import build_dispatch
+from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
+from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
+from mhmoe_ray.distributed.mesh import build_mesh
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients

@@ -2,10 +2,10 @@
 
 import pytest
 
+from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs.events import straddling
 from mhmoe_ray.spec import ClusterSpec
-from mhmoe_ray.train.mesh import build_mesh
 from tests.specs import tiny_spec
 
 

@@ -1,8 +1,8 @@
 import pytest
 
+from mhmoe_ray.distributed.optimizer import build_optimizer, learning_rate
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import TrainSpec
-from mhmoe_ray.train.optimizer import build_optimizer, learning_rate
 from tests.specs import tiny_spec
 
 

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, layers, spread
 from mhmoe_ray.bench.dispatch.link import crossed
 from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.distributed.build import build_dispatch
+from mhmoe_ray.distributed.mesh import Mesh, build_mesh
 from mhmoe_ray.model.feedforward import Dispatch, Experts
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.train.dispatch import build_dispatch
-from mhmoe_ray.train.mesh import Mesh, build_mesh
 
 
 class Case:

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mhmoe_ray.distributed.dispatch.exchange import Sent
 from mhmoe_ray.planner.sizes import model_flops_utilisation
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.metrics import load, load_entropy
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.step import Trainer, Update
 
 

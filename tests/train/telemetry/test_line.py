@@ -2,8 +2,8 @@
 
 import torch
 
+from mhmoe_ray.distributed.dispatch.exchange import Sent
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.train.dispatch import Sent
 from mhmoe_ray.train.step import Update
 from mhmoe_ray.train.telemetry import Totals, Waits, step_line
 from tests.specs import tiny_spec

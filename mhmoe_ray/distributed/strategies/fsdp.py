@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from mhmoe_ray.distributed.mesh import Mesh
+from mhmoe_ray.distributed.optimizer import expert_parameters
+from mhmoe_ray.distributed.strategies.ddp import Fill, Strategy
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.spec import TrainSpec
-from mhmoe_ray.train.gradients import expert_parameters
-from mhmoe_ray.train.mesh import Mesh
-from mhmoe_ray.train.strategies.replicated import Fill, Strategy
 
 
 class Sharded(Strategy):

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhmoe_ray.distributed.mesh import Mesh
+from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, set_learning_rate
+from mhmoe_ray.distributed.strategies.ddp import MOMENTS, Fill, Strategy
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.held import local
 from mhmoe_ray.spec import TrainSpec
-from mhmoe_ray.train.gradients import expert_parameters
-from mhmoe_ray.train.mesh import Mesh
-from mhmoe_ray.train.optimizer import build_optimizer, set_learning_rate
-from mhmoe_ray.train.strategies.replicated import MOMENTS, Fill, Strategy
 
 
 class Zero(Strategy):

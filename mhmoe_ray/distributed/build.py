@@ -1,10 +1,12 @@
-"""Which dispatch a rank gets, and the process groups that it needs."""
+"""From the spec's words, `cluster.dispatch` and `cluster.strategy`, to a rank's dispatch and strategy."""
 
+from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
+from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
+from mhmoe_ray.distributed.mesh import Mesh, group_of
+from mhmoe_ray.distributed.strategies.ddp import Fill, Strategy
+from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.planner.placement import by_node
-from mhmoe_ray.spec import ClusterSpec
-from mhmoe_ray.train.dispatch.flat import FlatDispatch
-from mhmoe_ray.train.dispatch.hierarchical import HierarchicalDispatch
-from mhmoe_ray.train.mesh import Mesh, group_of
+from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
@@ -27,3 +29,22 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     assert mesh.ep_group is not None
     own = next(group for group in mesh.groups if mesh.rank in group)
     return FlatDispatch(mesh.ep_group, [mesh.nodes[rank] for rank in own])
+
+
+def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: Fill) -> Strategy:
+    """Of a model without memory, which `fill` gives it. Collective. With one worker there is nothing to share out, so
+    that all strategies are the same.
+
+    Raises:
+        SpecError: what the strategy needs is not installed.
+    """
+    name = spec.cluster.strategy
+    if mesh.world == 1 or name == "ddp":
+        return Strategy(model, mesh, spec.train, fill)
+    if name == "fsdp":
+        from mhmoe_ray.distributed.strategies.fsdp import Sharded
+
+        return Sharded(model, mesh, spec.train, fill, spec.cluster.shard_experts)
+    from mhmoe_ray.distributed.strategies.zero import Zero
+
+    return Zero(model, mesh, spec.train, fill, stage=int(name.removeprefix("zero")))

@@ -1,5 +1,9 @@
 """Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
 
+Rows to other ranks as a step of the autograd graph: their gradients travel the same way back.
+
+Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
+
 The ranks of a group are G nodes of P ranks each, in order, so that a node holds a range of experts. A rank's rail is
 the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
 and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together
@@ -20,16 +24,72 @@ Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-M
 crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels import combine, permute, plan_routes
+from mhmoe_ray.distributed.dispatch.exchange import Exchange, Sent
+from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
-from mhmoe_ray.train.dispatch.exchange import Exchange, Sent
-from mhmoe_ray.train.dispatch.flat import FlatDispatch
-from mhmoe_ray.train.dispatch.travel import End, travel
+
+
+class End(NamedTuple):
+    """Of the rows that travel, where they set out or where they arrive."""
+
+    count_J: list[int]
+    """Those that go to, or come from, each other rank."""
+    rows: int
+    """With those behind them, which do not travel and are 0 wherever they are written."""
+
+
+def travel(exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What the others have sent of their tensors, which may be of any dtype and width.
+
+    Args:
+        exchange: with the other ranks.
+        leaving, arriving: the rows of every tensor before and after.
+        tensors: two-dimensional. Of one row, what is in all of them travels in one piece.
+    """
+    return _travel(exchange, leaving, arriving, *tensors)
+
+
+def _exchanged(exchange: Exchange, leaving: End, arriving: End, tensors: list[Tensor]) -> list[Tensor]:
+    going, coming = sum(leaving.count_J), sum(arriving.count_J)
+    rows = torch.cat([t[:going].contiguous().view(torch.uint8) for t in tensors], 1)
+    into = rows.new_empty(coming, rows.shape[1])
+    exchange.rows(rows, into, leaving.count_J, arriving.count_J).wait()
+    arrived = [t.new_empty(arriving.rows, t.shape[1]) for t in tensors]
+    for t, part in zip(arrived, torch.split(into, [t.shape[1] * t.itemsize for t in tensors], 1), strict=True):
+        t[:coming].view(torch.uint8).copy_(part)
+        t[coming:] = 0
+    return arrived
+
+
+class _Travel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.way_back = exchange, arriving, leaving
+        arrived = _exchanged(exchange, leaving, arriving, list(tensors))
+        ctx.mark_non_differentiable(*(t for t in arrived if not t.is_floating_point()))
+        return tuple(arrived)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Of all that could have one, also where it is not needed: another rank may need its own.
+        travelling = [gradient for gradient in gradients if gradient.is_floating_point()]
+        exchange, leaving, arriving = ctx.way_back
+        arrived = iter(_exchanged(exchange, leaving, arriving, travelling))
+        return None, None, None, *(next(arrived) if g.is_floating_point() else None for g in gradients)
+
+
+_travel: Callable[..., tuple[Tensor, ...]] = _Travel.apply
 
 
 class HierarchicalDispatch:

@@ -3,9 +3,9 @@
     flat.py           each route's row goes straight to its expert's rank
     hierarchical.py   each row goes to a node once, whatever it has there, then to ranks of that node; sums come back
     exchange.py       the uneven all-to-all of both, which counts what it sends
-    waited.py         how long a rank waits in it
-    travel.py         such an exchange of rows in the autograd graph
-    build.py          which of them a rank gets
+    exchange.py         how long a rank waits in it
+    hierarchical.py         such an exchange of rows in the autograd graph
+    distributed/build.py          which of them a rank gets
 
 Both are uneven and dropless, and give the same outputs and gradients but for rounding. A rank with no rows to send or
 none received takes part in every exchange, forward and backward.
@@ -14,10 +14,3 @@ Suffixes beside the kernels' own, P another than there: P ranks of the group, J 
 ranks, X experts held by one rank, G nodes, S rows received, W = N + S. R rows are sorted by where they go, with dropped
 routes last. L, in `count_LE`, is the model's.
 """
-
-from mhmoe_ray.train.dispatch.build import build_dispatch
-from mhmoe_ray.train.dispatch.exchange import Sent, least_sent
-from mhmoe_ray.train.dispatch.flat import FlatDispatch
-from mhmoe_ray.train.dispatch.hierarchical import HierarchicalDispatch
-
-__all__ = ["FlatDispatch", "HierarchicalDispatch", "Sent", "build_dispatch", "least_sent"]

@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from mhmoe_kernels import ExpertWeights, combine, permute, plan_routes, run_sorted_experts
+from mhmoe_ray.distributed.dispatch.exchange import Exchange, Flight
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.router import Routing
-from mhmoe_ray.train.dispatch.exchange import Exchange, Flight
 
 
 class FlatDispatch:

@@ -4,9 +4,18 @@ import torch
 from torch import nn
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.model.feedforward import matrices
+from mhmoe_ray.model.feedforward import Experts, matrices
 from mhmoe_ray.spec import TrainSpec
-from mhmoe_ray.train.gradients import expert_parameters
+
+
+def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+    """The parameters that expert parallelism spreads over ranks, by name."""
+    return {
+        f"{module_name}.{name}": parameter
+        for module_name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, parameter in module.named_parameters()
+    }
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
