@@ -13,7 +13,7 @@
     step.py         one optimizer step of M micro-batches
     distributed/optimizer.py    AdamW and its schedule
     digest.py       a fingerprint of what a step read
-    distributed/mesh.py dispatch/ distributed/strategies/ddp.py      dp x ep: groups, exchange of rows, reduction and clipping
+    distributed/     mesh, exchange of rows, and how ranks hold what all need
     strategies/     how what all ranks need is held: whole, or in slices
     saver.py restore.py hashing.py      checkpoints: written beside training; restored; hashed by all nodes
     telemetry/      where metrics go

@@ -28,7 +28,7 @@ from mhmoe_ray.runs.retention import Retention, drop
 from mhmoe_ray.runs.slices import Slice, slice_of
 from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
 from mhmoe_ray.storage import FileEntry, Location, describe_file, write_json
-from mhmoe_ray.train.step import Trainer
+from mhmoe_ray.train.restore import TrainerState
 
 T = TypeVar("T")
 _stream_of: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
@@ -47,7 +47,9 @@ class _Copy(NamedTuple):
 class Saver:
     """Of one rank. All ranks call the same methods in the same order."""
 
-    def __init__(self, run: RunDir, trainer: Trainer, group: int, on_piece: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, run: RunDir, trainer: TrainerState, group: int, on_piece: Callable[[], None] = lambda: None
+    ) -> None:
         """Args:
         run: that the checkpoints are of.
         trainer: whose state they are.

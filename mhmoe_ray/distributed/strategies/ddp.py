@@ -1,7 +1,7 @@
 """Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step.
 
-Here, too, is what all strategies share: gradients of experts are made whole over ranks, and all gradients are clipped by
-their global norm.
+Here, too, is what all strategies share: gradients of experts are made whole over ranks, and all gradients are clipped
+by their global norm.
 """
 
 import math
