@@ -10,7 +10,8 @@ import torch
 from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.shards.manifest import require_data_of
-from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, load_run_tokenizer, token_widths
+from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
+from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mhmoe_ray.data.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import read_manifest

@@ -2,7 +2,7 @@
 
 import torch
 
-from mhmoe_ray.data.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.manifest import Manifest, read_manifest
 from mhmoe_ray.serve.answer import Answerer, edge_texts

@@ -34,7 +34,7 @@ from mhmoe_ray.data.tokenizer.edges import (
     find_boundaries,
     unknown_token,
 )
-from mhmoe_ray.data.tokenizer.load import load_run_tokenizer, load_tokenizer, read_given, store_given
+from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_given, store_given
 from mhmoe_ray.data.tokenizer.train import train_tokenizer
 from mhmoe_ray.data.tokenizer.widths import UNKNOWN, token_count, token_widths
 
@@ -48,7 +48,6 @@ __all__ = [
     "boundaries",
     "document_encoder",
     "find_boundaries",
-    "load_run_tokenizer",
     "load_tokenizer",
     "read_given",
     "store_given",
