@@ -8,7 +8,7 @@ import multiprocessing
 import os
 
 multiprocessing.set_forkserver_preload(
-    ["tests.train.jobs", "torch._dynamo", "deepspeed", "mhmoe_ray.huggingface.import_", "typer"]
+    ["tests.train.jobs", "torch._dynamo", "deepspeed", "mhmoe_ray.checkpoint.huggingface.import_", "typer"]
 )
 FORKED = multiprocessing.get_context("forkserver")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from mhmoe_ray.runs.slices import slice_of
-from mhmoe_ray.runs.tensors import Shares, save_slices
+from mhmoe_ray.checkpoint.format import slice_of
+from mhmoe_ray.checkpoint.save import Shares, save_slices
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,12 +14,12 @@ import httpx
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import list_runs
-from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.run import mhmoe
 from tests.watch import newest, started, step_of, wait_until

@@ -10,12 +10,12 @@ import torch
 from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.steps import Case
 from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.checkpoint.manifest import committed
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.manifest import committed
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import remove_tree
-from mhmoe_ray.train.saver import Saver
 
 
 class Figures(NamedTuple):

@@ -110,8 +110,8 @@ def serve(
 def _place(model: "ModelSpec", folder: Path, precision: str, threads: int, most: int, mixtral: bool) -> "Place":
     from mhmoe_ray.bench.serve.engines import Place
     from mhmoe_ray.bench.serve.model import write_run
-    from mhmoe_ray.huggingface.export import export
-    from mhmoe_ray.runs.manifest import read_manifest
+    from mhmoe_ray.checkpoint.huggingface.export import export
+    from mhmoe_ray.checkpoint.manifest import read_manifest
 
     folder.mkdir()
     checkpoint = write_run(model, SEQ_LEN, folder / "bench-000000")

@@ -30,9 +30,9 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds: where in training and in the data it is, who wrote it, its files."""
+    from mhmoe_ray.checkpoint.manifest import PARTS
     from mhmoe_ray.planner.sizes import sizes
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.runs.manifest import PARTS
 
     found = find_run(run, storage)
     path, manifest = pick_checkpoint(found, checkpoint, hashed=False)
@@ -61,9 +61,9 @@ def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOptio
     Exit code 8 if one is damaged. One without a manifest was never finished, which is no damage: it does not count. Nor
     does one that keep_checkpoints has removed meanwhile.
     """
+    from mhmoe_ray.checkpoint.manifest import committed, is_committed, read_manifest, unfinished
     from mhmoe_ray.errors import CheckpointError
     from mhmoe_ray.runs.directory import find_run
-    from mhmoe_ray.runs.manifest import committed, is_committed, read_manifest, unfinished
 
     found = find_run(run, storage)
     problems: dict[str, str | None] = {}
@@ -104,7 +104,7 @@ def export(
 
     A model of exactly Mixtral's shape loads in transformers as it lies.
     """
-    from mhmoe_ray.huggingface import export as exporting
+    from mhmoe_ray.checkpoint.huggingface import export as exporting
     from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage)
@@ -125,8 +125,8 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
+    from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
     from mhmoe_ray.cli.connecting import name_of
-    from mhmoe_ray.huggingface.import_ import import_folder
 
     note.print(f"importing {source}", soft_wrap=True)
     run = import_folder(source, name, storage, seq_len)

@@ -15,8 +15,8 @@ from rich.table import Table
 from mhmoe_ray.cli import complete
 
 if TYPE_CHECKING:
+    from mhmoe_ray.checkpoint.manifest import Manifest
     from mhmoe_ray.runs.directory import RunDir
-    from mhmoe_ray.runs.manifest import Manifest
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location
 
@@ -77,8 +77,8 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
     from mhmoe_ray.errors import CheckpointError
-    from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
     from mhmoe_ray.storage import describe_files
 
     weights, describe = ("weights",), describe_files if hashed else None

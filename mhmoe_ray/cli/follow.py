@@ -32,8 +32,8 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False, f
         JobError: the run failed; the reason is in it.
         ClusterError, StorageError: the cluster or the storage does not answer any more.
     """
+    from mhmoe_ray.checkpoint.manifest import last_step
     from mhmoe_ray.errors import JobError
-    from mhmoe_ray.runs.manifest import last_step
 
     name = name_of(run)
     hint = f"the run goes on. See: mhmoe status {name}; to end it: mhmoe stop {name}"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest
 from mhmoe_ray.cli.common import SPEC_SUFFIXES, pick_checkpoint, read_spec
 from mhmoe_ray.errors import RunError, SpecError
 from mhmoe_ray.runs.directory import RunDir, find_run, list_runs
-from mhmoe_ray.runs.manifest import MANIFEST, read_manifest
 from mhmoe_ray.spec import DeploySpec, KeySpec, ServeSpec, load_deploy_spec, parse_overrides
 from mhmoe_ray.storage import Location, location
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mhmoe_ray.checkpoint.load import load_model, load_run_tokenizer
 from mhmoe_ray.data.domains import subfolder_of
 from mhmoe_ray.data.inspect import languages
 from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
-from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import measure
@@ -19,7 +19,6 @@ from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
 from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.storage import location
 
 EVERY_SECONDS = 5.0

@@ -31,10 +31,10 @@ chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobo
     metrics.py  what Prometheus hears of them
     metrics.py how evenly routes are spread over experts
     metrics.py      how a run went, from a few looks into that history
-    manifest.py    a checkpoint's manifest, whose presence is the commit
-    tensors.py     named tensors to and from a checkpoint
-    slices.py      slices of tensors in its files
-    model.py       from a checkpoint to a model
-    retention.py   which checkpoints stay
+    checkpoint/manifest.py    a checkpoint's manifest, whose presence is the commit
+    checkpoint/load.py     named tensors to and from a checkpoint
+    checkpoint/format.py      slices of tensors in its files
+    checkpoint/load.py       from a checkpoint to a model
+    checkpoint/retention.py   which checkpoints stay
     sweeps.py      the directory of a sweep
 """

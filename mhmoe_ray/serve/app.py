@@ -8,10 +8,10 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
+from mhmoe_ray.checkpoint.load import load_run_tokenizer
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.serve.answer import edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS

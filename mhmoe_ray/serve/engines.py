@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 from tokenizers import Tokenizer
 
+from mhmoe_ray.checkpoint.manifest import Manifest
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.vllm.folder import check_fits
 from mhmoe_ray.spec import ServeSpec
@@ -53,7 +53,7 @@ def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, 
         from mhmoe_ray.serve.vllm.engine import VllmEngine
 
         return VllmEngine(checkpoint, manifest, ends, known, spec)
-    from mhmoe_ray.runs.model import model_of
+    from mhmoe_ray.checkpoint.load import model_of
     from mhmoe_ray.serve.own_engine import own_engine
 
     return own_engine(model_of(checkpoint, manifest), ends, known, manifest.seq_len, spec)

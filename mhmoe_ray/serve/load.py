@@ -2,9 +2,9 @@
 
 import torch
 
-from mhmoe_ray.data.tokenizer.load import load_run_tokenizer
+from mhmoe_ray.checkpoint.load import load_run_tokenizer
+from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import Manifest, read_manifest
 from mhmoe_ray.serve.answer import Answerer, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engines import load_engine

@@ -6,6 +6,7 @@ from typing import Any
 import ray.data
 import ray.train
 
+from mhmoe_ray.checkpoint.manifest import last_step, newest_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import require_data_of
@@ -13,7 +14,6 @@ from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import last_step, newest_checkpoint
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
 from mhmoe_ray.train import malloc

@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from mhmoe_ray.checkpoint.manifest import last_step
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import last_step
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.waiting import record_waiting
 

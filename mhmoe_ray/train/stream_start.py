@@ -6,10 +6,10 @@ from typing import Any
 import ray.data
 import ray.train
 
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, unfinished
 from mhmoe_ray.data.stream import training_stream
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, require_newest
-from mhmoe_ray.runs.manifest import newest_checkpoint, unfinished
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, remove_tree
 from mhmoe_ray.train.hashing import describe_together

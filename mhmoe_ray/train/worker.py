@@ -13,6 +13,9 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from mhmoe_ray.checkpoint.load import restore
+from mhmoe_ray.checkpoint.manifest import Manifest, stored_manifest
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest
 from mhmoe_ray.data.stream import validation_samples
@@ -22,13 +25,10 @@ from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import DataError, JobError, StorageError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest
-from mhmoe_ray.runs.manifest import Manifest, stored_manifest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.preemption import PreemptedError, announced
-from mhmoe_ray.train.restore import restore
-from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse

@@ -13,8 +13,8 @@ from mhmoe_ray.bench.serve.contest import Rates, Shape, engines, servers
 from mhmoe_ray.bench.serve.engines import Place
 from mhmoe_ray.bench.serve.load import Asked, Load, closed_loop, open_loop
 from mhmoe_ray.bench.serve.model import VOCAB, plain_model, write_run
+from mhmoe_ray.checkpoint.huggingface.config import is_mixtral
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.huggingface.mixtral import is_mixtral
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.serve.http.app import create_app

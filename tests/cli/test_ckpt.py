@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from mhmoe_ray import storage
+from mhmoe_ray.checkpoint.retention import drop
 from mhmoe_ray.cli.ckpt import verify
-from mhmoe_ray.runs.retention import drop
 from tests.cli.run import Result, assert_one_line, command, mhmoe
 from tests.huggingface.conftest import MIXTRAL, make_run
 

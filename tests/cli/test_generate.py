@@ -5,9 +5,9 @@ import subprocess
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.cli.generate import generate
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.engine.sampling import Chooser
 from mhmoe_ray.serve.load import load_answerer

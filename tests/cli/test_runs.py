@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.cli.evaluating import make_request
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import connect
@@ -23,7 +24,6 @@ from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.evaluate.answer import answer
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.model import load_model
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe

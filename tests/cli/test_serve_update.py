@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mhmoe_ray.runs.manifest import committed
+from mhmoe_ray.checkpoint.manifest import committed
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.spec import ServeSpec
 from tests.cli.run import mhmoe

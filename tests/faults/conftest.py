@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
@@ -14,7 +15,6 @@ from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
 from mhmoe_ray.train.digest import combine_digests, sample_digest
-from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import MicroBatch, Trainer
 from tests.cli.run import mhmoe
 from tests.data.texts import documents, write_documents

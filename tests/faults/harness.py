@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, read_manifest, unfinished
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import MANIFEST, committed, read_manifest, unfinished
 from mhmoe_ray.storage import Location
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mhmoe_ray.checkpoint.manifest import committed, newest_checkpoint
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import committed, newest_checkpoint
 from tests.cli.run import mhmoe
 from tests.faults import harness
 from tests.watch import of_kind, wait_until

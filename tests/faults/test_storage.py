@@ -9,8 +9,8 @@ from secrets import token_hex
 
 import pytest
 
+from mhmoe_ray.checkpoint.manifest import unfinished
 from mhmoe_ray.runs.directory import list_runs
-from mhmoe_ray.runs.manifest import unfinished
 from tests.cli.run import command, mhmoe
 from tests.faults import harness
 from tests.s3 import CREDENTIALS

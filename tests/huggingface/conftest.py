@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhmoe_ray.huggingface.export import export
+from mhmoe_ray.checkpoint.huggingface.export import export
+from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit, newest_checkpoint
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit, newest_checkpoint
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.storage import describe_file
 from tests.llama_tokenizer import llama_tokenizer

@@ -10,16 +10,15 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mhmoe_ray.checkpoint.format import stored_slices
+from mhmoe_ray.checkpoint.huggingface.export import export
+from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
+from mhmoe_ray.checkpoint.load import load_model, load_tensors
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.huggingface.export import export
-from mhmoe_ray.huggingface.import_ import import_folder
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, find_run
-from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest
-from mhmoe_ray.runs.model import load_model
-from mhmoe_ray.runs.slices import stored_slices
-from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
@@ -197,7 +196,7 @@ def test_an_imported_run_is_a_run(tmp_path, mixtral_folder):
 @pytest.mark.parametrize("what", ["load_tensors", "index_of"])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_be_written(tmp_path, monkeypatch, what):
     run = make_run(tmp_path, MODELS["dense"])
-    monkeypatch.setattr(f"mhmoe_ray.huggingface.export.{what}", unreadable)
+    monkeypatch.setattr(f"mhmoe_ray.checkpoint.huggingface.export.{what}", unreadable)
     with pytest.raises(
         CheckpointError, match=r"^checkpoint \S+step_00000007\.1: it cannot be read: Input/output error; "
     ):
@@ -207,7 +206,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_
 
 def test_an_export_reads_the_header_of_a_file_once(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr("mhmoe_ray.runs.tensors.stored_slices", lambda file: read.append(file) or stored_slices(file))
+    monkeypatch.setattr(
+        "mhmoe_ray.checkpoint.load.stored_slices", lambda file: read.append(file) or stored_slices(file)
+    )
     exported(make_run(tmp_path, MIXTRAL), tmp_path / "out")
     assert len(read) == 1
 

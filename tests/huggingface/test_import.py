@@ -6,15 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
-from mhmoe_ray.huggingface.import_ import import_folder
-from mhmoe_ray.runs.manifest import newest_checkpoint
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
+from tests.huggingface.conftest import MIXTRAL, MODELS, exported, make_run, unreadable
 from tests.serve.asking import tokens
-
-from .conftest import MIXTRAL, MODELS, exported, make_run, unreadable
 
 
 def edit_config(**fields):
@@ -160,14 +159,14 @@ def test_an_import_that_fails_at_its_last_steps_leaves_nothing(tmp_path, mixtral
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"mhmoe_ray.huggingface.import_.{step}", full)
+    monkeypatch.setattr(f"mhmoe_ray.checkpoint.huggingface.import_.{step}", full)
     with pytest.raises(SpecError, match="No space left on device; make room there"):
         import_folder(mixtral_folder, None, tmp_path / "runs", None)
     assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_folder_that_cannot_be_read_is_not_taken_for_storage_that_is_full(tmp_path, mixtral_folder, monkeypatch):
-    monkeypatch.setattr("mhmoe_ray.huggingface.files.Stored.read", unreadable)
+    monkeypatch.setattr("mhmoe_ray.checkpoint.huggingface.files.Stored.read", unreadable)
     told = f"^folder {mixtral_folder}: it cannot be read: Input/output error; mend the disk"
     with pytest.raises(CheckpointError, match=told):
         import_folder(mixtral_folder, None, tmp_path / "runs", None)

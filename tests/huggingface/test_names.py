@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.huggingface.names import TABLE, entries
+from mhmoe_ray.checkpoint.huggingface.names import TABLE, entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import backends
 from mhmoe_ray.bench.memory import peak_bytes
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
@@ -18,7 +19,6 @@ from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.model import FUSED_UP_TO, ROUTERS
-from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import Trainer
 from tests.kernels.test_cpp import COMPILES
 from tests.ranks import run_ranks

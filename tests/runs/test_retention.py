@@ -4,10 +4,10 @@ import math
 
 import pytest
 
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, last_step
+from mhmoe_ray.checkpoint.retention import Retention, drop
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.manifest import MANIFEST, committed, last_step
-from mhmoe_ray.runs.retention import Retention, drop
 from tests.specs import tiny_spec
 
 

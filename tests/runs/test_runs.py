@@ -5,6 +5,8 @@ import resource
 import pytest
 
 from mhmoe_ray import storage as manifests
+from mhmoe_ray.checkpoint.manifest import Manifest, commit, newest_checkpoint, read_manifest
+from mhmoe_ray.checkpoint.retention import drop
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
@@ -19,8 +21,6 @@ from mhmoe_ray.runs.directory import (
     read_attempts,
     require_newest,
 )
-from mhmoe_ray.runs.manifest import Manifest, commit, newest_checkpoint, read_manifest
-from mhmoe_ray.runs.retention import drop
 from mhmoe_ray.storage import ObjectPath, describe_file
 from tests.s3 import CREDENTIALS
 from tests.specs import tiny_spec

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from mhmoe_ray.checkpoint import format as slices_module
+from mhmoe_ray.checkpoint.format import Slice, read_into, stored_slices, write_slices
+from mhmoe_ray.checkpoint.load import index_of, load_tensors
+from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs import slices as slices_module
-from mhmoe_ray.runs.slices import Slice, read_into, stored_slices, write_slices
-from mhmoe_ray.runs.tensors import index_of, load_tensors, save_slices
 from mhmoe_ray.storage import describe_file
 from tests.saved import save_tensors
 

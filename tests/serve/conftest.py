@@ -16,11 +16,11 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ModelSpec, MoESpec, ServeSpec

@@ -10,10 +10,9 @@ from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
+from tests.serve.asking import call
+from tests.serve.conftest import SEQ_LEN, build_model, build_tokenizer, running
 from tests.serve.own import answerer_of
-
-from .asking import call
-from .conftest import SEQ_LEN, build_model, build_tokenizer, running
 
 TEMPLATE = """
 {%- for message in messages %}
@@ -158,9 +157,9 @@ def test_a_model_without_a_template_says_so(answerer):
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
 def test_an_imported_model_brings_its_template_along(tmp_path, where):
-    from mhmoe_ray.huggingface.export import export
-    from mhmoe_ray.huggingface.import_ import import_folder
-    from mhmoe_ray.runs.manifest import newest_checkpoint
+    from mhmoe_ray.checkpoint.huggingface.export import export
+    from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
+    from mhmoe_ray.checkpoint.manifest import newest_checkpoint
     from tests.huggingface.conftest import MIXTRAL, make_run
 
     checkpoint, manifest, _ = newest_checkpoint(make_run(tmp_path, MIXTRAL), ("weights",))

@@ -3,13 +3,12 @@ import shutil
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import load_model
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.manifest import read_manifest
-from mhmoe_ray.runs.model import load_model
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-
-from .conftest import build_model
+from tests.serve.conftest import build_model
 
 
 def test_the_model_is_the_one_that_was_saved(checkpoint):

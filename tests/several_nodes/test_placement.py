@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import load_tensors
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.manifest import newest_checkpoint
-from mhmoe_ray.runs.tensors import load_tensors
 from tests.cli.audit import assert_read_as_ordered
 from tests.several_nodes.alone import trained_alone
 from tests.several_nodes.runs import assert_as_planned, command, layout, submit, write

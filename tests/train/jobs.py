@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from mhmoe_ray.checkpoint.load import restore
+from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.restore import restore
-from mhmoe_ray.train.saver import Saver
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 START = 0  # the token that begins a document; as with tokenizers of ours, padding looks the same to a model

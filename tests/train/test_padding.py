@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import restore
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.manifest import read_manifest
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.train.restore import restore
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs

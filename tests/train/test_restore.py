@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import load_model
+from mhmoe_ray.checkpoint.manifest import MANIFEST, newest_checkpoint, read_manifest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.manifest import MANIFEST, newest_checkpoint, read_manifest
-from mhmoe_ray.runs.model import load_model
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
@@ -176,7 +176,7 @@ def test_serving_loads_the_same_weights_without_moments(saved):
 
 
 def test_a_model_of_another_shape_is_refused_by_name(saved):
-    from mhmoe_ray.runs.tensors import load_tensors
+    from mhmoe_ray.checkpoint.load import load_tensors
 
     checkpoint, _ = saved
     with pytest.raises(CheckpointError, match=r"norm\.weight has shape \(32,\) there and \(16,\) in the model"):

@@ -7,11 +7,11 @@ from threading import Event
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest, unfinished
+from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import newest_checkpoint, read_manifest, unfinished
-from mhmoe_ray.train.saver import Saver
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs

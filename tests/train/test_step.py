@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from mhmoe_ray.checkpoint.load import restore
+from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.runs.manifest import newest_checkpoint
-from mhmoe_ray.train.restore import restore
 from tests.ranks import run_ranks
 from tests.specs import TINY, tiny_spec
 from tests.train.jobs import batches, save, train, trainer_of, whole

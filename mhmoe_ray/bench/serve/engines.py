@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from mhmoe_ray.runs.manifest import read_manifest
-from mhmoe_ray.runs.model import load_model
+from mhmoe_ray.checkpoint.load import load_model
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.serve.engine import Engine, Request, Sampling
 from mhmoe_ray.serve.own_engine import own_engine
 from mhmoe_ray.spec import ServeSpec

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mhmoe_ray.checkpoint.format import slice_of
+from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.save import save_slices
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit
-from mhmoe_ray.runs.slices import slice_of
-from mhmoe_ray.runs.tensors import save_slices
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.storage import describe_file
 

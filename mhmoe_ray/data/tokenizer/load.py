@@ -8,7 +8,6 @@ from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, find_boundar
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
 from mhmoe_ray.data.tokenizer.widths import token_count
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location
 
@@ -25,16 +24,6 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
     tokenizer.no_padding()
     _check(tokenizer, path, vocab_size)
     return tokenizer
-
-
-def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of the run that a checkpoint lies in.
-
-    Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
-        DataError: it is no tokenizer for a model of this size.
-    """
-    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
 
 
 def read_tokenizer(path: Location) -> Tokenizer:

@@ -22,7 +22,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from mhmoe_ray.runs.manifest import Manifest
+from mhmoe_ray.checkpoint.manifest import Manifest
 from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, Sampling, Scored, Update
 from mhmoe_ray.serve.engine.stats import Stats
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine, Ticket

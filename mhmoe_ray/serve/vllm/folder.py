@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from mhmoe_ray.checkpoint.manifest import Manifest
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.runs.manifest import Manifest
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from mhmoe_ray.checkpoint.load import load_tensors
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.runs.tensors import load_tensors
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location, location
 

@@ -161,3 +161,18 @@ def _fill(file: Readable, into: memoryview) -> None:
         if not count:
             raise ValueError("it ends too early")
         into = into[count:]
+
+
+Index = Mapping[str, list[StoredSlice]]
+"""All slices of a folder, by the names of their tensors."""
+
+
+def file_name(rank: int) -> str:
+    """Of a rank's file in each folder of a checkpoint."""
+    return f"rank_{rank:05d}{SUFFIX}"
+
+
+def _shape(slices: list[StoredSlice]) -> tuple[int, ...]:
+    """Of the whole that they are slices of."""
+    ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
+    return tuple(max(dim) for dim in zip(*ends, strict=True))

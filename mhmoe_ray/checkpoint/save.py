@@ -4,13 +4,13 @@
     background              | copy the state | write own file of each part, hash it | tell others | manifest = commit |
 
 The state changes in updates alone, so it is copied beside the next step's forward and backward, and what training waits
-for is what of the copy is left when the update is due. Each rank copies and writes its own share only
-(`runs.tensors.Shares`), into buffers that stay. Ranks meet in a process group of their own, since training's may be in
-use. One checkpoint is under way at a time: the next one waits for it.
+for is what of the copy is left when the update is due. Each rank copies and writes its own share only (`Shares`), into
+buffers that stay. Ranks meet in a process group of their own, since training's may be in use. One checkpoint is under
+way at a time: the next one waits for it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,17 +18,70 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from mhmoe_ray.checkpoint.format import Slice, file_name, slice_of, write_slices
+from mhmoe_ray.checkpoint.load import TrainerState
+from mhmoe_ray.checkpoint.manifest import PARTS, Manifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.retention import Retention, drop
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError, StorageError
+from mhmoe_ray.model.held import is_shared_out
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import PARTS, Manifest, checkpoint_name, commit
-from mhmoe_ray.runs.retention import Retention, drop
-from mhmoe_ray.runs.slices import Slice, slice_of
-from mhmoe_ray.runs.tensors import Shares, file_name, save_slices
-from mhmoe_ray.storage import FileEntry, Location, describe_file, write_json
-from mhmoe_ray.train.restore import TrainerState
+from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, write_json
+
+
+class Shares:
+    """Which of the ranks that hold the same writes it: the one that has least to write so far.
+
+    Every rank finds the same answer by itself, if all ask for the same tensors in the same order.
+    """
+
+    def __init__(self) -> None:
+        world, self._rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        self._load = [0] * world
+
+    def is_mine(self, tensor: Tensor) -> bool:
+        """Whether this rank writes its part of a DTensor, or the whole of any other tensor."""
+        ours = [self._writer(holders, tensor.numel()) for holders in self._holders(tensor)]
+        return self._rank in ours
+
+    def _writer(self, holders: list[int], size: int) -> int:
+        least = min(holders, key=self._load.__getitem__)
+        self._load[least] += size
+        return least
+
+    def _holders(self, tensor: Tensor) -> list[list[int]]:
+        """For each of its slices, the ranks that hold it."""
+        if not is_shared_out(tensor):
+            return [list(range(len(self._load)))]
+        from torch.distributed.tensor import Replicate
+
+        mesh = tensor.device_mesh.mesh
+        alike = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+        apart = [dim for dim in range(mesh.ndim) if dim not in alike]
+        slices = mesh.permute(*apart, *alike).reshape(-1, *(mesh.shape[dim] for dim in alike))
+        return [holders.flatten().tolist() for holders in slices]
+
+
+def save_slices(
+    folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
+) -> FileEntry:
+    """Write slices, which are in CPU memory, as one file; one without any has no bytes of data.
+
+    Args:
+        folder: a part of a checkpoint.
+        slices: by the names of their tensors.
+        rank: that writes them.
+        on_piece: called now and then, as long as it gets on.
+
+    Raises:
+        OSError: the file is there already, or cannot be written.
+    """
+    with create_file(folder / file_name(rank)) as file:
+        return write_slices(file, slices, on_piece)
+
 
 T = TypeVar("T")
 _stream_of: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream

@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhmoe_ray.checkpoint.format import Index
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, to_config
+from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
+from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
+from mhmoe_ray.checkpoint.load import index_of, load_tensors
+from mhmoe_ray.checkpoint.manifest import Manifest, run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.huggingface.config import CONFIG, to_config
-from mhmoe_ray.huggingface.files import INDEX, write_files
-from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE
-from mhmoe_ray.runs.manifest import Manifest, run_tokenizer
-from mhmoe_ray.runs.tensors import Index, index_of, load_tensors
 from mhmoe_ray.storage import Location, replace_file, write_json
 
 

@@ -2,7 +2,7 @@
 
 names.py      the table of tensor names, for both directions
 config.py     config.json and the `model` section
-mixtral.py    the same for a Mixtral that never was ours
+config.py    the same for a Mixtral that never was ours
 files.py      safetensors files, read and written a layer at a time
 export.py     `mhmoe ckpt export`: a checkpoint to such a folder
 import_.py    `mhmoe ckpt import`: such a folder to a run directory that was never trained

@@ -2,9 +2,9 @@
 
 import math
 
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, step_and_group
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.manifest import MANIFEST, committed, step_and_group
 from mhmoe_ray.storage import Location, remove_tree
 
 

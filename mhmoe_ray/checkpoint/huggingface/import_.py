@@ -11,14 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mhmoe_ray.checkpoint.huggingface.config import MhmoeConfig, named_ends, read_config
+from mhmoe_ray.checkpoint.huggingface.files import Stored, open_stored, write_files
+from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
+from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError, SpecError
-from mhmoe_ray.huggingface.config import MhmoeConfig, named_ends, read_config
-from mhmoe_ray.huggingface.files import Stored, open_stored, write_files
-from mhmoe_ray.huggingface.names import Entry, entries
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, mark_imported, new_directory
-from mhmoe_ray.runs.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.spec.run import NAME, NAME_LENGTH
 from mhmoe_ray.storage import describe_file, location, replace_file
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mhmoe_ray.checkpoint.format import DTYPES
 from mhmoe_ray.errors import CheckpointError
-from mhmoe_ray.runs.slices import DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,0 +1,156 @@
+"""Load a checkpoint: its tensors at any world size, a trainer's state, a model, or the tokenizer of its run.
+
+Each rank wrote one file with slices of its own; a reader takes what it needs from all of them. No rank waits for
+another.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mhmoe_ray.checkpoint.format import SUFFIX, Index, StoredSlice, _shape, read_into, slice_of, stored_slices
+from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest, removed, run_tokenizer
+from mhmoe_ray.data.tokenizer.load import load_tokenizer
+from mhmoe_ray.distributed.mesh import Mesh
+from mhmoe_ray.distributed.strategies.ddp import Strategy
+from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import Location
+
+
+def load_tensors(
+    folder: Location,
+    into: Mapping[str, Tensor],
+    on_slice: Callable[[], None] = lambda: None,
+    index: Index | None = None,
+) -> None:
+    """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
+    folder has. One file at a time is open, since each of many ranks may have written one.
+
+    Args:
+        folder: a part of a checkpoint.
+        into: by name.
+        on_slice: called after each.
+        index: what `index_of` gives, for whoever has it.
+
+    Raises:
+        CheckpointError: a tensor is missing there, wholly or in part, or has another shape; or the checkpoint is
+            removed meanwhile.
+    """
+    index = index_of(folder) if index is None else index
+    targets = {name: slice_of(tensor) for name, tensor in into.items()}
+    by_file: dict[Location, list[tuple[str, StoredSlice]]] = {}
+    for name, target in targets.items():
+        there = index.get(name, [])
+        if not there:
+            raise _unfit(folder, f"{name} is not in it")
+        if (shape := _shape(there)) != (target.shape or (1,)):
+            raise _unfit(folder, f"{name} has shape {shape} there and {target.shape} in the model")
+        for stored in there:
+            by_file.setdefault(stored.file, []).append((name, stored))
+    filled = dict.fromkeys(targets, 0)
+    for path, wanted in by_file.items():
+        with _still_there(folder), path.open("rb", buffering=0) as file:
+            for name, stored in wanted:
+                filled[name] += read_into(targets[name], stored, file)
+                on_slice()
+    for name, target in targets.items():
+        if filled[name] < target.local.numel():
+            raise _unfit(folder, f"a part of {name} is not in it")
+
+
+def index_of(folder: Location) -> Index:
+    """What the headers of all files in the folder say.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or the checkpoint is removed meanwhile.
+    """
+    found: dict[str, list[StoredSlice]] = {}
+    with _still_there(folder):
+        files: list[Location] = list(folder.glob(f"*{SUFFIX}"))
+        for file in sorted(files, key=lambda file: file.name):
+            try:
+                slices = stored_slices(file)
+            except (ValueError, KeyError) as e:
+                why = f"{file.name} cannot be read ({e})"
+                raise CheckpointError(f"checkpoint {folder.parent}", why, "use another checkpoint of the run") from e
+            for name, stored in slices.items():
+                found.setdefault(name, []).append(stored)
+    return found
+
+
+@contextmanager
+def _still_there(folder: Location) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise removed(folder.parent) from e
+
+
+def _unfit(folder: Location, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder.parent}", why, "use the model section it was written by")
+
+
+class TrainerState(Protocol):
+    """What a checkpoint needs of a trainer (`train.step.Trainer`): the state that it holds, and where it is."""
+
+    spec: RunSpec
+    mesh: Mesh
+    device: torch.device
+    strategy: Strategy
+    step: int
+    tokens: int
+    skipped: int
+    skipped_in_a_row: int
+    before_update: Callable[[], None]
+    """Called when the state is about to change."""
+    on_progress: Callable[[], None]
+
+
+def restore(trainer: TrainerState, checkpoint: Location, manifest: Manifest) -> None:
+    """Weights, moments, step and tokens of a checkpoint written at any world size and by any strategy. Collective."""
+    strategy = trainer.strategy
+    strategy.begin_at(manifest.step - manifest.skipped)
+    weights, moments = strategy.weights(), strategy.moments()
+    load_tensors(checkpoint / "weights", weights, trainer.on_progress)
+    load_tensors(checkpoint / "optim", moments, trainer.on_progress)
+    strategy.loaded(weights, moments)
+    trainer.step, trainer.tokens = manifest.step, manifest.tokens
+    trainer.skipped, trainer.skipped_in_a_row = manifest.skipped, manifest.skipped_in_a_row
+
+
+def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
+    """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
+
+    Returns:
+        The decoder in evaluation mode, float32, without gradients; and the manifest it was built from.
+
+    Raises:
+        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
+    """
+    manifest = read_manifest(checkpoint, parts=("weights",))
+    return model_of(checkpoint, manifest), manifest
+
+
+def model_of(checkpoint: Location, manifest: Manifest) -> Decoder:
+    """As `load_model`, of a checkpoint whose manifest was read and whose weights were found whole."""
+    model = Decoder(manifest.model).requires_grad_(False).eval()
+    for layer in model.moe_layers():
+        layer.experts.kernel = "auto"  # that of the training may need a device or a package that is not here
+    load_tensors(checkpoint / "weights", model.tensors())
+    return model
+
+
+def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of the run that a checkpoint lies in.
+
+    Raises:
+        CheckpointError: it is missing, or it is not the one the model was trained with.
+        DataError: it is no tokenizer for a model of this size.
+    """
+    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)
