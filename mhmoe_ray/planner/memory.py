@@ -55,8 +55,8 @@ def memory(spec: RunSpec) -> Memory:
 
 
 def checkpoint_copy(spec: RunSpec) -> int:
-    """Bytes of host memory, pinned beside a GPU, that hold a rank's share of weights and moments while `checkpoint/save.py`
-    writes them, and stay from the first checkpoint on; on average over ranks."""
+    """Bytes of host memory, pinned beside a GPU, that hold a rank's share of weights and moments while a checkpoint is
+    written, and stay from the first checkpoint on; on average over ranks."""
     return CHECKPOINT_BYTES * sizes(spec.model).parameters // spec.cluster.world
 
 
