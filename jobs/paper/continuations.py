@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, Reading, find_files
 from mhmoe_ray.runs.directory import find_run
 from mhmoe_ray.spec import DataSpec

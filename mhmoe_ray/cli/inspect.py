@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures
     from mhmoe_ray.data.inspect.result import Survey
 
+
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -93,7 +94,7 @@ def _domain(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[str, 
 
 def _figures(figures: "Figures") -> dict[str, Any]:
     """Token figures are null without a tokenizer."""
-    from mhmoe_ray.data.inspect.lengths import octaves, quantile
+    from mhmoe_ray.data.inspect.figures import octaves, quantile
 
     def lengths(bins: dict[int, int]) -> dict[str, Any]:
         return {

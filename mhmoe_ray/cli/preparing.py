@@ -10,7 +10,7 @@ from rich.progress import TaskID
 from mhmoe_ray.cli.common import in_bytes, note
 
 if TYPE_CHECKING:
-    from mhmoe_ray.data.prepare.progress import PreparationProgress
+    from mhmoe_ray.data.prepare.work import PreparationProgress
 
 
 EVERY_SECONDS = 10.0
@@ -31,7 +31,7 @@ class PreparingView:
         self._told, self._stage = 0.0, ""
 
     def refresh(self) -> None:
-        from mhmoe_ray.data.prepare.progress import read_progress
+        from mhmoe_ray.data.prepare.work import read_progress
 
         progress = read_progress(self._work)
         if progress is None:

@@ -26,7 +26,7 @@ def sample(
     if large:
         _large(folder, cache or folder / ".cache", json)
         return
-    from mhmoe_ray.data.corpus.small import write_sample
+    from mhmoe_ray.corpus.small import write_sample
 
     written = write_sample(folder)
     if json:
@@ -40,7 +40,7 @@ def _large(folder: Path, cache: Path, json: bool) -> None:
 
     if importlib.util.find_spec("lxml") is None:
         raise DataError("data sample --large", "the package lxml is missing", "pip install 'mhmoe-ray[large-sample]'")
-    from mhmoe_ray.data.corpus.large import write_large
+    from mhmoe_ray.corpus.large import write_large
 
     written = write_large(folder, cache, lambda line: note.print(line, soft_wrap=True))
     if json:

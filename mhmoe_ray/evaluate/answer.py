@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from mhmoe_ray.checkpoint.load import load_model, load_run_tokenizer
-from mhmoe_ray.data.domains import subfolder_of
-from mhmoe_ray.data.inspect import languages
+from mhmoe_ray.data.domains import of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
 from mhmoe_ray.evaluate import SAYS
@@ -87,7 +86,7 @@ def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
 def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
     found: dict[str, Score] = {}
     for domain, score in domains.items():
-        if language := languages.of_folder(subfolder_of(domain)):
+        if language := of_folder(subfolder_of(domain)):
             found[language] = found.get(language, Score()) + score
     return found
 

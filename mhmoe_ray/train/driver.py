@@ -9,8 +9,8 @@ import ray.train
 from mhmoe_ray.checkpoint.manifest import last_step, newest_checkpoint
 from mhmoe_ray.data.order.mixture import training_order
 from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.data.shards.files import verify_shards
 from mhmoe_ray.data.shards.manifest import require_data_of
-from mhmoe_ray.data.shards.verify import verify_shards
 from mhmoe_ray.errors import DataError, JobError, MhmoeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir

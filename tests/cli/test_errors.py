@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mhmoe_ray.cluster.local import RECORD
-from mhmoe_ray.data.prepare.chunks import CHUNK, Chunk, read_chunks
-from mhmoe_ray.data.prepare.quarantine import Limit
+from mhmoe_ray.data.prepare.chunks import CHUNK, Chunk, Limit, read_chunks
 from mhmoe_ray.data.sources import find_files
 from mhmoe_ray.errors import (
     DOCTOR_EXIT_CODE,

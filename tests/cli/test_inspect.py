@@ -10,7 +10,7 @@ from mhmoe_ray.cli.inspect_tables import show_sample
 from mhmoe_ray.cli.survey import raw_text
 from mhmoe_ray.data.inspect.result import Request
 from mhmoe_ray.data.inspect.samples import Part, Shown
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import find_files
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, mhmoe

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.evaluate.harness import run_tasks
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.data.texts import write_documents

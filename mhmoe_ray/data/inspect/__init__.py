@@ -1,10 +1,10 @@
 """What is in raw text, and what is wrong with it.
 
-    lengths.py    a histogram of lengths, exact by octave, with quantiles
-    languages.py  names and codes of languages
+    figures.py    a histogram of lengths, exact by octave, with quantiles
+    data/domains.py  names and codes of languages
     figures.py    figures of documents that add up: by domain and language
     textrules.py  what a text tells by itself of being damaged, one small function a rule
-    reading.py    one raw file: its figures, its findings, and an entry for each of its documents
+    survey.py    one raw file: its figures, its findings, and an entry for each of its documents
     copies.py     those entries: texts that are there more than once
     result.py     a survey: all of that together
     survey.py     making one from all files of a spec, by Ray Data

@@ -10,7 +10,7 @@ from mhmoe_ray.data.inspect import textrules
 from mhmoe_ray.data.inspect.figures import EXAMPLES, DomainSurvey, Finding
 from mhmoe_ray.data.inspect.result import Survey
 from mhmoe_ray.data.order.mixture import mixture
-from mhmoe_ray.data.prepare.quarantine import Limit
+from mhmoe_ray.data.prepare.chunks import Limit
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.data.sources import Reason, Tally, find_files
 from mhmoe_ray.data.sources.find import list_files, subfolder_at

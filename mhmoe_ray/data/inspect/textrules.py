@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from mhmoe_ray.data import domains
 from mhmoe_ray.data.domains import subfolder_of
-from mhmoe_ray.data.inspect import languages
 
 
 class Seen(NamedTuple):
@@ -151,7 +151,7 @@ def broken_by(text: str, words: list[str], language: str, domain: str, special: 
         domain: source/subfolder.
         special: `any_of` the tokenizer's special tokens.
     """
-    seen = Seen(text, words, language, languages.of_folder(subfolder_of(domain)), special)
+    seen = Seen(text, words, language, domains.of_folder(subfolder_of(domain)), special)
     return {name: saw for name, rule in RULES.items() if (saw := rule.check(seen)) is not None}
 
 

@@ -1,4 +1,6 @@
-"""What a training reads of each domain, phase by phase, from the spec and the prepared counts.
+"""Whole numbers in proportion to weights, under limits.
+
+What a training reads of each domain, phase by phase, from the spec and the prepared counts.
 
     by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
@@ -21,13 +23,47 @@ from itertools import accumulate, pairwise
 from math import fsum
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.order.apportion import apportion
-from mhmoe_ray.data.order.interleave import MAX_WEIGHT
-from mhmoe_ray.data.order.order import Order, OrderedDomain, Phase
+from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase
 from mhmoe_ray.data.order.permutation import seeded
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec, SourceMix
+
+
+def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
+    """Split `total` in proportion to weights; who would get more than its limit gets that, and the others the rest in
+    proportion. Exact: the numbers add up to the total, none is above its limit, and those below it are their exact
+    parts of the rest rounded down or up.
+
+    Args:
+        total: at least 0, at most the limits of positive weights together.
+        weights: at least 0, some above it.
+        limits: at least 0.
+        offset: from 0 to below 1, shifts who is rounded up. Drawn evenly, each has its exact part on average.
+    """
+    ratios = [w.as_integer_ratio() for w in map(float, weights)]
+    scale = max(denominator for _, denominator in ratios)  # all are powers of two
+    exact = [numerator * (scale // denominator) for numerator, denominator in ratios]
+    counts, below = [0] * len(exact), [i for i, w in enumerate(exact) if w]
+    while below:
+        whole = sum(exact[i] for i in below)
+        full = {i for i in below if total * exact[i] >= limits[i] * whole}
+        if not full:
+            break
+        for i in full:
+            counts[i] = limits[i]
+        total -= sum(limits[i] for i in full)
+        below = [i for i in below if i not in full]
+    assert total == 0 or (below and total > 0), "the limits allow the total"
+    if below:
+        edge, numerator, denominator = 0, *offset.as_integer_ratio()
+        reached = 0
+        for i in below:
+            edge += exact[i]
+            up_to = (total * edge * denominator + whole * numerator) // (whole * denominator)
+            counts[i] = up_to - reached
+            reached = up_to
+    return counts
 
 
 @dataclass(frozen=True)

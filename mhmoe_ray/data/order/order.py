@@ -1,4 +1,22 @@
-"""The order of training samples: a pure function of (seed, position), whoever asks and whenever.
+"""Which domain each slot of an endless sequence goes to, in any proportions, at any place, without what came before.
+
+A binary tree has the domains as leaves. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds
+floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went
+left, which is also the visitor's number there, or c less that at the right. A walk from the root gives a slot's domain
+and its number among that domain's slots. The sequence repeats after as many slots as the root weighs, with exactly its
+weight for each domain.
+
+How exact: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
+weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
+than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
+no lighter than node k+2, which was merged first. So the W_k grow at least as Fibonacci's numbers from the leaf up, and
+the sum stays below their reciprocals' 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, however many domains there are and however
+small their shares. Sources are leaves of one Huffman tree and roots of others, so that they are as exact as domains:
+over any stretch a source is within 3.36 slots of its part and a domain within 6.72.
+
+A walk takes about as many levels as the mixture has bits of entropy, and at most log_phi(1 / share) or so.
+
+The order of training samples: a pure function of (seed, position), whoever asks and whenever.
 
 A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
 positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
@@ -8,14 +26,14 @@ positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 | the samples of a domain, and their    | its files' names and text, tokenizer, T, packing, which | data/prepare/  |
 | numbers from 0                        | documents are held out                                  |                |
 | weights of domains in each phase      | the spec's mixture, numbers of samples, steps * M * b   | mixture.py     |
-| the domain at a position              | seed, weights of its phase                              | interleave.py  |
-| that domain's slot there, n           | how often it was dealt before, over all phases          | interleave.py  |
+| the domain at a position              | seed, weights of its phase                              | order.py  |
+| that domain's slot there, n           | how often it was dealt before, over all phases          | order.py  |
 | the sample of slot n                  | seed, name and size of the domain, n                    | permutation.py |
 | the rank that reads a position        | world, b: micro-batch m is rank m mod world's           | data/stream.py |
 
 So the text of a step is the same at any number of workers.
 
-Which domain: a phase of the training has whole-number weights and deals positions by them (interleave.py), from a
+Which domain: a phase of the training has whole-number weights and deals positions by them (order.py), from a
 seeded place of that sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain
 within 6.72; a phase as long as its weights together reads exactly its weights.
 Which of its samples: the n-th slot of a domain, counted over all phases, takes sample n mod size of epoch n // size in
@@ -25,14 +43,105 @@ mixture reads the same domain in the same order.
 Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
 """
 
+import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.data.order.interleave import Interleaver
 from mhmoe_ray.data.order.permutation import I64, MAX_PLACE, Permutations, seeded
+
+MAX_WEIGHT = 2**50
+"""Of a root. Slots up to twice that, times a ratio of at most a half, are less than one off in float64."""
+
+
+class Interleaver:
+    """Trees over the same domains, side by side in flat arrays."""
+
+    def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
+        """Args:
+        sources: of each domain.
+        weights: for each tree, the slots of each domain before the tree repeats; some above 0, at most `MAX_WEIGHT`
+            in all.
+        """
+        self.domains = len(sources)
+        self._nodes: list[tuple[int, int, int, int]] = []  # weight of the left child, of both; children
+        self._roots = [self._plant(sources, tree) for tree in weights]
+        # A child is a domain, or its node's number after all domains.
+        nodes = np.asarray(self._nodes, np.int64).reshape(-1, 4)
+        self._left, self._weight, self._children = nodes[:, 0].copy(), nodes[:, 1].copy(), nodes[:, 2:].ravel()
+        # Rounded up, or a whole quotient could come out just below itself.
+        self._ratio = np.nextafter(self._left / self._weight, np.inf)
+
+    def _plant(self, sources: Sequence[str], weights: Sequence[int]) -> int:
+        assert min(weights) >= 0
+        assert 0 < sum(weights) <= MAX_WEIGHT
+        by_source: dict[str, list[tuple[int, int]]] = {}
+        for domain, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+            if weight:
+                by_source.setdefault(source, []).append((weight, domain))
+        return self._merge([self._merge(leaves) for leaves in by_source.values()])[1]
+
+    def _merge(self, heap: list[tuple[int, int]]) -> tuple[int, int]:
+        """Huffman's: the two lightest become one until one is left. Pairs of weight and number."""
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            light, heavy = heapq.heappop(heap), heapq.heappop(heap)
+            both = light[0] + heavy[0], self.domains + len(self._nodes)
+            self._nodes.append((light[0], both[0], light[1], heavy[1]))
+            heapq.heappush(heap, both)
+        return heap[0]
+
+    def __call__(self, tree: I64, slot: I64) -> tuple[I64, I64]:
+        """Slots of trees to (domain, number among that domain's slots of this tree), elementwise.
+
+        Args:
+            tree: number of the tree.
+            slot: from 0 to less than twice the tree's whole weight.
+        """
+        domain, rank = np.empty_like(slot), np.empty_like(slot)
+        at, node, visitor = np.arange(len(slot)), np.asarray(self._roots).take(tree), slot
+        while True:
+            is_leaf = node < self.domains
+            done = np.flatnonzero(is_leaf)
+            if len(done):
+                place = at.take(done)
+                domain[place], rank[place] = node.take(done), visitor.take(done)
+                on = np.flatnonzero(~is_leaf)
+                if not len(on):
+                    return domain, rank
+                at, node, visitor = at.take(on), node.take(on), visitor.take(on)
+            node, visitor = self._descend(node - self.domains, visitor)
+
+    def _descend(self, node: I64, visitor: I64) -> tuple[I64, I64]:
+        """One level: children and the visitors' numbers there."""
+        left, weight = self._left.take(node), self._weight.take(node)
+        before = (visitor * self._ratio.take(node)).astype(np.int64)
+        # Products wrap round 2^64, but a remainder is small, so its difference is right.
+        remainder = visitor * left - before * weight
+        wrong = remainder.view(np.uint64) >= weight.view(np.uint64)
+        if wrong.any():
+            off = np.where(remainder < 0, -1, 1) * wrong
+            before += off
+            remainder -= off * weight
+        goes_right = remainder < weight - left
+        return self._children.take(2 * node + goes_right), np.where(goes_right, visitor - before, before)
+
+    def before(self, tree: int, slot: int) -> list[int]:
+        """How many of a tree's first `slot` slots each domain has."""
+        counts = [0] * self.domains
+        walk = [(self._roots[tree], slot)]
+        while walk:
+            node, visitors = walk.pop()
+            if node < self.domains:
+                counts[node] = visitors
+                continue
+            left, weight, *children = self._nodes[node - self.domains]
+            to_left = visitors * left // weight
+            walk += [(children[0], to_left), (children[1], visitors - to_left)]
+        return counts
+
 
 _AT_ONCE = 32_768  # positions: enough that a level of few of them costs little, few enough for a core's cache
 

@@ -1,14 +1,148 @@
-"""Tokens of domains to shards: what each shard is made of, and the task that makes it."""
+"""Tokens of domains to shards: what each shard is made of, and the task that makes it.
+
+Packing by concatenation puts the documents of a domain one after another, cut wherever a sample ends. Packing by best
+fit leaves a document whole that fits into a sample (arXiv 2404.10830).
+"""
 
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mhmoe_ray.data.prepare import best_fit, concat
-from mhmoe_ray.data.prepare.parts import Stream
-from mhmoe_ray.data.shards.files import SHARD_BYTES, padding_token, rows_per_shard, write_shard
+import numpy as np
+
+from mhmoe_ray.data.prepare.parts import Stream, Tokens
+from mhmoe_ray.data.shards.files import SHARD_BYTES, Samples, padding_token, rows_per_shard, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.spec import DataSpec
+
+
+class Cut(NamedTuple):
+    """Tokens that one shard is made of."""
+
+    stream: Stream
+    samples: int
+    """How many fill it; after them come tokens that only tell where documents end."""
+
+
+def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
+    """The shards of a domain.
+
+    Args:
+        stream: all its training tokens.
+        seq_len: T.
+        rows: samples of a shard.
+    """
+    samples = max(0, len(stream) - 1) // seq_len
+    cuts = []
+    for first in range(0, samples, rows):
+        count = min(rows, samples - first)
+        # One more, to see whether a document ends with the last sample; the last shard sees to the end.
+        stop = len(stream) if first + count == samples else (first + count) * seq_len + 2
+        cuts.append(Cut(stream.part(first * seq_len, stop), count))
+    return cuts
+
+
+def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
+    """The first `samples` samples of some tokens, a view."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
+    return windows[: samples * seq_len : seq_len]
+
+
+def whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
+    """How many documents lie whole within one of these samples.
+
+    Args:
+        tokens: as planned.
+        samples: as planned.
+        seq_len: T.
+        start: the token that each document begins with.
+    """
+    first = np.flatnonzero(tokens == start)
+    last = np.append(first[1:], len(tokens)) - 1
+    # A document that begins with the last token of a sample is the next one's.
+    sample = first // seq_len
+    return int(((sample < samples) & (last <= (sample + 1) * seq_len)).sum())
+
+
+class Packed(NamedTuple):
+    samples: Samples
+    padding: int
+    cut_documents: int
+
+
+def plan_best_fit(stream: Stream, tokens_per_shard: int) -> list[Stream]:
+    """What each shard of a domain is made of: whole parts, so that documents are whole, until there are enough."""
+    shards, start, stop = list[Stream](), 0, 0
+    for part in stream.parts:
+        stop += part.tokens
+        if stop - start >= tokens_per_shard:
+            shards.append(stream.part(start, stop))
+            start = stop
+    return shards + ([stream.part(start, stop)] if stop > start else [])
+
+
+def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Packed:
+    """Samples of some documents.
+
+    Args:
+        tokens: of documents, each preceded by `start`.
+        seq_len: T.
+        start: the token that each document begins with.
+        padding: marks targets that do not count.
+    """
+    begins = np.flatnonzero(tokens == start)
+    targets = np.diff(begins, append=len(tokens))
+    pieces, bins = _place(targets, seq_len)
+    samples = np.full((bins, seq_len + 1), padding, tokens.dtype)
+    ended = np.append(tokens, tokens.dtype.type(start))  # each document's end, the last one's too
+    for document, offset, bin_, place, length in pieces:
+        at = begins[document] + offset
+        if place == 0:
+            samples[bin_, 0] = ended[at]
+        samples[bin_, 1 + place : 1 + place + length] = ended[at + 1 : at + 1 + length]
+    return Packed(samples, bins * seq_len - int(targets.sum()), int((targets > seq_len).sum()))
+
+
+class _Piece(NamedTuple):
+    document: int
+    offset: int
+    """Of its targets."""
+    bin: int
+    place: int
+    length: int
+
+
+def _place(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
+    """Where each document's targets go, and the number of bins."""
+    pieces, bins = list[_Piece](), 0
+    free: dict[int, list[int]] = {}  # bins by the room they have
+    rooms = 0  # bit r: there is a bin with room r
+
+    def put(document: int, offset: int, length: int, bin_: int, place: int) -> None:
+        nonlocal rooms
+        pieces.append(_Piece(document, offset, bin_, place, length))
+        room = seq_len - place - length
+        free.setdefault(room, []).append(bin_)
+        rooms |= 1 << room
+
+    for document in np.flatnonzero(targets > seq_len):
+        for offset in range(0, int(targets[document]), seq_len):
+            put(int(document), offset, min(seq_len, int(targets[document]) - offset), bins, 0)
+            bins += 1
+    short = np.flatnonzero(targets <= seq_len)
+    for document in short[np.argsort(-targets[short], kind="stable")]:
+        length = int(targets[document])
+        enough = rooms >> length
+        if not enough:
+            put(int(document), 0, length, bins, 0)
+            bins += 1
+            continue
+        room = length + (enough & -enough).bit_length() - 1
+        bin_ = free[room].pop()
+        if not free[room]:
+            rooms ^= 1 << room
+        put(int(document), 0, length, bin_, seq_len - room)
+    return pieces, bins
 
 
 class ShardPlan(NamedTuple):
@@ -32,9 +166,9 @@ class Made(NamedTuple):
 def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
     """The shards of a domain; what they hold depends on its tokens alone, so they can be made in any order."""
     if spec.packing == "best_fit":
-        streams = best_fit.plan_best_fit(stream, SHARD_BYTES // token_bytes)
+        streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
         return [ShardPlan(domain, i, part, None) for i, part in enumerate(streams)]
-    cuts = concat.plan_concat(stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))
+    cuts = plan_concat(stream, spec.seq_len, rows_per_shard(spec.seq_len, token_bytes))
     return [ShardPlan(domain, i, cut.stream, cut.samples) for i, cut in enumerate(cuts)]
 
 
@@ -51,10 +185,10 @@ def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: 
     asked: ShardPlan = pickle.loads(row["plan"])
     tokens = asked.tokens.read()
     if asked.samples is None:
-        samples, padding, cut = best_fit.pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
+        samples, padding, cut = pack_best_fit(tokens, seq_len, start, padding_token(token_bytes))
         whole = int((tokens == start).sum()) - cut
     else:
-        samples, padding = concat.cut_concat(tokens, asked.samples, seq_len), 0
-        whole = concat.whole_documents(tokens, asked.samples, seq_len, start)
+        samples, padding = cut_concat(tokens, asked.samples, seq_len), 0
+        whole = whole_documents(tokens, asked.samples, seq_len, start)
     shard = write_shard(folder, f"train/{asked.domain}/{asked.number:05d}.arrow", samples)
     return {"made": pickle.dumps(Made(asked.domain, asked.number, shard, padding, whole))}

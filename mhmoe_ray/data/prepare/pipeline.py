@@ -1,7 +1,7 @@
 """Raw text to packed shards, with Ray Data:
 
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
-    parts, domain by domain      -> shards (packed samples)   packing.py, concat.py, best_fit.py, validation.py
+    parts, domain by domain      -> shards (packed samples)   packing.py, packing.py, packing.py, validation.py
 
 Files are read, chunks tokenised and shards packed in parallel, in memory for a few chunks or one shard a task. The
 result depends on the files and the settings only, never on how many tasks ran at once or whether a job was killed in
@@ -23,14 +23,12 @@ import ray.data
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.prepare.baselines import baselines, joined, pairs
-from mhmoe_ray.data.prepare.chunks import CHUNK, quarantine_file, read_chunks
+from mhmoe_ray.data.prepare.chunks import CHUNK, FILE, Limit, quarantine_file, read_chunks
 from mhmoe_ray.data.prepare.packing import Made, make_shard, plan_shards
 from mhmoe_ray.data.prepare.parts import PartRef, Stream
-from mhmoe_ray.data.prepare.progress import Report
-from mhmoe_ray.data.prepare.quarantine import FILE, Limit
 from mhmoe_ray.data.prepare.tokenise import Part, Tokenised, tokenise_chunk
 from mhmoe_ray.data.prepare.validation import Chosen, choose
-from mhmoe_ray.data.prepare.work import Workplace, at_work, clear, publish
+from mhmoe_ray.data.prepare.work import Report, Workplace, at_work, clear, publish
 from mhmoe_ray.data.shards.files import ShardReader, padding_token, token_bytes_for
 from mhmoe_ray.data.shards.manifest import (
     Baselines,

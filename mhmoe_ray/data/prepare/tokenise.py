@@ -16,8 +16,8 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from mhmoe_ray.data.prepare.chunks import Chunk
-from mhmoe_ray.data.prepare.held_out import is_validation
 from mhmoe_ray.data.prepare.parts import Tokens, part_file
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.shards.files import token_dtype
 from mhmoe_ray.data.sources import Tally
 from mhmoe_ray.data.tokenizer import DocumentEncoder, document_encoder

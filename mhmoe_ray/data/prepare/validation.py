@@ -1,5 +1,9 @@
-"""The held-out samples: evenly chosen from all held-out text, cut like `concat`, whatever training's packing is."""
+"""The validation split: which documents are held out, and the samples made of them.
 
+They are evenly chosen from all held-out text, cut like `concat`, whatever training's packing is.
+"""
+
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +12,12 @@ import numpy as np
 from mhmoe_ray.data.prepare.parts import Stream
 from mhmoe_ray.data.shards.files import Samples, padding_token, rows_per_shard, token_dtype, write_shard
 from mhmoe_ray.data.shards.manifest import Shard
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Whether a document is held out: by a hash of its text, so that copies of it are on the same side."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 class Chosen(NamedTuple):

@@ -2,5 +2,5 @@
 
 manifest.py   what is in it, and what made it
 files.py      its Arrow files, written and read
-verify.py     whether they are what was written
+files.py     whether they are what was written
 """

@@ -6,8 +6,8 @@
             ...
         reading.tally                       # documents, bytes, quarantined by reason, left out by rule
 
-storage.py -> compression.py -> lines.py, or columns.py of a table -> a format's file in formats/ -> reading.py, which
-gives what items.py describes. records.py reads lines of JSON, find.py says which files there are, signals.py which
+storage.py -> compression.py -> records.py, or columns.py of a table -> a format's file in formats/ -> reading.py, which
+gives what items.py describes. records.py reads lines of JSON, find.py says which files there are, redpajama_v2.py which
 documents filters keep.
 Files of JSON lines and of text may be zstd or gzip, whatever their names say.
 """

@@ -1,15 +1,25 @@
-"""Columns of texts in pyarrow's tables, checked and decoded: pyarrow's own decoding of damaged offsets has ended the
-process."""
+"""Columns of texts in pyarrow's tables, checked and decoded: Parquet files and Hugging Face's Arrow streams.
 
+Columns of texts in pyarrow's tables, checked and decoded: pyarrow's own decoding of damaged offsets has ended the
+process.
+
+Parquet files with a column of texts. A row is a document; what cannot be read is lost row group by row group.
+
+The Arrow streams that Hugging Face's `save_to_disk` leaves. A row is a document; what cannot be read is lost from
+the damaged batch on.
+"""
+
+import struct
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mhmoe_ray.data.sources.items import BadLine, Document, Reason
+from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Reason, Tally
 from mhmoe_ray.data.sources.records import unusable
-from mhmoe_ray.data.sources.storage import Storage
+from mhmoe_ray.data.sources.storage import Storage, one_line
+from mhmoe_ray.spec import SourceSpec
 
 ROWS = 32  # decoded at a time
 _BUFFER = 1 << 20  # of a Parquet column
@@ -72,3 +82,63 @@ def _documents(texts: pa.Array, path: str, first: int, limit: int) -> Iterator[D
                 continue
             reason = unusable(value)
             yield Document(value, row) if reason is None else BadLine(path, row, reason)
+
+
+def read_parquet(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
+    """See `formats.Read`."""
+    column = source.text_field or "text"
+    row = 0
+    try:
+        with open_parquet(storage, file.path) as table:
+            problem = no_texts(table.schema_arrow, column)
+            if problem:
+                yield BadLine(file.path, 1, Reason.LOST, problem)
+                return
+            in_dictionary = pa.types.is_dictionary(table.schema_arrow.field(column).type)
+            total = max(1, table.metadata.num_rows)
+            for group in range(table.num_row_groups):
+                first, row = row, row + table.metadata.row_group(group).num_rows
+                done = first
+                rows = max(1, row - first) if in_dictionary else ROWS  # the dictionary comes whole with each batch
+                try:
+                    for batch in table.iter_batches(rows, [group], [column], use_threads=False):
+                        yield from documents_in(as_bytes(batch.column(0)), file.path, done, limit)
+                        done += len(batch)
+                    if done != row:
+                        raise ValueError(f"{done - first:,} of {row - first:,} rows are there")
+                except ERRORS as e:
+                    yield BadLine(file.path, done + 1, Reason.LOST, f"rows {done + 1:,} to {row:,}: {one_line(e)}")
+                tally.bytes_read += file.size * row // total - file.size * first // total
+    except ERRORS as e:
+        yield BadLine(file.path, row + 1, Reason.LOST, one_line(e))
+
+
+_END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
+
+
+def read_huggingface(
+    storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+) -> Iterator[Document | BadLine]:
+    """See `formats.Read`."""
+    column = source.text_field or "text"
+    row = 0
+    try:
+        with storage.open_anywhere(file.path) as stream:
+            stream.seek(max(0, stream.size() - len(_END_OF_STREAM)))
+            cut = stream.read() != _END_OF_STREAM
+            stream.seek(0)
+            with pa.ipc.open_stream(stream) as batches:
+                problem = no_texts(batches.schema, column)
+                if problem:
+                    yield BadLine(file.path, 1, Reason.LOST, problem)
+                    return
+                for batch in batches:
+                    yield from documents_in(as_bytes(batch.column(column)), file.path, row, limit)
+                    row += len(batch)
+                    tally.bytes_read = stream.tell()
+        if cut:
+            yield BadLine(file.path, row + 1, Reason.LOST, "its end is cut off")
+    except ERRORS as e:
+        yield BadLine(file.path, row + 1, Reason.LOST, one_line(e))

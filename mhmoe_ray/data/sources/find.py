@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from mhmoe_ray.data.domains import subfolder_of
-from mhmoe_ray.data.sources.formats.redpajama_v2 import NAME, Beside
 from mhmoe_ray.data.sources.items import RawFile
+from mhmoe_ray.data.sources.redpajama_v2 import NAME, Beside
 from mhmoe_ray.data.sources.storage import Listed, Storage, below, one_line
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec

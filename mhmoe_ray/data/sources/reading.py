@@ -1,12 +1,48 @@
-"""Reading one raw file of any format."""
+"""Read one raw file of any format.
+
+| format       | a document is                                       | read in         |
+| ------------ | --------------------------------------------------- | --------------- |
+| jsonl        | a line: RedPajama-1T, multilingual folders          | records.py      |
+| text         | a file, or a part of it between delimiter lines     | records.py      |
+| redpajama-v2 | a line that passes the source's filters             | redpajama_v2.py |
+| parquet      | a row                                               | columns.py      |
+| huggingface  | a row of a folder that `save_to_disk` wrote         | columns.py      |
+"""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.sources.formats import READERS
+from mhmoe_ray.data.sources.columns import read_huggingface, read_parquet
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, Tally
+from mhmoe_ray.data.sources.records import read_jsonl, read_text
+from mhmoe_ray.data.sources.redpajama_v2 import read_redpajama_v2
 from mhmoe_ray.data.sources.storage import Storage
-from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.spec import DataSpec, Format, SourceSpec
+
+
+class Read(Protocol):
+    def __call__(
+        self, storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
+    ) -> Iterator[Document | BadLine]:
+        """The documents of a file and what could not be read of it, in their order; no state of the file is an error.
+
+        Args:
+            storage: where the file is.
+            file: which one.
+            source: what it is a file of, with the name of the text's key or column, and other keys of this format.
+            limit: of a document, in bytes.
+            tally: whose `bytes_read` and `dropped` are kept up to date.
+        """
+
+
+READERS: dict[Format, Read] = {
+    "jsonl": read_jsonl,
+    "redpajama-v2": read_redpajama_v2,
+    "parquet": read_parquet,
+    "text": read_text,
+    "huggingface": read_huggingface,
+}
 
 
 class Reading:

@@ -14,29 +14,31 @@ document begins" and, for a text being generated, "this one is over". No other s
 Special tokens. A document is text from its first character to its last: one that holds the letters "<|endoftext|>" is
 encoded as these letters, never as the token. A prompt is not: it may name special tokens, to hold several documents.
 
-    edges.py       the table above
-    documents.py   the encoder of documents
-    fast.py        tiktoken in the place of the library, where both give the same
+    vocabulary.py       the table above
+    encoder.py   the encoder of documents
+    encoder.py        tiktoken in the place of the library, where both give the same
     load.py        a given tokenizer, checked
     tiktoken.py    tiktoken's format to the tokenizers library, exactly
     train.py       a byte-level BPE or Unigram model of its own
-    sample.py      the text that it is trained on
-    widths.py      how many tokens there are, how many bytes each stands for
+    train.py      the text that it is trained on
+    vocabulary.py      how many tokens there are, how many bytes each stands for
 """
 
-from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, document_encoder
-from mhmoe_ray.data.tokenizer.edges import (
+from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder, document_encoder
+from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_given, store_given
+from mhmoe_ray.data.tokenizer.train import train_tokenizer
+from mhmoe_ray.data.tokenizer.vocabulary import (
     BEGIN,
     END,
     END_OF_TEXT,
+    UNKNOWN,
     Boundaries,
     boundaries,
     find_boundaries,
+    token_count,
+    token_widths,
     unknown_token,
 )
-from mhmoe_ray.data.tokenizer.load import load_tokenizer, read_given, store_given
-from mhmoe_ray.data.tokenizer.train import train_tokenizer
-from mhmoe_ray.data.tokenizer.widths import UNKNOWN, token_count, token_widths
 
 __all__ = [
     "BEGIN",

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mhmoe_ray.data.tokenizer.edges import BEGIN, END, END_OF_TEXT, find_boundaries, unknown_token
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, from_tiktoken, is_tiktoken
-from mhmoe_ray.data.tokenizer.widths import token_count
+from mhmoe_ray.data.tokenizer.vocabulary import BEGIN, END, END_OF_TEXT, find_boundaries, token_count, unknown_token
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location

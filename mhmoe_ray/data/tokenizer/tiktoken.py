@@ -14,7 +14,7 @@ import re
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mhmoe_ray.data.tokenizer.edges import END_OF_TEXT
+from mhmoe_ray.data.tokenizer.vocabulary import END_OF_TEXT
 from mhmoe_ray.errors import DataError
 
 _CL100K = (

@@ -6,9 +6,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from mhmoe_ray.data.corpus.packages import Package
-from mhmoe_ray.data.corpus.readers.html import pages
-from mhmoe_ray.data.corpus.write import Record
+from mhmoe_ray.corpus.packages import Package
+from mhmoe_ray.corpus.readers import pages
+from mhmoe_ray.corpus.small import Record
 from tests.data.sources.read import read
 
 PAGES = pages("//body")

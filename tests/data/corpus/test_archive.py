@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from mhmoe_ray.data.corpus.archive import read_members
+from mhmoe_ray.corpus.fetch import read_members
 from mhmoe_ray.errors import DataError
 from tests.data.corpus.made_packages import write_deb, write_wheel
 

@@ -4,8 +4,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mhmoe_ray.data.corpus.clean import SHORT_PARAGRAPH, SHORTEST, Cleaner, is_english, normalise
-from mhmoe_ray.data.corpus.readers import Document
+from mhmoe_ray.corpus.clean import SHORT_PARAGRAPH, SHORTEST, Cleaner, is_english, normalise
+from mhmoe_ray.corpus.readers import Document
 
 WORDS = [f"paragraph number {i} says something long enough to be compared with others" for i in range(12)]
 

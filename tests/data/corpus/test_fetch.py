@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from mhmoe_ray.data.corpus.fetch import fetch
+from mhmoe_ray.corpus.fetch import fetch
 from mhmoe_ray.errors import DataError
 from tests.data.corpus.made_packages import made, write_wheel
 

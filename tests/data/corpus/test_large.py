@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mhmoe_ray.data.corpus.clean import is_english
-from mhmoe_ray.data.corpus.large import Written, write_large
-from mhmoe_ray.data.corpus.packages import PACKAGES, language_of
-from mhmoe_ray.data.corpus.readers.code import read_code
-from mhmoe_ray.data.corpus.small import english_parts
+from mhmoe_ray.corpus.clean import is_english
+from mhmoe_ray.corpus.large import Written, write_large
+from mhmoe_ray.corpus.packages import PACKAGES, language_of
+from mhmoe_ray.corpus.readers import read_code
+from mhmoe_ray.corpus.small import english_parts
 from tests.data.corpus.made_packages import made, page, records_of, write_deb, write_wheel
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
@@ -48,8 +48,8 @@ def write(folder: Path, cache: Path) -> tuple[Written, list[str]]:
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # no client that could reach a network, and little of the installed text
-        patch.setattr("mhmoe_ray.data.corpus.fetch.client", lambda origin: None)
-        patch.setattr("mhmoe_ray.data.corpus.large.english_parts", lambda: few)
+        patch.setattr("mhmoe_ray.corpus.fetch.client", lambda origin: None)
+        patch.setattr("mhmoe_ray.corpus.large.english_parts", lambda: few)
         return write_large(folder, cache, lines.append, (MANUAL, ABSENT, CODE)), lines
 
 

@@ -2,11 +2,16 @@ import hypothesis.strategies as st
 import lxml.html
 from hypothesis import given
 
-from mhmoe_ray.data.corpus.readers.blocks import read_blocks
-from mhmoe_ray.data.corpus.readers.code import read_code, worth_reading
-from mhmoe_ray.data.corpus.readers.dictionary import read_dictionary
-from mhmoe_ray.data.corpus.readers.html import HTML, pages, questions
-from mhmoe_ray.data.corpus.readers.mallard import read_mallard
+from mhmoe_ray.corpus.readers import (
+    HTML,
+    pages,
+    questions,
+    read_blocks,
+    read_code,
+    read_dictionary,
+    read_mallard,
+    worth_reading,
+)
 
 PAGE = """<!DOCTYPE html><html><head><title>2.1. Ports</title><style>p {}</style></head><body>
 <div id="nav">Home | Next</div>

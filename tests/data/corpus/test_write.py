@@ -2,12 +2,12 @@ import json
 
 import pyarrow as pa
 
-from mhmoe_ray.data.corpus import write
-from mhmoe_ray.data.corpus.write import Shards, remove_sample
+from mhmoe_ray.corpus import small
+from mhmoe_ray.corpus.small import Shards, remove_sample
 
 
 def test_shards_fill_up_and_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "SHARD_BYTES", 100)
+    monkeypatch.setattr(small, "SHARD_BYTES", 100)
     shards = Shards(tmp_path)
     records = [{"text": "é" * n, "meta": {}} for n in (10, 30, 200, 5)]
     for record in records:

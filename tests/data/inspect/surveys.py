@@ -5,10 +5,9 @@ from collections import Counter
 import numpy as np
 
 from mhmoe_ray.data.inspect.copies import ENTRY, count_copies
-from mhmoe_ray.data.inspect.figures import DomainSurvey
-from mhmoe_ray.data.inspect.lengths import bin_of
-from mhmoe_ray.data.inspect.reading import Whole, survey_file
+from mhmoe_ray.data.inspect.figures import DomainSurvey, bin_of
 from mhmoe_ray.data.inspect.result import Survey
+from mhmoe_ray.data.inspect.survey import Whole, survey_file
 from mhmoe_ray.data.sources import find_files
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mhmoe_ray.data.inspect.languages import CODES, OTHER, UNNAMED, of_folder, of_record
+from mhmoe_ray.data.domains import CODES, OTHER, UNNAMED, of_folder, of_record
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.inspect.lengths import bin_of, octaves, quantile
+from mhmoe_ray.data.inspect.figures import bin_of, octaves, quantile
 from tests.data.inspect.surveys import histogram
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 100), st.integers(0, 1 << 40)), max_size=60)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mhmoe_ray.data.inspect.lint import Data, lint
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.spec import RunSpec
 from tests.data.inspect.surveys import survey_serially
 from tests.data.shards.manifests import manifest_of

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mhmoe_ray.data.inspect.figures import EXAMPLES, Figures, Place, total
 from mhmoe_ray.data.inspect.result import lines_of, survey_in
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Reason
 from mhmoe_ray.data.tokenizer import DocumentEncoder, store_given
 from mhmoe_ray.errors import DataError

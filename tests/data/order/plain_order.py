@@ -6,7 +6,7 @@ from mhmoe_ray.data.order.order import OrderedDomain, Phase
 from mhmoe_ray.data.order.permutation import seeded
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
-"""In slots, as interleave.py proves."""
+"""In slots, as data/order/order.py proves."""
 
 
 class Leaf:

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order.apportion import apportion
+from mhmoe_ray.data.order.mixture import apportion
 
 OFFSETS = st.floats(0, 1, exclude_max=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.best_fit import pack_best_fit, plan_best_fit
+from mhmoe_ray.data.prepare.packing import pack_best_fit, plan_best_fit
 from tests.data.prepare.parts import START, documents_of, stream_of
 
 PADDING = 65_535

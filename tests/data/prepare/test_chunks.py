@@ -2,8 +2,7 @@
 
 import pyarrow as pa
 
-from mhmoe_ray.data.prepare.chunks import Chunk, read_chunks
-from mhmoe_ray.data.prepare.quarantine import Limit
+from mhmoe_ray.data.prepare.chunks import Chunk, Limit, read_chunks
 from mhmoe_ray.data.sources import find_files
 from tests.data.sources.read import data_spec
 

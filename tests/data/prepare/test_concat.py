@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.concat import cut_concat, plan_concat, whole_documents
+from mhmoe_ray.data.prepare.packing import cut_concat, plan_concat, whole_documents
 from tests.data.prepare.parts import START, documents_of, stream_of
 
 LENGTHS = st.lists(st.lists(st.integers(0, 25), max_size=6), max_size=4)

@@ -1,4 +1,4 @@
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from tests.data.texts import documents
 
 

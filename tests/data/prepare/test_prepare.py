@@ -15,8 +15,8 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.data.prepare.held_out import is_validation
-from mhmoe_ray.data.prepare.progress import read_progress
+from mhmoe_ray.data.prepare.validation import is_validation
+from mhmoe_ray.data.prepare.work import read_progress
 from mhmoe_ray.data.shards.files import ShardReader, padding_token
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples

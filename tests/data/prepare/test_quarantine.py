@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mhmoe_ray.data.prepare.quarantine import EVIDENCE, Limit, entry
+from mhmoe_ray.data.prepare.chunks import EVIDENCE, Limit, entry
 from mhmoe_ray.data.sources import BadLine, RawFile, Reason, Tally
 from tests.data.sources.read import data_spec
 

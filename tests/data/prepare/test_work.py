@@ -4,8 +4,7 @@ import os
 
 from mhmoe_ray.data.prepare import work
 from mhmoe_ray.data.prepare.pipeline import prepare
-from mhmoe_ray.data.prepare.progress import read_progress
-from mhmoe_ray.data.prepare.work import ALIVE, Workplace, at_work, clear, shared_folder
+from mhmoe_ray.data.prepare.work import ALIVE, Workplace, at_work, clear, read_progress, shared_folder
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.storage import write_json
 from tests.data.shards.manifests import manifest_of

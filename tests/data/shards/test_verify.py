@@ -1,7 +1,7 @@
 import shutil
 
+from mhmoe_ray.data.shards.files import problem_with
 from mhmoe_ray.data.shards.manifest import Shard
-from mhmoe_ray.data.shards.verify import problem_with
 from mhmoe_ray.storage import describe_file
 from tests.data.shards.manifests import manifest_of
 from tests.data.shards.verify_by_tasks import problem_of

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mhmoe_ray.data.shards import verify
+from mhmoe_ray.data.shards import files
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.errors import DataError
 
@@ -12,7 +12,7 @@ def problem_of(folder: Path) -> str:
     manifest = read_data_manifest(folder)
     assert manifest is not None
     try:
-        verify.verify_shards(folder, manifest)
+        files.verify_shards(folder, manifest)
     except DataError as e:
         return str(e)
     return "sound"
@@ -20,5 +20,5 @@ def problem_of(folder: Path) -> str:
 
 def problem_by_tasks(folder: Path) -> str:
     """The same by a running Ray. All that this process checks later is much too."""
-    verify.LITTLE = 0
+    files.LITTLE = 0
     return problem_of(folder)

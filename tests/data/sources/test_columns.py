@@ -6,9 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mhmoe_ray.data.sources import Reason
+from mhmoe_ray.data.sources import Reason, columns
 from mhmoe_ray.data.sources.columns import as_bytes
-from mhmoe_ray.data.sources.formats import parquet
 from mhmoe_ray.errors import DataError
 from tests.data.sources.read import bad, items_of, read, texts
 from tests.data.texts import documents
@@ -56,7 +55,7 @@ def test_a_row_group_is_never_held_whole(tmp_path):
 
 def test_a_dictionary_is_checked_once_a_row_group(tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(parquet, "as_bytes", lambda texts: checked.append(len(texts.dictionary)) or as_bytes(texts))
+    monkeypatch.setattr(columns, "as_bytes", lambda texts: checked.append(len(texts.dictionary)) or as_bytes(texts))
     kind = pa.dictionary(pa.int32(), pa.string())
     pq.write_table(table(TEXTS * 20, kind), tmp_path / "f.parquet", row_group_size=3000)
     assert texts(read(tmp_path)[0]) == TEXTS * 20

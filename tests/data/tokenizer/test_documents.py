@@ -6,13 +6,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mhmoe_ray.data.tokenizer import boundaries, document_encoder
-from mhmoe_ray.data.tokenizer.documents import DocumentEncoder
+from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder
 from mhmoe_ray.data.tokenizer.tiktoken import from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
+from tests.data.tokenizer.test_load import BYTES
+from tests.data.tokenizer.words import words
 from tests.llama_tokenizer import llama_tokenizer
-
-from .test_load import BYTES
-from .words import words
 
 TEXTS = ["the moon rises over a quiet sea <s> </s>", "<|endoftext|> is the end", "a boat & a wind"] * 3
 

@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given, settings
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from mhmoe_ray.data.tokenizer.documents import DocumentEncoder, _of_text_alone
-from mhmoe_ray.data.tokenizer.fast import LONGEST_SPACE, _newest_letters_agree, can_encode, fast_encoding
+from mhmoe_ray.data.tokenizer.encoder import (
+    LONGEST_SPACE,
+    DocumentEncoder,
+    _newest_letters_agree,
+    _of_text_alone,
+    can_encode,
+    fast_encoding,
+)
 from mhmoe_ray.data.tokenizer.tiktoken import BYTE_OF_LETTER, PATTERNS, from_tiktoken
 from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
+from tests.data.tokenizer.texts import SCRIPTS, texts
 from tests.llama_tokenizer import llama_tokenizer
-
-from .texts import SCRIPTS, texts
 
 CODE = Path(__file__).read_text()
 TRAINED = train_bpe([*SCRIPTS, CODE] * 2, 1200)

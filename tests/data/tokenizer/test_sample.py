@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.prepare.held_out import is_validation
+from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import RawFile, find_files
-from mhmoe_ray.data.tokenizer import sample
-from mhmoe_ray.data.tokenizer.sample import domain_budgets, file_budgets, sample_texts
+from mhmoe_ray.data.tokenizer import train
+from mhmoe_ray.data.tokenizer.train import domain_budgets, file_budgets, sample_texts
 from tests.data.texts import documents, write_documents
 from tests.specs import tiny_spec
 
@@ -85,7 +85,7 @@ def corpus(tmp_path):
 
 
 def test_a_sample_is_spread_over_every_file(corpus, monkeypatch):
-    monkeypatch.setattr(sample, "MIN_FILE", 10_000)
+    monkeypatch.setattr(train, "MIN_FILE", 10_000)
     spec, files, made = corpus
     found = list(sample_texts(files, spec))
     assert found == list(sample_texts(list(files), spec))
@@ -108,7 +108,7 @@ def test_documents_that_are_held_out_are_as_likely_in_a_sample_as_others(corpus)
 
 
 def test_a_huge_file_is_not_read_to_its_end(corpus, monkeypatch):
-    monkeypatch.setattr(sample, "REACH", 2)
+    monkeypatch.setattr(train, "REACH", 2)
     spec, files, made = corpus
     found = list(sample_texts(files, spec))
     places = [i for t in found for i, text in enumerate(made["one"]) if text.startswith(t)]

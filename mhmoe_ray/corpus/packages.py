@@ -4,11 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mhmoe_ray.data.corpus.readers import Reader
-from mhmoe_ray.data.corpus.readers.code import read_code
-from mhmoe_ray.data.corpus.readers.dictionary import read_dictionary
-from mhmoe_ray.data.corpus.readers.html import pages, questions
-from mhmoe_ray.data.corpus.readers.mallard import read_mallard
+from mhmoe_ray.corpus.readers import Reader, pages, questions, read_code, read_dictionary, read_mallard
 
 Origin = Literal["Debian", "PyPI"]
 

