@@ -15,7 +15,7 @@ from mhmoe_ray.cli import (
     bench_serve,
     bench_train,
 )
-from mhmoe_ray.train import malloc
+from mhmoe_ray.train import driver
 
 app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def as_a_worker(context: typer.Context) -> None:
     """Measure, side by side."""
     # Layers and steps are to take the time that they take in a run: settings of memory are read at a process's start.
     memory_kept = ("layer", "train", "checkpoint", "dispatch")
-    if context.invoked_subcommand in memory_kept and (settings := malloc.settings(os.environ)):
+    if context.invoked_subcommand in memory_kept and (settings := driver.settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 

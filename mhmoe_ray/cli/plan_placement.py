@@ -99,7 +99,7 @@ def _placement(spec: "RunSpec", of: str, nodes: list[Node], shared: bool = False
     places = packed(nodes, cpus, gpus, cluster.world)
     room = len(places)
     if shared and cluster.workers.elastic:
-        room = min(room, int((free - 1) // cpus))  # as train/elastic.py: one CPU is for the stream
+        room = min(room, int((free - 1) // cpus))  # as train/resilience.py: one CPU is for the stream
     count = max((n for n in counts if n <= room), default=0)
     if not count:
         each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")

@@ -2,20 +2,20 @@
 
     job.py          the process of a job: that it began, and how it ended
     driver.py       what it does: prepare data, start workers
-    ray_trainer.py  Ray Train with a run's own rules
-    retries.py elastic.py stream_start.py   those: what is tried again, sizes of groups, where the stream begins
+    resilience.py  Ray Train with a run's own rules
+    resilience.py resilience.py driver.py   those: what is tried again, sizes of groups, where the stream begins
     worker.py       one rank: restore, train, validate, save
-    waiting.py      that workers find no room, for the record
+    resilience.py      that workers find no room, for the record
     watchdog.py     an actor beside the workers that names the one that hangs, and ends it
     worker_failures.py   workers that fail, for the record
-    preemption.py   leaving a node that is to be taken away
-    malloc.py       what a CPU worker's C library is told
+    resilience.py   leaving a node that is to be taken away
+    driver.py       what a CPU worker's C library is told
     step.py         one optimizer step of M micro-batches
     distributed/optimizer.py    AdamW and its schedule
-    digest.py       a fingerprint of what a step read
+    worker.py       a fingerprint of what a step read
     distributed/     mesh, exchange of rows, and how ranks hold what all need
     strategies/     how what all ranks need is held: whole, or in slices
-    checkpoint/save.py checkpoint/load.py hashing.py      checkpoints: written beside training; restored; hashed by all nodes
+    checkpoint/save.py checkpoint/load.py driver.py      checkpoints: written beside training; restored; hashed by all nodes
     telemetry/      where metrics go
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):

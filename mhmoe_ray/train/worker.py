@@ -1,8 +1,12 @@
-"""One rank of a training run: restore, then step, validate and save until done or asked to stop."""
+"""A fingerprint of what a step read: equal for equal samples in equal order, at any number of workers.
 
+One rank of a training run: restore, then step, validate and save until done or asked to stop.
+"""
+
+import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -27,11 +31,25 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.digest import combine_digests, sample_digest
-from mhmoe_ray.train.preemption import PreemptedError, announced
+from mhmoe_ray.train.resilience import PreemptedError, announced
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse
+
+DIGEST_BYTES = 6  # exact in a float64, the type in which ranks exchange their numbers
+
+
+def sample_digest(tokens: np.ndarray) -> int:
+    """Of one micro-batch of token ids, (b, T + 1)."""
+    data = np.ascontiguousarray(tokens, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
+
+
+def combine_digests(digests: Iterable[int]) -> str:
+    """Of the micro-batches of a step, in the step's order."""
+    data = b"".join(d.to_bytes(DIGEST_BYTES, "little") for d in digests)
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
 
 LOG = logging.getLogger("mhmoe")
 LOOK_SECONDS = 1.0

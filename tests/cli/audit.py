@@ -5,7 +5,7 @@ import numpy as np
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.train.digest import combine_digests, sample_digest
+from mhmoe_ray.train.worker import combine_digests, sample_digest
 
 
 def expected_streams(run: RunDir) -> list[str]:

@@ -163,7 +163,7 @@ def test_an_elastic_run_starts_with_as_many_as_there_is_room_for(monkeypatch):
     spec = tiny_spec(cluster=cluster, train={"micro_batches": 8})
     assert spec.worker_counts == [2, 4, 8]
     placed = placed_on(monkeypatch, spec, (3, 0), (3, 0))
-    assert len(placed.layout.nodes) == len(placed.places) == 4  # as train/elastic.py, of the five it has room for
+    assert len(placed.layout.nodes) == len(placed.places) == 4  # as train/resilience.py, of the five it has room for
     assert placed.missing is None
     said = said_of(placed)
     assert said[0] == ("it would start with 4 of at most 8 workers, for which there is room now, and grow later")

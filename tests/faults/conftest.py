@@ -14,8 +14,8 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
-from mhmoe_ray.train.digest import combine_digests, sample_digest
 from mhmoe_ray.train.step import MicroBatch, Trainer
+from mhmoe_ray.train.worker import combine_digests, sample_digest
 from tests.cli.run import mhmoe
 from tests.data.texts import documents, write_documents
 from tests.faults import harness

@@ -26,7 +26,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mhmoe_ray.train import hashing
+from mhmoe_ray.train import driver
 
 
 @ray.remote
@@ -84,9 +84,9 @@ class Helper:
         return bool(accepted)
 
     def describe(self, files: list[str]) -> tuple[list[dict[str, Any]], int]:
-        hashing.ALONE, tasks, options = 0, [], hashing._describe.options
-        with mock.patch.object(hashing._describe, "options", lambda **given: tasks.append(given) or options(**given)):
-            found = list(hashing.describe_together([Path(file) for file in files]))
+        driver.ALONE, tasks, options = 0, [], driver._describe.options
+        with mock.patch.object(driver._describe, "options", lambda **given: tasks.append(given) or options(**given)):
+            found = list(driver.describe_together([Path(file) for file in files]))
         return [entry.model_dump() for entry in found], len(tasks)
 
 

@@ -1,4 +1,4 @@
-"""What ray_trainer.py, retries.py, elastic.py and preemption.py hold on to inside Ray 2.60; tests/several_nodes has
+"""What train/resilience.py, train/resilience.py, train/resilience.py and train/resilience.py hold on to inside Ray 2.60; tests/several_nodes has
 them at work."""
 
 import inspect
@@ -21,11 +21,8 @@ from mhmoe_ray.errors import CheckpointError, JobError, MhmoeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
-from mhmoe_ray.train import retries
-from mhmoe_ray.train.elastic import AllowedSizes
-from mhmoe_ray.train.preemption import PreemptedError
-from mhmoe_ray.train.ray_trainer import RunTrainer
-from mhmoe_ray.train.retries import MistakesAreFinal, error_of_ours
+from mhmoe_ray.train import resilience
+from mhmoe_ray.train.resilience import AllowedSizes, MistakesAreFinal, PreemptedError, RunTrainer, error_of_ours
 from tests.specs import tiny_spec
 
 
@@ -91,9 +88,9 @@ def test_workers_start_again_when_the_run_directory_can_be_read(tmp_path, monkey
     """Each new start reads it at once; so a storage that is away for a minute would cost all tries."""
     run = RunDir(tmp_path)
     run.spec_file.mkdir()  # which nobody can read
-    monkeypatch.setattr(retries, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(resilience, "LOOK_SECONDS", 0.01)
     looks = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: next(looks)(seconds))
+    monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(looks)(seconds))
     failed = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "mend the storage")})
     assert MistakesAreFinal(FailureConfig(max_failures=3), run).make_decision(failed) is FailureDecision.RETRY
     assert capsys.readouterr().out.count("the workers start again when the run directory can be read") == 2

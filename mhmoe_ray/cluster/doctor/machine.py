@@ -16,7 +16,7 @@ from mhmoe_kernels.cpu import TITLES, VARIABLE, cpu_level, is_x86
 from mhmoe_ray.cluster.doctor.finding import Finding
 
 RAY = "2.60"
-"""The minor version whose inner parts training holds on to (train/ray_trainer.py)."""
+"""The minor version whose inner parts training holds on to (train/resilience.py)."""
 EXTRAS = {
     "deepspeed": ("cluster.strategy zero1 to zero3", "the extra deepspeed"),
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),

@@ -24,7 +24,7 @@ from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
 from mhmoe_ray.spec.load import packed
 from mhmoe_ray.storage import describe_file
-from mhmoe_ray.train.digest import sample_digest
+from mhmoe_ray.train.worker import sample_digest
 from tests.data.shards.test_verify import make_folders, told
 from tests.data.texts import write_corpus, write_documents
 from tests.specs import tiny_spec

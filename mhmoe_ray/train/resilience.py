@@ -1,0 +1,209 @@
+"""A run's own rules for Ray Train: which failures are retried, how many workers there are, what a preempted one does.
+
+That workers cannot start for want of room: Ray Train asks again without end, and tells nobody.
+
+A node that is to be taken away: a spot machine's notice, or `ray drain-node` with a deadline.
+
+Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is trained until
+then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group itself. The next
+one starts at that very step, on other nodes or with fewer workers.
+
+Which failures of workers are tried again.
+
+This reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds on to moves.
+
+As many workers as there is room for: what Ray Train does where `cluster.workers` is a range.
+
+Ray Train's own policy takes any number between two and has no public hook. So this reaches into Ray 2.60;
+tests/train/test_ray_trainer.py fails when what it holds on to moves.
+
+Ray Train's trainer with a run's own rules: which failures are tried again, how large a group of workers is, and what
+runs beside it.
+
+None of these has a public hook. So this reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds
+on to moves.
+"""
+
+import os
+import time
+from typing import Any
+
+import ray
+import ray.train
+from ray._private.state import available_resources_per_node, state
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, PreemptionInfo
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from mhmoe_ray.checkpoint.manifest import last_step
+from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
+from mhmoe_ray.runs import events
+from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec import RunSpec
+
+
+def record_waiting(run: RunDir) -> None:
+    """Unless that was said already."""
+    try:
+        if events.state(events.events(run)) != "waiting":
+            events.record(run, "waiting")
+    except (OSError, StorageError) as e:  # no reason not to wait
+        print(f"warning: the workers wait for room, but {e}")
+
+
+class PreemptedError(RayActorError):
+    """Ends a rank of such a group.
+
+    Ray Train has no word for that: a rank that returns ends the run, one that raises has failed. But it forgives the
+    death of an actor whose node was taken away, by this flag of the exception.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(error_msg="a node of the worker group is being taken away", preempted=True)
+
+
+def announced() -> PreemptionInfo | None:
+    """What this rank was told; others may hear of it a step earlier or later.
+
+    `ray.train.get_preemption_info` asks all ranks through an actor, which is too much for every step. It reads this.
+    """
+    info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
+    return info
+
+
+STORAGE_SECONDS, LOOK_SECONDS = 600.0, 5.0
+
+
+class MistakesAreFinal(DefaultFailurePolicy):
+    """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
+    finite. All else is tried again: workers that were killed, and storage, which may come back."""
+
+    def __init__(self, failure_config: FailureConfig, run: RunDir) -> None:
+        super().__init__(failure_config)
+        self._run = run
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            record_waiting(self._run)
+        mistake = error_of_ours(training_failed_error)
+        if mistake and not isinstance(mistake, CheckpointError | StorageError):
+            return FailureDecision.RAISE
+        _wait_for_storage(self._run)
+        return super().make_decision(training_failed_error)
+
+
+def _wait_for_storage(run: RunDir) -> None:
+    """Until the run directory can be read, but not for ever: each new start reads it at once, and would fail."""
+    deadline = time.monotonic() + STORAGE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            run.spec_file.read_bytes()
+            return
+        except FileNotFoundError:  # somebody removed the run, as the new start will say
+            return
+        except OSError as e:
+            print(f"warning: the workers start again when the run directory can be read: {e}")
+            time.sleep(LOOK_SECONDS)
+
+
+def error_of_ours(error: Exception) -> MhmoeError | None:
+    """That of any rank inside an error of Ray Train's; when one rank fails, others fail in their exchanges with it."""
+    causes = getattr(error, "worker_failures", {}).values()
+    return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)
+
+
+class AllowedSizes(ElasticScalingPolicy):
+    """The largest allowed number of workers that there is room for.
+
+    Ray ends a group to let it grow, in the middle of a step. So growth is considered once after each checkpoint, seen
+    within a poll: what was trained since is done again, and nothing else is lost. A healthy group never shrinks.
+    """
+
+    def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:
+        super().__init__(scaling_config)
+        self._run, self._steps, self._sizes = run, spec.train.steps, spec.worker_counts
+        self._considered, self._waits = -1, False
+        self._holding: int | None = 0
+        """Workers whose resources are not among the free ones; None where a group that failed may still have its."""
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._maybe_send_resource_request()  # it would expire
+        self._holding = None
+        now = worker_group_state.num_workers
+        try:
+            saved = last_step(self._run)
+            over = saved >= self._steps or self._run.stop_file.exists()
+        except OSError:  # the storage is asked again at the next poll
+            return NoopDecision()
+        if saved == self._considered or over:
+            return NoopDecision()
+        self._considered, self._holding = saved, now
+        decision: ScalingDecision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        self._holding = None
+        return decision if isinstance(decision, ResizeDecision) and decision.num_workers > now else NoopDecision()
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        decision: ScalingDecision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            self._holding = 0  # if this start fails, for what others hold, the next one is of what is free
+            self._waits = False
+        else:
+            if not self._waits:
+                record_waiting(self._run)
+            self._waits = True
+            time.sleep(1.0)  # Ray asks again at once
+        return decision
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Ray goes by what it reserved, on nodes that are dying or held by others too, and up to 20 s ago."""
+        leaving = state.get_draining_nodes()
+        nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
+        room = int(super()._count_possible_workers(nodes))
+        if self._holding is not None:
+            free = available_resources_per_node()
+            room = min(room, self._holding + super()._count_possible_workers({n: free.get(n, {}) for n in nodes}))
+        cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
+        # One is for the stream, or no step would begin.
+        room = min(room, int((cpus - 1) // self.scaling_config._resources_per_worker_not_none["CPU"]))
+        return max((size for size in self._sizes if size <= room), default=0)
+
+
+class RunTrainer(TorchTrainer):
+    def __init__(self, run: RunDir, spec: RunSpec, **given: Any) -> None:
+        super().__init__(_train_worker, **given)
+        self._run, self._spec = run, spec
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # It frees what workers had of a controller that died: by a process of each run on the head, which asks for the
+        # controller every second. Ours is of the run's job, which ends with it, and with the job all that it reserved.
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        given["failure_policy"] = MistakesAreFinal(self.run_config.failure_config, self._run)
+        if self._spec.cluster.workers.elastic:
+            # For a placement that was counted beforehand. One that waits counts on a node that is dead without Ray
+            # knowing it, for some 20 s; for as long as Ray would wait, nobody would train.
+            os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "15")
+            given["scaling_policy"] = AllowedSizes(self.scaling_config, self._run, self._spec)
+        return super()._initialize_and_run_controller(**given)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    # Imported only by workers: it takes a second, in which the job would not even have asked for them.
+    from mhmoe_ray.train.worker import train_worker
+
+    train_worker(config)
