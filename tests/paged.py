@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.engine.blocks import blocks_for
-from mhmoe_ray.serve.engine.paged import PagedCache, PagedStep, Span
+from mhmoe_ray.serve.engine.block_pool import blocks_for
+from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep, Span
 
 
 def in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:

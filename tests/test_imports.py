@@ -15,7 +15,11 @@ JOBS_AND_ACTORS = (
 )
 
 READING = ("mhmoe_ray.report.page", "mhmoe_ray.report.table", "mhmoe_ray.evaluate.activation", "mhmoe_ray.cli.routing")
-SERVING = ("mhmoe_ray.serve.own_engine", "mhmoe_ray.checkpoint.load", "mhmoe_ray.checkpoint.huggingface.export")
+SERVING = (
+    "mhmoe_ray.serve.engine.torch_engine",
+    "mhmoe_ray.checkpoint.load",
+    "mhmoe_ray.checkpoint.huggingface.export",
+)
 
 
 def assert_goes_without(unwanted: str, names: tuple[str, ...]) -> None:

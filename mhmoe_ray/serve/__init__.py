@@ -5,12 +5,12 @@ app.py             what Serve builds from it: one deployment, one engine per rep
 http/              routes, and the shapes of requests, answers and errors
 answer.py          prompt in, pieces of text out
 chat_template.py   conversations to prompts
-text.py            tokens to text that is never taken back
+detokenizer.py            tokens to text that is never taken back
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 load.py            from a checkpoint to what answers
-engines.py         engines by name; where one is added
-own_engine.py      our own around a model in memory
-packed_model.py    a model's matrices packed for inference on a CPU
-ray_metrics.py     what an engine counts, as Ray's metrics
+load.py         engines by name; where one is added
+serve/engine/torch_engine.py      our own around a model in memory
+serve/engine/packed_model.py    a model's matrices packed for inference on a CPU
+metrics.py     what an engine counts, as Ray's metrics
 """

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.chat_template import ChatTemplate
+from mhmoe_ray.serve.detokenizer import TextDecoder, TextStream, TokenBytes
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
-from mhmoe_ray.serve.text import TextDecoder, TextStream, TokenBytes
 
 
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -13,13 +13,13 @@ from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serve.answer import edge_texts
+from mhmoe_ray.serve.api.access import Limits, Spent, any_limit
+from mhmoe_ray.serve.api.app import create_app, told
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
-from mhmoe_ray.serve.engines import check_engine
-from mhmoe_ray.serve.http.app import create_app, told
-from mhmoe_ray.serve.http.limits import Limits, Spent, any_limit
-from mhmoe_ray.serve.ray_metrics import follow
+from mhmoe_ray.serve.load import check_engine
+from mhmoe_ray.serve.metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.storage import location
 

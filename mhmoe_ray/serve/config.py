@@ -12,7 +12,7 @@ LIMITS = "limits"
 """A deployment beside it, where keys have limits."""
 ENVIRONMENT = {
     # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.http.proxy:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.api.proxy:middlewares",
     # Serve's replicas and proxies hand a token on from thread to thread, and log each request on its way, unless told
     # otherwise. Engines compute in a thread of their own.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -17,7 +17,7 @@ from mhmoe_ray.checkpoint.huggingface.config import is_mixtral
 from mhmoe_ray.errors import JobError
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.sizes import sizes
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from tests.cli.run import mhmoe_anew
 from tests.serve.conftest import running

@@ -9,7 +9,7 @@ from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.cli.generate import generate
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.engine import Sampling
-from mhmoe_ray.serve.engine.sampling import Chooser
+from mhmoe_ray.serve.engine.sampler import Chooser
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.cli.run import assert_one_line, command, mhmoe

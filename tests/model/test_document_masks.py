@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.model.attention import document_mask
-from mhmoe_ray.serve.engine.paged import PagedCache, PagedStep
+from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep
+from tests.model.test_decoder import KINDS, build, tokens
 from tests.paged import in_parts
-
-from .test_decoder import KINDS, build, tokens
 
 LENGTHS = [[7, 1, 12], [13, 7], [20]]
 """Of the documents in each sample of a batch."""

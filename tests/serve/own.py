@@ -6,7 +6,7 @@ from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.chat_template import ChatTemplate
-from mhmoe_ray.serve.own_engine import own_engine
+from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 

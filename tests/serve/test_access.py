@@ -10,14 +10,13 @@ import pytest
 
 from mhmoe_ray.cli.serve_choice import with_keys
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.serve.api.access import Bucket, Limits
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.engine import Request, Sampling
-from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.http.limits import Bucket, Limits
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serve.asking import call
+from tests.serve.conftest import SEQ_LEN, build_model
 from tests.serve.own import answerer_of
-
-from .asking import call
-from .conftest import SEQ_LEN, build_model
 
 BODY = {"prompt": "the quick", "temperature": 0, "max_tokens": 8}
 

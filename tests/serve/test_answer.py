@@ -5,13 +5,12 @@ import asyncio
 import pytest
 
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.detokenizer import TextDecoder, TokenBytes
 from mhmoe_ray.serve.engine import Request, Sampling
-from mhmoe_ray.serve.text import TextDecoder, TokenBytes
 from tests.llama_tokenizer import llama_tokenizer
+from tests.serve.asking import pieces
+from tests.serve.conftest import SEQ_LEN
 from tests.serve.test_text import DECODERS, TOKENIZERS
-
-from .asking import pieces
-from .conftest import SEQ_LEN
 
 GREEDY = Sampling(max_tokens=20, temperature=0)
 

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mhmoe_ray.serve.engine.blocks import BLOCK, BlockPool, blocks_for, names
+from mhmoe_ray.serve.engine.block_pool import BLOCK, BlockPool, blocks_for, names
 
 SIZE = 6
 

@@ -6,8 +6,8 @@ import openai
 import pytest
 
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.chat_template import ChatTemplate
-from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call

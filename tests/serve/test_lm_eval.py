@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.spec import ServeSpec
-
-from .conftest import build_model, running
+from tests.serve.conftest import build_model, running
 
 pytestmark = pytest.mark.system
 

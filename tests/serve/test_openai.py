@@ -6,10 +6,9 @@ import openai
 import pytest
 import torch
 
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.spec import KeySpec, ServeSpec
-
-from .conftest import SEQ_LEN, build_model, running
+from tests.serve.conftest import SEQ_LEN, build_model, running
 
 KEY = "a key of ours"
 

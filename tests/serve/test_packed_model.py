@@ -5,10 +5,9 @@ import torch
 
 from mhmoe_kernels import packed
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.packed_model import pack
+from mhmoe_ray.serve.engine.packed_model import pack
 from mhmoe_ray.spec import ModelSpec
-
-from .conftest import SPEC, build_model
+from tests.serve.conftest import SPEC, build_model
 
 pytestmark = [
     pytest.mark.cpu,

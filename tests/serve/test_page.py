@@ -7,12 +7,11 @@ import shutil
 
 import pytest
 
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.spec import KeySpec, ServeSpec
+from tests.serve.asking import call
+from tests.serve.conftest import build_model, running
 from tests.serve.own import answerer_of
-
-from .asking import call
-from .conftest import build_model, running
 
 KEY = KeySpec(name="ann", sha256=hashlib.sha256(b"secret").hexdigest())
 

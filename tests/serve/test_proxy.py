@@ -5,9 +5,8 @@ import json
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from mhmoe_ray.serve.http.proxy import OpenAIErrors
-
-from .asking import call
+from mhmoe_ray.serve.api.proxy import OpenAIErrors
+from tests.serve.asking import call
 
 
 def through(app, path="/v1/completions"):

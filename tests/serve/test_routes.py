@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mhmoe_ray.serve.answer import Answerer, ScoredText
+from mhmoe_ray.serve.api.app import create_app
+from mhmoe_ray.serve.api.completions import _tops
+from mhmoe_ray.serve.api.schema import MOST_CHOICES
 from mhmoe_ray.serve.chat_template import ChatTemplate
-from mhmoe_ray.serve.http.app import create_app
-from mhmoe_ray.serve.http.completions import _tops
-from mhmoe_ray.serve.http.schema import MOST_CHOICES
 from mhmoe_ray.spec import ServeSpec
 from tests.llama_tokenizer import llama_tokenizer
+from tests.serve.asking import call
+from tests.serve.conftest import SEQ_LEN, TEXT, build_model, build_tokenizer
 from tests.serve.own import answerer_of
-
-from .asking import call
-from .conftest import SEQ_LEN, TEXT, build_model, build_tokenizer
 
 
 @pytest.fixture

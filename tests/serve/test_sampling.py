@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.serve.engine import Sampling, sampling
-from mhmoe_ray.serve.engine.sampling import Chooser, scored
+from mhmoe_ray.serve.engine import Sampling, sampler
+from mhmoe_ray.serve.engine.sampler import Chooser, scored
 
 logits = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12)
 
@@ -67,8 +67,8 @@ def test_a_draw_is_among_those_that_sorting_all_of_them_leaves(seed, tokens, kin
     logits_V = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(seed)) * (12.0 / kinds)
     probability_V = logits_V.double().softmax(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "FRONT", front)
-        found = sampling._among(probability_V, Sampling(1, 1, top_k=top_k, top_p=top_p, min_p=min_p)).tolist()
+        patch.setattr(sampler, "FRONT", front)
+        found = sampler._among(probability_V, Sampling(1, 1, top_k=top_k, top_p=top_p, min_p=min_p)).tolist()
     order = probability_V.sort(descending=True, stable=True).indices.tolist()
     left = [t for t in order if probability_V[t] >= min_p * probability_V[order[0]]][: top_k or None]
     mass = probability_V[left].sum()

@@ -6,8 +6,8 @@ import pytest
 from pydantic import BaseModel
 
 from mhmoe_ray.serve.answer import Piece
-from mhmoe_ray.serve.http.access import Client
-from mhmoe_ray.serve.http.stream import CHUNK_SECONDS, LONGEST_SECONDS, Answers, Pace
+from mhmoe_ray.serve.api.access import Client
+from mhmoe_ray.serve.api.stream import CHUNK_SECONDS, LONGEST_SECONDS, Answers, Pace
 
 TOKEN_SECONDS = 0.01
 TOKENS = 101

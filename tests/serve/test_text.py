@@ -3,10 +3,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.tokenizer.train import train_unigram
-from mhmoe_ray.serve.text import TextDecoder, TextStream
+from mhmoe_ray.serve.detokenizer import TextDecoder, TextStream
 from tests.llama_tokenizer import llama_tokenizer
-
-from .conftest import TEXT, build_tokenizer
+from tests.serve.conftest import TEXT, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 UNIGRAM = train_unigram(TEXT * 2, 330)

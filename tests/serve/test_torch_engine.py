@@ -8,15 +8,13 @@ import torch
 
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.serve.engine import BusyError, EngineError, Request, Sampling
-from mhmoe_ray.serve.engine.schedule import PIECE
-from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine
-from mhmoe_ray.serve.own_engine import suit_to_cpu
+from mhmoe_ray.serve.engine.scheduler import PIECE
+from mhmoe_ray.serve.engine.torch_engine import BUDGET, TorchEngine, suit_to_cpu
 from mhmoe_ray.spec import ServeSpec
 from tests.paged import in_parts
+from tests.serve.asking import together, tokens
+from tests.serve.conftest import SEQ_LEN, SPEC, build_model
 from tests.serve.own import answerer_of
-
-from .asking import together, tokens
-from .conftest import SEQ_LEN, SPEC, build_model
 
 GREEDY = Sampling(max_tokens=20, temperature=0)
 KNOWN = 300

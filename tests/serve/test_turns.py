@@ -1,4 +1,4 @@
-from mhmoe_ray.serve.engine.turns import Turns
+from mhmoe_ray.serve.engine.scheduler import Turns
 
 
 def test_clients_take_turns_each_in_its_own_order():

@@ -12,7 +12,7 @@ import torch
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.serve.engine import Engine, Request, Sampling
-from mhmoe_ray.serve.own_engine import own_engine
+from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 NAME = "bench"

@@ -17,7 +17,7 @@ from mhmoe_ray.bench.serve.engines import NAME, Place
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serve.http.app import create_app
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 
 START_SECONDS = 300

@@ -9,8 +9,7 @@ from copy import deepcopy
 from threading import Condition, Thread
 from typing import Generic, TypeVar
 
-from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Update
-from mhmoe_ray.serve.engine.stats import Stats
+from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Stats, Update
 
 RECENT = 10.0
 

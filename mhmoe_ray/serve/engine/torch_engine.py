@@ -1,7 +1,9 @@
 """The engine of our own decoder: one process, a CPU or one GPU.
 
 Each round is a step of the model for all requests together. On a CPU an answer is the same to the last bit whatever
-else is in the batch (`paged.py`).
+else is in the batch (`paged_cache.py`).
+
+Our own engine around a model in memory.
 """
 
 import time
@@ -9,14 +11,17 @@ import time
 import torch
 from torch import Tensor
 
+from mhmoe_kernels import packed
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.engine.blocks import BlockPool, blocks_for
-from mhmoe_ray.serve.engine.paged import PagedCache, PagedStep, Span
-from mhmoe_ray.serve.engine.request import EngineError, Request, Scored, Update
-from mhmoe_ray.serve.engine.sampling import Chooser, scored
-from mhmoe_ray.serve.engine.schedule import Part, Scheduler, Sequence
-from mhmoe_ray.serve.engine.stats import Stats
+from mhmoe_ray.model.feedforward import matrices
+from mhmoe_ray.serve.engine.block_pool import BlockPool, blocks_for
+from mhmoe_ray.serve.engine.packed_model import pack
+from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep, Span
+from mhmoe_ray.serve.engine.request import EngineError, Request, Scored, Stats, Update
+from mhmoe_ray.serve.engine.sampler import Chooser, scored
+from mhmoe_ray.serve.engine.scheduler import Part, Scheduler, Sequence
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine
+from mhmoe_ray.spec import ServeSpec
 
 BUDGET = {"cpu": 256, "cuda": 2048}
 """Tokens of prompts in a step, about."""
@@ -181,3 +186,55 @@ def _prompt_scores(part: Part, logits_RV: Tensor) -> list[Scored]:
     first = [Scored(sequence.ids[0])] if part.start == 0 else []
     tokens = sequence.ids[part.start + 1 : part.start + 1 + part.tokens]
     return first + scored(logits_RV[: len(tokens)], tokens, request.logprobs or 0)
+
+
+def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, spec: ServeSpec) -> TorchEngine:
+    """Our own engine with a model in memory; see `TorchEngine`.
+
+    Args:
+        model: with all experts, in evaluation mode, float32; the engine's own from now on.
+        ends: tokens that end an answer.
+        known: tokens that may be chosen, from 0.
+        seq_len: tokens that prompt and answer may have together.
+        spec: precision, and how many requests.
+    """
+    dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+    if dtype == torch.bfloat16:
+        _halve(model)
+    if spec.gpus_per_replica:
+        model.to("cuda")  # after that: whole, it may not fit
+    if model.embedding.weight.device.type == "cpu":
+        suit_to_cpu(model, dtype)
+    return TorchEngine(
+        model,
+        dtype,
+        ends,
+        known,
+        seq_len,
+        concurrency=spec.max_concurrency,
+        queue=spec.max_waiting,
+        threads=spec.cpus_per_replica,
+        cache_tokens=spec.cache_tokens,
+    )
+
+
+def suit_to_cpu(model: Decoder, dtype: torch.dtype) -> None:
+    """Give a model, in place, the products in which what a row gives depends on no other row.
+
+    Args:
+        model: with all experts, on a CPU.
+        dtype: of its matrices.
+    """
+    if packed.why_not(dtype) is None:
+        pack(model)
+    else:
+        for layer in model.moe_layers():
+            layer.experts.kernel = "padded"
+
+
+def _halve(model: Decoder) -> None:
+    """Weights of matrix products in bfloat16; not the routers', nor those of norms."""
+    for name in matrices(model):
+        if ".router." not in name:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(torch.bfloat16)

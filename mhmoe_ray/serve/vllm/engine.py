@@ -23,10 +23,9 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from mhmoe_ray.checkpoint.manifest import Manifest
-from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, Sampling, Scored, Update
-from mhmoe_ray.serve.engine.stats import Stats
+from mhmoe_ray.serve.engine.request import EngineError, FinishReason, Request, Sampling, Scored, Stats, Update
+from mhmoe_ray.serve.engine.scheduler import Turns
 from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine, Ticket
-from mhmoe_ray.serve.engine.turns import Turns
 from mhmoe_ray.serve.vllm.folder import FORMAT, check_fits, write_folder
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
@@ -119,7 +118,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
                 enable_expert_parallel=spec.expert_parallel,
                 # Compiling takes half a minute at each start, and gains a fifth of the time of a step on a CPU.
                 enforce_eager=self._on_cpu,
-                worker_extension_cls="mhmoe_ray.serve.vllm.worker.WorkerExtension",
+                worker_extension_cls="mhmoe_ray.serve.vllm.plugin.WorkerExtension",
             ).create_engine_config()
             engine = LLMEngine(
                 config,

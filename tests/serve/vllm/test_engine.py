@@ -7,16 +7,15 @@ import torch
 
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serve.api.app import create_app
 from mhmoe_ray.serve.engine import EngineError, Request, Sampling
-from mhmoe_ray.serve.http.app import create_app
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.serve.asking import call, together, tokens
 from tests.serve.conftest import SEQ_LEN, build_model, save
 from tests.serve.test_torch_engine import KNOWN, argmax_loop, mixed, prompts
+from tests.serve.vllm.conftest import GREEDY, SPEC, greedy_of_32, served
 from tests.watch import wait_until
-
-from .conftest import GREEDY, SPEC, greedy_of_32, served
 
 
 @pytest.fixture(scope="module")

@@ -298,7 +298,7 @@ class Detokenized(BaseModel):
 class AllStats(BaseModel):
     model: str
     replicas: list[dict[str, Any]]
-    """What each one's engine counts (`serve/engine/stats.py`)."""
+    """What each one's engine counts (`serve/engine/request.py`)."""
 
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.padded import MULTIPLE
-from mhmoe_ray.serve.engine.blocks import BLOCK, blocks_for
+from mhmoe_ray.serve.engine.block_pool import BLOCK, blocks_for
 from mhmoe_ray.spec import ModelSpec
 
 

@@ -2,11 +2,11 @@
 
 app.py           all routes; the small ones are here
 completions.py   /v1/completions
-chat.py          /v1/chat/completions
-page.py          / (page.html)
-metrics.py       what /metrics says
+completions.py          /v1/chat/completions
+app.py          / (page.html)
+serve/metrics.py       what /metrics says
 access.py        who may ask, and how large a request may be
-limits.py        how much each client may have a minute
+access.py        how much each client may have a minute
 stream.py        pieces of answers: merged, counted, as events
 schema.py        shapes of requests, answers and errors
 service.py       what routes share

@@ -1,19 +1,23 @@
-"""The HTTP server, as a FastAPI application around one engine. Ray Serve runs it; nothing here knows of Ray."""
+"""The HTTP server, as a FastAPI application around one engine, with the page at /. Ray Serve runs it; nothing here
+knows of Ray.
+"""
 
+import base64
+import hashlib
+import re
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mhmoe_ray.serve.answer import Answerer
-from mhmoe_ray.serve.engine import EngineError
-from mhmoe_ray.serve.http import chat, completions, page
-from mhmoe_ray.serve.http.access import Access, SmallBodies
-from mhmoe_ray.serve.http.errors import HANDLERS, RESPONSES
-from mhmoe_ray.serve.http.limits import Counter, Limits
-from mhmoe_ray.serve.http.metrics import exposition
-from mhmoe_ray.serve.http.schema import (
+from mhmoe_ray.serve.api import completions
+from mhmoe_ray.serve.api.access import Access, Counter, Limits, SmallBodies
+from mhmoe_ray.serve.api.errors import HANDLERS, RESPONSES
+from mhmoe_ray.serve.api.schema import (
     AllStats,
     Detokenized,
     DetokenizeRequest,
@@ -23,8 +27,34 @@ from mhmoe_ray.serve.http.schema import (
     TokenizerInfo,
     Tokens,
 )
-from mhmoe_ray.serve.http.service import Service
+from mhmoe_ray.serve.api.service import Service
+from mhmoe_ray.serve.engine import EngineError
+from mhmoe_ray.serve.metrics import exposition
 from mhmoe_ray.spec import ServeSpec
+
+
+def page_router() -> APIRouter:
+    routes = APIRouter()
+    text = files(__package__).joinpath("page.html").read_text("utf-8")
+    headers = {"Content-Security-Policy": _policy(text), "X-Content-Type-Options": "nosniff"}
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
+    return routes
+
+
+def _policy(page: str) -> str:
+    """Its own script and style, by their hashes, this server, and nothing else."""
+
+    def hashed(tag: str) -> str:
+        [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+
+    sources = f"script-src 'sha256-{hashed('script')}'; style-src 'sha256-{hashed('style')}'; connect-src 'self'"
+    return f"default-src 'none'; {sources}; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+
 
 Everyone = Callable[[], Awaitable[list[dict[str, Any]]]]
 
@@ -51,8 +81,8 @@ def create_app(
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
     app.add_middleware(SmallBodies, most=spec.max_body_bytes)
     app.include_router(completions.completions_router(service), responses=RESPONSES)
-    app.include_router(page.page_router())
-    app.include_router(chat.chat_router(service), responses=RESPONSES)
+    app.include_router(page_router())
+    app.include_router(completions.chat_router(service), responses=RESPONSES)
     app.include_router(
         _others(service, replica, everyone), dependencies=[Depends(service.access.client)], responses=RESPONSES
     )

@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from mhmoe_ray.serve.answer import Piece
+from mhmoe_ray.serve.api.access import Client
+from mhmoe_ray.serve.api.errors import RequestError, body_of
+from mhmoe_ray.serve.api.schema import Usage
 from mhmoe_ray.serve.engine import BusyError, EngineError
-from mhmoe_ray.serve.http.access import Client
-from mhmoe_ray.serve.http.errors import RequestError, body_of
-from mhmoe_ray.serve.http.schema import Usage
 
 Pieces = AsyncGenerator[tuple[int, Piece]]
 """Each with the number of its choice."""

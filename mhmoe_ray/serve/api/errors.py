@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from mhmoe_ray.serve.api.schema import ErrorBody, ErrorDetail, ErrorType
 from mhmoe_ray.serve.engine import BusyError, EngineError
-from mhmoe_ray.serve.http.schema import ErrorBody, ErrorDetail, ErrorType
 
 logger = logging.getLogger("ray.serve")
 INTERNAL = ErrorBody(error=ErrorDetail(message="the server failed; its log says why", type="server_error"))

@@ -8,7 +8,7 @@ in a local cluster of ours.
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mhmoe_ray.serve.http.errors import RequestError, body_of, error_response
+from mhmoe_ray.serve.api.errors import RequestError, body_of, error_response
 
 LOST = RequestError(503, "the replica that worked on this request has ended; send it again", code="lost", retry_after=1)
 

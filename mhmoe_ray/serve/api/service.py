@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.api.access import Access, Client
+from mhmoe_ray.serve.api.errors import RequestError
+from mhmoe_ray.serve.api.schema import Choosing
+from mhmoe_ray.serve.api.stream import Answers, Pace, late
 from mhmoe_ray.serve.engine import Request
-from mhmoe_ray.serve.http.access import Access, Client
-from mhmoe_ray.serve.http.errors import RequestError
-from mhmoe_ray.serve.http.schema import Choosing
-from mhmoe_ray.serve.http.stream import Answers, Pace, late
 from mhmoe_ray.spec import ServeSpec
 
 logger = logging.getLogger("ray.serve")
