@@ -20,8 +20,7 @@ from mhmoe_ray.cli.complete import STORAGE
 from mhmoe_ray.cli.evaluating import SAMPLES, evaluation_of, make_request
 
 if TYPE_CHECKING:
-    from mhmoe_ray.evaluate.request import Evaluation
-    from mhmoe_ray.evaluate.score import Score
+    from mhmoe_ray.evaluate.request import Evaluation, Score
 
 
 TextOption = Annotated[

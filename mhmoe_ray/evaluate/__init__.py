@@ -1,10 +1,10 @@
 """What a checkpoint knows and where it sends its tokens: on held-out text, on any text, and on tasks.
 
     request.py      what is asked, and the answer
-    samples.py      text as samples of a model's length, domain by domain
-    score.py        loss, perplexity, bits per byte
-    counts.py       which experts tokens go to
-    routing.py      counts that as the model computes
+    measure.py      text as samples of a model's length, domain by domain
+    request.py        loss, perplexity, bits per byte
+    request.py       which experts tokens go to
+    measure.py      counts that as the model computes
     activation.py   what such counts say of the use of experts
     measure.py      losses and routes of a checkpoint
     harness.py      the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mhmoe_ray.evaluate.counts import RoutingCounts
+from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.runs import metrics
 
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

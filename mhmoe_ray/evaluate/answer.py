@@ -13,10 +13,8 @@ from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
-from mhmoe_ray.evaluate.measure import measure
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
-from mhmoe_ray.evaluate.samples import DomainSamples, held_out, of_text
-from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.evaluate.measure import DomainSamples, held_out, measure, of_text
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, Score, store
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 

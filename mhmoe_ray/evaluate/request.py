@@ -1,16 +1,84 @@
-"""What `mhmoe eval` asks of its job, and what it gets; kept in the run directory."""
+"""What `mhmoe eval` asks of its job and what it gets, with what predicting a text cost and where its tokens went.
+
+Where the tokens of some text go, as it is kept: read without torch.
+
+What predicting a text cost.
+
+What `mhmoe eval` asks of its job, and what it gets; kept in the run directory.
+"""
 
 import hashlib
 import json
-from typing import Any
+import math
+from typing import Any, Self
 
 from pydantic import BaseModel
 
-from mhmoe_ray.evaluate.counts import RoutingCounts
-from mhmoe_ray.evaluate.score import Score
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, write_json
+
+
+class RoutingCounts(BaseModel):
+    """Of some text. L mixture-of-experts layers, E experts, h heads, k choices of each sub-token."""
+
+    tokens: int
+    counts: list[list[int]]
+    """L x E: routes."""
+    tokens_of: list[list[int]]
+    """L x E: tokens of which at least one sub-token goes there."""
+    distinct: list[list[int]]
+    """L x (h*k + 1): tokens by the number of different experts that their sub-tokens go to together."""
+    agreement: list[list[list[int]]]
+    """L x h x h: tokens whose sub-tokens i and j have the same first choice."""
+    first_weight: list[float]
+    """L: sum of the first choices' weights over all sub-tokens."""
+
+
+class Score(BaseModel):
+    nats: float = 0.0
+    """Sum of the tokens' losses."""
+    tokens: int = 0
+    """Predicted."""
+    text_bytes: int = 0
+    """Of the predicted tokens, UTF-8."""
+    unknown: int = 0
+    """Of the predicted tokens, those that stand for any text."""
+
+    def __add__(self, other: Self) -> "Score":
+        return Score(
+            nats=self.nats + other.nats,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+            unknown=self.unknown + other.unknown,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float | None:
+        return metrics.perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers, which losses per token are not. None where nobody knows how many bytes these
+        are."""
+        if self.unknown or not self.text_bytes:
+            return None
+        return self.nats / math.log(2) / self.text_bytes
+
+    def figures(self) -> dict[str, float | None]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.text_bytes,
+        }
 
 
 class EvalRequest(BaseModel):

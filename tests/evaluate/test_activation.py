@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.evaluate import activation
-from mhmoe_ray.evaluate.counts import RoutingCounts
+from mhmoe_ray.evaluate.request import RoutingCounts
 
 
 def counts_of(routes, heads=1):

@@ -2,8 +2,8 @@
 
 from mhmoe_ray.data.sources import Reading
 from mhmoe_ray.data.tokenizer import DocumentEncoder
-from mhmoe_ray.evaluate import samples
-from mhmoe_ray.evaluate.samples import of_text
+from mhmoe_ray.evaluate import measure
+from mhmoe_ray.evaluate.measure import of_text
 from tests.data.sources.read import data_spec
 from tests.serve.conftest import build_tokenizer
 
@@ -15,7 +15,7 @@ def test_no_file_of_a_domain_that_has_its_samples_is_opened(tmp_path, monkeypatc
         opened.append(file.path.rpartition("/")[2])
         return Reading(file, data)
 
-    monkeypatch.setattr(samples, "Reading", reading)
+    monkeypatch.setattr(measure, "Reading", reading)
     for name in ("a/1", "a/2", "a/3", "b/1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.txt").write_text("the cat sat on the mat " * (1 if name == "a/1" else 50))
