@@ -83,17 +83,17 @@ def use(
     For example `mhmoe cluster use lab --address http://head:8265 --token-file ~/lab-token`; `mhmoe cluster use local`
     goes back.
     """
-    from mhmoe_ray.cluster import contexts
+    from mhmoe_ray.cluster import connect
     from mhmoe_ray.cluster.connect import normalised
 
-    chosen = contexts.use(name, normalised(address) if address else None, token_file)
+    chosen = connect.use(name, normalised(address) if address else None, token_file)
     out.print(f"commands speak to {name}" + (f", {chosen.address}" if chosen else ", the cluster on this machine"))
 
 
 @app.command("list")
 def list_(json: JsonOption = False) -> None:
     """List clusters that have names, and which of them commands speak to."""
-    from mhmoe_ray.cluster.contexts import LOCAL, read_contexts
+    from mhmoe_ray.cluster.connect import LOCAL, read_contexts
 
     found = read_contexts()
     if json:
@@ -110,9 +110,9 @@ def list_(json: JsonOption = False) -> None:
 @app.command()
 def forget(name: NameArg) -> None:
     """Give a cluster's name up; nothing happens to the cluster."""
-    from mhmoe_ray.cluster import contexts
+    from mhmoe_ray.cluster import connect
 
-    contexts.forget(name)
+    connect.forget(name)
     out.print(f"{name} is forgotten")
 
 

@@ -11,7 +11,7 @@ from mhmoe_ray.cli.preparing import PreparingView
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.run_outcome import Outcome
+    from mhmoe_ray.cluster.runs import Outcome
     from mhmoe_ray.runs.directory import RunDir
 
 
@@ -60,8 +60,8 @@ def _show_last_lines(run: "RunDir") -> None:
 
 def _watch(run: "RunDir", connection: "Connection", view: "_View", for_ever: bool) -> "Outcome":
     """Refresh the view until the run is over. A cluster or a storage that is slow to answer does not end it."""
-    from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 
     asked, patience = time.monotonic(), Patience(say, for_ever=for_ever)
     while True:

@@ -8,14 +8,14 @@ from mhmoe_ray.cli.connecting import cluster_to_train, name_of
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.cluster.run_outcome import Outcome
+    from mhmoe_ray.cluster.runs import Outcome
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
 
 
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
     """Submit the next attempt, and say so."""
-    from mhmoe_ray.cluster.run_start import start_attempt
+    from mhmoe_ray.cluster.runs import start_attempt
 
     job = start_attempt(run, spec, connection)
     note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)
@@ -49,7 +49,7 @@ def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome":
         TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
+    from mhmoe_ray.cluster.runs import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
 
     while True:

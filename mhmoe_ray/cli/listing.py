@@ -53,7 +53,7 @@ def list_(
 
 
 def _row(run: "RunDir", connected: "Callable[[str], Connection]") -> dict[str, Any]:
-    from mhmoe_ray.cluster.run_status import state_of
+    from mhmoe_ray.cluster.runs import state_of
     from mhmoe_ray.errors import SpecError
     from mhmoe_ray.runs import events, metrics
 

@@ -71,8 +71,8 @@ def logs(
 
 def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
     """What it prints goes to one file and what it logs to another; the first is mostly empty."""
-    from mhmoe_ray.cluster.logs import process_log
-    from mhmoe_ray.cluster.run_outcome import recorded_outcome
+    from mhmoe_ray.cluster.nodes import process_log
+    from mhmoe_ray.cluster.runs import recorded_outcome
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
@@ -95,8 +95,8 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
 def _until_over(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
     """Those that came before the run's end. Ray follows a file that nobody writes any more for ever, so they are waited
     for in a thread, which ends with the process."""
-    from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.run_outcome import outcome
+    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.runs import outcome
 
     told, patience, over = Queue[str | Exception | None](), Patience(say), None
 

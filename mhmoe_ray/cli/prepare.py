@@ -68,7 +68,7 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     Raises:
         MhmoeError: it failed, as it says itself.
     """
-    from mhmoe_ray.cluster.patience import Patience
+    from mhmoe_ray.cluster.dashboard import Patience
     from mhmoe_ray.data.prepare.work import shared_folder
     from mhmoe_ray.data.shards.manifest import read_data_manifest
     from mhmoe_ray.spec import dump_spec

@@ -45,6 +45,6 @@ def resume(
 
 def _where(attempt: "Attempt") -> str:
     """The cluster that it ran on, as commands take it; another local one has another address."""
-    from mhmoe_ray.cluster.contexts import LOCAL
+    from mhmoe_ray.cluster.connect import LOCAL
 
     return LOCAL if attempt.local else attempt.address

@@ -54,7 +54,7 @@ def _check(run: "RunDir", force: bool) -> None:
     RunError: it runs, may still run, or is served.
     TokenError: its cluster wants a token that we do not have, so nobody can tell.
     """
-    from mhmoe_ray.cluster.run_status import served
+    from mhmoe_ray.cluster.runs import served
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 

@@ -28,7 +28,7 @@ def status(
     For example `mhmoe status tiny-3` for the run whose id begins so, or `mhmoe status --watch` for the newest.
     """
     from mhmoe_ray.cli.status_view import view
-    from mhmoe_ray.cluster.run_status import standing
+    from mhmoe_ray.cluster.runs import standing
     from mhmoe_ray.runs.directory import find_run
 
     found = find_run(run, storage, with_job=watch)
@@ -45,8 +45,8 @@ def _watch(run: "RunDir", json: bool) -> None:
     from rich.live import Live
 
     from mhmoe_ray.cli.status_view import view
-    from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.run_status import standing
+    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.runs import standing
 
     # Where nobody looks on, a script waits for the run, and may take its cluster along when this ends.
     patience = Patience(say, for_ever=not out.is_terminal)

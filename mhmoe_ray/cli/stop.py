@@ -22,8 +22,8 @@ def stop(
     """
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.cluster.patience import Patience
-    from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.cluster.runs import outcome, recorded_outcome
     from mhmoe_ray.errors import ClusterError, RunError, TokenError
     from mhmoe_ray.runs import events
     from mhmoe_ray.runs.directory import find_run, last_attempt

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.sweeps import Order, SweepDir
     from mhmoe_ray.spec import SweepRun
 
+
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0
 MOST_RESTARTS = 3
@@ -49,7 +50,7 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
         MhmoeError: the job ended for a reason of its own.
         ClusterError, StorageError: the cluster or the storage does not answer any more.
     """
-    from mhmoe_ray.cluster.patience import Patience
+    from mhmoe_ray.cluster.dashboard import Patience
     from mhmoe_ray.sweep import client
 
     restarts, asked, told, gone_since, patience = 0, time.monotonic(), False, 0.0, Patience(say)

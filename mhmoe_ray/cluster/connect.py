@@ -1,17 +1,159 @@
-"""Which cluster a command speaks to, and with whose token."""
+"""Which cluster a command speaks to and with whose token: named clusters, and the folder with this user's state.
 
+The folder with our state of this user: the token of clusters we start, the record of the one that runs, names of
+others.
+
+Clusters that the user has given names to, and the one that commands speak to where nothing else is said.
+
+They lie in `clusters.json` of our home. Of a token only the path of its file does.
+
+Which cluster a command speaks to, and with whose token.
+"""
+
+import fcntl
+import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard, tokens
-from mhmoe_ray.cluster.contexts import LOCAL, Context, read_contexts
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.cluster.tokens import Token
 from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.storage import write_json
+
+
+def home() -> Path:
+    """$MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe; made for its owner only if missing.
+
+    Raises:
+        ClusterError: it cannot be made.
+    """
+    given, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
+    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
+    folder = Path(given).absolute() if given else base / "mhmoe"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise _unusable(folder, e) from e
+    return folder
+
+
+def _unusable(folder: Path, e: OSError) -> ClusterError:
+    return ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one that you can write and lock")
+
+
+@contextmanager
+def locked(name: str = "lock") -> Iterator[Path]:
+    """The home, while no other command holds the lock of this name: by default that of one who starts, stops or looks
+    for the local cluster.
+
+    Raises:
+        ClusterError: it cannot be written, or its file system has no locks.
+    """
+    folder = home()
+    try:
+        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as e:
+        raise _unusable(folder, e) from e
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as e:
+            raise _unusable(folder, e) from e
+        yield folder
+    finally:
+        os.close(fd)
+
+
+FILE = "clusters.json"
+LOCAL = "local"
+"""The name of the cluster on this machine that we start."""
+NAME = r"[a-z][a-z0-9-]{0,40}"
+
+
+@dataclass(frozen=True)
+class Context:
+    name: str
+    address: str
+    """The dashboard's URL."""
+    token_file: str | None = None
+    """With the cluster's token; without one, what Ray itself would send."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    current: str
+    known: dict[str, Context]
+
+
+def read_contexts() -> Contexts:
+    """Raises:
+    ClusterError: the file is damaged.
+    """
+    path = home() / FILE
+    if not path.exists():
+        return Contexts(LOCAL, {})
+    try:
+        found = json.loads(path.read_text())
+        return Contexts(found["current"], {name: Context(**given) for name, given in found["known"].items()})
+    except (ValueError, TypeError, KeyError) as e:
+        raise ClusterError(f"file {path}", "it is damaged", "remove it, then `mhmoe cluster use` again") from e
+
+
+def use(name: str, address: str | None = None, token_file: Path | None = None) -> Context | None:
+    """From now on commands speak to this cluster; None where that is the local one.
+
+    Args:
+        name: of a cluster that is known, or, with an address, is to be.
+        address: the URL of its dashboard.
+        token_file: that holds its token.
+
+    Raises:
+        ClusterError: it is not known, or cannot be called so.
+    """
+    with locked():
+        before = read_contexts()
+        if name == LOCAL:
+            if address or token_file:
+                raise ClusterError(f"cluster {name}", "that is the one on this machine", "choose another name")
+            _write(Contexts(LOCAL, before.known))
+            return None
+        if address is None:
+            if name not in before.known or token_file:
+                why = "nothing is known of it" if name not in before.known else "a token alone changes nothing"
+                raise ClusterError(f"cluster {name}", why, "give its dashboard: --address http://head:8265")
+            context = before.known[name]
+        else:
+            if not re.fullmatch(NAME, name):
+                fix = "use lower-case letters, digits and dashes, a letter first"
+                raise ClusterError(f"cluster {name!r}", "that is no name for one", fix)
+            context = Context(name, address, str(token_file.absolute()) if token_file else None)
+        _write(Contexts(name, before.known | {name: context}))
+        return context
+
+
+def forget(name: str) -> None:
+    """Raises:
+    ClusterError: nothing is known of it.
+    """
+    with locked():
+        before = read_contexts()
+        if name not in before.known:
+            raise ClusterError(f"cluster {name}", "nothing is known of it", "see `mhmoe cluster list`")
+        known = {n: c for n, c in before.known.items() if n != name}
+        _write(Contexts(LOCAL if before.current == name else before.current, known))
+
+
+def _write(contexts: Contexts) -> None:
+    path = home() / FILE
+    write_json(path, {"current": contexts.current, "known": {n: asdict(c) for n, c in contexts.known.items()}})
+    path.chmod(0o600)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,96 @@
-"""One GET from a Ray dashboard, with every way it can go wrong as one line."""
+"""Requests to a Ray dashboard: errors as one line, and retries while it may be too busy to answer.
+
+Questions to a cluster and its storage, time and again, some of which these may be too busy to answer.
+
+What Ray's HTTP clients raise, as our errors.
+
+One GET from a Ray dashboard, with every way it can go wrong as one line.
+"""
 
 import ipaddress
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mhmoe_ray.cluster import tokens
+from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.tokens import Token, refused
-from mhmoe_ray.errors import ClusterError
+from mhmoe_ray.errors import ClusterError, MhmoeError, StorageError, TokenError
+
+T = TypeVar("T")
+SECONDS = 60.0
+"""Without any answer, after which it counts as gone."""
+
+
+class Patience:
+    """Of one who asks, over all of its questions."""
+
+    def __init__(self, say: Callable[[str], object], *, for_ever: bool = False) -> None:
+        """Args:
+        say: takes a line on the first of several questions without an answer.
+        for_ever: wait so, where to give up would end what is asked about.
+        """
+        self._say, self._for_ever = say, for_ever
+        self._unanswered_since: float | None = None
+
+    def ask(self, question: Callable[[], T], meanwhile: T) -> T:
+        """The answer, or without one `meanwhile`.
+
+        Raises:
+            ClusterError, StorageError: there has been none for too long.
+            TokenError: the cluster wants another token.
+        """
+        try:
+            answer = question()
+        except TokenError:
+            raise
+        except (ClusterError, OSError) as e:
+            if self._unanswered_since is None:
+                self._unanswered_since = time.monotonic()
+                self._say(f"still following, but {e}")
+            elif time.monotonic() - self._unanswered_since > SECONDS and not self._for_ever:
+                if isinstance(e, OSError):
+                    raise StorageError("storage", str(e), "mend it, then give the command again") from e
+                raise
+            return meanwhile
+        self._unanswered_since = None
+        return answer
+
+
+@contextmanager
+def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: str) -> Iterator[None]:
+    """Run requests in it; a request that the cluster could not do raises `failed` with what the cluster says.
+
+    Raises:
+        ClusterError: the cluster does not answer any more.
+        TokenError: it refuses the token.
+    """
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as e:
+        raise tokens.refused(connection.address, connection.token) from e
+    except (requests.RequestException, ConnectionError) as e:
+        raise unreachable(connection.address, e) from e
+    except RuntimeError as e:
+        raise failed(what, reason(str(e)), fix) from e
+
+
+def reason(text: str) -> str:
+    """What went wrong, in one line: the exception that ends a traceback, else the last line of a message."""
+    text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
+    for i in reversed(range(len(lines))):
+        if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
+            # Its message may have several lines.
+            return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
+    return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
 
 
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:

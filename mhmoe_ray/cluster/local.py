@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mhmoe_ray.cluster import dashboard, processes, tokens
-from mhmoe_ray.cluster.home import home, locked
+from mhmoe_ray.cluster import dashboard, spawn, tokens
+from mhmoe_ray.cluster.connect import home, locked
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
@@ -100,7 +100,7 @@ def _find() -> LocalCluster | None:
 
 
 def _runs_here(cluster: LocalCluster) -> bool:
-    if processes.is_ours(cluster.pid, cluster.folder):
+    if spawn.is_ours(cluster.pid, cluster.folder):
         return True
     if cluster.host != socket.gethostname():
         fix = f"stop it there, or set MHMOE_HOME; if that machine is gone, remove {home() / RECORD}"
@@ -137,10 +137,10 @@ def _last_line(log: Path) -> str:
 
 def _end(cluster: LocalCluster) -> None:
     """Ray's own orderly end, then whatever is left of this cluster. Never `ray stop`: it ends every Ray here."""
-    members = processes.family(cluster.pid) if processes.is_ours(cluster.pid, cluster.folder) else []
-    processes.end(members[:1], ask=True, patience=15)
-    processes.end(members[1:], patience=1)
-    processes.end(processes.marked(cluster.folder), patience=0)
+    members = spawn.family(cluster.pid) if spawn.is_ours(cluster.pid, cluster.folder) else []
+    spawn.end(members[:1], ask=True, patience=15)
+    spawn.end(members[1:], patience=1)
+    spawn.end(spawn.marked(cluster.folder), patience=0)
     if cluster.folder.name.startswith("mhmoe-"):
         shutil.rmtree(cluster.folder, ignore_errors=True)
     (home() / RECORD).unlink(missing_ok=True)

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.http_errors import explained
-from mhmoe_ray.cluster.patience import Patience
+from mhmoe_ray.cluster.dashboard import Patience, explained
 from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, replace
 from mhmoe_ray.errors import ServeError
 

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mhmoe_ray.cluster.home import home
+from mhmoe_ray.cluster.connect import home
 from mhmoe_ray.errors import TokenError
 
 

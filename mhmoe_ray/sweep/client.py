@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
+from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_number

@@ -4,9 +4,16 @@ import time
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.cluster.patience import Patience
-from mhmoe_ray.cluster.run_outcome import QUIET_SECONDS, Outcome, outcome, outcome_or_gone, quiet, recorded_outcome
-from mhmoe_ray.cluster.run_start import start_attempt
+from mhmoe_ray.cluster.dashboard import Patience
+from mhmoe_ray.cluster.runs import (
+    QUIET_SECONDS,
+    Outcome,
+    outcome,
+    outcome_or_gone,
+    quiet,
+    recorded_outcome,
+    start_attempt,
+)
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.manifest import PreparedAs, prepared_as
 from mhmoe_ray.errors import ClusterError, MhmoeError, SpecError, StorageError, TokenError

@@ -16,9 +16,9 @@ import pexpect
 import pytest
 
 from mhmoe_ray.cli.follow import _bar, _View
-from mhmoe_ray.cluster import run_outcome
+from mhmoe_ray.cluster import runs
 from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.run_outcome import outcome, outcome_or_gone
+from mhmoe_ray.cluster.runs import outcome, outcome_or_gone
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
@@ -141,7 +141,7 @@ def test_a_list_asks_each_cluster_once_and_waits_for_no_job_that_ended_long_ago(
             add_attempt(other, Attempt("job-1", address, local=False))
         try:
             with monkeypatch.context() as patch:  # it does not wait until it is sure
-                patch.setattr(run_outcome.time, "sleep", lambda seconds: pytest.fail("it waits"))
+                patch.setattr(runs.time, "sleep", lambda seconds: pytest.fail("it waits"))
                 assert outcome(others[0], connect(address)).reason == "its job ended (failed): killed"
             asked.clear()
             states = [r["state"] for r in mhmoe(tmp_path, "list", "--json").json()]

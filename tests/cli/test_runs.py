@@ -18,8 +18,7 @@ import torch
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.cli.evaluating import make_request
 from mhmoe_ray.cluster import dashboard, tokens
-from mhmoe_ray.cluster.connect import connect
-from mhmoe_ray.cluster.home import home
+from mhmoe_ray.cluster.connect import connect, home
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.evaluate.answer import answer
 from mhmoe_ray.runs import metrics

@@ -3,9 +3,8 @@ import stat
 import pytest
 
 from mhmoe_ray.cli.resume import _where
-from mhmoe_ray.cluster import contexts, tokens
-from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
-from mhmoe_ray.cluster.home import home
+from mhmoe_ray.cluster import connect, tokens
+from mhmoe_ray.cluster.connect import _chosen, _named, _token, home, is_local
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.directory import Attempt
 from tests.cli.run import assert_one_line, mhmoe
@@ -21,33 +20,33 @@ def own_home(tmp_path, monkeypatch):
 
 def test_commands_speak_to_the_cluster_that_was_chosen_unless_another_is_named(monkeypatch):
     assert is_local(None)
-    contexts.use("lab", "http://head:8265")
-    contexts.use("other", "http://other:8265")
+    connect.use("lab", "http://head:8265")
+    connect.use("other", "http://other:8265")
     assert _chosen(None) == "http://other:8265"
     assert _chosen("lab") == "http://head:8265"
     assert _chosen("http://third:8265") == "http://third:8265"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
     assert _chosen(None) == "http://third:8265"
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
-    assert contexts.use("lab").address == "http://head:8265"
+    assert connect.use("lab").address == "http://head:8265"
     assert _chosen(None) == "http://head:8265"
-    assert contexts.use("local") is None
+    assert connect.use("local") is None
     assert is_local(None)
     assert _chosen("other") == "http://other:8265"
 
 
 def test_a_run_goes_on_where_it_ran_whatever_was_chosen_since(monkeypatch):
-    contexts.use("lab", "http://head:8265")
+    connect.use("lab", "http://head:8265")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://third:8265")
     assert is_local(_where(Attempt("job", "http://127.0.0.1:23456", local=True)))
     assert _chosen(_where(Attempt("job", "http://other:8265", local=False))) == "http://other:8265"
 
 
 def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice():
-    contexts.use("lab", "http://head:8265")
-    contexts.forget("lab")
-    assert contexts.read_contexts() == contexts.Contexts("local", {})
-    for call in (lambda: contexts.forget("lab"), lambda: contexts.use("lab")):
+    connect.use("lab", "http://head:8265")
+    connect.forget("lab")
+    assert connect.read_contexts() == connect.Contexts("local", {})
+    for call in (lambda: connect.forget("lab"), lambda: connect.use("lab")):
         with pytest.raises(ClusterError, match="nothing is known of it"):
             call()
 
@@ -55,8 +54,8 @@ def test_a_name_that_is_given_up_is_no_name_and_what_was_chosen_by_it_no_choice(
 def test_a_named_clusters_token_goes_to_it_alone(tmp_path):
     file = tmp_path / "token"
     file.write_text("secret\n")
-    contexts.use("lab", "http://head:8265", file)
-    contexts.use("other", "http://other:8265")
+    connect.use("lab", "http://head:8265", file)
+    connect.use("other", "http://other:8265")
     assert _token("http://head:8265", None).value == "secret"
     assert _token("http://other:8265", None) is tokens.user_token() is None
     file.unlink()
@@ -68,9 +67,9 @@ def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_o
     tunnel = "http://127.0.0.1:8265"
     for name in ("lab", "prod"):
         (tmp_path / name).write_text(name)
-        contexts.use(name, tunnel, tmp_path / name)
-    contexts.use("bare", tunnel)
-    contexts.use("prod")
+        connect.use(name, tunnel, tmp_path / name)
+    connect.use("bare", tunnel)
+    connect.use("prod")
     assert _token(tunnel, _named("lab")).value == "lab"
     assert _token(tunnel, _named(None)).value == "prod"
     assert _token(tunnel, _named(tunnel)).value == "prod"  # as of a run that was started there
@@ -79,8 +78,8 @@ def test_of_clusters_behind_one_tunnels_address_the_one_that_is_meant_gets_its_o
 
 def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
     (tmp_path / "token").write_text("secret")
-    contexts.use("lab", "http://head:8265", tmp_path / "token")
-    path = home() / contexts.FILE
+    connect.use("lab", "http://head:8265", tmp_path / "token")
+    path = home() / connect.FILE
     assert "secret" not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -88,16 +87,16 @@ def test_no_token_is_in_the_file_and_it_is_its_owners(tmp_path):
 @pytest.mark.parametrize("name", ["", "Lab", "a b", "../x", "1x", "x" * 60])
 def test_names_are_plain_words(name):
     with pytest.raises(ClusterError, match="that is no name"):
-        contexts.use(name, "http://head:8265")
+        connect.use(name, "http://head:8265")
 
 
 def test_mistakes_are_told():
     with pytest.raises(ClusterError, match="choose another name"):
-        contexts.use("local", "http://head:8265")
-    contexts.use("lab", "http://head:8265")
-    (home() / contexts.FILE).write_text("{")
+        connect.use("local", "http://head:8265")
+    connect.use("lab", "http://head:8265")
+    (home() / connect.FILE).write_text("{")
     with pytest.raises(ClusterError, match="it is damaged"):
-        contexts.read_contexts()
+        connect.read_contexts()
 
 
 def test_commands_choose_list_and_forget_clusters(tmp_path):

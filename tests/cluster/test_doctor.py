@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from mhmoe_ray.cluster.doctor import machine, ports, reach, storage
+from mhmoe_ray.cluster import doctor
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec.model import MoESpec
 from mhmoe_ray.storage import location
@@ -25,7 +25,7 @@ def levels(findings):
 
 
 def test_this_machine_can_do_what_tests_do():
-    found = {f.what: f for f in machine.machine_findings()}
+    found = {f.what: f for f in doctor.machine_findings()}
     for what in ("python", "ray", "torch", "collectives", "kernel reference", "kernel grouped"):
         assert found[what].level == "ok", found[what]
     assert all(f.fix for f in found.values() if f.level != "ok")
@@ -34,8 +34,8 @@ def test_this_machine_can_do_what_tests_do():
 
 
 def test_another_ray_is_an_error(monkeypatch):
-    monkeypatch.setattr(machine, "RAY", "3.1")
-    [ray] = [f for f in machine.machine_findings() if f.what == "ray"]
+    monkeypatch.setattr(doctor, "RAY", "3.1")
+    [ray] = [f for f in doctor.machine_findings() if f.what == "ray"]
     assert ray.level == "error"
     assert "training needs 3.1" in ray.found
 
@@ -43,18 +43,18 @@ def test_another_ray_is_an_error(monkeypatch):
 @pytest.mark.cpu
 def test_a_level_of_the_cpu_that_there_is_not_is_an_error(monkeypatch):
     monkeypatch.setenv("MHMOE_CPU_LEVEL", "sse9")
-    found = {f.what: f for f in machine.machine_findings()}
+    found = {f.what: f for f in doctor.machine_findings()}
     assert (found["torch"].level, found["kernel cpp"].level) == ("error", "note")
     assert "MHMOE_CPU_LEVEL is 'sse9', but levels are generic, avx2" in found["torch"].found
 
 
 def test_storage_is_written_read_and_left_as_it_was(tmp_path):
-    assert levels(storage.storage_findings(tmp_path / "new")) == {"storage": "ok"}
+    assert levels(doctor.storage_findings(tmp_path / "new")) == {"storage": "ok"}
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    [found] = storage.storage_findings(tmp_path / "file" / "below")
+    [found] = doctor.storage_findings(tmp_path / "file" / "below")
     assert (found.level, "Not a directory" in found.found) == ("error", True)
-    [found] = storage.storage_findings(
+    [found] = doctor.storage_findings(
         location("s3://bucket/x?scheme=http&region=us-east-1&endpoint_override=127.0.0.1:9")
     )
     assert found.level == "error"
@@ -63,9 +63,9 @@ def test_storage_is_written_read_and_left_as_it_was(tmp_path):
 def test_run_directories_that_others_can_read_are_told(tmp_path):
     (tmp_path / "tiny-1").mkdir(mode=0o755)
     (tmp_path / "tiny-1" / "run.json").touch()
-    assert levels(storage.storage_findings(tmp_path))["run directories"] == "warning"
+    assert levels(doctor.storage_findings(tmp_path))["run directories"] == "warning"
     (tmp_path / "tiny-1").chmod(0o700)
-    assert "run directories" not in levels(storage.storage_findings(tmp_path))
+    assert "run directories" not in levels(doctor.storage_findings(tmp_path))
 
 
 def test_a_folder_of_somebody_else_beside_ours_is_passed_over():
@@ -79,7 +79,7 @@ def test_a_folder_of_somebody_else_beside_ours_is_passed_over():
         if me == 0:
             os.seteuid(65534)  # root is kept out of nothing
         try:
-            assert levels(storage.storage_findings(Path(shared))) == {"storage": "ok"}
+            assert levels(doctor.storage_findings(Path(shared))) == {"storage": "ok"}
         finally:
             os.seteuid(me)
 
@@ -98,9 +98,9 @@ def test_the_exit_code_tells_errors(tmp_path):
 
 @pytest.mark.ray
 def test_a_cluster_of_ours_is_as_it_should_be(local_cluster):
-    found = list(reach.reach_findings(None))
+    found = list(doctor.reach_findings(None))
     assert levels(found) == {"cluster": "ok", "token": "ok", "clock": "ok", "nodes": "ok"}
-    assert not [f for f in ports.port_findings() if str(local_cluster.address.rpartition(":")[2]) in f.found]
+    assert not [f for f in doctor.port_findings() if str(local_cluster.address.rpartition(":")[2]) in f.found]
 
 
 @pytest.mark.ray
@@ -119,11 +119,11 @@ def test_an_open_dashboard_is_told_of(tmp_path):
     ray = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{board}"
-        wait_until(lambda: levels(reach.reach_findings(address)).get("cluster") == "ok", "the dashboard")
-        [token] = [f for f in reach.reach_findings(address) if f.what == "token"]
+        wait_until(lambda: levels(doctor.reach_findings(address)).get("cluster") == "ok", "the dashboard")
+        [token] = [f for f in doctor.reach_findings(address) if f.what == "token"]
         assert token.level == "warning"
         assert "without a token" in token.found
-        found = [f for f in ports.port_findings() if f.what == "open dashboard"]
+        found = [f for f in doctor.port_findings() if f.what == "open dashboard"]
         assert [f.level for f in found if f":{board} " in f.found] == ["warning"]
     finally:
         ray.terminate()

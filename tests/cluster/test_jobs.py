@@ -6,9 +6,8 @@ import time
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.run_outcome import outcome, recorded_outcome
-from mhmoe_ray.cluster.run_start import start_attempt
-from mhmoe_ray.cluster.shipping import NEVER
+from mhmoe_ray.cluster.jobs import NEVER
+from mhmoe_ray.cluster.runs import outcome, recorded_outcome, start_attempt
 from mhmoe_ray.errors import ClusterError, JobError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhmoe_ray.cluster import jobs, processes
+from mhmoe_ray.cluster import jobs, spawn
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import RECORD, find_local, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
@@ -33,7 +33,7 @@ def _command_line(process) -> str:
 
 def _with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
     """The cluster's processes, once one of them is there whose parent is none of them."""
-    theirs = {*processes.family(cluster.pid), *processes.marked(cluster.folder)}
+    theirs = {*spawn.family(cluster.pid), *spawn.marked(cluster.folder)}
     stubborn = [p for p in theirs if "SIG_IGN" in _command_line(p)]
     return theirs if any(_unless_gone(p.parent) not in theirs for p in stubborn) else set()
 
@@ -72,7 +72,7 @@ def test_is_closed_to_others(local_cluster):
     assert local_cluster.folder.stat().st_mode & 0o777 == 0o700
     assert local_cluster.log.stat().st_mode & 0o777 == 0o600
     assert token_file().stat().st_mode & 0o777 == 0o600
-    members = [p for p in processes.family(local_cluster.pid) if _command_line(p)]
+    members = [p for p in spawn.family(local_cluster.pid) if _command_line(p)]
     assert len(members) > 5
     assert all(own_token().value not in _command_line(p) for p in members)
     assert set.union(*(_listening(p) for p in members)) == {"127.0.0.1"}
@@ -85,7 +85,7 @@ def test_is_closed_to_others(local_cluster):
 @pytest.mark.ray
 def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
-    ours_first = [p for p in processes.family(local_cluster.pid) if _unless_gone(p.name) in ("gcs_server", "raylet")]
+    ours_first = [p for p in spawn.family(local_cluster.pid) if _unless_gone(p.name) in ("gcs_server", "raylet")]
     assert len(ours_first) == 2
 
     # Two commands at once start one cluster.
@@ -102,7 +102,7 @@ def test_stopping_ends_all_of_one_cluster_and_nothing_of_another(local_cluster, 
     theirs = wait_until(lambda: _with_an_orphan(second), "the job's child, whose parent is gone")
 
     assert stop_local()
-    assert processes._alive_after(0, list(theirs)) == []
+    assert spawn._alive_after(0, list(theirs)) == []
     assert not second.folder.exists()
     assert not (tmp_path / RECORD).exists()
     assert find_local() is None
@@ -126,7 +126,7 @@ def test_stale_record_is_cleaned_up(pid, tmp_path, monkeypatch):
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     stale = _record(tmp_path, pid=pid)
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    leftover = subprocess.Popen(sleep, env=os.environ | {processes.MARK: str(stale.folder)})
+    leftover = subprocess.Popen(sleep, env=os.environ | {spawn.MARK: str(stale.folder)})
     stranger = subprocess.Popen([*sleep, str(stale.folder)])
     try:
         assert find_local() is None

@@ -4,8 +4,8 @@ import pytest
 import typer
 
 from mhmoe_ray.cli.common import detaching
-from mhmoe_ray.cluster import patience
-from mhmoe_ray.cluster.patience import Patience
+from mhmoe_ray.cluster import dashboard
+from mhmoe_ray.cluster.dashboard import Patience
 from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 
@@ -19,7 +19,7 @@ def test_late_answers_are_waited_for_and_said_once_and_a_cluster_that_is_gone_is
     assert [asking.ask(_raise, "meanwhile") for _ in range(3)] == ["meanwhile"] * 3
     assert said == ["still following, but cluster x: no answer in time; check it"]
     assert asking.ask(lambda: "answer", "meanwhile") == "answer"
-    monkeypatch.setattr(patience, "SECONDS", 0.01)
+    monkeypatch.setattr(dashboard, "SECONDS", 0.01)
     assert asking.ask(_raise, None) is None
     assert len(said) == 2
     time.sleep(0.02)
@@ -28,7 +28,7 @@ def test_late_answers_are_waited_for_and_said_once_and_a_cluster_that_is_gone_is
 
 
 def test_who_may_not_give_up_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(patience, "SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SECONDS", 0.0)
     asking = Patience(print, for_ever=True)
     assert [asking.ask(_raise, "meanwhile") for _ in range(3)] == ["meanwhile"] * 3
 
@@ -42,7 +42,7 @@ def test_a_storage_that_does_not_answer_is_waited_for_too(monkeypatch):
 
     assert asking.ask(read, "meanwhile") == "meanwhile"
     assert said == ["still following, but [Errno 5] Input/output error"]
-    monkeypatch.setattr(patience, "SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SECONDS", 0.0)
     with pytest.raises(StorageError, match=r"storage: \[Errno 5\] Input/output error; mend it"):
         asking.ask(read, None)
 

@@ -5,7 +5,7 @@ import sys
 
 import psutil
 
-from mhmoe_ray.cluster import processes
+from mhmoe_ray.cluster import spawn
 from tests.watch import LIMIT, wait_until
 
 # Never asks how its child ended, as the first process of a container may not.
@@ -22,7 +22,7 @@ def test_who_has_ended_is_not_waited_for_though_its_parent_does_not_ask():
         try:
             child = psutil.Process(int(parent.stdout.readline()))
             wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, "its end")
-            assert processes._alive_after(LIMIT, [child]) == []
+            assert spawn._alive_after(LIMIT, [child]) == []
         finally:
             parent.kill()
 
@@ -33,7 +33,7 @@ def test_who_ends_neither_by_itself_nor_when_asked_is_killed():
         try:
             process.stdout.readline()
             ended = psutil.Process(process.pid)
-            processes.end([ended], patience=0.5, ask=True)
-            assert processes._is_over(ended)
+            spawn.end([ended], patience=0.5, ask=True)
+            assert spawn._is_over(ended)
         finally:
             process.kill()

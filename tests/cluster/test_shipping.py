@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from mhmoe_ray.cluster import jobs
-from mhmoe_ray.cluster.shipping import check_size, shipped
+from mhmoe_ray.cluster.jobs import check_size, shipped
 from mhmoe_ray.errors import SpecError
 
 

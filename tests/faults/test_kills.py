@@ -11,7 +11,7 @@ from mhmoe_ray.checkpoint.manifest import committed, unfinished
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
-from mhmoe_ray.cluster.processes import family, is_ours
+from mhmoe_ray.cluster.spawn import family, is_ours
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.train import driver
 from tests.cli.run import assert_one_line, mhmoe

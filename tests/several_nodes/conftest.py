@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_ray.cluster import tokens
 from mhmoe_ray.cluster.local import start_local, stop_local
-from mhmoe_ray.cluster.processes import MARK
+from mhmoe_ray.cluster.spawn import MARK
 from tests.conftest import home_of_its_own
 from tests.data.texts import write_corpus
 from tests.several_nodes.nodes import SETTINGS, Nodes

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from mhmoe_ray.cluster import processes
+from mhmoe_ray.cluster import spawn
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.run import mhmoe
 from tests.several_nodes.conftest import several
@@ -60,7 +60,7 @@ def test_list_and_status_are_right_at_every_moment(tmp_path, project):
         assert states() == ("stopped", "running")
         assert started(second)[1]["step"] % 10 == 0
 
-        for process in processes.family(nodes.head.pid):
+        for process in spawn.family(nodes.head.pid):
             process.kill()
         wait_until(lambda: states() == ("stopped", "unknown"), "the head's death")
         assert "nothing answers there" in status(second)["cluster"]
