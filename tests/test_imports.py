@@ -14,7 +14,12 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.train.watchdog",
 )
 
-READING = ("mhmoe_ray.report.page", "mhmoe_ray.report.table", "mhmoe_ray.evaluate.activation", "mhmoe_ray.cli.routing")
+READING = (
+    "mhmoe_ray.report.page",
+    "mhmoe_ray.report.variants",
+    "mhmoe_ray.evaluate.activation",
+    "mhmoe_ray.cli.routing",
+)
 SERVING = (
     "mhmoe_ray.serve.engine.torch_engine",
     "mhmoe_ray.checkpoint.load",

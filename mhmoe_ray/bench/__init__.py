@@ -3,20 +3,20 @@
 layers.py       layers that are matched
 peers.py        other packages' layers, of our weights
 timing.py       interleaved rounds, medians and ratios
-memory.py       bytes of one pass, at its peak and between forward and backward
+measure.py       bytes of one pass, at its peak and between forward and backward
 measure.py      all of it at one shape
 sweep.py        all of it along an axis; how cost grows
 plot.py         a sweep as a picture
 steps.py        whole training steps of models that are matched
-paper.py        the first paper's throughput, to set beside
+steps.py        the first paper's throughput, to set beside
 checkpoints.py  how long a checkpoint holds training up
 run.py          a run beside its steps in a bare loop
 commands.py     how long the command line lets one wait
 dispatch/       flat and hierarchical dispatch between two nodes
 ingest/         text to shards to micro-batches
 serve/          answers of engines and servers
-apart.py        a measurement in a process of its own
-failed.py       what is said of sizes that cannot be, and of a process that failed
-installed.py    which other packages are there
-hardware.py     the device that runs it
+processes.py        a measurement in a process of its own
+timing.py       what is said of sizes that cannot be, and of a process that failed
+timing.py    which other packages are there
+timing.py     the device that runs it
 """

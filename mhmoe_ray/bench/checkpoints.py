@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mhmoe_ray.bench.hardware import Hardware, clock
 from mhmoe_ray.bench.steps import Case
-from mhmoe_ray.bench.timing import turns
+from mhmoe_ray.bench.timing import Hardware, clock, turns
 from mhmoe_ray.checkpoint.manifest import committed
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.runs import events

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import torch
 
-from mhmoe_ray.bench.apart import Measurement, run_apart
+from mhmoe_ray.bench.processes import Measurement, run_apart
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.shards.manifest import require_data_manifest

@@ -3,6 +3,10 @@ beside it: h sub-tokens with k = h, of equal multiply-adds and parameters.
 
 It is training's own step: M micro-batches forward, loss and backward, then clipping and AdamW. At half of P2's width
 the solver finds P2's own numbers of experts, 40 for h 2 and 96 for h 3, at half their width.
+
+The first paper's own figures of speed, to set beside ours: whole models, trained on 8 RTX 3090 cards.
+
+From the authors' answers in the review of P1 (arXiv 2404.15045). Its h and sizes are not stated.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mhmoe_ray.bench.hardware import Hardware, clock
-from mhmoe_ray.bench.paper import time_ratio
-from mhmoe_ray.bench.timing import interleaved
+from mhmoe_ray.bench.measure import Figures
+from mhmoe_ray.bench.timing import Hardware, clock, interleaved
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
@@ -120,3 +123,42 @@ def _run(model: ModelSpec, size: Size) -> RunSpec:
     """Its text is never read: a step's time does not depend on what tokens say."""
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
+
+
+TOKENS_A_SECOND = {
+    ("SMoE", "static"): 32.21,
+    ("SMoE", "dynamic"): 33.98,
+    ("MH-MoE", "static"): 25.77,
+    ("MH-MoE", "dynamic"): 31.93,
+}
+
+
+def time_ratio(model: str, routing: str) -> float:
+    """Of its time for a token to that of the dynamic SMoE."""
+    return TOKENS_A_SECOND["SMoE", "dynamic"] / TOKENS_A_SECOND[model, routing]
+
+
+class Beside(NamedTuple):
+    layer: str
+    """Ours."""
+    paper: str
+    """The paper's model."""
+    tokens_a_second: float
+    papers_ratio: float
+    """Of time for a token to that of the paper's dynamic SMoE."""
+    our_ratio: float
+    """Of time to that of our plain layer."""
+
+
+def beside(figures: Sequence[Figures]) -> list[Beside]:
+    """Our plain and multi-head layers, static and dropless, beside the paper's models."""
+    [plain] = (f.median for f in figures[1:2])
+    rows = []
+    for f in figures:
+        kind = next((kind for kind in ("SMoE", "MH-MoE") if f.name.startswith(kind)), None)
+        if kind is None or f.moe is None:
+            continue
+        routing = "dynamic" if f.moe.capacity_factor is None else "static"
+        found = TOKENS_A_SECOND[kind, routing]
+        rows.append(Beside(f.name, f"{kind} {routing}", found, time_ratio(kind, routing), f.median / plain))
+    return rows

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.layers import Absent, has_masks
 from mhmoe_ray.bench.measure import Figures, Request, measure, wanted
+from mhmoe_ray.bench.timing import Hardware
 
 Over = Literal["tokens", "experts", "top-k", "heads"]
 

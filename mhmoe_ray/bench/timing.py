@@ -1,9 +1,27 @@
-"""Timing cases against each other: all of them in each round, so that what the machine does besides hits all alike."""
+"""Timing cases against each other: all of them in each round, so that what the machine does besides hits all alike.
 
+The device that a measurement runs on: whether it is there, what it is called, and a clock that waits for it.
+
+What is said of sizes that cannot be measured, and of a process of a measurement that failed.
+
+Which of the contestants can be measured here: those whose package is installed.
+"""
+
+import platform
+import re
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from mhmoe_ray.errors import JobError, SpecError
 
 Case = TypeVar("Case")
 
@@ -53,3 +71,94 @@ def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator
         for case in order:
             yield turn, case
         order.reverse()
+
+
+class Hardware(NamedTuple):
+    device: torch.device
+    name: str
+    """Of the processor or card."""
+    threads: int | None
+    """Of torch, on a CPU."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"device": self.device.type, "machine": self.name, "threads": self.threads}
+
+    def __str__(self) -> str:
+        return self.name if self.threads is None else f"{self.name}, {self.threads} threads"
+
+
+def find(device: str) -> Hardware:
+    """`cpu`, or `cuda`: the current card.
+
+    Raises:
+        SpecError: torch finds no card.
+    """
+    if device == "cpu":
+        return Hardware(torch.device("cpu"), cpu_name(), torch.get_num_threads())
+    if not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        why = f"torch {torch.__version__} {built} and finds no card"
+        raise SpecError("device cuda", why, "use --device cpu, or run it where there is one")
+    return Hardware(torch.device("cuda"), torch.cuda.get_device_name(), None)
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join(names[0].replace("(R)", "").replace("(TM)", "").split()) if names else platform.machine()
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, read when the device has done all it was given."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+@contextmanager
+def checked_sizes(what: str) -> Iterator[None]:
+    """In it a model that there cannot be is a mistake of whom gave its sizes.
+
+    Args:
+        what: was given them.
+
+    Raises:
+        SpecError: with the first reason.
+    """
+    try:
+        yield
+    except ValidationError as e:
+        why = e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(what, why, "choose other sizes") from e
+
+
+def failure(what: str, stderr: str, code: int) -> JobError:
+    """With the first error of a traceback, which caused the others.
+
+    Args:
+        what: names the process.
+        stderr: that it wrote.
+        code: it ended with; by the signal of this number where it is negative.
+    """
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    ended = f"exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
+    return JobError(what, next(iter(errors or lines[-1:]), ended), "mend that and measure again")
+
+
+def there(needs: Mapping[str, str | None], tell: Callable[[str], None]) -> list[str]:
+    """Names of those that can, in their order.
+
+    Args:
+        needs: the package of each; None where it needs none beside ours.
+        tell: gets a line for each of the others.
+    """
+    missing = {name: package for name, package in needs.items() if package and find_spec(package) is None}
+    for name, package in missing.items():
+        tell(f"{name} is not measured: {package} is not installed")
+    return [name for name in needs if name not in missing]

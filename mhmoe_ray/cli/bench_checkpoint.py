@@ -27,12 +27,12 @@ def checkpoint(
     update is due; files, hashes and the manifest are written while it goes on. Both ways take turns in each round;
     medians from the second checkpoint on. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.checkpoints import measure
-    from mhmoe_ray.bench.failed import checked_sizes
     from mhmoe_ray.bench.steps import SMALL, matched_models
+    from mhmoe_ray.bench.timing import checked_sizes
 
-    where = hardware.find(device)
+    where = timing.find(device)
     with checked_sizes("bench checkpoint"):
         spec = matched_models(SMALL._replace(d_model=d_model, layers=layers), [2])["MH-MoE h 2"]
     with tempfile.TemporaryDirectory(dir=folder, prefix="mhmoe-bench-") as place:

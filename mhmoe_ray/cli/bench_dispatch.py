@@ -24,7 +24,7 @@ def dispatch(
     all headers. Beside their ratio stands the one that the drawn routes demand. The link joins two network namespaces,
     which are removed at the end. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench import hardware
+    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.dispatch.measure import measure
 
     figures = measure(tokens, rounds, slow_link)
@@ -37,7 +37,7 @@ def dispatch(
         time_ratio = f"{f.hierarchical.median / f.flat.median:.2f}"
         rows.append([f.name, *map(str, sizes), *sent, *(f"{r:.3f}" for r in ratios), *times, time_ratio])
     columns = ["", "h", "E", "k", "D", "flat", "hierarchical", "ratio", "expected", "flat", "hierarchical", "ratio"]
-    where = hardware.find("cpu")
+    where = timing.find("cpu")
     link = f"a link of {slow_link}" if slow_link else "one machine"
     title = (
         f"{where.name}, 4 ranks of 1 thread, bfloat16, {tokens:,} tokens a rank, over {link}\n"

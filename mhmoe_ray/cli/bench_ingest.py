@@ -31,8 +31,8 @@ def ingest(
     The spec names its tokenizer: training one is not measured. Text is prepared anew in a temporary folder; the stream
     is of the spec's own prepared data, all of its train.steps. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS, contest
-    from mhmoe_ray.bench.installed import there
+    from mhmoe_ray.bench.ingest import CONTESTANTS, OURS, contest
+    from mhmoe_ray.bench.timing import there
     from mhmoe_ray.data.shards.manifest import prepared_for
     from mhmoe_ray.errors import SpecError
 

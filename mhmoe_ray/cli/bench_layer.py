@@ -9,9 +9,9 @@ from mhmoe_ray.cli import bench_tables as tables
 from mhmoe_ray.cli.common import JsonOption, note, out, print_json
 
 if TYPE_CHECKING:
-    from mhmoe_ray.bench.hardware import Hardware
     from mhmoe_ray.bench.measure import Request
     from mhmoe_ray.bench.sweep import Over
+    from mhmoe_ray.bench.timing import Hardware
 
 
 def layer(
@@ -42,15 +42,15 @@ def layer(
     All layers take turns in each round; medians, as ratios to a dense layer of the same multiply-adds. With --over, at
     several points along an axis. With --json the tables go to stderr.
     """
-    from mhmoe_ray.bench import hardware
-    from mhmoe_ray.bench.failed import checked_sizes
+    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.layers import Shape
     from mhmoe_ray.bench.measure import Request
+    from mhmoe_ray.bench.timing import checked_sizes
 
     along = _points(over, points, heads)
     if png:
         _check_png(png, over)
-    where = hardware.find(device)
+    where = timing.find(device)
     shape = Shape(tokens, d_model, experts, top_k, d_expert)
     named = [kernel.strip() for kernel in kernels.split(",")]
     request = Request(shape, heads or [2, 4], dtype, rounds or (3 if over else 7), named, static, peers)
@@ -64,7 +64,7 @@ def layer(
 
 def _one_shape(request: "Request", where: "Hardware", head: dict[str, Any], json: bool) -> None:
     from mhmoe_ray.bench.measure import as_json, measure
-    from mhmoe_ray.bench.paper import beside
+    from mhmoe_ray.bench.steps import beside
 
     figures, absent = measure(request, where, _say)
     shown: list[tables.Part] = [

@@ -64,10 +64,10 @@ def serve(
     """
     import torch
 
-    from mhmoe_ray.bench import hardware
-    from mhmoe_ray.bench.failed import checked_sizes
+    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.serve.contest import Shape
     from mhmoe_ray.bench.serve.model import plain_model
+    from mhmoe_ray.bench.timing import checked_sizes
     from mhmoe_ray.planner.match import matched_heads
 
     if rate is not None and part is not Part.SERVERS:
@@ -78,7 +78,7 @@ def serve(
     if shape.longest > SEQ_LEN:
         why = f"--prompt and --tokens: {shape.longest:,} tokens at most, but models have {SEQ_LEN:,} positions"
         raise typer.BadParameter(f"{why}; lower one of them" + ("" if shape.equal else ", or give --equal"))
-    where = hardware.find("cpu")._replace(threads=threads or torch.get_num_threads())
+    where = timing.find("cpu")._replace(threads=threads or torch.get_num_threads())
     assert where.threads is not None
     sizes = clients or ([16] if part is Part.HEADS else [1, 4, 16, 64])
     with checked_sizes("bench serve"):
@@ -165,8 +165,8 @@ def _servers(
 
 
 def _there(names: "dict[str, Any]") -> list[str]:
-    from mhmoe_ray.bench.installed import there
     from mhmoe_ray.bench.serve.contest import PACKAGES
+    from mhmoe_ray.bench.timing import there
 
     return there({name: PACKAGES.get(name) for name in names}, _say)
 

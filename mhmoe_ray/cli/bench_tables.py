@@ -113,7 +113,7 @@ def swept(sweep: "Sweep") -> Iterable[Part]:
 
 def paper(figures: Sequence["Figures"]) -> Part:
     """Static and dropless routing beside the first paper's throughput."""
-    from mhmoe_ray.bench.paper import beside
+    from mhmoe_ray.bench.steps import beside
 
     rows = [
         (b.layer, b.paper, f"{b.tokens_a_second:.2f}", f"{b.papers_ratio:.2f}", f"{b.our_ratio:.2f}")

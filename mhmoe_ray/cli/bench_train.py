@@ -26,9 +26,9 @@ def train(
     A step is training's own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in
     each round; medians, beside the first paper's own throughput. With --json the table goes to stderr.
     """
-    from mhmoe_ray.bench import hardware
-    from mhmoe_ray.bench.failed import checked_sizes
+    from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.steps import SMALL, measure
+    from mhmoe_ray.bench.timing import checked_sizes
 
     size = SMALL._replace(
         d_model=d_model,
@@ -38,7 +38,7 @@ def train(
         micro_batch_size=micro_batch_size,
         precision=precision,
     )
-    where = hardware.find(device)
+    where = timing.find(device)
     with checked_sizes("bench train"):
         figures = measure(size, heads or [2, 3], rounds, where)
     tokens = size.micro_batches * size.micro_batch_size * size.seq_len

@@ -155,7 +155,7 @@ def rows(place: "SweepDir") -> list[dict[str, Any]]:
         RunError: there is no such sweep.
     """
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.report.table import table
+    from mhmoe_ray.report.variants import table
 
     if not place.exists:
         raise RunError(f"sweep {place.name}", "it was never started", "start it: the same command without --show")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mhmoe_ray.render.prometheus import RAY_FOLDER
+from mhmoe_ray.render.monitoring import RAY_FOLDER
 from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
 
 TOKEN = "/home/ray/.ray/auth_token"

@@ -14,10 +14,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from mhmoe_ray import pictures
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report import plots
-from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.routes import Routes, compared_use, routes
-from mhmoe_ray.report.variants import Variant, matched_step, row, variants
-from mhmoe_ray.report.verdict import Verdict, verdict
+from mhmoe_ray.report.figures import Routes, RunFigures, compared_use, routes
+from mhmoe_ray.report.variants import Variant, Verdict, matched_step, row, variants, verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec, leaves

@@ -7,14 +7,14 @@ import numpy as np
 
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.pictures import COLOURS, ROW_INCHES, new_figure
-from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.routes import Routes
+from mhmoe_ray.report.figures import Routes, RunFigures
 from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0

@@ -1,16 +1,24 @@
-"""Runs that differ in their seed alone, as one."""
+"""Runs that differ in their seed alone, as one.
+
+Which of two variants is better, and how sure that is.
+
+A sweep as one table.
+"""
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from mhmoe_ray.planner.sizes import Sizes
+from mhmoe_ray.errors import DataError
+from mhmoe_ray.planner.sizes import Sizes, sizes
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.runs import metrics
-from mhmoe_ray.spec import ELSEWHERE, RunSpec
+from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs.sweeps import SweepDir
+from mhmoe_ray.spec import ELSEWHERE, RunSpec, SweepRun
 from mhmoe_ray.spec.sweep import unseeded
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
@@ -162,3 +170,115 @@ def _short(names: Sequence[str]) -> list[str]:
     common = len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words, strict=False)))) if len(names) > 1 else 0
     cut = ["-".join(parts[common:]) or name for parts, name in zip(words, names, strict=True)]
     return [name if cut.count(name) == 1 else f"{name} ({cut[:i].count(name) + 1})" for i, name in enumerate(cut)]
+
+
+CONFIDENCE = 0.95
+
+
+class Verdict(NamedTuple):
+    """On the difference of validation losses, the other's less the baseline's, in nats per token."""
+
+    baseline: str
+    other: str
+    step: int
+    difference: float
+    low: float | None
+    """Of the interval that holds the true difference with CONFIDENCE, by Student's t; None with one seed."""
+    high: float | None
+    seeds: int
+    """Of the variant with fewer."""
+    paired: bool
+    """Differences were taken seed by seed, over the seeds that both have."""
+
+    @property
+    def is_clear(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def said(self) -> str:
+        """In a sentence."""
+        word = "lower" if self.difference < 0 else "higher"
+        figures = f"{abs(self.difference):.4f} nats {word}"
+        if (ratio := metrics.perplexity(self.difference)) is not None:
+            figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
+        if self.low is None:
+            return f"{self.other} to {self.baseline}: {figures}; one seed, so nobody knows how sure that is"
+        how = f"{self.seeds} seeds{', paired' if self.paired else ''}"
+        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}, {how}"
+        if self.is_clear:
+            return f"{self.other} to {self.baseline}: {figures} ({interval})"
+        return f"{self.other} to {self.baseline}: not told apart; {figures} ({interval})"
+
+
+def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
+    """Args:
+    baseline, other: to compare.
+    step: that both were validated at.
+
+    Returns:
+        None where one of them has no loss there.
+
+    Raises:
+        DataError: scipy is not installed.
+    """
+    losses = losses_at(step, baseline, other)
+    if losses is None:
+        return None
+    seeds = min(len(losses.baseline), len(losses.other))
+    low, high = _interval(losses) if seeds > 1 else (None, None)
+    difference = statistics.fmean(losses.differences)
+    return Verdict(baseline.name, other.name, step, difference, low, high, seeds, losses.paired)
+
+
+def _interval(losses: Losses) -> tuple[float, float]:
+    """Of the mean difference: Student's where they are pairs, else Welch's."""
+    try:
+        from scipy import stats
+    except ImportError as e:
+        raise DataError("intervals", "scipy is missing", "pip install 'mhmoe-ray[report]'") from e
+    a, b = losses.baseline, losses.other
+    test = stats.ttest_rel(b, a) if losses.paired else stats.ttest_ind(b, a, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high)
+
+
+def table(place: SweepDir) -> list[dict[str, Any]]:
+    """JSON: one for each variant, in the order of the sweep. Losses are those of finished runs, while none is of
+    all, at the last step that they have all validated; runs whose last one is not finite have none. Ratios are to the
+    first variant."""
+    wanted = set(place.order(place.orders()[-1]).wanted)
+    figures = {name: RunFigures.read(run) for name, run in place.runs().items() if run.attempts_file.exists()}
+    compared = {name for name, run in figures.items() if not run.is_diverged}
+    compared = {name for name in compared if figures[name].is_finished} or compared
+    found = []
+    for variant_name, same in _by_variant(e for e in place.entries() if e.name in figures or e.name in wanted).items():
+        states = Counter(_state(figures.get(entry.name)) for entry in same)
+        variant = Variant(variant_name, [figures[e.name] for e in same if e.name in compared])
+        started = next((figures[e.name].spec for e in same if e.name in figures), same[0].spec)
+        found.append((started, states, variant))
+    step = matched_step([variant for _, _, variant in found if variant.runs])
+    first = sizes(found[0][0].model)
+    return [
+        {
+            "variant": variant.name,
+            "states": dict(states),
+            "step": step,
+            "losses": variant.losses(step) if step else {},
+            **row(variant, sizes(spec.model), first, step),
+        }
+        for spec, states, variant in found
+    ]
+
+
+def _by_variant(entries: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
+    found: dict[str, list[SweepRun]] = {}
+    for entry in entries:
+        found.setdefault(entry.variant, []).append(entry)
+    return found
+
+
+def _state(run: RunFigures | None) -> str:
+    if run is None:
+        return "queued"
+    said = events.state(events.events(run.run))
+    return f"{said}, diverged" if run.is_diverged else said

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from mhmoe_ray.bench import checkpoints
-from mhmoe_ray.bench.hardware import Hardware
+from mhmoe_ray.bench.timing import Hardware
 from tests.specs import tiny_spec
 
 

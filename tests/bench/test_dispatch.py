@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.bench.dispatch import link
-from mhmoe_ray.bench.dispatch.link import slow_link
+from mhmoe_ray.bench.dispatch import cases
+from mhmoe_ray.bench.dispatch.cases import slow_link
 from mhmoe_ray.bench.dispatch.measure import first_failed
-from mhmoe_ray.bench.failed import failure
+from mhmoe_ray.bench.timing import failure
 from mhmoe_ray.errors import SpecError
 from tests.cli.run import command, mhmoe_anew
 
@@ -65,11 +65,11 @@ def test_what_is_no_rate_is_refused(rate):
 
 
 def test_without_root_or_tools_a_link_is_refused(monkeypatch):
-    monkeypatch.setattr(link.shutil, "which", lambda tool: "/sbin/ip")
-    monkeypatch.setattr(link.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(cases.shutil, "which", lambda tool: "/sbin/ip")
+    monkeypatch.setattr(cases.os, "geteuid", lambda: 1000)
     with pytest.raises(SpecError, match="network namespaces need root"), slow_link("1gbit"):
         pass
-    monkeypatch.setattr(link.shutil, "which", lambda tool: None if tool == "tc" else "/sbin/ip")
+    monkeypatch.setattr(cases.shutil, "which", lambda tool: None if tool == "tc" else "/sbin/ip")
     with pytest.raises(SpecError, match="network namespaces need tc"), slow_link("1gbit"):
         pass
 

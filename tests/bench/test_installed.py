@@ -1,4 +1,4 @@
-from mhmoe_ray.bench.installed import there
+from mhmoe_ray.bench.timing import there
 
 
 def test_contestants_whose_package_is_not_installed_are_told_of():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mhmoe_ray.bench import hardware
+from mhmoe_ray.bench import timing
 from mhmoe_ray.bench.layers import Layer, Shape, has_masks
 from mhmoe_ray.bench.measure import STATIC_ROWS, Request, as_json, cannot, measure, wanted
 from mhmoe_ray.errors import SpecError
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_every_layer_has_its_rounds_and_its_memory():
     said = []
-    found = measure(Request(SMALL, [2], "float32", 3, static=True), hardware.find("cpu"), said.append)
+    found = measure(Request(SMALL, [2], "float32", 3, static=True), timing.find("cpu"), said.append)
     assert said == ["7 layers, 3 rounds"]
     assert not found.absent
     rows = as_json(found.figures)
@@ -39,14 +39,14 @@ def test_a_named_kernel_that_refuses_these_sizes_is_listed():
     request = Request(wide, [], "float32", 1, kernels=["grouped", "triton"])
     if torch.cuda.is_available():
         pytest.skip("on a GPU the sizes differ")
-    found = measure(request, hardware.find("cpu"), lambda line: None)
+    found = measure(request, timing.find("cpu"), lambda line: None)
     assert [f.name for f in found.figures] == ["dense", *(f"{n}, grouped" for n in ("SMoE", "X-MoE", "fine-grained"))]
     assert [a.name for a in found.absent] == [f"{n}, triton" for n in ("SMoE", "X-MoE", "fine-grained")]
     assert {a.why for a in found.absent} == {
         "moe.kernel triton takes rows up to 1024 wide, not 1040: set it to grouped"
     }
     with pytest.raises(SpecError, match="triton takes rows up to 1024 wide"):
-        measure(request._replace(kernels=["triton"]), hardware.find("cpu"), lambda line: None)
+        measure(request._replace(kernels=["triton"]), timing.find("cpu"), lambda line: None)
 
 
 def test_an_error_is_a_reason_only_where_it_is_not_a_bug_of_ours():
@@ -67,6 +67,6 @@ def test_an_error_is_a_reason_only_where_it_is_not_a_bug_of_ours():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_card():
     request = Request(SMALL, [2], "bfloat16", 2, kernels=["grouped", "triton", "megablocks"], static=True)
-    found = measure(request, hardware.find("cuda"), lambda line: None)
+    found = measure(request, timing.find("cuda"), lambda line: None)
     assert {f.name for f in found.figures} > {"dense", "SMoE, grouped", "MH-MoE h 2, triton", "SMoE static"}
     assert all(0 < f.kept < f.peak for f in found.figures)

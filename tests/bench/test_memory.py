@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mhmoe_ray.bench.layers import Case, Shape, our_layers
-from mhmoe_ray.bench.memory import footprint, highest, peak_bytes
+from mhmoe_ray.bench.measure import footprint, highest, peak_bytes
 
 CPU = torch.device("cpu")
 

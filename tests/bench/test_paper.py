@@ -2,7 +2,7 @@ import pytest
 
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import Figures
-from mhmoe_ray.bench.paper import beside
+from mhmoe_ray.bench.steps import beside
 
 PLAIN = Shape().plain
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mhmoe_ray.bench.hardware import Hardware
 from mhmoe_ray.bench.layers import Shape, our_layers
 from mhmoe_ray.bench.measure import Figures, Request
 from mhmoe_ray.bench.plot import picture, plot, styles_of
 from mhmoe_ray.bench.sweep import Sweep
+from mhmoe_ray.bench.timing import Hardware
 
 SHAPE = Shape(32, 48, 4, 2, 96)
 REQUEST = Request(SHAPE, [2, 3], "bfloat16", 3, static=True)

@@ -1,13 +1,13 @@
 import pytest
 
-from mhmoe_ray.bench import hardware
+from mhmoe_ray.bench import timing
 from mhmoe_ray.bench.steps import SMALL, Case, matched_models, measure
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Size
 from mhmoe_ray.planner.sizes import sizes
 
 TINY = Size(48, 2, 64, 8, steps=10, micro_batches=2, micro_batch_size=2)
-WHERE = hardware.find("cpu")
+WHERE = timing.find("cpu")
 
 
 def test_at_half_of_the_follow_up_papers_width_models_have_its_numbers_of_experts():

@@ -3,14 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.bench import hardware, measure
+from mhmoe_ray.bench import measure, timing
 from mhmoe_ray.bench.layers import Shape
 from mhmoe_ray.bench.measure import Request
 from mhmoe_ray.bench.sweep import by_law, exponent, spread, sweep
 from mhmoe_ray.errors import SpecError
 
 TINY = Shape(tokens=32, d_model=16, experts=4, top_k=2, d_expert=32)
-WHERE = hardware.find("cpu")
+WHERE = timing.find("cpu")
 
 
 @given(st.floats(0, 1e9), st.floats(1e-9, 1e3))

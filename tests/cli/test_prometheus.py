@@ -9,8 +9,7 @@ import httpx
 import pytest
 import yaml
 
-from mhmoe_ray.render.dashboards import DASHBOARDS, WINDOW
-from mhmoe_ray.render.prometheus import prometheus
+from mhmoe_ray.render.monitoring import DASHBOARDS, WINDOW, prometheus
 from tests.cli.conftest import write_spec
 from tests.cli.run import mhmoe
 from tests.watch import newest, step_of, wait_until
@@ -95,7 +94,7 @@ def test_every_panel_has_data(trained_and_served, url):
 
 
 def test_what_grafana_imports_asks_for_the_same():
-    from mhmoe_ray.render.grafana import dashboard
+    from mhmoe_ray.render.monitoring import dashboard
 
     for of in DASHBOARDS:
         found = json.loads(json.dumps(dashboard(of)))

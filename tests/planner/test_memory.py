@@ -7,7 +7,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels import backends
-from mhmoe_ray.bench.memory import peak_bytes
+from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.model.decoder import Decoder, routing_loss, token_losses

@@ -15,9 +15,8 @@ import yaml
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import on_paper, packed
 from mhmoe_ray.render import kuberay, ray_up
-from mhmoe_ray.render.dashboards import DASHBOARDS
-from mhmoe_ray.render.files import files
-from mhmoe_ray.render.fit import nodes_for
+from mhmoe_ray.render.files import files, nodes_for
+from mhmoe_ray.render.monitoring import DASHBOARDS
 from mhmoe_ray.serve.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, checked, load_resolved_spec, load_site
 from mhmoe_ray.spec.site import SiteSpec

@@ -12,8 +12,7 @@ from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
 from mhmoe_ray.report.plots import differences
-from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants
-from mhmoe_ray.report.verdict import verdict
+from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants, verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.spec import DataSpec
@@ -352,7 +351,7 @@ def test_a_loss_whose_perplexity_no_float_holds_is_reported(tmp_path):
 
 
 def test_use_of_experts_is_compared_threshold_by_threshold():
-    from mhmoe_ray.report.routes import Routes, compared_use
+    from mhmoe_ray.report.figures import Routes, compared_use
 
     def routes(*activated):
         return Routes(None, "", [*activated, *([0.0] * (9 - len(activated)))], [], None, None)

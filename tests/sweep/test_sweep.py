@@ -8,7 +8,7 @@ from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
-from mhmoe_ray.report.table import table
+from mhmoe_ray.report.variants import table
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_number
 from mhmoe_ray.runs.sweeps import Order, sweep_dir

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mhmoe_ray.bench.memory import peak_bytes
+from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from tests.ranks import run_ranks

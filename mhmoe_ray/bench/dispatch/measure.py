@@ -12,9 +12,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Expected, expected, layers
-from mhmoe_ray.bench.dispatch.link import INTERFACE, Namespace, slow_link
-from mhmoe_ray.bench.failed import failure
+from mhmoe_ray.bench.dispatch.cases import (
+    DISPATCHES,
+    INTERFACE,
+    NODES,
+    Expected,
+    Namespace,
+    expected,
+    layers,
+    slow_link,
+)
+from mhmoe_ray.bench.timing import failure
 from mhmoe_ray.spec import MoESpec
 
 

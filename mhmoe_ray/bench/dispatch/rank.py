@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, layers, spread
-from mhmoe_ray.bench.dispatch.link import crossed
+from mhmoe_ray.bench.dispatch.cases import DISPATCHES, NODES, Routes, crossed, layers, spread
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.mesh import Mesh, build_mesh

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mhmoe_ray.bench.failed import failure
 from mhmoe_ray.bench.serve.engines import ENGINES, Place, Prompt
 from mhmoe_ray.bench.serve.servers import SERVERS
+from mhmoe_ray.bench.timing import failure
 from mhmoe_ray.errors import JobError
 
 MOST_SECONDS = 1800.0

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from mhmoe_ray.bench.ingest import contest
-from mhmoe_ray.bench.ingest.contest import CONTESTANTS, OURS
+from mhmoe_ray.bench import ingest
+from mhmoe_ray.bench.ingest import CONTESTANTS, OURS
 from mhmoe_ray.data.shards.manifest import read_data_manifest, recipe
 from mhmoe_ray.spec import dump_spec, load_resolved_spec
 from mhmoe_ray.storage import write_json
@@ -44,10 +44,10 @@ def test_both_tasks_are_done_anew_and_whole(project):
 
 def test_every_other_round_is_in_reverse_order_and_ratios_are_by_round(monkeypatch):
     seconds = iter([2.0, 3.0, 8.0, 2.0, 1.0, 5.0])
-    monkeypatch.setattr(contest, "run_apart", lambda *_: {"seconds": next(seconds)})
+    monkeypatch.setattr(ingest, "run_apart", lambda *_: {"seconds": next(seconds)})
     told = []
     names = ["prepare: mhmoe", "prepare: datasets"]
-    ours, theirs = contest.contest(tiny_spec(), names, 3, 1, told.append)
+    ours, theirs = ingest.contest(tiny_spec(), names, 3, 1, told.append)
     assert [line.split(" took")[0] for line in told] == [
         f"round {n}: {name}" for n, order in ((1, names), (2, names[::-1]), (3, names)) for name in order
     ]

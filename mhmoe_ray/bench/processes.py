@@ -1,11 +1,26 @@
-"""The memory of a process and of those it started, as Linux counts it."""
+"""The memory of a process and of those it started, as Linux counts it.
 
+Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next.
+"""
+
+import importlib
+import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
+
+from mhmoe_ray.bench.timing import failure
+from mhmoe_ray.cluster.spawn import PRIVATE
+from mhmoe_ray.spec import RunSpec
 
 EVERY_SECONDS = 0.2
 
@@ -70,3 +85,46 @@ def _field(entry: Path, name: str) -> str:
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return "0"
     return next((line.removeprefix(name).strip() for line in lines if line.startswith(name)), "0")
+
+
+Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
+"""Of a spec, in an empty folder, with so many processes or threads; returns figures that JSON can hold."""
+
+
+def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, **more: str) -> dict[str, Any]:
+    """What it returns.
+
+    Args:
+        measurement: a function of a module.
+        spec: its first argument.
+        number: its last.
+        what: names it in an error.
+        more: variables of its environment.
+
+    Raises:
+        JobError: it failed.
+    """
+    folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
+    place = {"module": measurement.__module__, "function": measurement.__qualname__}
+    request = json.dumps({**place, "spec": spec.model_dump_json(), "folder": folder, "number": number})
+    ray = PRIVATE | {"RAY_AUTH_TOKEN": token_hex(32)}  # of a Ray of its own
+    command = [sys.executable, "-m", __name__]
+    try:
+        done = subprocess.run(command, input=request, text=True, capture_output=True, env=os.environ | ray | more)
+    finally:
+        shutil.rmtree(folder)
+    if done.returncode:
+        raise failure(what, done.stderr, done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    measurement: Measurement = getattr(importlib.import_module(request["module"]), request["function"])
+    spec = RunSpec.model_validate_json(request["spec"])
+    print(json.dumps(measurement(spec, Path(request["folder"]), request["number"])))
+
+
+if __name__ == "__main__":
+    main()
