@@ -15,7 +15,7 @@
     worker.py       a fingerprint of what a step read
     distributed/     mesh, exchange of rows, and how ranks hold what all need
     strategies/     how what all ranks need is held: whole, or in slices
-    checkpoint/save.py checkpoint/load.py driver.py      checkpoints: written beside training; restored; hashed by all nodes
+
     telemetry/      where metrics go
 
 How each tensor is held and its gradient made whole, for world = dp x ep (`cluster.strategy`):

@@ -1,5 +1,4 @@
-"""What train/resilience.py, train/resilience.py, train/resilience.py and train/resilience.py hold on to inside Ray 2.60; tests/several_nodes has
-them at work."""
+"""What train/resilience.py holds on to inside Ray 2.60; tests/several_nodes has it at work."""
 
 import inspect
 import pickle
