@@ -12,20 +12,16 @@ from mhmoe_ray.cli import (
     ckpt,
     cluster,
     data,
-    doctor,
     eval,
     generate,
-    listing,
     logs,
     plan,
     presets,
     report,
-    resume,
-    rm,
     routing,
+    runs,
     serve,
     status,
-    stop,
     submit,
     sweep,
 )
@@ -58,16 +54,16 @@ app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
-app.command("list")(listing.list_)
+app.command("list")(runs.list_)
 app.command("logs")(logs.logs)
-app.command("stop")(stop.stop)
-app.command("resume")(resume.resume)
+app.command("stop")(runs.stop)
+app.command("resume")(runs.resume)
 app.command("eval")(eval.eval_)
 app.command("routing")(routing.routing)
 app.command("report")(report.report)
 app.command("sweep")(sweep.sweep)
-app.command("doctor")(doctor.doctor)
-app.command("rm")(rm.rm)
+app.command("doctor")(cluster.doctor)
+app.command("rm")(runs.rm)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")

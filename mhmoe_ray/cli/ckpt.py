@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mhmoe_ray.cli.common import (
+    STORAGE,
     CheckpointOption,
     JsonOption,
     RunArg,
@@ -17,7 +18,6 @@ from mhmoe_ray.cli.common import (
     pick_checkpoint,
     print_json,
 )
-from mhmoe_ray.cli.complete import STORAGE
 
 app = typer.Typer(help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
 
@@ -126,7 +126,7 @@ def import_(
 ) -> None:
     """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
-    from mhmoe_ray.cli.connecting import name_of
+    from mhmoe_ray.cli.jobs import name_of
 
     note.print(f"importing {source}", soft_wrap=True)
     run = import_folder(source, name, storage, seq_len)

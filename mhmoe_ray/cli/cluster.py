@@ -1,13 +1,18 @@
-"""`mhmoe cluster`: the Ray cluster on this machine that we start where none is named, and names for others."""
+"""`mhmoe doctor`: what works here and what does not.
+
+`mhmoe cluster`: the Ray cluster on this machine that we start where none is named, and names for others.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mhmoe_ray.cli.common import (
+    STORAGE,
     AddressOption,
     JsonOption,
     SetOption,
@@ -18,8 +23,40 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
-from mhmoe_ray.cli.complete import STORAGE
-from mhmoe_ray.cli.connecting import LOCAL_CPUS
+from mhmoe_ray.cli.jobs import LOCAL_CPUS
+
+if TYPE_CHECKING:
+    from mhmoe_ray.cluster.doctor import Finding
+
+
+STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"}
+
+
+def doctor(address: AddressOption = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
+    """Look at this machine, the cluster that commands would speak to, and storage, and say what to do.
+
+    The exit code is 11 if something is an error; notes and warnings are none.
+    """
+    from mhmoe_ray.cluster.doctor import examine
+    from mhmoe_ray.errors import DOCTOR_EXIT_CODE
+
+    found = []
+    for finding in examine(address, storage):
+        found.append(finding)
+        if not json:
+            _show(finding)
+    if json:
+        print_json([f._asdict() for f in found])
+    if any(f.level == "error" for f in found):
+        raise typer.Exit(DOCTOR_EXIT_CODE)
+
+
+def _show(finding: "Finding") -> None:
+    level = Text(f"{finding.level:<8}", style=STYLES[finding.level])
+    out.print(level, Text(f"{finding.what}: {finding.found}"), soft_wrap=True)
+    if finding.level in ("warning", "error"):
+        out.print(Text(f"{'':<9}{finding.fix}", style="dim"), soft_wrap=True)
+
 
 app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)
 
@@ -130,7 +167,7 @@ def render(
 
     For example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
     """
-    from mhmoe_ray.cli.serve_choice import KEYS, chosen, with_keys
+    from mhmoe_ray.cli.serve import KEYS, chosen, with_keys
     from mhmoe_ray.render.files import files
     from mhmoe_ray.serve.config import application_config
     from mhmoe_ray.spec import load_site

@@ -1,7 +1,11 @@
-"""What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown."""
+"""What a shell offers where a run or a key of a spec is wanted; `mhmoe --install-completion` tells the shell to ask.
+
+What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown.
+"""
 
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +16,56 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mhmoe_ray.cli import complete
-
 if TYPE_CHECKING:
     from mhmoe_ray.checkpoint.manifest import Manifest
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.storage import Location
+
+
+STORAGE = "runs"
+
+
+def runs(incomplete: str) -> list[str]:
+    """Ids of runs in the storage that commands look into."""
+    from mhmoe_ray.errors import MhmoeError
+    from mhmoe_ray.runs.directory import list_runs
+
+    try:
+        found = [run.id for run in list_runs(os.environ.get("MHMOE_STORAGE", STORAGE))]
+    except MhmoeError:
+        return []  # a shell that completes has no place for errors
+    return [name for name in reversed(found) if name.startswith(incomplete)]
+
+
+def keys(incomplete: str) -> list[str]:
+    """Keys of a spec, as --set takes them, shorthands first."""
+    from mhmoe_ray.planner.resolve import Shorthands
+    from mhmoe_ray.spec import RunSpec
+
+    return [key for section in (Shorthands, RunSpec) for key in _keys(section) if key.startswith(incomplete)]
+
+
+def _keys(model: Any, before: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is not None and set(inner.model_fields) != {"min", "max"}:  # a range is written as a number too
+            yield from _keys(inner, f"{before}{name}.")
+        else:
+            yield f"{before}{name}="
+
+
+def _model_in(annotation: Any) -> Any:
+    """A section itself, or one that may be absent; not those in a list or a table, which have no fixed keys."""
+    from types import NoneType, UnionType
+    from typing import Union, get_args, get_origin
+
+    from pydantic import BaseModel
+
+    if get_origin(annotation) in (Union, UnionType):
+        rest = [a for a in get_args(annotation) if a is not NoneType]
+        annotation = rest[0] if len(rest) == 1 else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 out = Console(highlight=False, markup=False, emoji=False)
@@ -29,13 +76,11 @@ note = Console(stderr=True, highlight=False, markup=False, emoji=False)
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
 RunArg = Annotated[
     str | None,
-    typer.Argument(
-        help="A run's id, the start of one, or its path; the newest by default.", autocompletion=complete.runs
-    ),
+    typer.Argument(help="A run's id, the start of one, or its path; the newest by default.", autocompletion=runs),
 ]
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=complete.keys),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec.", autocompletion=keys),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AddressOption = Annotated[

@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli.common import CheckpointOption, JsonOption, RunArg, StorageOption, pick_checkpoint, print_json
-from mhmoe_ray.cli.complete import STORAGE
+from mhmoe_ray.cli.common import (
+    STORAGE,
+    CheckpointOption,
+    JsonOption,
+    RunArg,
+    StorageOption,
+    pick_checkpoint,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from mhmoe_ray.serve.answer import Answerer, Piece

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mhmoe_ray.cli import complete
-from mhmoe_ray.cli.common import JsonOption, StorageOption, out, print_json
-from mhmoe_ray.cli.complete import STORAGE
+from mhmoe_ray.cli import common
+from mhmoe_ray.cli.common import STORAGE, JsonOption, StorageOption, out, print_json
 
 
 def report(
@@ -15,7 +14,7 @@ def report(
         list[str] | None,
         typer.Argument(
             help="Ids, beginnings of ids, or paths; of a sweep its name. The newest run by default.",
-            autocompletion=complete.runs,
+            autocompletion=common.runs,
             show_default=False,
         ),
     ] = None,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mhmoe_ray.cli.common import (
+    STORAGE,
     AddressOption,
     CheckpointOption,
     JsonOption,
@@ -13,9 +14,15 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
-from mhmoe_ray.cli.complete import STORAGE
-from mhmoe_ray.cli.eval import AgainOption, GpusOption, SamplesOption, TextOption, TextSetOption
-from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+from mhmoe_ray.cli.eval import (
+    AgainOption,
+    GpusOption,
+    SamplesOption,
+    TextOption,
+    TextSetOption,
+    evaluation_of,
+    make_request,
+)
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir

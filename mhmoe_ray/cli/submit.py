@@ -1,17 +1,85 @@
-"""`mhmoe submit`: start a run and follow it."""
+"""Attempts of runs: how the last one ended, and starting the next one.
 
+`mhmoe submit`: start a run and follow it.
+"""
+
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhmoe_ray.cli import connecting, launch, plan
+from mhmoe_ray.cli import jobs, plan
 from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, SpecArg, note, print_json, read_spec
 from mhmoe_ray.cli.follow import follow
+from mhmoe_ray.cli.jobs import cluster_to_train, name_of
 
 if TYPE_CHECKING:
+    from mhmoe_ray.cluster.connect import Connection
+    from mhmoe_ray.cluster.runs import Outcome
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import RunSpec
+
+
+def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
+    """Submit the next attempt, and say so."""
+    from mhmoe_ray.cluster.runs import start_attempt
+
+    job = start_attempt(run, spec, connection)
+    note.print(f"run {run.id}  job {job}  dashboard {connection.address}", soft_wrap=True)
+
+
+def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
+    """Start the next attempt of a run, and return its cluster.
+
+    Args:
+        run: that is over, and not finished.
+        spec: its own, perhaps with another cluster section.
+        address: of the cluster, as commands take it.
+    """
+    connection = cluster_to_train(spec, address)
+    run.write_spec(spec)
+    run.stop_file.unlink(missing_ok=True)
+    start(run, spec, connection)
+    return connection
+
+
+def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome":
+    """How the run ended.
+
+    Args:
+        run: the run.
+        force: where its cluster does not answer, take it for gone although the run wrote a moment ago.
+        patient: where it did, wait until that is a while ago.
+
+    Raises:
+        RunError: it runs, or may still run.
+        TokenError: its cluster wants a token that we do not have, so nobody can tell.
+    """
+    from mhmoe_ray.cluster.connect import connect
+    from mhmoe_ray.cluster.runs import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
+    from mhmoe_ray.errors import ClusterError, RunError, TokenError
+
+    while True:
+        try:
+            over = outcome_or_gone(run, connect)
+        except TokenError:
+            raise
+        except ClusterError as e:
+            if force:
+                return Outcome("failed", f"its cluster does not answer any more ({e.why})")
+            since = quiet(run)
+            if not patient:
+                why = f"its cluster does not answer ({e.why}), but it wrote something {since:.0f} s ago"
+                fix = "make sure that no job of it runs any more, then wait, or use --force"
+                raise RunError(f"run {run.id}", why, fix) from e
+            note.print(f"waiting: its cluster does not answer, but it wrote something {since:.0f} s ago")
+            time.sleep(max(0.0, QUIET_SECONDS - since))
+            continue
+        if over is None:
+            fix = f"see `mhmoe status {name_of(run)}`, or end it first: mhmoe stop {name_of(run)}"
+            raise RunError(f"run {run.id}", "it is still running", fix)
+        return over
 
 
 def submit(
@@ -57,16 +125,16 @@ def submit(
     again = run is not None
     if run:
         note.print(f"going on with run {run.id}")
-        connection = launch.go_on(run, resolved, address)
+        connection = go_on(run, resolved, address)
     else:
-        connecting.check_can_train(resolved)
+        jobs.check_can_train(resolved)
         if not json:
             # Where ranks would be matters for the cost alone, and that of CPUs is not told.
             layout = placement(resolved, address).layout if resolved.cluster.gpus_per_worker else None
             plan.show(resolved, estimated(resolved, layout))
-        connection = connecting.cluster_to_train(resolved, address)
+        connection = jobs.cluster_to_train(resolved, address)
         run = create_run(resolved)
-        launch.start(run, resolved, connection)
+        start(run, resolved, connection)
     if json:
         print_json({"run": run.id, "path": str(run.path), **asdict(last_attempt(run))})
     elif not detach:
@@ -88,7 +156,7 @@ def _unfinished(spec: "RunSpec") -> "RunDir | None":
     if not runs:
         return None
     newest = runs[-1]
-    over = launch.ended(newest, force=False, patient=True)
+    over = ended(newest, force=False, patient=True)
     if over.state == "finished":
         return None
     if other := spec.changed_from(newest.spec()):

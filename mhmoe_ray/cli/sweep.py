@@ -1,18 +1,203 @@
-"""`mhmoe sweep`: many runs that differ in some keys, as one."""
+"""What `mhmoe sweep` shows: what would run, how far it is, and the table in the end.
 
+`mhmoe sweep`: many runs that differ in some keys, as one.
+"""
+
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from mhmoe_ray.cli import connecting
-from mhmoe_ray.cli.common import AddressOption, DetachOption, SetOption, note, print_json
-from mhmoe_ray.cli.sweep_view import follow, rows, show_plan, show_rows
+from mhmoe_ray.cli import jobs
+from mhmoe_ray.cli.common import (
+    AddressOption,
+    DetachOption,
+    SetOption,
+    detaching,
+    nats,
+    note,
+    number_table,
+    out,
+    print_json,
+    print_whole,
+    say,
+)
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
-    from mhmoe_ray.runs.sweeps import SweepDir
+    from mhmoe_ray.runs.sweeps import Order, SweepDir
     from mhmoe_ray.spec import SweepRun
+
+
+POLL_SECONDS = 1.0
+ASK_SECONDS = 5.0
+MOST_RESTARTS = 3
+
+
+def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
+    """Every variant with its size, beside the first one's."""
+    from mhmoe_ray.planner.sizes import sizes
+
+    variants = {run.variant: run.spec for run in planned}
+    first = sizes(next(iter(variants.values())).model)
+    table = []
+    for name, spec in variants.items():
+        found, moe = sizes(spec.model), spec.model.moe
+        shape = [str(moe.heads), str(moe.experts), str(moe.top_k), str(moe.d_expert)] if moe else ["", "", "", ""]
+        ratios = [found.parameters / first.parameters, found.macs_per_token / first.macs_per_token]
+        tokens = spec.train.steps * spec.tokens_per_step
+        table.append([name, *shape, f"{found.parameters:,}", *(f"{r:.3f}" for r in ratios), f"{tokens:,}"])
+    columns = ["", "h", "E", "k", "f", "parameters", "ratio", "multiply-adds", "tokens"]
+    print_whole(number_table(columns, table))
+    seeds = len({run.seed for run in planned})
+    out.print(f"{len(variants)} variants x {seeds} seeds = {len(planned)} runs, {concurrent} at a time")
+
+
+def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
+    """Show progress of an order until the job that starts runs has ended. Where that was killed, start it again.
+
+    Args:
+        place: the sweep's directory.
+        name: of the order.
+        connection: to the cluster.
+
+    Raises:
+        MhmoeError: the job ended for a reason of its own.
+        ClusterError, StorageError: the cluster or the storage does not answer any more.
+    """
+    from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.sweep import client
+
+    restarts, asked, told, gone_since, patience = 0, time.monotonic(), False, 0.0, Patience(say)
+    hint = "the sweep goes on. The same command follows it again; with --stop it ends it"
+    with detaching(hint), _bar() as bar:
+        view = _View(place, place.order(name), bar)
+        while not patience.ask(view.refresh, False):
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - asked < ASK_SECONDS:
+                continue
+            stands = patience.ask(partial(_stands, place), None)
+            if stands is None:
+                continue
+            newest, order, stopping = stands
+            if newest != name and not told:
+                note.print("another command asked for runs of this sweep; its job starts these, too")
+                told = True
+            alive = patience.ask(partial(client.is_alive, order), True)
+            asked = time.monotonic()
+            if alive:
+                gone_since = 0.0
+                continue
+            if stopping or patience.ask(view.refresh, False):
+                return
+            gone_since = gone_since or asked
+            newer = patience.ask(partial(_stands, place), None)
+            if newer and newer[2]:
+                return
+            if newer is None or newer[0] != newest or (newest != name and asked - gone_since < 2 * ASK_SECONDS):
+                continue  # whoever gave that order may follow it, and start it again
+            if error := client.own_error(order):
+                if newest != name:
+                    return
+                raise error
+            if restarts == MOST_RESTARTS:
+                return
+            restarts += 1
+            note.print("the job that starts the runs has ended; it is started again")
+            name = client.again(place, connection, order)
+
+
+def _stands(place: "SweepDir") -> "tuple[str, Order, bool]":
+    """The name of the last order, what it asks for, and whether no more runs are to start."""
+    newest = place.orders()[-1]
+    return newest, place.order(newest), place.stop_file.exists()
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+    return Progress(*columns, console=note, disable=not note.is_terminal)
+
+
+class _View:
+    def __init__(self, place: "SweepDir", order: "Order", bar: Progress) -> None:
+        self._place, self._order, self._bar = place, order, bar
+        self._entries = order.wanted_entries
+        self._whole = bar.add_task("runs", total=len(self._entries), said="")
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, str] = {}
+
+    def refresh(self) -> bool:
+        """Whether all are over."""
+        from mhmoe_ray.runs import metrics
+        from mhmoe_ray.sweep.client import is_to_run, state_of
+
+        runs, over = self._place.runs(), 0
+        for entry in self._entries:
+            if (run := runs.get(entry.name)) is None:
+                continue
+            if self._told.get(entry.name) == "finished":  # which it stays
+                over += 1
+                continue
+            state = state_of(run)
+            over += not is_to_run(entry.name, run, state, self._order)
+            last = metrics.last(run) if run.metrics_file.exists() else None
+            if self._told.get(entry.name) != state:
+                self._told[entry.name] = state
+                if not note.is_terminal and state != "submitted":
+                    figures = f" at step {last[metrics.STEP]}" if last else ""
+                    note.print(f"{entry.name}: {state}{figures}")
+            self._show(entry.name, state, entry.spec.train.steps, last)
+        self._bar.update(self._whole, completed=over)
+        return over == len(self._entries)
+
+    def _show(self, name: str, state: str, steps: int, last: dict[str, Any] | None) -> None:
+        from mhmoe_ray.runs import events, metrics
+
+        if events.is_over(state):
+            if (task := self._tasks.pop(name, None)) is not None:
+                self._bar.remove_task(task)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=steps, said="")
+        said = f"loss {nats(last[metrics.LOSS])}" if last else state
+        self._bar.update(self._tasks[name], completed=last[metrics.STEP] if last else 0, said=said)
+
+
+def rows(place: "SweepDir") -> list[dict[str, Any]]:
+    """JSON: one for each variant, in the order of the sweep; ratios are to the first.
+
+    Raises:
+        RunError: there is no such sweep.
+    """
+    from mhmoe_ray.errors import RunError
+    from mhmoe_ray.report.variants import table
+
+    if not place.exists:
+        raise RunError(f"sweep {place.name}", "it was never started", "start it: the same command without --show")
+    return table(place)
+
+
+def show_rows(table: list[dict[str, Any]]) -> None:
+    cells = []
+    for row in table:
+        spread = f"{row['deviation']:.4f}" if row["deviation"] is not None else ""
+        loss = f"{row['loss']:.4f}" if row["loss"] is not None else ""
+        perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] is not None else ""
+        speed = f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else ""
+        states = ", ".join(f"{count} {state}" for state, count in row["states"].items())
+        ratios = [f"{row['parameters_ratio']:.3f}", f"{row['macs_ratio']:.3f}"]
+        cells.append([row["variant"], *ratios, loss, spread, perplexity, speed, states])
+    columns = ["", "parameters", "multiply-adds", "loss", "+-", "perplexity", "tok/s", "runs"]
+    print_whole(number_table(columns, cells))
+    steps = {row["step"] for row in table if row["step"]}
+    if steps:
+        told = " and ".join(f"{step:,}" for step in sorted(steps))
+        out.print(
+            f"validation loss in nats per token at step {told}, mean and deviation over seeds; ratios to the first"
+        )
 
 
 def sweep(
@@ -116,11 +301,11 @@ def _start(
         why = f"its runs want {twice} prepared in different ways"
         raise SpecError(f"sweep {place.name}", why, "give each of them a data.prepared of its own")
     for spec in texts.values():
-        connecting.check_can_train(spec)
+        jobs.check_can_train(spec)
     client.check_same(place, wanted)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
-    connection = connecting.cluster_for(specs[0].cluster, needed, cpus, address)
+    connection = jobs.cluster_for(specs[0].cluster, needed, cpus, address)
     again = len({run.name for run in wanted} & place.runs().keys())
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_ray.bench.serve.model import plain_model, write_run
-from mhmoe_ray.cli.eval import _task_rows
-from mhmoe_ray.cli.evaluating import evaluation_of, make_request
+from mhmoe_ray.cli.eval import _task_rows, evaluation_of, make_request
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, Score, store
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cli.inspect_tables import show_sample
-from mhmoe_ray.cli.survey import raw_text
+from mhmoe_ray.cli.data_inspect import raw_text
+from mhmoe_ray.cli.data_inspect_view import show_sample
 from mhmoe_ray.data.inspect.result import Request
 from mhmoe_ray.data.inspect.samples import Part, Shown
 from mhmoe_ray.data.prepare.validation import is_validation

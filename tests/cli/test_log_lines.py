@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from typer import BadParameter
 
-from mhmoe_ray.cli.log_lines import chosen, moment, pattern, stamped
+from mhmoe_ray.cli.logs import chosen, moment, pattern, stamped
 
 LOG = [
     "before any time",

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mhmoe_ray.checkpoint.load import load_model
-from mhmoe_ray.cli.evaluating import make_request
+from mhmoe_ray.cli.eval import make_request
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import connect, home
 from mhmoe_ray.cluster.spawn import free_ports

@@ -2,7 +2,7 @@ import stat
 
 import pytest
 
-from mhmoe_ray.cli.resume import _where
+from mhmoe_ray.cli.runs import _where
 from mhmoe_ray.cluster import connect, tokens
 from mhmoe_ray.cluster.connect import _chosen, _named, _token, home, is_local
 from mhmoe_ray.errors import ClusterError, TokenError
