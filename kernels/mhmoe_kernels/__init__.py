@@ -12,24 +12,23 @@ Shape suffixes, here and in mhmoe_ray.model:
     weights.py          a stack of experts
     permute.py          sorting routes by expert and bringing them back
     pieces.py           how sorted rows are cut into what goes through an expert at once
-    precision.py        at least float32
+    permute.py        at least float32
     cpu.py              what the CPU at hand can compute
     reference.py        the oracle: a loop over experts, written to be read
     grouped.py          each expert once on its contiguous rows
-    sorted_swiglu.py    SwiGLU experts over sorted rows, with a backward by hand
-    sorted_gelu.py      GELU experts likewise
-    grouped_matmul.py   both kinds of experts over a grouped GEMM, one product for all at once
+    grouped.py    SwiGLU experts over sorted rows, with a backward by hand
+    grouped.py      GELU experts likewise
+    megablocks.py   both kinds of experts over a grouped GEMM, one product for all at once
     megablocks.py       MegaBlocks' sort, histogram and copies around it; CUDA only
-    capacity.py         GShard's static routing, to be compared with
-    padded.py           for inference on CPUs: what a row gives depends on no other
+    reference.py         GShard's static routing, to be compared with
+    packed.py           for inference on CPUs: what a row gives depends on no other
     packed.py           for inference on CPUs: matrices laid out once as oneDNN multiplies fastest
     triton/             experts as fused Triton kernels
     cpp/                experts as one fused kernel for CPUs
 """
 
 from mhmoe_kernels.backends import BACKENDS, choose, run_experts, run_sorted_experts, why_not
-from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.precision import wide
+from mhmoe_kernels.permute import combine, permute, plan_routes, wide
 from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [

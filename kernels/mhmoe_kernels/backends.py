@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
-from mhmoe_kernels.capacity import capacity
 from mhmoe_kernels.grouped import RunSorted, grouped, run_sorted
-from mhmoe_kernels.padded import padded
-from mhmoe_kernels.reference import reference
+from mhmoe_kernels.packed import padded
+from mhmoe_kernels.reference import capacity, reference
 from mhmoe_kernels.weights import ExpertWeights
 
 

@@ -1,13 +1,195 @@
-"""Sort routes by expert, run each expert once on its contiguous rows, un-sort."""
+"""SwiGLU experts over sorted rows, with a backward by hand: it keeps less than autograd would, or nothing.
+
+What autograd keeps of a row in an expert is four times F values. Here it is two, gate and up; the rest follows from
+them at the cost of a product and a sigmoid. Of rows that are recomputed it is none: the backward computes gate and up
+anew, and they go through in pieces small enough that their hidden layer stays in the cache.
+
+A piece runs on its window (pieces.py), which may reach into the rows after it. What it writes there, the piece of those
+rows writes again; from sums over rows they are kept out by zeros.
+
+GELU experts with SubLN over sorted rows, with a backward by hand: fewer passes over memory than autograd's, or none.
+
+At h heads a row is d/h wide and meets h times as many hidden values in all, so passes over the hidden layer count for
+more than products. On a CPU rows go through in pieces whose hidden layer stays in the cache. Kept for the backward is
+what goes into the GELU, one value where autograd keeps three, or of rows that are recomputed none.
+
+Windows of pieces reach into the rows after them, as in grouped.py.
+
+Sort routes by expert, run each expert once on its contiguous rows, un-sort.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.permute import combine, permute, plan_routes
-from mhmoe_kernels.sorted_gelu import gelu_sorted
-from mhmoe_kernels.sorted_swiglu import swiglu_sorted
+from mhmoe_kernels.permute import combine, permute, plan_routes, wide
+from mhmoe_kernels.pieces import SumOfProducts, hidden_rows, pieces
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
+
+
+def swiglu_sorted(
+    x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of each row's expert.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        gate_EFD, up_EFD, down_EDF: the experts.
+        recompute: share of the rows whose hidden layer is not kept for the backward.
+    """
+    return _swiglu(x_RD, counts, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, counts: list[int], recompute: float, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        ctx.pieces = pieces(counts, recompute, rounded=x_RD.device.type == "cpu")
+        width = gate_EFD.shape[1]
+        kept_rows = max((p.window.stop for p in ctx.pieces if p.kept), default=0)
+        kept = [x_RD.new_empty(kept_rows, width) for _ in range(2)]
+        passing = hidden_rows(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        [hidden_PF] = hidden_rows(1, x_RD, width, ctx.pieces)
+        out_RD = torch.empty_like(x_RD)
+        for piece in ctx.pieces:
+            e, at, here = piece.expert, piece.window, slice(0, piece.room)
+            gate, up = (t[at] for t in kept) if piece.kept else (t[here] for t in passing)
+            torch.mm(x_RD[at], gate_EFD[e].T, out=gate)
+            torch.mm(x_RD[at], up_EFD[e].T, out=up)
+            hidden = torch.ops.aten.silu.out(gate, out=hidden_PF[here]).mul_(up)
+            torch.mm(hidden, down_EDF[e].T, out=out_RD[at])
+        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, *kept)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, gate_EFD, up_EFD, down_EDF, *kept = ctx.saved_tensors
+        dout_RD = dout_RD.contiguous()
+        dx_RD = torch.empty_like(x_RD)
+        sums = [SumOfProducts(w) for w in (gate_EFD, up_EFD, down_EDF)]
+        of_gate, of_up, of_down = sums
+        width = gate_EFD.shape[1]
+        passing = hidden_rows(2, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        scratch = hidden_rows(3, x_RD, width, ctx.pieces)
+        for piece in ctx.pieces:
+            e, at, here, beyond = piece.expert, piece.window, slice(0, piece.room), slice(piece.rows, piece.room)
+            x, dout = x_RD[at], dout_RD[at]
+            hidden, dhidden, silu = (t[here] for t in scratch)
+            gate, up = (t[at] for t in kept) if piece.kept else (t[here] for t in passing)
+            if not piece.kept:
+                torch.mm(x, gate_EFD[e].T, out=gate)
+                torch.mm(x, up_EFD[e].T, out=up)
+            torch.ops.aten.silu.out(gate, out=silu)
+            torch.mul(silu, up, out=hidden)
+            hidden[beyond].zero_()
+            torch.mm(dout, down_EDF[e], out=dhidden)
+            dhidden[beyond].zero_()  # and so dup and dgate there
+            of_down.add(piece, dout.T, hidden)
+            dup = silu.mul_(dhidden)
+            dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=hidden)
+            of_up.add(piece, dup.T, x)
+            of_gate.add(piece, dgate.T, x)
+            torch.mm(dgate, gate_EFD[e], out=dx_RD[at])
+            dx_RD[at].addmm_(dup, up_EFD[e])
+        gradients = [s.total_EOI for s in sums]
+        for idle in set(range(len(gate_EFD))) - {piece.expert for piece in ctx.pieces}:
+            for gradient in gradients:
+                gradient[idle].zero_()
+        return dx_RD, None, None, *gradients
+
+
+_swiglu: Callable[[Tensor, list[int], float, Tensor, Tensor, Tensor], Tensor] = _SwiGLU.apply
+
+
+def gelu_sorted(x_RD: Tensor, counts: list[int], weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
+    """fc2(norm(gelu(fc1(x)))) of each row's expert.
+
+    Args:
+        x_RD: rows; the first counts[0] belong to expert 0, and so on.
+        counts: rows per expert, adding up to R.
+        weights: `GeluSubln`'s, stacked.
+        eps: of the norm.
+        recompute: share of the rows of which nothing is kept for the backward.
+    """
+    return _gelu(x_RD, counts, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], eps: float, recompute: float, *weights: Tensor) -> Tensor:
+        fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, fc2_bias_ED = weights
+        width = fc1_EFD.shape[1]
+        cpu = x_RD.device.type == "cpu"
+        ctx.eps = eps
+        ctx.pieces = pieces(counts, recompute, rounded=cpu, row_bytes=width * x_RD.element_size() if cpu else 0)
+        kept_RF = x_RD.new_empty(max((p.window.stop for p in ctx.pieces if p.kept), default=0), width)
+        [passing_PF] = hidden_rows(1, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        [hidden_PF] = hidden_rows(1, x_RD, width, ctx.pieces)
+        out_RD = torch.empty_like(x_RD)
+        for piece in ctx.pieces:
+            e, at, here = piece.expert, piece.window, slice(0, piece.room)
+            inner = kept_RF[at] if piece.kept else passing_PF[here]
+            torch.addmm(fc1_bias_EF[e], x_RD[at], fc1_EFD[e].T, out=inner)
+            gelu = torch.ops.aten.gelu.out(inner, out=hidden_PF[here])
+            normed = torch.native_layer_norm(gelu, (width,), norm_EF[e], norm_bias_EF[e], eps)[0]
+            torch.addmm(fc2_bias_ED[e], normed, fc2_EDF[e].T, out=out_RD[at])
+        ctx.save_for_backward(x_RD, kept_RF, *weights)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, kept_RF, *weights = ctx.saved_tensors
+        fc1_EFD, fc1_bias_EF, norm_EF, norm_bias_EF, fc2_EDF, _ = weights
+        width = fc1_EFD.shape[1]
+        dout_RD = dout_RD.contiguous()
+        dx_RD = torch.empty_like(x_RD)
+        of_fc1, of_fc2 = SumOfProducts(fc1_EFD), SumOfProducts(fc2_EDF)
+        # In float32: the norm's own backward adds these two up in bfloat16, and loses a tenth of them over 4,000 rows.
+        vectors = [torch.zeros_like(wide(w)) for w in (fc1_bias_EF, norm_EF, norm_bias_EF, weights[-1])]
+        dfc1_bias_EF, dnorm_EF, dnorm_bias_EF, dfc2_bias_ED = vectors
+        [passing_PF] = hidden_rows(1, x_RD, width, [p for p in ctx.pieces if not p.kept])
+        scratch = hidden_rows(3, x_RD, width, ctx.pieces)
+        for piece in ctx.pieces:
+            e, at, here, beyond = piece.expert, piece.window, slice(0, piece.room), slice(piece.rows, piece.room)
+            x, dout = x_RD[at], dout_RD[at]
+            gelu, dnormed, dinner = (t[here] for t in scratch)
+            inner = kept_RF[at] if piece.kept else passing_PF[here]
+            if not piece.kept:
+                torch.addmm(fc1_bias_EF[e], x, fc1_EFD[e].T, out=inner)
+            torch.ops.aten.gelu.out(inner, out=gelu)
+            whitened, mean, rstd = torch.native_layer_norm(gelu, (width,), None, None, ctx.eps)
+            normed = torch.addcmul(norm_bias_EF[e], whitened, norm_EF[e], out=dinner)
+            normed[beyond].zero_()
+            torch.mm(dout, fc2_EDF[e], out=dnormed)
+            dnormed[beyond].zero_()  # and so all that follows from it there
+            of_fc2.add(piece, dout.T, normed)
+            dgelu = torch.ops.aten.native_layer_norm_backward(
+                dnormed, gelu, (width,), mean, rstd, norm_EF[e], norm_bias_EF[e], [True, False, False]
+            )[0]
+            dnorm_EF[e] += whitened.mul_(dnormed).sum(0, dtype=dnorm_EF.dtype)
+            dnorm_bias_EF[e] += dnormed.sum(0, dtype=dnorm_EF.dtype)
+            torch.ops.aten.gelu_backward.grad_input(dgelu, inner, grad_input=dinner)
+            of_fc1.add(piece, dinner.T, x)
+            torch.mm(dinner, fc1_EFD[e], out=dx_RD[at])
+            dfc1_bias_EF[e] += dinner.sum(0, dtype=dnorm_EF.dtype)
+            dfc2_bias_ED[e] += dout[: piece.rows].sum(0, dtype=dnorm_EF.dtype)
+        for idle in set(range(len(fc1_EFD))) - {piece.expert for piece in ctx.pieces}:
+            of_fc1.total_EOI[idle].zero_()
+            of_fc2.total_EOI[idle].zero_()
+        dfc1_bias, dnorm_weight, dnorm_shift, dfc2_bias = (v.to(x_RD.dtype) for v in vectors)
+        dfc1, dfc2 = of_fc1.total_EOI, of_fc2.total_EOI
+        return dx_RD, None, None, None, dfc1, dfc1_bias, dnorm_weight, dnorm_shift, dfc2, dfc2_bias
+
+
+_gelu: Callable[..., Tensor] = _GELU.apply
+
 
 RunSorted = Callable[[Tensor, list[int], ExpertWeights], Tensor]
 """Rows sorted by expert, rows per expert, and the experts, to one row for each."""

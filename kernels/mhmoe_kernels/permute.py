@@ -1,4 +1,7 @@
-"""Sorting routes by expert and bringing them back. Both directions gather, forward and backward: no scatter-add."""
+"""In which precision sums are added up and scores compared.
+
+Sorting routes by expert and bringing them back. Both directions gather, forward and backward: no scatter-add.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.precision import wide
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32. Of two scores that bfloat16 cannot tell apart, one must still be the larger; and sums over
+    experts in bfloat16 lose what routing learns from."""
+    return x if x.dtype == torch.float64 else x.float()
+
 
 CACHED = 1 << 17
 """Values in float32 that a CPU's cache holds beside others of their kind."""

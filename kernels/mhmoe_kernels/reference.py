@@ -1,6 +1,14 @@
-"""The oracle: a loop over experts with masks, written to be read. Any dtype, no care for speed."""
+"""The oracle: a loop over experts with masks, written to be read. Any dtype, no care for speed.
+
+GShard's static routing as the papers ran it (arXiv 2006.16668): one-hot masks of N x E x C values lay rows out in E
+buffers of C places and bring the outputs back. Here to be compared with; memory grows with N * E * C, which at a
+capacity factor of 1 is about k * N^2, and every place is computed, taken or not.
+
+Suffix beside the kernels' own: C places in an expert's buffer.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.weights import ExpertWeights
@@ -14,3 +22,25 @@ def reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
         out = weights.function(x_ND[rows], *(w[e] for w in weights.stacked))
         y_ND = y_ND.index_add(0, rows, (out * gate_NK[rows, choice, None]).to(y_ND.dtype))
     return y_ND
+
+
+def capacity(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, *, places: int) -> Tensor:
+    """As `mhmoe_kernels.run_experts`, with C = `places`. A route of weight 0 takes no place: routing has dropped it.
+
+    First choices get places before second ones, so none that routing kept under this capacity is without one.
+    """
+    experts, top_k, places = len(weights.stacked[0]), expert_NK.shape[1], max(1, places)  # no rows make no places
+    kept_NK = gate_NK != 0
+    chosen_NKE = F.one_hot(expert_NK, experts) * kept_NK[..., None]
+    first_KNE = chosen_NKE.transpose(0, 1).reshape(-1, experts)  # all first choices, then all second ones
+    place_KN = ((first_KNE.cumsum(0) - first_KNE) * first_KNE).sum(-1)
+    place_NK = place_KN.view(top_k, -1).T
+    fits_NK = kept_NK & (place_NK < places)
+    at_NKC = F.one_hot(place_NK.clamp(max=places - 1), places) * fits_NK[..., None]
+    # Each of the two masks is N x E x C; a row is at most once with an expert, so the sum over k loses nothing.
+    chosen_NKE, at_NKC = chosen_NKE.to(x_ND), at_NKC.to(x_ND)
+    combine_NEC = torch.einsum("nke,nkc,nk->nec", chosen_NKE, at_NKC, gate_NK.to(x_ND))
+    dispatch_NEC = torch.einsum("nke,nkc->nec", chosen_NKE, at_NKC)
+    x_ECD = torch.einsum("nec,nd->ecd", dispatch_NEC, x_ND)
+    out_ECD = torch.stack([weights.function(x_ECD[e], *(w[e] for w in weights.stacked)) for e in range(experts)])
+    return torch.einsum("nec,ecd->nd", combine_NEC, out_ECD)

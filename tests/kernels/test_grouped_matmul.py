@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mhmoe_kernels import GeluSubln, Swiglu
 from mhmoe_kernels.grouped import run_sorted
-from mhmoe_kernels.grouped_matmul import can_group, run_grouped
+from mhmoe_kernels.megablocks import can_group, run_grouped
 from tests.kernels.problems import problem, with_gradients
 
 KINDS = [Swiglu(), GeluSubln(), GeluSubln(0.1)]

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, run_experts
-from mhmoe_kernels.grouped_matmul import can_group
-from mhmoe_kernels.megablocks import _missing, why_not
+from mhmoe_kernels.megablocks import _missing, can_group, why_not
 from tests.kernels import megablocks_ops
 from tests.kernels.problems import outputs_and_gradients, problem
 

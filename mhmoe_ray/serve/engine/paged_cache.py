@@ -2,7 +2,7 @@
 
 A step's tokens lie one after another, those of each request together (a batch of one row), filled up to a multiple of
 `MULTIPLE`: so products have a number of rows at which a token's result is the same to the last bit whatever stands
-beside it (`mhmoe_kernels.padded`). Attention goes request by request and piece by piece, for the same reason and since
+beside it (`mhmoe_kernels.packed`). Attention goes request by request and piece by piece, for the same reason and since
 each sees others than its neighbours do.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhmoe_kernels.padded import MULTIPLE
+from mhmoe_kernels.packed import MULTIPLE
 from mhmoe_ray.serve.engine.block_pool import BLOCK, blocks_for
 from mhmoe_ray.spec import ModelSpec
 
