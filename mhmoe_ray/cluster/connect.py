@@ -10,12 +10,10 @@ They lie in `clusters.json` of our home. Of a token only the path of its file do
 Which cluster a command speaks to, and with whose token.
 """
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,53 +21,9 @@ from urllib.parse import urlsplit
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.local import find_local, recorded_address, start_local
 from mhmoe_ray.cluster.spawn import LocalCluster
-from mhmoe_ray.cluster.tokens import Token
+from mhmoe_ray.cluster.tokens import Token, home, locked
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.storage import write_json
-
-
-def home() -> Path:
-    """$MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe; made for its owner only if missing.
-
-    Raises:
-        ClusterError: it cannot be made.
-    """
-    given, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
-    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
-    folder = Path(given).absolute() if given else base / "mhmoe"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as e:
-        raise _unusable(folder, e) from e
-    return folder
-
-
-def _unusable(folder: Path, e: OSError) -> ClusterError:
-    return ClusterError(f"folder {folder}", e.strerror or str(e), "set MHMOE_HOME to one that you can write and lock")
-
-
-@contextmanager
-def locked(name: str = "lock") -> Iterator[Path]:
-    """The home, while no other command holds the lock of this name: by default that of one who starts, stops or looks
-    for the local cluster.
-
-    Raises:
-        ClusterError: it cannot be written, or its file system has no locks.
-    """
-    folder = home()
-    try:
-        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as e:
-        raise _unusable(folder, e) from e
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as e:
-            raise _unusable(folder, e) from e
-        yield folder
-    finally:
-        os.close(fd)
-
 
 FILE = "clusters.json"
 LOCAL = "local"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.cluster import dashboard, spawn, tokens
-from mhmoe_ray.cluster.connect import home, locked
 from mhmoe_ray.cluster.spawn import LocalCluster, spawn_ray
+from mhmoe_ray.cluster.tokens import home, locked
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import write_json
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.cluster import dashboard
-from mhmoe_ray.cluster.connect import Connection, locked
+from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import Patience
+from mhmoe_ray.cluster.tokens import locked
 from mhmoe_ray.errors import ServeError
 
 END_SECONDS = 150.0

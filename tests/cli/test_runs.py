@@ -18,8 +18,9 @@ import torch
 from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.cli.eval import make_request
 from mhmoe_ray.cluster import dashboard, tokens
-from mhmoe_ray.cluster.connect import connect, home
+from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.spawn import free_ports
+from mhmoe_ray.cluster.tokens import home
 from mhmoe_ray.evaluate.answer import answer
 from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import RunDir

@@ -4,7 +4,8 @@ import pytest
 
 from mhmoe_ray.cli.runs import _where
 from mhmoe_ray.cluster import connect, tokens
-from mhmoe_ray.cluster.connect import _chosen, _named, _token, home, is_local
+from mhmoe_ray.cluster.connect import _chosen, _named, _token, is_local
+from mhmoe_ray.cluster.tokens import home
 from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.runs.directory import Attempt
 from tests.cli.run import assert_one_line, mhmoe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_ray.cluster.connect import home, locked
+from mhmoe_ray.cluster.tokens import home, locked
 from mhmoe_ray.errors import ClusterError
 
 
