@@ -87,7 +87,7 @@ class FilterSpec(Section):
     buckets: list[Bucket] = Field(default=["head", "middle"], min_length=1)
     """CCNet's thirds by perplexity. The tail was published without signals and tables."""
     gopher: bool = False
-    """Gopher's rules of quality and repetition, as far as there are signals for them (`data/sources/redpajama_v2.py`)."""
+    """Gopher's rules of quality and repetition, as far as there are signals (`data/sources/redpajama_v2.py`)."""
     signals: list[Annotated[str, AfterValidator(_checked)]] = Field(default=[])
     """Rules `signal op number` that a document must meet, such as `ccnet_perplexity < 500`. A signal of lines
     (`rps_lines_...`) is averaged over them."""
