@@ -4,17 +4,52 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.dashboard import explained, reason, unreachable
-from mhmoe_ray.errors import JobError, SpecError
+from mhmoe_ray.cluster.dashboard import unreachable
+from mhmoe_ray.errors import JobError, MhmoeError, SpecError
+
+
+@contextmanager
+def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: str) -> Iterator[None]:
+    """Run requests in it; a request that the cluster could not do raises `failed` with what the cluster says.
+
+    Raises:
+        ClusterError: the cluster does not answer any more.
+        TokenError: it refuses the token.
+    """
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as e:
+        raise tokens.refused(connection.address, connection.token) from e
+    except (requests.RequestException, ConnectionError) as e:
+        raise unreachable(connection.address, e) from e
+    except RuntimeError as e:
+        raise failed(what, reason(str(e)), fix) from e
+
+
+def reason(text: str) -> str:
+    """What went wrong, in one line: the exception that ends a traceback, else the last line of a message."""
+    text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
+    for i in reversed(range(len(lines))):
+        if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)(:|$)", lines[i]):
+            # Its message may have several lines.
+            return " ".join(" ".join(lines[i:]).split()).rstrip(".")[:500]
+    return lines[-1].strip().rstrip(".")[:500] if lines else "no reason given"
+
 
 NEVER = (".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", ".*_cache", "*.egg-info", "wandb", "mlruns")
 """Patterns, as of a .gitignore, of what no job needs; beside .gitignore and .rayignore, which count too."""

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.dashboard import Patience, explained
+from mhmoe_ray.cluster.dashboard import Patience
+from mhmoe_ray.cluster.jobs import explained
 from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, replace
 from mhmoe_ray.errors import ServeError
 

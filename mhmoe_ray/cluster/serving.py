@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection
-from mhmoe_ray.cluster.dashboard import Patience, explained, reason
-from mhmoe_ray.cluster.jobs import NEVER, PACKAGES, check_size, with_packages
+from mhmoe_ray.cluster.dashboard import Patience
+from mhmoe_ray.cluster.jobs import NEVER, PACKAGES, check_size, explained, reason, with_packages
 from mhmoe_ray.cluster.serve_client import changing, client, configs, end_idle, get, put
 from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
