@@ -12,17 +12,11 @@ Shape suffixes, here and in mhmoe_ray.model:
     weights.py          a stack of experts
     permute.py          sorting routes by expert and bringing them back
     pieces.py           how sorted rows are cut into what goes through an expert at once
-    permute.py        at least float32
     cpu.py              what the CPU at hand can compute
-    reference.py        the oracle: a loop over experts, written to be read
-    grouped.py          each expert once on its contiguous rows
-    grouped.py    SwiGLU experts over sorted rows, with a backward by hand
-    grouped.py      GELU experts likewise
-    megablocks.py   both kinds of experts over a grouped GEMM, one product for all at once
-    megablocks.py       MegaBlocks' sort, histogram and copies around it; CUDA only
-    reference.py         GShard's static routing, to be compared with
+    reference.py        the oracle, written to be read, and GShard's static routing, to be compared with
+    grouped.py          each expert once on its contiguous rows, with backwards by hand
+    megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
     packed.py           for inference on CPUs: what a row gives depends on no other
-    packed.py           for inference on CPUs: matrices laid out once as oneDNN multiplies fastest
     triton/             experts as fused Triton kernels
     cpp/                experts as one fused kernel for CPUs
 """

@@ -1,21 +1,17 @@
-"""SwiGLU experts over sorted rows, with a backward by hand: it keeps less than autograd would, or nothing.
+"""The kernel `grouped`: sort routes by expert, run each expert once on its contiguous rows, un-sort. Any device.
 
-What autograd keeps of a row in an expert is four times F values. Here it is two, gate and up; the rest follows from
-them at the cost of a product and a sigmoid. Of rows that are recomputed it is none: the backward computes gate and up
-anew, and they go through in pieces small enough that their hidden layer stays in the cache.
+Both kinds of experts have a backward by hand, which keeps less than autograd would, or nothing.
+
+SwiGLU: autograd keeps four times F values of a row in an expert. Here it is two, gate and up; the rest follows from
+them at the cost of a product and a sigmoid. Of rows that are recomputed nothing is kept: the backward computes gate and
+up anew, and they go through in pieces small enough that their hidden layer stays in the cache.
+
+GELU with SubLN: at h heads a row is d/h wide and meets h times as many hidden values in all, so passes over the hidden
+layer count for more than products. On a CPU rows go through in pieces whose hidden layer stays in the cache. Kept for
+the backward is what goes into the GELU, one value where autograd keeps three, or nothing of rows that are recomputed.
 
 A piece runs on its window (pieces.py), which may reach into the rows after it. What it writes there, the piece of those
-rows writes again; from sums over rows they are kept out by zeros.
-
-GELU experts with SubLN over sorted rows, with a backward by hand: fewer passes over memory than autograd's, or none.
-
-At h heads a row is d/h wide and meets h times as many hidden values in all, so passes over the hidden layer count for
-more than products. On a CPU rows go through in pieces whose hidden layer stays in the cache. Kept for the backward is
-what goes into the GELU, one value where autograd keeps three, or of rows that are recomputed none.
-
-Windows of pieces reach into the rows after them, as in grouped.py.
-
-Sort routes by expert, run each expert once on its contiguous rows, un-sort.
+rows writes again; zeros keep them out of sums over rows.
 """
 
 from collections.abc import Callable

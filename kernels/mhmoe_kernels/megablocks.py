@@ -1,6 +1,4 @@
-"""Both kinds of experts written over a grouped GEMM, which the caller brings: one product for all experts at once.
-
-MegaBlocks behind the seam: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
+"""MegaBlocks behind the seam: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
 Its padded operators serve block-sparse products, whose blocks of 128 fit no small expert, and are not used.

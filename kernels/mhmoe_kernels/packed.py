@@ -1,17 +1,18 @@
-"""For inference on CPUs: each expert runs on a number of rows that is rounded up, so that what a row gives depends on
-no other row.
+"""Experts for inference on CPUs, in which the result for a row depends on no other row, to the last bit.
 
-BLAS adds up a product of few rows in another order than one of more (OpenBLAS and MKL on AMD's CPUs fewer than four,
-MKL on Intel's fewer than sixteen), and gives each thread a part of the rows. So a row alone would get other last bits
-than the same row among others, and a near-tie another token. Not so in products of a multiple of sixteen rows, but for
-MKL's with sums over a thousand values and more and few outputs, which it splits among threads; a torch with MKL has
-oneDNN too, and packs its matrices instead (packed.py).
+`packed` has matrices laid out once as oneDNN multiplies fastest; `padded` rounds the number of rows of each expert up
+where oneDNN cannot pack.
 
-For inference on CPUs: matrices laid out once as oneDNN multiplies fastest, and experts made of them.
+Padded experts. BLAS adds up a product of few rows in another order than one of more (OpenBLAS and MKL on AMD's CPUs
+fewer than four, MKL on Intel's fewer than sixteen), and gives each thread a part of the rows. So a row alone would get
+other last bits than the same row among others, and a near-tie another token. Not so in products of a multiple of
+sixteen rows, but for MKL's with sums over a thousand values and more and few outputs, which it splits among threads; a
+torch with MKL has oneDNN too, and packs its matrices instead.
 
-A matrix is read where it lies, so that a product of few rows takes a third of the time of a plain one in float32; and
-what a row gives depends on no other row, to the last bit, however many there are (tests/kernels/test_packed.py).
-torch has these operators for its compiler, which packs the weights of models that are frozen in the same way.
+Packed experts. A matrix is read where it lies, so that a product of few rows takes a third of the time of a plain one
+in float32; and what a row gives depends on no other row, to the last bit, however many there are
+(tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of models that are
+frozen in the same way.
 
 So it is where oneDNN has kernels of blocks for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. With
 less, its products are those of a BLAS, which adds up a row alone in another order (held to SSE4.1 it does so in

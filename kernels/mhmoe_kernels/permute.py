@@ -1,7 +1,4 @@
-"""In which precision sums are added up and scores compared.
-
-Sorting routes by expert and bringing them back. Both directions gather, forward and backward: no scatter-add.
-"""
+"""Sort routes by expert and bring them back; both directions gather, forward and backward, without a scatter-add."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
-"""The oracle: a loop over experts with masks, written to be read. Any dtype, no care for speed.
+"""The oracle, a loop over experts with masks in any dtype, and `capacity`, GShard's static routing.
 
 GShard's static routing as the papers ran it (arXiv 2006.16668): one-hot masks of N x E x C values lay rows out in E
-buffers of C places and bring the outputs back. Here to be compared with; memory grows with N * E * C, which at a
+buffers of C places and bring the outputs back. It is here to be compared with; memory grows with N * E * C, which at a
 capacity factor of 1 is about k * N^2, and every place is computed, taken or not.
 
 Suffix beside the kernels' own: C places in an expert's buffer.

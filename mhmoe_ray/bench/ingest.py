@@ -1,15 +1,7 @@
-"""Text to shards to micro-batches, beside what other packages offer for it.
+"""Text to shards to micro-batches by several packages in turn, each time in a process and a folder of its own.
 
-__init__.py        `prepare` and the training stream
-__init__.py       Hugging Face's datasets and MosaicML's streaming, where they are installed
-__init__.py     all of them in turn, each in a process of its own
-bench/processes.py      what a process and those below it take of it
-
-Our own preparation and stream.
-
-What users have without us: Hugging Face's datasets to prepare text, MosaicML's streaming to read it in training.
-
-Preparing and streaming by several packages in turn, each time in a process and a folder of its own.
+Beside our own preparation and stream: Hugging Face's datasets to prepare text, MosaicML's streaming to read it in
+training, where they are installed.
 """
 
 import os

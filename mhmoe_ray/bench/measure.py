@@ -1,9 +1,7 @@
-"""Bytes of one forward and backward pass: at the peak, and kept between the two.
+"""All layers at one shape: memory of a first pass, then interleaved rounds of time.
 
 Counted are bytes that torch's allocator gives out. What a library takes for itself, such as oneDNN's scratch space, is
 not in them.
-
-All layers at one shape: memory of a first pass, then interleaved rounds of time.
 """
 
 import os

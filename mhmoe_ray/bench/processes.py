@@ -1,7 +1,4 @@
-"""The memory of a process and of those it started, as Linux counts it.
-
-Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next.
-"""
+"""Measurements each in a process of its own, and the memory of a process and its children, as Linux counts it."""
 
 import importlib
 import json

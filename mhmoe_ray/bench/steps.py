@@ -1,10 +1,10 @@
-"""A whole training step of a plain mixture of experts and of multi-head ones that the follow-up paper (P2) would put
-beside it: h sub-tokens with k = h, of equal multiply-adds and parameters.
+"""A whole training step of a plain mixture of experts and of the multi-head ones that P2 would put beside it.
+
+Those have h sub-tokens with k = h, of equal multiply-adds and parameters. The first paper's own figures of speed stand
+here too: whole models, trained on 8 RTX 3090 cards.
 
 It is training's own step: M micro-batches forward, loss and backward, then clipping and AdamW. At half of P2's width
 the solver finds P2's own numbers of experts, 40 for h 2 and 96 for h 3, at half their width.
-
-The first paper's own figures of speed, to set beside ours: whole models, trained on 8 RTX 3090 cards.
 
 From the authors' answers in the review of P1 (arXiv 2404.15045). Its h and sizes are not stated.
 """

@@ -1,10 +1,7 @@
-"""Timing cases against each other: all of them in each round, so that what the machine does besides hits all alike.
+"""Interleaved timing: all cases in each round, so that other load on the machine hits all alike.
 
-The device that a measurement runs on: whether it is there, what it is called, and a clock that waits for it.
-
-What is said of sizes that cannot be measured, and of a process of a measurement that failed.
-
-Which of the contestants can be measured here: those whose package is installed.
+Also what measurements share: the device and its clock, errors for sizes that cannot be measured, and which contestants
+are installed.
 """
 
 import platform

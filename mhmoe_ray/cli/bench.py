@@ -1,16 +1,8 @@
-"""`mhmoe bench train`: what a whole training step of models of equal work costs.
+"""`mhmoe bench`: measurements, side by side in one run.
 
-`mhmoe bench run`: what a run costs beside its training steps.
-
-`mhmoe bench dispatch`: rows to experts on another node, flat and hierarchical.
-
-`mhmoe bench checkpoint`: how long saving holds training up.
-
-`mhmoe bench ingest`: text to shards, and shards to micro-batches, beside other packages.
-
-`mhmoe bench commands`: how long the command line lets one wait.
-
-`mhmoe bench`: measurements, side by side in one run.
+`layer` and `serve` have files of their own. Here are `train`, a whole training step of models of equal work; `run`,
+what a run costs beside its steps; `dispatch`, rows to experts on another node; `checkpoint`, how long saving holds
+training up; `ingest`, text to shards and shards to micro-batches; `commands`, how long the command line lets one wait.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""`mhmoe doctor`: what works here and what does not.
-
-`mhmoe cluster`: the Ray cluster on this machine that we start where none is named, and names for others.
-"""
+"""`mhmoe cluster`, the local Ray cluster and names for others, and `mhmoe doctor`, what works here and why not."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What a shell offers where a run or a key of a spec is wanted; `mhmoe --install-completion` tells the shell to ask.
+"""What commands share: options and their completion, consoles, reading specs and checkpoints, numbers and tables.
 
-What verbs share: options, consoles, reading specs and checkpoints, and how numbers and tables are shown.
+`mhmoe --install-completion` tells the shell to ask for runs and keys of a spec.
 """
 
 import json

@@ -1,9 +1,4 @@
-"""`mhmoe data prepare`: raw text to packed shards, as a job on the cluster.
-
-`mhmoe data sample`: real text for a first run.
-
-`mhmoe data`: sample text, looking at raw text, preparing it for training, and the mixture that training reads.
-"""
+"""`mhmoe data`: sample text, and raw text to packed shards as a job on the cluster; other commands are wired here."""
 
 import importlib.util
 import time

@@ -1,8 +1,6 @@
-"""What `mhmoe data inspect` and `lint` share: which data are meant, and a survey of them as a job of the cluster.
+"""`mhmoe data inspect`, what is in raw text and its shards, and `mhmoe data lint`, what is wrong with it.
 
-`mhmoe data inspect`: what is in raw text and, where that is prepared, in its shards.
-
-`mhmoe data lint`: what is wrong with text, where, and what to do.
+Both go by a survey of the text, which is a job of the cluster.
 """
 
 import os

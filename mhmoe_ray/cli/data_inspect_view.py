@@ -1,7 +1,4 @@
-"""The tables of `mhmoe data inspect`.
-
-The picture of `mhmoe data inspect`: how long documents are by domain, and fertility by language.
-"""
+"""The tables and the picture of `mhmoe data inspect`: lengths of documents by domain, fertility by language."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The picture of `mhmoe data mix`: shares by phase on a logarithmic scale, and epochs of the whole training.
+"""`mhmoe data mix`: the mixture that a spec will produce, from its prepared counts; nothing is read or started.
 
-`mhmoe data mix`: the mixture that a spec will produce, from its prepared counts; nothing is read or started.
+Its picture has shares by phase on a logarithmic scale, and epochs of the whole training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""What `mhmoe eval` and `mhmoe routing` share: asking the cluster for an evaluation, unless the run has it already.
-
-`mhmoe eval`: what a checkpoint knows.
-"""
+"""`mhmoe eval`: what a checkpoint knows; the cluster is asked for an evaluation, unless the run has it already."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

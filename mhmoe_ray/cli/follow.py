@@ -1,7 +1,4 @@
-"""Showing how far a preparation of data is.
-
-Following a run to its end from its directory, with an eye on its job.
-"""
+"""Follow a run to its end from its directory, with an eye on its job, and show how far its preparation is."""
 
 import time
 from pathlib import Path

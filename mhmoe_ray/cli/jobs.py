@@ -1,7 +1,4 @@
-"""The cluster that a verb runs on, and what verbs say and check before they start there.
-
-A module of ours that runs as a job of the cluster.
-"""
+"""The cluster that a command runs on, the checks before it starts there, and modules of ours that run as its jobs."""
 
 import os
 import re

@@ -1,7 +1,4 @@
-"""Choosing among lines of a log by time and by what is in them.
-
-`mhmoe logs`: what a run's job and its workers wrote.
-"""
+"""`mhmoe logs`: what a run's job and its workers wrote, chosen by time and by what is in a line."""
 
 import re
 import sys

@@ -1,7 +1,4 @@
-"""The tables of `mhmoe plan`, each with its title.
-
-`mhmoe plan`: what a spec means, before anything starts.
-"""
+"""`mhmoe plan`: what a spec means, before anything starts."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any

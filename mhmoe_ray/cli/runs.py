@@ -1,11 +1,4 @@
-"""`mhmoe list`: runs of a storage folder.
-
-`mhmoe resume`: go on with a run from its newest whole checkpoint.
-
-`mhmoe stop`: end a run after a last checkpoint.
-
-`mhmoe rm`: remove runs.
-"""
+"""`mhmoe list`, `resume`, `stop` and `rm`: the runs of a storage folder."""
 
 import sys
 import time

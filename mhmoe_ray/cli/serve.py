@@ -1,7 +1,4 @@
-"""What `mhmoe serve deploy` is to serve, and how.
-
-`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve.
-"""
+"""`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve."""
 
 import os
 from hashlib import sha256

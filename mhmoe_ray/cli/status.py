@@ -1,7 +1,4 @@
-"""How `mhmoe status` looks on a terminal.
-
-`mhmoe status`: one run, from its directory and, where it answers, its cluster.
-"""
+"""`mhmoe status`: one run, from its directory and, where it answers, its cluster."""
 
 import math
 import time

@@ -1,7 +1,4 @@
-"""Attempts of runs: how the last one ended, and starting the next one.
-
-`mhmoe submit`: start a run and follow it.
-"""
+"""`mhmoe submit`: start a run and follow it. Attempts: how the last one ended, and starting the next one."""
 
 import time
 from dataclasses import asdict

@@ -1,7 +1,4 @@
-"""What `mhmoe sweep` shows: what would run, how far it is, and the table in the end.
-
-`mhmoe sweep`: many runs that differ in some keys, as one.
-"""
+"""`mhmoe sweep`: many runs that differ in some keys, as one; what would run, how far it is, and the final table."""
 
 import time
 from functools import partial

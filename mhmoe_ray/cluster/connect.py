@@ -1,13 +1,6 @@
-"""Which cluster a command speaks to and with whose token: named clusters, and the folder with this user's state.
+"""Which cluster a command speaks to and with whose token, and clusters that the user has given names to.
 
-The folder with our state of this user: the token of clusters we start, the record of the one that runs, names of
-others.
-
-Clusters that the user has given names to, and the one that commands speak to where nothing else is said.
-
-They lie in `clusters.json` of our home. Of a token only the path of its file does.
-
-Which cluster a command speaks to, and with whose token.
+Names lie in `clusters.json` of the state folder (tokens.py); of a token only the path of its file does.
 """
 
 import json

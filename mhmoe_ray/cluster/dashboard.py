@@ -1,11 +1,4 @@
-"""Requests to a Ray dashboard: errors as one line, and retries while it may be too busy to answer.
-
-Questions to a cluster and its storage, time and again, some of which these may be too busy to answer.
-
-What Ray's HTTP clients raise, as our errors.
-
-One GET from a Ray dashboard, with every way it can go wrong as one line.
-"""
+"""Requests to a Ray dashboard: every failure as one line, and retries while it may be too busy to answer."""
 
 import ipaddress
 import os

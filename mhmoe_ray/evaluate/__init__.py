@@ -1,12 +1,8 @@
 """What a checkpoint knows and where it sends its tokens: on held-out text, on any text, and on tasks.
 
-    request.py      what is asked, and the answer
-    measure.py      text as samples of a model's length, domain by domain
-    request.py        loss, perplexity, bits per byte
-    request.py       which experts tokens go to
-    measure.py      counts that as the model computes
-    activation.py   what such counts say of the use of experts
-    measure.py      losses and routes of a checkpoint
+    request.py      what is asked and the answer: loss, perplexity, bits per byte, counts of routes
+    measure.py      text as samples, and a model's losses and routes over them
+    activation.py   what counts of routes say of the use of experts
     harness.py      the checkpoint as a model of EleutherAI's lm-eval (extra `eval`)
     answer.py       all that together, as a request asks
     job.py          has it computed on a cluster

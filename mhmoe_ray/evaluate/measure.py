@@ -1,11 +1,4 @@
-"""Losses and routes of a model over samples of its length, domain by domain.
-
-Text as samples of a model's length, domain by domain.
-
-Which experts tokens go to, counted while a model computes.
-
-Losses and routes of a model over samples.
-"""
+"""Losses and routes of a model over samples of its length, domain by domain."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,11 +1,4 @@
-"""What `mhmoe eval` asks of its job and what it gets, with what predicting a text cost and where its tokens went.
-
-Where the tokens of some text go, as it is kept: read without torch.
-
-What predicting a text cost.
-
-What `mhmoe eval` asks of its job, and what it gets; kept in the run directory.
-"""
+"""What `mhmoe eval` asks of its job and gets: scores of text and counts of routes, kept in the run directory."""
 
 import hashlib
 import json

@@ -1,7 +1,4 @@
-"""Whether a run's workers fit on a site's nodes, by the same packing as the planner's.
-
-All files of a site, by path.
-"""
+"""All files of a site, by path, and whether a run's workers fit on its nodes."""
 
 import json
 from collections.abc import Iterator

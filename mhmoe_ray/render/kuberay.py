@@ -1,7 +1,4 @@
-"""The container file: one image for head, data nodes and workers.
-
-Manifests for KubeRay's operator: a RayCluster, a RayJob that trains, a RayService that serves.
-"""
+"""Manifests for KubeRay's operator: a RayCluster, a RayJob that trains, a RayService that serves; and their image."""
 
 import re
 from importlib.metadata import version

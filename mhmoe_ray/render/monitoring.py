@@ -1,9 +1,4 @@
-"""Where Prometheus finds the nodes of a Ray cluster.
-
-What Grafana shows: training, routing and serving, each a list of panels with their queries in PromQL.
-
-Dashboards as the JSON that Grafana imports or is provisioned with.
-"""
+"""Monitoring: where Prometheus finds the nodes, what Grafana shows, and the JSON of its dashboards."""
 
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,4 @@
-"""A run's numbers, as figures and tables take them.
-
-A run's routes, from its newest evaluation on held-out text or else from its training.
-"""
+"""A run's numbers and routes, as figures and tables take them."""
 
 import json
 import math

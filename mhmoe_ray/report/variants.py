@@ -1,9 +1,4 @@
-"""Runs that differ in their seed alone, as one.
-
-Which of two variants is better, and how sure that is.
-
-A sweep as one table.
-"""
+"""Variants: runs that differ in their seed alone, as one; a sweep as a table; and which of two variants is better."""
 
 import json
 import statistics

@@ -18,23 +18,14 @@ Beside runs there may be <storage>/sweeps/ (sweeps.py).
 
 On an object store events.jsonl and metrics.jsonl are folders of pieces (jsonl.py).
 
-An imported run (huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json, perhaps
+An imported run (checkpoint/huggingface/) was never trained: it has run.json, events.jsonl, tokenizer.json, perhaps
 chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobody wrote one.
 
-    directory.py      where things lie in it, and how runs are made and found
-    storage.py       writing files so that a reader sees the old one or the new one
-    jsonl.py       append-only files of JSON lines
-    jsonl.py     looks into them here and there
-    directory.py    run.json: how often a run was begun, and by which jobs
+    directory.py   where things lie in it, how runs are made and found, and run.json
     events.py      events.jsonl, and the state of a run, which follows from it
-    metrics.py     names of the metrics, and their history
-    metrics.py  what Prometheus hears of them
-    metrics.py how evenly routes are spread over experts
-    metrics.py      how a run went, from a few looks into that history
-    checkpoint/manifest.py    a checkpoint's manifest, whose presence is the commit
-    checkpoint/load.py     named tensors to and from a checkpoint
-    checkpoint/format.py      slices of tensors in its files
-    checkpoint/load.py       from a checkpoint to a model
-    checkpoint/retention.py   which checkpoints stay
+    metrics.py     names of the metrics here, in Prometheus and in trackers, and looks into their history
+    jsonl.py       append-only files of JSON lines
     sweeps.py      the directory of a sweep
+
+Checkpoints are `checkpoint/`'s.
 """

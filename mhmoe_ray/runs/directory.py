@@ -1,9 +1,4 @@
-"""The run directory: where things lie in it, how runs are made and found, and the attempts that run.json records.
-
-Where things lie in a run directory, and how runs are made and found.
-
-run.json: which cluster and job belong to each attempt (a submit or a resume) of a run, or when it was imported.
-"""
+"""The run directory: where things lie in it, how runs are made and found, and the attempts that run.json records."""
 
 import json
 import secrets

@@ -1,11 +1,7 @@
 """Append-only files of JSON lines that survive a writer killed in mid-line, and quick looks into long ones.
 
-Append-only files of JSON lines that survive a writer killed in mid-line.
-
 An object store cannot append: there such a file is a folder of segments, in the order of time. A line is a segment of
 its own; or, where lines come fast and from one process, gathered with others to one that is put anew once a second.
-
-Looks into a file of JSON lines (jsonl.py) here and there: a long one takes no longer than a short one.
 """
 
 import atexit

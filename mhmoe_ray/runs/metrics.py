@@ -1,17 +1,8 @@
-"""A run's metrics: their names here, in Prometheus and in trackers, and looks into their history.
+"""A run's metrics: their names, here, in Prometheus and in trackers, and looks into their history.
 
-Names of the metrics and the history of a run. Whoever computes or keeps one takes its name from here; the command
-line prints them by the keys of `mhmoe status --json`, which are these names.
-
-What Prometheus hears of a run through Ray's metrics: names, which are those of `metrics.py`, and what they mean.
-
-There `ray_` and the prefix stand before a name. Each has the label `run`, and Ray's own.
-
-How evenly a layer's routes are spread over its experts. Without torch, which what reads runs need not wait for.
-
-How a run went, from a few looks into its history, which may have a million lines.
-
-What trackers that sort by folders call a run's metrics.
+Whoever computes or keeps a metric takes its name from here; the command line prints by it. For Prometheus `ray_` and
+the prefix stand before a name, and each has the label `run` and Ray's own. A history may have a million lines, so
+`course` takes a few looks into it. Nothing here needs torch.
 """
 
 import math

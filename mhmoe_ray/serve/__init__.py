@@ -2,15 +2,12 @@
 
 config.py          what the command line sends to Serve; imports neither torch nor ray
 app.py             what Serve builds from it: one deployment, one engine per replica
-http/              routes, and the shapes of requests, answers and errors
+api/               routes, and the shapes of requests, answers and errors
 answer.py          prompt in, pieces of text out
 chat_template.py   conversations to prompts
-detokenizer.py            tokens to text that is never taken back
+detokenizer.py     tokens to text that is never taken back
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
-load.py            from a checkpoint to what answers
-load.py         engines by name; where one is added
-serve/engine/torch_engine.py      our own around a model in memory
-serve/engine/packed_model.py    a model's matrices packed for inference on a CPU
-metrics.py     what an engine counts, as Ray's metrics
+load.py            from a checkpoint to what answers; engines by name
+metrics.py         what an engine counts, in Prometheus' format and as Ray's metrics
 """

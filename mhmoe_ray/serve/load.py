@@ -1,10 +1,7 @@
 """From a checkpoint directory to what answers prompts, and the engines that `serve.engine` names.
 
-The engines that `serve.engine` names, each from a checkpoint. One is added here, and its word in `spec/serve.py`.
-
-What an engine computes with is imported when it is asked for: whoever only checks does not need it.
-
-From a checkpoint directory to what answers prompts, with no step in between.
+An engine is added here, and its word in `spec/serve.py`. What an engine computes with is imported when it is asked for:
+whoever only checks does not need it.
 """
 
 from importlib.util import find_spec

@@ -1,9 +1,5 @@
 """An engine's metrics, in Prometheus' format and as Ray's metrics.
 
-What an engine counts, in Prometheus' format.
-
-What an engine counts, as Ray's metrics: a node gives those of all its replicas, on the port that Prometheus asks.
-
 Names are those of `/metrics` with `ray_` before them; Ray labels them with application, deployment and replica. Ray's
 own histograms want every observation by itself, so buckets are counters here, with the label `le`.
 """

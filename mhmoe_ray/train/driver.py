@@ -1,16 +1,12 @@
 """The driver of a run's job: prepare the data that is missing, and train with Ray Train's workers.
 
-Hashes of a checkpoint's files, found by all nodes of the cluster: one alone reads terabytes for an hour.
+Each time that workers start, the training stream begins at the newest whole checkpoint. Hashes of its files are found
+by all nodes of the cluster: one alone reads terabytes for an hour.
 
-What the C library is told on a CPU worker: to keep the memory it once had.
-
-A training step asks for the same large tensors as the step before it. As it comes, glibc gives each of them back to the
-system and fetches it anew, one page fault for 4 KiB; training runs in a thread of its own, where it does so for
-all of them. Kept in huge pages of one heap, they are there already (figures: kernels/README.md).
-
-Where the training stream begins, each time that workers start.
-
-What the job of a run does: prepare the data that is missing, and train with Ray Train's workers.
+On a CPU worker the C library is told to keep the memory it once had. A training step asks for the same large tensors as
+the step before it. As it comes, glibc gives each of them back to the system and fetches it anew, one page fault for 4
+KiB; training runs in a thread of its own, where it does so for all of them. Kept in huge pages of one heap, they are
+there already (figures: kernels/README.md).
 """
 
 import os

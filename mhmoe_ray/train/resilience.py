@@ -1,27 +1,13 @@
-"""A run's own rules for Ray Train: which failures are retried, how many workers there are, what a preempted one does.
+"""A run's own rules for Ray Train: which failures are retried, how many workers there are, and leaving a node.
 
-That workers cannot start for want of room: Ray Train asks again without end, and tells nobody.
-
-A node that is to be taken away: a spot machine's notice, or `ray drain-node` with a deadline.
-
-Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is trained until
-then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group itself. The next
-one starts at that very step, on other nodes or with fewer workers.
-
-Which failures of workers are tried again.
-
-This reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds on to moves.
-
-As many workers as there is room for: what Ray Train does where `cluster.workers` is a range.
-
-Ray Train's own policy takes any number between two and has no public hook. So this reaches into Ray 2.60;
-tests/train/test_ray_trainer.py fails when what it holds on to moves.
-
-Ray Train's trainer with a run's own rules: which failures are tried again, how large a group of workers is, and what
-runs beside it.
-
-None of these has a public hook. So this reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds
+None of these has a public hook, so this reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds
 on to moves.
+
+Preemption. Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is
+trained until then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group
+itself. The next one starts at that very step, on other nodes or with fewer workers.
+
+Elastic sizes. Ray Train's own policy takes any number between two and has no public hook.
 """
 
 import os

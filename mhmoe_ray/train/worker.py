@@ -1,6 +1,6 @@
-"""A fingerprint of what a step read: equal for equal samples in equal order, at any number of workers.
+"""One rank of a training run: restore, then step, validate and save until done or asked to stop.
 
-One rank of a training run: restore, then step, validate and save until done or asked to stop.
+A fingerprint of what a step read (`sample_digest`) is equal for equal samples in equal order, at any number of workers.
 """
 
 import hashlib

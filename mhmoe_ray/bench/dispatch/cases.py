@@ -1,9 +1,9 @@
-"""A slow link on one machine: two network namespaces, joined by a pair of virtual interfaces that are shaped by `tc`.
+"""Layers of one cost, the routes drawn for them, the bytes these must bring between nodes, and a slow link for them.
+
+The link is two network namespaces on one machine, joined by a pair of virtual interfaces that are shaped by `tc`.
 
 What processes of one namespace say to each other goes over its own address, which the kernel hands to its loopback: it
 crosses no link, though gloo knows of the slow interface alone.
-
-Layers of one cost, the routes drawn for them, and the bytes that these routes must bring from node to node.
 """
 
 import os

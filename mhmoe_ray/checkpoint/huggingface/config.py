@@ -1,6 +1,4 @@
-"""Mixtral's configuration and the `model` section that computes the same.
-
-config.json: of a Mixtral where the model is one, and always with our own `model` section, which says all.
+"""config.json: of a Mixtral where the model is one, and always with our own `model` section, which says all.
 
     {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048, "tokenizer_sha256": "..."}}
 

@@ -1,11 +1,9 @@
-"""Figures of documents, which add up in any order and grouping, and histograms of their lengths.
+"""Figures of documents, which add up in any order and grouping, so that no split of the work shows in them.
 
-A histogram of lengths that adds up exactly, whatever the order: 16 bins an octave.
+Lengths are in histograms of 16 bins an octave.
 
 Lengths up to 32 have bins of their own; above, a bin is at most a sixteenth of its length wide. So counts by octave are
 exact, and a quantile is at most a sixteenth below the true one.
-
-Figures of documents. All of them add up, in any order and grouping, so that no split of the work shows in them.
 """
 
 import re

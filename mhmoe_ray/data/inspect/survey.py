@@ -1,8 +1,4 @@
-"""All raw files of a spec, read in parallel by Ray Data, and the figures and findings of each added up.
-
-One raw file: its figures and findings, and an entry for each document.
-
-All raw files of a spec, read in parallel by Ray Data and added up.
+"""All raw files of a spec, read in parallel by Ray Data: the figures, findings and documents of each added up.
 
 The result depends on the files only, not on how many tasks ran at once. Entries of documents stay in Ray's object
 store, which spills them to disk; the driver holds sums.

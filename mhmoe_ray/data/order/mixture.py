@@ -1,6 +1,4 @@
-"""Whole numbers in proportion to weights, under limits.
-
-What a training reads of each domain, phase by phase, from the spec and the prepared counts.
+"""What a training reads of each domain, phase by phase, from the spec and the prepared counts.
 
     by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay

@@ -1,4 +1,30 @@
-"""Which domain each slot of an endless sequence goes to, in any proportions, at any place, without what came before.
+"""The order of training samples: a pure function of (seed, position), whoever asks and whenever.
+
+A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
+positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
+
+| what                                  | depends on                                              | where          |
+| ------------------------------------- | ------------------------------------------------------- | -------------- |
+| the samples of a domain, and their    | its files' names and text, tokenizer, T, packing, which | data/prepare/  |
+| numbers from 0                        | documents are held out                                  |                |
+| weights of domains in each phase      | the spec's mixture, numbers of samples, steps * M * b   | mixture.py     |
+| the domain at a position              | seed, weights of its phase                              | order.py       |
+| that domain's slot there, n           | how often it was dealt before, over all phases          | order.py       |
+| the sample of slot n                  | seed, name and size of the domain, n                    | permutation.py |
+| the rank that reads a position        | world, b: micro-batch m is rank m mod world's           | data/stream.py |
+
+So the text of a step is the same at any number of workers.
+
+Which domain: a phase of the training has whole-number weights and deals positions by them, from a seeded place of that
+sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain within 6.72; a phase
+as long as its weights together reads exactly its weights. Which of its samples: the n-th slot of a domain, counted over
+all phases, takes sample n mod size of epoch n // size in that epoch's permutation (permutation.py). The permutation
+depends on seed, name and size of the domain only, so another mixture reads the same domain in the same order.
+
+Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
+
+How a position is dealt. Which domain each slot of an endless sequence goes to, in any proportions, at any place,
+without what came before.
 
 A binary tree has the domains as leaves. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds
 floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went
@@ -15,32 +41,6 @@ small their shares. Sources are leaves of one Huffman tree and roots of others, 
 over any stretch a source is within 3.36 slots of its part and a domain within 6.72.
 
 A walk takes about as many levels as the mixture has bits of entropy, and at most log_phi(1 / share) or so.
-
-The order of training samples: a pure function of (seed, position), whoever asks and whenever.
-
-A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
-positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
-
-| what                                  | depends on                                              | where          |
-| ------------------------------------- | ------------------------------------------------------- | -------------- |
-| the samples of a domain, and their    | its files' names and text, tokenizer, T, packing, which | data/prepare/  |
-| numbers from 0                        | documents are held out                                  |                |
-| weights of domains in each phase      | the spec's mixture, numbers of samples, steps * M * b   | mixture.py     |
-| the domain at a position              | seed, weights of its phase                              | order.py  |
-| that domain's slot there, n           | how often it was dealt before, over all phases          | order.py  |
-| the sample of slot n                  | seed, name and size of the domain, n                    | permutation.py |
-| the rank that reads a position        | world, b: micro-batch m is rank m mod world's           | data/stream.py |
-
-So the text of a step is the same at any number of workers.
-
-Which domain: a phase of the training has whole-number weights and deals positions by them (order.py), from a
-seeded place of that sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain
-within 6.72; a phase as long as its weights together reads exactly its weights.
-Which of its samples: the n-th slot of a domain, counted over all phases, takes sample n mod size of epoch n // size in
-that epoch's permutation (permutation.py). The permutation depends on seed, name and size of the domain only, so another
-mixture reads the same domain in the same order.
-
-Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
 """
 
 import heapq

@@ -1,8 +1,7 @@
-"""The documents of raw files in chunks, and the quarantine of what could not be read.
+"""The documents of raw files in chunks: what one task tokenises, and what a restart finds done or not.
 
-What could not be read: kept with its place and reason, counted by source, and too much of it stops the job.
-
-The documents of raw files in chunks: what one task tokenises, and what a restart finds done or not.
+What could not be read goes to the quarantine: kept with its place and reason, counted by source; too much of it stops
+the job.
 
 A chunk ends with what fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last
 one of a file may hold none.

@@ -1,7 +1,7 @@
 """Raw text to packed shards, with Ray Data:
 
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
-    parts, domain by domain      -> shards (packed samples)   packing.py, packing.py, packing.py, validation.py
+    parts, domain by domain      -> shards (packed samples)   packing.py, validation.py
 
 Files are read, chunks tokenised and shards packed in parallel, in memory for a few chunks or one shard a task. The
 result depends on the files and the settings only, never on how many tasks ran at once or whether a job was killed in

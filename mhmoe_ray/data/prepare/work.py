@@ -1,9 +1,5 @@
 """The staging directories of a preparation, its progress, and publishing the result under its name.
 
-How far a preparation is: a file beside its parts, which any command can read.
-
-The folders that a preparation works in until it is whole, and giving the result its name.
-
     <prepared>.partial-<hash of the settings>/
       parts/           tokens of chunks, named by content: what an earlier job left, this one does not make again
       progress.json

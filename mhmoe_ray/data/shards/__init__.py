@@ -1,6 +1,5 @@
 """A folder of prepared samples.
 
 manifest.py   what is in it, and what made it
-files.py      its Arrow files, written and read
-files.py     whether they are what was written
+files.py      its Arrow files: written, read and verified
 """

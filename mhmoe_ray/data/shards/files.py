@@ -1,12 +1,8 @@
 """Files of packed samples: writing, reading and verifying them.
 
-Files of packed samples: writing them, and reading any samples of a domain.
-
 A sample is T + 1 tokens: the first T are a model's input, the last T its targets. Its end may be padding: targets that
 do not count. A file is an Arrow file of one batch and one column, a fixed-size binary without nulls; so it can be
 mapped into memory, and any sample read by its place without reading its neighbours. Training reads in random order.
-
-Whether prepared shards are what was written.
 """
 
 import hashlib

@@ -6,9 +6,9 @@
             ...
         reading.tally                       # documents, bytes, quarantined by reason, left out by rule
 
-storage.py -> compression.py -> records.py, or columns.py of a table -> a format's file in formats/ -> reading.py, which
-gives what items.py describes. records.py reads lines of JSON, find.py says which files there are, redpajama_v2.py which
-documents filters keep.
+find.py says which files there are and of which format; reading.py reads one, which gives what items.py describes.
+Bytes come through storage.py and compression.py. records.py reads JSON lines and plain text, columns.py Parquet and
+Arrow streams, and redpajama_v2.py documents with the signals that its filters go by.
 Files of JSON lines and of text may be zstd or gzip, whatever their names say.
 """
 

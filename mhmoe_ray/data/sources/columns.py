@@ -1,12 +1,7 @@
 """Columns of texts in pyarrow's tables, checked and decoded: Parquet files and Hugging Face's Arrow streams.
 
-Columns of texts in pyarrow's tables, checked and decoded: pyarrow's own decoding of damaged offsets has ended the
-process.
-
-Parquet files with a column of texts. A row is a document; what cannot be read is lost row group by row group.
-
-The Arrow streams that Hugging Face's `save_to_disk` leaves. A row is a document; what cannot be read is lost from
-the damaged batch on.
+pyarrow's own decoding of damaged offsets has ended the process. A row is a document. Of a Parquet file what cannot be
+read is lost row group by row group; of the streams that `save_to_disk` leaves, from the damaged batch on.
 """
 
 import struct

@@ -1,18 +1,12 @@
 """Text files, decompressed and read line by line: JSON lines and plain text.
 
-Lines of a stream of bytes, in memory for the longest line allowed and one chunk.
+JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are passed over. A line is read
+by orjson; what that refuses gets a second opinion of the standard library, which also takes NaN, a lone surrogate
+outside of the text, and a byte order mark.
 
-Records of files of JSON lines: one object a line; blank lines are passed over.
-
-A line is read by orjson; what that refuses gets a second opinion of the standard library, which also takes NaN, a lone
-surrogate outside of the text, and a byte order mark.
-
-JSON lines: RedPajama-1T's seven domains and most other corpora. A line is a document.
-
-Plain text: a file is a document, or one of its parts between delimiter lines.
-
-A byte order mark and the last line break are not part of a document; CR LF becomes LF. A NUL byte says that it is no
-text. Between delimiters blank parts are passed over; a blank file is told.
+Plain text: a file is a document, or one of its parts between delimiter lines. A byte order mark and the last line break
+are not part of a document; CR LF becomes LF. A NUL byte says that it is no text. Between delimiters blank parts are
+passed over; a blank file is told.
 """
 
 import json

@@ -1,11 +1,7 @@
 """RedPajama-V2: documents with quality signals and tables of duplicates, and the rules that keep or drop them.
 
-RedPajama-V2's quality signals, and the rules that keep or drop a document by them.
-
 `gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which there is a signal. Left
 out are their duplicate lines and paragraphs, which V2 does not count. Stop words are V2's own for each language.
-
-RedPajama-V2: documents, and beside them quality signals and tables of duplicates and MinHash signatures.
 
     documents/<snapshot>/<shard>/<language>_<bucket>.json.gz               one object a line, the text is `raw_content`
     quality_signals/<snapshot>/<shard>/<language>_<bucket>.signals.json.gz     in the same order; `id` ends in /<row>

@@ -14,14 +14,11 @@ document begins" and, for a text being generated, "this one is over". No other s
 Special tokens. A document is text from its first character to its last: one that holds the letters "<|endoftext|>" is
 encoded as these letters, never as the token. A prompt is not: it may name special tokens, to hold several documents.
 
-    vocabulary.py       the table above
-    encoder.py   the encoder of documents
-    encoder.py        tiktoken in the place of the library, where both give the same
-    load.py        a given tokenizer, checked
-    tiktoken.py    tiktoken's format to the tokenizers library, exactly
-    train.py       a byte-level BPE or Unigram model of its own
-    train.py      the text that it is trained on
-    vocabulary.py      how many tokens there are, how many bytes each stands for
+    vocabulary.py   the table above, how many tokens there are, and how many bytes each stands for
+    encoder.py      the encoder of documents: the library's, or tiktoken's where both give the same
+    load.py         a given tokenizer, checked
+    tiktoken.py     tiktoken's format to the tokenizers library, exactly
+    train.py        a byte-level BPE or Unigram model of its own, and the text that it is trained on
 """
 
 from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder, document_encoder

@@ -1,7 +1,5 @@
 """A tokenizer trained on a sample of the sources, in the proportions that training reads.
 
-The text that a tokenizer is trained on: a sample in the proportions that training reads.
-
     budgets      domains by the mixture of the first phase that reads them, never more than they have; then a domain's
                  files by size. Sizes are those of the stored files; what is compressed counts as three times that.
     files        evenly spread, as many as leave each one MIN_FILE characters to give and hold four times the budget;
@@ -12,7 +10,7 @@ The text that a tokenizer is trained on: a sample in the proportions that traini
 So the sample depends on names, sizes and texts alone, a file up to REACH times its budget is sampled from beginning to
 end, and neither memory nor reading grows with the corpus.
 
-A tokenizer trained on a sample of the sources. Both models spell text in bytes, all 256 of which they have, so that
+Both models spell text in bytes, all 256 of which they have, so that
 any text comes back as it was; the result depends on the files and settings alone.
 """
 

@@ -2,10 +2,7 @@
 
     flat.py           each route's row goes straight to its expert's rank
     hierarchical.py   each row goes to a node once, whatever it has there, then to ranks of that node; sums come back
-    exchange.py       the uneven all-to-all of both, which counts what it sends
-    exchange.py         how long a rank waits in it
-    hierarchical.py         such an exchange of rows in the autograd graph
-    distributed/build.py          which of them a rank gets
+    exchange.py       the uneven all-to-all of both, what it sends, and how long a rank waits in it
 
 Both are uneven and dropless, and give the same outputs and gradients but for rounding. A rank with no rows to send or
 none received takes part in every exchange, forward and backward.

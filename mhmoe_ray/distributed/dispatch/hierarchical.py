@@ -1,9 +1,5 @@
 """Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
 
-Rows to other ranks as a step of the autograd graph: their gradients travel the same way back.
-
-Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
-
 The ranks of a group are G nodes of P ranks each, in order, so that a node holds a range of experts. A rank's rail is
 the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
 and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together

@@ -1,12 +1,8 @@
 """OpenAI's API over HTTP.
 
-app.py           all routes; the small ones are here
-completions.py   /v1/completions
-completions.py          /v1/chat/completions
-app.py          / (page.html)
-serve/metrics.py       what /metrics says
-access.py        who may ask, and how large a request may be
-access.py        how much each client may have a minute
+app.py           all routes; the small ones, and / (page.html), are here
+completions.py   /v1/completions and /v1/chat/completions
+access.py        who may ask, how much a minute, and how large a request may be
 stream.py        pieces of answers: merged, counted, as events
 schema.py        shapes of requests, answers and errors
 service.py       what routes share

@@ -1,8 +1,6 @@
 """What an engine is asked, what it answers and what it counts: token ids in, token ids out.
 
-What an engine counts.
-
-What an engine is asked, and what it answers: token ids in, token ids out. Text is `serve/detokenizer.py`'s concern.
+Text is `serve/detokenizer.py`'s concern.
 """
 
 from collections.abc import AsyncGenerator, Mapping

@@ -1,9 +1,5 @@
 """Continuous batching: which tokens of which requests are computed next, and whose turn it is.
 
-Those who wait take turns by client, each client's in order.
-
-Which tokens of which requests are computed next: continuous batching.
-
 Each step takes one token of every answer under way and, as far as its budget goes, the next pieces of prompts; so a
 long prompt holds answers up by one budget at a time. A prompt is cut every `PIECE` tokens and never elsewhere: what a
 request's attention computes together is then the same whatever other requests there are. Whatever there were before,

@@ -2,8 +2,6 @@
 
 Each round is a step of the model for all requests together. On a CPU an answer is the same to the last bit whatever
 else is in the batch (`paged_cache.py`).
-
-Our own engine around a model in memory.
 """
 
 import time

@@ -1,9 +1,5 @@
 """The decoder of `model/decoder.py`, llama backbone, and its multi-head mixture of experts in vLLM's layers.
 
-The multi-head mixture-of-experts layer of `model/moe.py` in vLLM's layers. N: rows, which here are sub-tokens.
-
-The decoder of `model/decoder.py`, llama backbone, in vLLM's layers.
-
 Modules have the training model's names, so that a checkpoint's names need no table but for what vLLM keeps together:
 the two projections of a gated layer, and those of all experts.
 """

@@ -5,7 +5,6 @@
     ray_metrics.py   Ray's metrics, which a node gives to Prometheus, under the names of runs/metrics.py
     tensorboard.py   event files in the run directory
     mlflow.py        a server of MLflow's, where the spec names one
-    runs/metrics.py          the names that these two use
 
 What concerns the whole run, rank 0 tells.
 """
