@@ -78,7 +78,7 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
     """Raises:
     SpecError: one of the folders that are sent is larger than Ray takes; the largest things in it are named.
     """
-    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+    from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
 
     for found in shipped(runtime_env):
         if found.size > GCS_STORAGE_MAX_SIZE:
@@ -90,7 +90,7 @@ def check_size(runtime_env: Mapping[str, Any]) -> None:
 
 
 def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
-    from ray._private.runtime_env.packaging import _get_excludes
+    from mhmoe_ray.ray_compat import _get_excludes
 
     count: Counter[str] = Counter()
     for path in _files(folder, [_get_excludes(folder, excludes)]):
@@ -99,7 +99,7 @@ def _sizes(folder: Path, excludes: list[str]) -> dict[str, int]:
 
 
 def _files(folder: Path, left_out: list[Any]) -> Iterator[Path]:
-    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+    from mhmoe_ray.ray_compat import get_excludes_from_ignore_files
 
     left_out = left_out + get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_Silent())
     for path in sorted(folder.iterdir()):

@@ -17,6 +17,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import Patience
 from mhmoe_ray.cluster.tokens import locked
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.ray_compat import SDK_LOGGER
 
 END_SECONDS = 150.0
 """Several times what one request for it waits, half a minute."""
@@ -25,9 +26,9 @@ END_SECONDS = 150.0
 @functools.cache
 def client(connection: Connection) -> Any:
     """Ray's own, which takes longer to import than all else that `mhmoe status` does."""
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+    from mhmoe_ray.ray_compat import ServeSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of every upload
+    logging.getLogger(SDK_LOGGER).setLevel(logging.WARNING)  # it tells of every upload
     return ServeSubmissionClient(connection.address, headers=connection.headers)
 
 

@@ -1,7 +1,7 @@
 """A run's own rules for Ray Train: which failures are retried, how many workers there are, and leaving a node.
 
-None of these has a public hook, so this reaches into Ray 2.60; tests/train/test_ray_trainer.py fails when what it holds
-on to moves.
+None of these has a public hook, so this uses Ray's private interfaces (ray_compat.py);
+tests/train/test_ray_trainer.py fails when what it holds on to moves.
 
 Preemption. Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is
 trained until then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group
@@ -16,24 +16,26 @@ from typing import Any
 
 import ray
 import ray.train
-from ray._private.state import available_resources_per_node, state
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, PreemptionInfo
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-    ScalingDecision,
-)
 
 from mhmoe_ray.checkpoint.manifest import last_step
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
+from mhmoe_ray.ray_compat import (
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    DefaultFailurePolicy,
+    ElasticScalingPolicy,
+    FailureDecision,
+    NoopDecision,
+    PlacementGroupCleanerCallback,
+    ResizeDecision,
+    ScalingDecision,
+    WorkerGroupStartupTimeoutError,
+    available_resources_per_node,
+    get_train_context,
+    state,
+)
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec

@@ -28,6 +28,7 @@ from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading, blocks_of, find_files
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, DocumentEncoder, find_boundaries, read_given, unknown_token
+from mhmoe_ray.ray_compat import block_bundles
 from mhmoe_ray.spec import DataSpec
 
 DOCUMENTS_PER_CALL = 64
@@ -161,7 +162,7 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     blocks = ray.data.from_arrow(blocks_of(files)).flat_map(read, compute=_at_once())
 
     result, held, done = Survey(tokenized=request.tokenizer is not None), [], 0
-    for bundle in blocks.iter_internal_ref_bundles():
+    for bundle in block_bundles(blocks):
         for ref in bundle.block_refs:
             held.append(ref)
             for row in _only(ray.get(ref), _WHOLE).to_pylist():

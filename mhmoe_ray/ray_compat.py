@@ -1,0 +1,56 @@
+"""Ray's private interfaces, all that this project uses: the only file that changes when a new Ray moves them.
+
+Ray 2.60 has no public hook for what is done with them. Import a name from here as from any module; Ray's own module is
+imported at that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` finds a name that
+Ray no longer has, and a use of Ray's private modules in any other file.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_TRAIN = "ray.train.v2._internal."
+_PACKAGING = "ray._private.runtime_env.packaging"
+
+SDK_LOGGER = "ray.dashboard.modules.dashboard_sdk"
+"""Name of the logger by which Ray's HTTP clients tell of every upload."""
+
+PRIVATE_NAMES = {
+    # What Ray knows of the cluster's resources, node by node (`train/resilience.py`).
+    "available_resources_per_node": "ray._private.state",
+    "state": "ray._private.state",
+    # Ray Train's controller: what it does about failures, sizes and placement groups (`train/resilience.py`).
+    "DefaultFailurePolicy": _TRAIN + "execution.failure_handling",
+    "FailureDecision": _TRAIN + "execution.failure_handling",
+    "ElasticScalingPolicy": _TRAIN + "execution.scaling_policy",
+    "NoopDecision": _TRAIN + "execution.scaling_policy",
+    "ResizeDecision": _TRAIN + "execution.scaling_policy",
+    "ScalingDecision": _TRAIN + "execution.scaling_policy",
+    "PlacementGroupCleanerCallback": _TRAIN + "callbacks.placement_group_callback",
+    "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
+    "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
+    "get_train_context": _TRAIN + "execution.context",
+    # What Ray sends with a job, and how large it may be (`cluster/jobs.py`).
+    "GCS_STORAGE_MAX_SIZE": _PACKAGING,
+    "_get_excludes": _PACKAGING,
+    "get_excludes_from_ignore_files": _PACKAGING,
+    # The client of Serve's configuration (`cluster/serve_client.py`).
+    "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
+}
+"""Module of Ray by the name that is taken from it."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return Ray's object of that name.
+
+    Raises:
+        AttributeError: the name is not in the table.
+        ImportError: this version of Ray has no such module.
+    """
+    if name not in PRIVATE_NAMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(PRIVATE_NAMES[name]), name)
+
+
+def block_bundles(dataset: Any) -> Any:
+    """Iterate over a Ray Dataset's blocks as they are made: bundles of references, without fetching the blocks."""
+    return dataset.iter_internal_ref_bundles()

@@ -1,0 +1,26 @@
+"""Ray's private interfaces are used in one file, and the Ray that is installed has them all."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray import ray_compat
+
+PACKAGE = Path(ray_compat.__file__).parent
+PRIVATE = re.compile(r"\bray(\.\w+)*\._\w+|\bray\.dashboard\b|\biter_internal_\w+")
+
+
+@pytest.mark.parametrize("name", ray_compat.PRIVATE_NAMES)
+def test_ray_has_the_name(name):
+    assert getattr(ray_compat, name) is not None
+
+
+def test_a_name_outside_the_table_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute nothing"):
+        ray_compat.nothing  # noqa: B018 - the access is what is tested
+
+
+def test_no_other_file_uses_private_modules():
+    users = [path for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())]
+    assert users == [PACKAGE / "ray_compat.py"]
