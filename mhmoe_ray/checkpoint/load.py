@@ -1,4 +1,4 @@
-"""Load a checkpoint: its tensors at any world size, a trainer's state, a model, or the tokenizer of its run.
+"""Load a checkpoint: its tensors at any world size, a trainer's state, or a model.
 
 Each rank wrote one file with slices of its own; a reader takes what it needs from all of them. No rank waits for
 another.
@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import SUFFIX, Index, StoredSlice, _shape, read_into, slice_of, stored_slices
-from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest, removed, run_tokenizer
-from mhmoe_ray.data.tokenizer.load import load_tokenizer
+from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest, removed
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.strategies.ddp import Strategy
 from mhmoe_ray.errors import CheckpointError
@@ -144,13 +142,3 @@ def model_of(checkpoint: Location, manifest: Manifest) -> Decoder:
         layer.experts.kernel = "auto"  # that of the training may need a device or a package that is not here
     load_tensors(checkpoint / "weights", model.tensors())
     return model
-
-
-def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of the run that a checkpoint lies in.
-
-    Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
-        DataError: it is no tokenizer for a model of this size.
-    """
-    return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.storage import Describe, FileEntry, Location, describe_file, describe_files, write_json
+from mhmoe_ray.storage import Describe, FileEntry, Location, describe_files, write_json
 
 MANIFEST = "manifest.json"
 PARTS = ("weights", "optim")
@@ -144,24 +144,6 @@ def _problems(
     for name, found in zip(files, describe([checkpoint / name for name in files]), strict=True):
         if found.sha256 != files[name].sha256:
             yield f"{name} does not have the hash it was written with"
-
-
-def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
-    """The tokenizer.json of the run that the checkpoint lies in.
-
-    Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
-    """
-    path = RunDir.of_checkpoint(checkpoint).tokenizer_file
-    what = f"checkpoint {checkpoint}"
-    try:
-        found = describe_file(path).sha256
-    except OSError as e:
-        why = f"the tokenizer of its run, {path}, cannot be read ({e.strerror or e})"
-        raise CheckpointError(what, why, "keep the checkpoint inside its run directory") from e
-    if found != manifest.tokenizer_sha256:
-        raise CheckpointError(what, f"it was trained with another tokenizer than {path}", "restore that file")
-    return path
 
 
 def unfinished(run: RunDir) -> list[Location]:

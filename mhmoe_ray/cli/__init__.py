@@ -1,13 +1,21 @@
 """The `mhmoe` command: a file for each noun that a user types, wired in app.py, and what commands share.
 
-    common.py                 options, consoles, reading specs and checkpoints, numbers and tables, shell completion
-    jobs.py                   the cluster a command runs on, and modules of ours as jobs of it
-    submit.py follow.py       start a run and follow it
-    runs.py status.py logs.py what exists, how it goes, what it wrote; stop, resume, remove
-    plan*.py presets.py       what a spec means, before anything starts
-    data*.py                  sample text, prepare, inspect, lint, mix
-    serve.py generate.py      answers over HTTP, and without a server
-    ckpt.py eval.py routing.py report.py sweep.py bench*.py cluster.py
+    app.py         wires the commands; errors become one line and an exit code
+    common.py      options and their completion, consoles, reading specs and checkpoints, numbers and tables
+    jobs.py        the cluster a command runs on, and modules of ours as jobs of it
+    submit.py      start a run            follow.py     follow it to its end
+    runs.py        list, resume, stop, rm
+    status.py      how a run goes         logs.py       what it wrote
+    plan.py        what a spec means      plan_placement.py, plan_estimate.py   where ranks will be; on paper
+    presets.py     models by name
+    data.py        sample text, prepare   data_mix.py   the mixture that training reads
+    data_inspect.py, data_inspect_view.py   what is in raw text, and what is wrong with it
+    serve.py       answers over HTTP      generate.py   answers without a server
+    ckpt.py        checkpoints, to and from other tools' folders
+    eval.py        what a checkpoint knows            routing.py    where its tokens go
+    sweep.py       many runs as one       report.py     runs beside each other
+    bench.py, bench_layer.py, bench_serve.py, bench_tables.py   measurements
+    cluster.py     the local cluster, names for others, doctor
 
 Modules here import neither torch nor ray when imported, so that `mhmoe --help` answers at once; commands import what
 they need when they run.

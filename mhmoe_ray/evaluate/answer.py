@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mhmoe_ray.checkpoint.load import load_model, load_run_tokenizer
+from mhmoe_ray.checkpoint.load import load_model
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.domains import of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths

@@ -8,8 +8,8 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mhmoe_ray.checkpoint.load import load_run_tokenizer
 from mhmoe_ray.checkpoint.manifest import read_manifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serve.answer import edge_texts

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 from tokenizers import Tokenizer
 
-from mhmoe_ray.checkpoint.load import load_run_tokenizer
 from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest
+from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir

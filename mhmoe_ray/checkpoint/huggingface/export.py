@@ -15,7 +15,8 @@ from mhmoe_ray.checkpoint.huggingface.config import CONFIG, to_config
 from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
 from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
 from mhmoe_ray.checkpoint.load import index_of, load_tensors
-from mhmoe_ray.checkpoint.manifest import Manifest, run_tokenizer
+from mhmoe_ray.checkpoint.manifest import Manifest
+from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE
