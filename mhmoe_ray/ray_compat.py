@@ -11,8 +11,8 @@ from typing import Any
 _TRAIN = "ray.train.v2._internal."
 _PACKAGING = "ray._private.runtime_env.packaging"
 
-SDK_LOGGER = "ray.dashboard.modules.dashboard_sdk"
-"""Name of the logger by which Ray's HTTP clients tell of every upload."""
+SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Names of the loggers by which Ray's HTTP clients tell of every upload: of all of them, and of the one for jobs."""
 
 PRIVATE_NAMES = {
     # What Ray knows of the cluster's resources, node by node (`train/resilience.py`).

@@ -6,19 +6,21 @@ another.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import SUFFIX, Index, StoredSlice, _shape, read_into, slice_of, stored_slices
 from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest, removed
-from mhmoe_ray.distributed.mesh import Mesh
-from mhmoe_ray.distributed.strategies.ddp import Strategy
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location
+
+if TYPE_CHECKING:  # serving does without distributed tensors
+    from mhmoe_ray.distributed.mesh import Mesh
+    from mhmoe_ray.distributed.strategies.ddp import Strategy
 
 
 def load_tensors(
@@ -98,9 +100,9 @@ class TrainerState(Protocol):
     """What a checkpoint needs of a trainer (`train.step.Trainer`): the state that it holds, and where it is."""
 
     spec: RunSpec
-    mesh: Mesh
+    mesh: "Mesh"
     device: torch.device
-    strategy: Strategy
+    strategy: "Strategy"
     step: int
     tokens: int
     skipped: int

@@ -289,8 +289,8 @@ def stop(connection: Connection, job: str) -> None:
 def _client(connection: Connection) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard_sdk", "job.sdk"):  # these set levels of their own and tell of every upload
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    for name in SDK_LOGGERS:  # these set levels of their own and tell of every upload
+        logging.getLogger(name).setLevel(logging.WARNING)
     # These two would take precedence over the address given.
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}

@@ -17,7 +17,7 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import Patience
 from mhmoe_ray.cluster.tokens import locked
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.ray_compat import SDK_LOGGER
+from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
 """Several times what one request for it waits, half a minute."""
@@ -28,7 +28,7 @@ def client(connection: Connection) -> Any:
     """Ray's own, which takes longer to import than all else that `mhmoe status` does."""
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
-    logging.getLogger(SDK_LOGGER).setLevel(logging.WARNING)  # it tells of every upload
+    logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # it tells of every upload
     return ServeSubmissionClient(connection.address, headers=connection.headers)
 
 
