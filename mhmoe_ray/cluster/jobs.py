@@ -17,6 +17,7 @@ from mhmoe_ray.cluster import dashboard, tokens
 from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
+from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 
 @contextmanager

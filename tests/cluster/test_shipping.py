@@ -12,7 +12,7 @@ from mhmoe_ray.errors import SpecError
 @pytest.fixture
 def project(tmp_path):
     for path, size in {
-        "__init__.py": 100,
+        "code.py": 100,
         "pkg/a.py": 200,
         "pkg/__pycache__/a.pyc": 10_000,
         "pkg/deep/b.py": 50,
@@ -35,7 +35,7 @@ def test_never_what_git_caches_and_data_hold_and_exactly_what_ray_packs(project,
     env = jobs.with_packages({"working_dir": str(project), "excludes": ["*.md", "/secret.key"]})
     found = shipped(env)
     assert [s.folder.name for s in found] == [project.name, "mhmoe_ray", "mhmoe_kernels"]
-    assert found[0].parts == {"pkg": 205, "__init__.py": 100, ".gitignore": 6}
+    assert found[0].parts == {"pkg": 205, "code.py": 100, ".gitignore": 6}
     target = tmp_path_factory.mktemp("packed") / "out.zip"
     create_package(str(project), target, include_gitignore=True, excludes=env["excludes"])
     packed = [f for f in zipfile.ZipFile(target).infolist() if not f.is_dir()]
