@@ -26,7 +26,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mhmoe_ray.train import driver
+from mhmoe_ray.train import stream_start
 
 
 @ray.remote
@@ -84,9 +84,11 @@ class Helper:
         return bool(accepted)
 
     def describe(self, files: list[str]) -> tuple[list[dict[str, Any]], int]:
-        driver.ALONE, tasks, options = 0, [], driver._describe.options
-        with mock.patch.object(driver._describe, "options", lambda **given: tasks.append(given) or options(**given)):
-            found = list(driver.describe_together([Path(file) for file in files]))
+        stream_start.ALONE, tasks, options = 0, [], stream_start._describe.options
+        with mock.patch.object(
+            stream_start._describe, "options", lambda **given: tasks.append(given) or options(**given)
+        ):
+            found = list(stream_start.describe_together([Path(file) for file in files]))
         return [entry.model_dump() for entry in found], len(tasks)
 
 
