@@ -6,7 +6,6 @@ whoever only checks does not need it.
 
 from importlib.util import find_spec
 
-import torch
 from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.manifest import Manifest, read_manifest
@@ -77,6 +76,8 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: Manifest | No
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
         ServeError: the engine is not installed, or cannot compute this model; or the run's chat template is none.
     """
+    import torch  # here, since whoever only checks an engine needs none
+
     torch.set_num_threads(1)  # of this thread; the engine's own computes (see `TorchEngine`)
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)

@@ -1,7 +1,8 @@
 """What a Ray Train worker runs, and the driver of the job that starts the workers.
 
     job.py               the process of a job: that it began, and how it ended
-    driver.py            what it does: prepare data, start workers, say where the stream begins
+    driver.py            what it does: prepare data, start workers
+    stream_start.py      where the stream begins, each time that they start
     resilience.py        Ray Train with a run's own rules: what is retried, how many workers, leaving a node
     worker.py            one rank: restore, train, validate, save
     step.py              one optimizer step of M micro-batches

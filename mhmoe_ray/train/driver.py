@@ -1,8 +1,5 @@
 """The driver of a run's job: prepare the data that is missing, and train with Ray Train's workers.
 
-Each time that workers start, the training stream begins at the newest whole checkpoint. Hashes of its files are found
-by all nodes of the cluster: one alone reads terabytes for an hour.
-
 On a CPU worker the C library is told to keep the memory it once had. A training step asks for the same large tensors as
 the step before it. As it comes, glibc gives each of them back to the system and fetches it anew, one page fault for 4
 KiB; training runs in a thread of its own, where it does so for all of them. Kept in huge pages of one heap, they are
