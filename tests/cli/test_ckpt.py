@@ -9,8 +9,8 @@ import pytest
 from mhmoe_ray import storage
 from mhmoe_ray.checkpoint.retention import drop
 from mhmoe_ray.cli.ckpt import verify
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import Result, assert_one_line, command, mhmoe
-from tests.huggingface.conftest import MIXTRAL, make_run
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.engine.sampler import Chooser
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.huggingface.conftest import MIXTRAL, make_run
 from tests.serve.asking import pieces
 
 

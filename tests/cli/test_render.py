@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, mhmoe
-from tests.huggingface.conftest import MIXTRAL, make_run
 
 SITE = str(Path(__file__).parents[2] / "cluster/site.yaml")
 

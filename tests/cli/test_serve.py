@@ -9,8 +9,8 @@ import pytest
 from mhmoe_ray.cluster import serving
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.serve_removal import remove
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import assert_one_line, command, mhmoe
-from tests.huggingface.conftest import MIXTRAL, make_run
 from tests.watch import ended_by_ctrl_c, of_kind, wait_until
 
 pytestmark = pytest.mark.ray

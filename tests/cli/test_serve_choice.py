@@ -6,7 +6,7 @@ from mhmoe_ray.checkpoint.manifest import committed
 from mhmoe_ray.cli.serve import chosen, sizes_set, with_keys
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.spec import ServeSpec, dump_spec
-from tests.huggingface.conftest import MIXTRAL, make_run
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 
 
 @pytest.fixture

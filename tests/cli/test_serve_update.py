@@ -10,8 +10,8 @@ import pytest
 from mhmoe_ray.checkpoint.manifest import committed
 from mhmoe_ray.serve.config import application_config
 from mhmoe_ray.spec import ServeSpec
+from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 from tests.cli.run import mhmoe
-from tests.huggingface.conftest import MIXTRAL, make_run
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.evaluate.harness import run_tasks
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
+from tests.checkpoint.huggingface.conftest import TEXT
 from tests.data.texts import write_documents
 from tests.evaluate.test_measure import model_of
-from tests.huggingface.conftest import TEXT
 from tests.llama_tokenizer import llama_tokenizer
 from tests.specs import tiny_spec
 

@@ -20,11 +20,11 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.model import FUSED_UP_TO, ROUTERS
 from mhmoe_ray.train.step import Trainer
+from tests.checkpoint.test_load import new_run
 from tests.kernels.test_cpp import COMPILES
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train.jobs import micro_batches, trainer_of
-from tests.train.test_restore import new_run
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {

@@ -10,7 +10,7 @@ from mhmoe_ray.serve.engine import Request, Sampling
 from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.asking import pieces
 from tests.serve.conftest import SEQ_LEN
-from tests.serve.test_text import DECODERS, TOKENIZERS
+from tests.serve.test_detokenizer import DECODERS, TOKENIZERS
 
 GREEDY = Sampling(max_tokens=20, temperature=0)
 

@@ -160,7 +160,7 @@ def test_an_imported_model_brings_its_template_along(tmp_path, where):
     from mhmoe_ray.checkpoint.huggingface.export import export
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
     from mhmoe_ray.checkpoint.manifest import newest_checkpoint
-    from tests.huggingface.conftest import MIXTRAL, make_run
+    from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run
 
     checkpoint, manifest, _ = newest_checkpoint(make_run(tmp_path, MIXTRAL), ("weights",))
     export(checkpoint, manifest, tmp_path / "out")

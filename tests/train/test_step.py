@@ -8,10 +8,10 @@ import torch
 from mhmoe_ray.checkpoint.load import restore
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import JobError
+from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
 from tests.specs import TINY, tiny_spec
 from tests.train.jobs import batches, save, train, trainer_of, whole
-from tests.train.test_restore import new_run
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

@@ -6,7 +6,7 @@ import pytest
 
 from mhmoe_ray.corpus.fetch import fetch
 from mhmoe_ray.errors import DataError
-from tests.data.corpus.made_packages import made, write_wheel
+from tests.corpus.made_packages import made, write_wheel
 
 DEB = made("Debian", "p-doc", r".*")
 WHEEL = made("PyPI", "P==1.0", r".*")

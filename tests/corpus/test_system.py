@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tests.cli.run import mhmoe
-from tests.data.corpus.made_packages import records_of
+from tests.corpus.made_packages import records_of
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from mhmoe_ray.errors import CheckpointError, MhmoeError, SpecError
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.huggingface.conftest import MIXTRAL, MODELS, exported, make_run, unreadable
+from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, exported, make_run, unreadable
 from tests.serve.asking import tokens
 
 

@@ -22,7 +22,7 @@ from mhmoe_ray.runs.directory import RunDir, find_run
 from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
-from tests.huggingface.conftest import (
+from tests.checkpoint.huggingface.conftest import (
     MIXTRAL,
     MODELS,
     SEQ_LEN,

@@ -11,8 +11,8 @@ import mhmoe_kernels
 from mhmoe_ray.distributed.dispatch import flat
 from mhmoe_ray.distributed.dispatch.exchange import least_sent
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
+from tests.distributed.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 from tests.ranks import run_ranks
-from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 
 RANKS = 3
 

@@ -12,10 +12,10 @@ from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
+from tests.checkpoint.test_load import new_run
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
 from tests.train import jobs
-from tests.train.test_restore import new_run
 
 
 def state_of(trainer):

@@ -8,9 +8,9 @@ from mhmoe_ray.distributed.build import build_dispatch
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
 from mhmoe_ray.distributed.mesh import build_mesh
+from tests.distributed.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 from tests.ranks import run_ranks
 from tests.specs import tiny_spec
-from tests.train.routed import HELD, WIDTH, Case, assert_those_of_one_process, made, outputs_and_gradients
 
 RANKS = 4
 ROWS = (11, 7, 9, 5)

@@ -8,7 +8,7 @@ from mhmoe_ray.checkpoint.huggingface.names import TABLE, entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from mhmoe_ray.spec.model import ROUTERS
-from tests.huggingface.conftest import MODELS
+from tests.checkpoint.huggingface.conftest import MODELS
 
 
 @st.composite

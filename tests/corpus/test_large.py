@@ -11,7 +11,7 @@ from mhmoe_ray.corpus.large import Written, write_large
 from mhmoe_ray.corpus.packages import PACKAGES, language_of
 from mhmoe_ray.corpus.readers import read_code
 from mhmoe_ray.corpus.small import english_parts
-from tests.data.corpus.made_packages import made, page, records_of, write_deb, write_wheel
+from tests.corpus.made_packages import made, page, records_of, write_deb, write_wheel
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
 

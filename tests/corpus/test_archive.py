@@ -5,7 +5,7 @@ import pytest
 
 from mhmoe_ray.corpus.fetch import read_members
 from mhmoe_ray.errors import DataError
-from tests.data.corpus.made_packages import write_deb, write_wheel
+from tests.corpus.made_packages import write_deb, write_wheel
 
 needs_dpkg = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is no dpkg-deb")
 FILES = {"usr/share/a.html": b"<p>a</p>", "usr/share/b.html.gz": gzip.compress(b"<p>b</p>"), "usr/share/c.png": b"c"}
