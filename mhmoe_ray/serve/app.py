@@ -19,7 +19,7 @@ from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.config import DEPLOYMENT, LIMITS
 from mhmoe_ray.serve.engine import EngineError
 from mhmoe_ray.serve.load import check_engine
-from mhmoe_ray.serve.metrics import follow
+from mhmoe_ray.serve.ray_metrics import follow
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.storage import location
 

@@ -17,6 +17,7 @@ from mhmoe_ray.serve.answer import Answerer
 from mhmoe_ray.serve.api import completions
 from mhmoe_ray.serve.api.access import Access, Counter, Limits, SmallBodies
 from mhmoe_ray.serve.api.errors import HANDLERS, RESPONSES
+from mhmoe_ray.serve.api.metrics import exposition
 from mhmoe_ray.serve.api.schema import (
     AllStats,
     Detokenized,
@@ -29,7 +30,6 @@ from mhmoe_ray.serve.api.schema import (
 )
 from mhmoe_ray.serve.api.service import Service
 from mhmoe_ray.serve.engine import EngineError
-from mhmoe_ray.serve.metrics import exposition
 from mhmoe_ray.spec import ServeSpec
 
 

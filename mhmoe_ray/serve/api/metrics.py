@@ -1,0 +1,70 @@
+"""What an engine counts, in Prometheus' format."""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mhmoe_ray.serve.engine import Stats
+from mhmoe_ray.serve.engine.request import BOUNDS, Histogram
+
+GAUGES = {
+    "waiting": "Requests that wait.",
+    "running": "Requests that are computed.",
+    "cache_used": "Share of the cache's blocks that requests hold.",
+}
+COUNTERS = {
+    "requests": "Requests that ended.",
+    "prompt_tokens": "Tokens of prompts.",
+    "reused_tokens": "Of them, those whose keys and values were in the cache.",
+    "answer_tokens": "Tokens of answers.",
+    "steps": "Steps of the engine.",
+    "step_tokens": "Tokens that these computed: over the steps, the mean batch.",
+}
+HISTOGRAMS = {
+    "queue": "Seconds from a request's arrival to its first step.",
+    "first_token": "Seconds from a request's arrival to its first token.",
+    "each_token": "Seconds between two tokens of an answer.",
+}
+EXPERTS = "Routes of served tokens, by layer and expert."
+
+
+def exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
+    """Args:
+    stats: of the engine.
+    labels: of every series.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(stats, labels))
+    return generate_latest(registry)
+
+
+class _Collector(Collector):
+    def __init__(self, stats: Stats, labels: Mapping[str, str]) -> None:
+        self._stats, self._names, self._values = stats, list(labels), list(labels.values())
+
+    def collect(self) -> Iterator[Metric]:
+        for name, help_ in GAUGES.items():
+            gauge = GaugeMetricFamily(f"mhmoe_{name}", help_, labels=self._names)
+            gauge.add_metric(self._values, getattr(self._stats, name))
+            yield gauge
+        for name, help_ in COUNTERS.items():
+            counter = CounterMetricFamily(f"mhmoe_{name}", help_, labels=self._names)
+            counter.add_metric(self._values, getattr(self._stats, name))
+            yield counter
+        for name, help_ in HISTOGRAMS.items():
+            found: Histogram = getattr(self._stats, name)
+            histogram = HistogramMetricFamily(f"mhmoe_{name}_seconds", help_, labels=self._names)
+            bounds, below = [*map(str, BOUNDS), "+Inf"], 0
+            buckets = []
+            for bound, count in zip(bounds, found.counts, strict=True):
+                below += count
+                buckets.append((bound, below))
+            histogram.add_metric(self._values, buckets, found.total)
+            yield histogram
+        experts = CounterMetricFamily("mhmoe_expert_routes", EXPERTS, labels=[*self._names, "layer", "expert"])
+        for layer, counts in enumerate(self._stats.count_LE):
+            for expert, count in enumerate(counts):
+                experts.add_metric([*self._values, str(layer), str(expert)], count)
+        yield experts
