@@ -10,7 +10,7 @@ JOBS_AND_ACTORS = (
     "mhmoe_ray.evaluate.job",
     "mhmoe_ray.serve.app",
     "mhmoe_ray.sweep.job",
-    "mhmoe_ray.train.driver",
+    "mhmoe_ray.train.stream_start",
     "mhmoe_ray.train.watchdog",
 )
 

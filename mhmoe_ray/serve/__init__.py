@@ -9,5 +9,5 @@ detokenizer.py     tokens to text that is never taken back
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
 load.py            from a checkpoint to what answers; engines by name
-ray_ray_metrics.py     what an engine counts, as Ray's metrics
+ray_metrics.py     what an engine counts, as Ray's metrics
 """
