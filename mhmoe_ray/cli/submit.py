@@ -105,7 +105,7 @@ def submit(
     from mhmoe_ray.cli.plan_estimate import estimated
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.connect import is_local
-    from mhmoe_ray.cluster.runs import job_request
+    from mhmoe_ray.cluster.jobs import job_request
     from mhmoe_ray.runs.directory import create_run, last_attempt
 
     if json and not (detach or dry_run):

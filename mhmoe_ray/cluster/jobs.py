@@ -18,6 +18,8 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
+from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.storage import Location
 
 
 @contextmanager
@@ -299,3 +301,21 @@ def _client(connection: Connection) -> Any:
         return JobSubmissionClient(connection.address, headers=connection.headers)
     finally:
         os.environ.update(saved)
+
+
+def job_request(place: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
+    """What Ray Jobs is asked for; `submit --dry-run` prints it.
+
+    Args:
+        place: the run directory, whose name is the run's id.
+        attempt: the number of the job.
+        spec: of the run.
+        local: as `jobs.request` takes it.
+    """
+    return request(
+        ["-m", "mhmoe_ray.train.job", str(place), str(attempt)],
+        f"{place.name}-{attempt}",
+        local=local,
+        runtime_env=spec.cluster.runtime_env,
+        metadata={"mhmoe_run": place.name, "mhmoe_path": str(place)},
+    )

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection, connect
+from mhmoe_ray.cluster.jobs import job_request
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, last_attempt, newest_number, read_attempts
 from mhmoe_ray.runs.metrics import course
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location, location
+from mhmoe_ray.storage import location
 
 QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""
@@ -112,24 +113,6 @@ def recorded_outcome(happened: list[dict[str, Any]]) -> Outcome | None:
         return None
     failed = events.newest(happened, "failed") if state == "failed" else None
     return Outcome(state, failed["reason"] if failed else "")
-
-
-def job_request(place: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
-    """What Ray Jobs is asked for; `submit --dry-run` prints it.
-
-    Args:
-        place: the run directory, whose name is the run's id.
-        attempt: the number of the job.
-        spec: of the run.
-        local: as `jobs.request` takes it.
-    """
-    return jobs.request(
-        ["-m", "mhmoe_ray.train.job", str(place), str(attempt)],
-        f"{place.name}-{attempt}",
-        local=local,
-        runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": place.name, "mhmoe_path": str(place)},
-    )
 
 
 def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: str | None = None) -> str:

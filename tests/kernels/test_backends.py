@@ -13,8 +13,8 @@ from mhmoe_kernels import (
     GeluSubln,
     Swiglu,
     combine,
+    grouped,
     permute,
-    pieces,
     plan_routes,
     run_experts,
     run_sorted_experts,
@@ -53,8 +53,8 @@ def test_grouped_agrees_with_reference_with_empty_experts_among_them(
     *routes, weights = problem(seed, n, d=8, f=6, e=e, k=k, dtype=dtype, only=only, function=function)
     tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}[dtype]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", piece)
-        patch.setattr(pieces, "STEPS", steps)
+        patch.setattr(grouped, "PIECE", piece)
+        patch.setattr(grouped, "STEPS", steps)
         patch.setattr(permuting, "CACHED", cached)
         found = outputs_and_gradients("grouped", *routes, weights._replace(recompute=recompute))
     for ours, oracle in zip(found, outputs_and_gradients("reference", *routes, weights), strict=True):
@@ -67,14 +67,14 @@ def test_grouped_agrees_with_reference_with_empty_experts_among_them(
     rounded=st.booleans(), row_bytes=st.sampled_from([0, 1, 5000, 10**8]),
 )  # fmt: skip
 def test_pieces_cover_each_experts_rows_in_order(counts, recompute, rounded, row_bytes):
-    found, total = pieces.pieces(counts, recompute, rounded=rounded, row_bytes=row_bytes), sum(counts)
+    found, total = grouped.pieces(counts, recompute, rounded=rounded, row_bytes=row_bytes), sum(counts)
     owner = [e for e, count in enumerate(counts) for _ in range(count)]
     assert [p.expert for p in found for _ in range(p.rows)] == owner
     assert [p.start for p in found] == [sum(p.rows for p in found[:i]) for i in range(len(found))]
     assert [p.expert for p in found if p.first] == [e for e, count in enumerate(counts) if count]
     assert sum(p.rows for p in found if not p.kept) == round(recompute * total)
-    assert all(p.rows <= pieces.PIECE for p in found if not p.kept or row_bytes)
-    assert all(p.rows <= max(128, pieces.CACHE / row_bytes) for p in found if row_bytes)
+    assert all(p.rows <= grouped.PIECE for p in found if not p.kept or row_bytes)
+    assert all(p.rows <= max(128, grouped.CACHE / row_bytes) for p in found if row_bytes)
     for p in found:
         assert p.rows <= p.room
         assert p.window.stop <= total
@@ -83,9 +83,9 @@ def test_pieces_cover_each_experts_rows_in_order(counts, recompute, rounded, row
 
 def test_numbers_of_rows_are_few():
     """For each, a CPU compiles kernels."""
-    shapes = {p.room for n in range(700, 1400) for p in pieces.pieces([n, 5000], 0, rounded=True)[:1]}
+    shapes = {p.room for n in range(700, 1400) for p in grouped.pieces([n, 5000], 0, rounded=True)[:1]}
     assert len(shapes) <= 33
-    assert all(p.room <= 1.04 * n for n in range(1, 9000) for p in pieces.pieces([n, n], 0, rounded=True)[:1])
+    assert all(p.room <= 1.04 * n for n in range(1, 9000) for p in grouped.pieces([n, n], 0, rounded=True)[:1])
 
 
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
@@ -107,7 +107,7 @@ def test_grouped_in_bfloat16_is_near_float64(function, recompute):
     exact = [t.detach().double().requires_grad_() for t in (x, gate, *weights.stacked)]
     oracles = outputs_and_gradients("reference", exact[0], expert, exact[1], ExpertWeights(function, tuple(exact[2:])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", 128)
+        patch.setattr(grouped, "PIECE", 128)
         found = outputs_and_gradients("grouped", x, expert, gate, weights._replace(recompute=recompute))
     for ours, oracle in zip(found, oracles, strict=True):
         assert ours.dtype == torch.bfloat16
@@ -116,11 +116,11 @@ def test_grouped_in_bfloat16_is_near_float64(function, recompute):
 
 def test_sums_over_many_pieces_are_not_rounded_in_between():
     """In bfloat16 a sum of ones stops growing at 256."""
-    total = pieces.SumOfProducts(torch.empty(1, 1, 1, dtype=torch.bfloat16))
+    total = grouped.SumOfProducts(torch.empty(1, 1, 1, dtype=torch.bfloat16))
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", 1)
-        for piece in pieces.pieces([1000], 1, rounded=False):
+        patch.setattr(grouped, "PIECE", 1)
+        for piece in grouped.pieces([1000], 1, rounded=False):
             total.add(piece, one, one)
     assert total.total_EOI.item() == 1000
 
@@ -129,7 +129,7 @@ def test_sums_over_many_pieces_are_not_rounded_in_between():
 def test_grouped_keeps_no_hidden_rows_where_there_is_no_backward(function, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        pieces.Piece, "__new__", lambda cls, *a, new=pieces.Piece.__new__: seen.append(new(cls, *a)) or seen[-1]
+        grouped.Piece, "__new__", lambda cls, *a, new=grouped.Piece.__new__: seen.append(new(cls, *a)) or seen[-1]
     )
     *routes, weights = problem(3, n=40, d=8, f=6, e=2, k=1, function=function)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_kernels import pieces
+from mhmoe_kernels import grouped
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.planner.expert_step import expert_step
@@ -26,7 +26,7 @@ MODELS = [
 @pytest.fixture(autouse=True)
 def as_many_rows_as_there_are(monkeypatch):
     """A CPU rounds them up by some per cent, which is no work of the method's."""
-    monkeypatch.setattr(pieces, "STEPS", 1 << 20)
+    monkeypatch.setattr(grouped, "STEPS", 1 << 20)
 
 
 def spec_of(model):
