@@ -11,7 +11,6 @@ Shape suffixes, here and in mhmoe_ray.model:
     backends.py         the one seam: rows and their routes in, the experts' outputs combined per row out
     weights.py          a stack of experts
     permute.py          sorting routes by expert and bringing them back
-    grouped.py           how sorted rows are cut into what goes through an expert at once
     cpu.py              what the CPU at hand can compute
     reference.py        the oracle, written to be read, and GShard's static routing, to be compared with
     grouped.py          each expert once on its contiguous rows, with backwards by hand
