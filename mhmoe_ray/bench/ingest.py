@@ -17,7 +17,8 @@ import ray
 import ray.data
 from tokenizers import Tokenizer
 
-from mhmoe_ray.bench.processes import Measurement, Peak, run_apart
+from mhmoe_ray.bench.process_memory import Peak
+from mhmoe_ray.bench.processes import Measurement, run_apart
 from mhmoe_ray.bench.timing import turns
 from mhmoe_ray.data.prepare.pipeline import prepare
 from mhmoe_ray.data.shards.files import ShardReader

@@ -27,7 +27,7 @@ from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
-from mhmoe_ray.train import driver
+from mhmoe_ray.train import malloc
 from mhmoe_ray.train.driver import drive
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
@@ -79,7 +79,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
     one = {"workers": WorkerRange(min=1, max=1), "ep": 1, "cpus_per_worker": threads}
     changed = {"train": spec.train.model_copy(update=rare), "cluster": spec.cluster.model_copy(update=one)}
     spec = spec.model_copy(update=changed)
-    settings = driver.settings(os.environ)
+    settings = malloc.settings(os.environ)
     ways: dict[str, tuple[Measurement, dict[str, str]]]
     ways = {"run": (a_run, {}), "loop": (a_loop, {}), "settled": (a_loop, settings)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}

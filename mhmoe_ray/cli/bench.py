@@ -28,7 +28,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
-from mhmoe_ray.train import driver
+from mhmoe_ray.train import malloc
 
 
 def train(
@@ -271,7 +271,7 @@ def as_a_worker(context: typer.Context) -> None:
     """Measure, side by side."""
     # Layers and steps are to take the time that they take in a run: settings of memory are read at a process's start.
     memory_kept = ("layer", "train", "checkpoint", "dispatch")
-    if context.invoked_subcommand in memory_kept and (settings := driver.settings(os.environ)):
+    if context.invoked_subcommand in memory_kept and (settings := malloc.settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 

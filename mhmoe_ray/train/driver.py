@@ -7,8 +7,6 @@ there already (figures: kernels/README.md).
 """
 
 import os
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -25,26 +23,11 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import ObjectPath, copy_file, describe_file
+from mhmoe_ray.train.malloc import settings
 from mhmoe_ray.train.resilience import RunTrainer
 from mhmoe_ray.train.stream_start import StreamFromNewest, describe_together
 from mhmoe_ray.train.watchdog import Watchdog
 from mhmoe_ray.train.worker_failures import RecordLost, causes, first_cause, reason
-
-_KEEP = {
-    "MALLOC_ARENA_MAX": "1",  # for all threads the one heap that can keep, rather than one for each
-    "MALLOC_MMAP_MAX_": "0",  # large tensors come from it too
-    "MALLOC_TRIM_THRESHOLD_": "-1",  # and stay in it
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
-
-def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the start of a process that trains on CPUs; none where the system has no such C library.
-
-    Args:
-        environment: of this process; what it sets itself stays.
-    """
-    return {k: v for k, v in _KEEP.items() if k not in environment} if sys.platform == "linux" else {}
 
 
 def drive(run: RunDir, attempt: int) -> None:

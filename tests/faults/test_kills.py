@@ -13,7 +13,7 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import family, is_ours
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.train import driver
+from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
 from tests.watch import is_over, of_kind, started, step_of, wait_for_the_end, wait_until
@@ -36,7 +36,7 @@ def test_two_random_kills_change_nothing(project, request):
     """Of a worker, and of the driver, whose run is resumed."""
     run = hurt(project, keep_checkpoints=2)
     worker = harness.workers(run, 1)[0]
-    assert set(driver.settings({}).items()) <= _environment(worker["pid"]).items()
+    assert set(malloc.settings({}).items()) <= _environment(worker["pid"]).items()
     harness.soak(project, run, kills=2, seed=15)
     wait_for_the_end(run)
     reference = request.getfixturevalue("reference")  # only now, so that it was this run that prepared the data

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from mhmoe_ray.train import driver
+from mhmoe_ray.train import malloc
 
 AGAIN_AND_AGAIN = """
 import resource, threading
@@ -37,17 +37,17 @@ def _faults(environment: dict[str, str]) -> int:
 def test_memory_that_a_thread_gave_back_is_there_when_it_asks_again():
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     mine |= {"PYTHONMALLOC": "malloc"}
-    plain, told = _faults(mine), _faults(mine | driver.settings(mine))
+    plain, told = _faults(mine), _faults(mine | malloc.settings(mine))
     assert plain > 4 * 4096  # at least once in these five times
     assert told < 500
 
 
 def test_what_the_environment_sets_stays():
-    settings = driver.settings({"MALLOC_ARENA_MAX": "4"})
+    settings = malloc.settings({"MALLOC_ARENA_MAX": "4"})
     assert "MALLOC_ARENA_MAX" not in settings
     assert settings["MALLOC_MMAP_MAX_"] == "0"
 
 
 def test_nothing_is_set_where_it_means_nothing(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert driver.settings({}) == {}
+    assert malloc.settings({}) == {}

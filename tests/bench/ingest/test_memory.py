@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 
-from mhmoe_ray.bench.processes import Usage, descendants, usage_of
+from mhmoe_ray.bench.process_memory import Usage, descendants, usage_of
 
 MB = 1_000_000
 # A process that takes so many MB of its own, one that maps so many of a file, each below another that only waits.
