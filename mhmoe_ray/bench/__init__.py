@@ -1,7 +1,8 @@
 """Side-by-side measurements: what a layer costs beside a dense one of the same work, and a whole training step.
 
 timing.py       interleaved rounds, medians and ratios; the device; what cannot be measured
-processes.py    a measurement in a process of its own, and its memory
+processes.py    a measurement in a process of its own
+process_memory.py   the memory of a process and its children
 layers.py       layers that are matched
 peers.py        other packages' layers, with our weights
 measure.py      all of them at one shape: bytes of a pass, then time

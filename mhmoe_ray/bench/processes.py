@@ -1,4 +1,4 @@
-"""Measurements each in a process of its own, and the memory of a process and its children, as Linux counts it."""
+"""Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next."""
 
 import importlib
 import json

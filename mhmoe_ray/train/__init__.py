@@ -5,6 +5,7 @@
     stream_start.py      where the stream begins, each time that they start
     resilience.py        Ray Train with a run's own rules: what is retried, how many workers, leaving a node
     worker.py            one rank: restore, train, validate, save
+    malloc.py            what a CPU worker's C library is told
     step.py              one optimizer step of M micro-batches
     watchdog.py          an actor beside the workers that names the one that hangs, and ends it
     worker_failures.py   workers that fail, for the record

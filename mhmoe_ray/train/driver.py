@@ -1,10 +1,4 @@
-"""The driver of a run's job: prepare the data that is missing, and train with Ray Train's workers.
-
-On a CPU worker the C library is told to keep the memory it once had. A training step asks for the same large tensors as
-the step before it. As it comes, glibc gives each of them back to the system and fetches it anew, one page fault for 4
-KiB; training runs in a thread of its own, where it does so for all of them. Kept in huge pages of one heap, they are
-there already (figures: kernels/README.md).
-"""
+"""The driver of a run's job: prepare the data that is missing, and train with Ray Train's workers."""
 
 import os
 from typing import Any
