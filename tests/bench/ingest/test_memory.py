@@ -19,7 +19,7 @@ BELOW = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[
 # In a small process, since between fork and exec a child counts as large as its parent, which pytest is here.
 WATCH = """
 import subprocess, sys
-from mhmoe_ray.bench.processes import Peak
+from mhmoe_ray.bench.process_memory import Peak
 with Peak() as peak:
     subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)
 print(peak.resident, peak.own)"""
@@ -42,7 +42,7 @@ def test_the_peak_is_that_of_the_largest_process_below(tmp_path):
 def test_the_peak_is_of_the_process_itself_where_that_is_the_largest():
     code = f"""
 import time
-from mhmoe_ray.bench.processes import Peak
+from mhmoe_ray.bench.process_memory import Peak
 with Peak() as peak:
     {OWN}
     time.sleep(1)
