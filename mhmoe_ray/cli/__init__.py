@@ -6,7 +6,8 @@
     submit.py      start a run            follow.py     follow it to its end
     runs.py        list, resume, stop, rm
     status.py      how a run goes         logs.py       what it wrote
-    plan.py        what a spec means      plan_placement.py, plan_estimate.py   where ranks will be; on paper
+    plan.py, plan_tables.py                 what a spec means
+    plan_placement.py, plan_estimate.py     where ranks will be; on paper
     presets.py     models by name
     data.py        sample text, prepare   data_mix.py   the mixture that training reads
     data_inspect.py, data_inspect_view.py   what is in raw text, and what is wrong with it

@@ -16,12 +16,11 @@ from mhmoe_ray.cli.common import (
     read_spec,
 )
 from mhmoe_ray.cli.plan_placement import Placement
-from mhmoe_ray.cli.plan_tables import tables
-from mhmoe_ray.spec import RunSpec
 
 if TYPE_CHECKING:
     from mhmoe_ray.planner.estimate import Estimate
     from mhmoe_ray.planner.traffic import Links
+    from mhmoe_ray.spec import RunSpec
     from mhmoe_ray.spec.train import TrainSpec
 
 
@@ -40,7 +39,7 @@ def plan(
     That is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a cluster on
     paper, of which the spec's cluster.accelerator and cluster.network tell the rest.
     """
-    from mhmoe_ray.cli import plan_estimate
+    from mhmoe_ray.cli import plan_estimate, plan_tables
     from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
 
     if (nodes is None) != (gpus is None) or (nodes and address):
@@ -58,7 +57,7 @@ def plan(
         print_json({**as_dict(resolved, placed), "estimate": estimate})
         return
     show(resolved, found)
-    for title, table in tables(resolved, placed):
+    for title, table in plan_tables.tables(resolved, placed):
         out.print(f"\n{title}", style="bold")
         print_whole(table)
     for line in said_of(placed):
