@@ -164,7 +164,7 @@ def render(
 
     For example `mhmoe cluster render cluster/site.yaml --into /tmp/lab --run jobs/quickstart.yaml`.
     """
-    from mhmoe_ray.cli.serve import KEYS, chosen, with_keys
+    from mhmoe_ray.cli.serve_choice import KEYS, chosen, with_keys
     from mhmoe_ray.render.files import files
     from mhmoe_ray.serve.config import application_config
     from mhmoe_ray.spec import load_site

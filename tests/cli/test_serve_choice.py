@@ -3,7 +3,7 @@
 import pytest
 
 from mhmoe_ray.checkpoint.manifest import committed
-from mhmoe_ray.cli.serve import chosen, sizes_set, with_keys
+from mhmoe_ray.cli.serve_choice import chosen, sizes_set, with_keys
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError
 from mhmoe_ray.spec import ServeSpec, dump_spec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, make_run

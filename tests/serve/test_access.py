@@ -8,7 +8,7 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from mhmoe_ray.cli.serve import with_keys
+from mhmoe_ray.cli.serve_choice import with_keys
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.serve.api.access import Bucket, Limits
 from mhmoe_ray.serve.api.app import create_app
