@@ -11,7 +11,8 @@
     presets.py     models by name
     data.py        sample text, prepare   data_mix.py   the mixture that training reads
     data_inspect.py, data_inspect_view.py   what is in raw text, and what is wrong with it
-    serve.py       answers over HTTP      generate.py   answers without a server
+    serve.py, serve_choice.py               answers over HTTP
+    generate.py    answers without a server
     ckpt.py        checkpoints, to and from other tools' folders
     eval.py        what a checkpoint knows            routing.py    where its tokens go
     sweep.py       many runs as one       report.py     runs beside each other

@@ -21,12 +21,11 @@ from mhmoe_ray.cli.common import (
     print_json,
     say,
 )
-from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
-from mhmoe_ray.runs.directory import RunDir
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.serving import Application
+    from mhmoe_ray.runs.directory import RunDir
 
 
 app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
@@ -63,6 +62,7 @@ def deploy(
 ) -> None:
     """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
     from mhmoe_ray.cli import jobs
+    from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
     from mhmoe_ray.serve.config import application_config
 
     found, path, spec = chosen(target, checkpoint, storage, [*set_, *sizes_set(replicas, engine)])
