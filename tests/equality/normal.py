@@ -31,6 +31,8 @@ class Normaliser:
             (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?"), "<time>"),
             # A module that a job runs may be called anything.
             (re.compile(r"-m mhmoe\w+(\.\w+)+"), "-m <module>"),
+            # So may one that Serve imports, which an image names beside the package that has it.
+            (re.compile(r"\bmhmoe_ray(\.\w+)+:"), "<module>:"),
         ]
 
     def text(self, text: str) -> str:

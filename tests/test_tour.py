@@ -1,0 +1,42 @@
+"""The walks and tables of CONTRIBUTING.md name files and functions that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TOUR = TEXT[TEXT.index("## Three walks") : TEXT.index("## Habits")]
+NAMED = sorted(set(re.findall(r"`([\w/]+\.py)`,?\s+`([A-Za-z_][\w.]*)`", TOUR)))
+PATHS = sorted(set(re.findall(r"`([\w/]+(?:\.py|/))`", TEXT)))
+FOLDERS = (ROOT, ROOT / "mhmoe_ray", ROOT / "kernels/mhmoe_kernels")
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """Names of the top level, and of the methods of its classes."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if hasattr(part, "name")}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_walks_name_functions():
+    assert len(NAMED) > 40
+
+
+@pytest.mark.parametrize(("path", "name"), NAMED)
+def test_a_function_of_the_tour_is_in_its_file(path, name):
+    assert name in definitions(ast.parse((ROOT / "mhmoe_ray" / path).read_text()))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if "/" in path.rstrip("/")])
+def test_a_path_leads_somewhere(path):
+    assert any((folder / path).exists() for folder in FOLDERS)
