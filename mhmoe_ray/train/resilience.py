@@ -16,8 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
-from ray.train import FailureConfig, PreemptionInfo
+from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 
 from mhmoe_ray.checkpoint.manifest import last_step
@@ -33,7 +32,6 @@ from mhmoe_ray.ray_compat import (
     ScalingDecision,
     WorkerGroupStartupTimeoutError,
     available_resources_per_node,
-    get_train_context,
     state,
 )
 from mhmoe_ray.runs import events
@@ -48,26 +46,6 @@ def record_waiting(run: RunDir) -> None:
             events.record(run, "waiting")
     except (OSError, StorageError) as e:  # no reason not to wait
         print(f"warning: the workers wait for room, but {e}")
-
-
-class PreemptedError(RayActorError):
-    """Ends a rank of such a group.
-
-    Ray Train has no word for that: a rank that returns ends the run, one that raises has failed. But it forgives the
-    death of an actor whose node was taken away, by this flag of the exception.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(error_msg="a node of the worker group is being taken away", preempted=True)
-
-
-def announced() -> PreemptionInfo | None:
-    """What this rank was told; others may hear of it a step earlier or later.
-
-    `ray.train.get_preemption_info` asks all ranks through an actor, which is too much for every step. It reads this.
-    """
-    info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
-    return info
 
 
 STORAGE_SECONDS, LOOK_SECONDS = 600.0, 5.0

@@ -31,7 +31,7 @@ from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir, require_newest
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
-from mhmoe_ray.train.resilience import PreemptedError, announced
+from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
 from mhmoe_ray.train.watchdog import Place, Pulse

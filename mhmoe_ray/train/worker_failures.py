@@ -15,7 +15,7 @@ from mhmoe_ray.errors import MhmoeError, StorageError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
-from mhmoe_ray.train.resilience import PreemptedError
+from mhmoe_ray.train.preemption import PreemptedError
 
 LINES = 40
 """Of a worker's log that are kept."""

@@ -21,7 +21,8 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 from mhmoe_ray.train import resilience
-from mhmoe_ray.train.resilience import AllowedSizes, MistakesAreFinal, PreemptedError, RunTrainer, error_of_ours
+from mhmoe_ray.train.preemption import PreemptedError
+from mhmoe_ray.train.resilience import AllowedSizes, MistakesAreFinal, RunTrainer, error_of_ours
 from tests.specs import tiny_spec
 
 
