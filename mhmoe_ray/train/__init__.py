@@ -3,7 +3,8 @@
     job.py               the process of a job: that it began, and how it ended
     driver.py            what it does: prepare data, start workers
     stream_start.py      where the stream begins, each time that they start
-    resilience.py        Ray Train with a run's own rules: what is retried, how many workers, leaving a node
+    resilience.py        Ray Train with a run's own rules: what is retried, how many workers
+    preemption.py        leaving a node that is to be taken away
     worker.py            one rank: restore, train, validate, save
     malloc.py            what a CPU worker's C library is told
     step.py              one optimizer step of M micro-batches

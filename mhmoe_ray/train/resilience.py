@@ -1,11 +1,7 @@
-"""A run's own rules for Ray Train: which failures are retried, how many workers there are, and leaving a node.
+"""A run's own rules for Ray Train: which failures are retried, and how many workers there are.
 
 None of these has a public hook, so this uses Ray's private interfaces (ray_compat.py);
 tests/train/test_ray_trainer.py fails when what it holds on to moves.
-
-Preemption. Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is
-trained until then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group
-itself. The next one starts at that very step, on other nodes or with fewer workers.
 
 Elastic sizes. Ray Train's own policy takes any number between two and has no public hook.
 """
