@@ -23,7 +23,8 @@ from mhmoe_ray.cli.common import (
 from mhmoe_ray.cli.jobs import Job
 
 if TYPE_CHECKING:
-    from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, Score
+    from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
+    from mhmoe_ray.evaluate.score import Score
     from mhmoe_ray.runs.directory import RunDir
 
 

@@ -15,7 +15,8 @@ from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
 from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import DomainSamples, held_out, measure, of_text
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, Score, store
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import location
 

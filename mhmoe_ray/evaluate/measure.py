@@ -15,7 +15,8 @@ from mhmoe_ray.data.sources import Document, Reading, find_files
 from mhmoe_ray.data.stream import validation_samples
 from mhmoe_ray.data.tokenizer import UNKNOWN, DocumentEncoder
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.request import RoutingCounts, Score
+from mhmoe_ray.evaluate.request import RoutingCounts
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.attention import document_of
 from mhmoe_ray.model.decoder import Decoder, token_losses
 from mhmoe_ray.model.router import Routing

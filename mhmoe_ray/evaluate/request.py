@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import math
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel
 
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import DataSpec
 from mhmoe_ray.storage import Location, write_json
@@ -27,51 +26,6 @@ class RoutingCounts(BaseModel):
     """L x h x h: tokens whose sub-tokens i and j have the same first choice."""
     first_weight: list[float]
     """L: sum of the first choices' weights over all sub-tokens."""
-
-
-class Score(BaseModel):
-    nats: float = 0.0
-    """Sum of the tokens' losses."""
-    tokens: int = 0
-    """Predicted."""
-    text_bytes: int = 0
-    """Of the predicted tokens, UTF-8."""
-    unknown: int = 0
-    """Of the predicted tokens, those that stand for any text."""
-
-    def __add__(self, other: Self) -> "Score":
-        return Score(
-            nats=self.nats + other.nats,
-            tokens=self.tokens + other.tokens,
-            text_bytes=self.text_bytes + other.text_bytes,
-            unknown=self.unknown + other.unknown,
-        )
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float | None:
-        return metrics.perplexity(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, which losses per token are not. None where nobody knows how many bytes these
-        are."""
-        if self.unknown or not self.text_bytes:
-            return None
-        return self.nats / math.log(2) / self.text_bytes
-
-    def figures(self) -> dict[str, float | None]:
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.text_bytes,
-        }
 
 
 class EvalRequest(BaseModel):

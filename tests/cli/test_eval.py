@@ -10,7 +10,8 @@ import pytest
 from mhmoe_ray.bench.serve.model import plain_model, write_run
 from mhmoe_ray.cli.eval import _task_rows, evaluation_of, make_request
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, Score, store
+from mhmoe_ray.evaluate.request import Evaluation, RoutingCounts, store
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from tests.runs.test_runs import write_checkpoint
 from tests.specs import tiny_spec

@@ -7,7 +7,7 @@ import torch
 from mhmoe_ray.data.tokenizer import UNKNOWN
 from mhmoe_ray.evaluate import measure as measuring
 from mhmoe_ray.evaluate.measure import DomainSamples
-from mhmoe_ray.evaluate.request import Score
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from tests.specs import tiny_spec

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from mhmoe_ray.errors import DataError, RunError
-from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, Score, all_stored, store
+from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, RoutingCounts, all_stored, store
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.planner.sizes import flops_per_token
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report

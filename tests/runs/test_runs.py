@@ -8,7 +8,7 @@ from mhmoe_ray import storage as manifests
 from mhmoe_ray.checkpoint.manifest import Manifest, commit, newest_checkpoint, read_manifest
 from mhmoe_ray.checkpoint.retention import drop
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
-from mhmoe_ray.evaluate.request import Score
+from mhmoe_ray.evaluate.score import Score
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.directory import (
     Attempt,

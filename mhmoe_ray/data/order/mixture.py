@@ -21,8 +21,7 @@ from itertools import accumulate, pairwise
 from math import fsum
 
 from mhmoe_ray.data.domains import source_of, subfolder_of
-from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase
-from mhmoe_ray.data.order.permutation import seeded
+from mhmoe_ray.data.order.order import MAX_WEIGHT, Order, OrderedDomain, Phase, seeded
 from mhmoe_ray.data.shards.manifest import DataManifest
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec, SourceMix

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mhmoe_ray.data.order.order import OrderedDomain, Phase
-from mhmoe_ray.data.order.permutation import seeded
+from mhmoe_ray.data.order.order import OrderedDomain, Phase, seeded
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
 """In slots, as data/order/order.py proves."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.data.order.permutation import MAX_PLACE, Permutations, seeded
+from mhmoe_ray.data.order.order import MAX_PLACE, Permutations, seeded
 from tests.data.order.plain_order import mixed, permuted
 
 KEYS = st.integers(0, 2**64 - 1)
