@@ -1,4 +1,4 @@
-"""What `mhmoe eval` asks of its job and gets: scores of text and counts of routes, kept in the run directory."""
+"""What `mhmoe eval` asks of its job and gets, with counts of routes; kept in the run directory."""
 
 import hashlib
 import json

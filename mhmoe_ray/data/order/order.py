@@ -42,7 +42,7 @@ over any stretch a source is within 3.36 slots of its part and a domain within 6
 
 A walk takes about as many levels as the mixture has bits of entropy, and at most log_phi(1 / share) or so.
 
-Keyed permutations. Keyed permutations of 0..n-1, elementwise: any place of any permutation in constant time and memory.
+Keyed permutations of 0..n-1, elementwise: any place of any permutation in constant time and memory.
 
 A Feistel network over a rectangle of a x b cells, a and b next to the root of n, that adds modulo a and b in turn. Of
 its cells fewer than a + b lie outside 0..n-1; a value that lands there is sent round again.
