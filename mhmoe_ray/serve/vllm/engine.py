@@ -118,7 +118,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
                 enable_expert_parallel=spec.expert_parallel,
                 # Compiling takes half a minute at each start, and gains a fifth of the time of a step on a CPU.
                 enforce_eager=self._on_cpu,
-                worker_extension_cls="mhmoe_ray.serve.vllm.plugin.WorkerExtension",
+                worker_extension_cls="mhmoe_ray.serve.vllm.loader.WorkerExtension",
             ).create_engine_config()
             engine = LLMEngine(
                 config,
