@@ -1,7 +1,6 @@
 """Makes vLLM know our model. vLLM calls `register` once in each of its processes."""
 
 from mhmoe_ray.serve.vllm.folder import ARCHITECTURE, FORMAT
-from mhmoe_ray.serve.vllm.loader import CheckpointLoader, MhmoeConfig
 
 
 def register() -> None:
@@ -9,6 +8,8 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
     from vllm.model_executor.models.registry import ModelRegistry
+
+    from mhmoe_ray.serve.vllm.loader import CheckpointLoader, MhmoeConfig
 
     AutoConfig.register(FORMAT, MhmoeConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
