@@ -1,0 +1,161 @@
+"""Compare the definitions of this tree with those of a commit, wherever they lie: `python -m tests.definitions COMMIT`.
+
+A change of structure moves definitions between files and rewrites imports; everything else is an edit. This script
+lists the edits: top-level statements of the packages that are in one of the two trees only, after
+
+- import statements, module docstrings and `__all__` are left out,
+- `module.name`, where `module` is one of ours, is read as `name`,
+- names of our modules and paths of our files in strings are read alike.
+
+`--rename OLD=NEW` reads a name of the commit as another one, so that a change of names can be shown to be nothing else.
+It exits with 1 where there is an edit.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("mhmoe_ray", "kernels/mhmoe_kernels", "jobs")
+OURS = ("mhmoe_ray", "mhmoe_kernels")
+OWN_PLACES = re.compile(r"\bmhmoe_(ray|kernels)(\.\w+)*|(\w+/)*\w+\.py\b|\b(\w+/)+")
+"""Dotted names of our modules, paths of files and of folders in strings."""
+
+
+class Definition(NamedTuple):
+    shape: str
+    """The statement without what may differ between places."""
+    place: str
+    """File, line and names, for people."""
+
+
+def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
+    """Yield the top-level statements of all packages below a root, with names replaced."""
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            modules, originals = imported_names(tree, root)
+            for number, node in enumerate(tree.body):
+                if is_left_out(node, first=number == 0):
+                    continue
+                local = bound_names(node)
+                reader = Reader(modules - local, originals, names)
+                shape = ast.dump(reader.visit(node))
+                yield Definition(shape, f"{path.relative_to(root)}:{node.lineno} {', '.join(defined_names(node))}")
+
+
+def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, str]]:
+    """Return the names by which a file knows modules of ours, and the original names of what it imports as another."""
+    modules, originals = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
+            folder = Path(*(node.module or "").split("."))
+            for alias in node.names:
+                places = [root / top / folder / alias.name for top in ("", "kernels")]
+                if any(place.is_dir() or place.with_suffix(".py").exists() for place in places):
+                    modules.add(alias.asname or alias.name)
+                elif alias.asname:
+                    originals[alias.asname] = alias.name
+    return modules, originals
+
+
+def is_left_out(node: ast.stmt, first: bool) -> bool:
+    """Return whether a top-level statement is no definition: an import, the module's docstring, or `__all__`."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return all(isinstance(each, ast.Import | ast.ImportFrom) for each in node.body)
+    if first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True
+    return isinstance(node, ast.Import | ast.ImportFrom) or defined_names(node) == ["__all__"]
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a top-level statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)] or [type(node).__name__]
+
+
+def bound_names(node: ast.stmt) -> set[str]:
+    """Return parameters and variables of a statement: a module's name among them means a variable there."""
+    parameters = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+    stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    return parameters | stored
+
+
+class Reader(ast.NodeTransformer):
+    """Bring a statement into the form in which places do not show."""
+
+    def __init__(self, modules: set[str], originals: Mapping[str, str], names: Mapping[str, str]) -> None:
+        self.modules, self.originals, self.names = modules, originals, names
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id in self.modules:
+            return ast.Name(self.names.get(node.attr, node.attr), node.ctx)
+        self.generic_visit(node)
+        node.attr = self.names.get(node.attr, node.attr)
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        name = self.originals.get(node.id, node.id)
+        return ast.Name(self.names.get(name, name), node.ctx)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if not isinstance(node.value, str):
+            return node
+        text = self.names.get(node.value, OWN_PLACES.sub("<place>", node.value))
+        return ast.Constant(" ".join(text.split()))
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(name := getattr(node, "name", None), str):
+            node.name = self.names.get(name, name)  # type: ignore[attr-defined] # functions, classes, aliases, handlers
+        if isinstance(node, ast.arg):
+            node.arg = self.names.get(node.arg, node.arg)
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(statements := getattr(node, field, None), list):
+                kept = [each for each in statements if not is_own_import(each)]
+                setattr(node, field, kept or ([ast.Pass()] if statements else []))
+        return super().generic_visit(node)
+
+
+def is_own_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit")
+    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW")
+    arguments = parser.parse_args()
+    names = dict(each.split("=", 1) for each in arguments.rename)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "commit.tar"
+        command = ["git", "archive", "-o", str(archive), arguments.commit, *(each.split("/")[0] for each in FOLDERS)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        before, after = list(definitions(Path(folder), names)), list(definitions(ROOT, {}))
+    counts = [Counter(each.shape for each in side) for side in (before, after)]
+    edits = 0
+    for title, side, others in (("only in the commit", before, counts[1]), ("only in this tree", after, counts[0])):
+        rest = others.copy()
+        for definition in side:
+            if rest[definition.shape] > 0:
+                rest[definition.shape] -= 1
+            else:
+                print(f"{title}: {definition.place}")
+                edits += 1
+    print(f"{len(before):,} statements in {arguments.commit}, {len(after):,} here; {edits} without a twin")
+    return min(edits, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
