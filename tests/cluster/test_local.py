@@ -164,12 +164,12 @@ def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("MHMOE_API_KEY", "MHMOE_API_KEYS", "OF_ITS_OWN"):
-        monkeypatch.setenv(name, "secret")
+        monkeypatch.setenv(name, "of-this-test-alone")
     cluster = spawn_ray(1)
     os.waitpid(cluster.pid, 0)
     told = cluster.log.read_text()
     shutil.rmtree(cluster.folder)
-    assert [line for line in told.splitlines() if "secret" in line] == ["OF_ITS_OWN=secret"]
+    assert [line for line in told.splitlines() if "of-this-test-alone" in line] == ["OF_ITS_OWN=of-this-test-alone"]
 
 
 @pytest.mark.ray
