@@ -1,4 +1,4 @@
-"""What the CPU at hand can compute, as one of a few ordered levels; whoever depends on it asks `cpu_level`.
+"""The level of the CPU: which instructions it computes with, as one of a few ordered levels (`cpu_level`).
 
 torch and oneDNN choose their code by the CPU, each for itself. `level_environment` holds them and us to one level, so
 that a machine can show what happens on lesser ones.
@@ -100,10 +100,10 @@ def cpu_level() -> CpuLevel:
     Raises:
         ValueError: MHMOE_CPU_LEVEL names no level.
     """
-    asked = asked_level()
+    wanted_level = asked_level()
     bounds = {"DEFAULT": CpuLevel.GENERIC, "NO AVX": CpuLevel.GENERIC, "AVX2": CpuLevel.AVX2}
-    of_torch = bounds.get(torch.backends.cpu.get_cpu_capability(), CpuLevel.AMX)
-    return min(machine_level(), of_torch, CpuLevel.AMX if asked is None else asked)
+    torch_level = bounds.get(torch.backends.cpu.get_cpu_capability(), CpuLevel.AMX)
+    return min(machine_level(), torch_level, CpuLevel.AMX if wanted_level is None else wanted_level)
 
 
 def level_environment(level: CpuLevel) -> dict[str, str]:
@@ -116,8 +116,8 @@ def level_environment(level: CpuLevel) -> dict[str, str]:
         level: one above the machine's own is taken for that, since torch would believe it and crash.
     """
     level = min(level, machine_level())
-    ours = {VARIABLE: level.name.lower()}
+    own_variable = {VARIABLE: level.name.lower()}
     if not is_x86():
-        return ours
+        return own_variable
     aten, onednn, mkl = _ENVIRONMENTS[level]
-    return {**ours, "ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    return {**own_variable, "ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
