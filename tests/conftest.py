@@ -59,10 +59,6 @@ def skip_who_starts_a_process(*_: object, **__: object) -> NoReturn:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--fast") and not getattr(config.option, "numprocesses", None):
-        # Whatever a test calls, it ends there: no list of such tests is needed, which could become wrong.
-        subprocess.Popen.__init__ = skip_who_starts_a_process
-        multiprocessing.process.BaseProcess.start = skip_who_starts_a_process
     if "PYTEST_XDIST_WORKER" in os.environ:
         # A core for each lane; what it starts may compute with more threads, which do not spin while they wait.
         torch.set_num_threads(1)
@@ -84,6 +80,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--fast"):
         items[:] = [item for item in items if item.get_closest_marker("ray") is None]
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("--fast"):
+        # A test ends where it starts a process: no list of such tests is needed, which could become wrong. Plugins of
+        # pytest start some of their own before.
+        subprocess.Popen.__init__ = skip_who_starts_a_process
+        multiprocessing.process.BaseProcess.start = skip_who_starts_a_process
 
 
 class Lanes(LoadFileScheduling):
