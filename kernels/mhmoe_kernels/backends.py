@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_kernels import cpp, megablocks, triton
+from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.grouped import RunSorted, grouped, run_sorted
 from mhmoe_kernels.packed import padded
 from mhmoe_kernels.reference import capacity, reference
@@ -26,8 +27,6 @@ class Backend(NamedTuple):
     """The same for rows that are sorted by expert, where it sorts them itself."""
     trains: bool = True
     """Whether it has a backward."""
-    takes_places: bool = False
-    """Whether it is for static routing: `run` is told the places of an expert too."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -35,14 +34,14 @@ BACKENDS: dict[str, Backend] = {
     "grouped": Backend(grouped, run_sorted=run_sorted),
     "cpp": Backend(cpp.run, cpp.why_not, cpp.run_sorted),
     "padded": Backend(padded, trains=False),
-    "capacity": Backend(capacity, takes_places=True),
+    "capacity": Backend(capacity),
     "triton": Backend(triton.run, triton.why_not),
     "megablocks": Backend(megablocks.run, megablocks.why_not),
 }
 
-FUSED_UP_TO = 256
-"""Width of rows up to which `triton`'s fused experts should be ahead on a GPU, by its roofline (kernels/README.md);
-not yet measured."""
+STATIC = {name for name, abilities in KERNELS.items() if abilities.is_static}
+"""Backends whose `run` is also told the places of an expert."""
+FUSED_UP_TO = KERNELS["triton"].auto_widest_row or 0
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -60,7 +59,7 @@ def choose(name: str, x_ND: Tensor, weights: ExpertWeights, places: int | None =
         weights: the experts.
         places: as in `run_experts`.
     """
-    if name != "auto" and (places is not None or not BACKENDS[name].takes_places):
+    if name != "auto" and (places is not None or name not in STATIC):
         return name
     if x_ND.device.type == "cuda":
         # In float32 its products are not the matrix units'.
@@ -81,17 +80,16 @@ def run_experts(
         expert_NK: int64, the K different experts of each row, each in 0..E-1.
         gate_NK: routing weights, in the dtype of x or float32; 0 for a route that was dropped.
         weights: the E experts.
-        places: rows that an expert takes at most, where routing is static; for a backend that `takes_places`.
+        places: rows that an expert takes at most, where routing is static; for a backend in `STATIC`.
 
     Returns:
         y_ND in the dtype of x. Every route is computed, dropped ones with weight 0, but for `capacity`. N may be 0,
         and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on;
         a backend that does not train (`Backend.trains`) has none.
     """
-    found = BACKENDS[backend]
-    more = {"places": places} if found.takes_places else {}
+    more = {"places": places} if backend in STATIC else {}
     with _as_given(x_ND):
-        return found.run(x_ND, expert_NK, gate_NK, weights, **more)
+        return BACKENDS[backend].run(x_ND, expert_NK, gate_NK, weights, **more)
 
 
 def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:

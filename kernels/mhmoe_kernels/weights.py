@@ -1,15 +1,19 @@
 """A stack of experts: the function that one of them is, and its weights stacked over experts."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from mhmoe_kernels.abilities import ExpertFunction
 
 
 @dataclass(frozen=True)
 class Swiglu:
     """down(silu(gate(x)) * up(x)) without biases (P2's experts, and LLaMA's dense layer)."""
+
+    name: ClassVar[ExpertFunction] = "swiglu"
 
     def __call__(self, x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x_ND, gate_FD)) * F.linear(x_ND, up_FD), down_DF)
@@ -22,6 +26,7 @@ class GeluSubln:
     GELU in float32, as the first paper's code: torch computes that of narrower values so, and rounds once.
     """
 
+    name: ClassVar[ExpertFunction] = "gelu_subln"
     eps: float = 1e-5
     """Of the norm."""
 

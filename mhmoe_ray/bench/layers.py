@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_kernels import BACKENDS, why_not
+from mhmoe_kernels.abilities import KERNELS
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.spec import ModelSpec, MoESpec
-from mhmoe_ray.spec.model import KERNELS
 
 DTypeName = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.noise import default_draws_from
 from mhmoe_ray.spec import ModelSpec
-
-XPOS_SCALE_BASE = 512
-"""Tokens over which xPos fades by one factor of its scale."""
-
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BHTC, k_BHTC, v_BHTC) of the newest tokens -> y_BHTC over these and all before, which it remembers."""
@@ -28,17 +25,15 @@ class Rotary(NamedTuple):
 
 
 def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
-    """RoPE (arXiv 2104.09864, half-split pairing), with xPos's fading (arXiv 2212.10554)
-    on the `subln` backbone: the product of a query and a key shrinks with their distance."""
+    """Return RoPE's tables (arXiv 2104.09864, half-split pairing), scaled as the architecture asks."""
     width, position = spec.head_width, position_T.double()
     even = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
     angle = torch.outer(position, spec.rope_theta ** (-even / width)).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
-    if spec.backbone == "llama":
+    scale = modules_of(spec).query_scale(width, position)
+    if scale is None:
         return Rotary(cos.float(), sin.float(), cos.float(), sin.float())
-    base = (even + 0.4 * width) / (1.4 * width)
-    fade = (base ** (position[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
-    return Rotary((cos * fade).float(), (sin * fade).float(), (cos / fade).float(), (sin / fade).float())
+    return Rotary((cos * scale).float(), (sin * scale).float(), (cos / scale).float(), (sin / scale).float())
 
 
 def document_of(token_BT: Tensor, start_token: int) -> Tensor:
@@ -67,16 +62,17 @@ def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of H heads, whose keys and values several may share; with an inner norm on the `subln` backbone."""
+    """Attention of H heads, whose keys and values several may share."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        bias = spec.backbone == "subln"
+        modules = modules_of(spec)
+        bias = modules.attention_bias
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
         self.dropout = spec.attention_dropout
         self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
         """Rows of all queries, then of all keys, then of all values."""
-        self.inner_norm = nn.LayerNorm(spec.d_model, spec.norm_eps) if spec.backbone == "subln" else nn.Identity()
+        self.inner_norm = modules.inner_norm(spec)
         self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
     def forward(

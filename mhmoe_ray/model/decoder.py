@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and feed-forward or mixture-of-experts layers, on either backbone."""
+"""The decoder: pre-norm blocks of attention and feed-forward or mixture-of-experts layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhmoe_kernels import wide
+from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.attention import Attend, Attention, Rotary, document_mask, rotary
-from mhmoe_ray.model.feedforward import FeedForward, make_norm
+from mhmoe_ray.model.feedforward import FeedForward
 from mhmoe_ray.model.moe import MultiHeadMoE, dispatch_locally
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.router import Routing
@@ -41,9 +42,9 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, held: range | None) -> None:
         super().__init__()
         self.dropout = spec.dropout
-        self.attention_norm = make_norm(spec)
+        self.attention_norm = modules_of(spec).norm(spec)
         self.attention = Attention(spec)
-        self.ffn_norm = make_norm(spec)
+        self.ffn_norm = modules_of(spec).norm(spec)
         self.moe = MultiHeadMoE(spec, held) if spec.is_moe_layer(layer) else None
         self.ffn: FeedForward | None = None
         if self.moe is None:
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         whose experts are spread over ranks also what goes to them, so that it need not be exchanged once more."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, held) for i in range(spec.layers))
-        self.norm = make_norm(spec)
+        self.norm = modules_of(spec).norm(spec)
         self.output = None if spec.tied_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
     def forward(
@@ -136,8 +137,8 @@ class Decoder(nn.Module):
         assert (document_BT is not None) == (self.spec.document_masks and past is None)
         at = rotary(self.spec, past.position_T if past else torch.arange(token_BT.shape[1], device=token_BT.device))
         x_BTM = wide(self.embedding(token_BT))  # a server may hold weights in bfloat16
-        if self.spec.backbone == "subln":
-            x_BTM = x_BTM * self.spec.d_model**0.5
+        if (scale := modules_of(self.spec).embedding_scale(self.spec)) != 1:
+            x_BTM = x_BTM * scale
         mask_B1TT = None if document_BT is None else document_mask(document_BT, _compute_dtype(x_BTM))
         routings = []
         draws = noise if self.spec.is_random else None

@@ -1,11 +1,12 @@
-"""Feed-forward parts: the backbone's dense layer, its norm, and the stack of experts, which are the same function."""
+"""Feed-forward parts: the dense layer and the stack of experts, which compute the same function."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import ExpertWeights, Function, GeluSubln, Swiglu, choose, run_experts
+from mhmoe_kernels import ExpertWeights, choose, run_experts
+from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.held import local
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
@@ -14,33 +15,15 @@ Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
 """Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
 
 
-def make_norm(spec: ModelSpec) -> nn.Module:
-    """The backbone's norm over d."""
-    return (nn.RMSNorm if spec.backbone == "llama" else nn.LayerNorm)(spec.d_model, spec.norm_eps)
-
-
-def _function(spec: ModelSpec) -> Function:
-    return Swiglu() if spec.backbone == "llama" else GeluSubln(spec.norm_eps)
-
-
 class FeedForward(nn.Module):
-    """A dense layer on whole tokens: SwiGLU without biases (llama), or GELU with biases and an inner norm (subln)."""
+    """A dense layer on whole tokens."""
 
     def __init__(self, spec: ModelSpec, hidden: int) -> None:
         super().__init__()
-        d = spec.d_model
-        self.function = _function(spec)
-        if spec.backbone == "llama":
-            self.gate_FD = nn.Parameter(torch.empty(hidden, d))
-            self.up_FD = nn.Parameter(torch.empty(hidden, d))
-            self.down_DF = nn.Parameter(torch.empty(d, hidden))
-        else:
-            self.fc1_FD = nn.Parameter(torch.empty(hidden, d))
-            self.fc1_bias_F = nn.Parameter(torch.empty(hidden))
-            self.norm_weight_F = nn.Parameter(torch.empty(hidden))
-            self.norm_bias_F = nn.Parameter(torch.empty(hidden))
-            self.fc2_DF = nn.Parameter(torch.empty(d, hidden))
-            self.fc2_bias_D = nn.Parameter(torch.empty(d))
+        modules = modules_of(spec)
+        self.function = modules.function(spec)
+        for name, shape in modules.expert_shapes(spec.d_model, hidden).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def forward(self, x_BTM: Tensor) -> Tensor:
         return self.function(*_for_autocast(x_BTM, tuple(self.parameters())))
@@ -59,7 +42,8 @@ def matrices(model: nn.Module) -> set[str]:
 class Experts(nn.Module):
     """The experts `held` of a layer's E; all of them unless expert parallelism spreads them over ranks.
 
-    Each is a FeedForward of width d/h and hidden width f; parameters are stacked, in the order of its function.
+    Each is a FeedForward of width d/h and hidden width f. Its parameters are stacked along a first dimension E, in the
+    order of its function.
     """
 
     def __init__(self, spec: ModelSpec, held: range) -> None:
@@ -68,19 +52,11 @@ class Experts(nn.Module):
         assert moe is not None
         self.held, self.recompute = held, spec.recomputes
         self.kernel: str = moe.kernel
-        self.function = _function(spec)
-        E, D, F = len(held), spec.d_model // moe.heads, moe.d_expert
-        if spec.backbone == "llama":
-            self.gate_EFD = nn.Parameter(torch.empty(E, F, D))
-            self.up_EFD = nn.Parameter(torch.empty(E, F, D))
-            self.down_EDF = nn.Parameter(torch.empty(E, D, F))
-        else:
-            self.fc1_EFD = nn.Parameter(torch.empty(E, F, D))
-            self.fc1_bias_EF = nn.Parameter(torch.empty(E, F))
-            self.norm_weight_EF = nn.Parameter(torch.empty(E, F))
-            self.norm_bias_EF = nn.Parameter(torch.empty(E, F))
-            self.fc2_EDF = nn.Parameter(torch.empty(E, D, F))
-            self.fc2_bias_ED = nn.Parameter(torch.empty(E, D))
+        modules = modules_of(spec)
+        self.function = modules.function(spec)
+        for name, shape in modules.expert_shapes(spec.d_model // moe.heads, moe.d_expert).items():
+            first, _, letters = name.rpartition("_")
+            self.register_parameter(f"{first}_E{letters}", nn.Parameter(torch.empty(len(held), *shape)))
 
     def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
         """Rows through all experts of the layer, wherever they are. A forward pass of this module, so that training can

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model import router
+from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_shared_out, local, offset
@@ -18,26 +20,25 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
     """Set every parameter and buffer of `model`; of DTensors this rank's slice, with no more than one whole tensor in
     CPU memory at a time, and of experts one expert.
 
-    | tensor | llama (P2) | subln (P1, as coded) |
-    | --- | --- | --- |
-    | embedding, untied output | normal, sd d^-0.5 | the same |
-    | attention | as nn.Linear (torchscale has a Xavier for it that nothing calls) | the same |
-    | feed-forward, experts | as nn.Linear, every expert under a seed of its own | the same |
-    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 | the same |
-    | merge projection | Xavier, bias 0 | the same |
-    | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 | the same |
-    | norms | 1, bias 0 | the same |
+    | tensor | start |
+    | --- | --- |
+    | embedding, untied output | normal, sd d^-0.5 |
+    | attention | as nn.Linear (torchscale has a Xavier for it that nothing calls) |
+    | feed-forward, experts | as nn.Linear, every expert under a seed of its own |
+    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 |
+    | merge projection | Xavier, bias 0 |
+    | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
+    | norms | 1, bias 0 |
 
-    On subln, weights and biases of fc1, fc2, of attention's values and output, and of the merge projection are then
-    multiplied by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423; the merge layer because its name there matches,
-    the head's does not). Of several projection layers, whose start is not published, each is treated as the only one.
+    The architecture may change them then (`Modules.rescale_initial`), as subln does. How several projection layers
+    start is not published: each is treated as the only one.
 
     Args:
         model: to fill.
         seed: of the run.
         on_tensor: called after each.
     """
-    scale = math.sqrt(math.log(2 * model.spec.layers)) if model.spec.backbone == "subln" else 1.0
+    rescale = partial(modules_of(model.spec).rescale_initial, layers=model.spec.layers)
     for module_name, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}"
@@ -45,22 +46,22 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
             if isinstance(module, Experts):
                 first = at[0] if is_shared_out(tensor) else module.held.start
                 for expert, weight in enumerate(here, start=first):
-                    weight.copy_(_drawn(module, full, weight, seeded_generator(f"{seed}:{full}.{expert}"), scale))
+                    weight.copy_(_drawn(module, full, weight, seeded_generator(f"{seed}:{full}.{expert}"), rescale))
             else:
-                whole = _drawn(module, full, tensor, seeded_generator(f"{seed}:{full}"), scale)
+                whole = _drawn(module, full, tensor, seeded_generator(f"{seed}:{full}"), rescale)
                 here.copy_(whole[tuple(slice(o, o + n) for o, n in zip(at, here.shape, strict=True))])
             on_tensor()
         for buffer in module.buffers(recurse=False):
             buffer.zero_()
 
 
-def _drawn(module: nn.Module, name: str, like: Tensor, g: torch.Generator, scale: float) -> Tensor:
+def _drawn(
+    module: nn.Module, name: str, like: Tensor, g: torch.Generator, rescale: Callable[[str, Tensor], Tensor]
+) -> Tensor:
     """A whole tensor, or a whole expert's part of one, in CPU memory."""
     t = torch.empty(like.shape, dtype=like.dtype)
     _fill(module, name, t, g)
-    if scale != 1.0:
-        _scale(name, t, scale)
-    return t
+    return rescale(name, t)
 
 
 def _fill(module: nn.Module, name: str, t: Tensor, g: torch.Generator) -> None:
@@ -97,10 +98,3 @@ def _fan_in(module: nn.Module, bias: str) -> int:
         return module.in_features
     layer = bias.rpartition(".")[2][:3]
     return next(p.shape[-1] for name, p in module.named_parameters() if name[:3] == layer)
-
-
-def _scale(name: str, t: Tensor, factor: float) -> None:
-    if ".qkv." in name:
-        t[-len(t) // 3 :] *= factor
-    elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
-        t *= factor

@@ -20,7 +20,6 @@ from mhmoe_ray.planner.sizes import (
     ROUTER,
     SHARED,
     compute_bytes,
-    feed_forward_macs,
     flops_per_token,
     parts,
     sizes,
@@ -115,7 +114,7 @@ def _passes(spec: RunSpec, part: str) -> float:
     moe = planned_model(spec).moe
     if part != EXPERTS or moe is None or moe.kernel_limits.keeps != "as told":
         return 3
-    products = feed_forward_macs(spec.model, 1, 1)
+    products = spec.model.architecture.expert_matrices
     return 3 + (products - 1) / products
 
 

@@ -6,9 +6,9 @@ A run's own choice of kernel is `mhmoe_kernels.choose`; here it is assumed, sinc
 import math
 from typing import NamedTuple
 
-from mhmoe_ray.planner.sizes import compute_bytes, feed_forward_macs
+from mhmoe_kernels.abilities import KERNELS, KernelName
+from mhmoe_ray.planner.sizes import compute_bytes
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
-from mhmoe_ray.spec.model import FUSED_UP_TO, KERNELS, KernelName
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
@@ -17,7 +17,7 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
-    narrow = spec.model.d_model // moe.heads <= FUSED_UP_TO
+    narrow = spec.model.d_model // moe.heads <= (KERNELS["triton"].auto_widest_row or 0)
     fused = spec.cluster.gpus_per_worker and spec.train.precision == "bfloat16" and narrow
     return "triton" if fused else "grouped"
 
@@ -28,7 +28,8 @@ def may_be_compiled(spec: RunSpec) -> bool:
     if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
         return False
     fits = not (model.d_model // moe.heads % limits.sizes or moe.d_expert % limits.sizes)
-    return fits and model.backbone == limits.backbone and spec.train.precision == limits.precision
+    computes = limits.function == model.architecture.expert_function
+    return fits and computes and spec.train.precision == limits.precision
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
@@ -63,13 +64,11 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
         return None
     width = model.d_model // moe.heads
     rows = spec.tokens_per_micro_batch * moe.heads * moe.top_k
-    values = _products(model) * (rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert)
-    return ExpertStep(rows, 2 * rows * feed_forward_macs(model, width, moe.d_expert), values * compute_bytes(spec))
-
-
-def _products(model: ModelSpec) -> int:
-    """Matrix products in an expert, each between width d/h and width f."""
-    return feed_forward_macs(model, 1, 1)
+    values = model.architecture.expert_matrices * (
+        rows * (width + moe.d_expert) + moe.experts // spec.cluster.ep * width * moe.d_expert
+    )
+    flops = 2 * rows * model.architecture.expert_macs(width, moe.d_expert)
+    return ExpertStep(rows, flops, values * compute_bytes(spec))
 
 
 def dropped_by_chance(moe: MoESpec, rows: int) -> float:

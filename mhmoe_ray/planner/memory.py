@@ -7,8 +7,9 @@ on a CPU). Padding is computed like any token, so what there is of it changes no
 
 from typing import NamedTuple
 
+from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.expert_step import planned_model
-from mhmoe_ray.planner.sizes import EMBEDDING, FLOAT32, INT64, NORMS, ROUTER, Sizes, blocks, compute_bytes, parts, sizes
+from mhmoe_ray.planner.sizes import EMBEDDING, INT64, NORMS, ROUTER, Sizes, blocks, compute_bytes, parts, sizes
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
 CHECKPOINT_BYTES = 3 * FLOAT32
@@ -115,11 +116,10 @@ def _copies(spec: RunSpec, found: Sizes) -> int:
 
 def _kept_per_token(spec: RunSpec, size: int) -> int:
     model = planned_model(spec)
-    moe, llama = model.moe, model.backbone == "llama"
-    # A norm keeps its input, RMSNorm the normalised one too; then the matrix product after it keeps its own operand.
-    norm = model.d_model * ((2 if llama else 1) * FLOAT32 + size) + (1 if llama else 2) * FLOAT32
+    moe = model.moe
+    norm = model.architecture.norm_kept(model.d_model, size)
     around = norm + _attention(model, size) + norm
-    dense = around + (_hidden(model, model.d_ff, size) if model.d_ff is not None else 0)
+    dense = around + (model.architecture.hidden_kept(model.d_ff, size) if model.d_ff is not None else 0)
     mixture = around + (_moe(model, moe, size) if moe is not None else 0)
     noise = _dropout(model, size) if model.dropout else 0
     if spec.train.recompute and spec.cluster.ep > 1:  # of a block with experts, all from its second norm on
@@ -151,18 +151,8 @@ def _shared(spec: RunSpec, size: int) -> int:
 
 
 def _attention(model: ModelSpec, size: int) -> int:
-    """Queries and keys before and after rotation, values, and the result; once more where a norm follows."""
-    kv = model.n_kv_heads * model.head_width
-    results = 1 if model.backbone == "llama" else 2
-    statistics = FLOAT32 * (model.attention_heads + (0 if model.backbone == "llama" else 2))
-    return size * (2 * model.d_model + 3 * kv + results * model.d_model) + statistics
-
-
-def _hidden(model: ModelSpec, hidden: int, size: int) -> int:
-    """Of one row: gate, its silu, up, their product; or GELU's input, output, and the norm of it."""
-    if model.backbone == "llama":
-        return 4 * hidden * size
-    return 3 * hidden * size + 2 * size
+    kv_width = model.n_kv_heads * model.head_width
+    return model.architecture.attention_kept(model.d_model, kv_width, model.attention_heads, size)
 
 
 def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
@@ -174,17 +164,17 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
     rows = tokens * moe.heads
     slots = moe.experts * (moe.places(rows) or 0)
     width = model.d_model // moe.heads * size
-    hidden = _hidden(model, moe.d_expert, size)
+    hidden = model.architecture.hidden_kept(moe.d_expert, size)
     if model.dropout:  # each route is a row of its own, of weight 1, so that outputs are not kept for a weight's sake
         return model.moe_layers * slots * (2 * moe.top_k * rows * size + width + hidden)
     return model.moe_layers * slots * ((moe.top_k + 2) * rows * size + 2 * width + hidden)
 
 
 def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """On average. The kernel `grouped` keeps of SwiGLU's gate and up alone, and of GELU's its input."""
-    values = 2 if model.backbone == "llama" else 1
+    """On average."""
     by_hand = moe.kernel_limits.keeps == "as told"
-    full = values * moe.d_expert * size if by_hand else _hidden(model, moe.d_expert, size)
+    kept = model.architecture.hidden_kept_by_grouped if by_hand else model.architecture.hidden_kept
+    full = kept(moe.d_expert, size)
     return round((1 - model.recomputes) * full)
 
 
@@ -208,5 +198,5 @@ def _moe(model: ModelSpec, moe: MoESpec, size: int) -> int:
     # Probabilities and logits; choice and mask of each route.
     kept += moe.heads * (_router(moe, d // moe.heads) + FLOAT32) + routes * (INT64 + 1)
     if moe.d_shared:
-        kept += _hidden(model, moe.d_shared, size)
+        kept += model.architecture.hidden_kept(moe.d_shared, size)
     return kept

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 from mhmoe_ray.spec.model import usual_width
 
-FLOAT32 = 4
 INT32 = 4
 INT64 = 8
 
@@ -74,8 +74,8 @@ def parts(spec: ModelSpec) -> list[Part]:
     ]
     if dense_layers:
         assert spec.d_ff is not None
-        dense = _feed_forward(spec, d, spec.d_ff)
-        found.append(Part("feed-forward", dense_layers, *_all_active(dense), feed_forward_macs(spec, d, spec.d_ff)))
+        dense, macs = spec.architecture.expert_parameters(d, spec.d_ff), spec.architecture.expert_macs(d, spec.d_ff)
+        found.append(Part("feed-forward", dense_layers, *_all_active(dense), macs))
     if moe is not None:
         found += _moe_parts(spec, moe)
     own = 0 if spec.tied_embeddings else table
@@ -85,7 +85,8 @@ def parts(spec: ModelSpec) -> list[Part]:
 def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
     d, width, layers = spec.d_model, spec.d_model // moe.heads, spec.moe_layers
     projections = (moe.has_head + moe.has_merge) * moe.projection_layers
-    expert, expert_macs = _feed_forward(spec, width, moe.d_expert), feed_forward_macs(spec, width, moe.d_expert)
+    expert = spec.architecture.expert_parameters(width, moe.d_expert)
+    expert_macs = spec.architecture.expert_macs(width, moe.d_expert)
     routes, router = moe.heads * moe.top_k, moe.router_sizes(width)
     found = [
         Part(PROJECTIONS, layers, *_all_active(projections * (d * d + d)), projections * d * d),
@@ -93,8 +94,8 @@ def _moe_parts(spec: ModelSpec, moe: MoESpec) -> list[Part]:
         Part(EXPERTS, layers, moe.experts * expert, min(routes, moe.experts) * expert, routes * expert_macs),
     ]
     if moe.d_shared:
-        shared = _feed_forward(spec, d, moe.d_shared)
-        found.append(Part(SHARED, layers, *_all_active(shared), feed_forward_macs(spec, d, moe.d_shared)))
+        shared = spec.architecture.expert_parameters(d, moe.d_shared)
+        found.append(Part(SHARED, layers, *_all_active(shared), spec.architecture.expert_macs(d, moe.d_shared)))
     return [part for part in found if part.parameters]
 
 
@@ -152,13 +153,12 @@ def _all_active(parameters: int) -> tuple[int, int]:
 
 
 def _norms(spec: ModelSpec) -> int:
-    """Two per layer and a last one; LayerNorms have a bias too, and subln has another inside attention."""
-    in_layer = 2 if spec.backbone == "llama" else 3
-    return (in_layer * spec.layers + 1) * _per_norm(spec)
+    """Return the parameters of all norms over whole tokens, the last one included."""
+    return (spec.architecture.norms_per_block * spec.layers + 1) * _per_norm(spec)
 
 
 def _per_norm(spec: ModelSpec) -> int:
-    return spec.d_model * (1 if spec.backbone == "llama" else 2)
+    return spec.architecture.norm_parameters(spec.d_model)
 
 
 def attention_macs(spec: ModelSpec) -> int:
@@ -168,19 +168,7 @@ def attention_macs(spec: ModelSpec) -> int:
 
 
 def _attention(spec: ModelSpec) -> int:
-    biases = 4 * spec.d_model if spec.backbone == "subln" else 0
-    return attention_macs(spec) + biases
-
-
-def feed_forward_macs(spec: ModelSpec, width: int, hidden: int) -> int:
-    """Of a dense layer or an expert, for one row: three matrices with SwiGLU, two with GELU."""
-    return (3 if spec.backbone == "llama" else 2) * width * hidden
-
-
-def _feed_forward(spec: ModelSpec, width: int, hidden: int) -> int:
-    """With subln: two biases, and weight and bias of the inner norm."""
-    extra = 3 * hidden + width if spec.backbone == "subln" else 0
-    return feed_forward_macs(spec, width, hidden) + extra
+    return attention_macs(spec) + spec.architecture.attention_biases * spec.d_model
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
+from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.placement import Kind, Layout, Spread, on_one_node
-from mhmoe_ray.planner.sizes import FLOAT32, INT32, INT64, compute_bytes, sizes
+from mhmoe_ray.planner.sizes import INT32, INT64, compute_bytes, sizes
 from mhmoe_ray.spec import RunSpec
 
 

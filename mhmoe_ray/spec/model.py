@@ -5,8 +5,8 @@ P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16
 both readings are options, and the default is P2's.
 
 `ROUTERS` has the sizes of each router, for E experts and rows of D values, which some project to Q values first; the
-scores themselves are computed in `model/router.py`. `KERNELS` says what each kernel can compute; its code is in
-`mhmoe_kernels.BACKENDS`.
+scores themselves are computed in `model/router.py`. What an architecture allows is in `architectures/`, what a kernel
+can compute in `mhmoe_kernels.abilities`.
 """
 
 import math
@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mhmoe_kernels.abilities import KERNELS, Abilities, KernelName
+from mhmoe_ray.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from mhmoe_ray.spec.base import Section
 
 RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
@@ -46,38 +48,6 @@ ROUTERS: dict[RouterName, Callable[[int, int, int], RouterSizes]] = {
     "linear": _linear,
     "xmoe": _xmoe,
     "xmoe_torchscale": _torchscale,
-}
-
-
-KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
-
-
-FUSED_UP_TO = 256
-"""Width of rows up to which `auto` is `triton` on GPUs, in bfloat16: `mhmoe_kernels.backends` has the same number."""
-
-
-class KernelLimits(NamedTuple):
-    """None where it takes any."""
-
-    device: Literal["CUDA", "CPUs"] | None = None
-    precision: Literal["bfloat16"] | None = None
-    backbone: Literal["llama"] | None = None
-    """Which has the experts that it computes."""
-    sizes: int = 1
-    """Widths of rows and of experts are multiples of it."""
-    widest_row: int | None = None
-    keeps: Literal["as told", "nothing", "all"] = "all"
-    """Of the experts' hidden rows, for the backward; `MoESpec.recompute` tells."""
-
-
-KERNELS: dict[KernelName, KernelLimits] = {
-    "auto": KernelLimits(keeps="as told"),
-    "grouped": KernelLimits(keeps="as told"),
-    "cpp": KernelLimits(device="CPUs", precision="bfloat16", backbone="llama", sizes=2, keeps="nothing"),
-    "triton": KernelLimits(device="CUDA", widest_row=1024, keeps="nothing"),
-    "megablocks": KernelLimits(device="CUDA"),
-    "capacity": KernelLimits(),
-    "reference": KernelLimits(),
 }
 
 
@@ -174,7 +144,7 @@ class MoESpec(Section):
         return self.heads > 1 if self.merge_projection is None else self.merge_projection
 
     @property
-    def kernel_limits(self) -> KernelLimits:
+    def kernel_limits(self) -> Abilities:
         """What its kernel can compute."""
         return KERNELS[self.kernel]
 
@@ -209,7 +179,7 @@ def usual_width(d_model: int) -> int:
 
 
 class ModelSpec(Section):
-    backbone: Literal["llama", "subln"] = "llama"
+    backbone: ArchitectureName = "llama"
     """llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also inside attention and
     feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
     vocab_size: PositiveInt
@@ -241,8 +211,11 @@ class ModelSpec(Section):
                 f"d_model {self.d_model} must be a multiple of twice attention_heads ({self.attention_heads}), "
                 "because rotary positions need an even width per head"
             )
-        if self.backbone == "subln" and self.kv_heads is not None:
-            raise ValueError("kv_heads: grouped queries are for the llama backbone, and would be ignored on subln")
+        if self.kv_heads is not None and not self.architecture.grouped_queries:
+            others = " or ".join(name for name, other in ARCHITECTURES.items() if other.grouped_queries)
+            raise ValueError(
+                f"kv_heads: grouped queries are for the {others} backbone, and would be ignored on {self.backbone}"
+            )
         if self.attention_heads % self.n_kv_heads:
             raise ValueError(f"attention_heads ({self.attention_heads}) must be a multiple of kv_heads")
         dense = self.layers - self.moe_layers
@@ -260,10 +233,9 @@ class ModelSpec(Section):
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, row = moe.kernel_limits, self.d_model // moe.heads
-        if limits.backbone not in (None, self.backbone):
-            raise ValueError(
-                f"moe.kernel {moe.kernel} computes experts of backbone {limits.backbone} only: set it to auto"
-            )
+        if limits.function not in (None, self.architecture.expert_function):
+            others = " or ".join(n for n, other in ARCHITECTURES.items() if other.expert_function == limits.function)
+            raise ValueError(f"moe.kernel {moe.kernel} computes experts of backbone {others} only: set it to auto")
         if row % limits.sizes or moe.d_expert % limits.sizes:
             raise ValueError(
                 f"moe.kernel {moe.kernel} takes even sizes only, but rows are {row} wide and experts {moe.d_expert}: "
@@ -273,6 +245,11 @@ class ModelSpec(Section):
             raise ValueError(
                 f"moe.kernel {moe.kernel} takes rows up to {limits.widest_row} wide, not {row}: set it to grouped"
             )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The choices and counts of its backbone."""
+        return ARCHITECTURES[self.backbone]
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
         """The same trunk with other expert layers, checked; with None the dense model. Dense layers where the trunk had

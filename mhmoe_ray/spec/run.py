@@ -23,9 +23,6 @@ def _location(given: Any) -> Location:
 StoragePath = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]
 ELSEWHERE = {"cluster", "serve", "tracking"}
 """Sections that do not change what a run trains."""
-XPOS_TOKENS = 32_768
-"""Keys grow by (7/2)^(1/512) with each position, and overflow some 3,500 tokens later; as many times less than float32
-holds is left for what is rotated."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
@@ -80,10 +77,11 @@ class RunSpec(Section):
                 f"model.moe.recompute is {moe.recompute:g}, but with train.recompute and cluster.ep {self.cluster.ep} "
                 "experts compute all of their hidden rows anew, so it would be ignored: leave it out"
             )
-        if self.model.backbone == "subln" and self.data.seq_len > XPOS_TOKENS:
+        longest = self.model.architecture.longest_sequence
+        if longest is not None and self.data.seq_len > longest:
             raise ValueError(
-                f"data.seq_len is {self.data.seq_len}, but beyond {XPOS_TOKENS} tokens subln's positions (xPos) grow "
-                "past float32: lower it, or set model.backbone to llama"
+                f"data.seq_len is {self.data.seq_len}, but beyond {longest} tokens {self.model.backbone}'s "
+                "positions grow past float32: lower it, or set model.backbone to llama"
             )
         for workers in (self.cluster.workers.min, self.cluster.workers.max):
             if self.train.micro_batches % workers:

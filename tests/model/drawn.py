@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
@@ -42,7 +43,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         "balance_choices": draw(st.sampled_from(["first", "all"] if top_k > 1 else ["first"])),
     }
     fields |= fixed
-    backbone = fields.pop("backbone", None) or draw(st.sampled_from(["llama", "subln"]))
+    backbone = fields.pop("backbone", None) or draw(st.sampled_from(list(ARCHITECTURES)))
     moe = MoESpec(**fields)
     return ModelSpec(backbone=backbone, vocab_size=9, d_model=WIDTH, layers=1, attention_heads=2, moe=moe)
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
@@ -89,8 +90,8 @@ def test_xpos_fades_with_distance():
 
 def test_xpos_stays_far_within_float32_as_far_as_a_spec_allows():
     from mhmoe_ray.model.attention import rotary
-    from mhmoe_ray.spec.run import XPOS_TOKENS
 
-    at = rotary(build(backbone="subln").spec, torch.tensor([XPOS_TOKENS - 1, XPOS_TOKENS + 4000]))
+    longest = ARCHITECTURES["subln"].longest_sequence
+    at = rotary(build(backbone="subln").spec, torch.tensor([longest - 1, longest + 4000]))
     assert all(part[0].abs().max() < torch.finfo(torch.float32).max / 1000 for part in at)
     assert at.k_cos_TC[1].isinf().any()

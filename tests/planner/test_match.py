@@ -2,6 +2,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.match import MatchSpec, matched_heads, parity, solve, without_ep
 from mhmoe_ray.planner.sizes import sizes
@@ -57,7 +58,7 @@ def test_heads_that_a_width_does_not_split_into_are_refused(heads):
 @settings(max_examples=80)
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
-    router=st.sampled_from(list(ROUTERS)), backbone=st.sampled_from(["llama", "subln"]),
+    router=st.sampled_from(list(ROUTERS)), backbone=st.sampled_from(list(ARCHITECTURES)),
     d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
     by=st.sampled_from(["flops", "params", "both"]),
 )  # fmt: skip

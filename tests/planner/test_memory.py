@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
-from mhmoe_kernels import backends
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -18,7 +18,7 @@ from mhmoe_ray.planner.memory import checkpoint_copy, memory, whole_gradients, w
 from mhmoe_ray.planner.sizes import blocks, sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.spec.model import FUSED_UP_TO, ROUTERS
+from mhmoe_ray.spec.model import ROUTERS
 from mhmoe_ray.train.step import Trainer
 from tests.checkpoint.test_load import new_run
 from tests.kernels.test_cpp import COMPILES
@@ -28,8 +28,7 @@ from tests.train.jobs import micro_batches, trainer_of
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
-    "llama": {"backbone": "llama"},
-    "subln": {"backbone": "subln"},
+    **{name: {"backbone": name} for name in ARCHITECTURES},
     "grouped-queries": {"kv_heads": 2, "tied_embeddings": False},
     "dropout": {"backbone": "subln", "dropout": 0.1},
     "masks": {"document_masks": True},
@@ -153,7 +152,6 @@ def test_auto_keeps_what_the_kernel_keeps_that_it_is_taken_for(gpus, precision, 
 
 
 def test_auto_means_the_same_to_a_plan_and_to_a_run():
-    assert FUSED_UP_TO == backends.FUSED_UP_TO
     assert assumed_kernel(spec_of("llama", "dense")) is None
     assert assumed_kernel(spec_of("llama", "static")) == "capacity"
     assert not may_be_compiled(spec_of("llama", "multi-head", "bfloat16"))  # that names its kernel

@@ -11,10 +11,11 @@ Compiled where it first runs, in two seconds, if there is a compiler. No part of
 import torch
 from torch import Tensor
 
+from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.cpp.build import BuildError, library
 from mhmoe_kernels.cpu import CpuLevel, cpu_level
 from mhmoe_kernels.grouped import sort_first
-from mhmoe_kernels.weights import ExpertWeights, Swiglu
+from mhmoe_kernels.weights import ExpertWeights
 
 
 def why_not(device: torch.device) -> str | None:
@@ -65,11 +66,12 @@ def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tenso
 
 
 def _refusal(x_ND: Tensor, weights: ExpertWeights) -> Exception | None:
-    if not isinstance(weights.function, Swiglu):
+    limits = KERNELS["cpp"]
+    if weights.function.name != limits.function:
         return ValueError("kernel cpp computes SwiGLU experts only")
-    if {x_ND.dtype, *(w.dtype for w in weights.stacked)} != {torch.bfloat16}:
+    if {str(t.dtype) for t in (x_ND, *weights.stacked)} != {f"torch.{limits.precision}"}:
         return TypeError("kernel cpp computes in bfloat16 only")
     _, F, D = weights.stacked[0].shape
-    if D % 2 or F % 2:
+    if D % limits.sizes or F % limits.sizes:
         return ValueError(f"kernel cpp takes even sizes only: rows are {D} wide, experts {F}")
     return None

@@ -124,7 +124,7 @@ class MixtralConfig(BaseModel):
 def is_mixtral(model: ModelSpec) -> bool:
     """Whether it computes exactly what Mixtral does of one text; masks between documents matter in training alone."""
     moe = model.moe
-    if moe is None or model.backbone != "llama" or model.moe_layers != model.layers:
+    if moe is None or not model.architecture.is_mixtral or model.moe_layers != model.layers:
         return False
     plain = moe.heads == 1 and not (moe.has_head or moe.has_merge or moe.sub_token_residual or moe.d_shared)
     routed = moe.router == "linear" and moe.normalize_gates and not moe.bias_rate and moe.capacity_factor is None

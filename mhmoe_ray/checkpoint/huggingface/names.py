@@ -1,4 +1,6 @@
-"""What each tensor of a checkpoint is called in an exported folder: one table, read in both directions.
+"""What each tensor of a checkpoint is called in an exported folder, read in both directions.
+
+The table here has the names that all architectures share; an architecture adds those of its feed-forward layers.
 
 Where Hugging Face's Mixtral checkpoints have the tensor, the name is theirs. Where they lack it, it is a name of the
 same manner, and the field's own where there is one (torchscale's for the subln backbone and X-MoE's router, DeepSeek's
@@ -12,11 +14,13 @@ those of a projection with several (0, 2, 4: ReLUs lie between).
 """
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mhmoe_ray.architectures import ARCHITECTURES, ArchitectureName
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec
 
@@ -33,16 +37,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("blocks.{i}.attention.out.{p}",              "model.layers.{i}.self_attn.o_proj.{p}"),
     ("blocks.{i}.ffn_norm.{p}",                   "model.layers.{i}.post_attention_layernorm.{p}"),
 
-    ("blocks.{i}.ffn.gate_FD",                    "model.layers.{i}.mlp.gate_proj.weight"),
-    ("blocks.{i}.ffn.up_FD",                      "model.layers.{i}.mlp.up_proj.weight"),
-    ("blocks.{i}.ffn.down_DF",                    "model.layers.{i}.mlp.down_proj.weight"),
-    ("blocks.{i}.ffn.fc1_FD",                     "model.layers.{i}.mlp.fc1.weight"),
-    ("blocks.{i}.ffn.fc1_bias_F",                 "model.layers.{i}.mlp.fc1.bias"),
-    ("blocks.{i}.ffn.norm_weight_F",              "model.layers.{i}.mlp.ffn_layernorm.weight"),
-    ("blocks.{i}.ffn.norm_bias_F",                "model.layers.{i}.mlp.ffn_layernorm.bias"),
-    ("blocks.{i}.ffn.fc2_DF",                     "model.layers.{i}.mlp.fc2.weight"),
-    ("blocks.{i}.ffn.fc2_bias_D",                 "model.layers.{i}.mlp.fc2.bias"),
-
     ("blocks.{i}.moe.head.{p}",                   "model.layers.{i}.block_sparse_moe.head_proj.{p}"),
     ("blocks.{i}.moe.head.{n}.{p}",               "model.layers.{i}.block_sparse_moe.head_proj.{n}.{p}"),
     ("blocks.{i}.moe.merge.{p}",                  "model.layers.{i}.block_sparse_moe.merge_proj.{p}"),
@@ -53,26 +47,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("blocks.{i}.moe.router.scores.expert_EQ",    "model.layers.{i}.block_sparse_moe.gate.wg"),
     ("blocks.{i}.moe.router.scores.log_temperature", "model.layers.{i}.block_sparse_moe.gate.log_temperature"),
     ("blocks.{i}.moe.router.bias_E",              "model.layers.{i}.block_sparse_moe.gate.e_score_correction_bias"),
-
-    ("blocks.{i}.moe.experts.gate_EFD",           "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"),
-    ("blocks.{i}.moe.experts.up_EFD",             "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight"),
-    ("blocks.{i}.moe.experts.down_EDF",           "model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight"),
-    ("blocks.{i}.moe.experts.fc1_EFD",            "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.weight"),
-    ("blocks.{i}.moe.experts.fc1_bias_EF",        "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.bias"),
-    ("blocks.{i}.moe.experts.norm_weight_EF",     "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.weight"),
-    ("blocks.{i}.moe.experts.norm_bias_EF",       "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.bias"),
-    ("blocks.{i}.moe.experts.fc2_EDF",            "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.weight"),
-    ("blocks.{i}.moe.experts.fc2_bias_ED",        "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.bias"),
-
-    ("blocks.{i}.moe.shared.gate_FD",             "model.layers.{i}.block_sparse_moe.shared_expert.gate_proj.weight"),
-    ("blocks.{i}.moe.shared.up_FD",               "model.layers.{i}.block_sparse_moe.shared_expert.up_proj.weight"),
-    ("blocks.{i}.moe.shared.down_DF",             "model.layers.{i}.block_sparse_moe.shared_expert.down_proj.weight"),
-    ("blocks.{i}.moe.shared.fc1_FD",              "model.layers.{i}.block_sparse_moe.shared_expert.fc1.weight"),
-    ("blocks.{i}.moe.shared.fc1_bias_F",          "model.layers.{i}.block_sparse_moe.shared_expert.fc1.bias"),
-    ("blocks.{i}.moe.shared.norm_weight_F",     "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.weight"),
-    ("blocks.{i}.moe.shared.norm_bias_F",         "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.bias"),
-    ("blocks.{i}.moe.shared.fc2_DF",              "model.layers.{i}.block_sparse_moe.shared_expert.fc2.weight"),
-    ("blocks.{i}.moe.shared.fc2_bias_D",          "model.layers.{i}.block_sparse_moe.shared_expert.fc2.bias"),
 )
 # fmt: on
 
@@ -127,7 +101,9 @@ def entries(spec: ModelSpec) -> list[list[Entry]]:
 
 
 def _entry(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> Entry:
-    [(found, pattern)] = [(match, theirs) for ours, theirs in _PATTERNS if (match := ours.fullmatch(name))]
+    [(found, pattern)] = [
+        (match, theirs) for ours, theirs in _patterns(spec.backbone) if (match := ours.fullmatch(name))
+    ]
     fields = found.groupdict()
     if "{qkv}" in pattern:
         rows = tuple(heads * spec.head_width for heads in (spec.attention_heads, spec.n_kv_heads, spec.n_kv_heads))
@@ -141,4 +117,7 @@ def _compiled(ours: str) -> re.Pattern[str]:
     return re.compile("".join(_FIELDS.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", ours)))
 
 
-_PATTERNS = [(_compiled(ours), theirs) for ours, theirs in TABLE]
+@cache
+def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
+    """Return the names that all architectures share, then those of this one."""
+    return [(_compiled(ours), theirs) for ours, theirs in (*TABLE, *ARCHITECTURES[backbone].tensor_names)]

@@ -22,7 +22,7 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
         ServeError: it has none.
     """
     fix = "serve it with serve.engine=torch"
-    if model.backbone != "llama":
+    if not model.architecture.runs_in_vllm:
         raise ServeError("engine vllm", f"it has no experts of the {model.backbone} backbone's kind", fix)
     width = model.d_model // model.moe.heads if model.moe else 0
     if on_cpu and width % CPU_MULTIPLE:

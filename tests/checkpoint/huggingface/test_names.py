@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.checkpoint.huggingface.names import TABLE, entries
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.spec import ModelSpec, MoESpec
@@ -14,7 +15,7 @@ from tests.checkpoint.huggingface.conftest import MODELS
 @st.composite
 def models(draw) -> ModelSpec:
     """Small models of every kind."""
-    backbone = draw(st.sampled_from(["llama", "subln"]))
+    backbone = draw(st.sampled_from(list(ARCHITECTURES)))
     heads = draw(st.sampled_from([1, 2, 4]))
     head, merge = draw(st.tuples(*[st.none() | st.booleans()] * 2))
     projected = (heads > 1 if head is None else head) or (heads > 1 if merge is None else merge)
@@ -38,7 +39,7 @@ def models(draw) -> ModelSpec:
         d_model=16,
         layers=layers,
         attention_heads=4,
-        kv_heads=draw(st.sampled_from([None, 1, 2])) if backbone == "llama" else None,
+        kv_heads=draw(st.sampled_from([None, 1, 2])) if ARCHITECTURES[backbone].grouped_queries else None,
         d_ff=None if moe and moe.every == 1 else draw(st.integers(1, 5)),
         tied_embeddings=draw(st.booleans()),
         moe=moe,

@@ -1,0 +1,47 @@
+"""The llama architecture (P2): RMSNorm, rotary positions, SwiGLU, no biases."""
+
+from typing import ClassVar
+
+from mhmoe_kernels.abilities import ExpertFunction
+from mhmoe_ray.architectures.base import FLOAT32, Architecture
+
+
+class Llama(Architecture):
+    expert_function: ClassVar[ExpertFunction] = "swiglu"
+    grouped_queries = True
+    is_mixtral = True
+    runs_in_vllm = True
+    norms_per_block = 2
+    norm_vectors = 1
+    expert_matrices = 3  # gate, up, down
+
+    # fmt: off
+    tensor_names = (
+        ("blocks.{i}.ffn.gate_FD",           "model.layers.{i}.mlp.gate_proj.weight"),
+        ("blocks.{i}.ffn.up_FD",             "model.layers.{i}.mlp.up_proj.weight"),
+        ("blocks.{i}.ffn.down_DF",           "model.layers.{i}.mlp.down_proj.weight"),
+        ("blocks.{i}.moe.experts.gate_EFD",  "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"),
+        ("blocks.{i}.moe.experts.up_EFD",    "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight"),
+        ("blocks.{i}.moe.experts.down_EDF",  "model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight"),
+        ("blocks.{i}.moe.shared.gate_FD",    "model.layers.{i}.block_sparse_moe.shared_expert.gate_proj.weight"),
+        ("blocks.{i}.moe.shared.up_FD",      "model.layers.{i}.block_sparse_moe.shared_expert.up_proj.weight"),
+        ("blocks.{i}.moe.shared.down_DF",    "model.layers.{i}.block_sparse_moe.shared_expert.down_proj.weight"),
+    )
+    # fmt: on
+
+    def expert_parameters(self, width: int, hidden: int) -> int:
+        return self.expert_macs(width, hidden)
+
+    def norm_kept(self, d: int, size: int) -> int:
+        # RMSNorm keeps its input, the normalised input and one statistic.
+        return d * (2 * FLOAT32 + size) + FLOAT32
+
+    def attention_kept(self, d: int, kv_width: int, heads: int, size: int) -> int:
+        # Queries and keys before and after rotation, values, the result; a statistic per head.
+        return size * (2 * d + 3 * kv_width + d) + FLOAT32 * heads
+
+    def hidden_kept(self, hidden: int, size: int) -> int:
+        return 4 * hidden * size  # gate, its silu, up, their product
+
+    def hidden_kept_by_grouped(self, hidden: int, size: int) -> int:
+        return 2 * hidden * size  # gate and up

@@ -1,0 +1,61 @@
+"""The subln architecture (P1): LayerNorm also inside attention and feed-forward (SubLN, arXiv 2210.06423), positions by
+xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+
+from typing import ClassVar
+
+from mhmoe_kernels.abilities import ExpertFunction
+from mhmoe_ray.architectures.base import FLOAT32, Architecture
+
+
+class Subln(Architecture):
+    expert_function: ClassVar[ExpertFunction] = "gelu_subln"
+    grouped_queries = False
+    # Keys grow by (7/2)^(1/512) with each position and overflow float32 some 3,500 tokens later. What is rotated keeps
+    # the same factor as room below the largest float32.
+    longest_sequence = 32_768
+    norms_per_block = 3  # the third lies inside attention
+    norm_vectors = 2  # weight and bias
+    attention_biases = 4  # queries, keys, values, output
+    expert_matrices = 2  # fc1, fc2
+
+    # fmt: off
+    tensor_names = (
+        ("blocks.{i}.ffn.fc1_FD", "model.layers.{i}.mlp.fc1.weight"),
+        ("blocks.{i}.ffn.fc1_bias_F", "model.layers.{i}.mlp.fc1.bias"),
+        ("blocks.{i}.ffn.norm_weight_F", "model.layers.{i}.mlp.ffn_layernorm.weight"),
+        ("blocks.{i}.ffn.norm_bias_F", "model.layers.{i}.mlp.ffn_layernorm.bias"),
+        ("blocks.{i}.ffn.fc2_DF", "model.layers.{i}.mlp.fc2.weight"),
+        ("blocks.{i}.ffn.fc2_bias_D", "model.layers.{i}.mlp.fc2.bias"),
+        ("blocks.{i}.moe.experts.fc1_EFD", "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.weight"),
+        ("blocks.{i}.moe.experts.fc1_bias_EF", "model.layers.{i}.block_sparse_moe.experts.{e}.fc1.bias"),
+        ("blocks.{i}.moe.experts.norm_weight_EF", "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.weight"),
+        ("blocks.{i}.moe.experts.norm_bias_EF", "model.layers.{i}.block_sparse_moe.experts.{e}.ffn_layernorm.bias"),
+        ("blocks.{i}.moe.experts.fc2_EDF", "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.weight"),
+        ("blocks.{i}.moe.experts.fc2_bias_ED", "model.layers.{i}.block_sparse_moe.experts.{e}.fc2.bias"),
+        ("blocks.{i}.moe.shared.fc1_FD", "model.layers.{i}.block_sparse_moe.shared_expert.fc1.weight"),
+        ("blocks.{i}.moe.shared.fc1_bias_F", "model.layers.{i}.block_sparse_moe.shared_expert.fc1.bias"),
+        ("blocks.{i}.moe.shared.norm_weight_F", "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.weight"),
+        ("blocks.{i}.moe.shared.norm_bias_F", "model.layers.{i}.block_sparse_moe.shared_expert.ffn_layernorm.bias"),
+        ("blocks.{i}.moe.shared.fc2_DF", "model.layers.{i}.block_sparse_moe.shared_expert.fc2.weight"),
+        ("blocks.{i}.moe.shared.fc2_bias_D", "model.layers.{i}.block_sparse_moe.shared_expert.fc2.bias"),
+    )
+    # fmt: on
+
+    def expert_parameters(self, width: int, hidden: int) -> int:
+        # Beside the matrices: the two biases, and weight and bias of the inner norm.
+        return self.expert_macs(width, hidden) + 3 * hidden + width
+
+    def norm_kept(self, d: int, size: int) -> int:
+        # LayerNorm keeps its input and two statistics.
+        return d * (FLOAT32 + size) + 2 * FLOAT32
+
+    def attention_kept(self, d: int, kv_width: int, heads: int, size: int) -> int:
+        # Queries and keys before and after rotation, values, the result before and after the inner norm; a statistic
+        # per head and two of the norm.
+        return size * (2 * d + 3 * kv_width + 2 * d) + FLOAT32 * (heads + 2)
+
+    def hidden_kept(self, hidden: int, size: int) -> int:
+        return 3 * hidden * size + 2 * size  # GELU's input and output, the norm's result and its two statistics
+
+    def hidden_kept_by_grouped(self, hidden: int, size: int) -> int:
+        return hidden * size  # GELU's input

@@ -1,0 +1,19 @@
+"""Modules and initialization of each architecture of `mhmoe_ray/architectures/`, in a module of the same name.
+
+base.py     the interface
+llama.py    RMSNorm, rotary positions and SwiGLU (P2)
+subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
+"""
+
+from importlib import import_module
+
+from mhmoe_ray.model.architectures.base import Modules
+from mhmoe_ray.spec import ModelSpec
+
+__all__ = ["Modules", "modules_of"]
+
+
+def modules_of(spec: ModelSpec) -> Modules:
+    """Return what the backbone of `spec` builds its layers of."""
+    modules: Modules = import_module(f"{__name__}.{spec.backbone}").MODULES
+    return modules

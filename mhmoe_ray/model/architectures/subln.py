@@ -1,0 +1,59 @@
+"""Modules of the subln architecture (P1): LayerNorm also inside attention, GELU with biases and an inner norm, xPos."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mhmoe_kernels import Function, GeluSubln
+from mhmoe_ray.model.architectures.base import Modules
+from mhmoe_ray.spec import ModelSpec
+
+XPOS_SCALE_BASE = 512
+"""Tokens over which xPos fades by one factor of its scale (arXiv 2212.10554, as torchscale has it)."""
+
+
+class SublnModules(Modules):
+    attention_bias = True
+
+    def norm(self, spec: ModelSpec) -> nn.Module:
+        return nn.LayerNorm(spec.d_model, spec.norm_eps)
+
+    def inner_norm(self, spec: ModelSpec) -> nn.Module:
+        return nn.LayerNorm(spec.d_model, spec.norm_eps)
+
+    def function(self, spec: ModelSpec) -> Function:
+        return GeluSubln(spec.norm_eps)
+
+    def expert_shapes(self, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "fc1_FD": (hidden, width),
+            "fc1_bias_F": (hidden,),
+            "norm_weight_F": (hidden,),
+            "norm_bias_F": (hidden,),
+            "fc2_DF": (width, hidden),
+            "fc2_bias_D": (width,),
+        }
+
+    def embedding_scale(self, spec: ModelSpec) -> float:
+        return float(spec.d_model**0.5)
+
+    def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
+        """Return xPos's factors: the product of a query and a key shrinks with their distance."""
+        even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
+        base = (even + 0.4 * head_width) / (1.4 * head_width)
+        return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
+
+    def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
+        """Multiply weights and biases of fc1, fc2, of attention's values and output, and of the merge projection by
+        sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423). The merge projection is among them because the paper's
+        code matches its name; the head projection's name does not match."""
+        factor = math.sqrt(math.log(2 * layers))
+        if ".qkv." in name:
+            tensor[-len(tensor) // 3 :] *= factor
+        elif any(part in name for part in (".fc1_", ".fc2_", ".attention.out.", ".merge.")):
+            tensor *= factor
+        return tensor
+
+
+MODULES = SublnModules()

@@ -1,0 +1,76 @@
+"""The counts of every architecture are those of the model that is built."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhmoe_ray.architectures import ARCHITECTURES
+from mhmoe_ray.checkpoint.huggingface.names import entries
+from mhmoe_ray.model.architectures import modules_of
+from mhmoe_ray.model.decoder import Decoder
+from mhmoe_ray.model.init import init_weights
+from mhmoe_ray.planner.sizes import sizes
+from mhmoe_ray.spec import ModelSpec, MoESpec
+from mhmoe_ray.spec.model import ROUTERS
+
+MOES = [
+    None,
+    MoESpec(heads=1, experts=3, top_k=1, d_expert=10),
+    MoESpec(heads=2, experts=4, top_k=2, d_expert=24, every=1, router="xmoe", d_shared=20),
+    MoESpec(heads=4, experts=6, top_k=3, d_expert=5, every=3, router="xmoe_torchscale", projection_layers=3),
+    MoESpec(heads=1, experts=6, top_k=3, d_expert=5, merge_projection=True, projection_layers=2),
+    MoESpec(heads=2, experts=6, top_k=3, d_expert=5, head_projection=False, router="xmoe", router_dim=7),
+    *(MoESpec(heads=4, experts=8, top_k=2, d_expert=5, router=router) for router in ROUTERS),
+]
+SIZES = {"vocab_size": 1000, "d_model": 48, "layers": 6, "attention_heads": 12}
+
+
+def model_specs(backbone, moe):
+    """Return the model with as many keys and values as heads, and with fewer where the architecture has that."""
+    d_ff = None if moe and moe.every == 1 else 100
+    for kv_heads in (None, 4) if ARCHITECTURES[backbone].grouped_queries else (None,):
+        for tied in (True, False):
+            yield ModelSpec(backbone=backbone, **SIZES, d_ff=d_ff, moe=moe, kv_heads=kv_heads, tied_embeddings=tied)
+
+
+@pytest.mark.parametrize("moe", MOES)
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_parameters_from_the_spec_are_those_of_a_built_model(backbone, moe):
+    for spec in model_specs(backbone, moe):
+        model = Decoder(spec)
+        assert sizes(spec).parameters == sum(p.numel() for p in model.parameters())
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        assert sizes(spec).expert_parameters == experts
+
+
+@pytest.mark.parametrize(
+    "moe", [None, MoESpec(heads=4, experts=6, top_k=3, d_expert=12, d_shared=20, kernel="grouped")]
+)
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_multiply_adds_from_the_spec_are_those_that_torch_counts(backbone, moe):
+    for spec in model_specs(backbone, moe):
+        model = Decoder(spec)
+        init_weights(model, 0)
+        tokens = torch.arange(8)[None]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens)
+        operations = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+        products = sum(flops for name, flops in operations.items() if "attention" not in name)
+        assert products == 2 * 8 * sizes(spec).macs_per_token
+
+
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_an_expert_has_the_parameters_that_its_architecture_counts(backbone):
+    spec = ModelSpec(backbone=backbone, **SIZES, d_ff=100)
+    shapes = modules_of(spec).expert_shapes(7, 11)
+    assert sum(torch.empty(shape).numel() for shape in shapes.values()) == spec.architecture.expert_parameters(7, 11)
+    assert sum(len(shape) == 2 for shape in shapes.values()) == spec.architecture.expert_matrices
+    assert modules_of(spec).function(spec).name == spec.architecture.expert_function
+
+
+@pytest.mark.parametrize("moe", MOES[:3])
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_every_tensor_has_a_name_in_an_exported_folder(backbone, moe):
+    for spec in model_specs(backbone, moe):
+        exported = {entry.ours for group in entries(spec) for entry in group}
+        assert exported == set(Decoder(spec).tensors())
