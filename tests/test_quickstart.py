@@ -18,7 +18,7 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import list_runs
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.run import mhmoe
@@ -134,12 +134,12 @@ def test_the_run_that_readme_stops_goes_on_with_fewer_workers_where_it_stopped(p
     assert [len(event["workers"]) for event in started(run)] == [2, 1]
     assert f"training from step {at} on 1 workers, dp 1 x ep 1" in readme["resume"].err
     assert_read_as_ordered(run)
-    assert metrics.last(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
+    assert history.last(run)[metrics.TOKENS] == steps * run.spec().tokens_per_step
 
 
 def test_what_readme_evaluates_is_what_its_training_validated(project, readme):
     _, run, *_ = list_runs(project / "runs")
-    evaluated, last = readme["evaluated"].json()["figures"], metrics.last(run)
+    evaluated, last = readme["evaluated"].json()["figures"], history.last(run)
     total = evaluated["total"]["all"]
     assert total["loss"] == pytest.approx(last[metrics.VAL_LOSS], rel=1e-6)
     assert total["tokens"] == last["val_tokens"]

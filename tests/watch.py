@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir, list_runs
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def started(run: RunDir) -> list[dict[str, Any]]:
 
 
 def step_of(run: RunDir) -> int:
-    last = metrics.last(run)
+    last = history.last(run)
     return last[metrics.STEP] if last else 0
 
 

@@ -23,7 +23,7 @@ from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
 from mhmoe_ray.errors import JobError, SpecError
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.spec.cluster import WorkerRange
@@ -100,7 +100,7 @@ def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
     drive(run, 0)
-    lines = metrics.history(run)
+    lines = history.read(run)
     timed = lines[WARM_UP:]
     return {
         "seconds": timed[-1][metrics.TIME] - lines[WARM_UP - 1][metrics.TIME],

@@ -3,7 +3,7 @@
 import math
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, step_and_group
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, remove_tree
 
@@ -32,8 +32,7 @@ class Retention:
             loss: of its validation, if there was one.
         """
         if self._losses is None:
-            history = metrics.history(self._run)
-            validated_at = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history)
+            validated_at = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history.read(self._run))
             self._losses = {step: loss for step, loss in validated_at if loss is not None}
         if loss is not None and math.isfinite(loss):
             self._losses[step] = loss

@@ -111,7 +111,7 @@ def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
 def _training(run: "RunDir") -> list[dict[str, Any]]:
     """Some steps of the training, evenly spread."""
     from mhmoe_ray.runs import metrics
-    from mhmoe_ray.runs.metrics import course
+    from mhmoe_ray.runs.history import course
 
     names = (metrics.STEP, metrics.BALANCE, metrics.ENTROPY, metrics.LEAST_EXPERT, metrics.DROPPED)
     lines = course(run, run.spec().train.validate_every).curve

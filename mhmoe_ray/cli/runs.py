@@ -71,9 +71,9 @@ def list_(
 def _row(run: "RunDir", connected: "Callable[[str], Connection]") -> dict[str, Any]:
     from mhmoe_ray.cluster.runs import state_of
     from mhmoe_ray.errors import SpecError
-    from mhmoe_ray.runs import events, metrics
+    from mhmoe_ray.runs import events, history, metrics
 
-    last = metrics.last(run)
+    last = history.last(run)
     steps: int | str | None = None
     preset = None
     try:

@@ -70,6 +70,8 @@ def _progress(found: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _quality(found: dict[str, Any]) -> dict[str, str | None]:
+    from mhmoe_ray.runs.metrics import METRICS
+
     last, validation, base = found["last"], found["validation"], found["baselines"]
     rows: dict[str, str | None] = {}
     if last:
@@ -89,8 +91,9 @@ def _quality(found: dict[str, Any]) -> dict[str, str | None]:
             f"{figure(last['balance'], '.3f')} (1 is uniform); the least used expert has "
             f"{figure(last['least_expert'], '.2f')} of its share"
         )
-        if last.get("dropped"):
-            rows["dropped"] = f"{last['dropped']:.2%} of routes"
+    for metric in METRICS.values():
+        if metric.status and last and last.get(metric.name):
+            rows[metric.name] = metric.status.format(last[metric.name])
     return rows
 
 

@@ -128,7 +128,7 @@ class _View:
 
     def refresh(self) -> bool:
         """Whether all are over."""
-        from mhmoe_ray.runs import metrics
+        from mhmoe_ray.runs import history, metrics
         from mhmoe_ray.sweep.client import is_to_run, state_of
 
         runs, over = self._place.runs(), 0
@@ -140,7 +140,7 @@ class _View:
                 continue
             state = state_of(run)
             over += not is_to_run(entry.name, run, state, self._order)
-            last = metrics.last(run) if run.metrics_file.exists() else None
+            last = history.last(run) if run.metrics_file.exists() else None
             if self._told.get(entry.name) != state:
                 self._told[entry.name] = state
                 if not note.is_terminal and state != "submitted":

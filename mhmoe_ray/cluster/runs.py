@@ -12,7 +12,7 @@ from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events, jsonl, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, last_attempt, newest_number, read_attempts
-from mhmoe_ray.runs.metrics import course
+from mhmoe_ray.runs.history import course
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 

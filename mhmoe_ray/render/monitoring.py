@@ -1,9 +1,9 @@
 """Monitoring: where Prometheus finds the nodes, what Grafana shows, and the JSON of its dashboards."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mhmoe_ray.runs import metrics
-from mhmoe_ray.runs.metrics import EXPERT_LOAD, LAYER_ENTROPY, PREFIX, RANK, RUN, SKIPPED_STEPS_TOTAL, STEPS
+from mhmoe_ray.runs.metrics import METRICS, PREFIX, PanelKind, Unit
 from mhmoe_ray.spec.site import SiteSpec
 
 DISCOVERY = "prom_metrics_service_discovery.json"
@@ -41,8 +41,6 @@ def pod_monitor(site: SiteSpec) -> dict[str, Any]:
     }
 
 
-Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
-"""Grafana's names: percentunit is of 1, reqps a second."""
 WINDOW = "$__rate_interval"
 
 
@@ -51,10 +49,9 @@ class Panel(NamedTuple):
     queries: dict[str, str]
     """By legend, in which {{name}} stands for a label."""
     unit: Unit = "short"
-    kind: Literal["timeseries", "bargauge", "stat"] = "timeseries"
-    about: str = ""
-    gpu: bool = False
-    """It has data where there are GPUs alone."""
+    kind: PanelKind = "timeseries"
+    help: str = ""
+    needs_gpu: bool = False
 
 
 class Dashboard(NamedTuple):
@@ -67,9 +64,26 @@ class Dashboard(NamedTuple):
     panels: list[Panel]
 
 
-def _train(name: str, *more: str) -> str:
-    labels = ",".join(['run=~"$run"', *more])
-    return f"ray_{PREFIX}{name}{{{labels}}}"
+def _train(name: str) -> str:
+    return f'ray_{PREFIX}{name}{{run=~"$run"}}'
+
+
+def _run_panels(dashboard: str) -> list[Panel]:
+    """Return the panels that the registry of metrics asks for; metrics of the same title share one."""
+    series = {name: _train(name) for name in METRICS}
+    panels: dict[str, Panel] = {}
+    for metric in METRICS.values():
+        asked = metric.panel
+        if asked is None or asked.dashboard != dashboard:
+            continue
+        query = {asked.legend: asked.query.format(series[metric.name], **series)}
+        if (first := panels.get(asked.title)) is not None:
+            shared = first._replace(queries=first.queries | query, help=f"{first.help} {metric.help}")
+            panels[asked.title] = shared
+        else:
+            unit = asked.unit or metric.unit
+            panels[asked.title] = Panel(asked.title, query, unit, asked.kind, metric.help, metric.needs_gpu)
+    return list(panels.values())
 
 
 def _serve(name: str) -> str:
@@ -85,68 +99,8 @@ def _quantiles(name: str) -> dict[str, str]:
     return {f"{{{{model}}}} {share:.0%}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95)}
 
 
-TRAINING = Dashboard(
-    "training",
-    "mhmoe: training",
-    "run",
-    f"ray_{PREFIX}{metrics.STEP}",
-    [
-        Panel("Progress", {"{{run}}": f"{_train(metrics.STEP)} / {_train(STEPS[0])}"}, "percentunit", "stat"),
-        Panel("Loss", {"{{run}} training": _train(metrics.LOSS), "{{run}} validation": _train(metrics.VAL_LOSS)}),
-        Panel("Tokens a second", {"{{run}}": _train(metrics.TOKENS_PER_S)}),
-        Panel("Tokens", {"{{run}}": _train(metrics.TOKENS)}),
-        Panel(
-            "Model FLOPs utilisation", {"{{run}}": _train(metrics.MFU)}, "percentunit", about=RUN[metrics.MFU],
-            gpu=True,
-        ),
-        Panel("Gradient norm", {"{{run}}": _train(metrics.GRAD_NORM)}),
-        Panel("Learning rate", {"{{run}}": _train(metrics.LR)}),
-        Panel("Steps without an update", {"{{run}}": _train((skipped := SKIPPED_STEPS_TOTAL)[0])}, about=skipped[1]),
-        Panel(
-            "Waiting for data",
-            {"{{run}}, slowest rank": f"max by (run) ({_train(metrics.DATA_WAIT)})"},
-            "percentunit",
-            about=RANK[metrics.DATA_WAIT],
-        ),
-        Panel(
-            "Waiting for rows of other ranks",
-            {"{{run}} {{rank}}": _train(metrics.EXCHANGE_WAIT)},
-            "percentunit",
-            about=RANK[metrics.EXCHANGE_WAIT],
-        ),
-    ],
-)  # fmt: skip
-
-ROUTING = Dashboard(
-    "routing",
-    "mhmoe: routing",
-    "run",
-    f"ray_{PREFIX}{metrics.BALANCE}",
-    [
-        Panel("Balance loss", {"{{run}}": _train(metrics.BALANCE)}, about=RUN[metrics.BALANCE]),
-        Panel("Least used expert", {"{{run}}": _train(metrics.LEAST_EXPERT)}, about=RUN[metrics.LEAST_EXPERT]),
-        Panel("Dropped routes", {"{{run}}": _train(metrics.DROPPED)}, "percentunit"),
-        Panel(
-            "Entropy of loads, lowest of all layers",
-            {"{{run}}": _train(metrics.ENTROPY)},
-            about=RUN[metrics.ENTROPY],
-        ),
-        Panel(
-            "Entropy of each layer's loads", {"{{run}} layer {{layer}}": _train(LAYER_ENTROPY[0])},
-            about=LAYER_ENTROPY[1],
-        ),
-        Panel(
-            "Load of each expert now", {"layer {{layer}}, {{expert}}": _train(EXPERT_LOAD[0])},
-            kind="bargauge", about=EXPERT_LOAD[1],
-        ),
-        Panel(
-            "Rows between ranks, a step",
-            {"{{run}}": _train(metrics.ROWS_SENT), "{{run}} between nodes": _train(metrics.ROWS_BETWEEN_NODES)},
-            "bytes",
-        ),
-    ],
-)  # fmt: skip
-
+TRAINING = Dashboard("training", "mhmoe: training", "run", f"ray_{PREFIX}{metrics.STEP}", _run_panels("training"))
+ROUTING = Dashboard("routing", "mhmoe: routing", "run", f"ray_{PREFIX}{metrics.BALANCE}", _run_panels("routing"))
 SERVING = Dashboard(
     "serving",
     "mhmoe: serving",
@@ -216,7 +170,7 @@ def _panel(panel: Panel, number: int) -> dict[str, Any]:
     return {
         "id": number + 1,
         "title": panel.title,
-        "description": panel.about,
+        "description": panel.help,
         "type": panel.kind,
         "datasource": SOURCE,
         "gridPos": {"x": number % 2 * WIDTH, "y": number // 2 * HEIGHT, "w": WIDTH, "h": HEIGHT},

@@ -13,7 +13,7 @@ from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.evaluate.request import Evaluation, all_stored
 from mhmoe_ray.planner.sizes import Sizes, flops_per_token, sizes
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 
@@ -33,7 +33,7 @@ class RunFigures:
         if run.is_imported:
             why = "it was imported, not trained here, so it has no numbers"
             raise RunError(f"run {run.id}", why, "leave it out")
-        return cls(run, run.spec(), metrics.history(run))
+        return cls(run, run.spec(), history.read(run))
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -18,6 +18,7 @@ from mhmoe_ray.report.figures import Routes, RunFigures, compared_use, routes
 from mhmoe_ray.report.variants import Variant, Verdict, matched_step, row, variants, verdict
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.metrics import METRICS
 from mhmoe_ray.spec import RunSpec, leaves
 
 if TYPE_CHECKING:
@@ -114,14 +115,9 @@ def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Route
         yield "loss_beside_baseline", plots.differences(found, baseline)
     for over in plots.AXES:
         yield f"loss_by_{over}", plots.validation(found, over)
-    for metric, title, label in [
-        (metrics.LOSS, "training loss", "nats per token"),
-        (metrics.BALANCE, "balance loss", "1 is uniform"),
-        (metrics.ENTROPY, "entropy of loads, lowest layer", "1 is uniform"),
-        (metrics.DROPPED, "dropped routes", "share"),
-    ]:
-        if figure := plots.curve(found, metric, title, label):
-            yield metric, figure
+    for metric in METRICS.values():
+        if metric.plot and (figure := plots.curve(found, metric.name, metric.plot.title, metric.plot.axis)):
+            yield metric.name, figure
     yield "throughput", plots.throughput(found)
     colours = {v.name: number for number, v in enumerate(found)}
     most = min(MOST_LOAD, max((float(r.load.max()) for r in named.values()), default=1.0))

@@ -23,7 +23,8 @@ chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobo
 
     directory.py   where things lie in it, how runs are made and found, and run.json
     events.py      events.jsonl, and the state of a run, which follows from it
-    metrics.py     names of the metrics here, in Prometheus and in trackers, and looks into their history
+    metrics.py     the registry of metrics: one entry for each
+    history.py     metrics.jsonl, and looks into it
     jsonl.py       append-only files of JSON lines
     sweeps.py      the directory of a sweep
 

@@ -1,45 +1,212 @@
-"""A run's metrics: their names, here, in Prometheus and in trackers, and looks into their history.
+"""The registry of a run's metrics: one entry each, from which all that show or keep a metric read.
 
-Whoever computes or keeps a metric takes its name from here; the command line prints by it. For Prometheus `ray_` and
-the prefix stand before a name, and each has the label `run` and Ray's own. A history may have a million lines, so
-`course` takes a few looks into it. Nothing here needs torch.
+    metrics.jsonl        a line per step, written by runs/history.py; it takes registered names only
+    Prometheus           gauges `ray_mhmoe_train_NAME` (train/telemetry/ray_metrics.py), with the label `run`
+    TensorBoard, MLflow  values under `tag`
+    Grafana              panels (render/monitoring.py); entries are in the order of the panels of a dashboard
+    mhmoe status         a row, where `status` has a format
+    mhmoe report         a plot, where `plot` has a title
+
+Nothing here needs torch.
 """
 
 import math
-from collections.abc import Iterable
-from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mhmoe_ray.runs import jsonl
-from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.runs.jsonl import Glimpse
+PREFIX = "mhmoe_train_"
+"""Of names in Prometheus, where Ray adds `ray_` before it."""
+Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
+"""Grafana's names: percentunit is a share of 1, reqps is per second."""
+PanelKind = Literal["timeseries", "bargauge", "stat"]
 
-STEP = "step"
-GROUP = "group"  # which start of the worker group wrote the line, from 1
-TIME = "time"
-LOSS = "loss"  # nats per token, mean over the step
-BALANCE = "balance"  # balance loss per layer; 1 is uniform
-GRAD_NORM = "grad_norm"  # before clipping
-LR = "lr"
-TOKENS = "tokens"  # predicted so far, padding not counted
-TOKENS_PER_S = "tokens_per_s"  # of those
-DATA_WAIT = "data_wait"  # share of the step's time that the slowest rank waited for the stream
-EXCHANGE_WAIT = "exchange_wait"  # share of the step's time that the slowest rank waited for rows of other ranks
-MFU = "mfu"  # model FLOPs over the peak of `cluster.accelerator`; absent on CPUs
-STREAM = "stream"  # digest of the step's samples, in order
-DROPPED = "dropped"  # share of routes that found no place
-LEAST_EXPERT = "least_expert"  # smallest share of routes that an expert got, times E; 1 is uniform
-ENTROPY = "entropy"  # of the loads of a layer's experts, over the highest; the lowest of all layers; 1 is uniform
-ROWS_SENT = "rows_sent"  # bytes of routed rows, outputs and gradients that left their rank, over all ranks
-ROWS_LEAST = "rows_least"  # below which that cannot be in flat dispatch, for the routes of the step
-ROWS_BETWEEN_NODES = "rows_between_nodes"  # bytes of ROWS_SENT that left their node
-COUNTS_SENT = "counts_sent"  # bytes of numbers of rows that left their rank, over all ranks
-SKIPPED = "skipped"  # true where the step updated nothing, since its gradient was not finite
-SKIPPED_STEPS = "skipped_steps"  # such steps so far; absent while there are none
-VAL_LOSS = "val_loss"  # nats per token
-VAL_TOKENS = "val_tokens"
+
+class Panel(NamedTuple):
+    """Where Grafana shows a metric. Metrics of the same title share a panel, which takes unit and kind of the first."""
+
+    dashboard: Literal["training", "routing"]
+    title: str
+    legend: str = "{{run}}"
+    """A name in double braces stands for a label."""
+    query: str = "{0}"
+    """In PromQL: {0} is the series, {name} the series of another metric."""
+    kind: PanelKind = "timeseries"
+    unit: Unit | None = None
+    """Of the query, where it is not the metric's."""
+
+
+class Plot(NamedTuple):
+    title: str
+    axis: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    help: str
+    """One sentence, for Prometheus and for the panel."""
+    unit: Unit = "short"
+    scope: Literal["run", "rank", "layer", "expert", "file"] = "run"
+    """One value per run, or one per rank, layer or expert, which Prometheus has as labels; `file` is for metrics.jsonl
+    alone."""
+    tag: str | None = None
+    panel: Panel | None = None
+    status: str | None = None
+    """Format of its value in a row of `mhmoe status`, which leaves zeros out."""
+    plot: Plot | None = None
+    absent: float | None = None
+    """Value in Prometheus while a line has none; None leaves the metric out."""
+    needs_gpu: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels in Prometheus beside `run`."""
+        return {"rank": ("rank",), "layer": ("layer",), "expert": ("layer", "expert")}.get(self.scope, ())
+
+
+METRICS: dict[str, Metric] = {}
+"""All metrics by name, in the order below."""
+
+
+def _metric(name: str, help: str, **fields: Any) -> str:
+    METRICS[name] = Metric(name, help, **fields)
+    return name
+
+
+STEP = _metric(
+    "step",
+    "Steps done.",
+    panel=Panel("training", "Progress", query="{0} / {steps}", kind="stat", unit="percentunit"),
+)
+STEPS = _metric("steps", "Steps that the run is to have.")
+LOSS = _metric(
+    "loss",
+    "Mean loss of the newest step, in nats per token.",
+    tag="loss/training",
+    panel=Panel("training", "Loss", "{{run}} training"),
+    plot=Plot("training loss", "nats per token"),
+)
+VAL_LOSS = _metric(
+    "val_loss",
+    "Loss of the newest validation, in nats per held-out token.",
+    tag="loss/validation",
+    panel=Panel("training", "Loss", "{{run}} validation"),
+)
+TOKENS_PER_S = _metric(
+    "tokens_per_s",
+    "Tokens per second in the newest step.",
+    tag="speed/tokens_per_second",
+    panel=Panel("training", "Tokens a second"),
+)
+TOKENS = _metric("tokens", "Tokens predicted so far, without padding.", panel=Panel("training", "Tokens"))
+MFU = _metric(
+    "mfu",
+    "Model FLOPs over the peak of the accelerators (`cluster.accelerator`); absent on CPUs.",
+    unit="percentunit",
+    tag="speed/mfu",
+    panel=Panel("training", "Model FLOPs utilisation"),
+    needs_gpu=True,
+)
+GRAD_NORM = _metric(
+    "grad_norm",
+    "Norm of the gradient before clipping.",
+    tag="optimizer/gradient_norm",
+    panel=Panel("training", "Gradient norm"),
+)
+LR = _metric("lr", "Learning rate.", tag="optimizer/learning_rate", panel=Panel("training", "Learning rate"))
+SKIPPED_STEPS = _metric(
+    "skipped_steps",
+    "Steps that updated nothing because their gradient was not finite.",
+    panel=Panel("training", "Steps without an update"),
+    absent=0,
+)
+DATA_WAIT = _metric(
+    "data_wait",
+    "Share of the newest step's time that a rank waited for the stream; metrics.jsonl has the slowest rank's.",
+    unit="percentunit",
+    scope="rank",
+    tag="speed/data_wait",
+    panel=Panel("training", "Waiting for data", "{{run}}, slowest rank", "max by (run) ({0})"),
+)
+EXCHANGE_WAIT = _metric(
+    "exchange_wait",
+    "Share of the newest step's time that a rank waited for rows of other ranks; metrics.jsonl has the slowest rank's.",
+    unit="percentunit",
+    scope="rank",
+    tag="speed/exchange_wait",
+    panel=Panel("training", "Waiting for rows of other ranks", "{{run}} {{rank}}"),
+)
+BALANCE = _metric(
+    "balance",
+    "Balance loss per layer; 1 is uniform.",
+    tag="routing/balance_loss",
+    panel=Panel("routing", "Balance loss"),
+    plot=Plot("balance loss", "1 is uniform"),
+)
+LEAST_EXPERT = _metric(
+    "least_expert",
+    "Share of routes of the least used expert, times the number of experts; 1 is uniform.",
+    tag="routing/least_expert",
+    panel=Panel("routing", "Least used expert"),
+)
+DROPPED = _metric(
+    "dropped",
+    "Share of routes that got no place.",
+    unit="percentunit",
+    tag="routing/dropped",
+    panel=Panel("routing", "Dropped routes"),
+    status="{:.2%} of routes",
+    plot=Plot("dropped routes", "share"),
+)
+ENTROPY = _metric(
+    "entropy",
+    "Entropy of the loads of a layer's experts over the highest possible, lowest of all layers; 1 is uniform.",
+    tag="routing/entropy",
+    panel=Panel("routing", "Entropy of loads, lowest of all layers"),
+    plot=Plot("entropy of loads, lowest layer", "1 is uniform"),
+)
+LAYER_ENTROPY = _metric(
+    "layer_entropy",
+    "Entropy of the loads of a layer's experts over the highest possible.",
+    scope="layer",
+    panel=Panel("routing", "Entropy of each layer's loads", "{{run}} layer {{layer}}"),
+)
+EXPERT_LOAD = _metric(
+    "expert_load",
+    "Share of its layer's routes that an expert got, times the number of experts; 1 is uniform.",
+    scope="expert",
+    panel=Panel("routing", "Load of each expert now", "layer {{layer}}, {{expert}}", kind="bargauge"),
+)
+ROWS_SENT = _metric(
+    "rows_sent",
+    "Bytes of routed rows, outputs and gradients that left their rank in the newest step, over all ranks.",
+    unit="bytes",
+    tag="exchange/rows_sent",
+    panel=Panel("routing", "Rows between ranks, a step"),
+)
+ROWS_BETWEEN_NODES = _metric(
+    "rows_between_nodes",
+    "Bytes of them that left their node.",
+    unit="bytes",
+    tag="exchange/rows_between_nodes",
+    panel=Panel("routing", "Rows between ranks, a step", "{{run}} between nodes"),
+)
+ROWS_LEAST = _metric("rows_least", "Least bytes of rows that flat dispatch could send for these routes.", scope="file")
+COUNTS_SENT = _metric("counts_sent", "Bytes of row counts that left their rank, over all ranks.", scope="file")
+GROUP = _metric("group", "Start of the worker group that wrote the line, from 1.", scope="file")
+TIME = _metric("time", "When the step ended, in seconds since the epoch.", scope="file")
+STREAM = _metric("stream", "Digest of the step's samples, in order.", scope="file")
+SKIPPED = _metric("skipped", "True where the step updated nothing because its gradient was not finite.", scope="file")
+VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="file")
+
+
+def tagged(line: dict[str, Any]) -> dict[str, float]:
+    """Return the tags of a step's line with their values, without those that are absent or not finite."""
+    values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
+    return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
+
 
 _MOST_NATS = 709.0  # of which a float holds the exponential
 
@@ -47,70 +214,6 @@ _MOST_NATS = 709.0  # of which a float holds the exponential
 def perplexity(loss: float | None) -> float | None:
     """Of a loss in nats per token; None where there is none, it is not finite, or it is beyond what a float holds."""
     return math.exp(loss) if loss is not None and loss < _MOST_NATS else None
-
-
-def append(run: RunDir, line: dict[str, Any]) -> None:
-    """A number that is not finite, for which JSON has no word, becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    jsonl.append(run.metrics_file, finite, at_once=False)
-
-
-def flush(run: RunDir) -> None:
-    """Return when all lines of this process can be read; at once but on an object store."""
-    jsonl.flush(run.metrics_file)
-
-
-def history(run: RunDir) -> list[dict[str, Any]]:
-    """One line per step, in order: the effective history, where a restart has taken the place of what it repeated."""
-    # On an object store segments are in the order of their writers' clocks, and a later start may be on another node.
-    return effective(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
-
-
-def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that a later one has taken the place of."""
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        while found and found[-1][STEP] >= line[STEP]:
-            found.pop()
-        found.append(line)
-    return found
-
-
-def last(run: RunDir) -> dict[str, Any] | None:
-    """The newest line."""
-    return next(Glimpse(run.metrics_file).backwards(), None)
-
-
-PREFIX = "mhmoe_train_"
-
-RUN = {
-    STEP: "Steps done.",
-    TOKENS: "Tokens predicted so far.",
-    TOKENS_PER_S: "Tokens a second, in the newest step.",
-    LOSS: "Nats per token, in the newest step.",
-    VAL_LOSS: "Nats per held-out token, at the newest validation.",
-    GRAD_NORM: "Norm of the gradient before clipping.",
-    LR: "Learning rate.",
-    MFU: "Model FLOPs utilisation; none on CPUs.",
-    BALANCE: "Balance loss per layer; 1 is uniform.",
-    DROPPED: "Share of routes that found no place.",
-    LEAST_EXPERT: "Share of routes of the least used expert, times their number; 1 is uniform.",
-    ENTROPY: "Entropy of the loads of a layer's experts over its highest, lowest of all layers.",
-    ROWS_SENT: "Bytes of routed rows that left their rank in the newest step.",
-    ROWS_BETWEEN_NODES: "Bytes of them that left their node.",
-}
-"""Of the whole run."""
-SKIPPED_STEPS_TOTAL = SKIPPED_STEPS, "Steps that updated nothing, since their gradient was not finite."
-STEPS = "steps", "Steps that the run is to have."
-RANK = {
-    DATA_WAIT: "Share of the newest step's time that the rank waited for the stream.",
-    EXCHANGE_WAIT: "Share of the newest step's time that the rank waited for rows of other ranks.",
-}
-"""Of each rank, with the label `rank`."""
-LAYER_ENTROPY = "layer_entropy", "Entropy of the loads of its experts, over the highest."
-"""With the label `layer`."""
-EXPERT_LOAD = "expert_load", "Share of its layer's routes, times their number; 1 is uniform."
-"""With the labels `layer` and `expert`."""
 
 
 def load(count_LE: np.ndarray) -> np.ndarray:
@@ -142,87 +245,3 @@ def load_entropy(count_LE: np.ndarray) -> np.ndarray:
 
 def _share(count_LE: np.ndarray) -> np.ndarray:
     return np.asarray(count_LE / count_LE.sum(1, keepdims=True).clip(min=1))
-
-
-class Course(NamedTuple):
-    recent: list[dict[str, Any]]
-    """Of the effective history, the newest lines."""
-    validation: dict[str, Any] | None
-    """The newest line with a validation."""
-    curve: list[dict[str, Any]]
-    """Lines from all over the effective history, in order; all of it where it is short."""
-    start: dict[str, Any] | None
-    """The first line of the newest start of workers."""
-
-    @property
-    def last(self) -> dict[str, Any] | None:
-        return self.recent[-1] if self.recent else None
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second over the recent steps, by the time that these took."""
-        pairs = [(b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent) if a[GROUP] == b[GROUP]]
-        seconds = sum(tokens / rate for tokens, rate in pairs if tokens)
-        return float(sum(tokens for tokens, _ in pairs) / seconds) if seconds else None
-
-    @property
-    def mean_rate(self) -> float | None:
-        """Tokens a second since the newest start of workers, by the clock: validations and pauses are in it."""
-        if self.last is None or self.start is None or self.last[TIME] <= self.start[TIME]:
-            return None
-        return float((self.last[TOKENS] - self.start[TOKENS]) / (self.last[TIME] - self.start[TIME]))
-
-
-RECENT = 20
-CURVE = 60
-
-
-def course(run: RunDir, validate_every: int) -> Course:
-    """Args:
-    run: its directory.
-    validate_every: steps between two of its validations.
-    """
-    file = Glimpse(run.metrics_file)
-    newest = list(islice(file.backwards(), CURVE))[::-1]
-    if not newest:
-        return Course([], None, [], None)
-    recent, last_step, group = effective(newest), newest[-1][STEP], newest[-1][GROUP]
-    validation = None
-    for line in file.backwards():
-        # One that was repeated after a restart has a newer line; one that is yet to be repeated does not count.
-        if VAL_LOSS in line and line[STEP] <= last_step:
-            validation = line
-            break
-        if line[STEP] <= last_step - validate_every:
-            break
-    short = len(newest) < CURVE
-    return Course(
-        recent[-RECENT:],
-        validation,
-        recent if short else effective([*file.spread(CURVE), newest[-1]]),
-        file.first(lambda line: line[GROUP] >= group),
-    )
-
-
-TAGS = {
-    LOSS: "loss/training",
-    VAL_LOSS: "loss/validation",
-    GRAD_NORM: "optimizer/gradient_norm",
-    LR: "optimizer/learning_rate",
-    TOKENS_PER_S: "speed/tokens_per_second",
-    MFU: "speed/mfu",
-    DATA_WAIT: "speed/data_wait",
-    EXCHANGE_WAIT: "speed/exchange_wait",
-    BALANCE: "routing/balance_loss",
-    DROPPED: "routing/dropped",
-    LEAST_EXPERT: "routing/least_expert",
-    ENTROPY: "routing/entropy",
-    ROWS_SENT: "exchange/rows_sent",
-    ROWS_BETWEEN_NODES: "exchange/rows_between_nodes",
-}
-
-
-def tagged(line: dict[str, Any]) -> dict[str, float]:
-    """Those of a step's line that are there and finite."""
-    values = {tag: line.get(name) for name, tag in TAGS.items()}
-    return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}

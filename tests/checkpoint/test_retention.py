@@ -6,7 +6,7 @@ import pytest
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, last_step
 from mhmoe_ray.checkpoint.retention import Retention, drop
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
 from tests.specs import tiny_spec
 
@@ -31,7 +31,7 @@ def surplus(run, keep):
 def validated(run, *losses):
     """In the history, by steps."""
     for step, loss in losses:
-        metrics.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
+        history.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
 
 
 def names(paths):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mhmoe_ray.data.stream import TrainingSamples
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train.worker import combine_digests, sample_digest
 
@@ -19,6 +19,6 @@ def expected_streams(run: RunDir) -> list[str]:
 
 def assert_read_as_ordered(run: RunDir) -> None:
     """The effective history has every step once, each with the samples that the order gives it."""
-    history = metrics.history(run)
-    assert [line[metrics.STEP] for line in history] == list(range(1, run.spec().train.steps + 1))
-    assert [line[metrics.STREAM] for line in history] == expected_streams(run)
+    lines = history.read(run)
+    assert [line[metrics.STEP] for line in lines] == list(range(1, run.spec().train.steps + 1))
+    assert [line[metrics.STREAM] for line in lines] == expected_streams(run)

@@ -20,7 +20,7 @@ from mhmoe_ray.cluster import runs
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.runs import outcome, outcome_or_gone
 from mhmoe_ray.errors import ClusterError
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
 from tests.cli.run import assert_one_line, command, mhmoe
 from tests.specs import tiny_spec
@@ -45,7 +45,7 @@ def run(tmp_path, nobody):
         made, "started", group=1, step=0, dp=1, ep=1, groups=[[0]], straddling_groups=0, workers=[{"host": "x"}]
     )
     line = {metrics.STEP: 7, metrics.GROUP: 1, metrics.LOSS: 2.5, metrics.TOKENS: 70, metrics.TOKENS_PER_S: 9.0}
-    metrics.append(made, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
+    history.append(made, {**line, metrics.DATA_WAIT: 0.0, metrics.TIME: 1000.0})
     return made
 
 
@@ -60,11 +60,11 @@ def test_a_run_whose_cluster_does_not_answer_is_not_called_running(tmp_path, run
 def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
     assert "exchange" not in mhmoe(tmp_path, "status").out
     sent = {metrics.ROWS_SENT: 3_000_000, metrics.ROWS_LEAST: 2_000_000, metrics.COUNTS_SENT: 320}
-    metrics.append(run, {**metrics.last(run), metrics.STEP: 8, **sent})
+    history.append(run, {**history.last(run), metrics.STEP: 8, **sent})
     shown = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert "3 MB of rows between ranks in a step, 1.50 times the least; 320 B of counts" in shown
     events.record(run, "started", group=1, step=0, workers=[], dp=1, ep=4, straddling_groups=1, dispatch="hierarchical")
-    metrics.append(run, {**metrics.last(run), metrics.STEP: 9, metrics.ROWS_BETWEEN_NODES: 1_000_000})
+    history.append(run, {**history.last(run), metrics.STEP: 9, metrics.ROWS_BETWEEN_NODES: 1_000_000})
     shown = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert (
         "3 MB of rows between ranks in a step (1 MB between nodes), 1.50 times what flat dispatch would send" in shown
@@ -72,8 +72,8 @@ def test_status_shows_what_ranks_exchanged_where_they_did(tmp_path, run):
 
 
 def test_a_balance_that_was_not_finite_is_said(tmp_path, run):
-    last = {**metrics.last(run), metrics.STEP: 8, metrics.BALANCE: float("nan"), metrics.LEAST_EXPERT: 0.5}
-    metrics.append(run, last)
+    last = {**history.last(run), metrics.STEP: 8, metrics.BALANCE: float("nan"), metrics.LEAST_EXPERT: 0.5}
+    history.append(run, last)
     shown = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert "not finite (1 is uniform); the least used expert has 0.50 of its share" in shown
     with _bar() as bar:
@@ -89,7 +89,7 @@ def test_who_follows_a_run_is_told_of_all_that_happens_to_it(run, capsys):
     events.record(run, "skipped_checkpoint", name="step_00000007.1", reason="it is torn")
     events.record(run, "started", group=2, step=5, dp=1, ep=2, groups=[[0, 1]], straddling_groups=1, workers=workers)
     events.record(run, "preempted", step=7, nodes=["n1"], deadline=None)
-    metrics.append(run, {**metrics.last(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
+    history.append(run, {**history.last(run), metrics.STEP: 8, metrics.SKIPPED: True, metrics.VAL_LOSS: 2.25})
     with _bar() as bar:
         _View(run, bar, from_now=False).refresh()
     assert capsys.readouterr().err.splitlines() == [
@@ -107,7 +107,7 @@ def test_who_follows_a_run_is_told_of_all_that_happens_to_it(run, capsys):
 
 def test_status_counts_steps_that_updated_nothing_and_routes_that_were_dropped(tmp_path, run):
     routing = {metrics.BALANCE: 1.0, metrics.LEAST_EXPERT: 0.5, metrics.DROPPED: 0.125}
-    metrics.append(run, {**metrics.last(run), metrics.SKIPPED_STEPS: 2, **routing})
+    history.append(run, {**history.last(run), metrics.SKIPPED_STEPS: 2, **routing})
     shown = mhmoe(tmp_path, "status", COLUMNS="200").out
     assert "2, whose gradient was not finite" in shown
     assert "12.50% of routes" in shown
@@ -156,7 +156,7 @@ def test_status_has_the_mean_speed_over_steps_of_unequal_tokens(tmp_path, run):
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] is None
     for step, tokens, rate in ((8, 80, 10.0), (9, 140, 20.0)):  # in 1 and in 3 seconds
         steps = {metrics.STEP: step, metrics.TOKENS: tokens, metrics.TOKENS_PER_S: rate}
-        metrics.append(run, {**metrics.last(run), **steps})
+        history.append(run, {**history.last(run), **steps})
     assert mhmoe(tmp_path, "status", "--json").json()["tokens_per_s"] == 70 / 4
 
 
@@ -185,7 +185,7 @@ def test_status_says_where_a_run_was_served_when_that_cluster_is_gone(tmp_path, 
 def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tmp_path, run):
     watching = subprocess.Popen(command("status", "--watch"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert watching.stdout.readline() == f"{run.id}: unknown  step 7/20  loss 2.5000\n"
-    metrics.append(run, {**metrics.last(run), metrics.STEP: 8})
+    history.append(run, {**history.last(run), metrics.STEP: 8})
     assert watching.stdout.readline() == f"{run.id}: unknown  step 8/20  loss 2.5000\n"
     events.record(run, "finished", step=8)
     assert watching.communicate(timeout=60)[0] == f"{run.id}: finished  step 8/20  loss 2.5000\n"
@@ -198,7 +198,7 @@ def test_a_watch_on_a_terminal_of_80_columns_is_drawn_until_the_end(tmp_path, ru
     environment.pop("COLUMNS", None)
     watching = pexpect.spawn(words[0], words[1:], cwd=tmp_path, dimensions=(40, 80), env=environment, encoding="utf-8")
     watching.expect_exact("7 of 20 (35%)", timeout=60)
-    metrics.append(run, {**metrics.last(run), metrics.STEP: 8})
+    history.append(run, {**history.last(run), metrics.STEP: 8})
     watching.expect_exact("8 of 20 (40%)", timeout=60)
     events.record(run, "finished", step=8)
     watching.expect_exact(f"{run.id}: finished", timeout=60)

@@ -22,7 +22,7 @@ from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.cluster.tokens import home
 from mhmoe_ray.evaluate.answer import answer
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
@@ -103,11 +103,11 @@ def test_what_a_run_measured_is_in_tensorboards_files(finished):
     from tests.train.telemetry.test_tensorboard import read
 
     run, _ = finished
-    found, history = read(run.tensorboard), metrics.history(run)
+    found, lines = read(run.tensorboard), history.read(run)
     assert [step for step, _ in found["loss/training"]] == list(range(1, 31))
-    assert [value for _, value in found["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in history], rel=1e-6)
+    assert [value for _, value in found["loss/training"]] == pytest.approx([h[metrics.LOSS] for h in lines], rel=1e-6)
     assert [step for step, _ in found["loss/validation"]] == [10, 20, 30]
-    assert all(0 < h[metrics.ENTROPY] <= 1 and 0 <= h[metrics.EXCHANGE_WAIT] < 1 for h in history)
+    assert all(0 < h[metrics.ENTROPY] <= 1 and 0 <= h[metrics.EXCHANGE_WAIT] < 1 for h in lines)
 
 
 def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
@@ -119,10 +119,10 @@ def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished
     assert process.exitcode == 0
     evaluated = mhmoe(corpus, "eval", run.id, "--json").json()
     total = evaluated["figures"]["total"]["all"]
-    history = metrics.history(run)[-1]
+    last = history.last(run)
     assert (total["loss"], total["tokens"]) == (
-        pytest.approx(history[metrics.VAL_LOSS], rel=1e-6),
-        history["val_tokens"],
+        pytest.approx(last[metrics.VAL_LOSS], rel=1e-6),
+        last["val_tokens"],
     )
     assert evaluated["figures"]["domains"].keys() == {"web/a", "web/b", "web/c"}
     again = mhmoe(corpus, "eval", run.id)
@@ -188,7 +188,7 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
     stopped = mhmoe(corpus, "stop", run.id)
     assert stopped.out == f"run {run.id} stopped\n", stopped
     assert mhmoe(corpus, "status", run.id, "--json").json()["state"] == "stopped"
-    assert not metrics.history(run)
+    assert not history.read(run)
     again = mhmoe(corpus, "submit", "spec.yaml", "--continue", "--detach")
     assert again.code == 0, again.err
     assert f"going on with run {run.id}" in again.err

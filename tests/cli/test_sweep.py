@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mhmoe_ray.cluster.local import start_local, stop_local
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import list_runs
 from mhmoe_ray.runs.sweeps import sweep_dir
 from mhmoe_ray.storage import location
@@ -111,7 +111,7 @@ def test_a_sweep_runs_all_variants_and_the_same_command_adds_what_is_new(project
     assert {name: row["states"] for name, row in rows.items()} == {"h1": {"finished": 1}, "wrong": {"failed": 1}}
     runs = sweep_dir(project / "runs", "heads-small").runs()
     assert len(started(runs["h1-s0"])) == 1
-    loss = metrics.last(runs["h1-s0"])[metrics.VAL_LOSS]
+    loss = history.last(runs["h1-s0"])[metrics.VAL_LOSS]
     assert rows["h1"]["losses"] == {"0": loss}
     assert rows["wrong"]["parameters_ratio"] == 1 < rows["h1"]["parameters_ratio"]
     # On a terminal it is drawn; what is finished is not trained again, nor asked for at a cluster that is gone.

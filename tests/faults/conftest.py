@@ -10,7 +10,7 @@ from mhmoe_ray.data.shards.files import split_padding
 from mhmoe_ray.data.stream import TrainingSamples
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer
 from mhmoe_ray.distributed.mesh import build_mesh
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir, create_run
 from mhmoe_ray.spec import load_resolved_spec
 from mhmoe_ray.storage import copy_file
@@ -70,6 +70,6 @@ def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
             metrics.LR: update.lr,
         }
         if mesh.rank == 0:
-            metrics.append(run, line)
+            history.append(run, line)
     saver.save(trainer.zero_counts())
     saver.wait()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_ray.checkpoint.manifest import MANIFEST, committed, read_manifest, unfinished
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location
 from tests.cli.audit import assert_read_as_ordered
@@ -46,7 +46,7 @@ def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
     """Those of the start of this number, from 1, once it has done its first step."""
     [event] = wait_until(lambda: started(run)[start - 1 : start], f"start {start} of the workers")
     group = event["group"]
-    wait_until(lambda: (line := metrics.last(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
+    wait_until(lambda: (line := history.last(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
     return event["workers"]
 
 
@@ -74,7 +74,7 @@ def assert_as_if_nothing_had_happened(run: RunDir, reference: RunDir) -> None:
     """Every step once, on the ordered samples, with the losses, and at the end the parameters and moments, of a run
     that nobody hurt: all bits."""
     assert_read_as_ordered(run)
-    for line, expected in zip(metrics.history(run), metrics.history(reference), strict=True):
+    for line, expected in zip(history.read(run), history.read(reference), strict=True):
         assert {key: line[key] for key in EXACT} == {key: expected[key] for key in EXACT}
     found, expected = (read_manifest(committed(r)[-1]) for r in (run, reference))
     assert (found.step, found.tokens, found.position) == (expected.step, expected.tokens, expected.position)

@@ -12,7 +12,7 @@ from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import connect
 from mhmoe_ray.cluster.local import find_local, start_local
 from mhmoe_ray.cluster.spawn import family, is_ours
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history
 from mhmoe_ray.train import malloc
 from tests.cli.run import assert_one_line, mhmoe
 from tests.faults import harness
@@ -154,5 +154,5 @@ def test_fifty_random_kills_change_nothing(project):
     run = hurt(project, steps)
     harness.soak(project, run, kills, seed)
     wait_for_the_end(run, 1000)
-    assert len(metrics.history(run)) == steps
+    assert len(history.read(run)) == steps
     harness.assert_as_if_nothing_had_happened(run, undisturbed)

@@ -16,7 +16,6 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.placement import on_paper, packed
 from mhmoe_ray.render import kuberay, ray_up
 from mhmoe_ray.render.files import files, nodes_for
-from mhmoe_ray.render.monitoring import DASHBOARDS
 from mhmoe_ray.serve.config import ENVIRONMENT, application_config
 from mhmoe_ray.spec import ServeSpec, checked, load_resolved_spec, load_site
 from mhmoe_ray.spec.site import SiteSpec
@@ -317,15 +316,6 @@ def test_a_site_that_contradicts_itself_is_refused(wrong, why):
     given = {"image": "x", "workers": {"cpus": 1, "memory_gib": 1, "max": 1}, **wrong}
     with pytest.raises(SpecError, match=why):
         checked(SiteSpec, given, "site")
-
-
-def test_every_metric_of_a_run_has_a_panel():
-    from mhmoe_ray.runs import metrics
-
-    queries = "\n".join(q for of in DASHBOARDS for panel in of.panels for q in panel.queries.values())
-    of_all = (metrics.SKIPPED_STEPS_TOTAL[0], metrics.EXPERT_LOAD[0], metrics.LAYER_ENTROPY[0])
-    for name in (*metrics.RUN, *metrics.RANK, *of_all):
-        assert f"{metrics.PREFIX}{name}{{" in queries, name
 
 
 def test_the_folder_cluster_holds_what_is_rendered():

@@ -14,7 +14,7 @@ from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import write_report
 from mhmoe_ray.report.plots import differences
 from mhmoe_ray.report.variants import Variant, losses_at, matched_step, variants, verdict
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, mark_imported
 from mhmoe_ray.spec import DataSpec
 from tests.specs import tiny_spec
@@ -47,8 +47,8 @@ def made(
             line |= {metrics.BALANCE: balance + 1 / step, metrics.ENTROPY: 0.9, metrics.DROPPED: 0.0}
         if step % validated == 0:
             line[metrics.VAL_LOSS] = final + (20 - step) / 20
-        metrics.append(run, line)
-    metrics.flush(run)
+        history.append(run, line)
+    history.flush(run)
     if moe:
         counts = {"step": steps, "routes_per_layer_and_expert": [[10, 20, 30, 40]]}
         (run.routing / f"step_{steps:08d}.1.json").write_text(json.dumps(counts))
@@ -167,8 +167,8 @@ def test_minutes_are_those_in_which_workers_ran(tmp_path):
     run = made(tmp_path, "a", 0, 3.0, steps=10)
     for step in (9, 10, 11):  # three days later, from a checkpoint at 8
         line = {metrics.STEP: step, metrics.TIME: 300_000.0 + step, metrics.LOSS: 3.0, metrics.GROUP: 2}
-        metrics.append(run, {**line, metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0})
-    metrics.flush(run)
+        history.append(run, {**line, metrics.TOKENS: 128 * step, metrics.TOKENS_PER_S: 100.0})
+    history.flush(run)
     assert RunFigures.read(run).seconds == 7 + 2
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from mhmoe_ray.runs.directory import create_run
-from mhmoe_ray.runs.metrics import CURVE, course
+from mhmoe_ray.runs.history import CURVE, course
 from tests.specs import tiny_spec
 
 
@@ -24,7 +24,7 @@ def write(run, groups, validate_every=10):
             line |= {metrics.TOKENS: 100 * step, metrics.TOKENS_PER_S: 100.0}
             if step % validate_every == 0:
                 line[metrics.VAL_LOSS] = 6 / step
-            metrics.append(run, line)
+            history.append(run, line)
 
 
 def test_a_run_without_steps_has_no_course(run):
@@ -35,7 +35,7 @@ def test_a_run_without_steps_has_no_course(run):
 @pytest.mark.parametrize("groups", [[(1, 35)], [(1, 400)], [(1, 120), (101, 300)], [(1, 30), (21, 24)]])
 def test_it_is_that_of_the_effective_history(run, groups):
     write(run, groups)
-    whole, found = metrics.history(run), course(run, 10)
+    whole, found = history.read(run), course(run, 10)
     assert found.last == whole[-1]
     assert found.recent == whole[-len(found.recent) :]
     assert found.validation == [line for line in whole if metrics.VAL_LOSS in line][-1]
@@ -60,8 +60,8 @@ def test_without_a_validation_within_its_interval_there_is_none(run):
 
 def test_the_clock_counts_what_steps_do_not(run):
     write(run, [(1, 20)])
-    line = metrics.last(run)
-    metrics.append(run, {**line, metrics.STEP: 21, metrics.TOKENS: 2100, metrics.TIME: line[metrics.TIME] + 21})
+    line = history.last(run)
+    history.append(run, {**line, metrics.STEP: 21, metrics.TOKENS: 2100, metrics.TIME: line[metrics.TIME] + 21})
     found = course(run, 10)
     assert found.rate == pytest.approx(100)
     assert found.mean_rate == pytest.approx(2000 / 40)

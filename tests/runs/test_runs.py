@@ -9,7 +9,7 @@ from mhmoe_ray.checkpoint.manifest import Manifest, commit, newest_checkpoint, r
 from mhmoe_ray.checkpoint.retention import drop
 from mhmoe_ray.errors import CheckpointError, RunError, SpecError, StorageError
 from mhmoe_ray.evaluate.score import Score
-from mhmoe_ray.runs import events, jsonl, metrics
+from mhmoe_ray.runs import events, history, jsonl, metrics
 from mhmoe_ray.runs.directory import (
     Attempt,
     RunDir,
@@ -170,16 +170,16 @@ def test_a_tail_misses_no_segment_that_comes_later_though_its_name_is_earlier(tm
 def test_history_takes_repeated_steps_from_the_last_who_did_them(run):
     for group, steps in [(1, [1, 2, 3, 4]), (2, [3, 4, 5]), (3, [2])]:
         for step in steps:
-            metrics.append(run, {metrics.STEP: step, metrics.GROUP: group})
-    assert [(h[metrics.STEP], h[metrics.GROUP]) for h in metrics.history(run)] == [(1, 1), (2, 3)]
+            history.append(run, {metrics.STEP: step, metrics.GROUP: group})
+    assert [(h[metrics.STEP], h[metrics.GROUP]) for h in history.read(run)] == [(1, 1), (2, 3)]
 
 
 def test_a_later_start_counts_though_its_clock_is_behind(run):
     """On an object store its lines then come first."""
     for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
         for step in steps:
-            metrics.append(run, {metrics.STEP: step, metrics.GROUP: group})
-    found = [(line[metrics.STEP], line[metrics.GROUP]) for line in metrics.history(run)]
+            history.append(run, {metrics.STEP: step, metrics.GROUP: group})
+    found = [(line[metrics.STEP], line[metrics.GROUP]) for line in history.read(run)]
     assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mhmoe_ray.planner.placement import expert_groups
-from mhmoe_ray.runs import jsonl, metrics
+from mhmoe_ray.runs import history, jsonl, metrics
 from mhmoe_ray.runs.directory import RunDir
 from tests.cli.audit import expected_streams
 from tests.several_nodes.alone import trained_alone
@@ -15,12 +15,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def assert_nothing_lost_or_repeated(run: RunDir) -> None:
     """Each step once, with the samples and the loss that one process has."""
-    history = metrics.history(run)
-    steps = len(history)
-    assert [line[metrics.STEP] for line in history] == list(range(1, steps + 1))
-    assert [line[metrics.STREAM] for line in history] == expected_streams(run)[:steps]
+    lines = history.read(run)
+    steps = len(lines)
+    assert [line[metrics.STEP] for line in lines] == list(range(1, steps + 1))
+    assert [line[metrics.STREAM] for line in lines] == expected_streams(run)[:steps]
     expected = trained_alone(run.spec(), steps).losses
-    found = [line[metrics.LOSS] for line in history]
+    found = [line[metrics.LOSS] for line in lines]
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 from mhmoe_ray.checkpoint.load import load_tensors
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.errors import JobError
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history, metrics
 from tests.cli.audit import assert_read_as_ordered
 from tests.several_nodes.alone import trained_alone
 from tests.several_nodes.runs import assert_as_planned, command, layout, submit, write
@@ -21,7 +21,7 @@ def assert_as_alone(run):
     """The samples, losses and last weights of one process."""
     assert_read_as_ordered(run)
     expected = trained_alone(run.spec(), SHORT["steps"])
-    assert [line[metrics.LOSS] for line in metrics.history(run)] == pytest.approx(expected.losses, rel=1e-4)
+    assert [line[metrics.LOSS] for line in history.read(run)] == pytest.approx(expected.losses, rel=1e-4)
     checkpoint, _, _ = newest_checkpoint(run)
     found = {name: torch.empty_like(tensor) for name, tensor in expected.weights.items()}
     load_tensors(checkpoint / "weights", found)
@@ -65,7 +65,7 @@ def test_rows_go_by_node_in_a_group_on_two_nodes(nodes, project):
         wait_for_the_end(run)
     [event] = started(run)
     assert (event["dispatch"], event["flat_groups"], event["groups"]) == ("hierarchical", 0, [[0, 1, 2, 3]])
-    line = metrics.last(run)
+    line = history.last(run)
     # Flat, two of the three other ranks are on the other node, and rows with two experts there go twice.
     assert 0 < line[metrics.ROWS_BETWEEN_NODES] < 0.9 * line[metrics.ROWS_LEAST] * 2 / 3
     assert_as_alone(run)

@@ -9,7 +9,7 @@ from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.data.shards.manifest import recipe
 from mhmoe_ray.errors import DataError, RunError, SpecError, StorageError
 from mhmoe_ray.report.variants import table
-from mhmoe_ray.runs import events, metrics
+from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run, newest_number
 from mhmoe_ray.runs.sweeps import Order, sweep_dir
 from mhmoe_ray.spec import SweepRun
@@ -278,8 +278,8 @@ def test_a_run_that_diverged_has_no_loss_in_the_table_and_takes_no_step_from_the
         trained = begun(place, one, "finished")
         for step, loss in ((10, 5.0), (20, last)):
             line = {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss}
-            metrics.append(trained, {**line, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0})
-        metrics.flush(trained)
+            history.append(trained, {**line, metrics.TOKENS: step, metrics.TOKENS_PER_S: 1.0})
+        history.flush(trained)
     ordered(place, entries)
     a, b = table(place)
     assert (a["step"], a["loss"], a["states"]) == (20, 4.0, {"finished": 1})

@@ -6,15 +6,15 @@ from typing import Any
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from mhmoe_ray.runs import metrics
 from mhmoe_ray.runs.metrics import (
+    DATA_WAIT,
+    EXCHANGE_WAIT,
     EXPERT_LOAD,
     LAYER_ENTROPY,
+    METRICS,
     PREFIX,
-    RANK,
-    RUN,
-    SKIPPED_STEPS_TOTAL,
     STEPS,
+    Metric,
     load,
     load_entropy,
 )
@@ -38,8 +38,9 @@ class Gauges:
         self._thread = Thread(target=self._repeat, name="metrics", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, about: str, *labels: str) -> None:
-        self._gauges[name] = Gauge(PREFIX + name, description=about, tag_keys=("run", *labels))
+    def add(self, metric: Metric) -> None:
+        labels = ("run", *metric.labels)
+        self._gauges[metric.name] = Gauge(PREFIX + metric.name, description=metric.help, tag_keys=labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         with self._lock:
@@ -58,27 +59,26 @@ class Gauges:
 
 
 def add_rank(gauges: Gauges) -> None:
-    for name, about in RANK.items():
-        gauges.add(name, about, "rank")
+    """Add the metrics that each rank has of its own."""
+    for metric in _of_scope("rank"):
+        gauges.add(metric)
 
 
 def tell_rank(gauges: Gauges, rank: int, waits: Waits) -> None:
-    for name, value in zip(RANK, waits, strict=True):
+    for name, value in ((DATA_WAIT, waits.data), (EXCHANGE_WAIT, waits.exchange)):
         gauges.set(name, value, rank=str(rank))
 
 
 def add_run(gauges: Gauges, steps: int) -> None:
-    """Args:
-    gauges: of rank 0.
-    steps: that the run is to have.
+    """Add the metrics of the whole run.
+
+    Args:
+        gauges: of rank 0.
+        steps: that the run is to have.
     """
-    for name, about in RUN.items():
-        gauges.add(name, about)
-    gauges.add(*SKIPPED_STEPS_TOTAL)
-    gauges.add(*LAYER_ENTROPY, "layer")
-    gauges.add(*EXPERT_LOAD, "layer", "expert")
-    gauges.add(*STEPS)
-    gauges.set(STEPS[0], steps)
+    for metric in _of_scope("run", "layer", "expert"):
+        gauges.add(metric)
+    gauges.set(STEPS, steps)
 
 
 def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
@@ -87,14 +87,18 @@ def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
     line: of a step.
     count_LE: its routes per layer and expert.
     """
-    for name in RUN:
-        if line.get(name) is not None:
-            gauges.set(name, line[name])
-    gauges.set(SKIPPED_STEPS_TOTAL[0], line.get(metrics.SKIPPED_STEPS, 0))
+    for metric in _of_scope("run"):
+        value = line.get(metric.name)
+        if (shown := metric.absent if value is None else value) is not None:
+            gauges.set(metric.name, shown)
     if not len(count_LE):  # a dense model
         return
     entropy_L, load_LE = load_entropy(count_LE.numpy()), load(count_LE.numpy())
     for layer, (entropy, loads) in enumerate(zip(entropy_L.tolist(), load_LE.tolist(), strict=True)):
-        gauges.set(LAYER_ENTROPY[0], entropy, layer=str(layer))
+        gauges.set(LAYER_ENTROPY, entropy, layer=str(layer))
         for expert, value in enumerate(loads):
-            gauges.set(EXPERT_LOAD[0], value, layer=str(layer), expert=str(expert))
+            gauges.set(EXPERT_LOAD, value, layer=str(layer), expert=str(expert))
+
+
+def _of_scope(*scopes: str) -> list[Metric]:
+    return [metric for metric in METRICS.values() if metric.scope in scopes]

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhmoe_ray.runs import metrics
+from mhmoe_ray.runs import history
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.telemetry.line import Waits
@@ -41,7 +41,7 @@ class Telemetry:
         """
         tell_rank(self._gauges, self._rank, waits)
         if self._tells_run:
-            metrics.append(self._run, line)
+            history.append(self._run, line)
             tell_run(self._gauges, line, count_LE)
         if self._board:
             self._board.tell(line)
@@ -50,7 +50,7 @@ class Telemetry:
 
     def flush(self) -> None:
         """Return when all of it can be read."""
-        metrics.flush(self._run)
+        history.flush(self._run)
         if self._board:
             self._board.flush()
 
