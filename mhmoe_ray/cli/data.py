@@ -25,7 +25,6 @@ from mhmoe_ray.cli.common import (
     say,
 )
 from mhmoe_ray.cli.follow import PreparingView
-from mhmoe_ray.cli.jobs import Job
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -72,25 +71,23 @@ def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
     Raises:
         MhmoeError: it failed, as it says itself.
     """
+    from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.dashboard import Patience
+    from mhmoe_ray.data.prepare.job import PrepareRequest
     from mhmoe_ray.data.prepare.work import shared_folder
-    from mhmoe_ray.data.shards.manifest import read_data_manifest
-    from mhmoe_ray.spec import dump_spec
-    from mhmoe_ray.spec.load import packed
 
-    folder, env = spec.data.prepared, {"MHMOE_SPEC": packed(dump_spec(spec))}
-    job = Job.start(connection, spec.cluster, "mhmoe_ray.data.prepare.job", f"prepare-{folder.name}", env)
+    job = remote.submit(connection, spec.cluster.runtime_env, PrepareRequest.of(spec))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
     patience = Patience(say)
-    with job.detaching(), Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar:
+    with (
+        jobs.detaching_from(job),
+        Progress(*columns, console=note, disable=not note.is_terminal, transient=True) as bar,
+    ):
         view = PreparingView(shared_folder(spec), bar)
         while patience.ask(lambda: job.is_running, True):
             view.refresh()
             time.sleep(POLL_SECONDS)
-    manifest = read_data_manifest(folder)
-    if manifest is None:
-        raise job.error(f"prepared data {folder}")
-    return manifest
+    return job.result(f"prepared data {spec.data.prepared}")
 
 
 def _show(manifest: "DataManifest") -> None:

@@ -14,7 +14,6 @@ import typer
 from mhmoe_ray import pictures
 from mhmoe_ray.cli import data_inspect_view, jobs
 from mhmoe_ray.cli.common import SPEC_SUFFIXES, AddressOption, JsonOption, out, print_json, read_spec
-from mhmoe_ray.cli.jobs import Job
 
 if TYPE_CHECKING:
     from mhmoe_ray.data.inspect.copies import DomainCopies
@@ -110,20 +109,16 @@ def make(what: What, address: str | None, *, rules: bool) -> "Survey":
     Raises:
         MhmoeError: as the job's own.
     """
-    from mhmoe_ray.data.inspect import SAYS
-    from mhmoe_ray.data.inspect.result import Request, survey_in
+    from mhmoe_ray.cluster import remote
+    from mhmoe_ray.data.inspect.result import SurveyRequest
     from mhmoe_ray.data.sources import find_files
 
     find_files(what.data)
     connection = jobs.cluster_for(what.cluster, what.needed, 1, address)
-    request = Request(data=what.data, tokenizer=what.tokenizer, rules=rules)
-    env = {"MHMOE_REQUEST": request.packed()}
-    job = Job.start(connection, what.cluster, "mhmoe_ray.data.inspect.job", "inspect", env)
-    job.say(SAYS)
-    found = survey_in(job.log)
-    if found is None:
-        raise job.error(f"data of {what.name}")
-    return found
+    request = SurveyRequest(data=what.data, tokenizer=what.tokenizer, rules=rules)
+    job = remote.submit(connection, what.cluster.runtime_env, request)
+    jobs.follow(job)
+    return job.result(f"data of {what.name}")
 
 
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}

@@ -20,7 +20,6 @@ from mhmoe_ray.cli.common import (
     print_json,
     print_whole,
 )
-from mhmoe_ray.cli.jobs import Job
 
 if TYPE_CHECKING:
     from mhmoe_ray.evaluate.request import EvalRequest, Evaluation
@@ -85,12 +84,12 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
         RunError: there is nothing to evaluate.
         DataError, CheckpointError, SpecError, JobError: as the job's own.
     """
+    from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.shards.manifest import require_data_manifest
     from mhmoe_ray.errors import RunError
-    from mhmoe_ray.evaluate import CAN_GROW, SAYS
+    from mhmoe_ray.evaluate.job import EvalJob
     from mhmoe_ray.evaluate.request import stored
     from mhmoe_ray.spec import ClusterSpec
-    from mhmoe_ray.spec.load import packed
 
     if not request.said:
         raise RunError(f"run {run.id}", "it was imported and has no held-out text", "give --text or --tasks")
@@ -102,13 +101,10 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
     section: ClusterSpec = ClusterSpec() if run.is_imported else run.spec().cluster
     needed = [run.path, *_local(request)]
     connection = jobs.cluster_for(section, needed, request.cpus, address)
-    env = {"MHMOE_REQUEST": packed(request.model_dump_json()), CAN_GROW: str(int(not connection.local))}
-    job = Job.start(connection, section, "mhmoe_ray.evaluate.job", f"eval-{run.id}", env)
-    job.say(SAYS)
-    made = stored(run, request)
-    if made is None or not job.has_succeeded:
-        raise job.error(f"evaluation of {run.id}")
-    return made
+    asked = EvalJob(request=request, can_grow=not connection.local)
+    job = remote.submit(connection, section.runtime_env, asked)
+    jobs.follow(job)
+    return job.result(f"evaluation of {run.id}")
 
 
 def _local(request: "EvalRequest") -> list[Path]:

@@ -105,8 +105,9 @@ def submit(
     from mhmoe_ray.cli.plan_estimate import estimated
     from mhmoe_ray.cli.plan_placement import placement, said_of
     from mhmoe_ray.cluster.connect import is_local
-    from mhmoe_ray.cluster.jobs import job_request
+    from mhmoe_ray.cluster.remote import job_request
     from mhmoe_ray.runs.directory import create_run, last_attempt
+    from mhmoe_ray.train.job import TrainRequest
 
     if json and not (detach or dry_run):
         raise typer.BadParameter("--json tells of a run that is not followed: give --detach too")
@@ -114,7 +115,9 @@ def submit(
     if dry_run:
         place = resolved.storage / f"{resolved.name}-xxxxxx"
         placed = placement(resolved, address)
-        print_json({**job_request(place, 1, resolved, local=is_local(address)), "placement": placed.as_dict()})
+        request = TrainRequest(path=str(place), attempt=1)
+        asked = job_request(request, is_local(address), resolved.cluster.runtime_env)
+        print_json({**asked, "placement": placed.as_dict()})
         for line in said_of(placed):
             note.print(line, soft_wrap=True)
         return

@@ -7,6 +7,7 @@ spawn.py         its `ray start`, and which processes belong to it
 dashboard.py     requests to a Ray dashboard, and retries while it is busy
 nodes.py         the nodes of a cluster, what is free on them, what their processes wrote
 jobs.py          Ray jobs: submit, look at, follow and stop them; what travels with one
+remote.py        requests as such jobs, and their results
 runs.py          attempts of runs: start one, how it stands, all that `mhmoe status` tells
 serving.py       Ray Serve applications: deploy and look at them
 serve_removal.py take them away

@@ -18,8 +18,6 @@ from mhmoe_ray.cluster.connect import Connection
 from mhmoe_ray.cluster.dashboard import unreachable
 from mhmoe_ray.errors import JobError, MhmoeError, SpecError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
-from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.storage import Location
 
 
 @contextmanager
@@ -150,7 +148,7 @@ def request(
     """What `submit` sends, to the letter.
 
     Args:
-        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", path, "1"].
+        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
         submission_id: the job's name on the cluster; never used twice.
         local: whether the cluster is one that we started (`Connection.local`). Then the job runs in this very Python;
             on another cluster in its own, to which our packages are sent.
@@ -301,21 +299,3 @@ def _client(connection: Connection) -> Any:
         return JobSubmissionClient(connection.address, headers=connection.headers)
     finally:
         os.environ.update(saved)
-
-
-def job_request(place: Location, attempt: int, spec: RunSpec, local: bool) -> dict[str, Any]:
-    """What Ray Jobs is asked for; `submit --dry-run` prints it.
-
-    Args:
-        place: the run directory, whose name is the run's id.
-        attempt: the number of the job.
-        spec: of the run.
-        local: as `jobs.request` takes it.
-    """
-    return request(
-        ["-m", "mhmoe_ray.train.job", str(place), str(attempt)],
-        f"{place.name}-{attempt}",
-        local=local,
-        runtime_env=spec.cluster.runtime_env,
-        metadata={"mhmoe_run": place.name, "mhmoe_path": str(place)},
-    )

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster import jobs, remote
 from mhmoe_ray.cluster.connect import Connection, connect
-from mhmoe_ray.cluster.jobs import job_request
 from mhmoe_ray.cluster.serving import applications
 from mhmoe_ray.errors import ClusterError, MhmoeError, TokenError
 from mhmoe_ray.runs import events, jsonl, metrics
@@ -15,6 +14,7 @@ from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, last_attempt,
 from mhmoe_ray.runs.history import course
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
+from mhmoe_ray.train.job import TrainRequest
 
 QUIET_SECONDS = 120.0
 """Without a line from a run whose cluster does not answer, after which it counts as dead."""
@@ -131,13 +131,13 @@ def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: 
         JobError, SpecError, ClusterError: the cluster does not take it; where it says so, the run counts as failed.
     """
     number = newest_number(run) + 1
-    request = job_request(run.path, number, spec, connection.local)
-    job, address = str(request["submission_id"]), known_as or connection.address
+    request = TrainRequest(path=str(run.path), attempt=number)
+    job, address = request.job_name, known_as or connection.address
     # Recorded first: a job that runs unknown to its run directory could not be found again.
     add_attempt(run, Attempt(job, address, connection.local))
     events.record(run, "submitted", attempt=number, job=job, address=address)
     try:
-        jobs.submit(connection, request)
+        remote.submit(connection, spec.cluster.runtime_env, request)
     except BaseException as e:  # also Ctrl-C
         with suppress(ClusterError):  # one that does not answer may have taken it
             if jobs.status(connection, job) is None:

@@ -10,8 +10,3 @@
 
 Routing is dropless throughout, as in serving.
 """
-
-SAYS = "eval: "
-"""Begins the job's own lines."""
-CAN_GROW = "MHMOE_CAN_GROW"
-"""Variable of the job: 0 where no node will join its cluster, else 1."""

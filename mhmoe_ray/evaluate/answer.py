@@ -1,7 +1,7 @@
 """The answer to a request: what it asks for is computed, and becomes a file in the run directory."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.domains import of_folder, subfolder_of
 from mhmoe_ray.data.shards.manifest import require_data_of
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries, token_widths
-from mhmoe_ray.evaluate import SAYS
 from mhmoe_ray.evaluate.harness import expanded, run_tasks
 from mhmoe_ray.evaluate.measure import DomainSamples, held_out, measure, of_text
 from mhmoe_ray.evaluate.request import EvalRequest, Evaluation, store
@@ -23,8 +22,12 @@ from mhmoe_ray.storage import location
 EVERY_SECONDS = 5.0
 
 
-def answer(request: EvalRequest) -> None:
+def answer(request: EvalRequest, say: Callable[[str], None]) -> None:
     """Compute it in this process, on its GPU if it asks for one.
+
+    Args:
+        request: what to evaluate.
+        say: called with lines on its progress.
 
     Raises:
         MhmoeError: checkpoint, text or data cannot be read, or are not of the run.
@@ -50,11 +53,11 @@ def answer(request: EvalRequest) -> None:
         batch=request.batch,
         start_token=boundaries(tokenizer).start,
         half=request.half,
-        on_progress=_say,
+        on_progress=_progress(say),
     )
     tasks = {}
     if request.tasks:
-        print(f"{SAYS}tasks {', '.join(expanded(request.tasks))}", flush=True)
+        say(f"tasks {', '.join(expanded(request.tasks))}")
         tasks = run_tasks(
             model,
             tokenizer,
@@ -91,11 +94,14 @@ def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
     return found
 
 
-_told = 0.0
+def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Return a function that says (domain, samples done, of how many), every few seconds at most."""
+    last_line = 0.0
 
+    def progress(domain: str, done: int, of: int) -> None:
+        nonlocal last_line
+        if done == of or time.monotonic() - last_line > EVERY_SECONDS:
+            last_line = time.monotonic()
+            say(f"{domain} {done:,} of {of:,} samples")
 
-def _say(domain: str, done: int, of: int) -> None:
-    global _told
-    if done == of or time.monotonic() - _told > EVERY_SECONDS:
-        _told = time.monotonic()
-        print(f"{SAYS}{domain} {done:,} of {of:,} samples", flush=True)
+    return progress

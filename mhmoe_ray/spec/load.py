@@ -1,14 +1,8 @@
-"""Read a spec from YAML with `a.b=c` overrides; a mistake is one line that names the key and the nearest right one.
+"""Read a spec from YAML with `a.b=c` overrides; a mistake is one line that names the key and the nearest right one."""
 
-`packed` and `unpacked` bring a spec through an environment variable. In Linux one has room for 128 KiB: a pattern that
-the shell spells out is a thousand sources, alike but for a few letters.
-"""
-
-import base64
 import difflib
 import types
 import typing
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,16 +15,6 @@ from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
 from mhmoe_ray.spec.sweep import SweepSpec
 from mhmoe_ray.storage import Location
-
-
-def packed(text: str) -> str:
-    return base64.b64encode(zlib.compress(text.encode())).decode()
-
-
-def unpacked(text: str) -> str:
-    """What `packed` was given."""
-    return zlib.decompress(base64.b64decode(text)).decode()
-
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from mhmoe_ray.cluster import jobs
+from mhmoe_ray.cluster import jobs, remote
 from mhmoe_ray.cluster.connect import Connection, connect
 from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 from mhmoe_ray.errors import MhmoeError, RunError, SpecError, logged
@@ -12,6 +12,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, last_attempt, newest_number
 from mhmoe_ray.runs.sweeps import Order, SweepDir
 from mhmoe_ray.spec import SweepRun
+from mhmoe_ray.sweep.job import SweepRequest
 
 POLL_SECONDS = 0.5
 
@@ -108,10 +109,8 @@ def again(place: SweepDir, connection: Connection, order: Order) -> str:
 def _start(place: SweepDir, connection: Connection, order: Order, *, anew: bool) -> str:
     """`anew`: also where the sweep was stopped, which otherwise ends this job too."""
     name = place.new_order()
-    job = f"sweep-{place.name}-{name}"
-    args = ["-m", "mhmoe_ray.sweep.job", str(place.path), name]
-    request = jobs.request(args, job, local=connection.local, runtime_env=order.entries[0].spec.cluster.runtime_env)
-    jobs.submit(connection, request)
+    request = SweepRequest(path=str(place.path), order=name)
+    job = remote.submit(connection, order.entries[0].spec.cluster.runtime_env, request).name
     # Only now, for what the job may wait: an order whose job no cluster takes would end the one at work.
     if anew:
         place.stop_file.unlink(missing_ok=True)

@@ -1,21 +1,42 @@
-"""The process of a run's job: say that it has begun, train, and say in the run directory how it ended.
-
-Run by Ray Jobs as `python -m mhmoe_ray.train.job RUN_DIR ATTEMPT`.
-"""
+"""The process of a run's job: say that it has begun, train, and say in the run directory how it ended."""
 
 import os
 import socket
-import sys
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
+from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, newest_number, require_newest
 from mhmoe_ray.storage import location
 
 
+class TrainRequest(RemoteJob[None]):
+    """An attempt of a run. Its results are in the run directory, where events say how it ended."""
+
+    module: ClassVar[str] = "mhmoe_ray.train.job"
+    kind: ClassVar[str] = "train"
+
+    path: str
+    """Of the run directory, whose name is the run's id."""
+    attempt: int
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(location(self.path))
+
+    @property
+    def job_name(self) -> str:
+        return f"{self.run.id}-{self.attempt}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"mhmoe_run": self.run.id, "mhmoe_path": self.path}
+
+
 def main() -> None:
-    run, attempt = RunDir(location(sys.argv[1])), int(sys.argv[2])
+    request = TrainRequest.received()
+    run, attempt = request.run, request.attempt
     with logging_errors():
         require_newest(run, attempt)  # it may have waited for long
         events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())

@@ -8,7 +8,7 @@ import pytest
 
 from mhmoe_ray.cli.data_inspect import raw_text
 from mhmoe_ray.cli.data_inspect_view import show_sample
-from mhmoe_ray.data.inspect.result import Request
+from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.inspect.samples import Part, Shown
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import find_files
@@ -127,9 +127,11 @@ def test_a_thousand_paths_fit_into_an_environment_variable(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     paths = [f"c4/{hashlib.sha256(bytes([i % 256, i // 256])).hexdigest()}.jsonl" for i in range(1_100)]
     meant = raw_text(paths, [])
-    request = Request(data=meant.data, tokenizer=meant.tokenizer, rules=True)
-    assert len(f"MHMOE_REQUEST={request.packed()}") < 131_072 < len(request.model_dump_json())
-    assert Request.unpacked(request.packed()) == request
+    request = SurveyRequest(data=meant.data, tokenizer=meant.tokenizer, rules=True)
+    [(name, value)] = request.environment.items()
+    assert len(f"{name}={value}") < 131_072 < len(request.model_dump_json())
+    monkeypatch.setenv(name, value)
+    assert SurveyRequest.received() == request
 
 
 def test_raw_text_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):

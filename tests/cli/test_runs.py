@@ -113,7 +113,7 @@ def test_what_a_run_measured_is_in_tensorboards_files(finished):
 def test_its_checkpoint_is_evaluated_and_its_routes_are_counted(corpus, finished):
     run, _ = finished
     # As the job of `mhmoe eval` does, which README's commands start.
-    process = FORKED.Process(target=answer, args=(make_request(run, None, [], [], None, [], [], None, None),))
+    process = FORKED.Process(target=answer, args=(make_request(run, None, [], [], None, [], [], None, None), print))
     process.start()
     process.join()
     assert process.exitcode == 0

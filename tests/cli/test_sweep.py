@@ -16,7 +16,7 @@ import yaml
 from mhmoe_ray.cluster.local import start_local, stop_local
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import list_runs
-from mhmoe_ray.runs.sweeps import sweep_dir
+from mhmoe_ray.runs.sweeps import SweepDir, sweep_dir
 from mhmoe_ray.storage import location
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -60,10 +60,12 @@ def write_sweep(folder, **keys):
 
 def drivers(project):
     """Processes of the job that starts the runs."""
+    sweeps = [SweepDir(folder) for folder in (project / "runs/sweeps").glob("*")]
+    jobs = {sweep.order(name).job for sweep in sweeps for name in sweep.orders()}
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or ()
-        if "mhmoe_ray.sweep.job" in line and any(str(project) in part for part in line):
+        if "mhmoe_ray.sweep.job" in line and jobs & set(line):
             found.append(process)
     return found
 

@@ -88,7 +88,11 @@ def driver_of(run: RunDir) -> int:
             words = status.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"mhmoe_ray.train.job" in words and str(run.path).encode() in words and b"python" in words[0]:
+        if (
+            b"mhmoe_ray.train.job" in words
+            and any(word.startswith(f"{run.id}-".encode()) for word in words)
+            and b"python" in words[0]
+        ):
             return int(status.parent.name)
     return 0
 

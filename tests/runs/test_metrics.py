@@ -39,5 +39,5 @@ def test_an_entry_alone_adds_a_tag_a_panel_with_its_unit_and_a_row(monkeypatch):
 
 def test_a_line_with_a_name_that_is_not_registered_is_our_mistake(tmp_path):
     run = create_run(tiny_spec(storage=tmp_path))
-    with pytest.raises(AssertionError, match="not in the registry: .'toy'"):
+    with pytest.raises(AssertionError, match=r"not in the registry: \{'toy'\}"):
         history.append(run, {"step": 1, "toy": 1})

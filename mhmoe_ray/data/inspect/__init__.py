@@ -11,8 +11,3 @@
 
 survey.py, job.py and samples.py need Ray; the rest is arithmetic.
 """
-
-SAYS = "inspect: "
-"""Begins the lines of a job's log that tell how far it is."""
-REPORT = "report: "
-"""Begins those that hold a piece of its result."""

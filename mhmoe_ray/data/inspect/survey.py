@@ -20,10 +20,9 @@ import ray.data
 
 from mhmoe_ray.data import domains
 from mhmoe_ray.data.domains import subfolder_of
-from mhmoe_ray.data.inspect import SAYS
 from mhmoe_ray.data.inspect.copies import ENTRY, Copies, count_copies, deal, hash_of
 from mhmoe_ray.data.inspect.figures import DomainSurvey, Figures, Finding, Place
-from mhmoe_ray.data.inspect.result import Request, Survey
+from mhmoe_ray.data.inspect.result import Survey, SurveyRequest
 from mhmoe_ray.data.inspect.textrules import any_of, broken_by
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Document, RawFile, Reading, blocks_of, find_files
@@ -145,7 +144,7 @@ STEPS = 10
 """Lines at most that tell how far reading is."""
 
 
-def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
+def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Survey:
     """Needs a running Ray.
 
     Raises:
@@ -157,7 +156,7 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
     files = find_files(request.data)
     size = sum(file.size for file in files)
     partitions = min(MOST_PARTITIONS, 1 + size // partition_bytes)
-    print(f"{SAYS}reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
+    print(f"{SurveyRequest.kind}: reading {len(files):,} files, {size / 1e6:,.1f} MB", flush=True)
     read = partial(_read_file, request=request, partitions=partitions)
     blocks = ray.data.from_arrow(blocks_of(files)).flat_map(read, compute=_at_once())
 
@@ -171,9 +170,9 @@ def survey(request: Request, partition_bytes: int = PARTITION_BYTES) -> Survey:
                 result.domains[row["domain"]] += one
                 done += 1
                 if done == len(files) or done * STEPS // len(files) > (done - 1) * STEPS // len(files):
-                    print(f"{SAYS}read {done:,} of {len(files):,} files", flush=True)
+                    print(f"{SurveyRequest.kind}: read {done:,} of {len(files):,} files", flush=True)
     documents = sum(domain.whole.documents for domain in result.domains.values())
-    print(f"{SAYS}looking for copies among {documents:,} documents", flush=True)
+    print(f"{SurveyRequest.kind}: looking for copies among {documents:,} documents", flush=True)
     for copies in _count(held, partitions, files):
         result.copies += copies
     result.domains = dict(sorted(result.domains.items()))
@@ -195,7 +194,7 @@ _WHOLE = -1
 """In place of a partition: the row of a whole file."""
 
 
-def _read_file(row: dict[str, Any], *, request: Request, partitions: int) -> Iterator[dict[str, Any]]:
+def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) -> Iterator[dict[str, Any]]:
     """Rows `partition`, `domain` and `data`: entries as bytes, or a pickled DomainSurvey."""
     file = RawFile(*(row[name] for name in RawFile._fields))
     for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):

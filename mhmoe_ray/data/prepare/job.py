@@ -1,25 +1,48 @@
-"""The job of `mhmoe data prepare`; the spec comes as packed YAML in MHMOE_SPEC."""
+"""The job of `mhmoe data prepare`."""
 
-import os
+from collections.abc import Callable
+from typing import ClassVar
 
-import ray
 import yaml
 
-from mhmoe_ray.data.prepare.pipeline import prepare
+from mhmoe_ray.data.shards.manifest import DataManifest, read_data_manifest
 from mhmoe_ray.errors import logging_errors
-from mhmoe_ray.spec import RunSpec
-from mhmoe_ray.spec.load import unpacked
+from mhmoe_ray.remote import RemoteJob
+from mhmoe_ray.spec import RunSpec, dump_spec
+
+
+class PrepareRequest(RemoteJob[DataManifest]):
+    module: ClassVar[str] = "mhmoe_ray.data.prepare.job"
+    kind: ClassVar[str] = "prepare"
+
+    spec_yaml: str
+    """The whole spec, as `dump_spec` writes it."""
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "PrepareRequest":
+        return cls(spec_yaml=dump_spec(spec))
+
+    @property
+    def spec(self) -> RunSpec:
+        return RunSpec.model_validate(yaml.safe_load(self.spec_yaml))
+
+    @property
+    def job_name(self) -> str:
+        return self.unique_name(self.spec.data.prepared.name)
+
+    def result(self, log: Callable[[], str]) -> DataManifest | None:
+        return read_data_manifest(self.spec.data.prepared)
 
 
 def main() -> None:
-    spec = asked_for()
+    import ray
+
+    from mhmoe_ray.data.prepare.pipeline import prepare
+
+    spec = PrepareRequest.received().spec
     ray.init()
     with logging_errors():
         prepare(spec)
-
-
-def asked_for() -> RunSpec:
-    return RunSpec.model_validate(yaml.safe_load(unpacked(os.environ["MHMOE_SPEC"])))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,20 @@
 Run as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
 """
 
-import os
 import sys
 
 import ray
 import ray.data
 
 from mhmoe_ray.data.inspect.job import main
-from mhmoe_ray.data.inspect.result import Request, lines_of
+from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.inspect.survey import survey
 
 
 def in_partitions() -> None:
     ray.init()
-    for line in lines_of(survey(Request.unpacked(os.environ["MHMOE_REQUEST"]), partition_bytes=1000)):
-        print(line)
+    request = SurveyRequest.received()
+    request.answer(survey(request, partition_bytes=1000))
 
 
 if __name__ == "__main__":

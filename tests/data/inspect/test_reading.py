@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_ray.data.inspect.figures import EXAMPLES, Figures, Place, total
-from mhmoe_ray.data.inspect.result import lines_of, survey_in
+from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.sources import Reason
 from mhmoe_ray.data.tokenizer import DocumentEncoder, store_given
@@ -183,12 +183,14 @@ def test_scripts_without_spaces_between_words(text, spaced):
     assert figures.tokens_per_word == (7 / len(text.split()) if spaced else None)
 
 
-def test_a_survey_comes_back_from_a_log(tmp_path, tokenizer):
+def test_a_survey_comes_back_from_a_log(tmp_path, tokenizer, capsys):
     write_corpus(tmp_path)
     write_documents(tmp_path / "a" / "more.jsonl", ["same", "same", "é\u2028漢 <html>"])
     write_lines(tmp_path / "a" / "torn.jsonl", [b"{"])
     found = survey_serially(data_spec(tmp_path), tokenizer[1])
-    lines = list(lines_of(found))
+    request = SurveyRequest(data=data_spec(tmp_path), tokenizer=None, rules=False)
+    request.answer(found)
+    lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < 10_000
-    assert survey_in("\n".join(["before", *lines, "after"])) == found
-    assert survey_in("nothing\n") is None
+    assert request.result(lambda: "\n".join(["before", *lines, "after"])) == found
+    assert request.result(lambda: "nothing\n") is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_ray.data.inspect.result import Request, survey_in
+from mhmoe_ray.data.inspect.result import SurveyRequest
 from tests.data.inspect.surveys import survey_serially
 from tests.data.prepare.test_prepare import on_cluster
 from tests.data.sources.read import data_spec
@@ -23,7 +23,7 @@ def request_and_expected(tmp_path_factory):
     write_lines(folder / "raw/de/torn.jsonl", [b"{torn", b'{"text": "", "language": "fr"}'])
     llama_tokenizer(copied, 400).save(str(folder / "tokenizer.json"))
     spec = data_spec(folder / "raw")
-    request = Request(data=spec, tokenizer=folder / "tokenizer.json", rules=True)
+    request = SurveyRequest(data=spec, tokenizer=folder / "tokenizer.json", rules=True)
     return request, survey_serially(spec, folder / "tokenizer.json")
 
 
@@ -40,8 +40,8 @@ def request_and_expected(tmp_path_factory):
 def test_however_it_is_made(request_and_expected, local_cluster, module):
     request, expected = request_and_expected
     assert expected.copies.extra == 4 + 7
-    lines = on_cluster(local_cluster, *module, MHMOE_REQUEST=request.packed())
-    assert survey_in("\n".join(lines)) == expected
+    lines = on_cluster(local_cluster, *module, **request.environment)
+    assert request.result(lambda: "\n".join(lines)) == expected
     told = [line for line in lines if line.startswith("inspect: ")]
     assert told[0].startswith("inspect: reading 7 files")
     assert "inspect: read 7 of 7 files" in told

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from mhmoe_ray.data.prepare.job import asked_for, main
+from mhmoe_ray.data.prepare.job import PrepareRequest, main
 from mhmoe_ray.data.prepare.work import shared_folder
 from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_time
 
@@ -24,7 +24,7 @@ def kill_at(parts: int, pid: int, work: Path, ready: Event) -> None:
 if __name__ == "__main__":
     in_small_chunks()
     one_task_at_a_time()
-    work = shared_folder(asked_for())
+    work = shared_folder(PrepareRequest.received().spec)
     spawn = get_context("spawn")
     ready = spawn.Event()
     spawn.Process(target=kill_at, args=(int(sys.argv[1]), os.getpid(), work, ready), daemon=True).start()

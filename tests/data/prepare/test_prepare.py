@@ -15,6 +15,7 @@ import pytest
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.data.prepare.job import PrepareRequest
 from mhmoe_ray.data.prepare.validation import is_validation
 from mhmoe_ray.data.prepare.work import read_progress
 from mhmoe_ray.data.shards.files import ShardReader, padding_token
@@ -22,7 +23,6 @@ from mhmoe_ray.data.shards.manifest import read_data_manifest
 from mhmoe_ray.data.stream import TrainingSamples, validation_samples
 from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 from mhmoe_ray.spec import PhaseSpec, RunSpec, SourceMix, dump_spec
-from mhmoe_ray.spec.load import packed
 from mhmoe_ray.storage import describe_file
 from mhmoe_ray.train.worker import sample_digest
 from tests.data.shards.test_verify import make_folders, told
@@ -91,7 +91,7 @@ def killed(corpus, local_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     spec = in_folder(corpus[0], folder / "again")
     on_cluster(
-        local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", MHMOE_SPEC=packed(dump_spec(spec))
+        local_cluster, "tests.data.prepare.prepare_and_die", 3, ends="FAILED", **PrepareRequest.of(spec).environment
     )
     made = spec.data.prepared.exists()
     [work] = folder.iterdir()
@@ -199,7 +199,9 @@ def test_a_preparation_that_was_killed_goes_on_and_makes_the_same(killed, made):
 
 def test_two_jobs_at_once_make_the_same_and_leave_nothing(made, local_cluster, tmp_path):
     again = in_folder(made.spec, tmp_path / "again")
-    run = partial(on_cluster, local_cluster, "tests.data.prepare.prepare_serially", MHMOE_SPEC=packed(dump_spec(again)))
+    run = partial(
+        on_cluster, local_cluster, "tests.data.prepare.prepare_serially", **PrepareRequest.of(again).environment
+    )
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(run) for _ in range(2)]:
             job.result()

@@ -1,0 +1,47 @@
+"""Requests travel to a cluster, their jobs are followed, and results come back."""
+
+from pathlib import Path
+
+import pytest
+
+from mhmoe_ray.cluster import remote
+from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.errors import DataError, JobError
+from mhmoe_ray.train.job import TrainRequest
+from tests.cluster.toy_job import SumRequest
+
+ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
+
+
+@pytest.mark.ray
+def test_a_request_gets_its_lines_and_its_result(local_cluster):
+    lists = {f"é{i}": [i, *range(2_000)] for i in range(100)}  # more than Ray sends of a log at once
+    job = remote.submit(connect(local_cluster.address), ENVIRONMENT, SumRequest(numbers=lists))
+    assert list(job.progress()) == ["sum: of 100 lists"]
+    assert job.result("the sums") == {name: sum(numbers) for name, numbers in lists.items()}
+
+
+@pytest.mark.ray
+def test_an_error_of_a_job_is_raised_where_its_result_is_taken(local_cluster):
+    connection = connect(local_cluster.address)
+    job = remote.submit(connection, ENVIRONMENT, SumRequest(numbers={}))
+    assert list(job.progress()) == []
+    with pytest.raises(DataError, match="there are no numbers"):
+        job.result("the sums")
+    lost = remote.submit(connection, {}, SumRequest(numbers={}))  # without the path it finds no such module
+    list(lost.lines())
+    with pytest.raises(JobError, match="the sums"):
+        lost.result("the sums")
+
+
+def test_a_request_travels_in_the_environment_and_its_name_in_the_entrypoint(tmp_path, monkeypatch):
+    request = TrainRequest(path=str(tmp_path / "tiny-3f2a1c"), attempt=2)
+    asked = remote.job_request(request, True, {"env_vars": {"A": "b"}})
+    assert asked["submission_id"] == "tiny-3f2a1c-2"
+    assert asked["entrypoint"].endswith(" -m mhmoe_ray.train.job tiny-3f2a1c-2")
+    assert asked["metadata"] == {"mhmoe_run": "tiny-3f2a1c", "mhmoe_path": str(tmp_path / "tiny-3f2a1c")}
+    variables = asked["runtime_env"]["env_vars"]
+    assert variables.pop("A") == "b"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert TrainRequest.received() == request
