@@ -14,7 +14,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     abilities.py        what each kernel can compute, without torch
     backends.py         the one seam: rows and their routes in, the experts' outputs combined per row out
     weights.py          a stack of experts
-    permute.py          sorting routes by expert and bringing them back
+    permutation.py      sorting routes by expert and bringing them back
     cpu.py              what the CPU at hand can compute
     reference.py        the oracle, written to be read, and GShard's static routing, to be compared with
     grouped.py          each expert once on its contiguous rows, with backwards by hand
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mhmoe_kernels.backends import BACKENDS, choose, run_experts, run_sorted_experts, why_not
-    from mhmoe_kernels.permute import combine, permute, plan_routes, wide
+    from mhmoe_kernels.permutation import combine, permute, plan_routes, wide
     from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
     "wide",
 ]
 
-_MODULES = ("backends", "permute", "weights")
+_MODULES = ("backends", "permutation", "weights")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mhmoe_kernels.permute import combine, permute, plan_routes, wide
+from mhmoe_kernels.permutation import combine, permute, plan_routes, wide
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 PIECE = 1024

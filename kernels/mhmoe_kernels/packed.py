@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
-from mhmoe_kernels.permute import combine, plan_routes
+from mhmoe_kernels.permutation import combine, plan_routes
 from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
 
 MULTIPLE = 16

@@ -22,7 +22,7 @@ from mhmoe_kernels import (
 from mhmoe_kernels.backends import BACKENDS
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
-permuting = importlib.import_module("mhmoe_kernels.permute")
+permuting = importlib.import_module("mhmoe_kernels.permutation")
 """Beside the function of that name."""
 
 

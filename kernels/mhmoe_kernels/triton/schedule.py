@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_kernels.permute import plan_routes
+from mhmoe_kernels.permutation import plan_routes
 
 
 class Routes(NamedTuple):
