@@ -1,8 +1,8 @@
 """Files and folders, local or on an object store, with one set of methods; atomic writes; sizes and hashes of files.
 
-A location is a local `pathlib.Path` or an `ObjectPath` (s3:// or gs://), which has the methods of `pathlib.Path` that a
-run directory needs. Credentials and regions are found as the vendors' own tools find them; the query of a URI says how
-to reach its server. A folder of an object store exists when something is in it.
+A location is a local `pathlib.Path` or an `ObjectPath`, which is a place in one of `STORES` and has the methods of
+`pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own tools find them; the
+query of a URI says how to reach its server. A folder of an object store exists when something is in it.
 
 `replace_file`, `create_file` and `copy_file` write so that a reader sees the old file or the new one, whole, also after
 a crash.
@@ -30,7 +30,31 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 
-SCHEMES = ("s3", "gs")
+Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
+"""(scheme, bucket, query) -> pyarrow's file system and the bucket's path in it."""
+
+
+def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
+    """A store that pyarrow knows by its scheme."""
+    import pyarrow as pa
+    from pyarrow import fs
+
+    try:
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(
+            f"{scheme}://{bucket}" + (f"?{query}" if query else "")
+        )
+    except pa.ArrowException as e:
+        raise OSError(str(e)) from e
+    return found
+
+
+STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
+"""Object stores by scheme, for run directories and raw files alike."""
+
+
+def unknown_scheme(scheme: str) -> tuple[str, str]:
+    """Return why a scheme is refused, and what to do."""
+    return f"{scheme}:// is not known", f"use a local path, {' or '.join(f'{known}://' for known in STORES)}"
 
 
 class Status(NamedTuple):
@@ -50,9 +74,8 @@ class ObjectPath:
         """
         refuse_password(uri)
         self._scheme, separator, rest = uri.partition("://")
-        if not separator or self._scheme not in SCHEMES:
-            why = f"{self._scheme}:// is not known"
-            raise SpecError(f"path {uri}", why, "use a local path, s3:// or gs://")
+        if not separator or self._scheme not in STORES:
+            raise SpecError(f"path {uri}", *unknown_scheme(self._scheme))
         self._path, _, self._query = rest.partition("?")
         self._path = self._path.strip("/")
 
@@ -232,15 +255,7 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
     Raises:
         OSError: it cannot be reached, or the query is not one of pyarrow's.
     """
-    import pyarrow as pa
-    from pyarrow import fs
-
-    uri = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
-    try:
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
-    except pa.ArrowException as e:
-        raise OSError(str(e)) from e
-    return found
+    return STORES[scheme](scheme, bucket, query)
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:

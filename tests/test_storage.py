@@ -2,12 +2,16 @@
 
 import json
 
+import pyarrow.fs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.runs import jsonl
+from mhmoe_ray.runs.directory import create_run
 from mhmoe_ray.runs.jsonl import Glimpse
 from mhmoe_ray.storage import ObjectPath, copy_file, create_file, location, remove_tree, replace_file
+from tests.specs import tiny_spec
 
 
 @pytest.fixture(params=["here", "on S3"])
@@ -112,3 +116,20 @@ def test_a_torn_segment_is_no_line(s3):
     path = ObjectPath(f"s3://bucket/torn?{query}")
     (path / "1.jsonl").write_bytes(json.dumps({"a": 1}).encode() + b'\n{"a": 2')
     assert list(jsonl.read(path)) == [{"a": 1}]
+
+
+def test_an_entry_alone_adds_a_store_for_runs_and_for_raw_files(monkeypatch):
+    from mhmoe_ray.data.sources.storage import Storage
+    from mhmoe_ray.storage import STORES
+
+    memory = MemoryFileSystem()
+    monkeypatch.setattr(memory, "store", {})
+    system = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(memory))
+    monkeypatch.setitem(STORES, "toy", lambda scheme, bucket, query: (system, f"/{bucket}"))
+    run = create_run(tiny_spec().model_copy(update={"storage": location("toy://bucket/runs")}))
+    assert isinstance(run.path, ObjectPath)
+    assert run.spec().name == "tiny"
+    assert memory.exists(f"/bucket/runs/{run.id}/spec.yaml")
+    memory.pipe("/bucket/raw/a.jsonl", b"{}\n")
+    [listed] = Storage("toy://bucket/raw/*.jsonl").files().files
+    assert Storage("toy://bucket/raw").open(listed.path).read() == b"{}\n"

@@ -219,7 +219,7 @@ class Saver:
             position=trainer.step * spec.samples_per_step,
             seed=spec.seed,
             world=trainer.mesh.world,
-            ep=trainer.mesh.ep,
+            ep=trainer.mesh.size("ep"),
             model=spec.model,
             seq_len=spec.data.seq_len,
             data_sha256=self._data,

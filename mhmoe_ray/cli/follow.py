@@ -194,7 +194,7 @@ class _View:
             note.print("waiting: the cluster has no room for its workers now; `mhmoe plan` has what they need")
         elif kind == "started":
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
-            places = f"{events.workers(event)} workers, dp {event['dp']} x ep {event['ep']}"
+            places = f"{events.workers(event)} workers, {events.mesh(event)}"
             note.print(f"training from step {event['step']} on {places}{again}")
             if warning := events.straddling(event):
                 note.print(f"warning: {warning}")

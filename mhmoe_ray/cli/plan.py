@@ -107,8 +107,7 @@ def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
         "tokens": spec.tokens_per_step * spec.train.steps,
         "layout": {
             "workers": cluster.workers.max,
-            "dp": cluster.dp,
-            "ep": cluster.ep,
+            **cluster.mesh_sizes(),
             "experts_per_rank": moe.experts // cluster.ep if moe else 0,
             "expert_groups": layout.groups.ranks,
             "micro_batches_per_worker": spec.train.micro_batches // cluster.workers.max,
@@ -136,7 +135,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
     from mhmoe_ray.planner.memory import CHECKPOINT_BYTES
     from mhmoe_ray.planner.resolve import about
     from mhmoe_ray.planner.sizes import flops_per_token, sizes
-    from mhmoe_ray.spec.cluster import STREAM_CPUS
+    from mhmoe_ray.spec.cluster import STREAM_CPUS, mesh_in_words
 
     size, cluster, model, moe = sizes(spec.model), spec.cluster, spec.model, spec.model.moe
     training = flops_per_token(model, spec.data.seq_len).training
@@ -173,7 +172,7 @@ def show(spec: "RunSpec", found: "Estimate | None") -> None:
         f"of {spec.tokens_per_step:,}; {training * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {in_bytes(CHECKPOINT_BYTES * size.parameters)} each",
-        "workers": f"{cluster.workers.max} = dp {cluster.dp} x ep {cluster.ep}, {_each(spec)} each"
+        "workers": f"{cluster.workers.max} = {mesh_in_words(cluster.mesh_sizes())}, {_each(spec)} each"
         + (f"; or {', '.join(map(str, fewer))}" if (fewer := spec.worker_counts[-2::-1]) else ""),
         "CPUs": f"{cluster.cpus}, of which {STREAM_CPUS} for the data stream",
         "cost": cost(spec, found) if found else None,

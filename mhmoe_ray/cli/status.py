@@ -129,7 +129,7 @@ def _workers(found: dict[str, Any]) -> dict[str, str | None]:
         on = Counter(worker["host"] for worker in started["workers"])
         where = ", ".join(f"{count} on {host}" for host, count in sorted(on.items()))
         rows["workers"] = (
-            f"{len(started['workers'])}: {where}; dp {started['dp']} x ep {started['ep']}"
+            f"{len(started['workers'])}: {where}; {events.mesh(started)}"
             f"; started {_times(found['worker_starts'])} in {_plural(found['attempts'], 'attempt')}"
         )
         rows["warning"] = events.straddling(started)

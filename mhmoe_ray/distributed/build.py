@@ -16,7 +16,7 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
     ranks on its nodes (`Mesh.uneven`). Both give the same results, and where a worker group that is started again finds
     free places is no reason to end its run.
     """
-    if mesh.ep == 1:
+    if mesh.size("ep") == 1:
         return None
     if spec.dispatch == "hierarchical":
         # Groups of processes are made by all ranks, in the same order.
@@ -26,9 +26,8 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
             rail = group_of([list(ranks) for grid in grids for ranks in zip(*grid, strict=True)])
             if node is not None and rail is not None:
                 return HierarchicalDispatch(node, rail)
-    assert mesh.ep_group is not None
     own = next(group for group in mesh.groups if mesh.rank in group)
-    return FlatDispatch(mesh.ep_group, [mesh.nodes[rank] for rank in own])
+    return FlatDispatch(mesh.group("ep"), [mesh.nodes[rank] for rank in own])
 
 
 def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: Fill) -> Strategy:

@@ -1,4 +1,4 @@
-"""The dp x ep mesh of this process.
+"""The mesh of ranks, as this process sees it; its dimensions are asked for by name, today dp and ep.
 
 torch numbers the ranks of a process group upwards, whatever order a mesh has them in; only in a mesh whose rows and
 columns both ascend is a place in the mesh the place in the group. Groups by node give rows that ascend, not columns:
@@ -9,6 +9,7 @@ columns both ascend is a place in the mesh the place in the group. Groups by nod
 So rows are exchanged in process groups of the groups, and tensors are sliced over `devices`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +22,23 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.planner.placement import by_node, expert_groups
 from mhmoe_ray.spec import ClusterSpec
+from mhmoe_ray.spec.cluster import MeshSizes
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Where this rank stands. Without a process group (one worker) `devices` is None."""
 
-    world: int
+    sizes: MeshSizes
     rank: int
-    ep: int
-    ep_rank: int
+    coordinates: dict[str, int]
+    """Where this rank stands along each dimension."""
     devices: DeviceMesh | None
-    """Of dims "dp" and "ep": ranks of a column hold the same experts. Its rows need not be the groups."""
+    """Of the same dimensions. Ranks along "dp" hold the same experts; its rows along "ep" need not be the groups."""
     everyone: DeviceMesh | None
     """All ranks, in one dimension."""
-    ep_group: dist.ProcessGroup | None
-    """The expert-parallel group of this rank."""
+    process_groups: dict[str, dist.ProcessGroup]
+    """Of this rank along each dimension; that of "ep" is its expert-parallel group. Empty without a process group."""
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
     nodes: Sequence[str]
@@ -52,25 +54,33 @@ class Mesh:
         return sum(by_node(group, self.nodes) is None for group in self.groups)
 
     @property
-    def dp(self) -> int:
-        return self.world // self.ep
+    def world(self) -> int:
+        return math.prod(self.sizes.values())
+
+    def size(self, dimension: str) -> int:
+        """Return the number of ranks along a dimension."""
+        return self.sizes[dimension]
+
+    def group(self, dimension: str) -> dist.ProcessGroup:
+        """Return this rank's process group along a dimension."""
+        return self.process_groups[dimension]
+
+    def ranks(self, dimension: str) -> list[int]:
+        """Return the ranks of the devices along a dimension, through this one."""
+        assert self.devices is not None
+        ranks: list[int] = self.devices[dimension].mesh.tolist()
+        return ranks
 
     def held(self, experts: int) -> range:
         """Global ids of the experts of each layer that this rank holds."""
-        each = experts // self.ep
-        return range(self.ep_rank * each, (self.ep_rank + 1) * each)
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same experts as this one."""
-        assert self.devices is not None
-        return self.devices.get_group("dp")
+        each = experts // self.size("ep")
+        return range(self.coordinates["ep"] * each, (self.coordinates["ep"] + 1) * each)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
         """A rank's experts [E/ep, ...] as a view of the global [E, ...]; the tensor itself when it holds all."""
         if self.devices is None:
             return local
-        placements = [Replicate(), Shard(0)]
+        placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
         return DTensor.from_local(local, self.devices, placements, run_check=False)
 
 
@@ -92,13 +102,12 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
         raise ClusterError("placement", groups.why_refused, fix)
     if not dist.is_initialized():
         return Mesh(
-            world=1,
+            sizes=dict.fromkeys(spec.mesh_sizes(), 1),
             rank=0,
-            ep=1,
-            ep_rank=0,
+            coordinates=dict.fromkeys(spec.mesh_sizes(), 0),
             devices=None,
             everyone=None,
-            ep_group=None,
+            process_groups={},
             groups=groups.ranks,
             nodes=nodes,
             straddling=0,
@@ -107,18 +116,22 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % spec.ep or not spec.workers.min <= world <= spec.workers.max:
         raise ClusterError("worker group", f"it has {world} workers, not {spec.workers}", "resume the run")
+    sizes = spec.mesh_sizes(world)
     ranks = torch.tensor(groups.ranks)
-    devices = DeviceMesh(device_type, ranks.sort(dim=0).values, mesh_dim_names=("dp", "ep"))
-    everyone = DeviceMesh(device_type, torch.arange(world), mesh_dim_names=("world",))
-    rows_are_groups = torch.equal(devices.mesh, ranks)
+    columns = ranks.sort(dim=0).values
+    devices = DeviceMesh(device_type, columns.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
+    process_groups = {name: devices.get_group(name) for name in sizes}
+    if not torch.equal(columns, ranks):
+        expert_group = group_of(groups.ranks)
+        assert expert_group is not None
+        process_groups["ep"] = expert_group
     return Mesh(
-        world=world,
+        sizes=sizes,
         rank=rank,
-        ep=spec.ep,
-        ep_rank=next(group.index(rank) for group in groups.ranks if rank in group),
+        coordinates={name: devices.get_local_rank(name) for name in sizes},
         devices=devices,
-        everyone=everyone,
-        ep_group=devices.get_group("ep") if rows_are_groups else group_of(groups.ranks),
+        everyone=DeviceMesh(device_type, torch.arange(world), mesh_dim_names=("world",)),
+        process_groups=process_groups,
         groups=groups.ranks,
         nodes=nodes,
         straddling=len(groups.straddling),

@@ -83,7 +83,7 @@ def whole_gradients(spec: RunSpec) -> int:
 def _largest_block(spec: RunSpec) -> int:
     """Parameters of it that ranks hold in slices."""
     model, found, held = spec.model, blocks(spec.model), 0
-    if model.moe and spec.cluster.slices_experts and spec.cluster.dp > 1:
+    if model.moe and spec.cluster.slices_experts and spec.cluster.mesh_sizes()["dp"] > 1:
         held = sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
     return max(found.dense if model.moe_layers < model.layers else 0, found.mixture + held if model.moe else 0)
 
@@ -95,7 +95,7 @@ def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
     strategy, world = cluster.strategy if cluster.world > 1 else "ddp", cluster.world
     experts = FLOAT32 * found.expert_parameters / cluster.ep
     others = FLOAT32 * (found.parameters - found.expert_parameters)
-    sliced = others / world + (experts / cluster.dp if cluster.slices_experts else experts)
+    sliced = others / world + (experts / cluster.mesh_sizes()["dp"] if cluster.slices_experts else experts)
     whole = others + experts
     weights, gradients, moments = {
         "ddp": (whole, whole, whole),

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from mhmoe_ray.runs import jsonl
 from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.spec.cluster import ClusterSpec, mesh_in_words
 
 Kind = Literal[
     "submitted",  # attempt, job, address
@@ -112,6 +113,11 @@ def workers(started: dict[str, Any]) -> str:
     """How many there are by a "started" event, and how many were asked for where that is a range."""
     asked = started.get("asked")  # events of before have none
     return str(len(started["workers"])) + (f" (of {asked['min']} to {asked['max']})" if isinstance(asked, dict) else "")
+
+
+def mesh(started: dict[str, Any]) -> str:
+    """Return the sizes of the mesh by a "started" event, in words."""
+    return mesh_in_words({name: started[name] for name in ClusterSpec().mesh_sizes() if name in started})
 
 
 def preempted(event: dict[str, Any]) -> str:

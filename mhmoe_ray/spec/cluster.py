@@ -10,6 +10,7 @@ algorithm (`hwLat` of its src/graph/tuning.cc: ring, LL128, over NVLink and over
 assumption, as are the shares of a peak that are reached.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer, model_validator
@@ -108,6 +109,15 @@ class WorkerRange(Section):
         return f"{self.min} to {self.max}" if self.elastic else str(self.min)
 
 
+MeshSizes = dict[str, int]
+"""Ranks along each dimension of the mesh by its name, outermost first; experts are innermost."""
+
+
+def mesh_in_words(sizes: Mapping[str, int]) -> str:
+    """Return the sizes of a mesh as people read them: dp 2 x ep 4."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+
+
 class ClusterSpec(Section):
     workers: WorkerRange = WorkerRange(min=1, max=1)
     """A number, or {min: a, max: b}: then the run has as many as there is room for. It shrinks when it loses a node
@@ -174,7 +184,6 @@ class ClusterSpec(Section):
         """Whether ranks that hold the same experts share out of them what the strategy shares out of all else."""
         return self.strategy != "fsdp" or self.shard_experts
 
-    @property
-    def dp(self) -> int:
-        """Data-parallel replicas of the experts, at most."""
-        return self.world // self.ep
+    def mesh_sizes(self, world: int | None = None) -> MeshSizes:
+        """Return the mesh of so many ranks, by default of as many as there are at most."""
+        return {"dp": (world or self.world) // self.ep, "ep": self.ep}

@@ -100,7 +100,7 @@ class Worker:
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
         if rank == 0:
             workers = [vars(p) for p in places]
-            where = {"dp": mesh.dp, "ep": mesh.ep, "groups": mesh.groups}
+            where = {**mesh.sizes, "groups": mesh.groups}
             where |= {"straddling_groups": mesh.straddling, "groups_apart": mesh.apart}
             hierarchical = spec.cluster.dispatch == "hierarchical"
             where |= {"dispatch": spec.cluster.dispatch, "flat_groups": mesh.uneven if hierarchical else 0}

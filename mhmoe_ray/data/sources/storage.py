@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from mhmoe_ray.data.sources.items import DamageError, RawFile, Tally
 from mhmoe_ray.errors import DataError
-from mhmoe_ray.storage import SCHEMES, object_store
+from mhmoe_ray.storage import STORES, object_store, unknown_scheme
 
 CHUNK = 1 << 20  # a read
 OBJECT_CHUNK = 8 << 20  # the same on object stores, where each one is a request and takes its time
@@ -54,8 +54,8 @@ class Storage:
             self._fs, self._prefix, self._pattern = fs.LocalFileSystem(), "", rest if separator else path
             self._wild = _WILD
             return
-        if scheme not in SCHEMES:
-            raise DataError(f"path {path}", f"{scheme}:// is not known", "use a local path, s3:// or gs://")
+        if scheme not in STORES:
+            raise DataError(f"path {path}", *unknown_scheme(scheme))
         self._pattern, _, query = rest.partition("?")
         self._wild = re.compile(r"[*\[]")  # a question mark begins the query
         self._prefix = f"{scheme}://"

@@ -29,8 +29,8 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
             parameter.grad = torch.zeros_like(parameter)
         if isinstance(parameter, DTensor):
             continue  # FSDP did so
-        if mesh.dp > 1:
-            dist.all_reduce(parameter.grad, group=mesh.dp_group)
+        if mesh.size("dp") > 1:
+            dist.all_reduce(parameter.grad, group=mesh.group("dp"))
         parameter.grad /= mesh.world
 
 
@@ -52,8 +52,8 @@ def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
             (by_ep if name in experts else everywhere).append(parameter.grad)
     device = next(model.parameters()).device
     squares = torch.stack([_square_sum(grads, device) for grads in (everywhere, by_ep, sliced)])
-    if mesh.ep > 1:
-        dist.all_reduce(squares[1], group=mesh.ep_group)
+    if mesh.size("ep") > 1:
+        dist.all_reduce(squares[1], group=mesh.group("ep"))
     if sliced:
         dist.all_reduce(squares[2])
     norm = float(squares.sum().sqrt())

@@ -25,7 +25,7 @@ class Sharded(Strategy):
         Args:
         experts: slice experts over dp too.
         """
-        self._experts = experts and mesh.dp > 1
+        self._experts = experts and mesh.size("dp") > 1
         super().__init__(model, mesh, spec, fill)
 
     def _wrapped(self, fill: Fill) -> nn.Module:

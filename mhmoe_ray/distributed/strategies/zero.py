@@ -45,7 +45,7 @@ class Zero(Strategy):
         self.model, self.mesh, self.spec = model, mesh, spec
         self._stage = stage
         fill(model)
-        self._experts = expert_parameters(model) if mesh.ep > 1 else {}
+        self._experts = expert_parameters(model) if mesh.size("ep") > 1 else {}
         module: nn.Module = model
         if self._experts:
             self._introduce_experts()
@@ -81,7 +81,7 @@ class Zero(Strategy):
 
     @property
     def _group_name(self) -> str:
-        return f"ep_size_{self.mesh.ep}"
+        return f"ep_size_{self.mesh.size('ep')}"
 
     def _introduce_experts(self) -> None:
         from deepspeed.utils import groups
@@ -91,10 +91,10 @@ class Zero(Strategy):
         for parameter in self._experts.values():
             parameter.allreduce = False  # type: ignore[attr-defined]  # where DeepSpeed looks for it
             parameter.group_name = self._group_name  # type: ignore[attr-defined]  # the same
-        groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.ep_group
+        groups._EXPERT_PARALLEL_GROUP[self._group_name] = mesh.group("ep")
         groups._EXPERT_PARALLEL_GROUP_RANKS[self._group_name] = next(g for g in mesh.groups if mesh.rank in g)
-        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.dp_group
-        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = devices.mesh[:, mesh.ep_rank].tolist()
+        groups._EXPERT_DATA_PARALLEL_GROUP[self._group_name] = mesh.group("dp")
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[self._group_name] = mesh.ranks("dp")
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         self.engine.set_gradient_accumulation_boundary(last)

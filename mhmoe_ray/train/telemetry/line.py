@@ -71,7 +71,7 @@ def step_line(
         line[metrics.SKIPPED] = True
     if trainer.skipped:
         line[metrics.SKIPPED_STEPS] = trainer.skipped
-    if trainer.mesh.ep > 1:
+    if trainer.mesh.size("ep") > 1:
         sent = totals.sent
         line |= {metrics.ROWS_SENT: sent.rows, metrics.ROWS_LEAST: totals.least_sent, metrics.COUNTS_SENT: sent.counts}
         line |= {metrics.ROWS_BETWEEN_NODES: sent.between_nodes, metrics.EXCHANGE_WAIT: waits.exchange}
