@@ -141,7 +141,8 @@ class MhmoeConfig(BaseModel):
     model: ModelSpec
     seq_len: PositiveInt
     tokenizer_sha256: str | None = None
-    """Of the tokenizer.json beside it; absent in folders that were never ours."""
+    """`tokenizer_identity` of the tokenizer.json beside it, or in older folders the file's hash; absent in folders that
+    were never ours."""
 
 
 def to_config(
@@ -154,7 +155,7 @@ def to_config(
         seq_len: tokens that it sees at once.
         dtype: of its weights.
         edges: token ids that start and that end a text.
-        tokenizer_sha256: of its tokenizer.json.
+        tokenizer_sha256: identity of its tokenizer.
     """
     section = MhmoeConfig(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
     ours = {OURS: section.model_dump(mode="json")}

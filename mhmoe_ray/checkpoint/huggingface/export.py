@@ -14,6 +14,12 @@ from mhmoe_ray.checkpoint.format import Index
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, to_config
 from mhmoe_ray.checkpoint.huggingface.files import INDEX, write_files
 from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
+from mhmoe_ray.checkpoint.huggingface.tokenizer import (
+    TOKENIZER_CONFIG,
+    adding_start,
+    tokenizer_config,
+    tokenizer_identity,
+)
 from mhmoe_ray.checkpoint.load import index_of, load_tensors
 from mhmoe_ray.checkpoint.manifest import Manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
@@ -30,8 +36,8 @@ class Exported(NamedTuple):
 
 
 def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
-    """Write safetensors with their index, config.json, tokenizer.json and chat_template.jinja, if the run has one; one
-    layer at a time is in memory.
+    """Write safetensors with their index, config.json, tokenizer.json, tokenizer_config.json and, if the run has one,
+    chat_template.jinja. One layer at a time is in memory.
 
     Args:
         checkpoint: inside its run directory, already checked.
@@ -76,12 +82,15 @@ def _write(folder: Path, checkpoint: Location, manifest: Manifest, tokenizer: Lo
         texts = {file.name: file.read_bytes() for file in (tokenizer, template) if file == tokenizer or file.exists()}
     dtypes = {name: slices[0].dtype for name, slices in index.items()}
     names = write_files(folder, _exported(checkpoint, groups, index), len(groups))
+    texts[tokenizer.name] = adding_start(texts[tokenizer.name])
     for name, text in texts.items():
         replace_file(folder / name, text)
+    write_json(folder / TOKENIZER_CONFIG, tokenizer_config(texts[tokenizer.name], manifest.seq_len))
     edges = boundaries(load_tokenizer(folder / tokenizer.name, manifest.model.vocab_size))
     ends = sorted(edges.ends.union(manifest.ends))
     main = dtypes["embedding.weight"]
-    config = to_config(manifest.model, manifest.seq_len, main, (edges.start, ends), manifest.tokenizer_sha256)
+    identity = tokenizer_identity(texts[tokenizer.name])
+    config = to_config(manifest.model, manifest.seq_len, main, (edges.start, ends), identity)
     write_json(folder / CONFIG, config)
     total = sum(dtypes[e.ours].itemsize * torch.Size(e.shape).numel() for group in groups for e in group)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})

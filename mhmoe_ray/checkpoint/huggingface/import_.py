@@ -14,6 +14,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.huggingface.config import MhmoeConfig, named_ends, read_config
 from mhmoe_ray.checkpoint.huggingface.files import Stored, open_stored, write_files
 from mhmoe_ray.checkpoint.huggingface.names import Entry, entries
+from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
 from mhmoe_ray.checkpoint.manifest import Manifest, checkpoint_name, commit
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError, SpecError
@@ -47,10 +48,10 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
         raise CheckpointError(f"folder {source}", why, "add the one the model was trained with")
     with _reading(source):
         content, found = tokenizer.read_bytes(), describe_file(tokenizer).sha256
-    if config.tokenizer_sha256 not in (None, found):
+    loaded = load_tokenizer(tokenizer, config.model.vocab_size)
+    if config.tokenizer_sha256 not in (None, found, tokenizer_identity(content)):
         why = "its tokenizer.json is not the one the model was trained with"
         raise CheckpointError(f"folder {source}", why, "restore that file")
-    loaded = load_tokenizer(tokenizer, config.model.vocab_size)
     ends = named_ends(source, token_count(loaded)) - boundaries(loaded).ends
     template = _chat_template(source)
     with open_stored(source) as stored:

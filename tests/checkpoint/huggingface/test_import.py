@@ -13,6 +13,7 @@ from mhmoe_ray.serve.engine import Sampling
 from mhmoe_ray.serve.load import load_answerer
 from mhmoe_ray.spec import ServeSpec
 from tests.checkpoint.huggingface.conftest import MIXTRAL, MODELS, exported, make_run, unreadable
+from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.asking import tokens
 
 
@@ -191,6 +192,8 @@ def test_a_config_of_two_minds_is_refused(tmp_path):
 def test_an_export_with_another_tokenizer_is_refused(tmp_path):
     exported(make_run(tmp_path, MODELS["dense"]), tmp_path / "out")
     tokenizer = tmp_path / "out" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
+    tokenizer.write_text(tokenizer.read_text() + "\n")  # of the same meaning
+    import_folder(tmp_path / "out", "same", tmp_path / "runs", None)
+    llama_tokenizer(["quite other words are in this text"] * 4, 320).save(str(tokenizer))
     with pytest.raises(CheckpointError, match=r"its tokenizer\.json is not the one the model was trained with"):
         import_folder(tmp_path / "out", None, tmp_path / "runs", None)
