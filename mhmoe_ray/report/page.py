@@ -111,14 +111,16 @@ def _environment() -> Environment:
 
 def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Routes]) -> "Iterator[tuple[str, Figure]]":
     """Names for files, and what is in them."""
-    if len(found) > 1:
-        yield "loss_beside_baseline", plots.differences(found, baseline)
-    for over in plots.AXES:
-        yield f"loss_by_{over}", plots.validation(found, over)
+    if plots.has_curve(found):
+        if len(found) > 1:
+            yield "loss_beside_baseline", plots.differences(found, baseline)
+        for over in plots.AXES:
+            yield f"loss_by_{over}", plots.validation(found, over)
     for metric in METRICS.values():
         if metric.plot and (figure := plots.curve(found, metric.name, metric.plot.title, metric.plot.axis)):
             yield metric.name, figure
-    yield "throughput", plots.throughput(found)
+    if len(found) > 1:
+        yield "throughput", plots.throughput(found)
     colours = {v.name: number for number, v in enumerate(found)}
     most = min(MOST_LOAD, max((float(r.load.max()) for r in named.values()), default=1.0))
     if named:

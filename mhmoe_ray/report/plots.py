@@ -1,5 +1,6 @@
 """The figures of a report. Each is as wide as a phone, so that a page can set them beside or below each other."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
 POINTS = 300
 """Of a curve: more than a page shows."""
+LEGEND_INCHES, LEGEND_CHARACTERS = 0.18, 24
+"""Height of a row of a legend, and the longest names of which two stand beside each other."""
+LONGEST_NAME = 20
+"""Characters of a name beside a bar; a longer one is broken over several lines."""
 
 X = Callable[[RunFigures, dict[str, Any]], float]
 
@@ -43,9 +48,28 @@ AXES: dict[str, tuple[str, X]] = {
 }
 
 
-def _new(height: float = HEIGHT) -> "tuple[Figure, Axes]":
-    figure = new_figure(WIDTH, height)
+def _new(names: Sequence[str] = (), height: float = HEIGHT) -> "tuple[Figure, Axes]":
+    """Return a figure with room below its axes for the legend of these names."""
+    rows = -(-len(names) // _legend_columns(names)) if len(names) > 1 else 0
+    figure = new_figure(WIDTH, height + rows * LEGEND_INCHES)
     return figure, figure.subplots()
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    return 2 if max(map(len, names), default=0) <= LEGEND_CHARACTERS else 1
+
+
+def _add_legend(figure: "Figure", axis: "Axes") -> None:
+    """Set the legend below the axes, where it hides no curve; one name alone is in the title of the page."""
+    handles, names = axis.get_legend_handles_labels()
+    if len(names) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
+
+
+def _whole_steps(axis: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -55,7 +79,7 @@ def style_of(number: int) -> dict[str, Any]:
 def validation(variants: Sequence[Variant], over: str) -> "Figure":
     """Validation loss, mean over seeds with a band from the lowest to the highest."""
     title, x_of = AXES[over]
-    figure, axis = _new()
+    figure, axis = _new([variant.name for variant in variants])
     for number, variant in enumerate(variants):
         run = variant.first
         steps = sorted(set.intersection(*(set(r.validations) for r in variant.runs)))
@@ -73,15 +97,21 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
     if metrics.perplexity(axis.get_ylim()[1]) is not None:
         second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-9))))
         second.set_ylabel("perplexity")
-    if axis.has_data():
-        axis.legend()
+    if over == "steps":
+        _whole_steps(axis)
+    _add_legend(figure, axis)
     return figure
+
+
+def has_curve(variants: Sequence[Variant]) -> bool:
+    """Whether some variant was validated more than once: one validation is a number, not a curve."""
+    return any(len(run.validations) > 1 for variant in variants for run in variant.runs)
 
 
 def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
     """Validation loss less the baseline's, paired as for a verdict: the mean, and a band from the lowest to the
     highest."""
-    figure, axis = _new()
+    figure, axis = _new([variant.name for variant in variants])
     axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
     for number, variant in enumerate(variants):
         if variant is baseline:
@@ -96,7 +126,8 @@ def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
         if found.shape[1] > 1:
             axis.fill_between(steps, found.min(1), found.max(1), color=style["color"], alpha=0.12, linewidth=0)
     axis.set(xlabel="steps", ylabel="nats per token", title=f"validation loss less that of {baseline.name}")
-    axis.legend()
+    _whole_steps(axis)
+    _add_legend(figure, axis)
     return figure
 
 
@@ -116,7 +147,7 @@ def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
 def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
     """A metric of the first run of each variant over steps, smoothed over a fiftieth of them; None where no run has
     it, or it is 0 throughout."""
-    figure, axis = _new()
+    figure, axis = _new([variant.name for variant in variants])
     drawn = False
     for number, variant in enumerate(variants):
         points = [(ln[metrics.STEP], ln[metric]) for ln in variant.first.lines if ln.get(metric) is not None]
@@ -132,21 +163,22 @@ def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "
     axis.set(xlabel="steps", ylabel=label, title=title)
     if not drawn:
         return None
-    axis.legend()
+    _whole_steps(axis)
+    _add_legend(figure, axis)
     return figure
 
 
 def throughput(variants: Sequence[Variant]) -> "Figure":
     """Tokens a second, a bar for each variant; marks are its runs."""
-    figure, axis = _new(height=max(HEIGHT, 0.9 + 0.28 * len(variants)))
+    figure, axis = _new(height=max(HEIGHT, 0.9 + 0.36 * len(variants)))
     for number, variant in enumerate(variants):
         if variant.tokens_per_s is not None:
             speeds = [run.tokens_per_s for run in variant.runs if run.tokens_per_s is not None]
             axis.barh(number, variant.tokens_per_s, color=style_of(number)["color"], alpha=0.8)
             axis.plot(speeds, [number] * len(speeds), "k|", markersize=8)
-    axis.set_yticks(range(len(variants)), [v.name for v in variants])
+    axis.set_yticks(range(len(variants)), [textwrap.fill(v.name, LONGEST_NAME) for v in variants])
     axis.invert_yaxis()
-    axis.set(xlabel="tokens a second, median over steps", title="throughput in training")
+    axis.set(xlabel="tokens/s, median over steps", title="throughput in training")
     return figure
 
 
@@ -170,7 +202,7 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
 
 def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
     """Share of experts in use as a function of the threshold; None where no run was evaluated for it."""
-    figure, axis = _new()
+    figure, axis = _new(list(named))
     drawn = False
     for name, routes in named.items():
         shares = routes.activated_relative if relative else routes.activated
@@ -186,5 +218,5 @@ def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative
     axis.set_title("experts in use, beside a uniform load" if relative else "experts in use")
     if not drawn:
         return None
-    axis.legend()
+    _add_legend(figure, axis)
     return figure

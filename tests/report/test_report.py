@@ -19,6 +19,8 @@ from mhmoe_ray.runs.directory import Attempt, RunDir, add_attempt, create_run, m
 from mhmoe_ray.spec import DataSpec
 from tests.specs import tiny_spec
 
+pytestmark = pytest.mark.long
+
 MOE = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24}
 
 
@@ -121,7 +123,7 @@ def test_what_just_began_or_gave_up_does_not_move_the_step_at_which_others_are_c
     assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 20), ("b", 20)]
     page = " ".join((tmp_path / "out" / "report.html").read_text().split())
     assert f"as others did:</strong> {failed.id} (failed)." in page
-    assert "<td>began</td><td></td>" in page
+    assert '<td>began</td><td data-label="loss"></td>' in page
     goes_on = made(tmp_path, "on", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over=None)
     verdicts = write_report([*six(tmp_path), goes_on], tmp_path / "out")
     assert [(v.other, v.step) for v in verdicts] == [("mhmoe-h2", 10), ("on", 10)]
@@ -251,7 +253,7 @@ def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
     assert variant.late(metrics.BALANCE) == pytest.approx(1.2 + (1 / 19 + 1 / 20) / 2)
     assert variant.late(metrics.MFU) is None
     write_report(runs, tmp_path / "out")
-    assert "<td>3,010</td>" in (tmp_path / "out" / "report.html").read_text()
+    assert '<td data-label="tokens/s">3,010</td>' in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_seeds_that_only_one_has_are_left_out_and_one_seed_tells_nothing(tmp_path):
@@ -302,7 +304,7 @@ def test_bits_per_byte_are_of_one_step_which_is_named_where_losses_are_of_anothe
                 old.unlink()
             store_evaluation(run, [60] * 4, [0, 0, 0, 60, 40], step=step)
         write_report(runs, tmp_path / "out")
-        assert f"<td>{shown}</td><td>1.051</td>" in page.read_text()
+        assert f'<td data-label="bits/byte">{shown}</td>' in page.read_text()
 
 
 def test_of_evaluations_of_one_step_the_last_by_name_is_the_newest(tmp_path):
@@ -383,3 +385,39 @@ def test_mistakes(tmp_path):
         write_report(six(tmp_path), tmp_path / "out", baseline="smoe")
     with pytest.raises(RunError, match="none of the runs has numbers yet"):
         write_report([made(tmp_path, "a", 0, 3.0, steps=0)], tmp_path / "out")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_a_phone_and_a_laptop(tmp_path, browser, width):
+    names = [
+        "dense",
+        "smoe-top2-experts8",
+        "mhmoe-h2-experts16",
+        "mhmoe-h4-experts32-balance",
+        "deepseekmoe-fine",
+        "h8",
+    ]
+    moes = [None, *({**MOE, "experts": 4 * n} for n in range(1, 6))]
+    runs = [
+        made(tmp_path, name, s, 3.0 - 0.1 * s, moe=moe) for name, moe in zip(names, moes, strict=True) for s in (0, 1)
+    ]
+    write_report(runs, tmp_path / "report")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    browser.get((tmp_path / "report" / "report.html").as_uri())
+    for details in browser.find_elements("css selector", "details:not([open]) > summary"):
+        details.click()
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('body *')].filter(e => !e.closest('svg')"
+        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+
+
+def test_one_validation_is_a_number_and_no_curve(tmp_path):
+    write_report([made(tmp_path, "a", 0, 3.0, validated=20)], tmp_path / "report")
+    assert not list((tmp_path / "report").glob("loss_by_*.png"))
+    assert "20.09" in (tmp_path / "report" / "report.html").read_text()
