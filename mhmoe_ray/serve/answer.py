@@ -2,15 +2,18 @@
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.planner.sizes import sizes
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.detokenizer import TextDecoder, TextStream, TokenBytes
 from mhmoe_ray.serve.engine import Engine, FinishReason, Request, Scored
+from mhmoe_ray.spec import ModelSpec
 
 
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -45,16 +48,48 @@ class Piece(NamedTuple):
     """Set on the last piece only: the end of a document or a stop string, or a limit on tokens."""
 
 
+class ModelDetails(BaseModel):
+    """What people want to know of a model before they ask it."""
+
+    checkpoint: str
+    """The run's id and the checkpoint's name."""
+    parameters: int
+    active_parameters: int
+    """That one token uses at most."""
+    layers: int
+    experts: int
+    """Routed experts in each layer that has any; 0 for a dense model."""
+    top_k: int
+    heads: int
+    """Sub-tokens per token; 1 for a plain mixture of experts."""
+
+    @classmethod
+    def of(cls, checkpoint: str, model: ModelSpec) -> Self:
+        count, moe = sizes(model), model.moe
+        return cls(
+            checkpoint=checkpoint,
+            parameters=count.parameters,
+            active_parameters=count.active_parameters,
+            layers=model.layers,
+            experts=moe.experts if moe else 0,
+            top_k=moe.top_k if moe else 0,
+            heads=moe.heads if moe else 1,
+        )
+
+
 class Answerer:
     """An engine and the tokenizer of its model."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, details: ModelDetails
+    ) -> None:
         """Args:
         engine: computes.
         tokenizer: with tokens for the edges of a document.
         template: of conversations, where the model knows such.
+        details: of the model.
         """
-        self.engine, self.tokenizer, self.template = engine, tokenizer, template
+        self.engine, self.tokenizer, self.template, self.details = engine, tokenizer, template, details
         self.start = boundaries(tokenizer).start
         self.tokens = token_count(tokenizer)
         """Ids are below it."""

@@ -13,7 +13,7 @@ from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serve.answer import Answerer, edge_texts
+from mhmoe_ray.serve.answer import Answerer, ModelDetails, edge_texts
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine import Engine
 from mhmoe_ray.serve.vllm.folder import check_fits
@@ -81,5 +81,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: Manifest | No
     torch.set_num_threads(1)  # of this thread; the engine's own computes (see `TorchEngine`)
     manifest = manifest or read_manifest(checkpoint, parts=("weights",))
     tokenizer = load_run_tokenizer(checkpoint, manifest)
-    template = ChatTemplate.of_run(RunDir.of_checkpoint(checkpoint), *edge_texts(tokenizer))
-    return Answerer(load_engine(checkpoint, manifest, tokenizer, spec), tokenizer, template)
+    run = RunDir.of_checkpoint(checkpoint)
+    template = ChatTemplate.of_run(run, *edge_texts(tokenizer))
+    details = ModelDetails.of(f"{run.id}/{checkpoint.name}", manifest.model)
+    return Answerer(load_engine(checkpoint, manifest, tokenizer, spec), tokenizer, template, details)

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.data.tokenizer import boundaries, token_count
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serve.answer import Answerer
+from mhmoe_ray.serve.answer import Answerer, ModelDetails
 from mhmoe_ray.serve.chat_template import ChatTemplate
 from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
@@ -23,4 +23,4 @@ def answerer_of(
         template: of conversations.
     """
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
-    return Answerer(engine, tokenizer, template)
+    return Answerer(engine, tokenizer, template, ModelDetails.of("tiny-abc123/step_00000040.1", model.spec))

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import re
-import shutil
 
 import pytest
 
@@ -27,19 +26,24 @@ def test_the_page_may_run_its_own_script_and_no_other(answerer):
     assert "default-src 'none'" in policy
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
+@pytest.mark.system
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_and_its_examples_fill_the_prompt(browser, answerer, width):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
 
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver, Debian's packages chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=900,700"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with running(create_app(answerer, "tiny-abc123", ServeSpec())) as url:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.get(url)
+        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#facts li"))
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        browser.find_elements(By.CSS_SELECTOR, "#examples button")[0].click()
+        assert browser.find_element(By.ID, "prompt").get_attribute("value") == "Once upon a time"
+        assert browser.find_element(By.ID, "go").text == "Generate"
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.system
@@ -74,6 +78,9 @@ def test_a_prompt_is_answered_as_it_is_made_and_can_be_stopped(browser, tokenize
             ask(20)
             until(lambda: at("status").text.startswith("20 tokens in "))
             assert at("model").text == "tiny-abc123"
+            facts = [item.text for item in at("facts").find_elements(By.TAG_NAME, "li")]
+            assert "checkpoint tiny-abc123/step_00000040.1" in facts
+            assert any("experts, top-" in fact for fact in facts)
             assert at("answer").text.startswith("the quick brown")
             assert len(at("answer").text) > len("the quick brown")
 

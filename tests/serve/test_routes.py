@@ -111,7 +111,7 @@ LONG = "the quick brown fox " * 60_000
 def test_the_server_does_other_things_while_a_long_prompt_is_encoded(answerer, path, body, status):
     template = ChatTemplate("{{ messages[0].content }}", "", "")
     spec = ServeSpec(max_body_bytes=10_000_000)
-    app = create_app(Answerer(answerer.engine, answerer.tokenizer, template), "tiny", spec)
+    app = create_app(Answerer(answerer.engine, answerer.tokenizer, template, answerer.details), "tiny", spec)
 
     async def ask():
         """The answer, seconds until it came, and the longest of them in a row without a turn for others."""
@@ -365,6 +365,7 @@ def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(toke
     stop=st.lists(st.text("aeiou th", min_size=1, max_size=2), max_size=2),
     echo=st.booleans(),
 )
+@pytest.mark.long
 def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo):
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=40))
     body = {"prompt": "the", "temperature": temperature, "seed": seed, "stop": stop, "echo": echo}

@@ -129,7 +129,8 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> Model:
         service.check_model(name)
-        return Model(id=service.model, created=service.started, max_model_len=answerer.engine.seq_len)
+        length = answerer.engine.seq_len
+        return Model(id=service.model, created=service.started, max_model_len=length, details=answerer.details)
 
     @routes.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> Tokens:

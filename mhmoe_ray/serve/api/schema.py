@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mhmoe_ray.serve.answer import ModelDetails
 from mhmoe_ray.serve.engine import Sampling
 
 MOST_CHOICES = 128
@@ -259,6 +260,7 @@ class Model(BaseModel):
     owned_by: Literal["mhmoe-ray"] = "mhmoe-ray"
     max_model_len: int
     """Tokens that prompt and answer may have together."""
+    details: ModelDetails
 
 
 class ModelList(BaseModel):
