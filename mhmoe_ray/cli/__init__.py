@@ -2,13 +2,14 @@
 
     app.py         wires the commands; errors become one line and an exit code
     common.py      options and their completion, consoles, reading specs and checkpoints, numbers and tables
-    jobs.py        the cluster a command runs on, and modules of ours as jobs of it
+    verbs.py       hints for commands that are not there
+    jobs.py        the cluster a command runs on, and following its jobs
     submit.py      start a run            follow.py     follow it to its end
     runs.py        list, resume, stop, rm
     status.py      how a run goes         logs.py       what it wrote
     plan.py, plan_tables.py                 what a spec means
     plan_placement.py, plan_estimate.py     where ranks will be; on paper
-    presets.py     models by name
+    presets.py     models by name         schema.py     what a spec may hold
     data.py        sample text, prepare   data_mix.py   the mixture that training reads
     data_inspect.py, data_inspect_view.py   what is in raw text, and what is wrong with it
     serve.py, serve_choice.py               answers over HTTP

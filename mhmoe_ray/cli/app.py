@@ -20,14 +20,17 @@ from mhmoe_ray.cli import (
     report,
     routing,
     runs,
+    schema,
     serve,
     status,
     submit,
     sweep,
 )
+from mhmoe_ray.cli.verbs import Verbs
 from mhmoe_ray.errors import MhmoeError
 
 app = typer.Typer(
+    cls=Verbs,
     help="Train, inspect and serve Multi-Head Mixture-of-Experts language models on Ray.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,6 +55,7 @@ def _root(
 
 app.command("plan")(plan.plan)
 app.command("presets")(presets.presets)
+app.command("schema")(schema.schema)
 app.command("submit")(submit.submit)
 app.command("status")(status.status)
 app.command("list")(runs.list_)

@@ -28,6 +28,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     read_spec,
 )
+from mhmoe_ray.cli.verbs import Verbs
 from mhmoe_ray.train import malloc
 
 
@@ -263,7 +264,7 @@ def commands(
     out.print(number_table(["", "median", "longest"], rows))
 
 
-app = typer.Typer(help="Measure, side by side.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Measure, side by side.", no_args_is_help=True)
 
 
 @app.callback()

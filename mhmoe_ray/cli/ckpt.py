@@ -18,8 +18,9 @@ from mhmoe_ray.cli.common import (
     pick_checkpoint,
     print_json,
 )
+from mhmoe_ray.cli.verbs import Verbs
 
-app = typer.Typer(help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Inspect, verify, export and import checkpoints.", no_args_is_help=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from mhmoe_ray.cli.common import (
     read_spec,
 )
 from mhmoe_ray.cli.jobs import LOCAL_CPUS
+from mhmoe_ray.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.doctor import Finding
@@ -55,7 +56,9 @@ def _show(finding: "Finding") -> None:
         out.print(Text(f"{'':<9}{finding.fix}", style="dim"), soft_wrap=True)
 
 
-app = typer.Typer(help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Verbs, help="Ray clusters: one on this machine to start and stop, others to choose.", no_args_is_help=True
+)
 
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Of a cluster; `local` is the one on this machine.")]
 

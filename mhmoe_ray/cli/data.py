@@ -25,6 +25,7 @@ from mhmoe_ray.cli.common import (
     say,
 )
 from mhmoe_ray.cli.follow import PreparingView
+from mhmoe_ray.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -161,7 +162,7 @@ def _large(folder: Path, cache: Path, json: bool) -> None:
         raise DataError(f"data sample {folder}", shortfall, "see the warnings above, then run it again")
 
 
-app = typer.Typer(help="Make, inspect and prepare training text.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Make, inspect and prepare training text.", no_args_is_help=True)
 app.command("sample")(sample)
 app.command("inspect")(data_inspect.inspect)
 app.command("lint")(data_inspect.lint)

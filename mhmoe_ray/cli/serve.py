@@ -21,6 +21,7 @@ from mhmoe_ray.cli.common import (
     print_json,
     say,
 )
+from mhmoe_ray.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
 
 
-app = typer.Typer(help="Serve checkpoints.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Serve checkpoints.", no_args_is_help=True)
 
 APPLICATION = "mhmoe"
 SERVE_CPUS = 1  # beside the replicas' own, for what else runs on a local cluster

@@ -20,6 +20,7 @@ from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
 from mhmoe_ray.planner.sizes import dense_width
 from mhmoe_ray.spec import ModelSpec, ReferenceSpec, RunSpec, checked, read_tree
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.hints import NEAR
 
 DEFAULT_SIZE: SizeName = "tiny"
 
@@ -37,7 +38,7 @@ def find_preset(name: str, size: SizeName | None = None) -> Preset:
     if name in FAMILIES:
         return FAMILIES[name].at(size or DEFAULT_SIZE)
     if name not in models():
-        near = difflib.get_close_matches(name, [*FAMILIES, *models()], n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*FAMILIES, *models()], n=1, cutoff=NEAR)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise SpecError(f"preset {name}", "there is none of this name", f"{hint}`mhmoe presets` lists them all")
     if size is not None:

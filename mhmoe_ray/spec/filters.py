@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.hints import NEAR
 
 Bucket = Literal["head", "middle", "tail"]
 
@@ -61,7 +62,7 @@ class SignalRule(NamedTuple):
             raise ValueError("write a rule as `signal op number`, for example rps_doc_word_count >= 50")
         signal, comparison, bound = match.groups()
         if signal not in SIGNALS:
-            near = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(signal, sorted(SIGNALS), n=1, cutoff=NEAR)
             raise ValueError(f"there is no signal {signal!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if not math.isfinite(number := float(bound)):
             raise ValueError(f"a bound is a finite number, and {bound} is none")

@@ -1,6 +1,5 @@
 """Read a spec from YAML with `a.b=c` overrides; a mistake is one line that names the key and the nearest right one."""
 
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.spec.hints import hint
 from mhmoe_ray.spec.run import RunSpec
 from mhmoe_ray.spec.serve import DeploySpec
 from mhmoe_ray.spec.site import SiteSpec
@@ -180,8 +180,8 @@ def _explain(section: type[BaseModel], error: ValidationError, what: str, below:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(section, first["loc"][:-1]) + (list(also) if len(first["loc"]) == 1 else [])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
-        fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        *place, key = map(str, first["loc"])
+        fix = hint(key, below + "".join(f"{part}." for part in place), known)
         return SpecError(what, f"unknown key {where!r}", fix + more)
     if first["type"] == "missing":
         return SpecError(what, f"{where!r} is missing", f"add it{more}")

@@ -15,7 +15,7 @@ def test_a_spec_written_out_reads_back_equal(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     assert load_resolved_spec(tmp_path / "spec.yaml") == spec
     assert spec.train.lr == 1e-3
-    assert spec.cluster.dp == 2
+    assert spec.cluster.mesh_sizes() == {"dp": 2, "ep": 1}
 
 
 @pytest.mark.parametrize(

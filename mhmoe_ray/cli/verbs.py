@@ -1,0 +1,64 @@
+"""Commands that are not there: the one that is meant, by its name in other tools or by a near spelling."""
+
+import difflib
+from typing import Any
+
+from typer.core import TyperGroup
+
+NEAR = 0.7
+"""Similarity from which a spelling counts as meant (difflib's ratio)."""
+
+_NAMES: dict[str, str] = {
+    "submit": "train fit run launch start pretrain finetune sbatch qsub accelerate torchrun",
+    "status": "info show describe get state watch top progress",
+    "list": "ls ps runs jobs history",
+    "logs": "log tail console",
+    "stop": "kill cancel terminate end abort scancel",
+    "resume": "continue restart retry",
+    "rm": "delete remove del purge",
+    "generate": "infer inference predict chat complete sample ask",
+    "eval": "evaluate test lm-eval lm_eval score validate",
+    "routing": "routes experts router",
+    "report": "compare plot dashboard html",
+    "sweep": "tune grid search hpo",
+    "bench": "benchmark profile perf",
+    "plan": "estimate cost config resolve dry-run memory",
+    "schema": "jsonschema json-schema keys options",
+    "presets": "models init new template zoo",
+    "doctor": "check diagnose env",
+    "data prepare": "prepare tokenize tokenise preprocess pack",
+    "data inspect": "inspect",
+    "data sample": "download fetch dataset datasets",
+    "data lint": "lint",
+    "ckpt export": "export convert push upload save",
+    "ckpt import": "import load from-hf from_hf",
+    "ckpt inspect": "checkpoint checkpoints",
+    "serve deploy": "deploy server api serve-model",
+    "cluster up": "up init-cluster ray",
+    "cluster down": "down shutdown teardown",
+    "cluster use": "use connect login attach",
+    "cluster render": "render kuberay slurm k8s kubernetes",
+}  # fmt: skip
+_COMMAND_OF = {name: command for command, names in _NAMES.items() for name in names.split()}
+
+
+class Verbs(TyperGroup):
+    """A group of commands that answers an unknown one with the one that is meant, or with all that there are."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            ctx.fail(f"there is no command {name!r}{self._hint(ctx, name.lower())}")
+        return super().resolve_command(ctx, args)
+
+    def _hint(self, ctx: Any, name: str) -> str:
+        command = _COMMAND_OF.get(name)
+        path: list[str] = []
+        outer = ctx  # of a group within, such as `data`
+        while outer.parent is not None:
+            path, outer = [outer.info_name, *path], outer.parent
+        if command and path == command.split()[: len(path)]:
+            return f"; did you mean `mhmoe {command}`?"
+        if near := difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=NEAR):
+            return f"; did you mean `{' '.join(['mhmoe', *path, near[0]])}`?"
+        return f"; there are {', '.join(self.list_commands(ctx))}"
