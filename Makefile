@@ -78,6 +78,8 @@ check: .venv/installed-dev
 
 render: .venv/installed
 	$(BIN)/mhmoe cluster render cluster/site.yaml
+	$(BIN)/mhmoe schema > jobs/spec.schema.json
+	$(BIN)/mhmoe schema sweep > jobs/sweep.schema.json
 
 clean:
 	rm -rf .venv .venv-vllm runs/quickstart-* data/quickstart data/sample

@@ -6,5 +6,6 @@ match.py        width and count of experts that equal a reference, and the compa
 sizes.py        parameters, multiply-adds, bytes of numbers
 placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   traffic.py      bytes that ranks exchange, by link
+schema.py       JSON schemas of the files that users write
 expert_step.py  work and traffic of the expert step       estimate.py     how long a step takes
 """

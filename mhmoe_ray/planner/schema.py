@@ -1,0 +1,39 @@
+"""JSON schemas of the files that users write, for editors and for tools that make such files."""
+
+from typing import Any
+
+from mhmoe_ray.planner.resolve import Shorthands
+from mhmoe_ray.spec import RunSpec, SweepSpec
+
+_FROM_PRESET = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
+"""Sections that a preset fills, so that a file need not have all keys that they need."""
+
+
+def spec_schema() -> dict[str, Any]:
+    """Return the schema of a run's spec, shorthands such as `preset` included."""
+    schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
+    definitions = schema["$defs"] | shorthands.get("$defs", {})
+    for name in _FROM_PRESET:
+        definitions[name].pop("required", None)
+    definitions["DataSpec"]["required"] = ["sources", "prepared"]
+    # A number of workers stands for the same smallest and largest one.
+    workers = definitions["WorkerRange"]
+    definitions["WorkerRange"] = {"anyOf": [{"type": "integer", "minimum": 1}, workers], "title": "WorkerRange"}
+    properties = schema["properties"] | shorthands["properties"]
+    properties["storage"] = {"type": "string", "default": "runs", "description": properties["storage"]["description"]}
+    properties["reference"]["anyOf"].insert(0, {"type": "string"})  # the name of a preset
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "$defs": definitions,
+        "title": "A run of mhmoe-ray",
+        "properties": properties,
+        "required": ["name", "data"],
+        "anyOf": [{"required": ["model", "train"]}, {"required": ["preset"]}],
+    }
+
+
+def sweep_schema() -> dict[str, Any]:
+    """Return the schema of a sweep's file."""
+    schema = SweepSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of mhmoe-ray"}

@@ -1,0 +1,54 @@
+"""The schemas take every file of jobs/ and refuse what the loader refuses."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from mhmoe_ray.planner.schema import spec_schema, sweep_schema
+
+FILES = sorted(Path("jobs").rglob("*.yaml"))
+SCHEMAS = {"spec": spec_schema(), "sweep": sweep_schema()}
+
+
+def kind_of(tree) -> str:
+    return "sweep" if "sizes" in tree else "spec"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_file_of_jobs_fits_its_schema_and_names_it(file):
+    tree = yaml.safe_load(file.read_text())
+    jsonschema.validate(tree, SCHEMAS[kind_of(tree)])
+    first = file.read_text().splitlines()[0]
+    assert first.startswith("# yaml-language-server: $schema=")
+    assert json.loads((file.parent / first.partition("=")[2]).read_text()) == SCHEMAS[kind_of(tree)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modle": {}},
+        {"train": {"learning_rate": 1}},
+        {"train": {"steps": "many"}},
+        {"model": {"backbone": "mistral"}},
+        {"cluster": {"workers": 0}},
+        {"data": {"sources": {}}},
+    ],
+)
+def test_a_mistake_is_refused(change):
+    tree = yaml.safe_load(Path("jobs/quickstart.yaml").read_text())
+    for key, value in change.items():
+        tree[key] = {**tree.get(key, {}), **value}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tree, SCHEMAS["spec"])
+
+
+def test_a_preset_takes_the_place_of_a_model():
+    tree = yaml.safe_load(Path("jobs/quickstart.yaml").read_text())
+    short = {"name": "a", "preset": "mhmoe", "size": "tiny", "data": tree["data"]}
+    jsonschema.validate(short, SCHEMAS["spec"])
+    del short["preset"], short["size"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(short, SCHEMAS["spec"])
