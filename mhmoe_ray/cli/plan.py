@@ -10,6 +10,7 @@ from mhmoe_ray.cli.common import (
     SetOption,
     SpecArg,
     facts,
+    note,
     out,
     print_json,
     print_whole,
@@ -52,9 +53,12 @@ def plan(
         resolved = read_spec(spec, set_)
         placed = placement(resolved, address)
     layout, found = placed.layout, plan_estimate.estimated(resolved, placed.layout)
+    warnings = data_warnings(resolved)
+    for line in warnings:
+        note.print(f"warning: {line}", soft_wrap=True)
     if json:
         estimate = plan_estimate.as_dict(resolved, layout, found) if nodes and layout and found else None
-        print_json({**as_dict(resolved, placed), "estimate": estimate})
+        print_json({**as_dict(resolved, placed), "estimate": estimate, "warnings": warnings})
         return
     show(resolved, found)
     for title, table in plan_tables.tables(resolved, placed):
@@ -69,6 +73,29 @@ def plan(
         for title, table in plan_estimate.tables(resolved, layout, found):
             out.print(f"\n{title}", style="bold")
             print_whole(table)
+
+
+def data_warnings(spec: "RunSpec") -> list[str]:
+    """Return what would end a run before its first step: text and tokenizers of this machine that are not there, and a
+    prepared folder that was made otherwise. A plan may be made before they exist."""
+    from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
+    from mhmoe_ray.data.sources.find import problems
+    from mhmoe_ray.data.tokenizer.load import read_given
+    from mhmoe_ray.errors import DataError
+
+    data = spec.data
+    found: list[DataError] = []
+    try:
+        manifest = read_data_manifest(data.prepared)
+        if manifest is not None:
+            check_recipe(data.prepared, manifest, spec)
+        else:
+            found += problems(data)
+            if data.tokenizer:
+                read_given(data.tokenizer, data.tokenizer_pattern)
+    except DataError as e:
+        found.append(e)
+    return [str(error) for error in found]
 
 
 def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:

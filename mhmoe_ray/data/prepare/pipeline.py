@@ -41,6 +41,7 @@ from mhmoe_ray.data.shards.manifest import (
     require_data_manifest,
 )
 from mhmoe_ray.data.sources import Tally, blocks_of, find_files
+from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, store_given, train_tokenizer
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
@@ -93,7 +94,7 @@ class _Preparation:
         self._spec, self._data, self._place = spec, spec.data, place
         self._tokenizer = place.result / "tokenizer.json"
         self._token_bytes = token_bytes_for(spec.model.vocab_size)
-        self._files = find_files(spec.data)
+        self._files, self._fingerprints = find_files(spec.data), fingerprints(spec.data)
         self._limit = Limit(spec.data, self._files)
         self._report = Report(place.shared, sum(file.size for file in self._files))
 
@@ -118,6 +119,7 @@ class _Preparation:
         chosen, figures = ray.get(finish.remote(self._place.result, held_out, shards, self._spec, self._token_bytes))
         manifest = DataManifest(
             recipe=recipe(self._spec),
+            fingerprints=self._fingerprints,
             seq_len=self._data.seq_len,
             token_bytes=self._token_bytes,
             tokenizer_sha256=describe_file(self._tokenizer).sha256,

@@ -6,12 +6,14 @@
   tokenizer.json  quarantine.jsonl  manifest.json
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file
@@ -68,6 +70,8 @@ class Baselines(BaseModel):
 class DataManifest(BaseModel):
     recipe: dict[str, Any]
     """The settings that made the folder."""
+    fingerprints: dict[str, str] = {}
+    """What each source of the machine held (`data/sources/find.py`), by which text that was moved is known."""
     seq_len: int
     token_bytes: int
     """2 or 4: little-endian unsigned integers."""
@@ -138,12 +142,31 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 
 
 def data_digest(folder: Path) -> str:
-    """SHA-256 of a prepared folder's manifest, by which checkpoints know what they were trained on."""
-    return describe_file(folder / "manifest.json").sha256
+    """Return the hash by which checkpoints know what they were trained on: that of the manifest, without the paths of
+    sources that have a fingerprint. Folders of earlier versions, without fingerprints, are known by the whole file."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    if not manifest.get("fingerprints"):
+        return describe_file(folder / "manifest.json").sha256
+    sources = manifest["recipe"]["sources"]
+    manifest["recipe"]["sources"] = {k: path for k, path in sources.items() if k not in manifest["fingerprints"]}
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 PreparedAs = tuple[Path, str]
 """A folder, and the recipe by which it is to be prepared."""
+
+
+def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
+    """Whether sources that lie elsewhere now hold what they held."""
+    made, wanted = manifest.recipe["sources"], recipe(spec)["sources"]
+    moved = {name for name in wanted if made.get(name) != wanted[name]}
+    if made.keys() != wanted.keys() or not moved <= manifest.fingerprints.keys():
+        return False
+    try:
+        now = fingerprints(spec.data)
+    except DataError:  # the text is not there; what the caller says names both places
+        return False
+    return all(now.get(name) == manifest.fingerprints[name] for name in moved)
 
 
 def prepared_as(spec: RunSpec) -> PreparedAs:
@@ -184,13 +207,13 @@ def prepared_for(spec: RunSpec) -> DataManifest:
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """The folder was made with the settings of this spec.
+    """The folder was made with the settings of this spec, and from the same text, which may have been moved.
 
     Raises:
         DataError: it was not; the first differing setting is named.
     """
     for key, wanted in recipe(spec).items():
         made = manifest.recipe.get(key)
-        if made != wanted:
+        if made != wanted and not (key == "sources" and _is_same_text(manifest, spec)):
             why = f"it was made with {key} = {made}, and the spec says {wanted}"
             raise DataError(f"prepared data {folder}", why, "set data.prepared to another folder, or remove this one")

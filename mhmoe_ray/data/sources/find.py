@@ -4,6 +4,7 @@ A file's domain is the folder right below the source's path, in RedPajama-V2 its
 itself are of the domain `all`.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,9 @@ FILES_ALONE = 1000
 BLOCK_BYTES = 4 << 20
 """That fill one of several files."""
 
+FIRST_BYTES = 4096
+"""Of a file, that its fingerprint takes: two files that differ later have other sizes nearly always."""
+
 _PREPARED = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
 """Files of a prepared folder that no other has together."""
 _PARTIAL = re.compile(r"\.partial-[0-9a-f]{8}/")
@@ -44,6 +48,39 @@ def find_files(spec: DataSpec) -> list[RawFile]:
     found = []
     for name, source in spec.sources.items():
         found += _of_source(name, source, spec.subfolders(name), spec.prepared)
+    return found
+
+
+def problems(spec: DataSpec) -> list[DataError]:
+    """Return what is wrong with the sources of this machine; object stores are not asked."""
+    found = []
+    for name, source in spec.sources.items():
+        if "://" not in source.path:
+            try:
+                _of_source(name, source, spec.subfolders(name), spec.prepared)
+            except DataError as e:
+                found.append(e)
+    return found
+
+
+def fingerprints(spec: DataSpec) -> dict[str, str]:
+    """Return what the sources of this machine hold, wherever they lie: by the name of a source a hash over the names,
+    sizes and first bytes of its files. An object store is known by its URI.
+
+    Raises:
+        DataError: as `find_files`.
+    """
+    found = {}
+    for name, source in spec.sources.items():
+        if "://" in source.path:
+            continue
+        root = Storage(source.path).files().root
+        digest = hashlib.sha256()
+        for file in _of_source(name, source, spec.subfolders(name), spec.prepared):
+            with Path(file.path).open("rb") as stream:
+                first = hashlib.sha256(stream.read(FIRST_BYTES)).hexdigest()
+            digest.update(f"{file.domain}\0{below(root, file.path)}\0{file.size}\0{first}\n".encode())
+        found[name] = digest.hexdigest()
     return found
 
 

@@ -1,10 +1,15 @@
 """What a prepared folder was made with, and what lies in it now."""
 
+import json
+import shutil
+
 import pytest
 
 from mhmoe_ray.data.shards.manifest import check_recipe, data_digest, read_data_manifest, recipe, require_data_of
+from mhmoe_ray.data.sources.find import fingerprints
 from mhmoe_ray.errors import DataError
 from tests.data.shards.manifests import manifest_of
+from tests.data.texts import write_corpus
 from tests.specs import tiny_spec
 
 
@@ -59,11 +64,40 @@ def test_a_folder_without_a_whole_manifest_is_none_of_ours(tmp_path):
 
 
 def test_a_checkpoint_counts_in_the_data_it_was_trained_on_and_no_other(tmp_path):
-    (tmp_path / "manifest.json").write_text("one")
+    (tmp_path / "manifest.json").write_text('{"recipe": 1}')
     trained_on = data_digest(tmp_path)
     require_data_of(trained_on, tmp_path, "or submit a new run")
-    (tmp_path / "manifest.json").write_text("another")
+    (tmp_path / "manifest.json").write_text('{"recipe": 2}')
     with pytest.raises(
         DataError, match=r"it is not what .* was trained on; restore the folder .*, or submit a new run"
     ):
         require_data_of(trained_on, tmp_path, "or submit a new run")
+
+
+def test_text_that_was_moved_is_the_same_and_other_text_is_not(tmp_path):
+    write_corpus(tmp_path / "old/raw")
+    spec = tiny_spec(tmp_path / "old")
+    manifest = manifest_of({}, recipe(spec)).model_copy(update={"fingerprints": fingerprints(spec.data)})
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    moved = tiny_spec(tmp_path / "new")
+    check_recipe(tmp_path, manifest, moved)
+    with pytest.raises(DataError, match="it was made with sources = "):  # a folder of an earlier version
+        check_recipe(tmp_path, manifest.model_copy(update={"fingerprints": {}}), moved)
+
+    file = next((tmp_path / "new/raw").rglob("*.jsonl"))
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+    with pytest.raises(DataError, match=r"it was made with sources = .*old/raw.*, and the spec says .*new/raw"):
+        check_recipe(tmp_path, manifest, moved)
+    check_recipe(tmp_path, manifest, spec)
+    shutil.rmtree(tmp_path / "old/raw")  # where it was made from, nothing needs the text any more
+    check_recipe(tmp_path, manifest, spec)
+
+
+def test_checkpoints_know_data_by_what_it_holds_and_not_by_where_its_text_lay(tmp_path):
+    def digest(path, fingerprint, seq_len=16):
+        manifest = {"recipe": {"sources": {"web": path}, "seq_len": seq_len}, "fingerprints": {"web": fingerprint}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return data_digest(tmp_path)
+
+    assert digest("/old/raw", "one") == digest("/new/raw", "one")
+    assert len({digest("/old/raw", "one"), digest("/old/raw", "two"), digest("/old/raw", "one", 32)}) == 3

@@ -18,6 +18,8 @@ from mhmoe_ray.data.sources import BadLine, Document, Reason
 from tests.data.sources.damage import Edit, damaged, edits, untouched
 from tests.data.sources.read import read, texts
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = 2000 if hypothesis.settings.get_current_profile_name() == "explore" else 150
 LIMIT = 3000  # bytes of a document
 MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04", b"\x04\x22\x4d\x18")

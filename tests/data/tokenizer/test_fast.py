@@ -22,6 +22,8 @@ from mhmoe_ray.data.tokenizer.train import train_bpe, train_unigram
 from tests.data.tokenizer.texts import SCRIPTS, texts
 from tests.llama_tokenizer import llama_tokenizer
 
+pytestmark = pytest.mark.long
+
 CODE = Path(__file__).read_text()
 TRAINED = train_bpe([*SCRIPTS, CODE] * 2, 1200)
 LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}

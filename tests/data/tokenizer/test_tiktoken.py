@@ -14,6 +14,8 @@ from mhmoe_ray.data.tokenizer.train import train_bpe
 
 from .texts import SCRIPTS, texts
 
+pytestmark = pytest.mark.long
+
 CODE = Path(__file__).read_text()
 
 
