@@ -29,6 +29,8 @@ PRIVATE_NAMES = {
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": _TRAIN + "constants",
     "WorkerGroupStartupTimeoutError": _TRAIN + "exceptions",
     "get_train_context": _TRAIN + "execution.context",
+    # The accelerators of this machine, as `ray start` counts them (`cluster/nodes.py`).
+    "get_accelerator_manager_for_resource": "ray._private.accelerators",
     # What Ray sends with a job, and how large it may be (`cluster/jobs.py`).
     "GCS_STORAGE_MAX_SIZE": _PACKAGING,
     "_get_excludes": _PACKAGING,

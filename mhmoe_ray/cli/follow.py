@@ -191,7 +191,7 @@ class _View:
         elif kind == "preparing":
             note.print(f"preparing data in {event['folder']}", soft_wrap=True)
         elif kind == "waiting":
-            note.print("waiting: the cluster has no room for its workers now; `mhmoe plan` has what they need")
+            note.print(f"waiting for room: {event.get('missing', 'the cluster has none for its workers now')}")
         elif kind == "started":
             again = "" if event["group"] == 1 else f", start {event['group']} of the workers"
             places = f"{events.workers(event)} workers, {events.mesh(event)}"

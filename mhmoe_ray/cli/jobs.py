@@ -12,6 +12,7 @@ from mhmoe_ray.cli.common import STORAGE, detaching, note, say
 if TYPE_CHECKING:
     from mhmoe_ray.cluster.connect import Connection
     from mhmoe_ray.cluster.remote import SubmittedJob
+    from mhmoe_ray.planner.placement import Node
     from mhmoe_ray.runs.directory import RunDir
     from mhmoe_ray.spec import ClusterSpec, RunSpec
     from mhmoe_ray.storage import Location
@@ -53,8 +54,58 @@ def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int,
 
 
 def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
-    """The cluster that a run of this spec goes to; otherwise as `cluster_for`."""
-    return cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
+    """The cluster that a run of this spec goes to; otherwise as `cluster_for`.
+
+    Raises:
+        ClusterError: also where the cluster can never hold the run's workers.
+    """
+    check_gpus_of_this_machine(spec, address)
+    connection = cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
+    check_room(spec, connection)
+    return connection
+
+
+def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
+    """Refuse a run with GPUs before a local cluster is started for it, on a machine that has none.
+
+    Raises:
+        ClusterError: a local cluster would be started, and can never hold the run.
+    """
+    from mhmoe_ray.cluster.connect import connect_if_there
+    from mhmoe_ray.cluster.nodes import gpus_of_this_machine
+    from mhmoe_ray.planner.placement import Node
+
+    if spec.cluster.gpus_per_worker and connect_if_there(address) is None:
+        here = Node("this machine", max(spec.cluster.cpus, LOCAL_CPUS), gpus_of_this_machine())
+        _check_room(spec, [here], "local cluster")
+
+
+def check_room(spec: "RunSpec", connection: "Connection") -> None:
+    """Refuse a run that its cluster can never hold; of one that may grow, say what the run will wait for.
+
+    Raises:
+        ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
+    """
+    from mhmoe_ray.cluster.nodes import whole_nodes
+    from mhmoe_ray.errors import ClusterError
+
+    try:
+        _check_room(spec, whole_nodes(connection), f"cluster {connection.address}")
+    except ClusterError as e:
+        if connection.local:
+            raise
+        note.print(f"warning: {e.why}; the run waits until nodes join, and `mhmoe status` shows it", soft_wrap=True)
+
+
+def _check_room(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
+    from mhmoe_ray.errors import ClusterError
+    from mhmoe_ray.planner.placement import missing_room
+
+    cluster = spec.cluster
+    missing = missing_room(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
+    if missing:
+        gpus = "set cluster.gpus_per_worker to 0, or " if cluster.gpus_per_worker else "lower cluster.workers, or "
+        raise ClusterError(name, missing, f"{gpus}name a larger cluster with --address")
 
 
 def name_of(run: "RunDir") -> str:

@@ -42,7 +42,7 @@ def view(found: dict[str, Any]) -> RenderableType:
 def _rows(found: dict[str, Any]) -> dict[str, str | None]:
     from mhmoe_ray.runs import events
 
-    rows = {"why": found["reason"], "imported from": found["source"]}
+    rows = {"why": found["reason"], "waits for room": found["missing"], "imported from": found["source"]}
     rows |= _progress(found)
     rows |= _quality(found)
     rows |= _speed(found)

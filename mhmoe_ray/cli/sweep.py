@@ -302,7 +302,11 @@ def _start(
     client.check_same(place, wanted)
     cpus = max(spec.cluster.cpus for spec in specs) * concurrent
     needed = [specs[0].storage, *{spec.data.prepared for spec in specs}]
+    for spec in specs:
+        jobs.check_gpus_of_this_machine(spec, address)
     connection = jobs.cluster_for(specs[0].cluster, needed, cpus, address)
+    for spec in specs:
+        jobs.check_room(spec, connection)
     again = len({run.name for run in wanted} & place.runs().keys())
     told = f"; {again} of them were started before" if again else ""
     note.print(f"sweep {place.name}: {len(wanted)} runs, {concurrent} at a time{told}", soft_wrap=True)

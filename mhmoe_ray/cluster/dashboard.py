@@ -168,6 +168,13 @@ def is_loopback(address: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def is_loopback_ip(ip: str) -> bool:
+    """Whether only this machine reaches an address, which may be an IPv4 one written as IPv6 (::ffff:127.0.0.1)."""
+    parsed = ipaddress.ip_address(ip)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_loopback
+
+
 def unreachable(address: str, error: Exception) -> ClusterError:
     """What to say when a request got no answer."""
     import requests

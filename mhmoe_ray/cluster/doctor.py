@@ -5,7 +5,6 @@ of Ray on this machine that others can reach; the folder that holds run director
 findings one by one, as it makes them.
 """
 
-import ipaddress
 import os
 import platform
 import resource
@@ -162,7 +161,7 @@ def port_findings() -> Iterator[Finding]:
     found: set[tuple[str, str, int]] = set()
     for connection in listening:
         kind = _kind(connection.pid) if connection.pid else None
-        if kind and connection.laddr and not ipaddress.ip_address(connection.laddr.ip).is_loopback:
+        if kind and connection.laddr and not dashboard.is_loopback_ip(connection.laddr.ip):
             found.add((kind, connection.laddr.ip, connection.laddr.port))
     boards = [place for place in found if place[0] == "dashboard" and dashboard.is_open(dashboard.url_at(*place[1:]))]
     for _, host, port in sorted(boards):

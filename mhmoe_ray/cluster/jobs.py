@@ -142,6 +142,7 @@ def request(
     submission_id: str,
     *,
     local: bool,
+    python: str = "python",
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -151,12 +152,13 @@ def request(
         args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
         submission_id: the job's name on the cluster; never used twice.
         local: whether the cluster is one that we started (`Connection.local`). Then the job runs in this very Python;
-            on another cluster in its own, to which our packages are sent.
+            on another cluster in `python`, and our packages are sent there.
+        python: the interpreter on the head of another cluster, as its shell takes it.
         runtime_env: Ray's runtime environment of the job.
         metadata: strings kept with the job.
     """
     return {
-        "entrypoint": shlex.join([sys.executable if local else "python", *args]),
+        "entrypoint": shlex.join([sys.executable if local else python, *args]),
         "submission_id": submission_id,
         "runtime_env": dict(runtime_env or {}) if local else with_packages(runtime_env or {}),
         "metadata": dict(metadata or {}),

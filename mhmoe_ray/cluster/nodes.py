@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 from urllib.parse import urlencode
 
 from mhmoe_ray.cluster import dashboard
@@ -34,6 +35,45 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
         cpus, gpus = (max(0.0, total.get(kind, 0.0) - taken.get(kind, 0.0)) for kind in ("CPU", "GPU"))
         found.append(Node(name, cpus, gpus, domains.get(node["nodeId"], "")))
     return found
+
+
+def whole_nodes(connection: Connection) -> list[Node]:
+    """Return the nodes that are alive with all that they have, in use or free.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    alive, _ = dashboard.nodes(connection.address, connection.token)
+    totals = [(node["nodeManagerHostname"], node["resourcesTotal"]) for node in alive]
+    return [Node(host, total.get("CPU", 0.0), total.get("GPU", 0.0)) for host, total in totals]
+
+
+def gpus_of_this_machine() -> int:
+    """Return as many GPUs as a Ray that is started here would have."""
+    from mhmoe_ray.ray_compat import get_accelerator_manager_for_resource
+
+    return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
+
+
+_PYTHON = re.compile(r"--python_worker_command=(.+?) \S*/(?:setup_worker|default_worker)\.py")
+_OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
+"""Keys of a runtime environment that bring an interpreter of their own, which is then the first of the PATH."""
+
+
+def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
+    """Return the interpreter that a job on the head runs in: Ray's own, which need not be on the PATH of the head, or
+    the first `python` of the PATH where the runtime environment brings one.
+
+    Raises:
+        ClusterError, TokenError: as `dashboard.get`.
+    """
+    if _OWN_PYTHON & runtime_env.keys():
+        return "python"
+    nodes = dashboard.get(connection.address, "/nodes?view=summary", connection.token)["data"]["summary"]
+    commands = [" ".join(node.get("cmdline", [])) for node in nodes]  # of each node's raylet
+    heads = [command for command in commands if "node:__internal_head__" in command]
+    match = _PYTHON.search(heads[0]) if heads else None
+    return match[1] if match else "python"
 
 
 def _labels(connection: Connection, label: str) -> dict[str, str]:

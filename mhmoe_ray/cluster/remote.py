@@ -7,24 +7,28 @@ from typing import Any, Generic, TypeVar
 
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import Connection
+from mhmoe_ray.cluster.nodes import head_python
 from mhmoe_ray.errors import JobError, MhmoeError, logged
 from mhmoe_ray.remote import RemoteJob
 
 R = TypeVar("R")
 
 
-def job_request(request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+def job_request(
+    request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any], python: str = "python"
+) -> dict[str, Any]:
     """Return what Ray Jobs is asked for; `submit --dry-run` prints it.
 
     Args:
         request: of any kind.
         local: as `jobs.request` takes it.
         runtime_env: Ray's runtime environment, as the spec has it.
+        python: as `jobs.request` takes it.
     """
     job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)  # it stands in URLs
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
     args = ["-m", request.module, job_name]
-    return jobs.request(args, job_name, local=local, runtime_env=environment, metadata=request.metadata)
+    return jobs.request(args, job_name, local=local, python=python, runtime_env=environment, metadata=request.metadata)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def submit(connection: Connection, runtime_env: Mapping[str, Any], request: Remo
     Raises:
         JobError, SpecError, ClusterError: as `jobs.submit`.
     """
-    asked = job_request(request, connection.local, runtime_env)
+    python = "python" if connection.local else head_python(connection, runtime_env)
+    asked = job_request(request, connection.local, runtime_env, python)
     jobs.submit(connection, asked)
     return SubmittedJob(connection, request, asked["submission_id"])

@@ -177,6 +177,7 @@ def standing(run: RunDir) -> dict[str, Any]:
         "steps": spec.train.steps if spec else None,
         "last": last,
         "validation": _with_perplexity(went.validation),
+        "missing": _missing(state, happened),
         "baselines": events.newest(happened, "prepared"),
         "asked": _asked(spec) if spec else None,
         "started": started,
@@ -207,6 +208,12 @@ def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connect
         except ClusterError as e:
             return "unknown", "", f"it said {said} last, but {e}"
     return (over.state, over.reason, cluster) if over else (said, "", cluster)
+
+
+def _missing(state: str, happened: Happened) -> str | None:
+    """Return what a run that waits for room lacks, as its job says."""
+    waiting = events.newest(happened, "waiting") if state == "waiting" else None
+    return waiting.get("missing") if waiting else None
 
 
 def _with_perplexity(line: dict[str, Any] | None) -> dict[str, Any] | None:

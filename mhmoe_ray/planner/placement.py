@@ -76,6 +76,27 @@ def _on_several(groups: list[list[int]], places: Sequence[str]) -> list[int]:
     return [i for i, group in enumerate(groups) if len({places[rank] for rank in group}) > 1]
 
 
+def missing_room(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: int) -> str | None:
+    """Return what a cluster lacks for so many workers, in one line; None if it can hold them.
+
+    Args:
+        nodes: with all that they have.
+        cpus, gpus: of each worker.
+        workers: the fewest that can start.
+    """
+    held = len(packed(nodes, cpus, gpus, workers))
+    if held >= workers:
+        return None
+    each = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (f" and {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")
+    count = f"{workers} workers with {each} each" if workers > 1 else f"a worker with {each}"
+    if gpus and not any(node.gpus for node in nodes):
+        return f"it needs {count}, and the cluster has no GPU"
+    total = " and ".join(
+        f"{sum(getattr(node, kind) for node in nodes):g} {name}s" for kind, name in (("cpus", "CPU"), ("gpus", "GPU"))
+    )
+    return f"it needs {count}, and the cluster's {len(nodes)} nodes with {total} in all hold {held}"
+
+
 class Node(NamedTuple):
     name: str
     cpus: float

@@ -12,7 +12,7 @@ Kind = Literal[
     "began",  # attempt, host, pid (of its job)
     "preparing",  # folder
     "prepared",  # validation_tokens, and the fields of data.shards.manifest.Baselines
-    "waiting",  # the cluster has no room for the workers at the moment
+    "waiting",  # missing (what the cluster lacks for the workers at the moment)
     "restoring",  # name (of the checkpoint that workers will start from; null without one), step, attempt
     "started",  # group, step, dp, ep, groups (ranks), straddling_groups and groups_apart (numbers of them),
     # dispatch, flat_groups (which hierarchical dispatch must leave flat), asked (cluster.workers),

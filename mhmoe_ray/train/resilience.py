@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 
 from mhmoe_ray.checkpoint.manifest import last_step
 from mhmoe_ray.errors import CheckpointError, MhmoeError, StorageError
+from mhmoe_ray.planner.placement import Node, missing_room
 from mhmoe_ray.ray_compat import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     DefaultFailurePolicy,
@@ -35,11 +36,19 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 
 
-def record_waiting(run: RunDir) -> None:
-    """Unless that was said already."""
+def missing_now(spec: RunSpec) -> str:
+    """Return what the cluster of this process lacks for the fewest workers of a run, in one line."""
+    cluster, alive = spec.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node("", each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
+    missing = missing_room(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
+    return missing or "others use the CPUs or GPUs that it needs"
+
+
+def record_waiting(run: RunDir, spec: RunSpec) -> None:
+    """Record that the workers wait for room and what the cluster lacks, unless that was said already."""
     try:
         if events.state(events.events(run)) != "waiting":
-            events.record(run, "waiting")
+            events.record(run, "waiting", missing=missing_now(spec))
     except (OSError, StorageError) as e:  # no reason not to wait
         print(f"warning: the workers wait for room, but {e}")
 
@@ -51,13 +60,13 @@ class MistakesAreFinal(DefaultFailurePolicy):
     """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
     finite. All else is tried again: workers that were killed, and storage, which may come back."""
 
-    def __init__(self, failure_config: FailureConfig, run: RunDir) -> None:
+    def __init__(self, failure_config: FailureConfig, run: RunDir, spec: RunSpec) -> None:
         super().__init__(failure_config)
-        self._run = run
+        self._run, self._spec = run, spec
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-            record_waiting(self._run)
+            record_waiting(self._run, self._spec)
         mistake = error_of_ours(training_failed_error)
         if mistake and not isinstance(mistake, CheckpointError | StorageError):
             return FailureDecision.RAISE
@@ -94,7 +103,7 @@ class AllowedSizes(ElasticScalingPolicy):
 
     def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:
         super().__init__(scaling_config)
-        self._run, self._steps, self._sizes = run, spec.train.steps, spec.worker_counts
+        self._run, self._spec, self._steps, self._sizes = run, spec, spec.train.steps, spec.worker_counts
         self._considered, self._waits = -1, False
         self._holding: int | None = 0
         """Workers whose resources are not among the free ones; None where a group that failed may still have its."""
@@ -124,7 +133,7 @@ class AllowedSizes(ElasticScalingPolicy):
             self._waits = False
         else:
             if not self._waits:
-                record_waiting(self._run)
+                record_waiting(self._run, self._spec)
             self._waits = True
             time.sleep(1.0)  # Ray asks again at once
         return decision
@@ -155,7 +164,7 @@ class RunTrainer(TorchTrainer):
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        given["failure_policy"] = MistakesAreFinal(self.run_config.failure_config, self._run)
+        given["failure_policy"] = MistakesAreFinal(self.run_config.failure_config, self._run, self._spec)
         if self._spec.cluster.workers.elastic:
             # For a placement that was counted beforehand. One that waits counts on a node that is dead without Ray
             # knowing it, for some 20 s; for as long as Ray would wait, nobody would train.

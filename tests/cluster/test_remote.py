@@ -1,14 +1,23 @@
 """Requests travel to a cluster, their jobs are followed, and results come back."""
 
+import dataclasses
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from mhmoe_ray.cluster import remote
 from mhmoe_ray.cluster.connect import connect
+from mhmoe_ray.cluster.nodes import head_python
 from mhmoe_ray.errors import DataError, JobError
 from mhmoe_ray.train.job import TrainRequest
 from tests.cluster.toy_job import SumRequest
+
+
+class LostRequest(SumRequest):
+    module: ClassVar[str] = "no_such_module"
+
 
 ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
 
@@ -28,10 +37,22 @@ def test_an_error_of_a_job_is_raised_where_its_result_is_taken(local_cluster):
     assert list(job.progress()) == []
     with pytest.raises(DataError, match="there are no numbers"):
         job.result("the sums")
-    lost = remote.submit(connection, {}, SumRequest(numbers={}))  # without the path it finds no such module
+    lost = remote.submit(connection, {}, LostRequest(numbers={}))
     list(lost.lines())
     with pytest.raises(JobError, match="the sums"):
         lost.result("the sums")
+
+
+@pytest.mark.ray
+def test_a_job_of_another_cluster_runs_in_rays_own_python_which_need_not_be_on_the_path(local_cluster):
+    other = dataclasses.replace(connect(local_cluster.address), local=False)
+    python = head_python(other, {})
+    assert Path(python).parent == Path(sys.executable).parent
+    assert head_python(other, {"pip": ["x"]}) == "python"  # of the environment that Ray makes
+    without = {"env_vars": {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())}}
+    job = remote.submit(other, without, SumRequest(numbers={"a": [1, 2]}))
+    list(job.lines())
+    assert job.result("the sums") == {"a": 3}
 
 
 def test_a_request_travels_in_the_environment_and_its_name_in_the_entrypoint(tmp_path, monkeypatch):

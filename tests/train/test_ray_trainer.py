@@ -78,7 +78,7 @@ def test_ray_forgives_a_rank_that_leaves_a_node_but_nothing_else(raised, decisio
     ],
 )
 def test_what_a_new_start_would_only_meet_again_is_not_tried_again(tmp_path, raised, decision):
-    policy = MistakesAreFinal(FailureConfig(max_failures=3), RunDir(tmp_path))
+    policy = MistakesAreFinal(FailureConfig(max_failures=3), RunDir(tmp_path), tiny_spec())
     failed = WorkerGroupError("", {0: RuntimeError("of another rank"), 1: raised})
     assert policy.make_decision(pickle.loads(pickle.dumps(failed))) is decision
     assert (error_of_ours(failed) is not None) == isinstance(raised, MhmoeError)
@@ -92,7 +92,9 @@ def test_workers_start_again_when_the_run_directory_can_be_read(tmp_path, monkey
     looks = iter([lambda _: None, lambda _: run.spec_file.rmdir()])
     monkeypatch.setattr(resilience.time, "sleep", lambda seconds: next(looks)(seconds))
     failed = WorkerGroupError("", {0: StorageError("file", "it cannot be written", "mend the storage")})
-    assert MistakesAreFinal(FailureConfig(max_failures=3), run).make_decision(failed) is FailureDecision.RETRY
+    assert (
+        MistakesAreFinal(FailureConfig(max_failures=3), run, tiny_spec()).make_decision(failed) is FailureDecision.RETRY
+    )
     assert capsys.readouterr().out.count("the workers start again when the run directory can be read") == 2
 
 
@@ -107,13 +109,17 @@ def test_a_storage_that_fails_ends_no_elastic_run(tmp_path, monkeypatch):
     assert isinstance(policy.make_decision_for_running_worker_group(group, None), NoopDecision)
 
 
-def test_workers_that_find_no_room_are_tried_again_and_said_to_wait(tmp_path):
+def test_workers_that_find_no_room_are_tried_again_and_said_to_wait(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
+    monkeypatch.setattr(resilience, "missing_now", lambda spec: "it needs a GPU")  # there is no cluster to ask
     events.record(run, "prepared")
-    policy = MistakesAreFinal(FailureConfig(max_failures=0), run)
+    policy = MistakesAreFinal(FailureConfig(max_failures=0), run, tiny_spec())
     for _ in range(3):
         assert policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) is FailureDecision.RETRY
-    assert [event["event"] for event in events.events(run)] == ["prepared", "waiting"]
+    assert [(e["event"], e.get("missing")) for e in events.events(run)] == [
+        ("prepared", None),
+        ("waiting", "it needs a GPU"),
+    ]
     events.record(run, "started")
     assert events.state(events.events(run)) == "running"
     policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
