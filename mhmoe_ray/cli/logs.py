@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from itertools import chain
 from queue import Empty, Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -93,22 +93,35 @@ def logs(
 ) -> None:
     """Print the log of a run's newest attempt, workers included; or of one worker, by its rank.
 
+    Where the cluster is gone, the lines are those that the run directory keeps.
+
     For example `mhmoe logs --rank 3 --since 10m --grep Error`.
     """
     from mhmoe_ray.cluster import jobs
     from mhmoe_ray.cluster.connect import connect
-    from mhmoe_ray.runs.directory import find_run, last_attempt
+    from mhmoe_ray.errors import ClusterError, JobError, TokenError
+    from mhmoe_ray.runs.directory import find_run, last_attempt, newest_number
+    from mhmoe_ray.runs.logs import kept_lines
 
     start, wanted = moment(since) if since else None, pattern(grep) if grep else None
     found = find_run(run, storage, with_job=True)
     attempt = last_attempt(found)
-    connection = connect(attempt.address)
-    if rank is not None:
-        lines: Iterator[str] = _of_rank(found, connection, rank, follow)
-    elif follow:
-        lines = jobs.follow_logs(connection, attempt.job)
-    else:
-        lines = iter(jobs.logs(connection, attempt.job).splitlines())
+    try:
+        connection = connect(attempt.address)
+        if rank is not None:
+            lines: Iterator[str] = _of_rank(found, connection, rank, follow)
+        elif jobs.status(connection, attempt.job) is None:
+            raise JobError(f"job {attempt.job}", "the cluster does not know it", "see `mhmoe list`")
+        elif follow:
+            lines = jobs.follow_logs(connection, attempt.job)
+        else:
+            lines = iter(jobs.logs(connection, attempt.job).splitlines())
+    except (ClusterError, JobError) as e:
+        kept = kept_lines(found, newest_number(found))
+        if isinstance(e, TokenError) or kept is None:
+            raise
+        note.print(f"from {found.logs}, since the cluster has them no longer ({e.what}: {e.why})", soft_wrap=True)
+        lines = kept if rank is None else _of_worker(kept, _worker(found, rank)["pid"])
     if json or not sys.stdout.isatty():
         lines = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)  # Ray's colours
     shown = chosen(lines, start, wanted)
@@ -126,23 +139,42 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
     """What it prints goes to one file and what it logs to another; the first is mostly empty."""
     from mhmoe_ray.cluster.nodes import process_log
     from mhmoe_ray.cluster.runs import recorded_outcome
+    from mhmoe_ray.runs import events
+
+    place = _worker(run, rank)
+    note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
+    where = connection, place["node"], place["pid"]
+    printed = process_log(*where, "out")
+    first = next(printed, None)  # asks now whether there is such a log
+    printed = chain([first] if first is not None else [], printed)
+    if not follow or recorded_outcome(events.events(run)):
+        return chain(printed, process_log(*where, "err"))
+    return chain(printed, _until_over(process_log(*where, "err", follow=True), run, connection))
+
+
+def _of_worker(lines: Iterator[str], pid: int) -> Iterator[str]:
+    """Return the lines of a job's log that a worker wrote, without Ray's mark of the process."""
+    mark = re.compile(rf"^(\x1b\[[0-9;]*m)*\([^()]*\bpid={pid}\b[^()]*\)(\x1b\[[0-9;]*m)* ?")
+    return (mark.sub("", line) for line in lines if mark.match(line))
+
+
+def _worker(run: "RunDir", rank: int) -> dict[str, Any]:
+    """Return what the newest start of workers says of a rank.
+
+    Raises:
+        RunError: there was none, or it has no such rank.
+    """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
 
-    happened = events.events(run)
-    started = events.newest(happened, "started")
+    started = events.newest(events.events(run), "started")
     if started is None:
         raise RunError(f"run {run.id}", "its workers have not started yet", "see `mhmoe logs` without --rank")
     place = next((w for w in started["workers"] if w["rank"] == rank), None)
     if place is None:
         why = f"it has ranks 0 to {len(started['workers']) - 1}"
         raise RunError(f"rank {rank} of run {run.id}", why, "name one of them")
-    note.print(f"rank {rank}: process {place['pid']} on {place['host']}")
-    where = connection, place["node"], place["pid"]
-    printed = process_log(*where, "out")
-    if not follow or recorded_outcome(happened):
-        return chain(printed, process_log(*where, "err"))
-    return chain(printed, _until_over(process_log(*where, "err", follow=True), run, connection))
+    return dict(place)
 
 
 def _until_over(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:

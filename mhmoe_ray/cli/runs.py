@@ -121,7 +121,7 @@ def resume(
     over = ended(found, force)
     if over.state == "finished":
         raise RunError(f"run {found.id}", "it is finished", "submit a new run to train longer")
-    spec = load_resolved_spec(found.spec_file, set_)
+    spec = found.relocated(load_resolved_spec(found.spec_file, set_))
     connection = go_on(found, spec, address or _where(before))
     if not detach:
         follow(found, connection, from_now=True)

@@ -5,6 +5,7 @@
   run.json           id, and cluster, job and time of each attempt (a submit or a resume), or the time of an import
   events.jsonl       what happened: submitted, started, checkpoint, failed, finished ...
   metrics.jsonl      one line a step
+  logs/              what jobs and workers of the newest attempts wrote, bounded and without secrets (logs.py)
   routing/           expert counts per layer, one file per checkpointed step
   tensorboard/       event files
   evaluations/       what `mhmoe eval` and `mhmoe routing` found, one file for each question
@@ -25,6 +26,7 @@ chat_template.jinja, and one checkpoint, of step 0. It has no spec, because nobo
     events.py      events.jsonl, and the state of a run, which follows from it
     metrics.py     the registry of metrics: one entry for each
     history.py     metrics.jsonl, and looks into it
+    logs.py        logs that outlive the cluster
     jsonl.py       append-only files of JSON lines
     sweeps.py      the directory of a sweep
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from mhmoe_ray.errors import RunError, SpecError, StorageError
 from mhmoe_ray.spec import RunSpec, dump_spec, load_resolved_spec
@@ -50,6 +51,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def logs(self) -> Location:
+        return self.path / "logs"
+
+    @property
     def routing(self) -> Location:
         return self.path / "routing"
 
@@ -88,7 +93,31 @@ class RunDir:
         return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
-        return load_resolved_spec(self.spec_file)
+        return self.relocated(load_resolved_spec(self.spec_file))
+
+    def relocated(self, spec: RunSpec) -> RunSpec:
+        """Return the spec of a run whose folder was moved together with others, such as a whole checkout: paths below
+        the folder that is gone become those below the one that holds the run now."""
+        old, new = spec.storage, self.path.absolute().parent
+        if not (isinstance(old, Path) and isinstance(new, Path)) or old == new:
+            return spec
+        storage = new
+        while old.name == new.name and old != old.parent:
+            old, new = old.parent, new.parent
+        if old.exists():
+            return spec
+
+        def moved(path: Path) -> Path:
+            return new / path.relative_to(old) if path.is_relative_to(old) else path
+
+        data = spec.data
+        sources = {
+            name: source if "://" in source.path else source.model_copy(update={"path": str(moved(Path(source.path)))})
+            for name, source in data.sources.items()
+        }
+        tokenizer = moved(data.tokenizer) if data.tokenizer else None
+        paths = {"sources": sources, "prepared": moved(data.prepared), "tokenizer": tokenizer}
+        return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=paths)})
 
     def write_spec(self, spec: RunSpec) -> None:
         """In one step: it is the run's only description."""

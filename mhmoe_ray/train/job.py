@@ -8,6 +8,7 @@ from mhmoe_ray.errors import MhmoeError, StorageError, logging_errors
 from mhmoe_ray.remote import RemoteJob
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir, newest_number, require_newest
+from mhmoe_ray.runs.logs import keep_log
 from mhmoe_ray.storage import location
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     run, attempt = request.run, request.attempt
     with logging_errors():
         require_newest(run, attempt)  # it may have waited for long
+        keep_log(run, attempt)
         events.record(run, "began", attempt=attempt, host=socket.gethostname(), pid=os.getpid())
         _train(run, attempt)
 

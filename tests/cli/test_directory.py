@@ -192,6 +192,7 @@ def test_a_watch_without_a_terminal_gives_a_line_at_each_change_until_the_end(tm
     assert watching.returncode == 0
 
 
+@pytest.mark.long
 def test_a_watch_on_a_terminal_of_80_columns_is_drawn_until_the_end(tmp_path, run):
     words = command("status", "--watch")
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}

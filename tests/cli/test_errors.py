@@ -210,6 +210,6 @@ def test_readme_lists_every_exit_code():
     def codes(of):
         return {of.exit_code}.union(*(codes(below) for below in of.__subclasses__()))
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "mhmoe_ray/cli/README.md").read_text()
     listed = {int(code) for code in re.findall(r"^\| (\d+) +\| ", readme, re.M)}
     assert listed == codes(MhmoeError) | {2, DOCTOR_EXIT_CODE}

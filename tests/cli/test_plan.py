@@ -185,7 +185,7 @@ def test_presets_lists_all_with_both_ratios(tmp_path):
 
 
 def test_readme_shows_the_table_of_today(tmp_path):
-    readme = (JOBS.parent / "README.md").read_text()
+    readme = (JOBS.parent / "mhmoe_ray/planner/README.md").read_text()
     start = readme.index("    beside p2-smoe on the same trunk")
     block = [line.removeprefix("    ").rstrip() for line in readme[start:].split("\n\n")[0].splitlines()]
     text = mhmoe(tmp_path, "plan", str(JOBS / "paper" / "p2.yaml")).out

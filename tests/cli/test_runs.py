@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.cluster.tokens import home
 from mhmoe_ray.evaluate.answer import answer
 from mhmoe_ray.runs import history, metrics
-from mhmoe_ray.runs.directory import RunDir
+from mhmoe_ray.runs.directory import RunDir, last_attempt
 from tests.cli.audit import assert_read_as_ordered
 from tests.cli.conftest import write_spec
 from tests.cli.run import assert_one_line, command, mhmoe
@@ -306,3 +307,29 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:  # gone meanwhile
         return b""
+
+
+def test_its_log_outlives_the_cluster(corpus, finished):
+    run, _ = finished
+    told = mhmoe(corpus, "logs", run.id)
+    assert told.err == ""
+    text = run.attempts_file.read_text()
+    try:
+        run.attempts_file.write_text(text.replace(last_attempt(run).address, "http://127.0.0.1:9"))
+        kept = mhmoe(corpus, "logs", run.id)
+        assert f"from {run.path}/logs" in kept.err
+        assert kept.out.splitlines() == told.out.splitlines()
+        of_one = mhmoe(corpus, "logs", run.id, "--rank", "1").out.splitlines()
+        assert of_one
+        assert {line for line in of_one if line} <= {line.partition(") ")[2] for line in told.out.splitlines()}
+    finally:
+        run.attempts_file.write_text(text)
+
+
+def test_a_run_that_the_cluster_can_never_hold_is_refused_at_once(corpus):
+    before = sorted(corpus.glob("runs/*"))
+    began = time.monotonic()
+    result = mhmoe(corpus, "submit", "spec.yaml", "--set", "cluster.gpus_per_worker=1")
+    assert time.monotonic() - began < 30  # 5 s where nothing else runs
+    assert_one_line(result, 5, "it needs 2 workers with 1 CPU and 1 GPU each, and the cluster has no GPU")
+    assert sorted(corpus.glob("runs/*")) == before

@@ -55,6 +55,7 @@ def breakable(tmp_path):
     return run, broken
 
 
+@pytest.mark.slow
 def test_what_failed_in_its_replicas_starts_anew_when_it_is_deployed_again(
     tmp_path, local_cluster, breakable, unused_port
 ):

@@ -288,3 +288,15 @@ def test_if_all_are_damaged_training_does_not_silently_begin_anew(run):
 def test_a_perplexity_is_a_number_or_none(loss, perplexity):
     assert metrics.perplexity(loss) == perplexity
     assert loss is None or Score(nats=10 * loss, tokens=10, text_bytes=1).perplexity == perplexity
+
+
+def test_a_run_that_was_moved_with_its_checkout_names_folders_where_they_are_now(tmp_path):
+    spec = tiny_spec(tmp_path / "old", data={"tokenizer": "tokenizer.json"})
+    run = create_run(spec)
+    assert run.spec() == spec
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = RunDir(tmp_path / "new" / run.path.relative_to(tmp_path / "old"))
+    found = moved.spec()
+    assert found == tiny_spec(tmp_path / "new", data={"tokenizer": "tokenizer.json"})
+    (tmp_path / "old").mkdir()  # a copy: what the spec names is still there
+    assert moved.spec() == spec
