@@ -58,8 +58,8 @@ def first(project):
 
 @pytest.fixture(scope="module")
 def readme(project, first):
-    """README's commands, run in the order it gives them: what each said, and as JSON what follows from two of them."""
-    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    """The commands of cli/README.md, run in its order: what each said, and as JSON what follows from two of them."""
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
     said = {}
     for line in block.splitlines():
         program, *words = shlex.split(line, comments=True)

@@ -1,0 +1,44 @@
+"""Draw results.svg, MH-MoE beside SMoE, from the tables of jobs/paper/RESULTS.md: python jobs/pictures/results.py"""
+
+import re
+from pathlib import Path
+
+from mhmoe_ray import pictures
+
+RESULTS = Path(__file__).parent.parent / "paper" / "RESULTS.md"
+RAW, NORMALISED = "The follow-up paper's comparison, at equal compute", "The same with gate weights that add up to 1"
+VARIANTS = {"fine-grained": "fine-grained SMoE", "mhmoe-h2": "MH-MoE, h 2", "mhmoe-h3": "MH-MoE, h 3"}
+
+
+def differences(section: str) -> dict[str, tuple[float, float, float]]:
+    """Return nats to SMoE and their 95% interval, by variant, from a section's table of differences."""
+    text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## )", RESULTS.read_text(), re.S | re.M)[1]
+    row = re.compile(r"^\| ([\w-]+)(?:, normalised)? +\| ([+-][\d.]+) +\| ([+-][\d.]+) to ([+-][\d.]+) +\|", re.M)
+    return {name: (float(mean), float(low), float(high)) for name, mean, low, high in row.findall(text)}
+
+
+def main() -> None:
+    with pictures.style():
+        figure = pictures.new_figure(6.4, 2.7)
+        axis = figure.subplots()
+        axis.axvline(0, color=pictures.GREY, linewidth=1)
+        for shift, colour, label, section in (
+            (-0.12, pictures.VERMILION, "gate weights as in the paper's code", RAW),
+            (0.12, pictures.BLUE, "gate weights that add up to 1", NORMALISED),
+        ):
+            found = differences(section)
+            for place, name in enumerate(VARIANTS):
+                mean, low, high = found[name]
+                axis.errorbar(
+                    mean, place + shift, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3,
+                    label=label if place == 0 else None,
+                )  # fmt: skip
+        axis.set_yticks(range(len(VARIANTS)), list(VARIANTS.values()))
+        axis.invert_yaxis()
+        axis.set(xlabel="nats per token of held-out text, less SMoE's; left is better", ylim=(2.5, -0.5))
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(Path(__file__).with_name("results.svg"), metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
