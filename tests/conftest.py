@@ -20,10 +20,11 @@ from mhmoe_ray.cluster import spawn
 from mhmoe_ray.cluster.local import RECORD, start_local, stop_local
 from mhmoe_ray.cluster.spawn import LocalCluster
 from mhmoe_ray.errors import ClusterError
+from tests.browser import browser
 from tests.cli.run import command
 from tests.s3 import s3
 
-__all__ = ["local_cluster", "s3"]
+__all__ = ["browser", "local_cluster", "s3"]
 
 OF_THE_USER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -50,7 +51,7 @@ except ValueError as error:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "Only tests that compute in this process: those that start Ray, another process or a compiler are skipped."
+    text = "Only quick tests that compute in this process: none that starts Ray, another process or a compiler."
     parser.addoption("--fast", action="store_true", help=text)
 
 
@@ -71,6 +72,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         # Read when Triton is first imported, which torch does in some tests.
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("--fast"):
+        # A test that ends where it starts a process leaves the pipes that it has opened for it.
+        config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
+        config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
     # Ray's job client passes ssl=None to aiohttp when it follows logs.
     config.addinivalue_line("filterwarnings", "ignore:ssl=None is deprecated:DeprecationWarning")
 
@@ -78,7 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest file first, so that no lane is left alone with it in the end."""
     if config.getoption("--fast"):
-        items[:] = [item for item in items if item.get_closest_marker("ray") is None]
+        left_out = ("ray", "long")
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 

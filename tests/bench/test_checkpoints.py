@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from mhmoe_ray.bench import checkpoints
@@ -9,6 +10,7 @@ from mhmoe_ray.bench.timing import Hardware
 from tests.specs import tiny_spec
 
 
+@pytest.mark.long
 def test_all_is_timed_by_a_clock_that_waits_for_the_device(tmp_path, monkeypatch):
     """One that ticks when it is read: of a card's own clock, work that goes on there would be no part."""
     asked, ticks = [], itertools.count()

@@ -8,6 +8,8 @@ from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
 from mhmoe_ray.bench.layers import Case, Shape, mixture
 from mhmoe_ray.bench.peers import PEERS, installed, peer_layers, why_not
 
+pytestmark = pytest.mark.long
+
 SHAPE = Shape(tokens=40, d_model=32, experts=4, top_k=2, d_expert=48)
 CPU = torch.device("cpu")
 OF = {peer.name: peer for peer in PEERS}

@@ -112,6 +112,7 @@ def test_engines_and_servers_answer_each_in_a_process_of_its_own(place):
     ]
 
 
+@pytest.mark.long
 def test_a_contestant_that_fails_says_why(place):
     gone = place._replace(checkpoint=place.checkpoint / "gone")
     with pytest.raises(JobError, match=r"bench serve, torch: .*manifest\.json"), Child("torch", gone):

@@ -21,6 +21,7 @@ def test_at_half_of_the_follow_up_papers_width_models_have_its_numbers_of_expert
         assert other.macs_per_token - other.router_macs_per_token == plain.macs_per_token - plain.router_macs_per_token
 
 
+@pytest.mark.long
 def test_steps_are_trainings_own():
     """The same micro-batches again and again are learnt by heart."""
     case = Case(matched_models(TINY, [2])["MH-MoE h 2"], WHERE.device)

@@ -22,6 +22,7 @@ WORDS = [f"w{i}" for i in range(500)]
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's
+@pytest.mark.slow
 def test_right_choices_go_on_with_their_passage_in_documents_that_are_held_out_and_lm_eval_asks_them(
     tmp_path, monkeypatch
 ):

@@ -59,6 +59,7 @@ def log_probability(model, tokenizer, before, answer):
     return total
 
 
+@pytest.mark.long
 def test_its_choices_are_those_of_the_model(folder, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(folder / "hf"))
@@ -131,6 +132,7 @@ def log_probability_whole(model, context, answer, seq_len):
     return sum(float(logprob[start + i, token]) for i, token in enumerate(answer))
 
 
+@pytest.mark.slow
 def test_the_papers_tasks_are_lm_evals(tokenizer):
     from lm_eval.tasks import TaskManager
 

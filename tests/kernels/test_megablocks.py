@@ -17,6 +17,8 @@ from mhmoe_kernels.megablocks import _missing, can_group, why_not
 from tests.kernels import megablocks_ops
 from tests.kernels.problems import outputs_and_gradients, problem
 
+pytestmark = pytest.mark.long
+
 installed = pytest.mark.skipif(
     None in map(find_spec, ("megablocks", "stk", "triton")),
     reason="megablocks, stanford-stk or triton is not installed",

@@ -18,7 +18,10 @@ from mhmoe_kernels import ExpertWeights, GeluSubln, Swiglu, combine, plan_routes
 from mhmoe_kernels.triton import blocks, run, why_not
 from mhmoe_kernels.triton.resources import SHARED_LIMIT
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.long,
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {"swiglu": Swiglu(), "gelu": GeluSubln()}
 # ||ours - float64|| / ||float64||, inputs rounded before both. Seen: 1e-6 and, by the interpreter, 1.2e-2.

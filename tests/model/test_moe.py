@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from mhmoe_ray.model.router import Router, balance_loss
 from mhmoe_ray.spec import MoESpec
 from tests.model.drawn import layers
+
+pytestmark = pytest.mark.long
 
 
 def linear(projection, x):

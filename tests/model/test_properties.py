@@ -11,6 +11,8 @@ from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec
 from tests.model.drawn import WIDTH, layers, specs
 
+pytestmark = pytest.mark.long
+
 common = settings(deadline=None, max_examples=150)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 GATES = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}

@@ -78,6 +78,7 @@ def test_what_fails_is_one_line_with_its_cause(tmp_path):
     assert_one_line(shown, 9, "bench ingest, prepare: mhmoe", "DataError")
 
 
+@pytest.mark.slow
 def test_it_needs_a_given_tokenizer_and_prepared_data(tmp_path):
     spec = tmp_path / "spec.yaml"
     spec.write_text(dump_spec(tiny_spec(tmp_path)))
