@@ -167,9 +167,7 @@ def test_a_second_quickstart_works_and_leaves_a_cluster_that_it_did_not_start(pr
 
 def test_readme_and_makefile_name_the_same_targets():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:`|^    )make ([a-z-]+)", readme, re.M))
+    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", readme, re.M))
     assert {"quickstart", "test", "soak-train"} <= targets
     for target in targets:
         assert f"\n{target}:" in makefile, target
-    for folder in re.findall(r"^    ( *)(\w+)/ ", readme, re.M):
-        assert (ROOT / ("mhmoe_ray" if folder[0] else "") / folder[1]).is_dir(), folder

@@ -101,7 +101,7 @@ def _placed(spec: RunSpec, folder: Path) -> RunSpec:
     """With a run directory there, and the manifest of data that a checkpoint names."""
     prepared = folder / "prepared"
     prepared.mkdir()
-    (prepared / "manifest.json").touch()
+    (prepared / "manifest.json").write_text("{}")
     data = spec.data.model_copy(update={"prepared": prepared})
     return spec.model_copy(update={"storage": folder / "runs", "data": data})
 

@@ -86,7 +86,7 @@ COMMANDS = [
     Command("kill run", 2, "mhmoe stop", "there is no command 'kill'"),
     Command("chat run", 2, "mhmoe generate", "there is no command 'chat'"),
     Command("sumbit spec.yaml", 2, "mhmoe submit", "there is no command 'sumbit'"),
-    Command("frobnicate", 2, None, "there are plan, presets, submit"),
+    Command("frobnicate", 2, None, "there are plan, presets, schema, submit"),
     Command("data tokenize spec.yaml", 2, "mhmoe data prepare", "there is no command 'tokenize'"),
     Command("ckpt push run", 2, "mhmoe ckpt export", "there is no command 'push'"),
     Command("submit nowhere.yaml", 3, None, "spec nowhere.yaml: No such file"),
