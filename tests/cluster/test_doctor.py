@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from mhmoe_ray.cluster import doctor
+from mhmoe_ray.cluster import dashboard, doctor
 from mhmoe_ray.cluster.spawn import free_ports
 from mhmoe_ray.spec.model import MoESpec
 from mhmoe_ray.storage import location
@@ -130,3 +130,11 @@ def test_an_open_dashboard_is_told_of(tmp_path):
         ray.wait()
         log.close()
         short.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("ip", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("::ffff:127.0.0.1", True), ("::ffff:10.0.0.1", False), ("0.0.0.0", False)],
+)
+def test_an_address_of_this_machine_alone_is_known_in_every_spelling(ip, loopback):
+    assert dashboard.is_loopback_ip(ip) == loopback

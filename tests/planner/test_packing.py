@@ -2,10 +2,20 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_ray.planner.placement import Kind, Node, expert_groups, laid_out, on_one_node, on_paper, packed
+from mhmoe_ray.planner.placement import (
+    Kind,
+    Node,
+    expert_groups,
+    laid_out,
+    missing_room,
+    on_one_node,
+    on_paper,
+    packed,
+)
 
 NODES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8), st.sampled_from("xyz")), min_size=1, max_size=20)
 
@@ -85,3 +95,21 @@ def test_a_cluster_on_paper_is_filled_in_order_and_its_groups_are_spread_alike()
     assert layout.spread(layout.groups.ranks[-1]) == {Kind("domain19", 8): 10}
     assert layout.on_nodes == [list(range(8 * i, 8 * i + 8)) for i in range(1000)]
     assert on_one_node(6, 3).replicas == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "missing"),
+    [
+        ([Node("a", 8, 0)], 4, "it needs 4 workers with 2 CPUs and 1 GPU each, and the cluster has no GPU"),
+        (
+            [Node("a", 8, 1), Node("b", 1, 4)],
+            2,
+            "it needs 2 workers with 2 CPUs and 1 GPU each, and the cluster's 2 nodes with 9 CPUs and 5 GPUs in all "
+            "hold 1",
+        ),
+        ([Node("a", 8, 4)], 4, None),
+        ([], 1, "it needs a worker with 2 CPUs and 1 GPU, and the cluster has no GPU"),
+    ],
+)
+def test_room_that_is_missing_is_said_in_numbers(nodes, workers, missing):
+    assert missing_room(nodes, 2, 1, workers) == missing
