@@ -31,7 +31,7 @@ from tests.equality.side import LEVELS, CommandError, Side, best_level
 from tests.equality.stored import Store
 from tests.equality.walk import Seen, walk
 
-STARTED = ("bin/mhmoe", "project/runs/equal-", "default_worker.py")
+STARTED = ("bin/mhmoe", "mhmoe_ray.train.job", "default_worker.py")
 """Parts of the command lines of commands, of jobs of runs, and of Ray's own workers: each side must have had some."""
 # Short, since paths of Unix sockets may not be long; and always the same, since prepared data, and checkpoints by its
 # digest, know where they lie.
