@@ -1,10 +1,10 @@
-"""Checkpoints of a run: written by any mesh, read by any other, served as they lie.
+"""Checkpoints of a run: written on any mesh, read on any other, served as they are stored.
 
 manifest.py     a checkpoint's manifest, whose presence is the commit
 format.py       slices of tensors in its safetensors files
-save.py         written beside training, each rank its own share
-load.py         tensors at any world size, a trainer's state, a model
-tokenizer.py    the tokenizer of its run
-retention.py    which checkpoints stay
-huggingface/    to and from folders in Hugging Face's layout
+save.py         write checkpoints beside training, each rank its own share
+load.py         load tensors at any world size, a trainer's state, or a model
+tokenizer.py    the tokenizer of the checkpoint's run
+retention.py    checkpoint retention: which checkpoints are kept
+huggingface/    export to and import from folders in Hugging Face's layout
 """

@@ -1,7 +1,7 @@
-"""Slices of tensors in safetensors files, read at any place and written without a second copy in memory.
+"""Slices of tensors in safetensors files, read at any offset and written without a second copy in memory.
 
-The layout is torch's own (`torch.distributed.checkpoint.hf_storage`): where a slice begins in its whole tensor is in
-the file's metadata, so that torch's reader reads our files and we read torch's. Files without it hold whole tensors.
+The layout is torch's own (`torch.distributed.checkpoint.hf_storage`): the file's metadata says where a slice begins in
+its whole tensor, so torch's reader reads our files and this module reads torch's. Files without it hold whole tensors.
 """
 
 import hashlib
@@ -33,22 +33,28 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Slice(NamedTuple):
-    """What a process holds of a tensor."""
+    """Slice of a tensor that a process holds."""
 
     local: Tensor
     offset: tuple[int, ...]
-    """Where it begins in the whole."""
+    """Start of the slice in the whole tensor."""
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the whole tensor."""
 
 
 def slice_of(tensor: Tensor) -> Slice:
-    """A view of this rank's part of a DTensor, or of the whole of any other tensor."""
+    """Return a view of this rank's part of a DTensor, or of the whole of any other tensor."""
     return Slice(local(tensor).detach(), offset(tensor), tuple(tensor.shape))
 
 
 def write_slices(file: BinaryIO, slices: Mapping[str, Slice], on_piece: Callable[[], None] = lambda: None) -> FileEntry:
-    """Write a whole safetensors file of tensors in CPU memory; returns its size and hash, found on the way."""
+    """Write a complete safetensors file of tensors in CPU memory; return its size and hash, computed while writing.
+
+    Args:
+        file: file that is open for writing.
+        slices: slices by the names of their tensors.
+        on_piece: called after each piece that is written.
+    """
     header: dict[str, Any] = {
         "__metadata__": {
             _OFFSETS: json.dumps({name: {"saved_offsets": list(s.offset)} for name, s in slices.items()}),
@@ -82,22 +88,22 @@ def _bytes_of(contiguous: Tensor) -> memoryview:
 
 
 class StoredSlice(NamedTuple):
-    """A slice as it lies in a file."""
+    """Slice of a tensor as it is stored in a file."""
 
     file: Location
     start: int
-    """Its first byte."""
+    """Position of the slice's first byte in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Of the slice; (1,) of a number without a dimension."""
+    """Shape of the slice; (1,) for a number without a dimension."""
     offset: tuple[int, ...]
 
 
 def stored_slices(file: Location) -> dict[str, StoredSlice]:
-    """All slices of a file, by the names of their tensors.
+    """Return all slices of a file, by the names of their tensors.
 
     Raises:
-        ValueError: it is no safetensors file, or one of dtypes that no model has.
+        ValueError: the file is not a safetensors file, or holds a dtype that no model has.
     """
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -117,7 +123,7 @@ def stored_slices(file: Location) -> dict[str, StoredSlice]:
 
 
 class Readable(Protocol):
-    """An open file of bytes."""
+    """Binary file that is open for reading."""
 
     def seek(self, offset: int, /) -> int: ...
 
@@ -125,12 +131,15 @@ class Readable(Protocol):
 
 
 def read_into(target: Slice, stored: StoredSlice, file: Readable) -> int:
-    """Fill what the two have in common, in the target's dtype; returns the number of values that are.
+    """Copy the values that a stored slice and a target have in common, in the target's dtype; return their number.
 
     Args:
-        target: to fill.
-        stored: of the same tensor.
-        file: `stored.file`, open.
+        target: slice to fill.
+        stored: stored slice of the same tensor.
+        file: the file `stored.file`, open for reading.
+
+    Raises:
+        ValueError: the file ends too early.
     """
     local = target.local if target.local.ndim else target.local.view(1)
     shape, there, here = stored.shape, stored.offset, target.offset or (0,)
@@ -168,11 +177,11 @@ Index = Mapping[str, list[StoredSlice]]
 
 
 def file_name(rank: int) -> str:
-    """Of a rank's file in each folder of a checkpoint."""
+    """Return the name of a rank's file in each folder of a checkpoint."""
     return f"rank_{rank:05d}{SUFFIX}"
 
 
 def _shape(slices: list[StoredSlice]) -> tuple[int, ...]:
-    """Of the whole that they are slices of."""
+    """Return the shape of the whole tensor that these slices are parts of."""
     ends = [[o + n for o, n in zip(s.offset, s.shape, strict=True)] for s in slices]
     return tuple(max(dim) for dim in zip(*ends, strict=True))

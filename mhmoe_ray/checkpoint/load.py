@@ -1,7 +1,6 @@
 """Load a checkpoint: its tensors at any world size, a trainer's state, or a model.
 
-Each rank wrote one file with slices of its own; a reader takes what it needs from all of them. No rank waits for
-another.
+Each rank wrote one file with slices of its own; a reader takes what it needs from all files. No rank waits for another.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,18 +28,20 @@ def load_tensors(
     on_slice: Callable[[], None] = lambda: None,
     index: Index | None = None,
 ) -> None:
-    """Fill the given tensors (of DTensors this rank's parts) in place, each in its own dtype, from whatever slices the
-    folder has. One file at a time is open, since each of many ranks may have written one.
+    """Fill tensors in place, each in its own dtype, from the slices that a folder has; of DTensors, fill this rank's
+    parts.
+
+    One file at a time is open, since each of many ranks may have written one.
 
     Args:
-        folder: a part of a checkpoint.
-        into: by name.
-        on_slice: called after each.
-        index: what `index_of` gives, for whoever has it.
+        folder: folder of a part of a checkpoint, `weights` or `optim`.
+        into: tensors to fill, by name.
+        on_slice: called after each slice.
+        index: result of `index_of` for this folder, if the caller has it.
 
     Raises:
-        CheckpointError: a tensor is missing there, wholly or in part, or has another shape; or the checkpoint is
-            removed meanwhile.
+        CheckpointError: a tensor is missing in the folder, wholly or in part, or has another shape; or the checkpoint
+            was removed while it was read.
     """
     index = index_of(folder) if index is None else index
     targets = {name: slice_of(tensor) for name, tensor in into.items()}
@@ -65,10 +66,10 @@ def load_tensors(
 
 
 def index_of(folder: Location) -> Index:
-    """What the headers of all files in the folder say.
+    """Read the headers of all files in a folder, and return its slices.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or the checkpoint is removed meanwhile.
+        CheckpointError: a file is not a safetensors file, or the checkpoint was removed while it was read.
     """
     found: dict[str, list[StoredSlice]] = {}
     with _still_there(folder):
@@ -97,7 +98,8 @@ def _unfit(folder: Location, why: str) -> CheckpointError:
 
 
 class TrainerState(Protocol):
-    """What a checkpoint needs of a trainer (`train.step.Trainer`): the state that it holds, and where it is."""
+    """Interface of a trainer (`train.step.Trainer`) that checkpoints need: the state that it holds, its mesh and
+    device, and how far it is."""
 
     spec: RunSpec
     mesh: "Mesh"
@@ -108,12 +110,15 @@ class TrainerState(Protocol):
     skipped: int
     skipped_in_a_row: int
     before_update: Callable[[], None]
-    """Called when the state is about to change."""
+    """Callback that is called when the state is about to change."""
     on_progress: Callable[[], None]
 
 
 def restore(trainer: TrainerState, checkpoint: Location, manifest: Manifest) -> None:
-    """Weights, moments, step and tokens of a checkpoint written at any world size and by any strategy. Collective."""
+    """Restore weights, moments, step, tokens and skipped steps from a checkpoint.
+
+    This is a collective operation. The checkpoint may be written at any world size and by any strategy.
+    """
     strategy = trainer.strategy
     strategy.begin_at(manifest.step - manifest.skipped)
     weights, moments = strategy.weights(), strategy.moments()
@@ -125,20 +130,21 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: Manifest) -> 
 
 
 def load_model(checkpoint: Location) -> tuple[Decoder, Manifest]:
-    """The model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
+    """Load the model of a checkpoint written at any expert-parallel size, with all experts, ready for inference.
 
     Returns:
-        The decoder in evaluation mode, float32, without gradients; and the manifest it was built from.
+        The decoder in evaluation mode, float32, without gradients; and the manifest that it was built from.
 
     Raises:
-        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model its manifest names.
+        CheckpointError: the checkpoint is uncommitted, torn or damaged, or does not hold the model that its manifest
+            names.
     """
     manifest = read_manifest(checkpoint, parts=("weights",))
     return model_of(checkpoint, manifest), manifest
 
 
 def model_of(checkpoint: Location, manifest: Manifest) -> Decoder:
-    """As `load_model`, of a checkpoint whose manifest was read and whose weights were found whole."""
+    """Load a model as `load_model` does, from a checkpoint whose manifest was read and whose weights were verified."""
     model = Decoder(manifest.model).requires_grad_(False).eval()
     for layer in model.moe_layers():
         layer.experts.kernel = "auto"  # that of the training may need a device or a package that is not here

@@ -1,21 +1,22 @@
-"""A checkpoint's manifest: written last, its presence is the commit.
+"""Manifest of a checkpoint: it is written last, and its presence is the commit.
 
-    | in checkpoints/step_00000200.3/  | what                                          | written by    | read by      |
+    | in checkpoints/step_00000200.3/  | content                                       | written by    | read by      |
     | -------------------------------- | --------------------------------------------- | ------------- | ------------ |
-    | weights/rank_00000.safetensors   | slices of tensors by name, float32; where one | each rank its | training,    |
-    |                                  | begins in its tensor is in the file's header  | even share    | serving      |
-    | optim/rank_00000.safetensors     | AdamW's two moments, `exp_avg` and            | likewise      | training     |
-    |                                  | `exp_avg_sq` of each name, likewise           |               |              |
+    | weights/rank_00000.safetensors   | slices of tensors by name, float32; the       | each rank its | training,    |
+    |                                  | file's header says where each slice begins    | even share    | serving      |
+    | optim/rank_00000.safetensors     | slices of AdamW's two moments, `exp_avg` and  | each rank its | training     |
+    |                                  | `exp_avg_sq` of each name, in the same way    | even share    |              |
     | manifest.json                    | `Manifest` below: sizes and SHA-256 of all    | rank 0, when  | all, first   |
-    |                                  | these files, and what they go with            | all are there |              |
+    |                                  | these files, and what they belong to          | all are there |              |
 
-An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype that they came in, and no optim/;
-its manifest has the token ids that end a text beside those that its tokenizer tells of (`ends`).
+This example is of step 200, written by the third worker group of the run. A checkpoint does not count without
+manifest.json, or if a file is missing, does not belong to it, or has another size or hash than the manifest says
+(`read_manifest`).
 
-It is of step 200, by the third worker group of the run. Without manifest.json, or where a file is missing, is one too
-many, or has another size or hash than there, it does not count (`read_manifest`).
+An imported checkpoint has whole tensors in weights/model-*.safetensors, in the dtype in which they were imported, and
+no optim/; its manifest has the token ids that end a text in addition to those that its tokenizer names (`ends`).
 
-A directory is never written twice: readers take every *.safetensors they find, so files of two saves in one folder
+A directory is never written twice: readers take every *.safetensors that they find, so files of two saves in one folder
 would load as a silent mix. For the same reason a folder must hold exactly the manifest's files.
 """
 
@@ -40,31 +41,31 @@ _FIX = "use another checkpoint of the run"
 
 class Manifest(BaseModel):
     step: int
-    """Steps done."""
+    """Number of steps done."""
     skipped: int = 0
-    """Those of them that updated nothing, since their gradient was not finite."""
+    """Number of these steps that updated nothing, because their gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Those of these that were the last ones."""
+    """Number of consecutive steps up to this one that updated nothing."""
     tokens: int
-    """Tokens predicted so far; padding is not among them."""
+    """Number of tokens predicted so far, without padding."""
     position: int
-    """Samples read so far: the place in the stream where training goes on."""
+    """Number of samples read so far: the position in the stream where training continues."""
     seed: int | None
-    """Of the initial weights and the order of the data; None for imported weights, which had neither here."""
+    """Seed of the initial weights and of the order of the data; None for imported weights, which had neither here."""
     world: int
     ep: int
-    """Workers and expert parallelism that wrote it; any other may load it."""
+    """Expert-parallel size (`ep`) and number of workers (`world`) that wrote the checkpoint; any other may load it."""
     model: ModelSpec
     seq_len: int
     ends: list[int] = []
-    """Token ids that end a text beside the tokenizer's own (`data.tokenizer.boundaries`): those that an imported folder
-    names. Manifests of before have none."""
+    """Token ids that end a text in addition to the tokenizer's own (`data.tokenizer.boundaries`), as an imported folder
+    names them. Older manifests have none."""
     tokenizer_sha256: str
     data_sha256: str | None
-    """Of the prepared data's manifest: `position` counts in that data and no other. None for imported weights, which
-    were trained on no data prepared here."""
+    """Hash of the prepared data's manifest: `position` counts in that data and no other. None for imported weights,
+    which were trained on no data prepared here."""
     files: dict[str, FileEntry]
-    """By path below the checkpoint."""
+    """Size and hash of each file, by path below the checkpoint."""
 
 
 _NAME = re.compile(r"step_\d+\.\d+")
@@ -75,15 +76,15 @@ def checkpoint_name(step: int, group: int) -> str:
 
 
 def commit(checkpoint: Location, manifest: Manifest) -> None:
-    """Make the checkpoint count."""
+    """Commit a checkpoint by writing its manifest."""
     write_json(checkpoint / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def stored_manifest(checkpoint: Location) -> Manifest:
-    """The manifest of a checkpoint, whose files nobody looks at.
+    """Return the manifest of a checkpoint, without a look at its files.
 
     Raises:
-        CheckpointError: it is uncommitted, or its manifest is damaged.
+        CheckpointError: the checkpoint is uncommitted, or its manifest is damaged.
     """
     try:
         return Manifest.model_validate(json.loads((checkpoint / MANIFEST).read_text()))
@@ -96,16 +97,17 @@ def stored_manifest(checkpoint: Location) -> Manifest:
 def read_manifest(
     checkpoint: Location, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> Manifest:
-    """The manifest of a whole checkpoint, after checking names, sizes and hashes of the files of these parts.
+    """Return the manifest of an intact checkpoint, after checking names, sizes and hashes of the files of these parts.
 
     Args:
-        checkpoint: its directory.
-        parts: of which files are checked.
-        describe: finds the hashes, for which all is read; None: names and sizes alone are checked.
+        checkpoint: directory of the checkpoint.
+        parts: parts whose files are checked.
+        describe: function that computes the hashes, for which it reads all files; with None only names and sizes are
+            checked.
 
     Raises:
-        CheckpointError: it is uncommitted, torn, damaged, or removed while it is read; the reason says which file and
-            how.
+        CheckpointError: the checkpoint is uncommitted, torn, damaged, or removed while it is read; the reason says
+            which file and how.
     """
     manifest = stored_manifest(checkpoint)
     try:
@@ -118,13 +120,13 @@ def read_manifest(
 
 
 def removed(checkpoint: Location) -> CheckpointError:
-    """Of a checkpoint that was there when reading it began."""
+    """Return the error for a checkpoint that existed when reading it began and was removed meanwhile."""
     why = "it was removed while it was read, as train.keep_checkpoints has old ones removed"
     return CheckpointError(f"checkpoint {checkpoint}", why, "use a newer one of the run")
 
 
 def is_committed(checkpoint: Location) -> bool:
-    """Whether it has a manifest; one that is dropped loses that first."""
+    """Return whether a checkpoint has a manifest; a checkpoint that is dropped loses its manifest first."""
     return (checkpoint / MANIFEST).exists()
 
 
@@ -147,24 +149,28 @@ def _problems(
 
 
 def unfinished(run: RunDir) -> list[Location]:
-    """Folders of checkpoints that were never committed: being written, or left by a process that was killed."""
+    """Return the folders of checkpoints that were never committed: they are being written, or a process that was killed
+    left them."""
     named = (p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name))
     return sorted(p for p in named if not is_committed(p))
 
 
 def committed(run: RunDir) -> list[Location]:
-    """The checkpoints of a run that were committed, oldest first; whether they are whole, nobody has looked."""
+    """Return the committed checkpoints of a run, oldest first, without verifying their files."""
     return [*_newest_first(run)][::-1]
 
 
 def last_step(run: RunDir) -> int:
-    """Of the newest committed checkpoint; 0 without any."""
+    """Return the step of the newest committed checkpoint; 0 without any."""
     return next((step_and_group(checkpoint)[0] for checkpoint in _newest_first(run)), 0)
 
 
 def _newest_first(run: RunDir) -> Iterator[Location]:
-    """A group of workers goes on from what is newest and whole, perhaps from before a damaged one: so what a later
-    group wrote is newer, even of an earlier step."""
+    """Return the committed checkpoints of a run, newest first: by worker group, then by step.
+
+    A worker group continues from the newest intact checkpoint, which may be older than a damaged one. So what a later
+    worker group wrote is newer, even if it is of an earlier step.
+    """
     folders: list[Location] = [p for p in run.checkpoints.glob("step_*") if _NAME.fullmatch(p.name)]
     folders.sort(key=lambda folder: step_and_group(folder)[::-1], reverse=True)
     return (folder for folder in folders if is_committed(folder))
@@ -174,24 +180,24 @@ class Newest(NamedTuple):
     checkpoint: Location
     manifest: Manifest
     skipped: list[CheckpointError]
-    """What was wrong with newer ones."""
+    """Errors of newer checkpoints, which are not intact."""
 
 
 def newest_checkpoint(
     run: RunDir, parts: tuple[str, ...] = PARTS, describe: Describe | None = describe_files
 ) -> Newest | None:
-    """The newest whole checkpoint of a run; None if there is none.
+    """Return the newest intact checkpoint of a run; None if the run has no committed checkpoint.
 
-    A directory without a manifest was never committed; it is passed over without a word. One that is dropped while it
-    is read is too, and then there are newer ones than were found before.
+    A directory without a manifest was never committed and is skipped silently. A checkpoint that is dropped while it is
+    read is skipped too; there are newer ones by then, so the search starts again.
 
     Args:
-        run: whose checkpoints are looked at.
-        parts: whose files are checked; without any, of each manifest only whether it can be read.
-        describe: as `read_manifest` takes it.
+        run: the run whose checkpoints are searched.
+        parts: parts whose files are checked; without any, only whether each manifest can be read.
+        describe: function that computes hashes, as `read_manifest` takes it.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole; of the newest one.
+        CheckpointError: there are committed checkpoints, but none is intact; the error is that of the newest one.
     """
     skipped: list[CheckpointError] = []
     for checkpoint in _newest_first(run):
@@ -207,6 +213,6 @@ def newest_checkpoint(
 
 
 def step_and_group(checkpoint: Location) -> tuple[int, int]:
-    """What its name says."""
+    """Return the step and the number of the worker group from the name of a checkpoint."""
     step, _, group = checkpoint.name.removeprefix("step_").partition(".")
     return int(step), int(group)

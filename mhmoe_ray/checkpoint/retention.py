@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, where not all do."""
+"""Checkpoint retention: which checkpoints of a run are kept, where not all are."""
 
 import math
 
@@ -9,27 +9,29 @@ from mhmoe_ray.storage import Location, remove_tree
 
 
 class Retention:
-    """The newest ones stay, and the best: the one of the lowest validation loss among those of a step that was
-    validated. A loss that is not finite is none.
+    """Retention policy that keeps the newest checkpoints and the best one.
 
-    The run's history, which may be long, is read once; what comes after that is told.
+    The best checkpoint has the lowest validation loss among those of steps that were validated. A loss that is not
+    finite does not count. The run's history, which may be long, is read once; later losses are passed to `surplus`.
     """
 
     def __init__(self, run: RunDir, keep: int) -> None:
-        """Args:
-        run: that they are of.
-        keep: how many are the newest.
+        """Prepare the policy; the history is not read yet.
+
+        Args:
+            run: the run whose checkpoints are kept or dropped.
+            keep: number of newest checkpoints to keep.
         """
         self._run, self._keep = run, keep
         self._losses: dict[int, float] | None = None
-        """By the steps that were validated."""
+        """Validation loss by step; None until the history is read."""
 
     def surplus(self, step: int, loss: float | None) -> list[Location]:
-        """Those that do not stay, oldest first.
+        """Return the checkpoints that are not to be kept, oldest first.
 
         Args:
-            step: of the newest.
-            loss: of its validation, if there was one.
+            step: step of the newest checkpoint.
+            loss: validation loss of that step, None if it was not validated.
         """
         if self._losses is None:
             validated_at = ((line[metrics.STEP], line.get(metrics.VAL_LOSS)) for line in history.read(self._run))
@@ -44,6 +46,6 @@ class Retention:
 
 
 def drop(checkpoint: Location) -> None:
-    """Its manifest goes first: should the rest stay, for whatever reason, it no longer counts."""
+    """Drop a checkpoint, its manifest first: if the removal of the rest fails for any reason, it no longer counts."""
     (checkpoint / MANIFEST).unlink()
     remove_tree(checkpoint)

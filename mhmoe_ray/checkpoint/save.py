@@ -3,10 +3,10 @@
     training    | step 100 | forward and backward of 101 | update | step 102 | step 103 | ...
     background              | copy the state | write own file of each part, hash it | tell others | manifest = commit |
 
-The state changes in updates alone, so it is copied beside the next step's forward and backward, and what training waits
-for is what of the copy is left when the update is due. Each rank copies and writes its own share only (`Shares`), into
-buffers that stay. Ranks meet in a process group of their own, since training's may be in use. One checkpoint is under
-way at a time: the next one waits for it.
+The state changes only in updates, so it is copied beside the next step's forward and backward. Training waits only for
+the part of the copy that is left when the update is due. Each rank copies and writes its own share only (`Shares`),
+into buffers that are kept. Ranks communicate in a process group of their own, since training's may be in use. One
+checkpoint at a time is written: the next one waits for it.
 """
 
 import time
@@ -33,7 +33,8 @@ from mhmoe_ray.storage import FileEntry, Location, create_file, describe_file, w
 
 
 class Shares:
-    """Which of the ranks that hold the same writes it: the one that has least to write so far.
+    """Assigns each tensor or slice to one of the ranks that hold it, which writes it: the one with the least to write
+    so far.
 
     Every rank finds the same answer by itself, if all ask for the same tensors in the same order.
     """
@@ -43,7 +44,7 @@ class Shares:
         self._load = [0] * world
 
     def is_mine(self, tensor: Tensor) -> bool:
-        """Whether this rank writes its part of a DTensor, or the whole of any other tensor."""
+        """Return whether this rank writes its part of a DTensor, or the whole of any other tensor."""
         ours = [self._writer(holders, tensor.numel()) for holders in self._holders(tensor)]
         return self._rank in ours
 
@@ -53,7 +54,7 @@ class Shares:
         return least
 
     def _holders(self, tensor: Tensor) -> list[list[int]]:
-        """For each of its slices, the ranks that hold it."""
+        """Return, for each slice of a tensor, the ranks that hold it."""
         if not is_shared_out(tensor):
             return [list(range(len(self._load)))]
         from torch.distributed.tensor import Replicate
@@ -68,16 +69,19 @@ class Shares:
 def save_slices(
     folder: Location, slices: Mapping[str, Slice], rank: int, on_piece: Callable[[], None] = lambda: None
 ) -> FileEntry:
-    """Write slices, which are in CPU memory, as one file; one without any has no bytes of data.
+    """Write slices that are in CPU memory as one file, which has no bytes of data if there are no slices.
 
     Args:
-        folder: a part of a checkpoint.
-        slices: by the names of their tensors.
-        rank: that writes them.
-        on_piece: called now and then, as long as it gets on.
+        folder: folder of a part of a checkpoint.
+        slices: slices by the names of their tensors.
+        rank: rank that writes the file.
+        on_piece: called after each piece that is written.
+
+    Returns:
+        Size and hash of the file.
 
     Raises:
-        OSError: the file is there already, or cannot be written.
+        OSError: the file exists already, or cannot be written.
     """
     with create_file(folder / file_name(rank)) as file:
         return write_slices(file, slices, on_piece)
@@ -92,22 +96,30 @@ class _Copy(NamedTuple):
     part: str
     name: str
     source: torch.Tensor | None
-    """None where the copy is done."""
+    """Tensor to copy; None where the copy is done."""
     slice: Slice
-    """Of which `local` is the copy."""
+    """Slice whose `local` is the copy."""
 
 
 class Saver:
-    """Of one rank. All ranks call the same methods in the same order."""
+    """Checkpoint writer of one rank.
+
+    All ranks call the same methods in the same order.
+    """
 
     def __init__(
         self, run: RunDir, trainer: TrainerState, group: int, on_piece: Callable[[], None] = lambda: None
     ) -> None:
-        """Args:
-        run: that the checkpoints are of.
-        trainer: whose state they are.
-        group: number of this start of the workers, in the checkpoints' names: no other start writes to the same.
-        on_piece: called in the background, as long as writing gets on.
+        """Prepare to save the state of a trainer, which from now on waits for the copy before it updates.
+
+        This is a collective operation, because it creates a process group.
+
+        Args:
+            run: the run that the checkpoints belong to.
+            trainer: trainer whose state is saved.
+            group: number of this worker group, for the checkpoints' names: no other worker group writes to the same
+                names.
+            on_piece: called in the background after each piece that is written.
         """
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         keep = trainer.spec.train.keep_checkpoints
@@ -126,14 +138,14 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, count_LE: torch.Tensor, val_loss: float | None = None) -> None:
-        """Begin to write the state, which the trainer will not change before there is a copy of it.
+        """Begin to write the state, which the trainer will not change before it is copied.
 
         Args:
-            count_LE: routes per layer and expert since the checkpoint before, for rank 0 to write beside it.
-            val_loss: of this step's validation, if there was one.
+            count_LE: routes per layer and expert since the previous checkpoint, which rank 0 writes below `routing/`.
+            val_loss: validation loss of this step, None if it was not validated.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         began = time.monotonic()
         self.wait()
@@ -153,10 +165,10 @@ class Saver:
             self._pause += time.monotonic() - began
 
     def wait(self) -> None:
-        """Until nothing is under way.
+        """Wait until no checkpoint is being written.
 
         Raises:
-            CheckpointError: it could not be written, by any rank.
+            CheckpointError: a checkpoint could not be written, by any rank.
         """
         if self._thread:
             self._thread.join()
@@ -166,11 +178,14 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise. Ranks learn of it at different moments: agree before acting on it."""
+        """Whether `wait` would raise.
+
+        Ranks learn of a failure at different moments: agree before acting on it.
+        """
         return self._error is not None
 
     def _share(self) -> list[_Copy]:
-        """What this rank writes, not copied yet unless it was put together for this."""
+        """Return what this rank writes, not copied yet unless the strategy gathered it for this purpose."""
         share, shares, strategy = list[_Copy](), Shares(), self._trainer.strategy
         for part, name, tensor in strategy.state():
             if not shares.is_mine(tensor):
@@ -189,7 +204,7 @@ class Saver:
         return share
 
     def _copy(self, share: list[_Copy], ready: torch.cuda.Event | None) -> None:
-        """In the background; beside a GPU's work, on a stream of its own."""
+        """Copy the share of this rank, in the background; on a GPU, on a stream beside that of its work."""
         if self._stream:
             torch.cuda.set_device(self._stream.device)  # of this thread, which else would take memory of the first GPU
         with torch.cuda.stream(self._stream):
@@ -209,7 +224,7 @@ class Saver:
                 self._stream.synchronize()
 
     def _manifest(self) -> Manifest:
-        """But for its files."""
+        """Return the manifest of the present state, without its files."""
         trainer, spec = self._trainer, self._trainer.spec
         return Manifest(
             step=trainer.step,
@@ -235,7 +250,8 @@ class Saver:
         counts: dict[str, Any],
         val_loss: float | None,
     ) -> None:
-        """In the background."""
+        """Write the checkpoint, commit it on rank 0 and drop old ones, in the background; a failure is left in
+        `_error`."""
         began = time.monotonic()
         checkpoint = self._run.checkpoints / checkpoint_name(manifest.step, self._group)
         rank = self._trainer.mesh.rank
@@ -267,10 +283,10 @@ class Saver:
             self._error = e
 
     def _everywhere(self, action: Callable[[], T], checkpoint: Location) -> list[T]:
-        """What the action gives on each rank.
+        """Run an action on every rank, and return the results of all ranks.
 
         Raises:
-            CheckpointError: on all ranks, if it fails on any.
+            CheckpointError: the action failed on a rank; raised on all ranks.
         """
         failure = None
         done: tuple[T | None, str | None] = (None, None)
@@ -291,7 +307,10 @@ class Saver:
         return cast("list[T]", [result for result, _ in every])
 
     def _drop_surplus(self, step: int, val_loss: float | None) -> None:
-        """What fails here is no reason to end training, nor to take the new checkpoint for one that failed."""
+        """Drop checkpoints that are not to be kept; a failure causes a warning only.
+
+        A failure is no reason to end training, nor to regard the new checkpoint as one that failed.
+        """
         try:
             surplus = self._retention.surplus(step, val_loss) if self._retention else []
         except OSError as e:

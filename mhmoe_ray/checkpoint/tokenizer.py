@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: the one that lies in its run, checked by its hash."""
+"""Tokenizer of a checkpoint: the one in its run directory, verified by its hash."""
 
 from tokenizers import Tokenizer
 
@@ -10,10 +10,10 @@ from mhmoe_ray.storage import Location, describe_file
 
 
 def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
-    """The tokenizer.json of the run that the checkpoint lies in.
+    """Return the path of tokenizer.json in the run that the checkpoint lies in.
 
     Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
+        CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with.
     """
     path = RunDir.of_checkpoint(checkpoint).tokenizer_file
     what = f"checkpoint {checkpoint}"
@@ -28,10 +28,10 @@ def run_tokenizer(checkpoint: Location, manifest: Manifest) -> Location:
 
 
 def load_run_tokenizer(checkpoint: Location, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of the run that a checkpoint lies in.
+    """Load the tokenizer of the run that a checkpoint lies in.
 
     Raises:
-        CheckpointError: it is missing, or it is not the one the model was trained with.
-        DataError: it is no tokenizer for a model of this size.
+        CheckpointError: the file cannot be read, or is not the tokenizer that the model was trained with.
+        DataError: the file is not a tokenizer for a model with this vocabulary size.
     """
     return load_tokenizer(run_tokenizer(checkpoint, manifest), manifest.model.vocab_size)

@@ -1,4 +1,4 @@
-"""From the spec's words, `cluster.dispatch` and `cluster.strategy`, to a rank's dispatch and strategy."""
+"""Build a rank's dispatch and strategy as the spec names them, in `cluster.dispatch` and `cluster.strategy`."""
 
 from mhmoe_ray.distributed.dispatch.flat import FlatDispatch
 from mhmoe_ray.distributed.dispatch.hierarchical import HierarchicalDispatch
@@ -10,11 +10,11 @@ from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | HierarchicalDispatch | None:
-    """None where every rank holds all experts. Collective.
+    """Build the expert-parallel dispatch of this rank; return None where every rank holds all experts.
 
-    Where `spec.dispatch` is hierarchical, a group within one node stays flat, and so does one that has unequally many
-    ranks on its nodes (`Mesh.uneven`). Both give the same results, and where a worker group that is started again finds
-    free places is no reason to end its run.
+    This is a collective operation. Where `spec.dispatch` is hierarchical, a group within one node stays flat, and so
+    does a group with unequal numbers of ranks on its nodes (`Mesh.uneven`). Both dispatches give the same results, so
+    the placement that a restarted worker group happens to get is no reason to end its run.
     """
     if mesh.size("ep") == 1:
         return None
@@ -31,11 +31,12 @@ def build_dispatch(spec: ClusterSpec, mesh: Mesh) -> FlatDispatch | Hierarchical
 
 
 def build_strategy(model: Decoder, mesh: Mesh, spec: RunSpec, fill: Fill) -> Strategy:
-    """Of a model without memory, which `fill` gives it. Collective. With one worker there is nothing to share out, so
-    that all strategies are the same.
+    """Build the strategy for a model without memory, which `fill` gives it.
+
+    This is a collective operation. With one worker there is nothing to shard, so all strategies are the same.
 
     Raises:
-        SpecError: what the strategy needs is not installed.
+        SpecError: a package that the strategy needs is not installed.
     """
     name = spec.cluster.strategy
     if mesh.world == 1 or name == "ddp":

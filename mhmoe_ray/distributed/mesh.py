@@ -1,12 +1,13 @@
-"""The mesh of ranks, as this process sees it; its dimensions are asked for by name, today dp and ep.
+"""The mesh of ranks, as this process sees it; its dimensions are accessed by name, today dp and ep.
 
-torch numbers the ranks of a process group upwards, whatever order a mesh has them in; only in a mesh whose rows and
-columns both ascend is a place in the mesh the place in the group. Groups by node give rows that ascend, not columns:
+torch numbers the ranks of a process group in ascending order, whatever order a mesh has them in. Only in a mesh whose
+rows and columns both ascend is a rank's coordinate in the mesh also its rank in the process group. Groups formed by
+node have rows that ascend, but not columns:
 
-    groups      [0, 3]        devices   [0, 2]      who holds which experts: the same columns, each sorted, which leaves
-                [1, 2]                  [1, 3]      the rows ascending
+    groups      [0, 3]        devices   [0, 2]      ranks that hold the same experts: the same columns, each sorted,
+                [1, 2]                  [1, 3]      which leaves the rows ascending
 
-So rows are exchanged in process groups of the groups, and tensors are sliced over `devices`.
+So rows of tokens are exchanged in process groups made from `groups`, and tensors are sharded over `devices`.
 """
 
 import math
@@ -27,30 +28,36 @@ from mhmoe_ray.spec.cluster import MeshSizes
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands. Without a process group (one worker) `devices` is None."""
+    """Mesh of all ranks and the place of this rank in it.
+
+    Without a process group (one worker) `devices` is None.
+    """
 
     sizes: MeshSizes
     rank: int
     coordinates: dict[str, int]
-    """Where this rank stands along each dimension."""
+    """Coordinate of this rank along each dimension."""
     devices: DeviceMesh | None
-    """Of the same dimensions. Ranks along "dp" hold the same experts; its rows along "ep" need not be the groups."""
+    """Device mesh with the same dimensions. Ranks along "dp" hold the same experts; its rows along "ep" need not be the
+    expert-parallel groups."""
     everyone: DeviceMesh | None
-    """All ranks, in one dimension."""
+    """Device mesh of all ranks in one dimension; None without a process group."""
     process_groups: dict[str, dist.ProcessGroup]
-    """Of this rank along each dimension; that of "ep" is its expert-parallel group. Empty without a process group."""
+    """Process group of this rank along each dimension; along "ep" it is the expert-parallel group. Empty without a
+    process group."""
     groups: list[list[int]]
     """Ranks of each expert-parallel group."""
     nodes: Sequence[str]
-    """For each rank, a name of its node."""
+    """Name of each rank's node."""
     straddling: int
-    """Expert-parallel groups that lie on more than one node."""
+    """Number of expert-parallel groups that lie on more than one node."""
     apart: int
-    """Those of them that lie in more than one domain."""
+    """Number of expert-parallel groups that lie in more than one domain."""
 
     @property
     def uneven(self) -> int:
-        """Expert-parallel groups whose nodes have unequally many of their ranks."""
+        """Number of expert-parallel groups that do not have equally many ranks on each of their nodes, one node after
+        the other."""
         return sum(by_node(group, self.nodes) is None for group in self.groups)
 
     @property
@@ -58,7 +65,7 @@ class Mesh:
         return math.prod(self.sizes.values())
 
     def size(self, dimension: str) -> int:
-        """Return the number of ranks along a dimension."""
+        """Return the size of the mesh, that is the number of ranks, along a dimension."""
         return self.sizes[dimension]
 
     def group(self, dimension: str) -> dist.ProcessGroup:
@@ -66,18 +73,23 @@ class Mesh:
         return self.process_groups[dimension]
 
     def ranks(self, dimension: str) -> list[int]:
-        """Return the ranks of the devices along a dimension, through this one."""
+        """Return the ranks of `devices` along a dimension, through this rank."""
         assert self.devices is not None
         ranks: list[int] = self.devices[dimension].mesh.tolist()
         return ranks
 
     def held(self, experts: int) -> range:
-        """Global ids of the experts of each layer that this rank holds."""
+        """Return the global ids of the experts of each layer that this rank holds.
+
+        Args:
+            experts: number of experts of a layer.
+        """
         each = experts // self.size("ep")
         return range(self.coordinates["ep"] * each, (self.coordinates["ep"] + 1) * each)
 
     def expert_dtensor(self, local: torch.Tensor) -> torch.Tensor:
-        """A rank's experts [E/ep, ...] as a view of the global [E, ...]; the tensor itself when it holds all."""
+        """Return this rank's experts [E/ep, ...] as a view of the global [E, ...]; without a process group, the tensor
+        itself."""
         if self.devices is None:
             return local
         placements = [Shard(0) if name == "ep" else Replicate() for name in self.sizes]
@@ -85,16 +97,17 @@ class Mesh:
 
 
 def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domains: Sequence[str] | None = None) -> Mesh:
-    """The mesh of the default process group, or of a single process if there is none.
+    """Build the mesh of the default process group, or of a single process if there is none.
 
     Args:
-        spec: its `workers` must allow the size of the group.
-        nodes: for each rank, a name of the node it is on.
+        spec: cluster section of the spec; its `workers` must allow the size of the group.
+        nodes: name of each rank's node.
         device_type: "cpu" or "cuda".
-        domains: for each rank, a name of the domain that its node is in; by default all are in one.
+        domains: name of the domain of each rank's node; by default all nodes are in one domain.
 
     Raises:
-        ClusterError: a group lies farther apart than `spec.straddling` allows, or the worker group has another size.
+        ClusterError: a group lies farther apart than `spec.straddling` allows, or the worker group has a size that
+            `spec` does not allow.
     """
     groups = expert_groups(nodes, spec.ep, domains)
     if spec.straddling == "refuse" and groups.why_refused:
@@ -140,7 +153,10 @@ def build_mesh(spec: ClusterSpec, nodes: Sequence[str], device_type: str, domain
 
 
 def group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """This rank's of several new process groups, which all ranks make in the same order; None if it is in none."""
+    """Create a process group for each list of ranks and return the one that this rank is in; None if it is in none.
+
+    All ranks must create the same groups in the same order.
+    """
     return _new_groups(groups)[0]
 
 

@@ -9,7 +9,7 @@ from mhmoe_ray.spec import TrainSpec
 
 
 def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """The parameters that expert parallelism spreads over ranks, by name."""
+    """Return, by name, the parameters that expert parallelism spreads over ranks."""
     return {
         f"{module_name}.{name}": parameter
         for module_name, module in model.named_modules()
@@ -19,10 +19,10 @@ def expert_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
-    """Weight decay for matrices, the experts' among them; none for norms and biases.
+    """Build AdamW with weight decay for matrices, those of experts included, and without it for norms and biases.
 
-    Experts have groups of their own, since they are spread over ranks in another way: as whole tensors beside slices of
-    tensors, or as slices over fewer ranks.
+    Experts have parameter groups of their own, because they are spread over ranks in another way: as whole tensors
+    where others are sharded, or as shards over fewer ranks.
     """
     experts, decays = set(expert_parameters(model)), matrices(model)
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -33,7 +33,8 @@ def build_optimizer(model: Decoder, spec: TrainSpec) -> torch.optim.AdamW:
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
-    """For the update that ends step `step` (from 1): linear warm-up, then linear decay to min_lr at the last step."""
+    """Return the learning rate of the update that ends step `step` (from 1): linear warm-up, then linear decay to
+    min_lr at the last step."""
     if step <= spec.warmup_steps:
         return spec.lr * step / spec.warmup_steps
     progress = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)

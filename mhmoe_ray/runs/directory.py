@@ -1,4 +1,4 @@
-"""The run directory: where things lie in it, how runs are made and found, and the attempts that run.json records."""
+"""The run directory: the paths in it, how runs are created and found, and the attempts that run.json records."""
 
 import json
 import secrets
@@ -26,12 +26,12 @@ class RunDir:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Location) -> "RunDir":
-        """The run that a checkpoint lies in."""
+        """Return the run that a checkpoint lies in."""
         return cls(checkpoint.parent.parent)
 
     @property
     def name(self) -> str:
-        """Its spec's; `new_directory` adds the rest of the id."""
+        """Name in the run's spec: the id without the suffix that `new_directory` adds."""
         return self.id.rpartition("-")[0]
 
     @property
@@ -72,7 +72,7 @@ class RunDir:
 
     @property
     def chat_template_file(self) -> Location:
-        """How conversations are spelled, as a Jinja template, for models that know such."""
+        """Path of the Jinja template that turns a conversation into a prompt, for models that have one."""
         return self.path / CHAT_TEMPLATE
 
     @property
@@ -89,15 +89,18 @@ class RunDir:
 
     @property
     def is_imported(self) -> bool:
-        """It came from other weights and was never trained: it has no spec, no attempts and no metrics."""
+        """Whether the run came from other weights and was never trained: it has no spec, no attempts and no metrics."""
         return "imported" in json.loads(self.attempts_file.read_text())
 
     def spec(self) -> RunSpec:
         return self.relocated(load_resolved_spec(self.spec_file))
 
     def relocated(self, spec: RunSpec) -> RunSpec:
-        """Return the spec of a run whose folder was moved together with others, such as a whole checkout: paths below
-        the folder that is gone become those below the one that holds the run now."""
+        """Return the spec of a run whose folder may have been moved together with others, such as a whole checkout.
+
+        Paths below the folder that is gone become paths below the folder that holds the run now. The spec is returned
+        as it is if the run was not moved, if the old folder still exists, or if the run is on an object store.
+        """
         old, new = spec.storage, self.path.absolute().parent
         if not (isinstance(old, Path) and isinstance(new, Path)) or old == new:
             return spec
@@ -120,14 +123,14 @@ class RunDir:
         return spec.model_copy(update={"storage": storage, "data": data.model_copy(update=paths)})
 
     def write_spec(self, spec: RunSpec) -> None:
-        """In one step: it is the run's only description."""
+        """Write the spec in one step, because it is the run's only description."""
         replace_file(self.spec_file, dump_spec(spec).encode())
 
     def created(self) -> float:
-        """When its first attempt or its import was, in seconds since the epoch.
+        """Return the time of the run's first attempt or of its import, in seconds since the epoch.
 
         Raises:
-            RunError: run.json does not say so.
+            RunError: run.json cannot be read or does not hold this time.
         """
         try:
             state = json.loads(self.attempts_file.read_text())
@@ -139,7 +142,7 @@ class RunDir:
 
 
 def create_run(spec: RunSpec) -> RunDir:
-    """A new run directory for training.
+    """Create a new run directory for training.
 
     Raises:
         SpecError: the storage folder cannot be written.
@@ -156,7 +159,7 @@ def create_run(spec: RunSpec) -> RunDir:
 
 
 def new_directory(storage: Location, name: str) -> RunDir:
-    """An empty run directory, readable by its owner only, with an id that no other run has.
+    """Create an empty run directory, readable by its owner only, with an id that no other run has.
 
     Raises:
         SpecError: the storage folder cannot be written.
@@ -173,7 +176,9 @@ def new_directory(storage: Location, name: str) -> RunDir:
 
 
 def list_runs(storage: Location | str) -> list[RunDir]:
-    """Runs below `storage`, oldest first. Of one whose run.json cannot be read a warning is written to stderr.
+    """Return the runs below `storage`, oldest first.
+
+    A run whose run.json cannot be read is left out, with a warning on stderr.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -199,15 +204,15 @@ def _reading(storage: Location | str) -> Iterator[None]:
 
 
 def find_run(name: str | None, storage: Location | str, *, with_job: bool = False) -> RunDir:
-    """The run of this id, unique prefix of an id, or path; without a name the newest one.
+    """Return the run with this id, unique prefix of an id, or path; without a name, the newest run.
 
     Args:
-        name: as a user gives it.
+        name: id, prefix or path, as a user gives it.
         storage: folder that holds run directories.
-        with_job: the newest one that was trained here, not imported.
+        with_job: without a name, whether the newest run must have been trained here, not imported.
 
     Raises:
-        RunError: there is none, the prefix fits several, or the run.json of that id or path cannot be read.
+        RunError: there is no such run, the prefix fits several, or the run.json of that id or path cannot be read.
         StorageError: the storage cannot be read.
     """
     if name is not None:
@@ -232,11 +237,11 @@ def find_run(name: str | None, storage: Location | str, *, with_job: bool = Fals
 @dataclass(frozen=True)
 class Attempt:
     job: str
-    """Ray's submission id."""
+    """Submission id of the job in Ray."""
     address: str
-    """The cluster's dashboard, http(s)."""
+    """Address of the cluster's dashboard, http(s)."""
     local: bool
-    """We started that cluster, on the machine of the command."""
+    """Whether this package started that cluster, on the machine of the command."""
     submitted: float = field(default_factory=time.time)
 
 
@@ -247,10 +252,10 @@ def read_attempts(run: RunDir) -> list[Attempt]:
 
 
 def last_attempt(run: RunDir) -> Attempt:
-    """The newest attempt of a run.
+    """Return the newest attempt of a run.
 
     Raises:
-        RunError: the run was imported, so there is none.
+        RunError: the run was imported, so it has no attempt.
     """
     if run.is_imported:
         why = "it was imported, not trained here, so it has no job"
@@ -259,24 +264,26 @@ def last_attempt(run: RunDir) -> Attempt:
 
 
 def newest_number(run: RunDir) -> int:
-    """Of its attempts, from 1; 0 without any."""
+    """Return the number of the run's newest attempt, counted from 1; 0 without any."""
     return len(read_attempts(run))
 
 
 def require_newest(run: RunDir, attempt: int) -> None:
-    """Raises:
-    RunError: there is an attempt after this one.
+    """Check that an attempt is the newest one of its run.
+
+    Raises:
+        RunError: there is an attempt after this one.
     """
     if newest_number(run) > attempt:
         raise RunError(f"run {run.id}", "it was resumed elsewhere", "leave it to the newer job")
 
 
 def add_attempt(run: RunDir, attempt: Attempt) -> None:
-    """Record an attempt."""
+    """Add an attempt to run.json."""
     attempts = [*read_attempts(run), attempt]
     write_json(run.attempts_file, {"id": run.id, "attempts": [asdict(a) for a in attempts]})
 
 
 def mark_imported(run: RunDir) -> None:
-    """From now on it counts as a run."""
+    """Write the run.json of an imported run, with the present time; from now on the directory counts as a run."""
     write_json(run.attempts_file, {"id": run.id, "attempts": [], "imported": time.time()})

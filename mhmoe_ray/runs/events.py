@@ -1,4 +1,7 @@
-"""What happened to a run, in order. The state of a run is a function of these lines."""
+"""Events of a run, in order.
+
+The state of a run is a function of its events.
+"""
 
 import time
 from typing import Any, Literal
@@ -53,12 +56,12 @@ def events(run: RunDir) -> list[dict[str, Any]]:
 
 
 def newest(happened: list[dict[str, Any]], kind: Kind) -> dict[str, Any] | None:
-    """The last event of this kind."""
+    """Return the last event of this kind; None if there is none."""
     return next((event for event in reversed(happened) if event["event"] == kind), None)
 
 
 def state(happened: list[dict[str, Any]]) -> State:
-    """The state after these events."""
+    """Return the state of a run after these events."""
     current: State = "submitted"
     begun = 0
     for event in happened:
@@ -74,26 +77,33 @@ def state(happened: list[dict[str, Any]]) -> State:
 
 
 def is_over(current: str) -> bool:
-    """Whether a run in this state, which may also be unknown, does nothing any more."""
+    """Return whether a run in this state has ended.
+
+    A state that is not known has not.
+    """
     return current in ("finished", "stopped", "failed", "imported")
 
 
 def hung(event: dict[str, Any]) -> str:
-    """A sentence on a rank that hung, by its event."""
+    """Return a sentence about a rank that hung, from its "hung" event."""
     how = "gave no sign of life" if event["silent"] else "made no progress"
     where = f"rank {event['rank']} (process {event['pid']} on {event['host']})"
     return f"{where} {how} for {event['seconds']:.0f} s, {event['doing']} after step {event['step']}; it was ended"
 
 
 def lost(event: dict[str, Any]) -> str:
-    """A sentence on workers that failed, by their event."""
+    """Return a sentence about workers that failed, from their "lost" event."""
     more = event["ranks"] - 1
     others = f", and {more} other{'s' if more > 1 else ''} with it" if more else ""
     return f"rank {event['rank']} on {event['host'] or 'a node that is not known'} failed{others}: {event['reason']}"
 
 
 def interruptions(happened: list[dict[str, Any]]) -> list[tuple[float, str]]:
-    """When and why workers ended before their time, and were or were not started again."""
+    """Return the time and the reason of each end of workers before their time, whether or not they were started again.
+
+    Times are in seconds since the epoch, reasons are sentences. The failure of a rank that was killed because it hung
+    is not listed a second time.
+    """
     sentences = {"hung": hung, "preempted": preempted, "lost": lost}
     told: list[tuple[float, str]] = []
     hung_rank = None
@@ -110,25 +120,26 @@ def interruptions(happened: list[dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 def workers(started: dict[str, Any]) -> str:
-    """How many there are by a "started" event, and how many were asked for where that is a range."""
+    """Return the number of workers of a "started" event, and the number that was asked for where that is a range."""
     asked = started.get("asked")  # events of before have none
     return str(len(started["workers"])) + (f" (of {asked['min']} to {asked['max']})" if isinstance(asked, dict) else "")
 
 
 def mesh(started: dict[str, Any]) -> str:
-    """Return the sizes of the mesh by a "started" event, in words."""
+    """Return the sizes of the mesh of a "started" event, in words."""
     return mesh_in_words({name: started[name] for name in ClusterSpec().mesh_sizes() if name in started})
 
 
 def preempted(event: dict[str, Any]) -> str:
-    """A sentence on the nodes that are taken away, by a "preempted" event."""
+    """Return a sentence about the nodes that are preempted, from a "preempted" event."""
     left = f" within {event['deadline'] - event['time']:.0f} s" if event["deadline"] else ""
     nodes = ", ".join(node[:12] for node in event["nodes"])
     return f"node {nodes} is taken away{left}; saved at step {event['step']}, starting elsewhere or smaller"
 
 
 def straddling(started: dict[str, Any]) -> str | None:
-    """A sentence on the expert-parallel groups that lie on several nodes, by a "started" event; None without any."""
+    """Return a sentence about the expert-parallel groups that lie on several nodes, from a "started" event; None
+    without any."""
     if not (groups := started["straddling_groups"]):
         return None
     said = f"{groups} expert-parallel groups lie on more than one node"

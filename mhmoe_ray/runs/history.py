@@ -1,4 +1,4 @@
-"""The history of a run's metrics: metrics.jsonl, a line per step, and looks into it.
+"""History of a run's metrics: metrics.jsonl, one line per step, and queries on it.
 
 A history may have a million lines, so `course` reads only a few of them. Nothing here needs torch.
 """
@@ -15,25 +15,32 @@ from mhmoe_ray.runs.metrics import GROUP, METRICS, STEP, TIME, TOKENS, TOKENS_PE
 
 
 def append(run: RunDir, line: dict[str, Any]) -> None:
-    """Add a step's line. A number that is not finite, for which JSON has no word, becomes null."""
+    """Append the line of a step.
+
+    A number that is not finite becomes null, because JSON cannot express it.
+    """
     assert line.keys() <= METRICS.keys(), f"not in the registry: {line.keys() - METRICS.keys()}"
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     jsonl.append(run.metrics_file, finite, at_once=False)
 
 
 def flush(run: RunDir) -> None:
-    """Return when all lines of this process can be read; at once but on an object store."""
+    """Return when all lines of this process can be read, which is at once except on an object store."""
     jsonl.flush(run.metrics_file)
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """One line per step, in order: the effective history, where a restart has taken the place of what it repeated."""
+    """Return one line per step, in order.
+
+    This is the effective history: after a restart, the steps that were repeated have their new lines only.
+    """
     # On an object store segments are in the order of their writers' clocks, and a later start may be on another node.
     return effective(sorted(jsonl.read(run.metrics_file), key=lambda line: line.get(GROUP, 0)))
 
 
 def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that a later one has taken the place of."""
+    """Return the lines without those that a later line replaces, which are the ones before it of the same or a later
+    step."""
     found: list[dict[str, Any]] = []
     for line in lines:
         while found and found[-1][STEP] >= line[STEP]:
@@ -43,19 +50,19 @@ def effective(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last(run: RunDir) -> dict[str, Any] | None:
-    """The newest line."""
+    """Return the newest line; None without any."""
     return next(Glimpse(run.metrics_file).backwards(), None)
 
 
 class Course(NamedTuple):
     recent: list[dict[str, Any]]
-    """Of the effective history, the newest lines."""
+    """Newest lines of the effective history, at most `RECENT`."""
     validation: dict[str, Any] | None
-    """The newest line with a validation."""
+    """Newest line with a validation, None if there is none."""
     curve: list[dict[str, Any]]
     """Lines from all over the effective history, in order; all of it where it is short."""
     start: dict[str, Any] | None
-    """The first line of the newest start of workers."""
+    """First line of the newest worker group."""
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -63,14 +70,15 @@ class Course(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second over the recent steps, by the time that these took."""
+        """Tokens per second over the recent steps, by the time that these steps took; None where there are too few."""
         pairs = [(b[TOKENS] - a[TOKENS], b[TOKENS_PER_S]) for a, b in pairwise(self.recent) if a[GROUP] == b[GROUP]]
         seconds = sum(tokens / rate for tokens, rate in pairs if tokens)
         return float(sum(tokens for tokens, _ in pairs) / seconds) if seconds else None
 
     @property
     def mean_rate(self) -> float | None:
-        """Tokens a second since the newest start of workers, by the clock: validations and pauses are in it."""
+        """Tokens per second since the newest worker group started, by the clock, validations and pauses included; None
+        if no time has passed since its first line."""
         if self.last is None or self.start is None or self.last[TIME] <= self.start[TIME]:
             return None
         return float((self.last[TOKENS] - self.start[TOKENS]) / (self.last[TIME] - self.start[TIME]))
@@ -81,9 +89,11 @@ CURVE = 60
 
 
 def course(run: RunDir, validate_every: int) -> Course:
-    """Args:
-    run: its directory.
-    validate_every: steps between two of its validations.
+    """Return recent lines, the newest validation and a curve of a run's history.
+
+    Args:
+        run: the run.
+        validate_every: number of steps between two of its validations.
     """
     file = Glimpse(run.metrics_file)
     newest = list(islice(file.backwards(), CURVE))[::-1]

@@ -1,7 +1,8 @@
-"""Append-only files of JSON lines that survive a writer killed in mid-line, and quick looks into long ones.
+"""Append-only files of JSON lines that survive a writer killed in mid-line, and fast queries on long ones.
 
-An object store cannot append: there such a file is a folder of segments, in the order of time. A line is a segment of
-its own; or, where lines come fast and from one process, gathered with others to one that is put anew once a second.
+An object store cannot append: there such a file is a folder of segments in order of time. Each line is a segment of its
+own; or, where lines come fast and from one process, lines are gathered in a segment that is written again once a
+second.
 """
 
 import atexit
@@ -26,16 +27,16 @@ PUT_SECONDS = 1.0
 
 
 def append(path: Location, record: dict[str, Any], *, at_once: bool = True) -> None:
-    """Add one line in one write; after a torn last line, start a fresh one.
+    """Append one line in one write; after a torn last line, start a new line.
 
     Args:
-        path: of the file.
-        record: what JSON can hold.
-        at_once: on an object store too. Otherwise it may be there a second later, `flush` ends the wait, and no other
-            process may append at that time.
+        path: path of the file.
+        record: content of the line, which JSON must be able to hold.
+        at_once: whether the line is written at once on an object store too. Otherwise it may be written only with a
+            line that is appended a second later, or by `flush`, and no other process may append at that time.
 
     Raises:
-        StorageError: the storage is full, read-only or gone.
+        StorageError: the storage is full, read-only or out of reach.
     """
     with _writing(path):
         _append(path, record, at_once)
@@ -70,10 +71,10 @@ def _append(path: Location, record: dict[str, Any], at_once: bool) -> None:
 
 
 def flush(path: Location) -> None:
-    """Return when all that this process appended can be read.
+    """Return when everything that this process appended can be read.
 
     Raises:
-        StorageError: as `append`.
+        StorageError: the storage is full, read-only or out of reach.
     """
     if isinstance(path, ObjectPath):
         with _writing(path):
@@ -85,7 +86,7 @@ def _segment_name() -> str:
 
 
 class _Gathered:
-    """Lines of this process that make a segment."""
+    """Lines of this process that are gathered to one segment on an object store."""
 
     def __init__(self, folder: ObjectPath) -> None:
         self._folder, self._lines, self._waiting, self._put = folder, b"", False, 0.0
@@ -115,14 +116,17 @@ def _gathered(path: ObjectPath) -> _Gathered:
 
 
 def parts_with_sizes(path: Location) -> list[tuple[Location, int]]:
-    """Files that together are this one, in order, with their bytes."""
+    """Return the files that together make up this one, in order, with their sizes in bytes."""
     if isinstance(path, ObjectPath):
         return [*path.sizes()]
     return [(path, path.stat().st_size)] if path.exists() else []
 
 
 def read(path: Location) -> Iterator[dict[str, Any]]:
-    """All whole lines, in order; none if there is no file. A torn line, left by a killed writer, is passed over."""
+    """Yield all whole lines, in order; none if there is no file.
+
+    A torn line, left by a writer that was killed, is skipped.
+    """
     for part, size in parts_with_sizes(path):
         if isinstance(part, Path):
             with part.open("rb") as f:
@@ -140,7 +144,7 @@ _short = lru_cache(maxsize=1 << 16)(_segment)
 
 
 def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """What these lines hold, without those that are torn."""
+    """Yield the content of lines, without those that are torn."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -149,12 +153,15 @@ def records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def modified(path: Location) -> float:
-    """When the last line was written, in seconds since the epoch; 0 without any."""
+    """Return the time at which the last line was written, in seconds since the epoch; 0 without any."""
     return max((part.stat().st_mtime for part, _ in parts_with_sizes(path)[-1:]), default=0.0)
 
 
 class Tail:
-    """The whole lines that were added to a file since the last look, or, at first, since this was made."""
+    """Reader of the whole lines that were added to a file since the last call of `new`.
+
+    The first call yields all lines or, with `from_now`, those that were added since the reader was created.
+    """
 
     def __init__(self, path: Location, *, from_now: bool = False) -> None:
         self._path, self._read = path, dict[str, int]()
@@ -179,7 +186,7 @@ PROBE = 1 << 12
 
 
 class Glimpse:
-    """The file as it is when this is made; torn lines are passed over."""
+    """Access to any line of a file as it was when this was created; torn lines are skipped."""
 
     def __init__(self, path: Location) -> None:
         self._parts, sizes = [], []
@@ -188,10 +195,10 @@ class Glimpse:
             sizes.append(size)
         self._ends = list(accumulate(sizes))
         self.size = self._ends[-1] if self._ends else 0
-        """Bytes."""
+        """Size of the file in bytes."""
 
     def backwards(self) -> Iterator[dict[str, Any]]:
-        """All lines, the last one first."""
+        """Yield all lines, the last one first."""
         end, rest = self.size, b""
         for index in reversed(range(len(self._parts))):
             begin = self._begin(index)
@@ -204,7 +211,7 @@ class Glimpse:
             rest = b""
 
     def at(self, offset: int) -> dict[str, Any] | None:
-        """The first whole line that begins there or later; None past the last one."""
+        """Return the first whole line that begins at or after byte `offset`; None past the last one."""
         index = bisect_right(self._ends, offset)
         while index < len(self._parts):
             begin, end, length = max(offset, self._begin(index)), self._ends[index], PROBE
@@ -221,12 +228,16 @@ class Glimpse:
         return None
 
     def spread(self, count: int) -> list[dict[str, Any]]:
-        """About so many lines in order, evenly far apart; of a file of fewer, some twice."""
+        """Return about `count` lines in order, evenly spaced; of a file with fewer lines, some appear twice."""
         found = (self.at(self.size * i // count) for i in range(count))
         return [line for line in found if line]
 
     def first(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """The first line for which `holds`, where it does so for all lines after that one and for none before."""
+        """Return the first line for which `holds` is true, found by bisection; None if there is none.
+
+        Args:
+            holds: predicate that is true for all lines after the first one for which it is true.
+        """
         below, above = 0, self.size
         while below < above:
             middle = (below + above) // 2

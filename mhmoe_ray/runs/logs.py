@@ -1,8 +1,8 @@
-"""A run's logs in its directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
+"""Logs of a run in its directory, so that they outlive the cluster: `logs/<attempt>/<number>.log`.
 
-The run's job copies what it and its workers write, which is in one file of its own, in segments of 1 MiB. Of a long log
-the first segment and the newest ones are kept; of a run, the newest attempts. Secrets are replaced before anything is
-written (`Redactor`).
+What the run's job and its workers write goes to one file of its own, which the job copies in segments of 1 MiB. Of a
+long log the first segment and the newest ones are kept; of a run, the newest attempts. Secrets are replaced before
+anything is written (`Redactor`).
 """
 
 import atexit
@@ -20,12 +20,12 @@ from mhmoe_ray.storage import Location, ObjectPath, remove_tree
 
 SEGMENT_BYTES = 1 << 20
 NEWEST_SEGMENTS = 7
-"""Segments of an attempt that are kept beside its first one."""
+"""Number of newest segments of an attempt that are kept beside its first one."""
 NEWEST_ATTEMPTS = 4
 LONGEST_LINE = 64 << 10
-"""Bytes of a line without an end after which it is written in pieces."""
+"""Number of bytes of a line without an end after which it is written in pieces."""
 SECONDS, OBJECT_SECONDS = 2.0, 15.0
-"""Between two copies; on an object store each one writes the whole segment anew."""
+"""Seconds between two copies, locally and on an object store, where each copy writes the whole segment again."""
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
@@ -35,11 +35,12 @@ _SECRET_TEXT = re.compile(
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
 SHORTEST_SECRET = 8
-"""Characters that a value of the environment has at least to be taken for a secret, by its name."""
+"""Smallest number of characters of an environment variable's value that is taken for a secret because of its name."""
 
 
 class Redactor:
-    """Replaces secrets: values of environment variables that are named like one, and tokens of known forms."""
+    """Replaces secrets by `***`: values of environment variables with the name of a secret, the content of files that
+    such variables name, and tokens of known forms."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         values = [v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= SHORTEST_SECRET]
@@ -59,14 +60,16 @@ class Redactor:
 
 
 class LogKeeper:
-    """Copies a growing file into the run directory."""
+    """Copies a growing file into the run directory, with secrets replaced."""
 
     def __init__(self, run: RunDir, attempt: int, source: Path, redact: Redactor) -> None:
-        """Args:
-        run: whose log it is.
-        attempt: number of the submit or resume.
-        source: the file.
-        redact: replaces secrets in a line.
+        """Create the folder of the attempt's log, and remove logs of old attempts.
+
+        Args:
+            run: the run whose log it is.
+            attempt: number of the attempt (a submit or a resume).
+            source: file to copy.
+            redact: function that replaces secrets in a text.
         """
         self._folder, self._source, self._redact = run.logs / f"{attempt:04d}", source, redact
         self._read, self._rest, self._number, self._segment = 0, b"", 1, b""
@@ -74,10 +77,10 @@ class LogKeeper:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def copy(self, *, whole: bool = False) -> None:
-        """Copy the lines that came since the last time.
+        """Copy the lines that were added since the last call.
 
         Args:
-            whole: also an unfinished last line.
+            whole: whether to copy an unfinished last line too.
         """
         with self._source.open("rb") as file:
             file.seek(self._read)
@@ -122,7 +125,7 @@ def _drop_old_attempts(run: RunDir) -> None:
 
 
 def keep_log(run: RunDir, attempt: int) -> None:
-    """Keep what this process writes to its standard output from now to its end, where that is a file."""
+    """Copy what this process writes to its standard output, from now to its end, if standard output is a file."""
     source = _file_of(sys.stdout.fileno())
     if source is None:
         return
@@ -174,7 +177,7 @@ def _file_of(descriptor: int) -> Path | None:
 
 
 def kept_lines(run: RunDir, attempt: int) -> Iterator[str] | None:
-    """Return the lines of an attempt that its directory has; None if it has none."""
+    """Return the lines of an attempt's log in the run directory; None if there are none."""
     folder = run.logs / f"{attempt:04d}"
     segments = _sorted(folder) if folder.exists() else []
     return _lines(segments) if segments else None

@@ -1,4 +1,4 @@
-"""The registry of a run's metrics: one entry each, from which all that show or keep a metric read.
+"""Registry of a run's metrics: one entry for each, which everything that shows or keeps a metric reads.
 
     metrics.jsonl        a line per step, written by runs/history.py; it takes registered names only
     Prometheus           gauges `ray_mhmoe_train_NAME` (train/telemetry/ray_metrics.py), with the label `run`
@@ -17,24 +17,27 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 PREFIX = "mhmoe_train_"
-"""Of names in Prometheus, where Ray adds `ray_` before it."""
+"""Prefix of names in Prometheus, before which Ray adds `ray_`."""
 Unit = Literal["short", "percentunit", "s", "reqps", "bytes", "none"]
-"""Grafana's names: percentunit is a share of 1, reqps is per second."""
+"""Units by Grafana's names: percentunit is a share of 1, reqps is per second."""
 PanelKind = Literal["timeseries", "bargauge", "stat"]
 
 
 class Panel(NamedTuple):
-    """Where Grafana shows a metric. Metrics of the same title share a panel, which takes unit and kind of the first."""
+    """Grafana panel of a metric.
+
+    Metrics with the same title share a panel, which takes the unit and kind of the first one.
+    """
 
     dashboard: Literal["training", "routing"]
     title: str
     legend: str = "{{run}}"
-    """A name in double braces stands for a label."""
+    """Legend of the series; a name in double braces stands for a label."""
     query: str = "{0}"
-    """In PromQL: {0} is the series, {name} the series of another metric."""
+    """Query in PromQL: {0} is the series, {name} the series of another metric."""
     kind: PanelKind = "timeseries"
     unit: Unit | None = None
-    """Of the query, where it is not the metric's."""
+    """Unit of the query, where it is not the metric's unit."""
 
 
 class Plot(NamedTuple):
@@ -46,15 +49,15 @@ class Plot(NamedTuple):
 class Metric:
     name: str
     help: str
-    """One sentence, for Prometheus and for the panel."""
+    """Description in one sentence, for Prometheus and for the panel."""
     unit: Unit = "short"
     scope: Literal["run", "rank", "layer", "expert", "file"] = "run"
-    """One value per run, or one per rank, layer or expert, which Prometheus has as labels; `file` is for metrics.jsonl
-    alone."""
+    """Scope of a value: the run, or each rank, layer or expert, which Prometheus has as labels; `file` is for
+    metrics.jsonl alone."""
     tag: str | None = None
     panel: Panel | None = None
     status: str | None = None
-    """Format of its value in a row of `mhmoe status`, which leaves zeros out."""
+    """Format of the value in a row of `mhmoe status`, which leaves zeros out."""
     plot: Plot | None = None
     absent: float | None = None
     """Value in Prometheus while a line has none; None leaves the metric out."""
@@ -212,31 +215,36 @@ _MOST_NATS = 709.0  # of which a float holds the exponential
 
 
 def perplexity(loss: float | None) -> float | None:
-    """Of a loss in nats per token; None where there is none, it is not finite, or it is beyond what a float holds."""
+    """Return the perplexity of a loss in nats per token.
+
+    Returns:
+        The perplexity; None where there is no loss, it is not finite, or the perplexity is beyond what a float holds.
+    """
     return math.exp(loss) if loss is not None and loss < _MOST_NATS else None
 
 
 def load(count_LE: np.ndarray) -> np.ndarray:
-    """The shares of routes that a layer's experts got, times E: 1 is uniform; 0 throughout where there are no routes.
+    """Return the share of its layer's routes that each expert got, times E: 1 is uniform; 0 in a layer without routes.
 
     Args:
         count_LE: routes per layer and expert.
 
     Returns:
-        (L, E), float64.
+        Loads, (L, E), float64.
     """
     return np.asarray(_share(count_LE) * count_LE.shape[1])
 
 
 def load_entropy(count_LE: np.ndarray) -> np.ndarray:
-    """Entropy of the shares of routes that a layer's experts got, over the highest, log E: 1 is uniform; 0 is all to
-    one of them, or no routes at all.
+    """Return the entropy of the shares of routes that a layer's experts got, over the highest possible, log E.
+
+    1 is uniform; 0 means that one expert got all routes, or that there are no routes at all.
 
     Args:
-        count_LE: routes per layer and expert, of at least two experts.
+        count_LE: routes per layer and expert, for at least two experts.
 
     Returns:
-        (L,), float64.
+        Relative entropies, (L,), float64.
     """
     share_LE = _share(count_LE)
     log_LE = np.log(share_LE, where=share_LE > 0, out=np.zeros_like(share_LE))

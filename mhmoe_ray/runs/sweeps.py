@@ -1,12 +1,12 @@
-"""The directory of a sweep: what commands asked for, and which run directories that became.
+"""The directory of a sweep: the orders of commands, and the run directories that became of them.
 
 <storage>/sweeps/<name>/
-  orders/000001-3f2a1c.json   by a command: which runs, how many at a time, and the job that starts them
-  runs.json                   by the job whose order is the last: which run directory each is
-  stop                        present while somebody asks that no more runs start
+  orders/000001-3f2a1c.json   written by a command: which runs, how many at a time, and the job that starts them
+  runs.json                   written by the job whose order is the last: the run directory of each entry
+  stop                        present while a user asks that no more runs start
 
-Commands may come at the same moment and from several machines. So each writes an order of its own, once; which one
-counts is told by their names alone.
+Commands may run at the same moment and on several machines. So each writes an order of its own, once; the names of the
+orders alone say which one counts.
 """
 
 import json
@@ -26,16 +26,17 @@ from mhmoe_ray.storage import Location, write_json
 class Order(BaseModel):
     size: str
     concurrent: int
-    """Runs at a time."""
+    """Number of runs at a time."""
     entries: list[SweepRun]
-    """All that the file had."""
+    """All entries of the sweep file."""
     wanted: list[str]
-    """Names of those that are to run."""
+    """Names of the entries that are to run."""
     retry: dict[str, int]
-    """Of those that had failed, or been stopped, the number of their last attempt then: they start again once."""
+    """Number of the last attempt of each run that had failed or been stopped at the time of the order, by entry: these
+    runs start again once."""
     job: str
     address: str
-    """The cluster's dashboard, as commands reach it."""
+    """Address of the cluster's dashboard, as commands reach it."""
     local: bool
     submitted: float
 
@@ -69,19 +70,27 @@ class SweepDir:
         return bool(self.orders())
 
     def orders(self) -> list[str]:
-        """Their names; the last one counts, and the jobs of others make way for its own."""
+        """Return the names of all orders, in order.
+
+        The last one counts, and the jobs of the others make way for its job.
+        """
         return sorted(path.name.removesuffix(".json") for path in self.orders_folder.glob("*.json"))
 
     def new_order(self) -> str:
-        """A name for one that comes after all that there are. Two of the same moment have a number in common, but no
-        name, and everybody sees the same of them as the last."""
+        """Return a name for an order that comes after all existing ones.
+
+        Two orders of the same moment have the same number but different names, and every process sees the same one as
+        the last.
+        """
         last = max((int(name.partition("-")[0]) for name in self.orders()), default=0)
         return f"{last + 1:06d}-{secrets.token_hex(3)}"
 
     def order(self, name: str) -> Order:
-        """Raises:
-        FileNotFoundError: it is not written yet.
-        RunError: it cannot be read.
+        """Return the order of this name.
+
+        Raises:
+            FileNotFoundError: the order is not written yet.
+            RunError: the order is damaged, or was written by another version.
         """
         text = (self.orders_folder / f"{name}.json").read_text()
         try:
@@ -95,14 +104,18 @@ class SweepDir:
         write_json(self.orders_folder / f"{name}.json", order.model_dump(mode="json"))
 
     def orders_before(self, name: str | None = None) -> Iterator[Order]:
-        """Those before this one, else all; without those that another version of this package wrote."""
+        """Yield the orders before this one, or all orders without a name.
+
+        Orders that another version of this package wrote are left out.
+        """
         names = self.orders()
         for earlier in names[: names.index(name) if name else None]:
             with suppress(RunError):
                 yield self.order(earlier)
 
     def entries(self) -> list[SweepRun]:
-        """Those of the last order, and those of earlier ones that were started and are not in it any more."""
+        """Return the entries of the last order, and those of earlier orders that were started and are not in the last
+        one."""
         started, last = self.runs(), self.orders()[-1]
         found = {entry.name: entry for entry in self.order(last).entries}
         for order in reversed([*self.orders_before(last)]):
@@ -112,7 +125,8 @@ class SweepDir:
         return list(found.values())
 
     def runs(self) -> dict[str, RunDir]:
-        """By the names of the entries that were started; without those that were removed since."""
+        """Return the runs of the entries that were started, by the names of the entries, without runs that were removed
+        since."""
         if not self.runs_file.exists():
             return {}
         found: dict[str, str] = json.loads(self.runs_file.read_text())

@@ -1,4 +1,4 @@
-"""The driver of a run's job: prepare the data that is missing, and train with Ray Train's workers."""
+"""Driver of a run's job: prepare the data that is missing, and train with Ray Train's workers."""
 
 import os
 from typing import Any
@@ -29,10 +29,10 @@ def drive(run: RunDir, attempt: int) -> None:
 
     Args:
         run: the run.
-        attempt: the number of the submit or resume that this job is.
+        attempt: number of the attempt (a submit or a resume) that this job executes.
 
     Raises:
-        MhmoeError: data, checkpoint or training failed; the reason of a failed worker is in it.
+        MhmoeError: the data, a checkpoint or the training failed; the message holds the reason of a failed worker.
     """
     spec = run.spec()
     _prepare(run, spec)
@@ -95,7 +95,7 @@ def _prepare(run: RunDir, spec: RunSpec) -> None:
 
 
 def _ray_storage(run: RunDir) -> dict[str, Any]:
-    """Where Ray Train keeps its own files."""
+    """Return the arguments of `ray.train.RunConfig` that say where Ray Train keeps its own files."""
     if isinstance(run.ray, ObjectPath):
         system, path = run.ray.filesystem
         return {"storage_filesystem": system, "storage_path": path}
@@ -108,7 +108,10 @@ def _resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _explain(run: RunDir, error: Exception) -> MhmoeError:
-    """The first cause inside Ray's error: ours as it is, any other in one line."""
+    """Return the first cause inside an error of Ray Train.
+
+    An error of this package is returned as it is; any other one becomes a `JobError` with its reason in one line.
+    """
     if isinstance(error, ray.train.WorkerGroupError):
         found = causes(error.worker_failures)
         rank = first_cause(found)

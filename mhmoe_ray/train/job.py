@@ -1,4 +1,4 @@
-"""The process of a run's job: say that it has begun, train, and say in the run directory how it ended."""
+"""Process of a run's job: record that it has begun, train, and record in the run directory how it ended."""
 
 import os
 import socket
@@ -13,13 +13,16 @@ from mhmoe_ray.storage import location
 
 
 class TrainRequest(RemoteJob[None]):
-    """An attempt of a run. Its results are in the run directory, where events say how it ended."""
+    """Request for one attempt of a run.
+
+    Its results are in the run directory, where events say how it ended.
+    """
 
     module: ClassVar[str] = "mhmoe_ray.train.job"
     kind: ClassVar[str] = "train"
 
     path: str
-    """Of the run directory, whose name is the run's id."""
+    """Path of the run directory, whose name is the run's id."""
     attempt: int
 
     @property
@@ -70,7 +73,10 @@ def _train(run: RunDir, attempt: int) -> None:
 
 
 def _record_end(run: RunDir, attempt: int, kind: Literal["failed", "stopped"], reason: str) -> None:
-    """Unless a later attempt has taken over: the end of this one is not the run's."""
+    """Record how this attempt ended, unless a later attempt has taken over: then this end is not the end of the run.
+
+    If the event cannot be written, the storage error and the reason are printed to the job's log instead.
+    """
     if newest_number(run) == attempt:
         try:
             events.record(run, kind, reason=reason)

@@ -1,9 +1,8 @@
-"""What the C library is told on a CPU worker: to keep the memory it once had.
+"""Settings of the C library that make malloc keep freed memory on a CPU worker.
 
-A training step asks for the same large tensors as
-the step before it. As it comes, glibc gives each of them back to the system and fetches it anew, one page fault for 4
-KiB; training runs in a thread of its own, where it does so for all of them. Kept in huge pages of one heap, they are
-there already (figures: kernels/README.md).
+A training step allocates the same large tensors as the step before it. By default glibc returns each of them to the
+system and maps it again, at one page fault per 4 KiB; training runs in a thread of its own, where glibc does so for all
+of them. With these settings they stay in one heap of huge pages and are reused (figures: kernels/README.md).
 """
 
 import sys
@@ -18,9 +17,10 @@ _KEEP = {
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the start of a process that trains on CPUs; none where the system has no such C library.
+    """Return environment variables for the start of a process that trains on CPUs; none where the system is not Linux.
 
     Args:
-        environment: of this process; what it sets itself stays.
+        environment: environment of this process; variables that it sets itself are left out, so that they keep their
+            value.
     """
     return {k: v for k, v in _KEEP.items() if k not in environment} if sys.platform == "linux" else {}

@@ -1,8 +1,8 @@
-"""A node that is to be taken away: a spot machine's notice, or `ray drain-node` with a deadline.
+"""Preemption of a node: a spot machine's notice, or `ray drain-node` with a deadline.
 
-Ray Train tells all workers of the node and its deadline, and ends the group at the deadline. Whatever is trained until
-then would be trained again, so a run saves a checkpoint as soon as it hears of it and ends the group itself. The next
-one starts at that very step, on other nodes or with fewer workers.
+Ray Train tells all workers the node and its deadline, and ends the worker group at the deadline. Steps that are trained
+until then would have to be repeated, so a run saves a checkpoint as soon as it gets the notice and ends the worker
+group itself. The next worker group starts at exactly that step, on other nodes or with fewer workers.
 """
 
 from ray.exceptions import RayActorError
@@ -12,10 +12,10 @@ from mhmoe_ray.ray_compat import get_train_context
 
 
 class PreemptedError(RayActorError):
-    """Ends a rank of such a group.
+    """Error that ends each rank of a worker group when one of its nodes is preempted.
 
-    Ray Train has no word for that: a rank that returns ends the run, one that raises has failed. But it forgives the
-    death of an actor whose node was taken away, by this flag of the exception.
+    Ray Train has no API for this: a rank that returns ends the run, and a rank that raises has failed. But Ray Train
+    forgives the death of an actor whose node was preempted, which it recognizes by this flag of the exception.
     """
 
     def __init__(self) -> None:
@@ -23,9 +23,10 @@ class PreemptedError(RayActorError):
 
 
 def announced() -> PreemptionInfo | None:
-    """What this rank was told; others may hear of it a step earlier or later.
+    """Return the preemption notice that this rank has received, None without one.
 
-    `ray.train.get_preemption_info` asks all ranks through an actor, which is too much for every step. It reads this.
+    Other ranks may receive it a step earlier or later. `ray.train.get_preemption_info` asks all ranks through an actor,
+    which is too expensive for every step; it reads the same value on each rank that this function returns.
     """
     info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
     return info

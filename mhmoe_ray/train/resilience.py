@@ -1,9 +1,9 @@
-"""A run's own rules for Ray Train: which failures are retried, and how many workers there are.
+"""Ray Train policies of a run: which failures are retried, and how many workers there are.
 
-None of these has a public hook, so this uses Ray's private interfaces (ray_compat.py);
-tests/train/test_ray_trainer.py fails when what it holds on to moves.
+None of these has a public hook, so this module uses Ray's private interfaces (ray_compat.py);
+tests/train/test_ray_trainer.py fails when an interface that it relies on moves.
 
-Elastic sizes. Ray Train's own policy takes any number between two and has no public hook.
+Elastic sizes need a policy of their own because Ray Train's policy takes any number of workers between two bounds.
 """
 
 import os
@@ -37,7 +37,10 @@ from mhmoe_ray.spec import RunSpec
 
 
 def missing_now(spec: RunSpec) -> str:
-    """Return what the cluster of this process lacks for the fewest workers of a run, in one line."""
+    """Return in one line what the cluster of this process lacks for the smallest number of workers of a run.
+
+    If its nodes are large enough, the line says that others use the resources.
+    """
     cluster, alive = spec.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [Node("", each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
     missing = missing_room(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, spec.worker_counts[0])
@@ -45,7 +48,10 @@ def missing_now(spec: RunSpec) -> str:
 
 
 def record_waiting(run: RunDir, spec: RunSpec) -> None:
-    """Record that the workers wait for room and what the cluster lacks, unless that was said already."""
+    """Record that the workers wait for resources and what the cluster lacks, unless this is recorded already.
+
+    Ray Train retries without end and reports nothing. If the event cannot be recorded, a warning is printed.
+    """
     try:
         if events.state(events.events(run)) != "waiting":
             events.record(run, "waiting", missing=missing_now(spec))
@@ -57,8 +63,12 @@ STORAGE_SECONDS, LOOK_SECONDS = 600.0, 5.0
 
 
 class MistakesAreFinal(DefaultFailurePolicy):
-    """Workers that raise an error of ours say what a new start would only meet again, such as a gradient that is not
-    finite. All else is tried again: workers that were killed, and storage, which may come back."""
+    """Failure policy that does not retry workers that raised an error of this package.
+
+    A new worker group would only meet such an error again, for example a gradient that is not finite. All other
+    failures are retried: workers that were killed, and errors of storage or of a checkpoint, because the storage may
+    come back.
+    """
 
     def __init__(self, failure_config: FailureConfig, run: RunDir, spec: RunSpec) -> None:
         super().__init__(failure_config)
@@ -75,7 +85,11 @@ class MistakesAreFinal(DefaultFailurePolicy):
 
 
 def _wait_for_storage(run: RunDir) -> None:
-    """Until the run directory can be read, but not for ever: each new start reads it at once, and would fail."""
+    """Wait until the run directory can be read, for at most `STORAGE_SECONDS`.
+
+    Each new worker group reads the run directory at once, and would fail. If the run was removed, return at once: the
+    new worker group reports it.
+    """
     deadline = time.monotonic() + STORAGE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -89,16 +103,20 @@ def _wait_for_storage(run: RunDir) -> None:
 
 
 def error_of_ours(error: Exception) -> MhmoeError | None:
-    """That of any rank inside an error of Ray Train's; when one rank fails, others fail in their exchanges with it."""
+    """Return the first error of this package that a rank raised, from an error of Ray Train; None if there is none.
+
+    All ranks are searched: when one rank fails, others fail in their collective operations with it.
+    """
     causes = getattr(error, "worker_failures", {}).values()
     return next((cause for cause in causes if isinstance(cause, MhmoeError)), None)
 
 
 class AllowedSizes(ElasticScalingPolicy):
-    """The largest allowed number of workers that there is room for.
+    """Scaling policy that chooses the largest allowed number of workers for which there are resources.
 
-    Ray ends a group to let it grow, in the middle of a step. So growth is considered once after each checkpoint, seen
-    within a poll: what was trained since is done again, and nothing else is lost. A healthy group never shrinks.
+    Ray ends a worker group in the middle of a step to let it grow. So growth is considered once after each checkpoint,
+    which is noticed within one poll: the steps since the checkpoint are repeated, and nothing else is lost. A healthy
+    worker group never shrinks.
     """
 
     def __init__(self, scaling_config: ray.train.ScalingConfig, run: RunDir, spec: RunSpec) -> None:
@@ -106,7 +124,8 @@ class AllowedSizes(ElasticScalingPolicy):
         self._run, self._spec, self._steps, self._sizes = run, spec, spec.train.steps, spec.worker_counts
         self._considered, self._waits = -1, False
         self._holding: int | None = 0
-        """Workers whose resources are not among the free ones; None where a group that failed may still have its."""
+        """Number of workers whose resources are not among the free ones; None where a failed worker group may still
+        hold its own."""
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._maybe_send_resource_request()  # it would expire
@@ -139,7 +158,12 @@ class AllowedSizes(ElasticScalingPolicy):
         return decision
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """Ray goes by what it reserved, on nodes that are dying or held by others too, and up to 20 s ago."""
+        """Return the largest allowed number of workers for which there are resources; 0 if no allowed number fits.
+
+        Ray's own count goes by resources that it reserved up to 20 s ago, also on nodes that are dying or that others
+        use. This count takes nodes that are alive and not draining; unless a failed worker group may still hold
+        resources, it is also limited to those that are free now. One CPU is left for the data stream.
+        """
         leaving = state.get_draining_nodes()
         nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
         room = int(super()._count_possible_workers(nodes))

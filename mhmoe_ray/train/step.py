@@ -1,4 +1,7 @@
-"""One optimizer step: M micro-batches over all ranks, one update. Knows nothing of Ray or of files."""
+"""One optimizer step: M micro-batches over all ranks, one update.
+
+This module uses neither Ray nor files.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -25,46 +28,47 @@ from mhmoe_ray.spec import RunSpec
 
 class MicroBatch(NamedTuple):
     token_BT: Tensor
-    """int64 ids, T + 1 of each sample: T inputs, and T targets one further on."""
+    """Token ids of each sample, int64, (b, T + 1): T inputs, and T targets that are shifted by one."""
     counts_BT: Tensor
-    """bool: which of the T targets count; the others are padding."""
+    """Mask of the targets, bool, (b, T): True for those that count, False for padding."""
 
 
 class RankSums(NamedTuple):
-    """What this rank's micro-batches of a step add up to."""
+    """Sums over this rank's micro-batches of a step."""
 
     targets: int
-    """Targets that count; those of all ranks."""
+    """Number of targets that count, over all ranks."""
     loss: float
-    """Nats, summed over targets that count."""
+    """Loss in nats, summed over targets that count."""
     balance: float
-    """Balance loss summed over micro-batches and layers."""
+    """Balance loss, summed over micro-batches and layers."""
     dropped: int
-    """Routes that found no place, over all layers."""
+    """Number of routes dropped because their expert was full, over all layers."""
     count_LE: Tensor
-    """Kept routes per layer and expert, int64."""
+    """Number of kept routes per layer and expert, int64."""
     sent: Sent = Sent()
     """Bytes that expert-parallel dispatch sent to other ranks."""
     least_sent: int = 0
-    """Below which `sent.rows`, summed over ranks, cannot be in flat dispatch; bytes."""
+    """Bytes that flat dispatch must send at least for this rank's tokens; summed over ranks, a lower bound of
+    `sent.rows`."""
     waited: float = 0.0
-    """Seconds that this rank waited for rows of others."""
+    """Seconds that this rank waited for rows of other ranks."""
 
 
 class Update(NamedTuple):
     norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient before clipping."""
     lr: float
     applied: bool
-    """False where the norm is not finite and the spec says to skip such a step."""
+    """Whether the update was applied; False where the norm is not finite and the spec says to skip such a step."""
 
 
 MOST_SKIPPED = 10
-"""Steps in a row whose updates may be skipped: more are no accident."""
+"""Largest number of consecutive steps whose updates may be skipped: more are no accident."""
 
 
 class Trainer:
-    """Model, optimizer and mesh of one rank."""
+    """Trainer of one rank: its model, optimizer and mesh."""
 
     def __init__(
         self,
@@ -74,12 +78,18 @@ class Trainer:
         start_token: int | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args:
-        spec: of the run.
-        mesh: of this rank.
-        device: of this rank.
-        start_token: the token that precedes every document; needed where the model has `document_masks`.
-        on_progress: called whenever something got done: a micro-batch, a tensor of a checkpoint or of the start.
+        """Build the model with its dispatch and its parallel strategy, and initialize the weights.
+
+        Args:
+            spec: spec of the run.
+            mesh: mesh of this rank; its world size must divide the spec's `micro_batches`.
+            device: device of this rank.
+            start_token: the token that precedes every document; needed where the model has `document_masks`.
+            on_progress: called whenever something is done: a micro-batch, or a tensor of a checkpoint or of the initial
+                weights.
+
+        Raises:
+            SpecError: the kernel cannot run on this device, or a package that the strategy needs is not installed.
         """
         assert spec.train.micro_batches % mesh.world == 0
         self.spec, self.mesh, self.device = spec, mesh, device
@@ -99,27 +109,27 @@ class Trainer:
         self.strategy = build_strategy(self.model, mesh, spec, self._fill)
         self.step = 0
         self.tokens = 0
-        """Targets that counted in the steps so far, over all ranks."""
+        """Number of targets that counted in the steps so far, over all ranks."""
         self.before_update: Callable[[], None] = lambda: None
-        """Called when the state is about to change."""
+        """Callback that is called when the state is about to change."""
         self.skipped = 0
-        """Steps so far whose updates were not applied."""
+        """Number of steps so far whose updates were not applied."""
         self.skipped_in_a_row = 0
-        """Those of them that were the last ones."""
+        """Number of consecutive steps up to now whose updates were not applied."""
 
     def _fill(self, model: Decoder) -> None:
         model.to_empty(device=self.device)
         init_weights(model, self.spec.seed, self.on_progress)
 
     def accumulate(self, batches: Iterable[MicroBatch]) -> RankSums:
-        """Add the gradients of this rank's micro-batches and make them whole over ranks, unclipped.
+        """Accumulate the gradients of this rank's micro-batches and reduce them over ranks, without clipping.
 
-        Every target that counts weighs the same in the step's loss, however full its micro-batch is. Padding is
-        routed like any token, so balance loss, capacity and counts of routes include it: they belong to the rows that
+        Every target that counts has the same weight in the step's loss, however full its micro-batch is. Padding is
+        routed like any token, so balance loss, capacity and route counts include it: they describe the rows that
         experts work on.
 
         Args:
-            batches: M / world of them, on the device.
+            batches: the M / world micro-batches of this rank, on the device.
         """
         spec, m = self.spec, self.spec.train.micro_batches
         here = m // self.mesh.world
@@ -160,8 +170,11 @@ class Trainer:
         return sums
 
     def _with_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], int]:
-        """The micro-batches, and how many targets count in those of all ranks: known beforehand where there is no
-        padding, and else only when every rank has its own."""
+        """Return the micro-batches, and the number of targets that count in those of all ranks.
+
+        Without padding (`concat` packing) the number is known beforehand. Otherwise it is summed over ranks, once every
+        rank has all its micro-batches.
+        """
         if self.spec.data.packing == "concat":
             return batches, self.spec.tokens_per_step
         batches = list(batches)
@@ -171,12 +184,13 @@ class Trainer:
         return batches, int(count)
 
     def zero_counts(self) -> Tensor:
-        """count_LE without any route."""
+        """Return a count_LE without any route: zeros, int64; E is 0 for a dense model."""
         moe = self.spec.model.moe
         return torch.zeros(self.spec.model.moe_layers, moe.experts if moe else 0, dtype=torch.int64)
 
     def _move_biases(self, own_count_LE: Tensor, rate: float) -> None:
-        """By the routes of the whole step, so that a bias is the same on any number of ranks."""
+        """Move the selection biases by the routes of the whole step on all ranks, so that a bias is the same for any
+        number of ranks."""
         count_LE = own_count_LE.to(self.device, copy=True)
         if self.mesh.world > 1:
             dist.all_reduce(count_LE)
@@ -187,10 +201,11 @@ class Trainer:
         """Clip the accumulated gradients and apply them, unless their norm is not finite.
 
         Args:
-            sums: what `accumulate` gave.
+            sums: result of `accumulate`.
 
         Raises:
-            JobError: it is not, on all ranks alike, and the spec does not skip such steps, or skipped too many.
+            JobError: the norm is not finite, on all ranks alike, and the spec does not skip such steps, or more than
+                `MOST_SKIPPED` steps in a row were skipped.
         """
         lr = learning_rate(self.spec.train, self.step + 1)
         self.before_update()
@@ -225,14 +240,14 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, token_NT: Tensor, counts_NT: Tensor) -> tuple[float, int]:
-        """Mean loss in nats over the held-out tokens, and their number; the same on every rank.
+        """Return the mean loss in nats over the held-out tokens, and their number; both are the same on every rank.
 
-        Where routing is static, routes that find no place are dropped as in training, as the first paper's code does
+        Where routing is static, routes to a full expert are dropped as in training, as the first paper's code does
         (`-1` of its capacity in evaluation); `evaluate.measure` drops none.
 
         Args:
             token_NT: all held-out samples, (N, T + 1); every rank passes the same.
-            counts_NT: which targets count, (N, T) bool.
+            counts_NT: mask of the targets that count, (N, T), bool.
         """
         b, world = self.spec.train.micro_batch_size, self.mesh.world
         rounds = -(-len(token_NT) // (b * world))

@@ -1,7 +1,8 @@
-"""Where the training stream begins, each time that workers start: at the newest whole checkpoint.
+"""Start of the training stream: each worker group starts at the newest intact checkpoint.
 
-Hashes of its files are found by all nodes of the cluster: one alone reads terabytes for an hour. An actor imports this
-file, so nothing here needs torch."""
+All nodes of the cluster share the hashing of its files: a single node would read terabytes for an hour. An actor
+imports this file, so nothing here needs torch.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,11 +20,15 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import FileEntry, Location, describe_files, remove_tree
 
 ALONE = 4 << 30
-"""Bytes that are not worth asking others for: a process must start there first."""
+"""Bytes below which this process hashes alone, because other nodes must start a process first."""
 
 
 def describe_together(files: Sequence[Location]) -> Iterable[FileEntry]:
-    """Size and hash of each, in order, as they are found. They lie where all nodes see them."""
+    """Return the size and hash of each file, in order, as they become known.
+
+    From `ALONE` bytes on, each live node of the cluster hashes a share of the files, which must be visible to all
+    nodes.
+    """
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1 or sum(file.stat().st_size for file in files) < ALONE:
         return describe_files(files)
@@ -40,24 +45,34 @@ def _describe(files: Sequence[Location]) -> Iterator[FileEntry]:
 
 
 class StreamFromNewest(ray.train.DataConfig):
-    """Deals the training stream from the newest whole checkpoint on, to as many workers as a group has.
+    """Data config that deals the training stream, from the newest intact checkpoint on, to the workers of a group.
 
-    Ray Train asks once in each group of workers, when the first rank wants the stream, and here alone does it say how
-    many there are. What is chosen is recorded, so that workers, who wait for it, start where the stream does.
+    Ray Train calls `configure` once for each worker group, when the first rank asks for the stream, and only there says
+    how many workers there are. The chosen checkpoint is recorded as an event, so that the workers, which wait for the
+    stream, start where it does.
     """
 
     def __init__(self, run: RunDir, spec: RunSpec, attempt: int, watchdog: Any) -> None:
-        """Args:
-        run: the run.
-        spec: its own.
-        attempt: the number of its job.
-        watchdog: the actor, which is to know that ranks who wait for this do not hang.
+        """Ask Ray Data to preserve the order of the stream.
+
+        Args:
+            run: the run.
+            spec: spec of the run.
+            attempt: number of the attempt that this job executes.
+            watchdog: the watchdog actor, which is told that ranks that wait for the stream do not hang.
         """
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._run, self._spec, self._attempt, self._watchdog = run, spec, attempt, watchdog
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
-        """`datasets` has the names alone."""
+        """Choose the checkpoint, record it, and return the stream from its position on for each worker.
+
+        Folders of checkpoints that earlier worker groups left unfinished are removed. `datasets` gives only the names.
+
+        Raises:
+            RunError: the run has a newer job.
+            CheckpointError: there are checkpoints, but none is intact.
+        """
         require_newest(self._run, self._attempt)
         newest = newest_checkpoint(self._run, describe=self._describe)
         for error in newest.skipped if newest else []:

@@ -1,8 +1,9 @@
-"""Who hangs: an actor beside the workers hears from each rank once a second, names the one that stands still, and ends
-its process, so that Ray Train starts the workers again from the newest checkpoint.
+"""Watchdog: an actor beside the workers that gets each rank's heartbeat once a second, finds the rank that hangs, and
+kills its process, so that Ray Train restarts the workers from the newest checkpoint.
 
-It is outside all of them: a rank that was stopped, or whose node swaps, cannot tell by itself, and the others wait for
-it in an exchange without an error. Ray's own health check sees a process that is dead, not one that hangs.
+It runs outside all ranks: a rank that was stopped, or whose node swaps, cannot detect this itself, and the others wait
+for it in a collective operation without an error. Ray's own health check sees a process that is dead, not one that
+hangs.
 """
 
 import asyncio
@@ -30,12 +31,12 @@ Doing = Literal["restoring", "training", "validating", "saving"]
 
 @dataclass(frozen=True)
 class Place:
-    """Which process a rank is, for the record and for whoever must find it."""
+    """Process of a rank, for the record and for a person who must find it."""
 
     rank: int
     pid: int
     began: float
-    """When the process did, since a pid may be another's later."""
+    """Start time of the process in seconds since the epoch, since the pid may be reused later."""
     host: str
     node: str
 
@@ -47,24 +48,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rank is."""
+    """Progress of a rank, as its heartbeats report it."""
 
     place: Place
     life: int = 0
-    """Grows with whatever it gets done, in any thread."""
+    """Counter that grows with everything that the rank gets done, in any thread."""
     done: int = 0
-    """Grows with what training itself gets done, which is as much on all ranks; what they write is not."""
+    """Counter that grows with the progress of training itself, equally on all ranks; writing does not count."""
     step: int = 0
     doing: Doing = "restoring"
 
 
 class Pulse(AbstractContextManager["Pulse"]):
-    """Tells the watchdog how far this rank is, from a thread of its own, until the context ends."""
+    """Heartbeat of a rank: sends its progress to the watchdog every `BEAT_SECONDS`, from its own thread, until the
+    context ends."""
 
     def __init__(self, watchdog: Any, place: Place) -> None:
-        """Args:
-        watchdog: the actor.
-        place: of this rank.
+        """Prepare the heartbeat, which starts when the context is entered.
+
+        Args:
+            watchdog: the watchdog actor.
+            place: process of this rank.
         """
         self.place = place
         self._watchdog, self._progress, self._over = watchdog, Progress(place), Event()
@@ -72,18 +76,20 @@ class Pulse(AbstractContextManager["Pulse"]):
         self._thread = Thread(target=self._tell, name="pulse", daemon=True)
 
     def at(self, step: int, doing: Doing) -> None:
-        """Args:
-        step: the last that is done.
-        doing: what comes now.
+        """Report the step and the phase that this rank has reached; this counts as progress of training.
+
+        Args:
+            step: number of the last step that is done.
+            doing: phase that begins now.
         """
         self._move(step=step, doing=doing)
 
     def beat(self) -> None:
-        """Something of training got done."""
+        """Report progress of training itself."""
         self._move()
 
     def stir(self) -> None:
-        """Something got done beside it."""
+        """Report progress beside training, for example of writing a checkpoint."""
         self._move(done=0)
 
     def _move(self, done: int = 1, **news: Any) -> None:
@@ -115,19 +121,21 @@ class _Heard:
 
 
 class Watchdog:
-    """The actor's class; `start` makes one."""
+    """Class of the watchdog actor, which `start` creates."""
 
     def __init__(self, run: str, patience: float) -> None:
-        """Args:
-        run: path of the run directory, for events.
-        patience: seconds without progress, or without a word, after which a rank counts as hung.
+        """Prepare a watchdog that knows no rank yet.
+
+        Args:
+            run: path of the run directory, for events.
+            patience: seconds without progress, or without a heartbeat, after which a rank counts as hung.
         """
         self._run, self._patience = RunDir(location(run)), patience
         self._ranks: dict[Place, _Heard] = {}
 
     @classmethod
     def start(cls, run: RunDir, patience: float) -> Any:
-        """An actor beside this process, which ends with its job."""
+        """Start an actor on the node of this process, which watches until the job ends, and return its handle."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0)(cls).options(scheduling_strategy=here).remote(str(run.path), patience)
         actor.watch.remote()
@@ -140,7 +148,7 @@ class Watchdog:
         self._ranks[progress.place] = _Heard(progress, now, moved)
 
     async def stir(self) -> None:
-        """Something that all ranks wait for gets on."""
+        """Count progress for all ranks: something that all of them wait for advances."""
         now = time.monotonic()
         for heard in self._ranks.values():
             heard.moved = now
@@ -149,7 +157,7 @@ class Watchdog:
         self._ranks.pop(place, None)
 
     async def watch(self) -> None:
-        """For ever."""
+        """Look every `BEAT_SECONDS` for ranks that hang and end them, for ever."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(BEAT_SECONDS)
@@ -163,8 +171,12 @@ class Watchdog:
                 await self._end(culprit, now)
 
     def _culprits(self, now: float) -> list[_Heard]:
-        """Those that are silent; else, where nobody gets on, those that are behind the others or, in an exchange that
-        none of them leaves, all."""
+        """Return the ranks that hang.
+
+        These are the ranks without a heartbeat for `patience` seconds. If there are none, and no rank has made progress
+        for so long, they are the ranks that are behind the others; in a collective operation that no rank leaves, these
+        are all ranks.
+        """
         ranks = list(self._ranks.values())
         silent = [r for r in ranks if now - r.heard > self._patience]
         if silent or not ranks or any(now - r.moved <= self._patience for r in ranks):
@@ -173,7 +185,10 @@ class Watchdog:
         return [r for r in ranks if (r.progress.step, r.progress.done) == behind]
 
     async def _end(self, hung: _Heard, now: float) -> None:
-        """Kill the process, if it is there still: ranks of a group that Ray ended are silent too."""
+        """Kill the process of a rank that hangs and record it, if the process still exists.
+
+        It may not exist: ranks of a worker group that Ray ended are silent too.
+        """
         progress, place = hung.progress, hung.progress.place
         self._ranks.pop(place, None)
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
@@ -195,7 +210,12 @@ class Watchdog:
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]  # Ray's have no types for us
 def _kill(pid: int, began: float) -> bool:
-    """Whether this process of this node was there to be killed."""
+    """Kill a process of this node, and return whether it was there to be killed.
+
+    Args:
+        pid: id of the process.
+        began: start time of the process; a process with the same id and another start time is left alone.
+    """
     try:
         process = psutil.Process(pid)
         if process.create_time() != began or process.status() == psutil.STATUS_ZOMBIE:

@@ -1,6 +1,7 @@
 """One rank of a training run: restore, then step, validate and save until done or asked to stop.
 
-A fingerprint of what a step read (`sample_digest`) is equal for equal samples in equal order, at any number of workers.
+What a step read has a fingerprint (`sample_digest`, `combine_digests`), which is equal for equal samples in equal
+order, at any number of workers.
 """
 
 import hashlib
@@ -40,13 +41,13 @@ DIGEST_BYTES = 6  # exact in a float64, the type in which ranks exchange their n
 
 
 def sample_digest(tokens: np.ndarray) -> int:
-    """Of one micro-batch of token ids, (b, T + 1)."""
+    """Return the digest of one micro-batch of token ids, (b, T + 1)."""
     data = np.ascontiguousarray(tokens, "<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
 
 
 def combine_digests(digests: Iterable[int]) -> str:
-    """Of the micro-batches of a step, in the step's order."""
+    """Return one hexadecimal digest for the micro-batches of a step, given in the step's order."""
     data = b"".join(d.to_bytes(DIGEST_BYTES, "little") for d in digests)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -56,8 +57,14 @@ LOOK_SECONDS = 1.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker. `config` has `run`, the path of the run directory; `attempt`; and `watchdog`,
-    the actor of that name."""
+    """Train as one rank of the run.
+
+    Ray Train calls this on each worker.
+
+    Args:
+        config: `run`, the path of the run directory; `attempt`, the number of the attempt; and `watchdog`, the watchdog
+            actor.
+    """
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
@@ -66,7 +73,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _set_up_logging(rank: int) -> None:
-    """Lines with a time and its offset from UTC, so that `mhmoe logs --since` can tell on a laptop elsewhere."""
+    """Configure log lines with a time and its offset from UTC, which `mhmoe logs --since` needs on a machine
+    elsewhere."""
     handler = logging.StreamHandler()
     form = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S%z"))
@@ -96,7 +104,7 @@ class Worker:
         self.saver = Saver(run, self.trainer, self.group, on_piece=pulse.stir)
         self.start = self.trainer.step
         self._looks = 0.0
-        """When rank 0 next looks into the run directory."""
+        """Monotonic time in seconds at which rank 0 next checks the run directory."""
         self.telemetry = Telemetry(run, spec, rank, self.group, self.start)
         if rank == 0:
             workers = [vars(p) for p in places]
@@ -159,8 +167,10 @@ class Worker:
         self.saver.wait()
 
     def _agree(self) -> tuple[int, tuple[Location, Manifest] | None]:
-        """The number of this start of the worker group, and the checkpoint to go on from: the one that the stream
-        begins at, which `StreamFromNewest` chose."""
+        """Return the number of this worker group, and the checkpoint to restore or None; all ranks get the same.
+
+        The checkpoint is the one at which the stream begins: `StreamFromNewest` chose it and recorded it as an event.
+        """
         found: tuple[int, tuple[Location, Manifest] | None] | None = None
         if self.rank == 0:
             happened = events.events(self.run)
@@ -178,7 +188,11 @@ class Worker:
         return torch.from_numpy(tokens), torch.from_numpy(counts)
 
     def _stream(self) -> Iterator[np.ndarray]:
-        """This rank's micro-batches as they are stored; each is checked to be the one that the order says."""
+        """Yield this rank's micro-batches as they are stored.
+
+        Raises:
+            DataError: a micro-batch is not the one that the training order says.
+        """
         spec, world = self.spec, self.trainer.mesh.world
         b = spec.train.micro_batch_size
         first = self.start * spec.samples_per_step + self.rank * b
@@ -192,8 +206,13 @@ class Worker:
     def _line(
         self, sums: RankSums, batches: "_Timed", update: Update, began: float
     ) -> tuple[dict[str, Any], torch.Tensor, Waits, bool, bool]:
-        """The step's metrics over all ranks, its routes per expert, what this rank waited for, whether to stop, and
-        whether a node is taken away from the group."""
+        """Return the step's metrics over all ranks, its routes per layer and expert, the shares of time that this rank
+        waited, whether to stop, and whether a node of the worker group is preempted.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written; raised on all ranks at the same step.
+            RunError: the run has a newer job; raised on rank 0.
+        """
         spec, trainer = self.spec, self.trainer
         stop = self.rank == 0 and self._is_to_stop()
         seconds = time.monotonic() - began
@@ -217,8 +236,10 @@ class Worker:
         return line, count_LE, waited, bool(stops), bool(leaves)
 
     def _is_to_stop(self) -> bool:
-        """What the run directory says, once a second: on an object store it takes round trips, for which all ranks
-        wait.
+        """Return whether the run directory asks to stop, which is checked once per `LOOK_SECONDS`.
+
+        On an object store a check takes round trips, for which all ranks wait. Between two checks, and if the directory
+        cannot be read, the answer is False.
 
         Raises:
             RunError: the run has a newer job.
@@ -235,10 +256,10 @@ class Worker:
             return False
 
     def _leave(self) -> None:
-        """After a checkpoint, so that nothing is lost.
+        """End this worker group because a node is preempted, after a checkpoint, so that nothing is lost.
 
         Raises:
-            PreemptedError: on every rank.
+            PreemptedError: always, on every rank.
         """
         told = next(info for info in _gather(announced()) if info)
         if self.rank == 0:
@@ -250,7 +271,10 @@ class Worker:
 
 
 def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:
-    """Of each rank's node, by its label; nodes without one are one domain."""
+    """Return the domain of each rank's node, by its label; None if the spec names no label.
+
+    All nodes without the label are one domain.
+    """
     label = spec.cluster.domain_label
     if label is None:
         return None
@@ -259,7 +283,7 @@ def _domains(spec: RunSpec, places: list[Place]) -> list[str] | None:
 
 
 class _Timed:
-    """The next `count` micro-batches of a stream, the time spent waiting for them, and a digest of each."""
+    """The next `count` micro-batches of a stream, with the seconds spent waiting for them and a digest of each."""
 
     def __init__(self, stream: Iterator[np.ndarray], count: int, token_bytes: int) -> None:
         self._stream, self._left, self._token_bytes = stream, count, token_bytes
@@ -278,7 +302,7 @@ class _Timed:
 
 
 def _on_its_way(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for what it has yet to do."""
+    """Return a tensor on the device, without waiting for the work that the device has yet to do."""
     return part.to(device) if device.type == "cpu" else part.pin_memory().to(device, non_blocking=True)
 
 
@@ -291,7 +315,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _gather_numbers(own: torch.Tensor) -> torch.Tensor:
-    """(world, len(own)), the same on every rank."""
+    """Gather a vector of numbers of all ranks: (world, len(own)), the same on every rank."""
     if not dist.is_initialized():
         return own[None]
     device = ray.train.torch.get_device()

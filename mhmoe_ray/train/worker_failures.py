@@ -1,6 +1,6 @@
-"""Workers that fail, for the record: which rank was the first cause, why, and what it wrote last.
+"""Record of workers that fail: which rank was the first cause, why, and what it wrote last.
 
-Ray Train starts the group again without a word to anyone; and its logs are gone with the cluster.
+Ray Train restarts the worker group without reporting this, and its logs are gone with the cluster.
 """
 
 import re
@@ -18,15 +18,18 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train.preemption import PreemptedError
 
 LINES = 40
-"""Of a worker's log that are kept."""
+"""Number of last lines of a worker's log that are recorded."""
 LOG_SECONDS = 5
 SAME_SECONDS = 20.0
-"""Within which the same ranks are those of the same group: while nodes are taken away, Ray Train tells of them at every
-poll."""
+"""Seconds within which a failure of the same ranks counts as one failure of the same worker group: while nodes are
+preempted, Ray Train reports the ranks at every poll."""
 
 
 class RecordLost(ray.train.UserCallback):
-    """Ray Train calls it in the process that watches over workers."""
+    """Callback that records failed workers as an event.
+
+    Ray Train calls it in the process that monitors the workers.
+    """
 
     def __init__(self, run: RunDir) -> None:
         self._run = str(run.path)
@@ -53,7 +56,10 @@ class RecordLost(ray.train.UserCallback):
 
 
 def causes(failures: Mapping[int, Exception]) -> dict[int, Exception]:
-    """What each rank failed of; of an error in a process that it called, that error, not Ray's with its traceback."""
+    """Return the error that each rank failed with.
+
+    For an error in a remote task that the rank called, this is the original error, not Ray's error with its traceback.
+    """
     return {
         rank: error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
         for rank, error in failures.items()
@@ -61,8 +67,11 @@ def causes(failures: Mapping[int, Exception]) -> dict[int, Exception]:
 
 
 def first_cause(causes: Mapping[int, Exception]) -> int:
-    """When one rank fails, others fail in their exchanges with it: that with an error of ours, else one whose process
-    is gone, else one that failed anywhere but in an exchange."""
+    """Return the rank whose failure caused the others, since others fail in their collective operations with it.
+
+    Preferred is a rank with an error of this package, then a rank whose process is gone, then a rank that failed
+    anywhere but in a collective operation. The lowest of equal ranks is returned.
+    """
 
     def order(rank: int) -> tuple[bool, bool, bool, int]:
         cause = causes[rank]
@@ -73,7 +82,7 @@ def first_cause(causes: Mapping[int, Exception]) -> int:
 
 
 def reason(cause: Exception) -> str:
-    """In one line."""
+    """Return the reason of a failure in one line, of at most 500 characters unless it is an error of this package."""
     if hasattr(cause, "health_check_failure"):
         cause = cause.health_check_failure
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -90,7 +99,10 @@ def reason(cause: Exception) -> str:
 
 
 def _place(run: RunDir, rank: int) -> dict[str, Any]:
-    """Of the workers that run now; those that fail before they have started have no place yet."""
+    """Return the recorded process of a rank of the worker group that runs now.
+
+    It is empty for ranks that fail before their worker group has started, because no process is recorded yet.
+    """
     kinds = ("began", "restoring", "started", "lost", "preempted")
     newest = next((e for e in reversed(events.events(run)) if e["event"] in kinds), None)
     workers = newest["workers"] if newest and newest["event"] == "started" else []
@@ -98,7 +110,10 @@ def _place(run: RunDir, rank: int) -> dict[str, Any]:
 
 
 def _last_lines(place: Mapping[str, Any]) -> list[str]:
-    """What that process wrote last, errors before the rest; none where its node is gone."""
+    """Return the last lines that a process wrote, at most `LINES` of them; none where its node is gone.
+
+    The lines are from its stderr, or from its stdout if it wrote nothing to stderr.
+    """
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 

@@ -1,9 +1,9 @@
-"""config.json: of a Mixtral where the model is one, and always with our own `model` section, which says all.
+"""config.json: that of a Mixtral where the model is one, and always with our own complete `model` section.
 
     {"model_type": "mixtral" or "mhmoe", ..., "mhmoe": {"model": {...}, "seq_len": 2048, "tokenizer_sha256": "..."}}
 
-Tools that know Mixtral read its fields and pass over ours; a folder that never was ours has no `mhmoe`, and its fields
-become a `model` section. Where both are there they must agree.
+Tools that know Mixtral read its fields and ignore ours. A folder that this package did not write has no `mhmoe`, and
+its Mixtral fields become a `model` section. Where both are present they must agree.
 """
 
 import json
@@ -18,7 +18,7 @@ from mhmoe_ray.spec import ModelSpec, MoESpec
 
 
 class MixtralConfig(BaseModel):
-    """The fields of a Mixtral's config.json that say what it computes."""
+    """Fields of a Mixtral's config.json that determine what it computes."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -45,7 +45,7 @@ class MixtralConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _theta(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """transformers 5 keeps it among `rope_parameters`."""
+        """Take `rope_theta` from `rope_parameters`, where transformers 5 keeps it."""
         rope = fields.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
             return {**fields, "rope_theta": rope["rope_theta"]}
@@ -92,7 +92,10 @@ class MixtralConfig(BaseModel):
 
     @property
     def positions(self) -> int:
-        """Tokens that it sees at once. Up to a sliding window, attention with one is attention without."""
+        """Number of tokens that the model sees at once.
+
+        It is at most the sliding window: up to that length, attention with a window is attention without one.
+        """
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def model(self) -> ModelSpec:
@@ -122,7 +125,8 @@ class MixtralConfig(BaseModel):
 
 
 def is_mixtral(model: ModelSpec) -> bool:
-    """Whether it computes exactly what Mixtral does of one text; masks between documents matter in training alone."""
+    """Return whether a model computes exactly what Mixtral does for one text; masks between documents matter in
+    training only."""
     moe = model.moe
     if moe is None or not model.architecture.is_mixtral or model.moe_layers != model.layers:
         return False
@@ -136,26 +140,26 @@ OURS = "mhmoe"
 
 
 class MhmoeConfig(BaseModel):
-    """What config.json holds under `mhmoe`."""
+    """Content of config.json under `mhmoe`."""
 
     model: ModelSpec
     seq_len: PositiveInt
     tokenizer_sha256: str | None = None
-    """`tokenizer_identity` of the tokenizer.json beside it, or in older folders the file's hash; absent in folders that
-    were never ours."""
+    """Result of `tokenizer_identity` for the tokenizer.json in the folder, or in older folders the file's hash; absent
+    in folders that this package did not write."""
 
 
 def to_config(
     model: ModelSpec, seq_len: int, dtype: torch.dtype, edges: tuple[int, list[int]], tokenizer_sha256: str
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """Return the content of config.json.
 
     Args:
-        model: the section.
-        seq_len: tokens that it sees at once.
-        dtype: of its weights.
-        edges: token ids that start and that end a text.
-        tokenizer_sha256: identity of its tokenizer.
+        model: `model` section of the spec.
+        seq_len: number of tokens that the model sees at once.
+        dtype: dtype of the weights.
+        edges: token id that starts a text, and token ids that end one.
+        tokenizer_sha256: identity of the tokenizer.
     """
     section = MhmoeConfig(model=model, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
     ours = {OURS: section.model_dump(mode="json")}
@@ -167,14 +171,15 @@ def to_config(
 
 
 def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
-    """The model type of a folder; its model, and the tokens that it is to see at once.
+    """Return the model type of a folder, and its model with the number of tokens that it is to see at once.
 
     Args:
-        folder: with a config.json.
-        seq_len: as asked for; by default as many as it was made for.
+        folder: folder with a config.json.
+        seq_len: requested number of tokens; by default as many as the model was made for.
 
     Raises:
-        CheckpointError: there is no config.json, or it asks for what we do not compute.
+        CheckpointError: config.json cannot be read, it describes a model that this package does not compute, or
+            `seq_len` is more than the model was made for.
     """
     what = f"folder {folder}"
     try:
@@ -206,14 +211,16 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeConfig]:
 
 
 def named_ends(folder: Path, known: int) -> set[int]:
-    """The token ids at which a text is over, as the folder's own files say. Where both say it, both count.
+    """Return the token ids that end a text, as config.json and generation_config.json say.
+
+    Where both say it, both count.
 
     Args:
-        folder: whose config.json was read.
-        known: ids of tokens are below it.
+        folder: folder whose config.json was read.
+        known: number of tokens; all token ids are below it.
 
     Raises:
-        CheckpointError: a file cannot be read, or names what is no token.
+        CheckpointError: a file cannot be read, or names an id that is no token.
     """
     what, ends = f"folder {folder}", set[int]()
     for file in (folder / CONFIG, folder / GENERATION):
@@ -236,7 +243,11 @@ def _as_ours(mixtral: MixtralConfig) -> MhmoeConfig:
 
 
 def _agreed(what: str, mixtral: MixtralConfig, ours: MhmoeConfig) -> MhmoeConfig:
-    """Our section, which also knows how it was trained, if nobody changed the other fields since."""
+    """Return our section, which also knows how the model was trained, if the other fields describe the same model.
+
+    Raises:
+        CheckpointError: the other fields describe another model, because somebody changed them.
+    """
     if not is_mixtral(ours.model) or _as_ours(MixtralConfig.of(ours.model, ours.seq_len)) != _as_ours(mixtral):
         why = f"the section {OURS} of its {CONFIG} is not the model that the other fields are"
         raise CheckpointError(what, why, "remove that section if the others are right")

@@ -1,4 +1,4 @@
-"""A run's checkpoint to a folder that other tools read."""
+"""Export a run's checkpoint to a folder that other tools read."""
 
 import secrets
 import shutil
@@ -37,15 +37,18 @@ class Exported(NamedTuple):
 
 def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
     """Write safetensors with their index, config.json, tokenizer.json, tokenizer_config.json and, if the run has one,
-    chat_template.jinja. One layer at a time is in memory.
+    chat_template.jinja.
+
+    One layer at a time is in memory.
 
     Args:
-        checkpoint: inside its run directory, already checked.
-        manifest: of it.
-        to: a folder that does not exist or is empty. It appears under this name when it is whole.
+        checkpoint: checkpoint inside its run directory, already verified.
+        manifest: manifest of the checkpoint.
+        to: folder that does not exist or is empty. It appears under this name when it is complete.
 
     Raises:
-        CheckpointError: the folder cannot be written or the checkpoint not read, or its tokenizer is gone or another.
+        CheckpointError: the folder cannot be written, the checkpoint cannot be read, or its tokenizer is missing or
+            another one.
     """
     what = f"folder {to}"
     tokenizer = run_tokenizer(checkpoint, manifest)
@@ -66,7 +69,11 @@ def export(checkpoint: Location, manifest: Manifest, to: Path) -> Exported:
 
 @contextmanager
 def _reading(checkpoint: Location) -> Iterator[None]:
-    """Around what fails for another reason than the folder that is written."""
+    """Report an error in the context as one of reading the checkpoint, not of writing the folder.
+
+    Raises:
+        CheckpointError: an OSError was raised in the context.
+    """
     try:
         yield
     except OSError as e:

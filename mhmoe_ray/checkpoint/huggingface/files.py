@@ -1,4 +1,4 @@
-"""Safetensors files in Hugging Face's layout, read tensor by tensor and written a group of tensors at a time."""
+"""Safetensors files in Hugging Face's layout, read tensor by tensor and written one group of tensors at a time."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,12 +21,17 @@ FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_poi
 
 
 class Stored:
-    """The tensors of a folder, by name. Nothing is read but headers until `read`."""
+    """Tensors of a folder, by name.
+
+    Only headers are read before `read`.
+    """
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
-        """Args:
-        folder: for messages.
-        files: open safetensors files by name.
+        """Find the file of each tensor.
+
+        Args:
+            folder: folder of the files, for messages.
+            files: open safetensors files by name.
 
         Raises:
             CheckpointError: a tensor is in two files.
@@ -45,12 +50,15 @@ class Stored:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """(1,) of a number without a dimension, which is read as one of one."""
+        """Return the shape of a tensor; (1,) for a number without a dimension, which is read as a tensor of one
+        number."""
         return tuple(self._slice(name).get_shape()) or (1,)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises:
-        CheckpointError: its numbers are not floats of 16 to 64 bits.
+        """Return the dtype of a tensor.
+
+        Raises:
+            CheckpointError: the tensor's numbers are not floats of 16 to 64 bits.
         """
         found = self._slice(name).get_dtype()
         if found not in FLOATS:
@@ -68,10 +76,10 @@ class Stored:
 
 @contextmanager
 def open_stored(folder: Path) -> Iterator[Stored]:
-    """The weights of a folder: one file, or those that its index names.
+    """Open the weights of a folder: one file, or those that its index names.
 
     Raises:
-        CheckpointError: there are none, a file of the index is missing, or one is damaged.
+        CheckpointError: there are no weights, a file of the index is missing, or a file is damaged.
     """
     what, fix = f"folder {folder}", "get the folder again"
     with ExitStack() as stack:
@@ -108,15 +116,15 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -> dict[str, str]:
-    """Write each group to a file of its own, one after the other, so that no two are in memory.
+    """Write each group to a file of its own, one after the other, so that no two groups are in memory.
 
     Args:
-        folder: exists.
-        groups: made one at a time.
-        count: how many there are.
+        folder: existing folder.
+        groups: tensors by name, made one group at a time.
+        count: number of groups.
 
     Returns:
-        The file of each tensor.
+        Name of the file of each tensor.
 
     Raises:
         OSError: a file cannot be written.

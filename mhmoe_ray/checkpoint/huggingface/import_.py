@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's layout to a run directory that can be served and exported."""
+"""Import a folder in Hugging Face's layout to a run directory that can be served and exported."""
 
 import json
 import re
@@ -28,15 +28,16 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
     """Make a run of a model that was trained elsewhere; one layer at a time is in memory, in the dtype it is stored in.
 
     Args:
-        source: with config.json, tokenizer.json and safetensors.
-        name: of the run, before its suffix; by default the folder's.
-        storage: folder for the run directory.
-        seq_len: tokens that prompt and answer may have together; by default as many as the model was made for.
+        source: folder with config.json, tokenizer.json and safetensors.
+        name: name of the run, before its suffix; by default that of the folder.
+        storage: local folder for the run directory.
+        seq_len: number of tokens that prompt and answer may have together; by default as many as the model was made
+            for.
 
     Raises:
-        CheckpointError: the folder lacks something, or holds a model that we do not compute.
-        DataError: its tokenizer does not fit.
-        SpecError: the name will not do, or the storage folder cannot be written.
+        CheckpointError: the folder lacks something, is damaged, or holds a model that this package does not compute.
+        DataError: its tokenizer does not fit the model.
+        SpecError: the name is not valid, or `storage` is not a local folder that can be written.
     """
     name, root = _name(source, name), location(storage)
     if not isinstance(root, Path):
@@ -81,7 +82,11 @@ def import_folder(source: Path, name: str | None, storage: str | Path, seq_len: 
 
 @contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """Around what fails for another reason than the storage that is written."""
+    """Report an error in the context as one of reading the source folder, not of writing the storage.
+
+    Raises:
+        CheckpointError: an OSError or a SafetensorError was raised in the context.
+    """
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -90,7 +95,8 @@ def _reading(source: Path) -> Iterator[None]:
 
 
 def _chat_template(source: Path) -> str | None:
-    """A file of its own, or in older folders an entry of the tokenizer's settings.
+    """Return the chat template: a file of its own, or in older folders an entry of tokenizer_config.json; None without
+    any.
 
     Raises:
         CheckpointError: it cannot be read, or there are several and none is the default.
@@ -115,7 +121,10 @@ def _chat_template(source: Path) -> str | None:
 
 
 def _default_of(templates: list[Any]) -> Any:
-    """Of the form {"name": ..., "template": ...}; the list itself, which is no template, where none is the default."""
+    """Return the template with the name "default" of a list of {"name": ..., "template": ...}.
+
+    Without one, return the list itself, which is no template.
+    """
     named = {t["name"]: t.get("template") for t in templates if isinstance(t, dict) and isinstance(t.get("name"), str)}
     return named.get("default") or templates
 
@@ -131,7 +140,12 @@ def _name(source: Path, name: str | None) -> str:
 
 
 def _check_tensors(source: Path, stored: Stored, groups: list[list[Entry]]) -> None:
-    """Every tensor of the model is there, in its shape and a float, and no other."""
+    """Check that every tensor of the model is in the folder, as floats and in its shape, and no other tensor.
+
+    Raises:
+        CheckpointError: a tensor is missing, does not belong to the model, has another shape or is not of floats, or
+            tensors that are joined differ in dtype.
+    """
     every = [entry for group in groups for entry in group]
     shapes = {name: shape for entry in every for name, shape in entry.shapes.items()}
     wrong = [

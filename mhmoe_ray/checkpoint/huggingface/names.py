@@ -1,16 +1,16 @@
-"""What each tensor of a checkpoint is called in an exported folder, read in both directions.
+"""Names of a checkpoint's tensors in an exported folder, read in both directions.
 
 The table here has the names that all architectures share; an architecture adds those of its feed-forward layers.
 
-Where Hugging Face's Mixtral checkpoints have the tensor, the name is theirs. Where they lack it, it is a name of the
-same manner, and the field's own where there is one (torchscale's for the subln backbone and X-MoE's router, DeepSeek's
-for the selection bias). Shapes are the model's own, but for two splits that a placeholder on the right asks for:
+Where Hugging Face's Mixtral checkpoints have the tensor, the name is theirs. Where they lack it, the name has the same
+form, and is the field's own where there is one (torchscale's for the subln backbone and X-MoE's router, DeepSeek's for
+the selection bias). Shapes are those of the model, except for two splits that a placeholder on the right asks for:
 
     {qkv}   rows of queries, keys and values, which the model keeps in one matrix (and one bias)
     {e}     one expert each by its global id, which the model keeps stacked along a first dimension
 
-The others stand for the same text on both sides: {i} a layer, {p} weight or bias, {n} the place of a linear layer among
-those of a projection with several (0, 2, 4: ReLUs lie between).
+The other placeholders stand for the same text on both sides: {i} is a layer, {p} is weight or bias, {n} is the index of
+a linear layer in a projection with several (0, 2, 4: ReLUs lie between).
 """
 
 import re
@@ -54,19 +54,19 @@ _FIELDS = {"{i}": r"(?P<i>\d+)", "{n}": r"(?P<n>\d+)", "{p}": "(?P<p>weight|bias
 
 
 class Entry(NamedTuple):
-    """One tensor of the model and the exported tensors that it is made of, in order."""
+    """One tensor of the model and the exported tensors that it consists of, in order."""
 
     ours: str
     shape: tuple[int, ...]
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
-    """How many rows each exported tensor has; empty for one that is the whole tensor, as it is."""
+    """Number of rows of each exported tensor; empty where tensors are not split by rows."""
     stacked: bool
-    """Exported tensors have the first dimension no more: each is one index of it."""
+    """Whether exported tensors lack the first dimension, because each of them is one index of it."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the exported tensors, by name."""
+        """Shapes of the exported tensors, by name."""
         if self.stacked:
             return dict.fromkeys(self.theirs, self.shape[1:])
         if not self.rows:
@@ -74,7 +74,7 @@ class Entry(NamedTuple):
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The exported tensors, as views."""
+        """Return the exported tensors by name, as views of the model's tensor."""
         parts: tuple[Tensor, ...] = (tensor,)
         if self.stacked:
             parts = tensor.unbind()
@@ -83,14 +83,14 @@ class Entry(NamedTuple):
         return dict(zip(self.theirs, parts, strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The model's tensor of the exported ones, in the order of `theirs`."""
+        """Return the model's tensor, made from the exported ones in the order of `theirs`."""
         if self.stacked:
             return torch.stack(parts)
         return torch.cat(parts) if self.rows else parts[0]
 
 
 def entries(spec: ModelSpec) -> list[list[Entry]]:
-    """All tensors of a model, in groups: those outside the layers, then those of each layer."""
+    """Return all tensors of a model, in groups: those outside the layers, then those of each layer."""
     with torch.device("meta"):
         model = Decoder(spec)
     groups: list[list[Entry]] = [[] for _ in range(1 + spec.layers)]
@@ -119,5 +119,5 @@ def _compiled(ours: str) -> re.Pattern[str]:
 
 @cache
 def _patterns(backbone: ArchitectureName) -> list[tuple[re.Pattern[str], str]]:
-    """Return the names that all architectures share, then those of this one."""
+    """Return the patterns and exported names that all architectures share, then those of this architecture."""
     return [(_compiled(ours), theirs) for ours, theirs in (*TABLE, *ARCHITECTURES[backbone].tensor_names)]

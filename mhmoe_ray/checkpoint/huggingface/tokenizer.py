@@ -1,7 +1,7 @@
-"""The tokenizer of an exported folder: a plain string gives the token ids that training and `mhmoe generate` use.
+"""Tokenizer of an exported folder: a plain string gives the token ids that training and `mhmoe generate` use.
 
-We put the start token before a text ourselves (`Boundaries.start`). Other tools leave that to tokenizer.json, whose
-post-processor adds it here, and take the names of special tokens from tokenizer_config.json.
+This package puts the start token before a text itself (`Boundaries.start`). Other tools leave that to tokenizer.json,
+whose post-processor adds it in an exported folder, and take the names of special tokens from tokenizer_config.json.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ _TEXT = "A text of some words."
 
 
 def adding_start(content: bytes) -> bytes:
-    """Return a tokenizer.json whose encoding of a text begins with the start token; as it is where it does already.
+    """Return a tokenizer.json whose encoding of a text begins with the start token; unchanged if it does so already.
 
     Args:
-        content: of a tokenizer.json that `load_tokenizer` takes.
+        content: content of a tokenizer.json that `load_tokenizer` takes.
     """
     tokenizer = Tokenizer.from_buffer(content)
     start = boundaries(tokenizer).start
@@ -39,7 +39,7 @@ def adding_start(content: bytes) -> bytes:
 
 
 def _byte_level(content: bytes) -> dict[str, bool] | None:
-    """Return the options of the byte-level post-processor, if there is one."""
+    """Return the options of the byte-level post-processor; None if there is none."""
     outer = json.loads(content)["post_processor"] or {}
     for processor in (outer, *outer.get("processors", [])):
         if processor.get("type") == "ByteLevel":
@@ -48,11 +48,12 @@ def _byte_level(content: bytes) -> dict[str, bool] | None:
 
 
 def tokenizer_identity(content: bytes) -> str:
-    """Return a hash of what a tokenizer.json makes of a text between special tokens: equal for files that differ in
-    form, or in the special tokens that they add, as other tools write them.
+    """Return a hash of what a tokenizer.json makes of a text between special tokens.
+
+    The hash is equal for files that differ in form, or in the special tokens that they add, as other tools write them.
 
     Args:
-        content: of a tokenizer.json.
+        content: content of a tokenizer.json.
     """
     parts = json.loads(Tokenizer.from_buffer(content).to_str())
     added = [(token["id"], token["content"]) for token in parts["added_tokens"]]
@@ -64,8 +65,8 @@ def tokenizer_config(content: bytes, seq_len: int) -> dict[str, Any]:
     """Return the content of tokenizer_config.json.
 
     Args:
-        content: of the tokenizer.json beside it.
-        seq_len: tokens that the model sees at once.
+        content: content of the tokenizer.json beside it.
+        seq_len: number of tokens that the model sees at once.
     """
     tokenizer = Tokenizer.from_buffer(content)
     edges = boundaries(tokenizer)

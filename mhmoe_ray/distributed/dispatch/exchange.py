@@ -1,4 +1,5 @@
-"""An uneven all-to-all between a rank and the others of its group: what it sends, and how long it waits for rows."""
+"""Uneven all-to-all between a rank and the others of its group, with the bytes it sends and the time it waits for
+rows."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,11 @@ _event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 class Waited:
-    """A GPU waits by itself while the host runs ahead: there two events on its stream tell how long, and the host waits
-    for neither before it asks."""
+    """Timer of a rank's waits for rows of other ranks.
+
+    A GPU waits by itself while the host runs ahead. So on a GPU two events on its stream measure a wait, and the host
+    synchronizes with them only when it asks for the time.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -22,8 +26,10 @@ class Waited:
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[None]:
-        """Args:
-        device: that waits in it.
+        """Measure the time that the context takes on a device.
+
+        Args:
+            device: device that waits in the context.
         """
         if device.type == "cuda":
             began, ended = (_event(enable_timing=True) for _ in range(2))
@@ -37,7 +43,7 @@ class Waited:
             self._seconds += time.perf_counter() - start
 
     def pop(self) -> float:
-        """Seconds since this was last asked."""
+        """Return the seconds measured since the last call, and start from 0 again."""
         for began, ended in self._events:
             ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000
@@ -52,37 +58,39 @@ class Sent(NamedTuple):
     """Bytes that left this rank."""
 
     rows: int = 0
-    """Rows, outputs, and the gradients of both; where rows bring gates and the numbers of experts along, those too."""
+    """Bytes of rows, outputs, and the gradients of both; gates and expert numbers are included where rows bring them
+    along."""
     counts: int = 0
-    """How many rows go where."""
+    """Bytes of the numbers that say how many rows go where."""
     between_nodes: int = 0
-    """Of `rows`, those that left the node."""
+    """Bytes of `rows` that left the node."""
 
     def plus(self, other: "Sent") -> "Sent":
         return Sent(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def least_sent(count_LE: Tensor, held: range, row_bytes: int) -> int:
-    """Bytes of rows that must leave ranks for the sake of this rank's tokens where each route is a row of its own, as
-    in flat dispatch: each kept route of an expert elsewhere goes there and back, forward and backward, even where two
-    go to one rank.
+    """Return the bytes of rows that must leave ranks for this rank's tokens where each route is a row of its own.
+
+    This is so in flat dispatch: each kept route to an expert on another rank goes there and back, forward and backward,
+    even where two routes go to the same rank.
 
     Args:
-        count_LE: kept routes of this rank's tokens.
-        held: the experts that it holds.
-        row_bytes: of one row as it travels.
+        count_LE: kept routes of this rank's tokens, per layer and expert.
+        held: ids of the experts that this rank holds.
+        row_bytes: bytes of one row as it travels.
     """
     elsewhere = count_LE.sum() - count_LE[:, held.start : held.stop].sum()
     return 4 * int(elsewhere) * row_bytes
 
 
 class Flight(NamedTuple):
-    """An exchange under way."""
+    """Exchange in progress."""
 
     work: Any
-    """None where there are no others."""
+    """Handle of the asynchronous all-to-all; None if there are no other ranks."""
     rows: Tensor
-    """Held here until they have left: no other tensor may take their memory."""
+    """Rows to send, held here until they have left, so that no other tensor takes their memory."""
     into: Tensor
     waited: Waited
 
@@ -94,12 +102,14 @@ class Flight(NamedTuple):
 
 
 class Exchange:
-    """All that this rank sends to the others of a group."""
+    """Everything that this rank sends to the other ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Args:
-        group: of this rank.
-        nodes: for each rank of the group, what names its node; by default all are on one.
+        """Prepare exchanges within a process group.
+
+        Args:
+            group: process group of this rank.
+            nodes: name of the node of each rank of the group, of any type; by default all ranks are on one node.
         """
         self._group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         nodes = nodes or [None] * self.ranks
@@ -108,26 +118,40 @@ class Exchange:
         self._waited = Waited()
 
     def others(self, of_ranks: Sequence[T]) -> list[T]:
-        """Without this rank's own."""
+        """Return the elements of the other ranks, without this rank's own.
+
+        Args:
+            of_ranks: one element for each rank of the group.
+        """
         return [*of_ranks[: self.rank], *of_ranks[self.rank + 1 :]]
 
     def pop_sent(self) -> Sent:
-        """What was sent since this was last asked."""
+        """Return the bytes sent since the last call, and start from 0 again."""
         sent, self._sent = self._sent, Sent()
         return sent
 
     def pop_waited(self) -> float:
-        """Seconds that this rank waited for what others send, since this was last asked."""
+        """Return the seconds that this rank waited for data of other ranks since the last call, and start from 0
+        again."""
         return self._waited.pop()
 
     def counts(self, count_JX: Tensor) -> Flight:
-        """Start to send count_JX[j] to the j-th other rank; what that sends arrives in the same place."""
+        """Start to send count_JX[j] to the j-th other rank; what that rank sends arrives at the same index of the
+        result."""
         self._sent = self._sent.plus(Sent(counts=count_JX.nbytes))
         each = [1] * len(self._away)
         return self._send(count_JX, torch.empty_like(count_JX), each, each)
 
     def rows(self, rows: Tensor, into: Tensor, out_J: list[int], in_J: list[int]) -> Flight:
-        """Start to send `rows`, the first out_J[0] to the first other rank, while theirs arrive in `into`."""
+        """Start to send the first out_J[0] of `rows` to the first other rank, and so on, while the others' rows arrive
+        in `into`.
+
+        Args:
+            rows: rows to send, in the order of the other ranks.
+            into: tensor for the received rows, in the order of the other ranks.
+            out_J: number of rows for each other rank.
+            in_J: number of rows from each other rank.
+        """
         far = sum(count for count, away in zip(out_J, self._away, strict=True) if away)
         far_bytes = far * rows.shape[1] * rows.itemsize
         self._sent = self._sent.plus(Sent(rows=rows.nbytes, between_nodes=far_bytes))

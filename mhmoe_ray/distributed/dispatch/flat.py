@@ -1,14 +1,15 @@
-"""Each route's row goes straight to the rank that holds its expert.
+"""Flat dispatch: each route's row goes straight to the rank that holds its expert.
 
-A rank's own rows enter no exchange: both ways, its experts work on them while the rows of others are in flight.
+A rank's own rows enter no exchange: forward and backward, its experts work on them while other ranks' rows are in
+flight.
 
     forward     counts out | permute, read counts | rows out      | experts on own rows | on theirs | outputs back
     backward                                        gradients out | the same            | the same  | gradients back
 
-All from rows to outputs is one autograd Function, which runs its parts itself. Autograd would run them in the reverse
-of the order that they were made in, and so wait for the others' rows before it works on its own.
+All steps from rows to outputs are one autograd Function, which runs its parts itself. Autograd would run the parts in
+the reverse of the order in which they were made, and so wait for the others' rows before it works on its own.
 
-Here R rows are sorted by expert, with this rank's own experts first and dropped routes last.
+In this module R rows are sorted by expert, with this rank's own experts first and dropped routes last.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +31,11 @@ class FlatDispatch:
     """A `model.feedforward.Dispatch` over a process group whose rank p holds experts p * E/P .. (p + 1) * E/P - 1."""
 
     def __init__(self, group: dist.ProcessGroup, nodes: Sequence[object] | None = None) -> None:
-        """Args:
-        group: of this rank.
-        nodes: for each rank of the group, what names its node; by default all are on one.
+        """Prepare dispatch within an expert-parallel group.
+
+        Args:
+            group: expert-parallel process group of this rank.
+            nodes: name of the node of each rank of the group, of any type; by default all ranks are on one node.
         """
         self._exchange = Exchange(group, nodes)
         self.ranks, self.pop_sent = self._exchange.ranks, self._exchange.pop_sent
@@ -51,14 +54,15 @@ class FlatDispatch:
         weights: ExpertWeights,
         routes: int | None = None,
     ) -> Tensor:
-        """y_n, the sum of its experts' outputs weighted by gates.
+        """Return y_n, the sum of the outputs of each row's experts weighted by gates.
 
         Args:
             x_ND: rows, in the dtype of the weights.
-            expert_NK: int64, in 0..E-1 of the group's experts.
-            gate_NK: 0 for a route that was dropped.
-            backend, weights: of the experts held here.
-            routes: how many were not dropped, where this is known: others then take no memory.
+            expert_NK: expert numbers, int64, in 0..E-1 of the group's experts.
+            gate_NK: gates of the routes; 0 for a route that was dropped.
+            backend: kernel backend that runs the experts.
+            weights: weights of the experts that this rank holds.
+            routes: number of routes that were not dropped, where this is known: the others then take no memory.
         """
         held = len(weights.stacked[0])
         plan = plan_routes(self._labels(expert_NK, gate_NK, held), held * self.ranks)
@@ -74,32 +78,33 @@ class FlatDispatch:
         return combine(out_RD, gate_NK, plan)
 
     def _labels(self, expert_NK: Tensor, gate_NK: Tensor, held: int) -> Tensor:
-        """Experts renamed so that a sort puts those held here first, the others in their order, dropped routes last."""
+        """Renumber experts so that a sort puts those of this rank first, the others in their order, and dropped routes
+        last."""
         e, first = torch.arange(held * self.ranks, device=expert_NK.device), self._exchange.rank * held
         label_E = torch.cat([e[held : held + first], e[:held], e[held + first :]])
         return label_E[expert_NK].masked_fill(gate_NK == 0, len(e))
 
 
 class _Crossing(NamedTuple):
-    """The way of sorted rows through the experts of all ranks, for outputs and for gradients alike."""
+    """Path of sorted rows through the experts of all ranks and back, the same for outputs and for gradients."""
 
     send: Callable[[Tensor, Tensor, list[int], list[int]], Flight]
     own_X: list[int]
-    """Rows of this rank for its own experts."""
+    """Number of this rank's rows for each of its own experts."""
     out_JX: list[list[int]]
-    """Rows for each other rank's experts."""
+    """Number of this rank's rows for each expert of each other rank."""
     in_JX: list[list[int]]
-    """Rows from each other rank."""
+    """Number of rows from each other rank for each expert of this rank."""
 
     def __call__(
         self, x_RD: Tensor, on_own: Callable[[Tensor], Tensor], on_theirs: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """R results in the order of x_RD, 0 for dropped routes.
+        """Return R results in the order of x_RD, 0 for dropped routes.
 
         Args:
             x_RD: rows, or gradients of outputs.
-            on_own, on_theirs: what this rank's experts make of rows of its own, and of the others' rows. Both get them
-                sorted by expert.
+            on_own: function that applies this rank's experts to its own rows, sorted by expert.
+            on_theirs: function that applies this rank's experts to the other ranks' rows, sorted by expert.
         """
         out_J, in_J = [sum(count_X) for count_X in self.out_JX], [sum(count_X) for count_X in self.in_JX]
         own = sum(self.own_X)
@@ -116,11 +121,15 @@ class _Crossing(NamedTuple):
 
 
 def _transpose(rows: Tensor, counts_AB: Sequence[Sequence[int]]) -> Tensor:
-    """Blocks of rows, which lie in the order of A, then of B, put in the order of B, then of A: ranks and experts, or
-    experts and ranks.
+    """Reorder blocks of rows from the order (A, B) to (B, A), where A and B are ranks and experts, or experts and
+    ranks.
 
-    So the rows of several ranks, each sorted by expert, become one run of rows an expert. It copies blocks, which costs
-    at most some per cent of the experts' work; a product for each rank's block was slower at any number of ranks.
+    So the rows of several ranks, each sorted by expert, become one run of rows per expert. This copies blocks, which
+    costs at most some per cent of the experts' work; a product for each rank's block was slower at any number of ranks.
+
+    Args:
+        rows: blocks of rows, in the order of A, then of B.
+        counts_AB: number of rows of each block.
     """
     if len(counts_AB) < 2 or len(counts_AB[0]) < 2:
         return rows
@@ -167,7 +176,10 @@ _experts: Callable[..., Tensor] = _Experts.apply
 
 
 class _Part:
-    """The experts of this rank on some rows, and back: a graph of its own for each, to be run when rows are here."""
+    """The experts of this rank on one set of rows, forward and backward.
+
+    Each part has an autograd graph of its own, so that it can run as soon as its rows are on this rank.
+    """
 
     def __init__(self, backend: str, count_X: list[int], weights: ExpertWeights) -> None:
         self._backend, self._count_X, self._weights = backend, count_X, weights

@@ -1,23 +1,26 @@
-"""Between nodes first, then within them: a row crosses the slow links once for each node that has experts for it.
+"""Hierarchical dispatch, first between nodes, then within them: a row crosses the slow links once for each node that
+has experts for it.
 
 The ranks of a group are G nodes of P ranks each, in order, so that a node holds a range of experts. A rank's rail is
-the rank of its place on every node. Along the rail a row goes to each other node with an expert for it, with its gates
-and the numbers of its experts. There a rank dispatches it flat over its node, to that node's experts alone, together
-with its own rows for the experts at home. One sum of weighted outputs comes back for each row that was sent, and is
-added where the row came from.
+the set of ranks at its position on every node. Along the rail a row goes to each other node that has an expert for it,
+with its gates and the numbers of its experts. There the receiving rank dispatches it flat over its node, to that node's
+experts only, together with its own rows for the experts of that node. One sum of weighted outputs comes back for each
+row that was sent, and is added on the rank where the row came from.
 
     forward     counts | rows, gates along the rail | own rows and theirs, flat | sums back, added
     backward             gradients of sums out      | the same                  | gradients of rows and gates back
 
-So a row of two experts on another node crosses once each way instead of twice, but may go on to a neighbour there; and
-a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice instead of once.
+So a row with two experts on another node crosses once each way instead of twice, but may go on to a neighbour there;
+and a sum in bfloat16 is rounded once more than in flat dispatch. The host waits for the device twice instead of once.
 Where routes are rows of their own, as under dropout (`model/moe.py`), there is nothing to save.
 
-Own rows wait for the rail. To dispatch them while the others are under way takes a second flat dispatch, with five more
-exchanges and twice as many parts of the experts' work, to hide at most the G-th of it (kernels/README.md).
+A rank's own rows wait for the rail. Dispatching them while the others are in flight would take a second flat dispatch,
+with five more exchanges and twice as many parts of the experts' work, to hide at most 1/G of that work
+(kernels/README.md).
 
 Two stages along and across nodes are the hierarchical all-to-all of DeepSpeed-MoE (arXiv 2201.05596); that a row
-crosses once a node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit of nodes.
+crosses once per node is as in DeepSeek-V3 (arXiv 2412.19437, section 3.2.2), here without a limit on the number of
+nodes.
 """
 
 from collections.abc import Callable
@@ -36,21 +39,23 @@ from mhmoe_ray.model.router import Routing
 
 
 class End(NamedTuple):
-    """Of the rows that travel, where they set out or where they arrive."""
+    """Numbers of rows at one end of an exchange, where the rows start or where they arrive."""
 
     count_J: list[int]
-    """Those that go to, or come from, each other rank."""
+    """Number of rows that go to, or come from, each other rank."""
     rows: int
-    """With those behind them, which do not travel and are 0 wherever they are written."""
+    """Number of all rows of a tensor. Those behind the travelling rows do not travel, and are 0 wherever they are
+    written."""
 
 
 def travel(exchange: Exchange, leaving: End, arriving: End, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What the others have sent of their tensors, which may be of any dtype and width.
+    """Exchange rows of several tensors and return what the other ranks sent, one tensor for each; differentiable.
 
     Args:
-        exchange: with the other ranks.
-        leaving, arriving: the rows of every tensor before and after.
-        tensors: two-dimensional. Of one row, what is in all of them travels in one piece.
+        exchange: exchange with the other ranks.
+        leaving: numbers of rows of every tensor before the exchange.
+        arriving: numbers of rows of every tensor after the exchange.
+        tensors: two-dimensional tensors of any dtype and width. What all of them have of one row travels in one piece.
     """
     return _travel(exchange, leaving, arriving, *tensors)
 
@@ -93,19 +98,22 @@ class HierarchicalDispatch:
     the experts."""
 
     def __init__(self, node: dist.ProcessGroup, rail: dist.ProcessGroup) -> None:
-        """Args:
-        node: the ranks of this rank's node, in the order of their shares.
-        rail: the ranks of this rank's place on each node, in the order of nodes.
+        """Prepare flat dispatch within the node and exchanges along the rail.
+
+        Args:
+            node: process group of the ranks of this rank's node, in the order of their shares of the experts.
+            rail: process group of the ranks at this rank's position on each node, in the order of nodes.
         """
         self._flat = FlatDispatch(node)
         self._rail = Exchange(rail, nodes=range(dist.get_world_size(rail)))
 
     def pop_sent(self) -> Sent:
-        """What was sent since this was last asked."""
+        """Return the bytes sent since the last call, and start from 0 again."""
         return self._rail.pop_sent().plus(self._flat.pop_sent())
 
     def pop_waited(self) -> float:
-        """Seconds that this rank waited for what others send, since this was last asked."""
+        """Return the seconds that this rank waited for data of other ranks since the last call, and start from 0
+        again."""
         return self._rail.pop_waited() + self._flat.pop_waited()
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:

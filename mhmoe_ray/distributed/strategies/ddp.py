@@ -1,7 +1,7 @@
-"""Every rank holds all parameters but other ranks' experts; DDP averages gradients in the last backward of a step.
+"""DDP: every rank holds all parameters but other ranks' experts, and averages gradients in the last backward of a step.
 
-Here, too, is what all strategies share: gradients of experts are made whole over ranks, and all gradients are clipped
-by their global norm.
+This module also has what all strategies share: gradients of experts are reduced over ranks, and all gradients are
+clipped by their global norm.
 """
 
 import math
@@ -21,7 +21,10 @@ from mhmoe_ray.spec import TrainSpec
 
 
 def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
-    """Sum over dp, divide by dp * ep: a rank's experts already hold what all ep ranks of its group sent them."""
+    """Sum the gradients of experts over dp and divide them by dp * ep.
+
+    A rank's experts already have the gradients of all ep ranks of its group, which sent them their rows.
+    """
     if mesh.world == 1:
         return
     for parameter in expert_parameters(model).values():
@@ -37,7 +40,8 @@ def reduce_expert_gradients(model: Decoder, mesh: Mesh) -> None:
 def clip_gradients(model: Decoder, mesh: Mesh, clip_norm: float) -> float:
     """Scale all gradients so that their norm over all parameters and experts is at most `clip_norm`.
 
-    Returns the norm before clipping; the same number on every rank.
+    Returns:
+        The norm before clipping, the same number on every rank.
     """
     experts = expert_parameters(model)
     everywhere: list[Tensor] = []  # the same on every rank
@@ -71,28 +75,31 @@ def _square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Fill = Callable[[Decoder], None]
-"""Gives a model on the meta device its memory and its initial weights; of DTensors, slices."""
+"""Function that gives a model on the meta device its memory and its initial weights; of DTensors, this rank's
+shards."""
 
 _leave_out: Callable[[nn.Module, list[str]], None]
 _leave_out = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
 
 
 class Strategy:
-    """And what the others have in common with it."""
+    """DDP strategy, and the base class of the other strategies."""
 
     gathers = False
-    """Whether `state` puts tensors together for its caller. Otherwise they are views, which change in `apply` alone."""
+    """Whether `state` gathers tensors for its caller. Otherwise they are views, which change only in `apply`."""
 
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill) -> None:
-        """Args:
-        model: on the meta device.
-        mesh: of this rank.
-        spec: of training.
-        fill: called once.
+        """Fill and wrap the model, and build the optimizer.
+
+        Args:
+            model: model on the meta device.
+            mesh: mesh of this rank.
+            spec: `train` section of the spec.
+            fill: function that gives the model its memory and weights; called once.
         """
         self.model, self.mesh, self.spec = model, mesh, spec
         self.module: nn.Module = self._wrapped(fill)
-        """What a forward pass that will have a backward is called on."""
+        """Module that is called for a forward pass that will have a backward."""
         self.optimizer = build_optimizer(model, spec)
 
     def _wrapped(self, fill: Fill) -> nn.Module:
@@ -103,7 +110,11 @@ class Strategy:
         return DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of each micro-batch; `last` of this rank's step, in which ranks exchange."""
+        """Return the context for forward and backward of a micro-batch.
+
+        Args:
+            last: whether this is the last micro-batch of this rank's step, in which ranks reduce gradients.
+        """
         if isinstance(self.module, DistributedDataParallel) and not last:
             return self.module.no_sync()
         return nullcontext()
@@ -113,12 +124,14 @@ class Strategy:
         torch.autograd.backward(objective)
 
     def finish(self) -> None:
-        """Make the step's gradients whole over ranks, after the last backward."""
+        """Complete the reduction of the step's gradients over ranks, after the last backward."""
         reduce_expert_gradients(self.model, self.mesh)
 
     def apply(self, lr: float) -> float:
-        """Clip by the global norm and update; returns the norm before clipping, the same on every rank. Where that is
-        not finite, the gradients are dropped and nothing changes."""
+        """Clip by the global norm and update; return the norm before clipping, the same on every rank.
+
+        If the norm is not finite, the gradients are dropped and nothing changes.
+        """
         norm = clip_gradients(self.model, self.mesh, self.spec.clip_norm)
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, lr)
@@ -127,13 +140,18 @@ class Strategy:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """All that a checkpoint's `weights` holds, by the model's names: experts as slices of the global [E, ...], and
-        what is shared out as slices of the whole. Views: to fill them is to load."""
+        """Return everything that a checkpoint's `weights` holds, by the model's names, as views: filling them loads the
+        model.
+
+        Experts are slices of the global [E, ...], and sharded tensors are slices of the whole.
+        """
         return self._as_global(self.model.tensors())
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME"; zeros before the first update,
-        which may be some steps after the first."""
+        """Return AdamW's two moments in the same way, as "exp_avg.NAME" and "exp_avg_sq.NAME".
+
+        They are zeros before the first update, which may come some steps after the first step.
+        """
         if not self.optimizer.state:
             self.begin_at(0)
         state = self.optimizer.state
@@ -144,7 +162,10 @@ class Strategy:
         return found
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Part, name and tensor of all that a checkpoint holds, in the same order on all ranks. Collective."""
+        """Yield part, name and tensor of everything that a checkpoint holds, in the same order on all ranks.
+
+        This is a collective operation.
+        """
         yield from (("weights", name, t) for name, t in self.weights().items())
         yield from (("optim", name, t) for name, t in self.moments().items())
 
@@ -157,9 +178,10 @@ class Strategy:
             }
 
     def loaded(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Called when what `weights` and `moments` gave has been filled."""
+        """Finish loading, when the tensors that `weights` and `moments` returned have been filled; nothing is left to
+        do here."""
 
     def _as_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views, not copies."""
+        """Return the tensors with experts as views of global ones, not copies."""
         experts = expert_parameters(self.model)
         return {name: self.mesh.expert_dtensor(t) if name in experts else t for name, t in local.items()}

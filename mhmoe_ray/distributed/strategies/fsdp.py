@@ -1,7 +1,8 @@
-"""FSDP2: each rank holds a slice of every tensor and gathers a block's whole tensors while the block computes.
+"""FSDP2: each rank holds a shard of every tensor and gathers a block's whole tensors while the block computes.
 
-Experts stay as expert parallelism has them, or are sliced once more over the dp ranks that hold the same ones. They are
-averaged over dp by default, which would make their gradients ep times too large: they are summed, and divided by all.
+Experts stay as expert parallelism has them, or are sharded once more over the dp ranks that hold the same ones. By
+default FSDP2 averages their gradients over dp, which would make them ep times too large: instead they are summed, and
+divided by the number of all ranks.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,10 +21,14 @@ from mhmoe_ray.spec import TrainSpec
 
 class Sharded(Strategy):
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill, experts: bool) -> None:
-        """As of `Strategy`; and
+        """Fill and shard the model, and build the optimizer, as `Strategy` does.
 
         Args:
-        experts: slice experts over dp too.
+            model: model on the meta device.
+            mesh: mesh of this rank.
+            spec: `train` section of the spec.
+            fill: function that gives the model its memory and weights; called once.
+            experts: whether to shard experts over dp too.
         """
         self._experts = experts and mesh.size("dp") > 1
         super().__init__(model, mesh, spec, fill)

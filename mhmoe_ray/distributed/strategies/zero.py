@@ -1,11 +1,11 @@
-"""DeepSpeed's ZeRO, on the process groups that are there: 1 slices the optimizer's state over ranks, 2 gradients too, 3
-weights too.
+"""DeepSpeed's ZeRO on the existing process groups: stage 1 shards the optimizer's state over ranks, stage 2 also
+gradients, stage 3 also weights.
 
-Experts that expert parallelism spreads are an optimizer group of their own, sliced over the dp ranks that hold the same
-ones. DeepSpeed knows experts by the class of their layer and by two attributes of each parameter, and their process
-groups by name; its sums over a smaller group are divided by the size of the whole world, which is what experts need.
+Experts that expert parallelism spreads are an optimizer group of their own, sharded over the dp ranks that hold the
+same ones. DeepSpeed recognizes experts by the class of their layer and by two attributes of each parameter, and their
+process groups by name. It divides sums over a smaller group by the size of the whole world, which is what experts need.
 
-Tensors of a checkpoint are put together for it and taken apart when loaded, by DeepSpeed's own functions.
+DeepSpeed's own functions gather tensors for a checkpoint and shard them when it is loaded.
 """
 
 import logging
@@ -30,10 +30,17 @@ class Zero(Strategy):
     gathers = True
 
     def __init__(self, model: Decoder, mesh: Mesh, spec: TrainSpec, fill: Fill, stage: int) -> None:
-        """As of `Strategy`; and
+        """Fill the model and give it to a DeepSpeed engine, with the same arguments as `Strategy` and the stage.
 
         Args:
-        stage: of ZeRO, 1 to 3.
+            model: model on the meta device.
+            mesh: mesh of this rank.
+            spec: `train` section of the spec.
+            fill: function that gives the model its memory and weights; called once.
+            stage: stage of ZeRO, 1 to 3.
+
+        Raises:
+            SpecError: DeepSpeed is not installed.
         """
         try:
             import deepspeed
@@ -104,7 +111,7 @@ class Zero(Strategy):
         self.engine.backward(objective, scale_wrt_gas=False)
 
     def finish(self) -> None:
-        """DeepSpeed has done so."""
+        """Do nothing: DeepSpeed has reduced the gradients already."""
 
     def apply(self, lr: float) -> float:
         set_learning_rate(self.optimizer, lr)
@@ -118,7 +125,8 @@ class Zero(Strategy):
         return dict(self._moments())
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """One at a time: what slices are put together to is gone when the next one is asked for."""
+        """Yield one tensor at a time: a tensor that was gathered from shards is freed when the next one is asked
+        for."""
         yield from (("weights", name, t) for name, t in self._weights())
         yield from (("optim", name, t) for name, t in self._moments())
 
@@ -141,12 +149,19 @@ class Zero(Strategy):
                 yield f"{moment}.{name}", t
 
     def begin_at(self, step: int) -> None:
-        """Moments are there since the start, linked to the parameters that they are of; they stay the same tensors."""
+        """Set the number of updates.
+
+        Moments exist since the start, linked to their parameters, and stay the same tensors.
+        """
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 
     def _make_moments(self) -> None:
-        """Before the first step, in which DeepSpeed links moments of all groups when it has made those of the first."""
+        """Create the moments before the first step, so that DeepSpeed does not.
+
+        DeepSpeed would link the moments of all groups in the first step, when it has made only those of the first
+        group.
+        """
         zero = self.engine.optimizer
         slices = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         for flat in slices:
@@ -170,8 +185,11 @@ class Zero(Strategy):
 
 
 def _gathered(model: Decoder) -> dict[str, int]:
-    """What stage 3 has whole at a time: by default up to 1e9 parameters, and smaller models from their forward to the
-    end of their backward. Here a block and the next one, as with fsdp, and norms for ever."""
+    """Return settings by which stage 3 gathers a block and the next one at a time, as with fsdp, and norms for ever.
+
+    By default it gathers up to 1e9 parameters at a time, and keeps smaller models from their forward to the end of
+    their backward.
+    """
     largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.blocks.parameters())
     return {
@@ -183,8 +201,10 @@ def _gathered(model: Decoder) -> dict[str, int]:
 
 
 def _compile_nothing() -> None:
-    """On CPUs DeepSpeed compiles an all-reduce for inference when it starts, which training never calls. A process that
-    is killed meanwhile leaves a lock behind, for which every later one would wait for ever."""
+    """Keep DeepSpeed on CPUs from compiling an all-reduce for inference when it starts, which training never calls.
+
+    A process that is killed meanwhile leaves a lock behind, for which every later process would wait for ever.
+    """
     from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -192,7 +212,7 @@ def _compile_nothing() -> None:
 
 
 def _with_marker(model: Decoder) -> nn.Module:
-    """The model, with an empty layer by whose class DeepSpeed knows that there are experts."""
+    """Return the model with an empty layer, by whose class DeepSpeed recognizes that there are experts."""
     from deepspeed.moe.layer import MoE
 
     class Marker(MoE):
@@ -201,7 +221,7 @@ def _with_marker(model: Decoder) -> nn.Module:
             self.num_experts = 1
 
         def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-            """Groups are there."""
+            """Do nothing: the process groups exist already."""
 
     class WithExperts(nn.Module):
         def __init__(self) -> None:

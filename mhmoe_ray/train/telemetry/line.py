@@ -14,7 +14,7 @@ from mhmoe_ray.train.step import Trainer, Update
 
 
 class Totals(NamedTuple):
-    """Of a step, over all ranks; see `RankSums`."""
+    """Totals of a step over all ranks; see `RankSums` for the fields."""
 
     targets: int
     loss: float
@@ -24,29 +24,31 @@ class Totals(NamedTuple):
     sent: Sent
     least_sent: int
     digest: str
-    """Of the samples, in order."""
+    """Digest of the step's samples, in order."""
 
 
 class Waits(NamedTuple):
-    """Shares of a step's time."""
+    """Shares of a step's time that a rank spent waiting."""
 
     data: float
-    """For the stream."""
+    """Share spent waiting for the data stream."""
     exchange: float
-    """For rows of other ranks."""
+    """Share spent waiting for rows of other ranks."""
 
 
 def step_line(
     spec: RunSpec, trainer: Trainer, group: int, totals: Totals, waits: Waits, update: Update, seconds: float
 ) -> dict[str, Any]:
-    """Args:
-    spec: of the run.
-    trainer: after the step.
-    group: which start of workers this is.
-    totals: of the step.
-    waits: of the ranks that waited longest.
-    update: what the optimizer did.
-    seconds: that the step took.
+    """Return the metrics.jsonl line of a step.
+
+    Args:
+        spec: spec of the run.
+        trainer: the trainer, after the step.
+        group: number of the worker group.
+        totals: totals of the step over all ranks.
+        waits: longest waits of any rank, each of the two by itself.
+        update: result of the optimizer's update.
+        seconds: duration of the step.
     """
     moe, tokens_per_s = spec.model.moe, totals.targets / seconds
     line: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""A run's numbers in MLflow, where the spec names a server (`tracking.mlflow`).
+"""Metrics of a run in MLflow, where the spec names a server (`tracking.mlflow`).
 
-All requests are a thread's: training never waits for the server. What that does not take now it gets later; what it
-never took, a warning in the log says, and metrics.jsonl has it all the same. A run that goes on goes on in MLflow too:
-the MLflow run is found by the run's id, in the tag `mhmoe_run`.
+A thread of its own makes all requests, so training never waits for the server. Metrics that the server does not accept
+now are sent again later. If it never accepts them, the log has a warning, and metrics.jsonl has them in any case. A run
+that is continued is continued in MLflow too: the MLflow run is found by the run's id, in the tag `mhmoe_run`.
 """
 
 import logging
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("mhmoe")
 SEND_SECONDS = 5.0
 CLOSE_SECONDS = 10.0
-"""That the end of training waits for what is not sent yet."""
+"""Seconds that the end of training waits for metrics that are not sent yet."""
 MOST_METRICS = 1000
-"""That MLflow takes in one request."""
+"""Largest number of metrics that MLflow accepts in one request."""
 LONGEST_VALUE = 6000
-"""Of a parameter, in MLflow."""
+"""Largest number of characters of a parameter's value in MLflow."""
 TAG = "mhmoe_run"
 End = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class MlflowRun:
     def __init__(self, run: RunDir, spec: RunSpec) -> None:
-        """Args:
-        run: whose numbers these are.
-        spec: its own; names a server.
+        """Start the thread that sends metrics.
+
+        Args:
+            run: the run whose metrics are sent.
+            spec: spec of the run, which names an MLflow server.
 
         Raises:
-            JobError: MLflow is not installed, or takes no such address.
+            JobError: MLflow is not installed, or does not accept the server's address.
         """
         assert spec.tracking.mlflow is not None
         self._run, self._spec, self._server = run, spec, spec.tracking.mlflow
@@ -63,10 +65,12 @@ class MlflowRun:
             self._queue.put(Metric(tag, value, when, step))
 
     def close(self, end: End) -> None:
-        """Return when all of it is there, or the server did not take it for a while.
+        """Send the remaining metrics and the run's final status, for at most `CLOSE_SECONDS`.
+
+        If the server has not accepted some of the metrics by then, a warning in the log says how many.
 
         Args:
-            end: how the training ended, in MLflow's words.
+            end: how the training ended, as an MLflow status.
         """
         self._end = end
         self._over.set()
@@ -106,7 +110,11 @@ class MlflowRun:
         return str(found.experiment_id if found else self._client.create_experiment(name))
 
     def _find(self) -> str | None:
-        """The MLflow run that an earlier start of the workers made; it runs again."""
+        """Find the MLflow run that an earlier worker group created, and set it to running again.
+
+        Returns:
+            The id of the MLflow run; None if there is none.
+        """
         found = self._client.search_runs([self._experiment()], f"tags.{TAG} = '{self._run.id}'", max_results=1)
         if not found:
             return None

@@ -1,4 +1,5 @@
-"""A run's numbers as Ray's metrics, which each node gives to Prometheus; they end with the workers that tell them."""
+"""Metrics of a run as Ray's metrics, which each node exports to Prometheus; they end with the workers that report
+them."""
 
 from threading import Event, Lock, Thread
 from typing import Any
@@ -24,12 +25,17 @@ AGAIN_SECONDS = 5.0
 
 
 class Gauges:
-    """Of one rank. Ray forgets a value that is not told again for a while, and a step or the time between two
-    validations may be longer: so a thread does that."""
+    """Gauges of one rank.
+
+    Ray forgets a value that is not reported again for a while, and a step or the time between two validations may be
+    longer. So a thread reports all values again every `AGAIN_SECONDS`.
+    """
 
     def __init__(self, run: str) -> None:
-        """Args:
-        run: its id, a label of all of them.
+        """Start the thread that reports all values again.
+
+        Args:
+            run: id of the run, a label of all gauges.
         """
         self._run = run
         self._gauges: dict[str, Gauge] = {}
@@ -59,7 +65,7 @@ class Gauges:
 
 
 def add_rank(gauges: Gauges) -> None:
-    """Add the metrics that each rank has of its own."""
+    """Add the gauges of metrics that every rank reports for itself."""
     for metric in _of_scope("rank"):
         gauges.add(metric)
 
@@ -70,11 +76,11 @@ def tell_rank(gauges: Gauges, rank: int, waits: Waits) -> None:
 
 
 def add_run(gauges: Gauges, steps: int) -> None:
-    """Add the metrics of the whole run.
+    """Add the gauges of metrics of the whole run, and set the number of its steps.
 
     Args:
-        gauges: of rank 0.
-        steps: that the run is to have.
+        gauges: gauges of rank 0.
+        steps: number of steps that the run is to have.
     """
     for metric in _of_scope("run", "layer", "expert"):
         gauges.add(metric)
@@ -82,10 +88,12 @@ def add_run(gauges: Gauges, steps: int) -> None:
 
 
 def tell_run(gauges: Gauges, line: dict[str, Any], count_LE: Tensor) -> None:
-    """Args:
-    gauges: of rank 0.
-    line: of a step.
-    count_LE: its routes per layer and expert.
+    """Report a step's metrics of the whole run, of each layer and of each expert.
+
+    Args:
+        gauges: gauges of rank 0.
+        line: line of the step.
+        count_LE: routes of the step per layer and expert; without layers for a dense model.
     """
     for metric in _of_scope("run"):
         value = line.get(metric.name)

@@ -1,4 +1,4 @@
-"""All places that hear of a run's steps."""
+"""All places that a run's metrics are sent to."""
 
 from typing import Any
 
@@ -14,14 +14,17 @@ from mhmoe_ray.train.telemetry.tensorboard import TensorBoard
 
 
 class Telemetry:
-    """Of one rank; what concerns the whole run, rank 0 tells."""
+    """Metrics of one rank; rank 0 also reports what concerns the whole run."""
 
     def __init__(self, run: RunDir, spec: RunSpec, rank: int, group: int, start: int) -> None:
-        """Args:
-        run, spec: what it tells of.
-        rank: of this process.
-        group: which start of workers it belongs to.
-        start: the step that it goes on from.
+        """Open all places that this rank sends metrics to.
+
+        Args:
+            run: the run.
+            spec: spec of the run.
+            rank: rank of this process.
+            group: number of the worker group that the rank belongs to.
+            start: step that the worker group continues from.
         """
         self._run, self._rank = run, rank
         self._tells_run = rank == 0
@@ -34,10 +37,12 @@ class Telemetry:
             self._mlflow = MlflowRun(run, spec) if spec.tracking.mlflow else None
 
     def tell(self, line: dict[str, Any], count_LE: Tensor, waits: Waits) -> None:
-        """Args:
-        line: of a step, for the whole run.
-        count_LE: its routes per layer and expert, for the whole run.
-        waits: of this rank.
+        """Report a step.
+
+        Args:
+            line: line of the step, for the whole run.
+            count_LE: routes of the step per layer and expert, for the whole run.
+            waits: waits of this rank.
         """
         tell_rank(self._gauges, self._rank, waits)
         if self._tells_run:
@@ -49,14 +54,16 @@ class Telemetry:
             self._mlflow.tell(line)
 
     def flush(self) -> None:
-        """Return when all of it can be read."""
+        """Return when all that was reported can be read from metrics.jsonl and from the event files."""
         history.flush(self._run)
         if self._board:
             self._board.flush()
 
     def close(self, end: End) -> None:
-        """Args:
-        end: how the training ended.
+        """Close all places that this rank sends metrics to.
+
+        Args:
+            end: how the training ended.
         """
         self._gauges.close()
         if self._board:

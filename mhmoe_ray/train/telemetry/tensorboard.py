@@ -1,6 +1,6 @@
 """Event files for TensorBoard below the run directory: `tensorboard --logdir RUN/tensorboard`.
 
-On an object store a file of events cannot grow: there each stretch between two flushes is a file of its own.
+An event file on an object store cannot grow: there the events between two flushes are a file of their own.
 """
 
 import tempfile
@@ -18,15 +18,18 @@ from mhmoe_ray.runs.metrics import tagged
 from mhmoe_ray.storage import copy_file
 
 FLUSH_SECONDS = 10.0
-"""After which a reader sees what was written, without a flush."""
+"""Seconds after which written events can be read without a flush, except on an object store."""
 
 
 class TensorBoard:
     def __init__(self, run: RunDir, group: int, start: int) -> None:
-        """Args:
-        run: whose events these are.
-        group: which start of workers it is: files are named after it.
-        start: the step that it goes on from; what was written of later ones no longer counts.
+        """Open an event file and declare events of later steps than `start` void.
+
+        Args:
+            run: the run whose events are written.
+            group: number of the worker group, after which files are named.
+            start: step that the worker group continues from; events of later steps that were written before no longer
+                count.
         """
         self._to, self._group, self._files = run.tensorboard, group, 0
         self._spool = None if isinstance(self._to, Path) else tempfile.TemporaryDirectory(prefix="mhmoe-")
@@ -42,7 +45,7 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
-        """Return when all of it can be read."""
+        """Return when all events that were written can be read."""
         if self._spool:
             self._hand_over()
             self._open()
