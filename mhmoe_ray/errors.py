@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, or a cluster can do to them, as one tree of exceptions.
+"""The tree of exceptions for everything that a user can get wrong or that a cluster can do to a user's work.
 
     MhmoeError
     ├── SpecError          exit 3   a spec file or an override is wrong
@@ -6,13 +6,13 @@
     ├── ClusterError       exit 5   Ray cannot be started or reached
     │   └── TokenError     exit 6   Ray was reached and refused the token
     ├── RunError           exit 7   there is no such run, or its state forbids the request
-    │   └── StorageError   exit 7   what runs lie on is full, read-only or out of reach
-    ├── CheckpointError    exit 8   no checkpoint, none that is whole, or one that cannot be exported or imported
+    │   └── StorageError   exit 7   the storage that holds runs is full, read-only or out of reach
+    ├── CheckpointError    exit 8   there is no checkpoint, no complete one, or it cannot be exported or imported
     ├── JobError           exit 9   a job ran and failed
     └── ServeError         exit 10  a deployment failed
 
-`mhmoe doctor` ends with 11 where it found an error. Exit code 2 is the command line's own (unknown option), 1 an error
-of ours. Errors that are not in this tree are bugs and keep their traceback.
+`mhmoe doctor` exits with 11 if it found an error. Exit code 2 comes from the command-line parser (an unknown option,
+for example); exit code 1 means a bug of this project. Exceptions outside this tree are bugs and keep their traceback.
 """
 
 import re
@@ -24,12 +24,12 @@ DOCTOR_EXIT_CODE = 11
 
 
 class MhmoeError(Exception):
-    """One line for the user: what happened, why, and what to do.
+    """An error that is shown to the user as one line: what happened, why, and what to do.
 
     Args:
         what: the thing that failed, with its name ("spec jobs/a.yaml").
         why: the reason, as a clause.
-        fix: what the user can do next, as a clause.
+        fix: the next step for the user, as a clause.
     """
 
     exit_code = 1
@@ -42,7 +42,7 @@ class MhmoeError(Exception):
         return " ".join(f"{self.what}: {self.why}; {self.fix}".split())
 
     def log(self) -> None:
-        """Print the line in a job's log, where `logged` finds it."""
+        """Print the error as one line of a job's log, in the form that `logged` parses."""
         print(f"error {self.exit_code}: {self}", flush=True)
 
 
@@ -87,7 +87,7 @@ _KINDS = (SpecError, DataError, ClusterError, TokenError, RunError, CheckpointEr
 
 @contextmanager
 def logging_errors() -> Iterator[None]:
-    """Around all that a job does: an error of ours is a line of its log, and its exit code that of the kind."""
+    """Context manager around the whole work of a job: log an `MhmoeError` as one line and exit with its exit code."""
     try:
         yield
     except MhmoeError as e:
@@ -96,7 +96,7 @@ def logging_errors() -> Iterator[None]:
 
 
 def logged(log: str) -> MhmoeError | None:
-    """The last error in a job's log, of its own kind."""
+    """Return the last error in a job's log, of the class with its exit code (RunError for 7); None without an error."""
     found = re.findall(r"^error (\d+): (.*?): (.*); (.*)$", log, re.MULTILINE)
     if not found:
         return None

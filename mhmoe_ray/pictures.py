@@ -1,4 +1,4 @@
-"""Pictures of one look, as files (extra `plots`)."""
+"""Pictures in one common style, saved as PNG files (extra `plots`)."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,17 +26,17 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 ROW_INCHES = 0.22
-"""Of a picture with a row for each of many."""
+"""Height of one row of a picture that has a row for each of many items, in inches."""
 MOST_INCHES = 300.0
-"""Of a picture of a thousand rows."""
+"""Largest width or height of a figure, in inches: enough for a picture of a thousand rows."""
 MOST_PIXELS = 30_000
-"""Of a side."""
+"""Largest width or height of a saved picture, in pixels."""
 DPI = 200
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """What is drawn within has the one look.
+    """Apply the common style to everything that is drawn within the context.
 
     Raises:
         DataError: matplotlib is not installed.
@@ -52,7 +52,7 @@ def style() -> Iterator[None]:
 
 
 def check(path: Path) -> None:
-    """Before what is to be drawn is measured, not after.
+    """Check that a picture can be drawn and saved, before the measurement that it shows begins.
 
     Raises:
         DataError: matplotlib is not installed, or the file could not be written.
@@ -65,14 +65,14 @@ def check(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches, or of the most there may be."""
+    """Return an empty figure of this size in inches; each side is cut to MOST_INCHES."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(MOST_INCHES, width), min(MOST_INCHES, height)), layout="constrained")
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a PNG.
+    """Write the figure as a PNG file.
 
     Raises:
         DataError: the file cannot be written.
@@ -82,7 +82,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def short(number: int) -> str:
-    """1K for 1024, 3M for 3 * 2^20; whole where it is no multiple of these."""
+    """Format a number in binary units: 1K for 1024, 3M for 3 * 2^20; in full if it is not a multiple of 1024."""
     for unit in ("", "K", "M", "G"):
         if number < 1024 or number % 1024:
             return f"{number:,}{unit}"
@@ -92,10 +92,10 @@ def short(number: int) -> str:
 
 @contextmanager
 def writing(what: str, fix: str) -> Iterator[None]:
-    """Turns what storage refuses into a user's mistake.
+    """Turn an OSError of the storage into an error for the user.
 
     Raises:
-        DataError: something could not be written.
+        DataError: the storage refused an operation within the context.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Ray's private interfaces, all that this project uses: the only file that changes when a new Ray moves them.
+"""All private interfaces of Ray that this project uses: the only file that changes when a new Ray moves them.
 
-Ray 2.60 has no public hook for what is done with them. Import a name from here as from any module; Ray's own module is
-imported at that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` finds a name that
-Ray no longer has, and a use of Ray's private modules in any other file.
+Ray 2.60 has no public hook for these uses. Import a name from here as from any module; Ray's own module is imported at
+that moment, so that commands which need none of it stay fast. `tests/test_ray_compat.py` finds a name that Ray no
+longer has, and a use of Ray's private modules in any other file.
 """
 
 from importlib import import_module
@@ -12,7 +12,8 @@ _TRAIN = "ray.train.v2._internal."
 _PACKAGING = "ray._private.runtime_env.packaging"
 
 SDK_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
-"""Names of the loggers by which Ray's HTTP clients tell of every upload: of all of them, and of the one for jobs."""
+"""Names of the loggers to which Ray's HTTP clients write a line for every upload: the base client's and the job
+client's."""
 
 PRIVATE_NAMES = {
     # What Ray knows of the cluster's resources, node by node (`train/resilience.py`).
@@ -38,14 +39,14 @@ PRIVATE_NAMES = {
     # The client of Serve's configuration (`cluster/serve_client.py`).
     "ServeSubmissionClient": "ray.dashboard.modules.serve.sdk",
 }
-"""Module of Ray by the name that is taken from it."""
+"""Module of Ray that holds each name."""
 
 
 def __getattr__(name: str) -> Any:
-    """Return Ray's object of that name.
+    """Return Ray's object of this name.
 
     Raises:
-        AttributeError: the name is not in the table.
+        AttributeError: the name is not in PRIVATE_NAMES.
         ImportError: this version of Ray has no such module.
     """
     if name not in PRIVATE_NAMES:
@@ -54,5 +55,6 @@ def __getattr__(name: str) -> Any:
 
 
 def block_bundles(dataset: Any) -> Any:
-    """Iterate over a Ray Dataset's blocks as they are made: bundles of references, without fetching the blocks."""
+    """Iterate over the blocks of a Ray Dataset as they are made, as bundles of references, without fetching the
+    blocks."""
     return dataset.iter_internal_ref_bundles()

@@ -1,11 +1,12 @@
 """Files and folders, local or on an object store, with one set of methods; atomic writes; sizes and hashes of files.
 
-A location is a local `pathlib.Path` or an `ObjectPath`, which is a place in one of `STORES` and has the methods of
-`pathlib.Path` that a run directory needs. Credentials and regions are found as the vendors' own tools find them; the
-query of a URI says how to reach its server. A folder of an object store exists when something is in it.
+A location is a local `pathlib.Path` or an `ObjectPath`. An `ObjectPath` is a path in one of `STORES` and has the
+methods of `pathlib.Path` that a run directory needs. Credentials and regions are found in the way that the vendors' own
+tools find them; the query of a URI says how to reach its server. A folder of an object store exists when it holds at
+least one object.
 
-`replace_file`, `create_file` and `copy_file` write so that a reader sees the old file or the new one, whole, also after
-a crash.
+`replace_file`, `create_file` and `copy_file` write atomically: a reader sees either the complete old file or the
+complete new one, also after a crash.
 """
 
 import fnmatch
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
 
 Store = Callable[[str, str, str], "tuple[fs.FileSystem, str]"]
-"""(scheme, bucket, query) -> pyarrow's file system and the bucket's path in it."""
+"""Function (scheme, bucket, query) -> (pyarrow's file system, path of the bucket in it)."""
 
 
 def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """A store that pyarrow knows by its scheme."""
+    """Open a store whose scheme pyarrow itself supports."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -49,11 +50,11 @@ def _from_uri(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str
 
 
 STORES: dict[str, Store] = {"s3": _from_uri, "gs": _from_uri}
-"""Object stores by scheme, for run directories and raw files alike."""
+"""Object stores by scheme, both for run directories and for raw files."""
 
 
 def unknown_scheme(scheme: str) -> tuple[str, str]:
-    """Return why a scheme is refused, and what to do."""
+    """Return the reason why a scheme is refused, and what the user can do."""
     return f"{scheme}:// is not known", f"use a local path, {' or '.join(f'{known}://' for known in STORES)}"
 
 
@@ -63,14 +64,16 @@ class Status(NamedTuple):
 
 
 class ObjectPath:
-    """A place on an object store. Equal ones are equal; nothing is asked of the store before a method needs it."""
+    """A path on an object store. Two paths are equal if their URIs are; only methods that need the store contact it."""
 
     def __init__(self, uri: str) -> None:
-        """Args:
-        uri: scheme://bucket/path?query
+        """Parse a URI without contacting the store.
+
+        Args:
+            uri: scheme://bucket/path?query
 
         Raises:
-            SpecError: the scheme is not known, or there is a password in it.
+            SpecError: the scheme is unknown, or the URI holds a password.
         """
         refuse_password(uri)
         self._scheme, separator, rest = uri.partition("://")
@@ -113,18 +116,20 @@ class ObjectPath:
 
     @property
     def filesystem(self) -> "tuple[fs.FileSystem, str]":
-        """pyarrow's, and this place's path in it.
+        """pyarrow's file system of the bucket, and this path in it.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: the store cannot be reached.
         """
         bucket, _, below = self._path.partition("/")
         system, root = object_store(self._scheme, bucket, self._query)
         return system, f"{root}/{below}".rstrip("/")
 
     def stat(self) -> Status:
-        """Raises:
-        FileNotFoundError: there is no such object.
+        """Return the size and the modification time of the object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
         """
         info = self._info()
         if info.type.name != "File":
@@ -142,8 +147,10 @@ class ObjectPath:
         return bool(self._info().type.name == "File")
 
     def read_bytes(self) -> bytes:
-        """Raises:
-        FileNotFoundError: there is no such object.
+        """Return the whole contents of the object, without decompressing them.
+
+        Raises:
+            FileNotFoundError: there is no such object.
         """
         system, path = self.filesystem
         with system.open_input_stream(path, compression=None) as stream:
@@ -153,11 +160,11 @@ class ObjectPath:
         return self.read_bytes().decode()
 
     def open(self, mode: str = "rb", buffering: int = -1) -> "pa.NativeFile":
-        """To read at any place ("rb"), or a new object to write ("xb"), which is there when it is closed.
+        """Open the object: "rb" reads with random access, "xb" writes a new object, which appears when it is closed.
 
         Raises:
-            FileNotFoundError: there is no such object to read.
-            FileExistsError: there is one where a new one was to be.
+            FileNotFoundError: mode "rb", and there is no such object.
+            FileExistsError: mode "xb", and the object exists already.
         """
         system, path = self.filesystem
         if mode == "rb":
@@ -168,7 +175,7 @@ class ObjectPath:
         return system.open_output_stream(path, compression=None)
 
     def write_bytes(self, data: "bytes | memoryview") -> None:
-        """In one step, in place of what was there."""
+        """Write the object in one step, replacing an existing one."""
         system, path = self.filesystem
         with system.open_output_stream(path, compression=None) as stream:
             stream.write(data)
@@ -177,7 +184,7 @@ class ObjectPath:
         self.write_bytes(b"")
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there when something is in it."""
+        """Do nothing: a folder of an object store exists when it holds an object."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         system, path = self.filesystem
@@ -192,12 +199,12 @@ class ObjectPath:
         system.delete_dir(path)
 
     def iterdir(self) -> "Iterator[ObjectPath]":
-        """In the order of their names."""
+        """Yield the paths directly below this one, in the order of their names."""
         for info in self._below():
             yield self / info.base_name
 
     def sizes(self) -> "Iterator[tuple[ObjectPath, int]]":
-        """Objects in the order of their names, and their bytes."""
+        """Yield the objects directly below this path, in the order of their names, each with its size in bytes."""
         for info in self._below():
             if info.type.name == "File":
                 yield self / info.base_name, info.size
@@ -209,8 +216,10 @@ class ObjectPath:
         return sorted(system.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path)
 
     def glob(self, pattern: str) -> "Iterator[ObjectPath]":
-        """Args:
-        pattern: of names, one for each level.
+        """Yield the existing paths below this one that match a pattern.
+
+        Args:
+            pattern: glob patterns of names separated by "/", one for each level.
         """
         first, _, rest = pattern.partition("/")
         plain = not any(c in first for c in "*?[")
@@ -226,10 +235,10 @@ Location: TypeAlias = Path | ObjectPath
 
 
 def refuse_password(uri: str) -> None:
-    """A name alone may stand before the bucket's: gs://anonymous@bucket.
+    """Refuse a URI that holds a password. A user name alone may stand before the bucket's name: gs://anonymous@bucket.
 
     Raises:
-        SpecError: there is a password beside it, which would be seen in specs, logs and metadata of jobs.
+        SpecError: a password stands beside the name; it would be visible in specs, logs and the metadata of jobs.
     """
     scheme, separator, rest = uri.partition("://")
     user, at, host = rest.partition("/")[0].rpartition("@")
@@ -239,8 +248,10 @@ def refuse_password(uri: str) -> None:
 
 
 def location(text: "str | Location") -> Location:
-    """Raises:
-    SpecError: a scheme that is not known, or a password in it.
+    """Return the location that a text names: an `ObjectPath` for a URI, else a `Path`.
+
+    Raises:
+        SpecError: the scheme is unknown, or the URI holds a password.
     """
     if isinstance(text, Path | ObjectPath):
         return text
@@ -249,17 +260,19 @@ def location(text: "str | Location") -> Location:
 
 @lru_cache(maxsize=64)
 def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, str]":
-    """pyarrow's file system of a bucket, and the bucket's path in it; kept within a process, since finding out a
-    bucket's region takes a request.
+    """Return pyarrow's file system of a bucket, and the bucket's path in it.
+
+    The result is cached within a process, since finding out a bucket's region takes a request.
 
     Raises:
-        OSError: it cannot be reached, or the query is not one of pyarrow's.
+        OSError: the store cannot be reached, or pyarrow does not know a key of the query.
     """
     return STORES[scheme](scheme, bucket, query)
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write a file in one step, its folder too where that is missing. Several may write at the same time."""
+    """Write a file atomically, creating its folder if it is missing. Several processes may write it at the same
+    time."""
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
         return
@@ -281,10 +294,10 @@ def write_json(path: Location, value: dict[str, Any]) -> None:
 
 @contextmanager
 def create_file(path: Location) -> Iterator[BinaryIO]:
-    """A new file to write, its folder made too; on the disk when the context ends.
+    """Open a new file for writing, creating its folder if needed; the data is on the disk when the context ends.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: the file exists already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb", buffering=0) as f:
@@ -294,12 +307,12 @@ def create_file(path: Location) -> Iterator[BinaryIO]:
 
 
 def copy_file(source: Location, to: Location) -> None:
-    """A small one, in one step."""
+    """Copy a small file atomically; its whole contents are held in memory."""
     replace_file(to, source.read_bytes())
 
 
 def remove_tree(folder: Location) -> None:
-    """A folder and all in it."""
+    """Delete a folder with everything in it."""
     if isinstance(folder, ObjectPath):
         folder.remove_tree()
     else:
@@ -324,7 +337,7 @@ def describe_file(path: Location) -> FileEntry:
 
 
 def describe_files(paths: Sequence[Location]) -> Iterable[FileEntry]:
-    """Of each, in order."""
+    """Yield the size and hash of each file, in the order of `paths`."""
     with ThreadPoolExecutor(_READERS) as pool:
         yield from pool.map(describe_file, paths)
 

@@ -1,16 +1,18 @@
-"""How the command line talks to Ray: over HTTP, with a token. Only doctor.py imports torch when imported, none ray.
+"""Client side of Ray: the command line talks to clusters over HTTP, with a token.
 
-connect.py       which cluster a command speaks to, and named clusters
-tokens.py        the folder with this user's state, and Ray's tokens in it
+When imported, only doctor.py imports torch, and no module imports ray.
+
+connect.py       choose the cluster and the token of a command; clusters that the user has named
+tokens.py        the state folder of this user, and Ray's authentication tokens
 local.py         a Ray cluster of our own on this machine
-spawn.py         its `ray start`, and which processes belong to it
+spawn.py         start its `ray start`, and find the processes that belong to it
 dashboard.py     requests to a Ray dashboard, and retries while it is busy
-nodes.py         the nodes of a cluster, what is free on them, what their processes wrote
-jobs.py          Ray jobs: submit, look at, follow and stop them; what travels with one
-remote.py        requests as such jobs, and their results
-runs.py          attempts of runs: start one, how it stands, all that `mhmoe status` tells
-serving.py       Ray Serve applications: deploy and look at them
-serve_removal.py take them away
-serve_client.py  the client of the configuration that all of them share
-doctor.py        what `mhmoe doctor` looks at
+nodes.py         the nodes of a cluster, their free resources, and the logs of their processes
+jobs.py          Ray jobs: submit, inspect, follow and stop them; the files that are sent with one
+remote.py        requests that run as Ray jobs, and their results
+runs.py          attempts of runs: start one, its outcome, and everything that `mhmoe status` shows
+serving.py       Ray Serve applications: deploy and inspect them
+serve_removal.py remove Ray Serve applications
+serve_client.py  client of the Serve configuration that all applications share
+doctor.py        the checks of `mhmoe doctor`
 """

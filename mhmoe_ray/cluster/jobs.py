@@ -1,4 +1,4 @@
-"""Ray jobs: submit, look at, follow and stop them; and what travels to a cluster with a job."""
+"""Ray jobs: submit, inspect, follow and stop them; and the files that are sent to a cluster with a job."""
 
 import functools
 import importlib.util
@@ -42,7 +42,8 @@ def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: 
 
 
 def reason(text: str) -> str:
-    """What went wrong, in one line: the exception that ends a traceback, else the last line of a message."""
+    """Return the reason of a failure in one line: the exception that ends a traceback, else the last line of a
+    message."""
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     for i in reversed(range(len(lines))):
@@ -53,14 +54,14 @@ def reason(text: str) -> str:
 
 
 NEVER = (".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", ".*_cache", "*.egg-info", "wandb", "mlruns")
-"""Patterns, as of a .gitignore, of what no job needs; beside .gitignore and .rayignore, which count too."""
+"""Patterns, in the syntax of .gitignore, of files that no job needs; .gitignore and .rayignore files count as well."""
 SHOWN = 5
 
 
 class Shipped(NamedTuple):
     folder: Path
     parts: dict[str, int]
-    """Bytes of what lies directly in it, the largest first."""
+    """Bytes of each file or folder that lies directly in `folder`, the largest first."""
 
     @property
     def size(self) -> int:
@@ -68,7 +69,8 @@ class Shipped(NamedTuple):
 
 
 def shipped(runtime_env: Mapping[str, Any]) -> list[Shipped]:
-    """Folders of this machine that Ray would send, without what it leaves out."""
+    """Return the folders of this machine that Ray would send, each with the sizes of its parts without excluded
+    files."""
     excludes = list(runtime_env.get("excludes", []))
     places = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
     folders = [Path(p) for p in places if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
@@ -76,8 +78,10 @@ def shipped(runtime_env: Mapping[str, Any]) -> list[Shipped]:
 
 
 def check_size(runtime_env: Mapping[str, Any]) -> None:
-    """Raises:
-    SpecError: one of the folders that are sent is larger than Ray takes; the largest things in it are named.
+    """Check that Ray accepts the size of each folder that the runtime environment sends.
+
+    Raises:
+        SpecError: one of the folders is larger than Ray takes; the error names its largest parts.
     """
     from mhmoe_ray.ray_compat import GCS_STORAGE_MAX_SIZE
 
@@ -114,7 +118,7 @@ def _files(folder: Path, left_out: list[Any]) -> Iterator[Path]:
 
 class _Silent:
     def info(self, *_: object) -> None:
-        """Ray tells of each file of patterns."""
+        """Drop Ray's message about each file of exclude patterns."""
 
 
 def _mb(size: int) -> str:
@@ -126,11 +130,11 @@ PACKAGES = ("mhmoe_ray", "mhmoe_kernels")
 
 class JobInfo(NamedTuple):
     status: str
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    """One of PENDING, RUNNING, SUCCEEDED, FAILED and STOPPED."""
     message: str
-    """Ray's own remark on it in one line."""
+    """Ray's own message on the job in one line."""
     ended: float
-    """In seconds since the epoch, by the head's clock; 0 where it has not."""
+    """Time at which the job ended, in seconds since the epoch by the clock of the head node; 0 if it has not ended."""
 
     @property
     def is_alive(self) -> bool:
@@ -146,16 +150,16 @@ def request(
     runtime_env: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `submit` sends, to the letter.
+    """Return exactly the request that `submit` sends.
 
     Args:
-        args: of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
+        args: the arguments of the Python interpreter, for example ["-m", "mhmoe_ray.train.job", "tiny-3f2a1c-1"].
         submission_id: the job's name on the cluster; never used twice.
-        local: whether the cluster is one that we started (`Connection.local`). Then the job runs in this very Python;
-            on another cluster in `python`, and our packages are sent there.
-        python: the interpreter on the head of another cluster, as its shell takes it.
+        local: whether this package started the cluster (`Connection.local`). If so, the job runs in this very Python
+            interpreter; on another cluster it runs in `python`, and our packages are sent there.
+        python: the interpreter on the head node of another cluster, as its shell takes it.
         runtime_env: Ray's runtime environment of the job.
-        metadata: strings kept with the job.
+        metadata: strings that are kept with the job.
     """
     return {
         "entrypoint": shlex.join([sys.executable if local else python, *args]),
@@ -166,7 +170,8 @@ def request(
 
 
 def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """The runtime environment with our packages' folders, for a cluster that has not installed them."""
+    """Return the runtime environment with the folders of our packages added, for a cluster that has not installed
+    them."""
     folders = []
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
@@ -179,10 +184,10 @@ def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def submit(connection: Connection, request: Mapping[str, Any]) -> None:
-    """Hand the job to the cluster; it runs whatever becomes of this process.
+    """Submit a job to the cluster, where it runs independently of this process.
 
     Raises:
-        JobError: the cluster does not take it.
+        JobError: the cluster does not accept the job.
         SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
     """
     job = request["submission_id"]
@@ -196,36 +201,36 @@ def submit(connection: Connection, request: Mapping[str, Any]) -> None:
 
 
 def status(connection: Connection, job: str) -> str | None:
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None if the cluster knows no such job.
+    """Return the status of a job as in `JobInfo.status`; None if the cluster knows no such job.
 
     Raises:
-        ClusterError: no answer in time, or none at all.
+        ClusterError: there is no answer in time, or none at all.
     """
     found = info(connection, job)
     return found.status if found else None
 
 
 def is_alive(connection: Connection, job: str) -> bool:
-    """Whether it waits or runs.
+    """Return whether a job is pending or running; False if the cluster knows no such job.
 
     Raises:
-        ClusterError: as `status`.
+        ClusterError: in the same cases as in `status`.
     """
     found = info(connection, job)
     return found is not None and found.is_alive
 
 
 def message(connection: Connection, job: str) -> str:
-    """Ray's own remark on the job in one line, for example why it could not start."""
+    """Return Ray's own message on the job in one line, for example why it could not start."""
     found = info(connection, job)
     return found.message if found else "the cluster does not know this job"
 
 
 def info(connection: Connection, job: str) -> JobInfo | None:
-    """None if the cluster knows no such job.
+    """Return the status, message and end time of a job; None if the cluster knows no such job.
 
     Raises:
-        ClusterError: as `status`.
+        ClusterError: in the same cases as in `status`.
     """
     told = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
     if told is None:

@@ -1,7 +1,7 @@
 """Names of domains and languages.
 
-A domain is <source>/<subfolder>, for example redpajama/book. Languages are what folders and records call them, as one
-code each (ISO 639-1 where there is one).
+A domain is named <source>/<subfolder>, for example redpajama/book. A language is written in folder names and records in
+many ways; here each has one code (ISO 639-1 where there is one).
 """
 
 import re
@@ -46,10 +46,10 @@ za zha zhuang|zh zho chinese|zu zul zulu
 CODES = {name: row.split()[0] for line in _TABLE.split("\n") for row in line.split("|") for name in row.split()}
 CODES |= {"nb": "no", "nn": "no", "nob": "no", "nno": "no", "cmn": "zh", "arb": "ar", "swh": "sw", "zsm": "ms"}
 CODES |= {"farsi": "fa", "flemish": "nl", "mandarin": "zh", "oriya": "or", "valencian": "ca"}
-"""Code by code or name; written forms and standard varieties of a language are the same one."""
+"""Language code by code or name. Written forms and standard varieties of a language map to that language's code."""
 
 UNNAMED = ""
-"""Of documents whose language nobody names."""
+"""Language of documents for which neither the record nor the folder names one."""
 OTHER = "other"
 
 _TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
@@ -57,14 +57,18 @@ _TAG = re.compile(r"([a-z]{2,16})([-_][a-z0-9]{1,8})*", re.ASCII)
 
 @lru_cache(maxsize=4096)
 def of_folder(name: str) -> str:
-    """The language that a subfolder is named by (`de`, `pt_BR`, `german`), else UNNAMED."""
+    """Return the code of the language that a subfolder's name stands for (`de`, `pt_BR`, `german`), else UNNAMED."""
     tag = _TAG.fullmatch(name.lower())
     return CODES.get(tag[1], UNNAMED) if tag else UNNAMED
 
 
 @lru_cache(maxsize=4096)
 def of_record(name: str | None) -> str:
-    """The language that a record names; as it is where it is not in the table, OTHER if it does not look like one."""
+    """Return the code of the language that a record names.
+
+    A name that is not in the table is returned in lower case, without region or script (`xyz-AB` gives `xyz`). Return
+    UNNAMED if `name` is None or empty, and OTHER if it does not look like a language tag.
+    """
     if not name:
         return UNNAMED
     tag = _TAG.fullmatch(name.strip().lower())

@@ -1,12 +1,13 @@
-"""Training samples as a Ray Dataset in the order of order/order.py, and the fixed validation micro-batches.
+"""Stream of training samples as a Ray Dataset in the order of order/order.py, and the fixed validation samples.
 
 Rank r of a world of w reads, as its j-th micro-batch, micro-batch j * w + r of the training. Ray's
-`streaming_split(equal=True)` deals blocks to ranks in turn when order is preserved and blocks are of equal size. So a
-block holds the next n micro-batches of one rank, since a block costs Ray some milliseconds whatever it holds:
+`streaming_split(equal=True)` deals blocks to ranks in turn if the order is preserved and all blocks have the same size.
+A block therefore holds the next n micro-batches of one rank. It holds many of them where it can, because each block
+costs Ray some milliseconds, whatever its size:
 
     w = 2, n = 3     | 0 2 4 | 1 3 5 | 6 8 10 | 7 9 11 | ...
 
-Every row carries its position, so that a worker can tell at once if a rank got another's.
+Every row carries its position, so that a worker notices at once if it receives the rows of another rank.
 """
 
 from functools import lru_cache, partial
@@ -23,26 +24,27 @@ from mhmoe_ray.spec import RunSpec
 
 BLOCK_BYTES = 1 << 20
 MOST_IN_A_BLOCK = 32
-"""Micro-batches. More would not be faster, and the first step waits for a block of each rank."""
+"""Largest number of micro-batches in a block; more would not be faster, and the first step waits for a block of each
+rank."""
 BLOCKS_PER_TASK = 16
 MAX_TASKS = 2_000  # Ray makes them all at the start; a longer run has longer ones, which yield as they go
 
 
 class Deal(NamedTuple):
-    """How a stream's rows, in the order of its blocks, are samples of the training."""
+    """Mapping from the rows of a stream, in the order of its blocks, to samples of the training."""
 
     world: int
     micro_batch: int
-    """b, in samples."""
+    """Samples per micro-batch, b."""
     in_block: int
-    """n, in micro-batches."""
+    """Micro-batches per block, n."""
 
     @property
     def block_rows(self) -> int:
         return self.in_block * self.micro_batch
 
     def position(self, row: np.ndarray) -> np.ndarray:
-        """Of rows, counted from where the stream starts."""
+        """Return the position of each row's sample; rows and positions both count from the start of the stream."""
         turn, within = np.divmod(row, self.block_rows)
         number, sample = np.divmod(within, self.micro_batch)
         round_, rank = np.divmod(turn, self.world)
@@ -50,9 +52,10 @@ class Deal(NamedTuple):
 
 
 def training_stream(spec: RunSpec, start: int, world: int) -> ray.data.Dataset:
-    """Samples `start` .. steps * M * b - 1 for `world` ranks; each rank's last block may go on past that.
+    """Return a dataset of samples `start` .. steps * M * b - 1 for `world` ranks.
 
-    Columns: `position` int64, `tokens` (T + 1) unsigned integers. Read it with `preserve_order`.
+    The last block of each rank may go on past that end; no rank reads those rows. Columns: `position` int64, `tokens`
+    (T + 1) unsigned integers. The caller must read it with `preserve_order`.
     """
     rows = spec.train.steps * spec.samples_per_step - start
     b = spec.train.micro_batch_size
@@ -77,28 +80,32 @@ def _read_rows(batch: dict[str, np.ndarray], *, spec: RunSpec, deal: Deal, start
 
 
 class TrainingSamples:
-    """Any training sample by its position."""
+    """Random access to training samples by their position."""
 
     def __init__(self, spec: RunSpec) -> None:
         folder = spec.data.prepared
         manifest = require_data_manifest(folder)
         self._names, self._order = training_order(spec, manifest)
         self.token_bytes = manifest.token_bytes
-        """As of `DataManifest`."""
+        """Bytes per token, 2 or 4, as in `DataManifest`."""
         self._readers = [ShardReader(folder, manifest.domains[n].shards, self.token_bytes) for n in self._names]
 
     @staticmethod
     def open(spec: RunSpec) -> "TrainingSamples":
-        """Kept open within a process, since tasks come back for the next positions."""
+        """Return the samples of a spec; they stay open within a process, since tasks come back for the next
+        positions."""
         return _open(spec.model_dump_json())
 
     def place(self, position: int) -> tuple[str, int]:
-        """The domain, and which of its samples."""
+        """Return the domain of the sample at `position`, and the sample's number within that domain."""
         domain, sample = self._order(np.array([position]))
         return self._names[domain[0]], int(sample[0])
 
     def read(self, position: np.ndarray) -> np.ndarray:
-        """(positions, T + 1) token ids as stored, unsigned; `split_padding` is for them."""
+        """Return the samples at these positions as (positions, T + 1) token ids.
+
+        They are unsigned integers as stored, with padding marked; `split_padding` converts them for a model.
+        """
         domain, sample = self._order(position)
         rows: np.ndarray | None = None
         for d in np.unique(domain):
@@ -117,6 +124,9 @@ def _open(spec_json: str) -> TrainingSamples:
 
 
 def validation_samples(folder: Path, manifest: DataManifest) -> tuple[Samples, np.ndarray]:
-    """All held-out samples (samples, T + 1), padding as token 0; and the targets that count, a mask (samples, T)."""
+    """Return all held-out samples, and a mask of the targets that count.
+
+    Samples are (samples, T + 1) with padding replaced by token 0; the mask is (samples, T).
+    """
     reader = ShardReader(folder, manifest.validation, manifest.token_bytes)
     return split_padding(reader.read(np.arange(len(reader))), manifest.token_bytes)

@@ -1,4 +1,4 @@
-"""The answer to a request: what it asks for is computed, and becomes a file in the run directory."""
+"""Compute what an evaluation request asks for and store it as a file in the run directory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +23,15 @@ EVERY_SECONDS = 5.0
 
 
 def answer(request: EvalRequest, say: Callable[[str], None]) -> None:
-    """Compute it in this process, on its GPU if it asks for one.
+    """Compute the evaluation in this process, on its GPU if the request asks for one, and store it in the run
+    directory.
 
     Args:
         request: what to evaluate.
-        say: called with lines on its progress.
+        say: called with each line about progress.
 
     Raises:
-        MhmoeError: checkpoint, text or data cannot be read, or are not of the run.
+        MhmoeError: the checkpoint, text or data cannot be read, or the data is not what the run was trained on.
     """
     began = time.monotonic()
     torch.set_num_threads(request.cpus)
@@ -82,7 +83,7 @@ def answer(request: EvalRequest, say: Callable[[str], None]) -> None:
 
 
 def _padded(widths: np.ndarray, vocab_size: int) -> np.ndarray:
-    """A model may have more rows than its tokenizer has tokens."""
+    """Pad the widths with zeros to the model's vocabulary, which may have more rows than the tokenizer has tokens."""
     return np.pad(widths, (0, max(0, vocab_size - len(widths))))
 
 
@@ -95,7 +96,8 @@ def _by_language(domains: dict[str, Score]) -> dict[str, Score]:
 
 
 def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Return a function that says (domain, samples done, of how many), every few seconds at most."""
+    """Return a callback (domain, samples done, samples in all) that calls `say` with a line at most every
+    EVERY_SECONDS, and always at the end of a domain."""
     last_line = 0.0
 
     def progress(domain: str, done: int, of: int) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a model of EleutherAI's lm-eval, through its Python interface (extra `eval`).
 
-The English tasks of the first paper's table 2 and the languages of its table 3 have these names in lm-eval.
+`PAPER_TASKS` holds lm-eval's names of the English tasks of the first paper's table 2 and of the languages of its table
+3.
 """
 
 import math
@@ -35,7 +36,7 @@ PAPER_TASKS = {
 
 
 def expanded(tasks: Sequence[str]) -> list[str]:
-    """Names of lm-eval's: `english` and `xnli` stand for the papers' lists."""
+    """Return the names of lm-eval's tasks, with `english` and `xnli` replaced by the papers' lists."""
     return [name for task in tasks for name in PAPER_TASKS.get(task, [task])]
 
 
@@ -50,20 +51,20 @@ def run_tasks(
     half: bool,
     limit: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """lm-eval's results by task, with standard errors where it has them.
+    """Run tasks of lm-eval and return its results by task, with standard errors where it computes them.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: with tokens for the edges of a document.
-        seq_len: tokens that the model sees at once.
-        tasks: as lm-eval names them.
-        folders: with tasks beside lm-eval's own.
-        batch: sequences at a time.
-        half: matrix products in bfloat16.
-        limit: questions of each task, at most.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+        seq_len: number of tokens that the model sees at once.
+        tasks: names of lm-eval's tasks.
+        folders: folders that hold tasks beside lm-eval's own.
+        batch: number of sequences per forward pass.
+        half: compute matrix products in bfloat16.
+        limit: largest number of questions of each task; None asks all.
 
     Raises:
-        SpecError: lm-eval is not installed, or knows no such task.
+        SpecError: lm-eval is not installed, or has no task of that name, or a task needs generated text.
     """
     try:
         from lm_eval import simple_evaluate
@@ -88,8 +89,11 @@ def run_tasks(
 
 
 def _plain(result: dict[str, Any], questions: int | None) -> dict[str, Any]:
-    """`acc,none` to `acc`; what is no number, or not finite, is left out. Releases of lm-eval differ in what they call
-    the number of questions, and do not count a group's."""
+    """Reduce lm-eval's result of one task to finite numbers, with `acc,none` shortened to `acc`.
+
+    The number of questions is added from `questions`, because releases of lm-eval differ in what they call it; for a
+    group of tasks lm-eval does not count it.
+    """
     numbers = {name: v for name, v in result.items() if isinstance(v, int | float) and math.isfinite(v)}
     found = {name.removesuffix(",none"): v for name, v in numbers.items() if name not in ("sample_len", "samples")}
     return found if questions is None else {"questions": questions, **found}
@@ -99,7 +103,7 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
     from lm_eval.api.model import TemplateLM
 
     class Checkpoint(TemplateLM):
-        """Only what tasks need that compare continuations: generation goes through the server."""
+        """Model interface for tasks that compare continuations; tasks that generate text go through the server."""
 
         tokenizer_name = "mhmoe"
 
@@ -129,7 +133,8 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
             raise SpecError("task", why, "serve the checkpoint and use lm-eval's `local-completions`")
 
     def scored(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Longest first, so that those of a batch are about equally long."""
+        """Return the score of each pair, in the given order, computed longest first so that a batch has similar
+        lengths."""
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         found: dict[int, tuple[float, bool]] = {}
         for first in range(0, len(order), batch):
@@ -145,8 +150,11 @@ def _wrapped(model: Decoder, tokenizer: Tokenizer, seq_len: int, batch: int, hal
 def _scores(
     model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], seq_len: int, half: bool
 ) -> list[tuple[float, bool]]:
-    """Of each (context, continuation): the continuation's log-probability in nats, and whether it is what the model
-    would have said. Of what is too long the beginning is left out."""
+    """Return for each (context, continuation) the continuation's log-probability in nats, and whether it is the greedy
+    one.
+
+    Only the last seq_len + 1 tokens of a pair are used: the beginning of a longer one is cut off.
+    """
     device = model.embedding.weight.device
     whole = [(context + answer)[-(seq_len + 1) :] for context, answer in pairs]
     longest = max(map(len, whole))

@@ -1,4 +1,4 @@
-"""The job of `mhmoe eval` and `mhmoe routing`."""
+"""The Ray job of `mhmoe eval` and `mhmoe routing`."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,7 +16,7 @@ class EvalJob(RemoteJob[Evaluation]):
 
     request: EvalRequest
     can_grow: bool
-    """Whether nodes may join the cluster that it runs on."""
+    """Whether nodes may join the cluster that the job runs on."""
 
     @property
     def run(self) -> RunDir:
@@ -48,10 +48,10 @@ def main() -> None:
 
 
 def _check_room(request: EvalRequest, can_grow: bool) -> None:
-    """Say what it will wait for.
+    """Print what the evaluation waits for, if the cluster has no free resources for it.
 
     Raises:
-        ClusterError: for ever.
+        ClusterError: the cluster is too small and cannot grow, so the evaluation would wait forever.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""Losses and routes of a model over samples of its length, domain by domain."""
+"""Losses and routes of a model over samples of its sequence length, domain by domain."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,13 +26,13 @@ from mhmoe_ray.spec import DataSpec
 class DomainSamples(NamedTuple):
     domain: str
     tokens: Samples
-    """(samples, T + 1)."""
+    """Token ids, (samples, T + 1)."""
     counts: np.ndarray
-    """(samples, T) bool: the targets that count."""
+    """Mask of the targets that count, (samples, T) bool."""
 
 
 def held_out(folder: Path) -> Iterator[DomainSamples]:
-    """The samples that training validates on.
+    """Yield, by domain, the held-out samples on which training validates.
 
     Raises:
         DataError: the folder is not prepared.
@@ -48,16 +48,16 @@ def held_out(folder: Path) -> Iterator[DomainSamples]:
 
 
 def of_text(data: DataSpec, encoder: DocumentEncoder, seq_len: int, most: int) -> Iterator[DomainSamples]:
-    """Raw text, its documents one after another and cut wherever a sample is full.
+    """Yield, by domain, raw text as samples: documents are concatenated and cut wherever a sample is full.
 
     Args:
         data: names the text.
-        encoder: of the run.
-        seq_len: T.
-        most: samples of each domain at most, from its beginning.
+        encoder: encoder of the run's tokenizer.
+        seq_len: T, the number of input tokens per sample.
+        most: largest number of samples per domain, taken from its beginning.
 
     Raises:
-        DataError: there is no text, or none in a domain that could be read.
+        DataError: there is no text, or none of a domain's text can be read.
     """
     by_domain: dict[str, list[int]] = {}
     wanted = most * seq_len + 1
@@ -77,7 +77,10 @@ def of_text(data: DataSpec, encoder: DocumentEncoder, seq_len: int, most: int) -
 
 
 def _cut(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
-    """Neighbouring samples share a token: the last target of one is the first input of the next."""
+    """Cut one domain's tokens into samples, the last one padded with token 0 and masked.
+
+    Neighbouring samples share a token: the last target of one is the first input of the next.
+    """
     samples = -(-(len(ids) - 1) // seq_len)
     tokens = np.zeros((samples, seq_len + 1), np.int64)
     counts = np.zeros((samples, seq_len), bool)
@@ -89,11 +92,13 @@ def _cut(domain: str, ids: list[int], seq_len: int) -> DomainSamples:
 
 
 class Collector:
-    """Counts the routes of a decoder's forward passes, by domain."""
+    """Count the routes of a decoder's forward passes, by domain."""
 
     def __init__(self, model: Decoder) -> None:
-        """Args:
-        model: with experts.
+        """Count nothing yet.
+
+        Args:
+            model: a model with experts.
         """
         moe = model.spec.moe
         assert moe is not None
@@ -104,9 +109,11 @@ class Collector:
 
     @contextmanager
     def counting(self, domain: str, real_BT: Tensor) -> Iterator[None]:
-        """Args:
-        domain: that the tokens of the forward pass within belong to.
-        real_BT: which of them count.
+        """Count the routes of the forward pass that runs within the context.
+
+        Args:
+            domain: the domain that its tokens belong to.
+            real_BT: mask of the tokens that count.
         """
         shape = len(self._layers), self._moe.experts, self._moe.heads, self._moe.top_k
         self._current = self._kept.setdefault(domain, _Counts.empty(*shape))
@@ -182,16 +189,18 @@ def measure(
     half: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Score], dict[str, RoutingCounts]]:
-    """By domain: what its tokens cost, and where they went; no routes for a dense model.
+    """Run the model over the samples and return, by domain, the scores and the counts of routes.
+
+    A dense model has no counts of routes: its second dictionary is empty.
 
     Args:
-        model: in evaluation mode; routing is dropless, as in serving.
-        samples: to go over.
+        model: the model, in evaluation mode; routing is dropless, as in serving.
+        samples: the samples to evaluate.
         widths: bytes of each of the model's tokens (`data.tokenizer.token_widths`).
-        batch: samples at a time.
-        start_token: that begins a document, where the model has `document_masks`.
-        half: matrix products in bfloat16, as a training with that precision validates.
-        on_progress: is told the domain, samples done, and samples in all of it.
+        batch: number of samples per forward pass.
+        start_token: token that begins a document; it is used if the model has `document_masks`.
+        half: compute matrix products in bfloat16, as training with that precision does when it validates.
+        on_progress: called with the domain, its samples done so far, and its samples in all.
     """
     device = model.embedding.weight.device
     collector = Collector(model) if model.spec.moe else None
@@ -218,5 +227,5 @@ def measure(
 
 
 def _documents(model: Decoder, token_BT: Tensor, start_token: int) -> Tensor | None:
-    """Which document each input token belongs to."""
+    """Return the number of the document that each input token belongs to; None for a model without document masks."""
     return document_of(token_BT[:, :-1], start_token) if model.spec.document_masks else None

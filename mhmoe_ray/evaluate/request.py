@@ -1,4 +1,4 @@
-"""What `mhmoe eval` asks of its job and gets, with counts of routes; kept in the run directory."""
+"""The request of `mhmoe eval` and the evaluation that answers it, with counts of routes; kept in the run directory."""
 
 import hashlib
 import json
@@ -13,15 +13,16 @@ from mhmoe_ray.storage import Location, write_json
 
 
 class RoutingCounts(BaseModel):
-    """Of some text. L mixture-of-experts layers, E experts, h heads, k choices of each sub-token."""
+    """Counts of the routes of a text. L: mixture-of-experts layers, E: experts, h: heads, k: choices of each
+    sub-token."""
 
     tokens: int
     counts: list[list[int]]
     """L x E: routes."""
     tokens_of: list[list[int]]
-    """L x E: tokens of which at least one sub-token goes there."""
+    """L x E: tokens of which at least one sub-token goes to the expert."""
     distinct: list[list[int]]
-    """L x (h*k + 1): tokens by the number of different experts that their sub-tokens go to together."""
+    """L x (h*k + 1): number of tokens by how many different experts their sub-tokens go to together."""
     agreement: list[list[list[int]]]
     """L x h x h: tokens whose sub-tokens i and j have the same first choice."""
     first_weight: list[float]
@@ -32,34 +33,37 @@ class EvalRequest(BaseModel):
     run: str
     """Path of the run directory."""
     checkpoint: str
-    """Its name."""
+    """Name of the checkpoint."""
     prepared: str | None
-    """Folder whose held-out samples are read."""
+    """Prepared folder whose held-out samples are evaluated; None evaluates none."""
     text: DataSpec | None
-    """Or raw text."""
+    """Raw text to evaluate instead of held-out samples; None evaluates none."""
     samples: int
-    """Of each domain of raw text, at most."""
+    """Largest number of samples of each domain of raw text."""
     tasks: list[str]
-    """Of lm-eval."""
+    """Names of lm-eval's tasks, or `english` or `xnli`."""
     task_folders: list[str]
-    """With tasks of the user's own."""
+    """Folders with tasks of the user's own."""
     limit: int | None
-    """Questions of each task, at most."""
+    """Largest number of questions of each task; None asks all."""
     batch: int
     half: bool
-    """Matrix products in bfloat16."""
+    """Compute matrix products in bfloat16."""
     cpus: int
     gpus: int
 
     @property
     def key(self) -> str:
-        """Of the file that the answer is kept in: equal for equal questions, whatever computes them."""
+        """Name, without suffix, of the file that holds the evaluation: the checkpoint and a hash of the request.
+
+        Equal questions have equal keys, whatever the run directory, the batch size and the resources that compute them.
+        """
         asked = self.model_dump(mode="json", exclude={"run", "batch", "cpus", "gpus"})
         return f"{self.checkpoint}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
     def said(self) -> str:
-        """In a word, what of."""
+        """Description of what is evaluated, for the user; empty if nothing is."""
         parts = ["held-out text"] if self.prepared else []
         if self.text:
             parts.append(f"text {', '.join(self.text.sources)}")
@@ -72,13 +76,13 @@ class Evaluation(BaseModel):
     request: EvalRequest
     step: int
     tokens: int
-    """That the checkpoint was trained on."""
+    """Number of tokens that the checkpoint was trained on."""
     seconds: float
     domains: dict[str, Score]
     languages: dict[str, Score]
-    """Of the domains whose folders are named by a language."""
+    """Scores by language, over the domains whose folders are named after a language."""
     routing: dict[str, RoutingCounts]
-    """By domain; empty for a dense model."""
+    """Counts of routes by domain; empty for a dense model."""
     tasks: dict[str, dict[str, Any]]
     """lm-eval's results by task: metrics and their standard errors."""
 
@@ -99,7 +103,7 @@ def stored(run: RunDir, request: EvalRequest) -> Evaluation | None:
 
 
 def all_stored(run: RunDir) -> list[Evaluation]:
-    """Of a run, the least trained first, of equal ones by name."""
+    """Return all evaluations of a run, sorted by training step and then by file name."""
     if not run.evaluations.exists():
         return []
     found = [Evaluation.model_validate_json(p.read_text()) for p in run.evaluations.glob("*.json")]

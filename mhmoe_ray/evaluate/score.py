@@ -1,4 +1,4 @@
-"""What predicting a text cost: loss, perplexity, bits per byte."""
+"""How well a text was predicted: loss, perplexity, bits per byte."""
 
 import math
 from typing import Self
@@ -10,13 +10,13 @@ from mhmoe_ray.runs import metrics
 
 class Score(BaseModel):
     nats: float = 0.0
-    """Sum of the tokens' losses."""
+    """Sum of the tokens' losses, in nats."""
     tokens: int = 0
-    """Predicted."""
+    """Number of predicted tokens."""
     text_bytes: int = 0
-    """Of the predicted tokens, UTF-8."""
+    """Number of UTF-8 bytes of the predicted tokens, without unknown ones."""
     unknown: int = 0
-    """Of the predicted tokens, those that stand for any text."""
+    """Number of predicted tokens that are the unknown token, which stands for any text."""
 
     def __add__(self, other: Self) -> "Score":
         return Score(
@@ -28,7 +28,7 @@ class Score(BaseModel):
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -37,8 +37,10 @@ class Score(BaseModel):
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, which losses per token are not. None where nobody knows how many bytes these
-        are."""
+        """Bits per byte of text, which are comparable between tokenizers; losses per token are not.
+
+        None if the number of bytes is not known, because some tokens are unknown ones, or if it is 0.
+        """
         if self.unknown or not self.text_bytes:
             return None
         return self.nats / math.log(2) / self.text_bytes

@@ -1,13 +1,13 @@
-"""The Ray Serve application: a checkpoint directory as it lies behind OpenAI-compatible HTTP.
+"""The Ray Serve application: it serves a checkpoint directory, as it is, through an OpenAI-compatible HTTP API.
 
-config.py          what the command line sends to Serve; imports neither torch nor ray
-app.py             what Serve builds from it: one deployment, one engine per replica
-api/               routes, and the shapes of requests, answers and errors
-answer.py          prompt in, pieces of text out
-chat_template.py   conversations to prompts
-detokenizer.py     tokens to text that is never taken back
+config.py          the configuration that the command line sends to Serve; imports neither torch nor ray
+app.py             the application that Serve builds from it: one deployment, one engine per replica
+api/               routes, and the schemas of requests, responses and errors
+answer.py          from a prompt to pieces of the answer's text
+chat_template.py   from conversations to prompts
+detokenizer.py     from tokens to streamed text, of which no piece is ever retracted
 engine/            token ids in, token ids out, for many requests at once
 vllm/              vLLM as an engine
-load.py            from a checkpoint to what answers; engines by name
-ray_metrics.py     what an engine counts, as Ray's metrics
+load.py            loads a checkpoint with its engine and tokenizer; engines by name
+ray_metrics.py     an engine's statistics as Ray metrics
 """

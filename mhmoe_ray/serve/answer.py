@@ -1,4 +1,4 @@
-"""Text in, text out: an engine's answer, decoded as it comes, with stop strings and what clients read of tokens."""
+"""Text in, text out: decode an engine's answer as it arrives, apply stop strings, and turn token scores into text."""
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
@@ -17,7 +17,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The token that starts a document, and one that ends it."""
+    """Return the texts of the token that starts a document and of one that ends it."""
     edges = boundaries(tokenizer)
     begin, end = (tokenizer.id_to_token(token) for token in (edges.start, max(edges.ends)))
     assert begin is not None
@@ -26,42 +26,45 @@ def edge_texts(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 class ScoredText(NamedTuple):
-    """A token as what it stands for."""
+    """The score of a token, with the token as the bytes of its text."""
 
     part: bytes
-    """Of a text in UTF-8; maybe no whole characters."""
+    """UTF-8 bytes of the token; they may begin or end in the middle of a character."""
     characters: int
-    """Of it in the answer's text, if they are whole: none of a special token, and no space in front that the decoder
-    drops."""
+    """Number of characters that the token adds to the answer's text, if it consists of complete characters.
+
+    A special token adds none, and a space at the start that the decoder drops does not count.
+    """
     logprob: float | None
     alternatives: list[tuple[bytes, float]]
 
 
 class Piece(NamedTuple):
     text: str
-    """The next part of the answer; empty while nothing more is certain."""
+    """The next part of the answer's text; empty while no more of it is certain."""
     tokens: int
-    """Tokens of the answer so far."""
+    """Number of tokens of the answer so far."""
     scores: tuple[ScoredText, ...] = ()
-    """Of tokens that came since the last piece, where asked for."""
+    """Scores of the tokens that came since the last piece, if the request asks for them."""
     finish_reason: FinishReason | None = None
-    """Set on the last piece only: the end of a document or a stop string, or a limit on tokens."""
+    """Set on the last piece only: "stop" at the end of a document or at a stop string, "length" at a limit on
+    tokens."""
 
 
 class ModelDetails(BaseModel):
-    """What people want to know of a model before they ask it."""
+    """Facts about the served model that its users want to know: name and sizes."""
 
     checkpoint: str
     """The run's id and the checkpoint's name."""
     parameters: int
     active_parameters: int
-    """That one token uses at most."""
+    """Largest number of parameters that one token uses."""
     layers: int
     experts: int
-    """Routed experts in each layer that has any; 0 for a dense model."""
+    """Number of routed experts in each layer that has any; 0 for a dense model."""
     top_k: int
     heads: int
-    """Sub-tokens per token; 1 for a plain mixture of experts."""
+    """Number of sub-tokens per token; 1 for a plain mixture of experts."""
 
     @classmethod
     def of(cls, checkpoint: str, model: ModelSpec) -> Self:
@@ -78,49 +81,52 @@ class ModelDetails(BaseModel):
 
 
 class Answerer:
-    """An engine and the tokenizer of its model."""
+    """An engine together with the tokenizer and the chat template of its model."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, details: ModelDetails
     ) -> None:
-        """Args:
-        engine: computes.
-        tokenizer: with tokens for the edges of a document.
-        template: of conversations, where the model knows such.
-        details: of the model.
+        """Combine an engine with what is needed to turn text into tokens and tokens into text.
+
+        Args:
+            engine: the engine that computes the answers.
+            tokenizer: the model's tokenizer, which has tokens for the start and end of a document.
+            template: the chat template; None if the model has none.
+            details: facts about the model.
         """
         self.engine, self.tokenizer, self.template, self.details = engine, tokenizer, template, details
         self.start = boundaries(tokenizer).start
         self.tokens = token_count(tokenizer)
-        """Ids are below it."""
+        """Number of token ids: every id is below it."""
         self.edges = edge_texts(tokenizer)
         self.decode = TextDecoder(tokenizer)
         self._bytes = TokenBytes(tokenizer, self.decode)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt as the start of a document."""
+        """Return the token ids of a prompt as the start of a document."""
         return [self.start, *self._ids(prompt)]
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, which the next answer follows; templates may put the document's start in front
-        themselves.
+        """Return the token ids of a conversation, up to where the assistant's next answer begins.
+
+        The token that starts a document is put in front, unless the template has done so itself.
 
         Raises:
-            ServeError: the template does not take these messages.
+            ServeError: the template does not accept these messages.
         """
         ids = self._ids(template.prompt(messages))
         return ids if ids[:1] == [self.start] else [self.start, *ids]
 
     def _ids(self, text: str) -> list[int]:
-        """As a batch of one: of these alone the library lets other threads run meanwhile."""
+        """Encode the text as a batch of one: only for batches does the library let other threads run meanwhile."""
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
     def check_length(self, prompt_ids: Sequence[int], answer: bool) -> None:
-        """Whether prompt and, if there is to be one, the first token of an answer fit in the model.
+        """Check that the prompt fits in the model, together with the first token of an answer if one is wanted.
 
         Raises:
-            ServeError: they do not.
+            ServeError: it does not fit.
         """
         if len(prompt_ids) + answer > self.engine.seq_len:
             why = f"it has {len(prompt_ids)} tokens, and prompt and answer together may have {self.engine.seq_len}"
@@ -129,16 +135,19 @@ class Answerer:
     async def answer(
         self, request: Request, stops: Sequence[str] = (), echo: bool = False, own: int = 0
     ) -> AsyncGenerator[Piece]:
-        """One piece per token, and a last one with the reason why it ends. To close it ends the work.
+        """Yield one piece per update of the engine, the last one with the reason why the answer ends.
+
+        Closing the generator early ends the engine's work on the request.
 
         Args:
-            request: to the engine.
-            stops: the answer ends before the first of these strings.
-            echo: whether the text begins with that of the prompt.
-            own: tokens at the prompt's start that were not the client's, and that it is told nothing of.
+            request: the request to the engine.
+            stops: stop strings; the answer ends before the first of them.
+            echo: whether the text begins with the prompt's text.
+            own: number of tokens at the prompt's start that were added here; their scores are not reported to the
+                client.
 
         Raises:
-            BusyError, EngineError: as `Engine.generate`.
+            BusyError, EngineError: raised by `Engine.generate`.
         """
         stream = TextStream(self.decode, stops, request.prompt_ids)
         count, opening = 0, self.decode(request.prompt_ids) if echo else ""
@@ -163,7 +172,7 @@ class Answerer:
                 yield Piece(text, count, tuple(scores))
 
     def _scored(self, row: Sequence[Scored], at_start: bool) -> Iterator[ScoredText]:
-        """`at_start`: no token with a text comes before these."""
+        """Yield the scores with texts. `at_start`: no token with a text comes before the first of them."""
         for token, logprob, alternatives in row:
             part, special = self._bytes[token], token in self.decode.special
             text = self.decode([token]) if at_start or special else part.decode("utf-8", "replace")

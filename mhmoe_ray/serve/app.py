@@ -1,4 +1,4 @@
-"""The Ray Serve application: an engine in each replica, and one count of what clients have had."""
+"""The Ray Serve application: replicas with an engine each, and one deployment that counts the usage of API keys."""
 
 from typing import Any
 
@@ -34,13 +34,14 @@ class Args(BaseModel):
     """The model's name for clients."""
     serve: ServeSpec
     again: str = ""
-    """Anything that was not there before, where replicas failed: Serve starts none for a configuration that it has."""
+    """A value that makes this configuration differ from an earlier one whose replicas failed: Serve starts no replicas
+    for a configuration that it already has."""
 
 
 # An update starts the new one beside the old one, for which there is room everywhere: requests do not wait for it.
 @serve.deployment(name=LIMITS, num_replicas=1, max_surge_percent=100, ray_actor_options={"num_cpus": 0})
 class SharedLimits:
-    """One for all replicas."""
+    """The limits of all API keys, in one process that all replicas share."""
 
     def __init__(self, keys: tuple[KeySpec, ...]) -> None:
         self._limits = Limits(keys)
@@ -53,7 +54,7 @@ class SharedLimits:
 
 
 class There:
-    """A `Counter`: those limits, from a replica."""
+    """A `Counter` that forwards to `SharedLimits` from a replica."""
 
     def __init__(self, limits: DeploymentHandle) -> None:
         self._limits = limits
@@ -78,7 +79,7 @@ class Completions:
         follow(self._answerer.engine.stats, args.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once the replica is constructed."""
+        """Return the HTTP application of this replica. Serve calls it once the replica is constructed."""
         replica = serve.get_replica_context().replica_id.unique_id
         return create_app(self._answerer, self._args.model, self._args.serve, replica, self._everyone, self._limits)
 
@@ -89,21 +90,22 @@ class Completions:
         return found
 
     async def told(self) -> dict[str, Any]:
-        """For `/stats`, of this replica."""
+        """Return this replica's entry of `/stats`."""
         return told(self._answerer, serve.get_replica_context().replica_id.unique_id)
 
     def check_health(self) -> None:
-        """Called by Serve, which starts another replica in the place of one that raises."""
+        """Raise if the engine is broken. Serve calls this and replaces a replica that raises."""
         if why := self._answerer.engine.why_broken:
             raise EngineError(why)
 
 
 def build(args: Args) -> serve.Application:
-    """What Serve calls, on the cluster, with the `args` of its configuration.
+    """Build the application. Serve calls this on the cluster, with the `args` of its configuration.
 
     Raises:
-        RayServeException: the checkpoint cannot be served. Checked here as well as in each replica, because Serve
-            shows this exception as one line and gives up; one from a replica is a traceback after several tries.
+        RayServeException: the checkpoint cannot be served. This is checked here as well as in each replica, because
+            Serve shows this exception as one line and gives up; an exception of a replica becomes a traceback after
+            several tries.
     """
     try:
         checkpoint = location(args.checkpoint)

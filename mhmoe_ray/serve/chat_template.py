@@ -1,4 +1,4 @@
-"""Conversations as prompts, by a Jinja template; what it may use is as in Hugging Face's tokenizers."""
+"""Conversations as prompts, by a Jinja template with the same functions and filters as in Hugging Face's tokenizers."""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +17,15 @@ from mhmoe_ray.runs.directory import RunDir
 
 class ChatTemplate:
     def __init__(self, text: str, begin: str, end: str) -> None:
-        """Args:
-        text: the template.
-        begin: the token that starts a document, as text.
-        end: one that ends it.
+        """Compile the template.
+
+        Args:
+            text: the template.
+            begin: text of the token that starts a document.
+            end: text of a token that ends a document.
 
         Raises:
-            ServeError: it is no template.
+            ServeError: the text is not a valid template.
         """
         self.text = text
         environment = ImmutableSandboxedEnvironment(
@@ -40,15 +42,15 @@ class ChatTemplate:
 
     @classmethod
     def of_run(cls, run: RunDir, begin: str, end: str) -> "ChatTemplate | None":
-        """None where the run has none."""
+        """Return the chat template of a run; None if the run has none."""
         file = run.chat_template_file
         return cls(file.read_text(), begin, end) if file.exists() else None
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text that an answer of the assistant follows.
+        """Return the text of the conversation, up to where the assistant's answer begins.
 
         Raises:
-            ServeError: the template does not take these messages.
+            ServeError: the template does not accept these messages.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._given)
@@ -57,7 +59,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it is the text inside."""
+    """The block `{% generation %}`, which marks the assistant's text for training; here it renders the text inside."""
 
     tags = {"generation"}  # noqa: RUF012 - so Jinja has it
 
@@ -81,5 +83,5 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own writes HTML's characters as escapes, and keys in another order."""
+    """Replacement of Jinja's own `tojson`, which escapes HTML characters and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

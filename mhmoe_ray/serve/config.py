@@ -1,4 +1,4 @@
-"""One application as an entry of Ray Serve's declarative configuration. Imports neither torch nor ray."""
+"""The application as an entry of Ray Serve's declarative configuration. Imports neither torch nor ray."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from mhmoe_ray.storage import Location
 IMPORT_PATH = "mhmoe_ray.serve.app:build"
 DEPLOYMENT = "completions"
 LIMITS = "limits"
-"""A deployment beside it, where keys have limits."""
+"""Name of the second deployment, which exists if API keys have limits."""
 ENVIRONMENT = {
     # Refusals of Serve's own, and of replicas that die, in the shape that clients know.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mhmoe_ray.serve.api.proxy:middlewares",
@@ -22,9 +22,9 @@ ENVIRONMENT = {
     # a machine at work.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
-"""Of every node that is to serve, before Ray starts there."""
+"""Environment variables of every node that is to serve, set before Ray starts there."""
 SPARE = 32
-"""Requests other than completions that a replica answers at a time."""
+"""Number of requests other than completions that a replica handles at a time."""
 
 
 def application_config(
@@ -35,15 +35,15 @@ def application_config(
     route: str = "/",
     runtime_env: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """An element of the `applications` list that is PUT to Serve's REST API.
+    """Return an element of the `applications` list that is PUT to Serve's REST API.
 
     Args:
-        name: the application's; deploying another one under the same name takes its place.
-        checkpoint: a directory inside its run directory; a relative path counts from the caller's working directory,
-            and every node must be able to read it.
-        spec: sizes and limits; `host` and `port` belong to the cluster's Serve instance and are not used here.
-        model_name: what clients see, and may give, as `model`.
-        route: below which it answers.
+        name: the application's name; deploying another application under the same name replaces it.
+        checkpoint: a checkpoint directory inside its run directory; a relative path counts from the caller's working
+            directory, and every node must be able to read it.
+        spec: sizes and limits; its `host` and `port` belong to the cluster's Serve instance and are not used here.
+        model_name: the model's name for clients, which they may send as `model`.
+        route: path prefix of the application's routes.
         runtime_env: Ray's runtime environment of the replicas.
     """
     deployment = {

@@ -1,4 +1,4 @@
-"""Tokens to text, in pieces that are never taken back."""
+"""Turn tokens into text that can be streamed: no piece is ever retracted."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,22 +12,23 @@ CONTEXT = 8  # tokens of the prompt that are decoded along
 
 
 class TextDecoder:
-    """Tokens to text, where more tokens only ever add to the text, but for a last character that is not whole yet.
+    """Decode tokens so that further tokens only append to the text, except for an incomplete last character.
 
-    A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for what its vocabulary lacks. The
-    library turns a whole row of them into replacement characters as long as one character in it is not whole, those
-    that were whole before included; so here the row is decoded as bytes first, as a byte-level tokenizer does it.
+    A tokenizer with byte fallback (LLaMA's, Mixtral's) has tokens <0x00> to <0xFF> for text that its vocabulary lacks.
+    The library turns a whole row of such tokens into replacement characters as long as one character in it is
+    incomplete, even those that were complete before. Here, therefore, the row is decoded as bytes first, as a
+    byte-level tokenizer does it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._byte = {token: byte for byte, token in enumerate(found) if token is not None}
-        """The byte of each such token."""
+        """Byte of each byte-fallback token; empty if the tokenizer has no byte fallback."""
         if len(self._byte) < 256 or tokenizer.decode([next(t for t, b in self._byte.items() if b == 65)]) != "A":
             self._byte = {}
         self.special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-        """Tokens without a text."""
+        """Ids of the special tokens, which have no text."""
 
     def __call__(self, ids: Sequence[int]) -> str:
         if self._byte.keys().isdisjoint(ids):
@@ -42,37 +43,39 @@ class TextDecoder:
 
 
 class TextStream:
-    """Decodes the tokens of one answer as they come.
+    """Decode the tokens of one answer as they arrive.
 
-    A byte-level token may end in the middle of a character, and a stop string may begin in one token and end in a
-    later one. So text that a later token could still change or cut away is held back. The pieces joined are the whole
+    A byte-level token may end in the middle of a character, and a stop string may begin in one token and end in a later
+    one. Text that a later token could still change or cut off is therefore held back. The pieces joined are the whole
     answer, which ends before the first stop string.
     """
 
     def __init__(self, decode: TextDecoder, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
-        """Args:
-        decode: of the tokenizer.
-        stops: the answer ends before the first of these.
-        prompt_ids: what the answer goes on from. A decoder may drop the space at the start of a text, which the middle
-            of one must keep.
+        """Start an answer.
+
+        Args:
+            decode: decoder of the tokenizer.
+            stops: stop strings; the answer ends before the first of them.
+            prompt_ids: tokens that the answer continues. A decoder may drop the space at the start of a text, but in
+                the middle of a text the space must stay.
         """
         self._decode, self._stops = decode, stops
         self._ids: list[int] = list(prompt_ids[-CONTEXT:])
-        """The newest tokens, not all: the time that a token takes must not grow with the answer."""
+        """The newest tokens only, so that the time per token does not grow with the answer."""
         self._seen = len(decode(self._ids))
-        """Characters of their text that have been taken."""
+        """Number of characters of these tokens' text that have been processed."""
         self._held = ""
-        """Text that was taken and not given away."""
+        """Text that was decoded but not released yet."""
         self.stopped = False
-        """A stop string has come: no more tokens are wanted."""
+        """Whether a stop string has come: no more tokens are wanted."""
 
     @property
     def at_start(self) -> bool:
-        """Whether nothing that has a text comes before the next token."""
+        """Whether no token with a text comes before the next one."""
         return self._decode.special.issuperset(self._ids)
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token; often empty."""
+        """Add a token and return the text that is now certain; often empty."""
         self._ids.append(token)
         text = self._decode(self._ids)
         # The bytes of a character that is not whole yet decode to one replacement character at the very end.
@@ -84,11 +87,11 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left when no more tokens come."""
+        """Return the rest of the text after the last token."""
         return "" if self.stopped else self._release(self._taken(self._decode(self._ids)), final=True)
 
     def _taken(self, text: str) -> str:
-        """All that is not given away, with what is new in the text of the newest tokens."""
+        """Return the text that is not released yet, including what is new in the text of the newest tokens."""
         new, self._seen = text[self._seen :], max(self._seen, len(text))
         return self._held + new
 
@@ -104,7 +107,7 @@ class TextStream:
 
 
 def _open_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text with which a stop string may have begun."""
+    """Return the length of the longest suffix of the text with which a stop string may begin."""
     longest = max(map(len, stops), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
@@ -113,7 +116,8 @@ def _open_stop(text: str, stops: Sequence[str]) -> int:
 
 
 def shown(part: bytes) -> str:
-    """A token as clients read it: "bytes:" and its bytes in hexadecimal where it is no whole characters."""
+    """Return a token as clients read it: its text, or "bytes:" and its bytes in hexadecimal if they are no complete
+    characters."""
     try:
         return part.decode()
     except UnicodeDecodeError:
@@ -121,7 +125,7 @@ def shown(part: bytes) -> str:
 
 
 class TokenBytes:
-    """What each token stands for by itself, in the middle of a text in UTF-8."""
+    """The UTF-8 bytes that each token stands for by itself, in the middle of a text; computed once per token."""
 
     def __init__(self, tokenizer: Tokenizer, decode: TextDecoder) -> None:
         self._tokenizer, self._decode = tokenizer, decode

@@ -1,7 +1,7 @@
-"""From a checkpoint directory to what answers prompts, and the engines that `serve.engine` names.
+"""Load a checkpoint for answering prompts: its engine, tokenizer and chat template; the engines of `serve.engine`.
 
-An engine is added here, and its word in `spec/serve.py`. What an engine computes with is imported when it is asked for:
-whoever only checks does not need it.
+A new engine is added here, and its name in `spec/serve.py`. The library that an engine computes with is imported only
+when that engine is loaded, so a process that only checks does not need it.
 """
 
 from importlib.util import find_spec
@@ -22,10 +22,10 @@ from mhmoe_ray.storage import Location
 
 
 def check_engine(manifest: Manifest, spec: ServeSpec) -> None:
-    """Whether the engine that the spec names can be had here, for this model, without starting it.
+    """Check, without starting it, that the engine which the spec names is installed here and can compute this model.
 
     Raises:
-        ServeError: it cannot.
+        ServeError: the engine is not installed, or cannot compute this model.
     """
     if spec.engine == "vllm":
         _require_vllm()
@@ -39,17 +39,17 @@ def _require_vllm() -> None:
 
 
 def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, spec: ServeSpec) -> Engine:
-    """The engine that the spec names, with the model of a checkpoint.
+    """Return the engine that the spec names, with the model of a checkpoint.
 
     Args:
-        checkpoint: inside its run directory.
-        manifest: the checkpoint's, its weights found whole.
-        tokenizer: the run's, with tokens for the edges of a document.
-        spec: engine, precision, and how many requests.
+        checkpoint: the checkpoint directory inside its run directory.
+        manifest: the checkpoint's manifest, whose weights were verified.
+        tokenizer: the run's tokenizer, which has tokens for the start and end of a document.
+        spec: engine, precision, and numbers of requests.
 
     Raises:
         CheckpointError: the weights are not those of the model that the manifest names.
-        ServeError: as `check_engine`.
+        ServeError: the engine is not installed, or cannot compute this model.
     """
     # The model may have more rows than the tokenizer has tokens.
     ends, known = boundaries(tokenizer).ends.union(manifest.ends), token_count(tokenizer)
@@ -65,16 +65,17 @@ def load_engine(checkpoint: Location, manifest: Manifest, tokenizer: Tokenizer, 
 
 
 def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: Manifest | None = None) -> Answerer:
-    """The engine that the spec names with the model of a checkpoint, and its tokenizer.
+    """Return the engine that the spec names, with the model of a checkpoint, together with its tokenizer and chat
+    template.
 
     Args:
-        checkpoint: a directory inside its run directory.
-        spec: engine, precision, and how many requests.
-        manifest: its own, where its weights were found to be whole just now; otherwise they are hashed first.
+        checkpoint: a checkpoint directory inside its run directory.
+        spec: engine, precision, and numbers of requests.
+        manifest: the checkpoint's manifest, if its weights have just been verified; without it, they are hashed first.
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or damaged.
-        ServeError: the engine is not installed, or cannot compute this model; or the run's chat template is none.
+        ServeError: the engine is not installed, or cannot compute this model, or the run's chat template is invalid.
     """
     import torch  # here, since whoever only checks an engine needs none
 

@@ -1,7 +1,8 @@
-"""What an engine counts, as Ray's metrics: a node gives those of all its replicas, on the port that Prometheus asks.
+"""An engine's statistics as Ray metrics: each node exports those of all its replicas on the port that Prometheus
+scrapes.
 
-Names are those of `/metrics` with `ray_` before them; Ray labels them with application, deployment and replica. Ray's
-own histograms want every observation by itself, so buckets are counters here, with the label `le`.
+Names are those of `/metrics` with the prefix `ray_`; Ray adds the labels application, deployment and replica. Ray's own
+histograms need every observation separately, so buckets are counters here, with the label `le`.
 """
 
 import time
@@ -16,15 +17,17 @@ from mhmoe_ray.serve.engine import Stats
 from mhmoe_ray.serve.engine.request import BOUNDS
 
 SECONDS = 2.0
-"""Between two readings."""
+"""Seconds between two updates of the metrics."""
 
 
 class RayMetrics:
-    """Of one replica."""
+    """The Ray metrics of one replica."""
 
     def __init__(self, model: str) -> None:
-        """Args:
-        model: its name for clients.
+        """Create the metrics.
+
+        Args:
+            model: the model's name for clients.
         """
         self._labels = {"model": model}
         self._gauges = {name: self._made(Gauge, name, text) for name, text in GAUGES.items()}
@@ -41,7 +44,7 @@ class RayMetrics:
         return kind(f"mhmoe_{name}", description=text, tag_keys=("model", *labels))
 
     def tell(self, stats: Stats) -> None:
-        """What has come since the last time."""
+        """Set the gauges, and add to each counter what has come since the last call."""
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name), tags=self._labels)
         for name, counter in self._counters.items():
@@ -64,7 +67,8 @@ class RayMetrics:
 
 
 def follow(stats: Callable[[], Stats], model: str) -> None:
-    """Tell an engine's stats every few seconds, for as long as this process lives."""
+    """Update the metrics from an engine's statistics every SECONDS seconds, in a thread that lives as long as the
+    process."""
     metrics = RayMetrics(model)
 
     def run() -> None:

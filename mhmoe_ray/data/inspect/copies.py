@@ -1,8 +1,8 @@
-"""Texts that are there more than once, exactly but for white space.
+"""Duplicate detection: texts that occur more than once, compared exactly except for white space.
 
-A document is an entry of 20 bytes: 64 bits of a hash of its text, and its place. Entries are dealt into partitions by
-their hash, so that copies of a text are in the same one and a partition is counted by itself. Two different texts of a
-hundred million have one hash with a chance of 3 in 10,000.
+A document is represented by an entry of 20 bytes: 64 bits of a hash of its text, its place, and its size. Entries are
+partitioned by their hash, so that all copies of a text are in the same partition and each partition can be counted by
+itself. Among a hundred million texts, two different ones have the same hash with a probability of 3 in 10,000.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ ENTRY = np.dtype([("hash", "<u8"), ("file", "<u4"), ("line", "<u4"), ("bytes", "
 
 
 def hash_of(words: Iterable[str]) -> int:
-    """Of a text, by its words alone."""
+    """Return a 64-bit hash of a text, computed from its words only, so that white space does not matter."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
 
 
 def deal(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
-    """Entries by partition, empty ones left out."""
+    """Partition entries by hash; return pairs of a partition's number and its entries, without empty partitions."""
     number = entries["hash"] % np.uint64(partitions)
     return [(int(p), entries[number == p]) for p in np.unique(number)]
 
@@ -32,13 +32,13 @@ def deal(entries: np.ndarray, partitions: int) -> list[tuple[int, np.ndarray]]:
 @dataclass
 class DomainCopies:
     distinct: int = 0
-    """Different texts."""
+    """Number of different texts in the domain."""
     extra: int = 0
-    """Documents without which each of them would be there once."""
+    """Number of surplus documents: without them, each text would occur once in the domain."""
     extra_bytes: int = 0
-    """Of those, if the longest of each stays: white space may differ."""
+    """Bytes of the surplus documents, if the longest copy of each text is kept (copies may differ in white space)."""
     elsewhere: int = 0
-    """Different texts that another domain has too."""
+    """Number of different texts of this domain that another domain has too."""
 
     def __iadd__(self, other: "DomainCopies") -> "DomainCopies":
         self.distinct += other.distinct
@@ -50,17 +50,17 @@ class DomainCopies:
 
 @dataclass
 class Copies:
-    """What partitions tell; adds up."""
+    """Counts of duplicates in one or more partitions. Counts of different partitions add up with `+=`."""
 
     distinct: int = 0
-    """Different texts of all domains together."""
+    """Number of different texts in all domains together."""
     extra: int = 0
     extra_bytes: int = 0
     domains: dict[str, DomainCopies] = field(default_factory=dict)
     pairs: Counter[str] = field(default_factory=Counter)
-    """Different texts that two domains share, by "one, other"."""
+    """Number of different texts that two domains share, by "one domain, other domain"."""
     most: list[tuple[int, Place, Place]] = field(default_factory=list)
-    """The texts with most copies: how many there are, the first and the second of them."""
+    """The texts with most copies: the number of copies, the place of the first one and the place of the second."""
 
     def __iadd__(self, other: "Copies") -> "Copies":
         self.distinct += other.distinct
@@ -75,12 +75,12 @@ class Copies:
 
 
 def count_copies(entries: np.ndarray, domains: Sequence[str], paths: Sequence[str]) -> Copies:
-    """Those of one partition.
+    """Count the duplicates in one partition.
 
     Args:
-        entries: (documents,) of `ENTRY`, in any order.
-        domains: of each file.
-        paths: of each file.
+        entries: array (documents,) of dtype `ENTRY`, in any order.
+        domains: the domain of each file, by file number.
+        paths: the path of each file, by file number.
     """
     names, domain_of_file = np.unique(np.array(domains), return_inverse=True)
     entries = entries[np.lexsort((entries["line"], entries["file"], entries["hash"]))]

@@ -1,9 +1,9 @@
-"""Figures of documents, which add up in any order and grouping, so that no split of the work shows in them.
+"""Figures of documents; they add up in any order and grouping, so the result does not depend on how work is split.
 
-Lengths are in histograms of 16 bins an octave.
+Lengths are counted in histograms with 16 bins an octave.
 
-Lengths up to 32 have bins of their own; above, a bin is at most a sixteenth of its length wide. So counts by octave are
-exact, and a quantile is at most a sixteenth below the true one.
+Each length up to 32 has a bin of its own; above that, the width of a bin is at most a sixteenth of its length. So
+counts by octave are exact, and a quantile is at most a sixteenth below the true one.
 """
 
 import re
@@ -18,13 +18,16 @@ STEPS = 4  # halvings of an octave
 
 
 def bin_of(length: int) -> int:
-    """The smallest length of its bin."""
+    """Return the histogram bin of a length: the smallest length that falls into the same bin."""
     shift = max(0, length.bit_length() - 1 - STEPS)
     return length >> shift << shift
 
 
 def quantile(bins: Mapping[int, int], share: float) -> int:
-    """The smallest bin that has, with those below it, at least this share of all; 0 if there is none."""
+    """Return the smallest bin that, together with all bins below it, holds at least `share` of all entries.
+
+    Return 0 if there are no entries.
+    """
     wanted, seen = share * sum(bins.values()), 0
     for lowest in sorted(bins):
         seen += bins[lowest]
@@ -34,7 +37,10 @@ def quantile(bins: Mapping[int, int], share: float) -> int:
 
 
 def octaves(bins: Mapping[int, int]) -> dict[int, int]:
-    """Counts by the power of two that a length is at least; 0 has its own. Without gaps, ascending."""
+    """Return counts by octave, the largest power of two that is at most the length; length 0 has a count of its own.
+
+    Octaves are in ascending order and without gaps: an empty one in between has count 0.
+    """
     found: Counter[int] = Counter()
     for lowest, count in bins.items():
         found[1 << lowest.bit_length() - 1 if lowest else 0] += count
@@ -48,9 +54,9 @@ def octaves(bins: Mapping[int, int]) -> dict[int, int]:
 
 
 EXAMPLES = 3
-"""Kept of each finding."""
+"""Number of examples kept for each finding."""
 UNSPACED = 0.3
-"""Share of a text's characters in scripts without spaces between words, from which on counting words says nothing."""
+"""Share of a text's characters in scripts without spaces between words, from which on counting words is meaningless."""
 _UNSPACED = re.compile(
     "["
     "\u0e00-\u0fff"  # Thai, Lao, Tibetan
@@ -72,11 +78,11 @@ class Place(NamedTuple):
 
 @dataclass
 class Finding:
-    """What one rule found in one domain."""
+    """Documents of one domain that break one rule: their number and some examples."""
 
     count: int = 0
     examples: list[tuple[Place, str]] = field(default_factory=list)
-    """The first ones by place, each with what was seen there."""
+    """The first examples in the order of places, each with what was seen there."""
 
     def add(self, count: int, examples: list[tuple[Place, str]]) -> None:
         self.count += count
@@ -85,39 +91,39 @@ class Finding:
 
 @dataclass
 class Figures:
-    """Of documents of one domain and language."""
+    """Figures of the documents of one domain and language."""
 
     documents: int = 0
     bytes: int = 0
-    """Of their texts in UTF-8."""
+    """Bytes of the documents' texts in UTF-8."""
     characters: int = 0
     words: int = 0
-    """Runs of characters without white space: `str.split`, as Gopher counts them."""
+    """Number of words: runs of characters without white space, by `str.split`, as Gopher counts them."""
     unspaced: int = 0
-    """Characters of scripts that set no spaces between words."""
+    """Number of characters in scripts without spaces between words."""
     held_out: int = 0
-    """Documents that are kept for validation."""
+    """Number of documents that are held out for validation."""
     tokens: int = 0
-    """Of their texts alone, without a start token; 0 where there is no tokenizer."""
+    """Number of tokens of the texts alone, without start tokens; 0 without a tokenizer."""
     unknown: int = 0
-    """Of those, the tokenizer's token for what it does not know."""
+    """Number of those tokens that are the tokenizer's unknown token."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """Of texts in characters, by `bin_of`."""
+    """Histogram of text lengths in characters, by `bin_of`."""
     token_lengths: Counter[int] = field(default_factory=Counter)
     longest: int = 0
-    """Characters of the longest document."""
+    """Length of the longest document in characters."""
     longest_at: Place | None = None
 
     def count(self, text: str, size: int, words: int, tokens: int | None, held_out: bool, place: Place) -> None:
-        """One more document.
+        """Add one document to the figures.
 
         Args:
-            text: of it.
-            size: its bytes.
-            words: it has.
-            tokens: of the text; None without a tokenizer.
-            held_out: whether it is kept for validation.
-            place: where it begins.
+            text: the document's text.
+            size: bytes of the text in UTF-8.
+            words: number of words in the text.
+            tokens: number of tokens of the text; None without a tokenizer.
+            held_out: whether the document is held out for validation.
+            place: the place where the document begins.
         """
         characters = len(text)
         self.documents += 1
@@ -142,7 +148,7 @@ class Figures:
         return self
 
     def _lengthen(self, characters: int, place: Place) -> None:
-        """Of documents of one length the first by place is kept."""
+        """Update the longest document; of several with the same length, the first in the order of places is kept."""
         if self.longest_at is None or (-characters, place) < (-self.longest, self.longest_at):
             self.longest, self.longest_at = characters, place
 
@@ -156,7 +162,7 @@ class Figures:
 
     @property
     def tokens_per_word(self) -> float | None:
-        """The usual fertility; None where words are not set apart by spaces."""
+        """Fertility as it is usually defined; None without tokens, or where words are not separated by spaces."""
         spaced = self.unspaced < UNSPACED * self.characters
         return self.tokens / self.words if self.tokens and spaced else None
 
@@ -165,20 +171,20 @@ class Figures:
 class DomainSurvey:
     files: int = 0
     stored_bytes: int = 0
-    """As the files were listed."""
+    """Bytes of the files as stored, by the sizes in the file listing."""
     damaged: int = 0
-    """Files of which a part is lost."""
+    """Number of files of which a part is lost."""
     quarantined: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Number of quarantined items, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Left out by the source's filters, by rule."""
+    """Number of documents that the source's filters dropped, by rule."""
     languages: dict[str, Figures] = field(default_factory=dict)
-    """As records name them, else as the subfolder does."""
+    """Figures by language: the one that a document's record names, else that of the subfolder."""
     findings: dict[str, Finding] = field(default_factory=dict)
-    """By rule of textrules.py, or by reason of quarantine."""
+    """Findings by rule of textrules.py, or by reason of quarantine."""
 
     def read(self, size: int, tally: Tally) -> None:
-        """One file has been read."""
+        """Add one file that was read to its end: its size in bytes and the tally of reading it."""
         self.files += 1
         self.stored_bytes += size
         self.damaged += tally.damaged
@@ -200,7 +206,7 @@ class DomainSurvey:
 
     @property
     def whole(self) -> Figures:
-        """Of all its documents."""
+        """Figures of all documents of the domain, in all languages."""
         return total(self.languages.values())
 
 

@@ -1,4 +1,4 @@
-"""The job of `mhmoe data inspect` and `lint`."""
+"""Entry point of the cluster job that `mhmoe data inspect` and `mhmoe data lint` run."""
 
 from mhmoe_ray.data.inspect.result import SurveyRequest
 from mhmoe_ray.errors import logging_errors

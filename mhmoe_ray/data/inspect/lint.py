@@ -1,4 +1,4 @@
-"""What is wrong with the data of a spec, by a survey of it: one function a rule, entered in RULES."""
+"""Lint rules: problems in the data of a spec, found from a survey of it; one function a rule, registered in RULES."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,43 +19,44 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.spec import DataSpec, RunSpec
 
 COPIES = 0.01
-"""A share of a domain's documents that may be copies."""
+"""Largest share of a domain's documents that may be copies without a warning."""
 BYTES_PER_TOKEN = 1.5
-"""Below it a tokenizer spells a language out nearly byte by byte."""
+"""Bytes of text per token below which a tokenizer spells a language out nearly byte by byte."""
 UNKNOWN = 0.001
-"""A share of tokens that may be unknown ones."""
+"""Largest share of tokens that may be the unknown token without a warning."""
 TOKENS = 1000
-"""Fewer say nothing of a tokenizer."""
+"""Smallest number of tokens from which a tokenizer is judged."""
 EPOCHS = 4
-"""Up to which repeated text is nearly as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al. 2023, arXiv
+2305.16264)."""
 
 
 @dataclass
 class Problem:
     rule: str
     severe: bool
-    """An error, not a warning."""
+    """Whether this is an error; else it is a warning."""
     where: str
-    """Domain or source."""
+    """Domain or source that has the problem."""
     says: str
     fix: str
     count: int
-    """Of documents, files or whatever it says."""
+    """Number of documents, files or other things that the message counts."""
     examples: list[tuple[str, str]]
-    """Some of them: where, and what was seen there."""
+    """Some examples: the place, and what was seen there."""
 
 
 class Data(NamedTuple):
     survey: Survey
     data: DataSpec
     spec: RunSpec | None
-    """None for raw text that no spec trains on."""
+    """The run's spec; None for raw text that no spec trains on."""
     manifest: DataManifest | None
-    """Of its prepared folder, if there is one."""
+    """Manifest of the spec's prepared folder; None if there is none."""
 
 
 def lint(data: Data) -> list[Problem]:
-    """All problems, errors first, then by rule in the order of RULES."""
+    """Return all problems: errors first, then by rule in the order of RULES."""
     found = [problem for rule in RULES for problem in rule(data)]
     return sorted(found, key=lambda problem: not problem.severe)
 
@@ -137,8 +138,12 @@ def _too_small(data: Data) -> Iterator[Problem]:
 
 
 def _fills_a_sample(name: str, domain: DomainSurvey, data: Data) -> bool:
-    """As prepared; else by its tokens, and without a tokenizer by its bytes, which are at least as many. Best fit pads
-    what a sample lacks."""
+    """Return whether a domain has at least one training sample.
+
+    If the manifest has the domain, its number of samples decides. Otherwise the number of tokens does, or, without a
+    tokenizer, the number of bytes, which is at least as high. With best-fit packing one training document is enough,
+    since padding fills the rest of its sample.
+    """
     if data.manifest is not None and name in data.manifest.domains:
         return data.manifest.domains[name].samples > 0
     whole = domain.whole
@@ -148,7 +153,7 @@ def _fills_a_sample(name: str, domain: DomainSurvey, data: Data) -> bool:
 
 
 def _is_named(name: str, spec: RunSpec) -> bool:
-    """Whether the shares of some phase name the domain: then nothing trains while it has no sample."""
+    """Return whether the shares of some phase name the domain; if so, training is impossible while it has no sample."""
     phases = [mixes[source_of(name)] for step, mixes in spec.data.mixes.items() if step < spec.train.steps]
     return any(subfolder_of(name) in (phase.shares or ()) for phase in phases if phase.weight)
 

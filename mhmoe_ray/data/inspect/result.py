@@ -1,4 +1,5 @@
-"""What `mhmoe data inspect` and `lint` ask of their job and get."""
+"""The request for a survey that `mhmoe data inspect` and `lint` send to their job, and the survey that they get
+back."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from mhmoe_ray.spec import DataSpec
 class Survey:
     tokenized: bool
     domains: dict[str, DomainSurvey] = field(default_factory=dict)
-    """By name, in the order of names."""
+    """Survey of each domain by its name, in the order of names."""
     copies: Copies = field(default_factory=Copies)
 
 
@@ -26,6 +27,6 @@ class SurveyRequest(RemoteJob[Survey]):
 
     data: DataSpec
     tokenizer: Path | None
-    """Counts tokens; None for none."""
+    """Tokenizer file with which tokens are counted; None to count no tokens."""
     rules: bool
-    """Whether texts are held against textrules.py."""
+    """Whether texts are checked against the rules of textrules.py."""

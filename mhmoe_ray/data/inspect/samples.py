@@ -1,4 +1,4 @@
-"""Packed training samples as text: what the model sees, in the order in which it sees it."""
+"""Packed training samples decoded to text: what the model sees, in the order in which it sees it."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,10 +14,10 @@ from mhmoe_ray.spec import RunSpec
 
 @dataclass
 class Part:
-    """A document, or what of it is in the sample."""
+    """A document, or the piece of it that lies in the sample."""
 
     begins: bool
-    """With the document's start; else it goes on from the sample before."""
+    """Whether the piece starts with the document's start token; else it continues from the sample before."""
     tokens: int
     text: str
 
@@ -25,18 +25,18 @@ class Part:
 @dataclass
 class Shown:
     position: int
-    """In the whole training."""
+    """Position of the sample in the whole training, from 0."""
     step: int
     domain: str
     sample: int
-    """Of that domain."""
+    """Number of the sample within its domain, from 0."""
     parts: list[Part]
     padding: int
-    """Tokens at its end that are none."""
+    """Number of padding tokens at the end of the sample."""
 
 
 def decoded(spec: RunSpec, start: int, count: int) -> list[Shown]:
-    """Samples start .. start + count - 1 of a training; the last token of each is a target only.
+    """Return samples start .. start + count - 1 of a training as text; the last token of each is a target only.
 
     Raises:
         DataError: the data are not prepared, or the training has no such positions.

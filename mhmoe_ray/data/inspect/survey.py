@@ -1,7 +1,7 @@
-"""All raw files of a spec, read in parallel by Ray Data: the figures, findings and documents of each added up.
+"""Survey of all raw files of a spec: Ray Data reads them in parallel and sums their figures, findings and copies.
 
 The result depends on the files only, not on how many tasks ran at once. Entries of documents stay in Ray's object
-store, which spills them to disk; the driver holds sums.
+store, which spills them to disk; the driver holds only sums.
 """
 
 import os
@@ -37,19 +37,22 @@ ENTRIES_AT_ONCE = 1 << 18
 
 class Encoder(NamedTuple):
     encode: Callable[[Sequence[str]], list[list[int]]]
-    """Token ids of texts alone: as preparing finds them, where the tokenizer is one to prepare with."""
+    """Function that returns the token ids of texts without start tokens: the same ids as preparation yields, if the
+    tokenizer has the boundary tokens that preparation needs."""
     special: list[str]
-    """Tokens that a text may spell out."""
+    """Special tokens, which a text may spell out."""
     unknown: int | None
-    """The id of its token for what it does not know."""
+    """Id of the tokenizer's unknown token; None if it has none."""
 
 
 @lru_cache(maxsize=2)
 def open_encoder(path: Path, pattern: str | None) -> Encoder:
-    """Kept open within a process, since a large vocabulary takes longer to load than a small file to read.
+    """Return the encoder of a tokenizer file.
+
+    It is cached within a process, since loading a large vocabulary takes longer than reading a small file.
 
     Raises:
-        DataError: as `read_given`.
+        DataError: the file cannot be used, as for `read_given`.
     """
     tokenizer = read_given(path, pattern)
     tokenizer.no_truncation()
@@ -66,7 +69,7 @@ def open_encoder(path: Path, pattern: str | None) -> Encoder:
 
 
 class Whole(NamedTuple):
-    """The last of a file."""
+    """Survey of one whole file: the last item that reading the file yields."""
 
     survey: DomainSurvey
 
@@ -74,14 +77,14 @@ class Whole(NamedTuple):
 def survey_file(
     number: int, file: RawFile, spec: DataSpec, tokenizer: Path | None, rules: bool
 ) -> Iterator[np.ndarray | Whole]:
-    """Entries of documents as they come, then what the whole file adds to its domain.
+    """Yield the entries of a file's documents in arrays, then the survey of the whole file for its domain.
 
     Args:
-        number: of the file, for its entries.
+        number: the file's number, which its entries carry.
         file: one of `find_files(spec)`.
-        spec: the data section it was found by.
-        tokenizer: counts tokens where it is given.
-        rules: whether texts are held against textrules.py.
+        spec: the data section with which the file was found.
+        tokenizer: the tokenizer file with which tokens are counted; None to count no tokens.
+        rules: whether texts are checked against the rules of textrules.py.
     """
     survey, entries = DomainSurvey(), []
     folder = domains.of_folder(subfolder_of(file.domain))
@@ -120,7 +123,7 @@ def _documents(reading: Reading, survey: DomainSurvey) -> Iterator[Document]:
 
 
 def _encoded(documents: Iterator[Document], encoder: Encoder | None) -> Iterator[tuple[Document, list[int] | None]]:
-    """Each document with its tokens."""
+    """Yield each document with its token ids, or with None if there is no encoder."""
     if encoder is None:
         yield from ((document, None) for document in documents)
         return
@@ -138,14 +141,18 @@ def _some(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 PARTITION_BYTES = 4 << 30
-"""Of raw files, a partition of entries; of documents of 500 stored bytes that is 8 million, 160 MB."""
+"""Bytes of raw files per partition of entries; with documents of 500 stored bytes that is 8 million entries, 160 MB."""
 MOST_PARTITIONS = 4096
 STEPS = 10
-"""Lines at most that tell how far reading is."""
+"""Largest number of lines that report the progress of reading."""
 
 
 def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Survey:
-    """Needs a running Ray.
+    """Survey all raw files of a request. Ray must be running.
+
+    Args:
+        request: the data section, the tokenizer, and whether texts are checked.
+        partition_bytes: bytes of raw files per partition of entries.
 
     Raises:
         DataError: sources are missing, or the tokenizer cannot be used.
@@ -180,22 +187,25 @@ def survey(request: SurveyRequest, partition_bytes: int = PARTITION_BYTES) -> Su
 
 
 def _at_once() -> ray.data.TaskPoolStrategy:
-    """As many tasks as the cluster has CPUs. But a local one says that it has more of them than the machine has cores,
-    and a process for each would take longer to start than a few files to read."""
+    """Return a task pool with as many tasks as the cluster has CPUs, or as the machine has cores if these are fewer.
+
+    A local cluster may declare more CPUs than the machine has cores, and starting a process for each would take longer
+    than reading a few files.
+    """
     nodes, cores = [node for node in ray.nodes() if node["Alive"]], os.cpu_count()
     crowded = len(nodes) == 1 and cores is not None and nodes[0]["Resources"].get("CPU", 0) > cores
     return ray.data.TaskPoolStrategy(cores if crowded else None)
 
 
 MOST_BLOCKS = 1000
-"""That one task is given."""
+"""Largest number of blocks that are passed to one task."""
 
 _WHOLE = -1
-"""In place of a partition: the row of a whole file."""
+"""Value in the column `partition` that marks the row of a whole file."""
 
 
 def _read_file(row: dict[str, Any], *, request: SurveyRequest, partitions: int) -> Iterator[dict[str, Any]]:
-    """Rows `partition`, `domain` and `data`: entries as bytes, or a pickled DomainSurvey."""
+    """Yield rows with `partition`, `domain` and `data`, which holds entries as bytes or a pickled DomainSurvey."""
     file = RawFile(*(row[name] for name in RawFile._fields))
     for item in survey_file(row["number"], file, request.data, request.tokenizer, request.rules):
         if isinstance(item, Whole):
@@ -210,8 +220,11 @@ def _only(block: pa.Table, partition: int) -> pa.Table:
 
 
 def _count(blocks: list[Any], partitions: int, files: list[RawFile]) -> Iterator[Copies]:
-    """Copies by partition. A single one needs no shuffle, whose start takes longer than counting it, unless its blocks
-    are more than a task can be given."""
+    """Return the copies in each partition.
+
+    A single partition is counted by one task without a shuffle, whose start takes longer than the counting, unless it
+    has more blocks than can be passed to a task.
+    """
     count = partial(_count_partition, domains=[f.domain for f in files], paths=[f.path for f in files])
     if partitions == 1 and len(blocks) <= MOST_BLOCKS:
         alone = ray.remote(_count_alone).options(num_cpus=1)
@@ -228,6 +241,6 @@ def _count_alone(count: Callable[[pa.Table], pa.Table], *blocks: pa.Table) -> pa
 
 
 def _count_partition(rows: pa.Table, *, domains: list[str], paths: list[str]) -> pa.Table:
-    """All rows of one partition to one of a pickled Copies."""
+    """Turn all rows of one partition into a table of one row, a pickled Copies."""
     entries = np.frombuffer(b"".join(rows["data"].to_pylist()), ENTRY)
     return pa.table({"data": [pickle.dumps(count_copies(entries, domains, paths))]})

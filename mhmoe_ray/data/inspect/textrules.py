@@ -1,4 +1,5 @@
-"""What a text tells by itself of being damaged or out of place: one small function a rule, entered in RULES."""
+"""Rules that find signs of damaged or misplaced text in one document; one small function a rule, registered in
+RULES."""
 
 import re
 from collections import Counter
@@ -10,34 +11,34 @@ from mhmoe_ray.data.domains import subfolder_of
 
 
 class Seen(NamedTuple):
-    """A document as rules see it."""
+    """A document in the form in which rules check it."""
 
     text: str
     words: list[str]
-    """`text.split()`."""
+    """The words of the text, `text.split()`."""
     language: str
-    """As its record names it, else `languages.UNNAMED`."""
+    """Language that the document's record names; `domains.UNNAMED` if it names none."""
     folder_language: str
-    """As its subfolder is named."""
+    """Language that the name of the subfolder stands for; `domains.UNNAMED` if it stands for none."""
     special: re.Pattern[str]
-    """The tokenizer's special tokens."""
+    """Pattern that matches any of the tokenizer's special tokens."""
 
 
 class TextRule(NamedTuple):
     check: Callable[[Seen], str | None]
-    """What it saw, in a few characters; None if all is well."""
+    """Function that returns what breaks the rule, in a few characters; None if the document passes."""
     says: str
     fix: str
 
 
 MOST_OF = 0.8
-"""A share of a text's characters that is nearly all of it."""
+"""Share of a text's characters from which on they count as nearly all of it."""
 LONG_WORD = 1000
 FEW_LETTERS = 0.25
 SEVERAL = 3
-"""Fewer marks of another encoding, or tags, can be meant."""
+"""Number of encoding errors, or of tags, from which a text breaks a rule; fewer can be intended."""
 SHOWN = 40
-"""Characters of an example."""
+"""Number of characters shown of an example."""
 
 
 def _repeated_line(seen: Seen) -> str | None:
@@ -49,7 +50,7 @@ def _repeated_line(seen: Seen) -> str | None:
 
 
 def _long_word(seen: Seen) -> str | None:
-    """In ASCII only: some scripts do without spaces."""
+    """Find a word that is too long, in ASCII only, since some scripts have no spaces."""
     word = next((w for w in seen.words if len(w) > LONG_WORD and w.isascii()), None)
     return f"{len(word):,} characters: {_shown(word)}" if word else None
 
@@ -133,30 +134,30 @@ RULES: dict[str, TextRule] = {
         _language, "its record names another language than its folder", "correct the one or the other"
     ),
 }
-"""By name."""
+"""The rules by name."""
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of these, none if there are none."""
+    """Return a pattern that matches any of these tokens; without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 def broken_by(text: str, words: list[str], language: str, domain: str, special: re.Pattern[str]) -> dict[str, str]:
-    """What each rule that a document breaks saw.
+    """Return, for each rule that a document breaks, what breaks it.
 
     Args:
-        text: of the document.
-        words: `text.split()`.
-        language: as its record names it.
-        domain: source/subfolder.
-        special: `any_of` the tokenizer's special tokens.
+        text: the document's text.
+        words: the words of the text, `text.split()`.
+        language: the language that the document's record names.
+        domain: the document's domain, source/subfolder.
+        special: the pattern `any_of` of the tokenizer's special tokens.
     """
     seen = Seen(text, words, language, domains.of_folder(subfolder_of(domain)), special)
     return {name: saw for name, rule in RULES.items() if (saw := rule.check(seen)) is not None}
 
 
 def _inked(seen: Seen) -> int:
-    """Characters that are not white space."""
+    """Return the number of characters that are not white space."""
     return sum(map(len, seen.words))
 
 
@@ -167,5 +168,5 @@ def _around(text: str, match: re.Match[str] | None) -> str | None:
 
 
 def _shown(text: str) -> str:
-    """The beginning, printable."""
+    """Return the beginning of a text in printable form."""
     return repr(text[:SHOWN])

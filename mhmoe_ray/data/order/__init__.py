@@ -1,1 +1,1 @@
-"""Which sample each place of a training reads: mixture.py has the rules of the spec, order.py the order."""
+"""The sample at each position of a training: mixture.py computes the mixture weights of a spec, order.py the order."""

@@ -1,16 +1,17 @@
-"""What a training reads of each domain, phase by phase, from the spec and the prepared counts.
+"""Mixture weights: how much a training reads of each domain, phase by phase, from the spec and the prepared counts.
 
     by size      W_s p_i: the source's weight, divided over its subfolders by their tokens, or by fixed shares
     tempered     W_s q_i, q_i = p_i^alpha / sum_j p_j^alpha (XLM's rule); fixed shares stay
     weights      the same after `max_epochs`, as the whole numbers that the order deals by
 
-Limits: a domain may be read limit = floor(max_epochs * samples) times in the whole training. Phases divide it in
-proportion to what they would read without limits. Within a phase, whatever a domain is short of goes to the others of
-its source in proportion; a source whose domains are all at their limits leaves the rest to the other sources.
+Limits: a domain may be read limit = floor(max_epochs * samples) times in the whole training. The limit is divided over
+the phases in proportion to what they would read without limits. Within a phase, the samples that a domain cannot
+provide go to the other domains of its source in proportion; a source whose domains are all at their limits leaves the
+rest to the other sources.
 
-Without `max_epochs` anywhere a phase deals by shares out of 2^50, so that its order does not depend on its length: a
-longer training begins as a shorter one. With it, a phase deals exactly as many samples as it has positions, so that
-limits hold to the sample, and the order depends on `train.steps`.
+Without `max_epochs` anywhere, a phase deals by shares out of 2^50, so that its order does not depend on its length: a
+longer training begins with the same order as a shorter one. With `max_epochs`, a phase deals exactly as many samples as
+it has positions, so that limits are exact to the sample, and the order depends on `train.steps`.
 """
 
 from collections.abc import Sequence
@@ -28,15 +29,18 @@ from mhmoe_ray.spec import RunSpec, SourceMix
 
 
 def apportion(total: int, weights: Sequence[float], limits: Sequence[int], offset: float) -> list[int]:
-    """Split `total` in proportion to weights; who would get more than its limit gets that, and the others the rest in
-    proportion. Exact: the numbers add up to the total, none is above its limit, and those below it are their exact
-    parts of the rest rounded down or up.
+    """Split `total` into whole numbers in proportion to `weights`, none above its limit.
+
+    An entry whose part would exceed its limit gets its limit, and the others share the rest in proportion. The split is
+    exact: the numbers add up to the total, none is above its limit, and each number below its limit is the exact part
+    of the rest, rounded down or up.
 
     Args:
-        total: at least 0, at most the limits of positive weights together.
-        weights: at least 0, some above it.
-        limits: at least 0.
-        offset: from 0 to below 1, shifts who is rounded up. Drawn evenly, each has its exact part on average.
+        total: number to split, at least 0 and at most the sum of the limits of positive weights.
+        weights: weight of each entry, at least 0; some are above 0.
+        limits: limit of each entry, at least 0.
+        offset: number from 0 to below 1 that shifts which entries are rounded up. If it is drawn uniformly, the mean of
+            each number is its exact part.
     """
     ratios = [w.as_integer_ratio() for w in map(float, weights)]
     scale = max(denominator for _, denominator in ratios)  # all are powers of two
@@ -70,11 +74,11 @@ class MixedPhase:
     by_size: list[float]
     tempered: list[float]
     weights: list[int]
-    """All by domain; the first two add up to 1."""
+    """Weight of each domain. `by_size` and `tempered` are shares by domain, too; each of them sums to 1."""
 
     @cached_property
     def shares(self) -> list[float]:
-        """After limits."""
+        """Shares of the domains after limits, summing to 1."""
         whole = sum(self.weights)
         return [w / whole for w in self.weights]
 
@@ -83,19 +87,21 @@ class MixedPhase:
 class Mixture:
     domains: list[OrderedDomain]
     limits: list[int | None]
-    """Samples that may be read of each domain, each reading counted."""
+    """Number of samples that may be read of each domain, counting repeats; None for a domain without a limit."""
     phases: list[MixedPhase]
     samples_per_step: int
     order: Order
 
     def read(self, from_step: int, to_step: int) -> list[int]:
-        """Samples of each domain that steps from_step .. to_step - 1 read."""
+        """Return the number of samples of each domain that steps from_step .. to_step - 1 read."""
         before, after = (self.order.counts(step * self.samples_per_step) for step in (from_step, to_step))
         return [a - b for a, b in zip(after, before, strict=True)]
 
 
 def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
-    """Of every domain that fills a sample, in the order of names; those that no phase reads have share 0.
+    """Return the mixture of all domains that fill at least one sample, in the order of names.
+
+    Domains that no phase reads have share 0.
 
     Raises:
         DataError: a named domain has no sample, a source has none at all, or the limits leave steps without data.
@@ -128,10 +134,10 @@ def mixture(spec: RunSpec, manifest: DataManifest) -> Mixture:
 
 
 def training_order(spec: RunSpec, manifest: DataManifest) -> tuple[list[str], Order]:
-    """The domains of the mixture and the order that deals from them; an order's domain i is the i-th of the list.
+    """Return the names of the mixture's domains and the order; domain i of the order is the i-th name of the list.
 
     Raises:
-        DataError: as `mixture`.
+        DataError: the mixture is impossible, as for `mixture`.
     """
     mixed = mixture(spec, manifest)
     return [d.name for d in mixed.domains], mixed.order
@@ -155,7 +161,17 @@ def _limits(spec: RunSpec, manifest: DataManifest, domains: Sequence[OrderedDoma
 def phase_shares(
     mixes: dict[str, SourceMix], domains: Sequence[OrderedDomain], tokens: Sequence[int], *, flat: bool
 ) -> list[float]:
-    """Share of each domain before limits, adding up to 1; `flat`: with temperature."""
+    """Return the share of each domain before limits, summing to 1.
+
+    Args:
+        mixes: the weight, shares and temperature of each source in the phase.
+        domains: the domains, in the order of the result.
+        tokens: number of tokens of each domain.
+        flat: whether to apply the temperature, the exponent alpha.
+
+    Raises:
+        DataError: a domain with a fixed share, or every domain of a source, fills no sample.
+    """
     result = [0.0] * len(domains)
     whole = fsum(mix.weight or 0 for mix in mixes.values())
     for name, mix in mixes.items():
@@ -180,14 +196,21 @@ def phase_shares(
 
 
 def _power(base: int, exponent: float) -> float:
-    """Not by the C library, whose last bit differs between machines that must agree on an order."""
+    """Return base^exponent, equal to the last bit on every machine.
+
+    It does not use the C library, whose last bit differs between machines that must agree on an order.
+    """
     return float(Context(prec=28).power(Decimal(base), Decimal(exponent)))
 
 
 def _split_limits(
     limits: Sequence[int | None], positions: Sequence[int], shares: Sequence[Sequence[float]]
 ) -> list[list[int]]:
-    """Limits of each phase: in proportion to its positions times its share, adding up to the whole limit."""
+    """Split the limit of each domain over the phases; return the limits of the domains for each phase.
+
+    A phase's part is in proportion to its positions times the domain's share in it, and the parts add up to the whole
+    limit. A domain without a limit, or that no phase reads, is limited by the phase's positions only.
+    """
     by_domain = []
     for limit, share in zip(limits, zip(*shares, strict=True), strict=True):
         asked = list(accumulate((n * s for n, s in zip(positions, share, strict=True)), initial=0.0))
@@ -202,7 +225,8 @@ def _check_limits(
     spec: RunSpec, begins: Sequence[int], limits: Sequence[int | None], shares: Sequence[Sequence[float]]
 ) -> None:
     def short_of(steps: int) -> tuple[int, int, int] | None:
-        """The first phase, of a training of so many steps, that has too little: its number, samples there, wanted."""
+        """Return the first phase with too few samples in a training of `steps` steps: its number, the samples that
+        there are, and the samples wanted; None if all phases have enough."""
         bounds = [min(step, steps) for step in (*begins, steps)]
         positions = [(to - at) * spec.samples_per_step for at, to in pairwise(bounds)]
         for i, most in enumerate(_split_limits(limits, positions, shares)):
@@ -233,7 +257,15 @@ def _deal(
     most: Sequence[int],
     offsets: Sequence[float],
 ) -> list[int]:
-    """`total` in whole numbers, first over sources, then over the domains of each."""
+    """Split `total` into whole numbers by domain, first over the sources, then over the domains of each source.
+
+    Args:
+        total: number to split.
+        shares: share of each domain.
+        domains: the domains.
+        most: limit of each domain.
+        offsets: rounding offset for the sources, and the one for the domains of a source.
+    """
     of_source: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
         if shares[i]:

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of (seed, position), whoever asks and whenever.
+"""The order of training samples: a pure function of (seed, position), the same for every process at every time.
 
 A position is the number of a sample in the whole training, from 0. Step s of M micro-batches of b sequences reads
 positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
@@ -15,37 +15,40 @@ positions s*M*b .. (s+1)*M*b - 1, micro-batch by micro-batch.
 
 So the text of a step is the same at any number of workers.
 
-Which domain: a phase of the training has whole-number weights and deals positions by them, from a seeded place of that
-sequence on. At every prefix of the phase a source is within 3.36 samples of its share and a domain within 6.72; a phase
-as long as its weights together reads exactly its weights. Which of its samples: the n-th slot of a domain, counted over
-all phases, takes sample n mod size of epoch n // size in that epoch's permutation. The permutation
-depends on seed, name and size of the domain only, so another mixture reads the same domain in the same order.
+The domain of a position: a phase of the training has whole-number weights and deals its positions to domains in
+proportion to them, starting at a seeded slot of that sequence. At every prefix of the phase a source is within 3.36
+samples of its share and a domain within 6.72; a phase whose length is the sum of its weights reads exactly its weights.
+The sample within the domain: slot n of a domain, counted from 0 over all phases, belongs to epoch n // size and takes
+element n mod size of that epoch's permutation. The permutation depends on seed, name and size of the domain only, so
+another mixture reads the same domain in the same order.
 
-Both are closed formulas: a position costs a walk of a few levels, wherever it lies.
+Both are closed formulas: the cost of a position is a walk down a few levels of a tree, wherever the position lies.
 
-How a position is dealt. Which domain each slot of an endless sequence goes to, in any proportions, at any place,
-without what came before.
+Dealing slots to domains: `Interleaver` computes which domain any slot of an endless sequence goes to, in any
+proportions, without computing the slots before it.
 
 A binary tree has the domains as leaves. A node's c-th visitor (from 0) goes left if floor((c + 1) a / A) exceeds
 floor(c a / A), where A is the node's weight and a its left child's. So floor(c a / A) of its first c visitors went
-left, which is also the visitor's number there, or c less that at the right. A walk from the root gives a slot's domain
-and its number among that domain's slots. The sequence repeats after as many slots as the root weighs, with exactly its
-weight for each domain.
+left. That is also the visitor's number at the left child; at the right child its number is c minus that. A walk from
+the root gives a slot's domain and its number among that domain's slots. The sequence repeats after as many slots as the
+root weighs, with exactly its weight for each domain.
 
-How exact: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
+Exactness: over any stretch of slots a child gets its part of its parent's visitors to within less than one. With
 weights W_0 > W_1 > ... > W_m from the root to a leaf, n consecutive slots give that leaf n W_m / W_0 to within less
 than the sum of W_m / W_k over k = 1..m. In a Huffman tree W_k >= W_(k+1) + W_(k+2), because the sibling of node k+1 is
-no lighter than node k+2, which was merged first. So the W_k grow at least as Fibonacci's numbers from the leaf up, and
-the sum stays below their reciprocals' 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, however many domains there are and however
-small their shares. Sources are leaves of one Huffman tree and roots of others, so that they are as exact as domains:
-over any stretch a source is within 3.36 slots of its part and a domain within 6.72.
+no lighter than node k+2, which was merged first. So the W_k grow at least as fast as the Fibonacci numbers from the
+leaf up, and the sum stays below their reciprocals' 1 + 1 + 1/2 + 1/3 + 1/5 + ... = 3.36, however many domains there are
+and however small their shares. Sources are the leaves of one Huffman tree and the roots of others, so that they are as
+exact as domains: over any stretch a source is within 3.36 slots of its part and a domain within 6.72.
 
-A walk takes about as many levels as the mixture has bits of entropy, and at most log_phi(1 / share) or so.
+A walk takes about as many levels as the mixture has bits of entropy, and at most about log_phi(1 / share).
 
-Keyed permutations of 0..n-1, elementwise: any place of any permutation in constant time and memory.
+Shuffling within a domain: `Permutations` computes any element of any keyed permutation of 0..n-1 in constant time and
+memory.
 
-A Feistel network over a rectangle of a x b cells, a and b next to the root of n, that adds modulo a and b in turn. Of
-its cells fewer than a + b lie outside 0..n-1; a value that lands there is sent round again.
+It is a Feistel network over a rectangle of a x b cells, with a and b close to the square root of n; the rounds add
+modulo a and b in turn. Fewer than a + b of its cells lie outside 0..n-1; a value that lands on one of them goes through
+the network again.
 """
 
 import hashlib
@@ -62,23 +65,25 @@ U64 = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 I64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 MAX_PLACE = 2**52
-"""Quotients of smaller numbers, rounded to float64, never reach the next whole number."""
+"""Bound below which quotients of whole numbers, rounded to float64, never reach the next whole number."""
 
 ROUND_PAIRS = 6  # with 4, orders of fewer than 20 samples are visibly not all as likely
 
 
 def seeded(seed: int, what: str) -> int:
-    """A number of 64 bits that depends on its arguments alone, on every machine."""
+    """Return a 64-bit hash of the seed and a label; it depends on its arguments only, on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{what}".encode(), digest_size=8).digest(), "little")
 
 
 class Permutations:
-    """An endless sequence for each domain, epoch by epoch: within an epoch each sample comes once."""
+    """An endless shuffled sequence of samples for each domain; each sample occurs once in every epoch."""
 
     def __init__(self, sizes: Sequence[int], keys: Sequence[int]) -> None:
-        """Args:
-        sizes: samples of each domain, from 1 to `MAX_PLACE`.
-        keys: 64 bits for each domain.
+        """Set up a sequence for each domain.
+
+        Args:
+            sizes: number of samples of each domain, from 1 to `MAX_PLACE`.
+            keys: 64-bit key of each domain.
         """
         assert all(1 <= size <= MAX_PLACE for size in sizes)
         columns = [isqrt(size - 1) + 1 for size in sizes]
@@ -88,7 +93,7 @@ class Permutations:
         self._rows = np.asarray([-(-size // c) for size, c in zip(sizes, columns, strict=True)], np.int64)
 
     def __call__(self, domain: I64, nth: I64) -> I64:
-        """The sample at place `nth` (from 0, below `MAX_PLACE`) of a domain's sequence, elementwise."""
+        """Return the sample at place `nth` (from 0, below `MAX_PLACE`) of a domain's sequence, elementwise."""
         size, rows, columns = self._size.take(domain), self._rows.take(domain), self._columns.take(domain)
         epoch = (nth / size).astype(np.int64)
         key = _mix(self._key.take(domain) + epoch.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -102,7 +107,7 @@ class Permutations:
 
 
 def _network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
-    """From cell to cell; a cell's number is row * columns + column."""
+    """Map cells of the rectangle to cells with the keyed Feistel network; a cell's number is row * columns + column."""
     row = (value / columns).astype(np.int64)
     column = (value - row * columns).astype(np.uint32)
     x, y = row.astype(np.uint32), column
@@ -117,7 +122,8 @@ def _network(value: I64, rows: I64, columns: I64, key: U64) -> I64:
 
 
 def _added(half: U32, other: U32, key: U32, modulus: U32) -> U32:
-    """half + f(other, key) modulo `modulus`; f is a finaliser with two multiplications, scaled to below `modulus`."""
+    """Return half + f(other, key) modulo `modulus`; f is a finaliser with two multiplications, scaled to below
+    `modulus`."""
     x = other + key
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(15)
@@ -133,24 +139,27 @@ def _added(half: U32, other: U32, key: U32, modulus: U32) -> U32:
 
 
 def _mix(x: U64) -> U64:
-    """splitmix64's finaliser."""
+    """Mix the bits of `x` with the finaliser of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 MAX_WEIGHT = 2**50
-"""Of a root. Slots up to twice that, times a ratio of at most a half, are less than one off in float64."""
+"""Largest weight of a root; slots up to twice that, times a ratio of at most a half, are off by less than one in
+float64."""
 
 
 class Interleaver:
-    """Trees over the same domains, side by side in flat arrays."""
+    """Binary trees that deal slots to the same domains in different proportions, side by side in flat arrays."""
 
     def __init__(self, sources: Sequence[str], weights: Sequence[Sequence[int]]) -> None:
-        """Args:
-        sources: of each domain.
-        weights: for each tree, the slots of each domain before the tree repeats; some above 0, at most `MAX_WEIGHT`
-            in all.
+        """Build the trees.
+
+        Args:
+            sources: the source of each domain.
+            weights: for each tree, the number of slots of each domain before the tree repeats; some are above 0, and
+                their sum is at most `MAX_WEIGHT`.
         """
         self.domains = len(sources)
         self._nodes: list[tuple[int, int, int, int]] = []  # weight of the left child, of both; children
@@ -171,7 +180,10 @@ class Interleaver:
         return self._merge([self._merge(leaves) for leaves in by_source.values()])[1]
 
     def _merge(self, heap: list[tuple[int, int]]) -> tuple[int, int]:
-        """Huffman's: the two lightest become one until one is left. Pairs of weight and number."""
+        """Merge nodes into one tree as Huffman's algorithm does: the two lightest become one until one is left.
+
+        Takes and returns pairs of a node's weight and its number.
+        """
         heapq.heapify(heap)
         while len(heap) > 1:
             light, heavy = heapq.heappop(heap), heapq.heappop(heap)
@@ -181,11 +193,11 @@ class Interleaver:
         return heap[0]
 
     def __call__(self, tree: I64, slot: I64) -> tuple[I64, I64]:
-        """Slots of trees to (domain, number among that domain's slots of this tree), elementwise.
+        """Map slots of trees to (domain, number among that domain's slots of this tree), elementwise.
 
         Args:
-            tree: number of the tree.
-            slot: from 0 to less than twice the tree's whole weight.
+            tree: the number of the tree.
+            slot: the slot, from 0 to less than twice the tree's whole weight.
         """
         domain, rank = np.empty_like(slot), np.empty_like(slot)
         at, node, visitor = np.arange(len(slot)), np.asarray(self._roots).take(tree), slot
@@ -202,7 +214,7 @@ class Interleaver:
             node, visitor = self._descend(node - self.domains, visitor)
 
     def _descend(self, node: I64, visitor: I64) -> tuple[I64, I64]:
-        """One level: children and the visitors' numbers there."""
+        """Descend one level: return the child that each visitor goes to and the visitor's number there."""
         left, weight = self._left.take(node), self._weight.take(node)
         before = (visitor * self._ratio.take(node)).astype(np.int64)
         # Products wrap round 2^64, but a remainder is small, so its difference is right.
@@ -216,7 +228,7 @@ class Interleaver:
         return self._children.take(2 * node + goes_right), np.where(goes_right, visitor - before, before)
 
     def before(self, tree: int, slot: int) -> list[int]:
-        """How many of a tree's first `slot` slots each domain has."""
+        """Return how many of a tree's first `slot` slots go to each domain."""
         counts = [0] * self.domains
         walk = [(self._roots[tree], slot)]
         while walk:
@@ -237,33 +249,37 @@ class OrderedDomain(NamedTuple):
     name: str
     source: str
     samples: int
-    """At least 1."""
+    """Number of samples, at least 1."""
 
 
 class Phase(NamedTuple):
     start: int
-    """Its first position; 0 for the first phase."""
+    """First position of the phase; 0 for the first phase."""
     weights: Sequence[int]
-    """Of each domain, 0 for none; together at least the positions of the phase and at most 2^50."""
+    """Weight of each domain, 0 for one that is not read; the sum is at least the number of positions of the phase and
+    at most 2^50."""
 
 
 class Order:
     def __init__(self, seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase]) -> None:
-        """Args:
-        seed: another seed, another order.
-        domains: what a position may be.
-        phases: by start.
+        """Prepare the order of a training.
+
+        Args:
+            seed: the seed of the order; another seed gives another order.
+            domains: the domains that positions are dealt to.
+            phases: the phases in the order of their start.
         """
         assert phases[0].start == 0
         self._deal = Interleaver([d.source for d in domains], [p.weights for p in phases])
         self._permutations = Permutations([d.samples for d in domains], [seeded(seed, d.name) for d in domains])
         self._start: list[int] = []
         self._slot: list[int] = []
-        """The tree's slot that a phase begins at."""
+        """Slot of the phase's tree at which each phase begins."""
         self._base: list[list[int]] = []
-        """What to add to a slot's number in the tree to get its number in the training, by phase and domain."""
+        """Number to add to a domain's slot number in the tree to get its slot number in the training, by phase and
+        domain."""
         self.end = 0
-        """Positions there are."""
+        """Number of positions."""
         for number, phase in enumerate(phases):
             given = self.counts(phase.start)
             period = sum(phase.weights)
@@ -277,7 +293,7 @@ class Order:
         self._bases = np.array(self._base)
 
     def __call__(self, position: I64) -> tuple[I64, I64]:
-        """Positions (n,) to (domain, sample of that domain), each (n,)."""
+        """Map positions (n,) to (domain, sample of that domain), each (n,)."""
         assert not len(position) or (position.min() >= 0 and position.max() < self.end)
         domain, sample = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
         for i in range(0, len(position), _AT_ONCE):
@@ -291,7 +307,7 @@ class Order:
         return domain, self._permutations(domain, rank + self._bases[phase, domain])
 
     def counts(self, position: int) -> list[int]:
-        """Samples of each domain among the first `position` ones."""
+        """Return the number of samples of each domain among the first `position` positions."""
         if not position:
             return [0] * self._deal.domains
         phase = bisect_left(self._start, position) - 1

@@ -1,4 +1,4 @@
-"""What counting alone predicts: the figures a validation loss is held against."""
+"""Baselines that need only counting: the unigram and bigram figures that a validation loss is compared with."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from mhmoe_ray.data.shards.manifest import Baselines
 
 
 class Pairs(NamedTuple):
-    """Neighbouring tokens (left, right), each (n,) uint32."""
+    """Pairs of neighbouring tokens (left, right), each (n,) uint32."""
 
     left: np.ndarray
     right: np.ndarray
 
 
 def pairs(samples: Samples, padding: int) -> Pairs:
-    """Of samples (n, T + 1): each target that counts, with the token before it."""
+    """Return each target that counts, with the token before it, of samples (n, T + 1)."""
     counts = samples[:, 1:] != padding
     return Pairs(samples[:, :-1][counts].astype(np.uint32), samples[:, 1:][counts].astype(np.uint32))
 
@@ -28,12 +28,12 @@ def joined(parts: Iterable[Pairs]) -> Pairs:
 
 
 def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
-    """Unigram entropy of the validation targets, and a bigram model of training tokens on them.
+    """Return the unigram entropy of the validation targets, and the loss of a bigram model of training tokens on them.
 
     Args:
-        train: of training samples.
-        validation: of validation samples.
-        vocab_size: V; every id is below it.
+        train: the pairs of training samples.
+        validation: the pairs of validation samples.
+        vocab_size: V; every token id is below it.
     """
     frequency = np.bincount(validation.right, minlength=vocab_size) / len(validation.right)
     seen = frequency[frequency > 0]
@@ -45,8 +45,12 @@ def baselines(train: Pairs, validation: Pairs, vocab_size: int) -> Baselines:
 
 
 def _bigram(train: Pairs, validation: Pairs, vocab_size: int) -> float:
-    """Witten-Bell: p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) counts the different successors of a and
-    p(b) is the add-one unigram."""
+    """Return the cross-entropy of the validation pairs under a bigram model with Witten-Bell smoothing, in nats per
+    token.
+
+    p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) is the number of different successors of a and p(b) is the
+    add-one unigram probability.
+    """
     both, count = _counted(_keys(train, vocab_size))
     total = np.bincount(train.left, minlength=vocab_size)
     successors = np.bincount(both // vocab_size, minlength=vocab_size)
@@ -68,7 +72,10 @@ def _keys(of: Pairs, vocab_size: int) -> np.ndarray:
 
 
 def _counted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As np.unique does, which takes three times the memory; `keys` are sorted."""
+    """Return the different keys in ascending order and their counts; sorts `keys` in place.
+
+    It is np.unique with counts, which would take three times the memory.
+    """
     keys.sort()
     first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
     return keys[first], np.diff(first, append=len(keys))

@@ -1,10 +1,10 @@
-"""The documents of raw files in chunks: what one task tokenises, and what a restart finds done or not.
+"""Chunks of the documents of raw files: a chunk is what one task tokenises, and what a restart finds done or not.
 
-What could not be read goes to the quarantine: kept with its place and reason, counted by source; too much of it stops
-the job.
+What cannot be read goes to the quarantine with its place and reason, and is counted by source; too much of it stops the
+job.
 
-A chunk ends with what fills it, a document or a line that cannot be read, so chunks depend on the file alone. The last
-one of a file may hold none.
+A chunk ends with the item that fills it, a document or a line that cannot be read, so chunks depend on the file alone.
+The last chunk of a file may hold no items.
 """
 
 import json
@@ -23,21 +23,21 @@ from mhmoe_ray.storage import replace_file
 FILE = "quarantine.jsonl"
 
 EVIDENCE = 10_000
-"""Lines that must be read before a share of them says something of the rest."""
+"""Number of lines that must be read before the share of bad ones is taken as an estimate for the rest."""
 
 
 def entry(domain: str, bad: BadLine) -> str:
-    """A line of the quarantine file."""
+    """Return the line of the quarantine file for one item."""
     fields = {"domain": domain, "path": bad.path, "line": bad.line, "reason": bad.reason, "detail": bad.detail}
     return json.dumps(fields) + "\n"
 
 
 class Limit:
-    """How much may go into quarantine before a job stops.
+    """Limit on how much may go into quarantine before a job stops.
 
     Args:
-        spec: its `max_bad_...` keys.
-        files: all raw ones; none where all of them have been read.
+        spec: the data section with the `max_bad_...` keys.
+        files: all raw files; none if all of them have been read already.
     """
 
     def __init__(self, spec: DataSpec, files: Iterable[RawFile]) -> None:
@@ -45,11 +45,12 @@ class Limit:
         self._text_bytes = sum(file.size * file.inflation for file in files)
 
     def exceeded(self, tally: Tally) -> bool:
-        """Whether the whole has more than is allowed, of which this is the tally."""
+        """Return whether a tally of all files has more bad items than the spec allows."""
         return tally.damaged > self._files or tally.bad_lines > max(self._lines, int(self._share * tally.lines))
 
     def hopeless(self, tally: Tally) -> bool:
-        """Whether the whole will have more than is allowed, as far as this tally of a part of it tells."""
+        """Return whether all files together will have more bad items than allowed, as far as a tally of a part of them
+        shows."""
         if tally.damaged > self._files:
             return True
         if not self._share:
@@ -60,7 +61,7 @@ class Limit:
         return tally.bad_lines > max(self._lines, 2 * self._share * expected)
 
     def error(self, tally: Tally) -> DataError:
-        """What to say when it is exceeded."""
+        """Return the error to raise when the limit is exceeded, with the first bad item as an example."""
         if tally.damaged > self._files:
             lost = tally.first[Reason.LOST]
             return DataError(
@@ -80,10 +81,11 @@ class Limit:
 
 
 CHUNK = 4 << 20
-"""Characters of text: a part of a second for one core, or seconds where the tokenizers library encodes."""
+"""Characters of text per chunk: a fraction of a second for one core, or seconds where the tokenizers library
+encodes."""
 
 BAD = 500
-"""Characters for which a line counts that cannot be read."""
+"""Number of characters that a line that cannot be read counts for."""
 
 SCHEMA = pa.schema(
     [
@@ -97,17 +99,17 @@ SCHEMA = pa.schema(
 
 
 class Chunk(NamedTuple):
-    """Some documents of a file, in their order."""
+    """Consecutive documents of one file."""
 
     file: int
-    """The file's number among all of the spec."""
+    """Number of the file among all files of the spec."""
     number: int
-    """Within the file, from 0."""
+    """Number of the chunk within the file, from 0."""
     texts: list[str]
     tally: Tally
-    """Of what was read since the chunk before."""
+    """Counts of what was read since the chunk before."""
     stopped: bool
-    """Reading ended here, since more is bad than the spec allows."""
+    """Whether reading the file ended here, since more is bad than the spec allows."""
 
     def as_table(self) -> pa.Table:
         row = self._asdict() | {"chunk": self.number, "tally": pickle.dumps(self.tally)}
@@ -115,7 +117,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "Chunk":
-        """Of a table of one row."""
+        """Return the chunk in a table of one row."""
         file, number, texts, tally, stopped = (column[0].as_py() for column in table.select(SCHEMA.names).columns)
         return cls(file, number, texts, pickle.loads(tally), stopped)
 
@@ -123,14 +125,14 @@ class Chunk(NamedTuple):
 def read_chunks(
     table: pa.Table, *, spec: DataSpec, limit: Limit, quarantine: Path, characters: int
 ) -> Iterator[pa.Table]:
-    """The chunks of raw files, one a table.
+    """Yield the chunks of raw files, one in each table.
 
     Args:
-        table: rows of `number` and the fields of `RawFile`.
-        spec: the data section they were found by.
-        limit: past which reading a file ends.
-        quarantine: folder that gets what cannot be read, a file for each chunk that has such.
-        characters: of text that fill a chunk.
+        table: a table with the columns `number` and the fields of `RawFile`, a row for each file.
+        spec: the data section with which the files were found.
+        limit: the limit on bad items at which reading a file ends.
+        quarantine: the folder for what cannot be read; each chunk with bad items writes one file.
+        characters: characters of text that fill a chunk.
     """
     for row in table.to_pylist():
         file = RawFile(*(row[name] for name in RawFile._fields))

@@ -1,4 +1,4 @@
-"""The job of `mhmoe data prepare`."""
+"""Entry point of the job of `mhmoe data prepare`."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,7 +16,7 @@ class PrepareRequest(RemoteJob[DataManifest]):
     kind: ClassVar[str] = "prepare"
 
     spec_yaml: str
-    """The whole spec, as `dump_spec` writes it."""
+    """The whole spec as YAML, as `dump_spec` writes it."""
 
     @classmethod
     def of(cls, spec: RunSpec) -> "PrepareRequest":

@@ -1,7 +1,7 @@
-"""Tokens of domains to shards: what each shard is made of, and the task that makes it.
+"""Packing the tokens of domains into shards: the plan of each shard, and the task that writes it.
 
-Packing by concatenation puts the documents of a domain one after another, cut wherever a sample ends. Packing by best
-fit leaves a document whole that fits into a sample (arXiv 2404.10830).
+Packing by concatenation puts the documents of a domain one after another and cuts them wherever a sample ends. Packing
+by best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
 """
 
 import pickle
@@ -17,20 +17,20 @@ from mhmoe_ray.spec import DataSpec
 
 
 class Cut(NamedTuple):
-    """Tokens that one shard is made of."""
+    """Stretch of tokens that one shard is made of."""
 
     stream: Stream
     samples: int
-    """How many fill it; after them come tokens that only tell where documents end."""
+    """Number of samples that the stretch fills; tokens after them only show where documents end."""
 
 
 def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
-    """The shards of a domain.
+    """Plan the shards of a domain with concatenation.
 
     Args:
-        stream: all its training tokens.
+        stream: all training tokens of the domain.
         seq_len: T.
-        rows: samples of a shard.
+        rows: samples per shard.
     """
     samples = max(0, len(stream) - 1) // seq_len
     cuts = []
@@ -43,17 +43,17 @@ def plan_concat(stream: Stream, seq_len: int, rows: int) -> list[Cut]:
 
 
 def cut_concat(tokens: Tokens, samples: int, seq_len: int) -> Samples:
-    """The first `samples` samples of some tokens, a view."""
+    """Return the first `samples` samples of some tokens, as a view of (samples, T + 1)."""
     windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
     return windows[: samples * seq_len : seq_len]
 
 
 def whole_documents(tokens: Tokens, samples: int, seq_len: int, start: int) -> int:
-    """How many documents lie whole within one of these samples.
+    """Return how many documents lie whole within one of the samples of a shard.
 
     Args:
-        tokens: as planned.
-        samples: as planned.
+        tokens: the tokens of the planned cut.
+        samples: the number of samples of the planned cut.
         seq_len: T.
         start: the token that each document begins with.
     """
@@ -71,7 +71,10 @@ class Packed(NamedTuple):
 
 
 def plan_best_fit(stream: Stream, tokens_per_shard: int) -> list[Stream]:
-    """What each shard of a domain is made of: whole parts, so that documents are whole, until there are enough."""
+    """Plan the shards of a domain with best fit: return the tokens of each shard.
+
+    A shard gets whole parts, so that documents stay whole, until they have at least `tokens_per_shard` tokens.
+    """
     shards, start, stop = list[Stream](), 0, 0
     for part in stream.parts:
         stop += part.tokens
@@ -82,13 +85,13 @@ def plan_best_fit(stream: Stream, tokens_per_shard: int) -> list[Stream]:
 
 
 def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Packed:
-    """Samples of some documents.
+    """Pack documents into samples by best fit; padding fills up the samples.
 
     Args:
-        tokens: of documents, each preceded by `start`.
+        tokens: the tokens of the documents, each preceded by `start`.
         seq_len: T.
         start: the token that each document begins with.
-        padding: marks targets that do not count.
+        padding: the token that marks targets that do not count.
     """
     begins = np.flatnonzero(tokens == start)
     targets = np.diff(begins, append=len(tokens))
@@ -106,14 +109,18 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
 class _Piece(NamedTuple):
     document: int
     offset: int
-    """Of its targets."""
+    """Offset of the piece within the document's targets."""
     bin: int
     place: int
     length: int
 
 
 def _place(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
-    """Where each document's targets go, and the number of bins."""
+    """Assign the targets of each document to bins; return the pieces and the number of bins.
+
+    A document with more than T targets is cut into pieces of T. Then each other document, longest first, goes into the
+    bin with the least room that is enough, or into a new one.
+    """
     pieces, bins = list[_Piece](), 0
     free: dict[int, list[int]] = {}  # bins by the room they have
     rooms = 0  # bit r: there is a bin with room r
@@ -146,13 +153,13 @@ def _place(targets: np.ndarray, seq_len: int) -> tuple[list[_Piece], int]:
 
 
 class ShardPlan(NamedTuple):
-    """One shard to be made."""
+    """Plan of one shard."""
 
     domain: str
     number: int
     tokens: Stream
     samples: int | None
-    """That concatenation cuts; best fit finds out."""
+    """Number of samples that concatenation cuts; None with best fit, which determines it when packing."""
 
 
 class Made(NamedTuple):
@@ -164,7 +171,10 @@ class Made(NamedTuple):
 
 
 def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -> list[ShardPlan]:
-    """The shards of a domain; what they hold depends on its tokens alone, so they can be made in any order."""
+    """Return the plans of a domain's shards.
+
+    What they hold depends on the domain's tokens alone, so they can be made in any order.
+    """
     if spec.packing == "best_fit":
         streams = plan_best_fit(stream, SHARD_BYTES // token_bytes)
         return [ShardPlan(domain, i, part, None) for i, part in enumerate(streams)]
@@ -173,13 +183,13 @@ def plan_shards(domain: str, stream: Stream, spec: DataSpec, token_bytes: int) -
 
 
 def make_shard(row: dict[str, Any], *, folder: Path, seq_len: int, token_bytes: int, start: int) -> dict[str, Any]:
-    """A task of Ray Data: a pickled `Plan` to a pickled `Made`.
+    """Write one shard: a task of Ray Data that takes a pickled `ShardPlan` and returns a pickled `Made`.
 
     Args:
-        row: its `plan`.
-        folder: of the prepared data to be.
+        row: a row whose `plan` is the pickled plan.
+        folder: the folder in which the prepared data are being made.
         seq_len: T.
-        token_bytes: 2 or 4.
+        token_bytes: bytes per token, 2 or 4.
         start: the token that each document begins with.
     """
     asked: ShardPlan = pickle.loads(row["plan"])

@@ -1,4 +1,4 @@
-"""The tokens of a domain as one stream, spread over the parts of its chunks."""
+"""The tokens of a domain as one stream over the parts made from its chunks."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ Tokens = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 
 
 class PartRef(NamedTuple):
-    """A part's file, and the stretch of its tokens that a stream has: the training documents' or the held-out ones'."""
+    """Reference to a stretch of a part's tokens: either those of the training documents, or those of the held-out
+    ones."""
 
     name: str
     start: int
@@ -27,12 +28,12 @@ class PartRef(NamedTuple):
 
 
 class Stream:
-    """Tokens of parts, one after another.
+    """Tokens of several parts, one after another.
 
     Args:
-        folder: of the parts.
-        parts: those of a domain, in the order of its files and chunks.
-        token_bytes: 2 or 4.
+        folder: the folder of the parts.
+        parts: the parts of a domain, in the order of its files and chunks.
+        token_bytes: bytes per token, 2 or 4.
     """
 
     def __init__(self, folder: Path, parts: Sequence[PartRef], token_bytes: int) -> None:
@@ -44,7 +45,7 @@ class Stream:
         return self._ends[-1]
 
     def part(self, start: int, stop: int) -> "Stream":
-        """Tokens start .. stop - 1 as a stream of their own."""
+        """Return the tokens start .. stop - 1 as a stream of their own."""
         first, last = bisect_right(self._ends, start) - 1, bisect_left(self._ends, stop)
         parts = [
             PartRef(part.name, part.start + max(start - at, 0), part.stop - max(at + part.tokens - stop, 0))
@@ -53,7 +54,11 @@ class Stream:
         return Stream(self._folder, parts, self._dtype.itemsize)
 
     def read(self) -> Tokens:
-        """All of it."""
+        """Read all tokens of the stream.
+
+        Raises:
+            DataError: a part has fewer tokens than expected.
+        """
         return np.concatenate([*self._each(), np.empty(0, self._dtype)])
 
     def _each(self) -> Iterator[Tokens]:
@@ -67,5 +72,5 @@ class Stream:
 
 
 def part_file(folder: Path, name: str) -> Path:
-    """Where the tokens of a part lie: in one of 256 folders, since there are many."""
+    """Return the file of a part's tokens; there are many, so they are spread over 256 folders."""
     return folder / name[:2] / f"{name}.tokens"

@@ -1,11 +1,11 @@
-"""Raw text to packed shards, with Ray Data:
+"""The pipeline from raw text to packed shards, with Ray Data.
 
     files -> chunks of documents -> parts (their tokens)      chunks.py, tokenise.py
     parts, domain by domain      -> shards (packed samples)   packing.py, validation.py
 
-Files are read, chunks tokenised and shards packed in parallel, in memory for a few chunks or one shard a task. The
+Files are read, chunks tokenised and shards packed in parallel; each task holds a few chunks or one shard in memory. The
 result depends on the files and the settings only, never on how many tasks ran at once or whether a job was killed in
-between. It appears under its name in one rename, when it is whole.
+between. It is published under its name in one rename, when it is complete.
 """
 
 import pickle
@@ -48,16 +48,18 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import describe_file, write_json
 
 CPUS_PER_READER = 8
-"""One core reads as fast as this many tokenise, and more; they wait for each other, so readers take no CPU of Ray's."""
+"""CPUs per reader: one core reads at least as fast as this many tokenise. Readers and tokenising tasks wait for each
+other, so readers take no CPU of Ray's."""
 
 MOST_CPUS_TO_COME = 64
-"""For which a cluster without CPUs gets readers at once: those may run on its head."""
+"""Largest number of CPUs to come for which a cluster that has none yet gets readers at once; these may run on its
+head."""
 
 BASELINE_TOKENS = 20_000_000
 
 
 def prepare(spec: RunSpec) -> DataManifest:
-    """The prepared folder of a spec, made if it is missing. Needs a running Ray.
+    """Return the manifest of a spec's prepared folder, which is made if it is missing. Ray must be running.
 
     Raises:
         DataError: sources are missing, more is bad than allowed, or the folder was made with other settings.
@@ -79,7 +81,10 @@ def prepare(spec: RunSpec) -> DataManifest:
 
 @contextmanager
 def _chunks_as_blocks() -> Iterator[None]:
-    """One task of Ray Data tokenises a block, so that a block is a chunk; also, no bars fill the job's log."""
+    """Set the block size of Ray Data to a chunk within this context, since one task tokenises a block.
+
+    Progress bars are switched off, too, since they would fill the job's log.
+    """
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
     context.target_max_block_size, context.enable_progress_bars = CHUNK, False
@@ -99,7 +104,7 @@ class _Preparation:
         self._report = Report(place.shared, sum(file.size for file in self._files))
 
     def run(self) -> None:
-        """All stages; the workplace then has the whole result."""
+        """Run all stages; afterwards the staging directory has the whole result."""
         self._say(f"tokenizer for {len(self._files)} files")
         self._report.enter("tokenizer")
         start = self._make_tokenizer()
@@ -138,7 +143,7 @@ class _Preparation:
         print(f"prepare: {text}", flush=True)
 
     def _make_tokenizer(self) -> int:
-        """Write tokenizer.json; returns the token that each document begins with."""
+        """Write tokenizer.json and return the token that each document begins with."""
         path, vocab_size = self._tokenizer, self._spec.model.vocab_size
         if self._data.tokenizer is not None:
             store_given(self._data, vocab_size, path)
@@ -149,7 +154,10 @@ class _Preparation:
         return boundaries(load_tokenizer(path, vocab_size)).start
 
     def _tokenise(self) -> tuple[list[Part], dict[str, Tally]]:
-        """All parts, by file and number, and tallies by domain; and the quarantine file.
+        """Tokenise all files and write the quarantine file.
+
+        Returns:
+            all parts in the order of files and chunks, and the tallies by domain.
 
         Raises:
             DataError: more is bad than the spec allows.
@@ -199,7 +207,13 @@ class _Preparation:
         return parts, tallies
 
     def _check_not_empty(self, by_domain: dict[str, list[Part]]) -> None:
-        """Here and not in a task, since Ray would wrap the error in a traceback."""
+        """Check that there are held-out documents with tokens, and tokens for a training sample.
+
+        The check is not in a task, since Ray would wrap its error in a traceback.
+
+        Raises:
+            DataError: there is nothing to validate with, or nothing to train on.
+        """
         if not any(part.counts.held_out_documents for own in by_domain.values() for part in own):
             fix = "raise data.validation_fraction or add documents"
             raise DataError("validation", "no document fell into the held-out share", fix)
@@ -219,7 +233,7 @@ class _Preparation:
         return Stream(self._place.parts, refs, self._token_bytes)
 
     def _pack(self, by_domain: dict[str, list[Part]], start: int) -> dict[str, list[Made]]:
-        """The shards of each domain, in order."""
+        """Write the shards of all domains; return those of each domain in order."""
         plans = [
             p
             for name, parts in by_domain.items()
@@ -275,7 +289,7 @@ class _Finished(NamedTuple):
 def _finish(
     work: Path, held_out: dict[str, Stream], shards: dict[str, list[Shard]], spec: RunSpec, token_bytes: int
 ) -> _Finished:
-    """The validation samples and the baselines."""
+    """Write the validation samples and compute the baselines."""
     chosen = choose(work, held_out, spec.data.validation_samples, spec.data.seq_len, token_bytes)
     padding = padding_token(token_bytes)
     readers = [ShardReader(work, shards[name], token_bytes) for name in sorted(shards) if shards[name]]

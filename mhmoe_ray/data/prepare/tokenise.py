@@ -1,7 +1,7 @@
-"""A chunk of documents to a part: their tokens in one file, named by what they were made of.
+"""Tokenising of a chunk of documents: its tokens become a part, a file named by a hash of what it was made from.
 
-A part that is there is not made again, so that a job that was killed goes on where it was, also when files were added,
-moved or changed meanwhile.
+A part that exists is not made again, so a job that was killed resumes where it was, even if files were added, moved or
+changed meanwhile.
 """
 
 import hashlib
@@ -24,40 +24,41 @@ from mhmoe_ray.data.tokenizer import DocumentEncoder, document_encoder
 from mhmoe_ray.storage import replace_file
 
 BATCH = 1 << 18
-"""Characters that are encoded in one call; an encoding takes some 50 times the memory of its text."""
+"""Largest number of characters encoded in one call (a single longer text is a call of its own); an encoding takes some
+50 times the memory of its text."""
 
 
 class PartCounts(BaseModel):
-    """What a part holds: the tokens of its training documents, then those of the held-out ones."""
+    """Counts of a part, which holds the tokens of its training documents, then those of its held-out documents."""
 
     documents: int = 0
-    """For training."""
+    """Number of training documents."""
     tokens: int = 0
-    """Theirs, a start token for each document included."""
+    """Number of tokens of the training documents, including a start token for each."""
     held_out_documents: int = 0
     held_out_tokens: int = 0
     text_bytes: int = 0
-    """UTF-8, of all of them."""
+    """UTF-8 bytes of the texts of all these documents."""
 
 
 class Part(NamedTuple):
-    """What is kept of each chunk until all is packed."""
+    """Record of a chunk's part, which the driver keeps until everything is packed."""
 
     file: int
     chunk: int
     name: str
-    """Empty for a chunk without documents."""
+    """Name of the part; empty for a chunk without documents."""
     counts: PartCounts
 
 
 class Tokenised(NamedTuple):
-    """A chunk that has become a part."""
+    """Result of tokenising a chunk into a part."""
 
     part: Part
     tally: Tally
     stopped: bool
     found: bool
-    """The part was there already."""
+    """Whether the part existed already."""
 
     def as_row(self) -> dict[str, Any]:
         return {"tokenised": pickle.dumps(self)}
@@ -78,15 +79,15 @@ def tokenise_chunk(
     validation_fraction: float,
     token_bytes: int,
 ) -> dict[str, Any]:
-    """A task of Ray Data: a table of one `Chunk` to a batch of one `Tokenised`.
+    """Tokenise a chunk: a task of Ray Data that takes a table of one `Chunk` and returns a batch of one `Tokenised`.
 
     Args:
-        table: as `read_chunks` makes them.
-        tokenizer: a tokenizer.json, which never changes.
-        tokenizer_sha256: of that file.
-        parts: folder of the parts.
+        table: a table that `read_chunks` made.
+        tokenizer: the path of a tokenizer.json, which never changes.
+        tokenizer_sha256: SHA-256 of that file.
+        parts: the folder of the parts.
         validation_fraction: share of the documents that is held out.
-        token_bytes: 2 or 4.
+        token_bytes: bytes per token, 2 or 4.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as CPUs do the same
     chunk = Chunk.of_table(table)
@@ -117,7 +118,7 @@ def _described(part: Path) -> Path:
 
 
 def _find(part: Path, token_bytes: int) -> PartCounts | None:
-    """The counts of a part that is there whole."""
+    """Return the counts of a part, or None if it does not exist or is incomplete."""
     try:
         counts = PartCounts.model_validate_json(_described(part).read_bytes())
         size = part.stat().st_size

@@ -1,6 +1,6 @@
 """The validation split: which documents are held out, and the samples made of them.
 
-They are evenly chosen from all held-out text, cut like `concat`, whatever training's packing is.
+The samples are spread evenly over all held-out text and are cut as in `concat`, whatever the packing of training is.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from mhmoe_ray.data.shards.manifest import Shard
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by a hash of its text, so that copies of it are on the same side."""
+    """Return whether a document is held out, by a hash of its text, so that its copies are on the same side."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -23,20 +23,20 @@ def is_validation(text: str, fraction: float) -> bool:
 class Chosen(NamedTuple):
     shards: list[Shard]
     samples: dict[str, int]
-    """Of each domain, which is their order in the shards."""
+    """Number of samples of each domain, in the order of the domains in the shards."""
     targets: int
-    """That count: not the padding of a domain's last sample."""
+    """Number of targets that count; the padding of a domain's last sample does not."""
 
 
 def choose(folder: Path, streams: dict[str, Stream], most: int, seq_len: int, token_bytes: int) -> Chosen:
-    """Write the validation shards.
+    """Choose the validation samples and write their shards.
 
     Args:
-        folder: of the prepared data.
+        folder: the folder in which the prepared data are being made.
         streams: held-out tokens by domain.
-        most: samples at most.
+        most: largest number of samples.
         seq_len: T.
-        token_bytes: 2 or 4.
+        token_bytes: bytes per token, 2 or 4.
     """
     there = [-(-max(0, len(stream) - 1) // seq_len) for stream in streams.values()]
     ends = np.cumsum([0, *there])

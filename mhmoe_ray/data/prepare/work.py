@@ -1,12 +1,13 @@
-"""The staging directories of a preparation, its progress, and publishing the result under its name.
+"""The staging directories of a preparation, its progress report, and publishing the result under its name.
 
     <prepared>.partial-<hash of the settings>/
-      parts/           tokens of chunks, named by content: what an earlier job left, this one does not make again
+      parts/           tokens of chunks, named by content: a job reuses the parts that earlier jobs left
       progress.json
-      <a job's own>/   quarantine of each file; prepared/, the result; alive, written while the job is
+      <a job's own>/   quarantine/; prepared/, the result; alive, the job's heartbeat file
 
-Jobs may work here at once: parts are all they share, each is written in one step, and two of one name are the same. The
-first to have a whole result gives it the name and takes the rest away; the others find that and use it.
+Several jobs may work here at once: they share only the parts, each of which is written in one step, and two parts of
+one name are equal. The first job with a complete result publishes it and cleans up; the others find the published
+folder and use it.
 """
 
 import errno
@@ -39,21 +40,21 @@ Stage = Literal["tokenizer", "tokenising", "packing", "finishing"]
 class PreparationProgress(BaseModel):
     stage: Stage
     done: int
-    """Of tokenising bytes as they are stored, of packing shards."""
+    """Progress of the stage: stored bytes while tokenising, shards while packing."""
     total: int
     documents: int
     tokens: int
     found_tokens: int
-    """Of these, tokens that an earlier attempt left."""
+    """Number of those tokens that an earlier attempt left."""
     bytes_per_s: float
-    """Stored bytes tokenised by this attempt."""
+    """Stored bytes tokenised per second by this attempt."""
     seconds_left: float | None
-    """Of tokenising; None before it can be told."""
+    """Estimated seconds until tokenising ends; None while there is no estimate."""
 
 
 @dataclass
 class Report:
-    """Keeps the file up to date."""
+    """Progress report that keeps progress.json up to date."""
 
     folder: Path
     total_bytes: int
@@ -97,7 +98,7 @@ class Report:
 
 
 def read_progress(folder: Path) -> PreparationProgress | None:
-    """None where nothing is being prepared."""
+    """Return the progress of a preparation, or None where nothing is being prepared."""
     try:
         return PreparationProgress.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError):
@@ -106,16 +107,16 @@ def read_progress(folder: Path) -> PreparationProgress | None:
 
 ALIVE = "alive"
 ALIVE_SECONDS = 20.0
-"""Between two signs of life."""
+"""Seconds between two heartbeats."""
 DEAD_SECONDS = 1200.0
-"""Without one."""
+"""Seconds without a heartbeat after which a job counts as dead."""
 
 
 class Workplace(NamedTuple):
     shared: Path
-    """Of all jobs with these settings."""
+    """Staging directory that all jobs with these settings share."""
     own: Path
-    """Of this job."""
+    """Staging directory of this job."""
 
     @property
     def parts(self) -> Path:
@@ -137,8 +138,10 @@ def shared_folder(spec: RunSpec) -> Path:
 
 @contextmanager
 def at_work(spec: RunSpec) -> Iterator[Workplace]:
-    """A new job's, of which it says from time to time that it is still at work, and which is taken away in the end. As
-    long as it is, it takes away what other jobs have left that do not say so any more: all that they had packed."""
+    """Create the staging directory of a new job, keep its heartbeat while the context lasts, and remove it at the end.
+
+    Meanwhile the job also removes the staging directories of dead jobs, with all that they had packed.
+    """
     place = Workplace(shared := shared_folder(spec), shared / secrets.token_hex(4))
     place.result.mkdir(parents=True)
     (place.own / ALIVE).touch()
@@ -161,15 +164,17 @@ def _stay_alive(place: Workplace, ended: threading.Event) -> None:
 
 
 def _look_around(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]:
-    """Give a sign of life, and take away what others left that have given none for long, nor since we looked before;
-    unless we have been as silent: where a machine or a storage stood still, so have all.
+    """Write a heartbeat, and remove the staging directories of dead jobs.
+
+    A job is dead if its last heartbeat is older than `DEAD_SECONDS` and has not changed since our last check. No job is
+    treated as dead if our own heartbeat was as late: where a machine or a storage stood still, all jobs did.
 
     Args:
-        place: ours.
-        seen: the last sign of each job, in seconds, when we looked before.
+        place: the staging directories of this job.
+        seen: time of the last heartbeat of each job at the last check, in seconds.
 
     Returns:
-        The same now.
+        the times of the last heartbeats now.
     """
     mine = place.own / ALIVE
     before = mine.stat().st_mtime
@@ -183,13 +188,17 @@ def _look_around(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]
 
 
 def _take_away(place: Workplace) -> None:
-    """What is large first, so that what is left by one who is killed meanwhile can be told to be dead, too."""
+    """Remove a job's staging directory, the largest folders first.
+
+    If this process is killed midway, the heartbeat file is still there, so that another job recognises the rest as
+    dead.
+    """
     for folder in (place.result, place.quarantine, place.own):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(result: Path, folder: Path) -> None:
-    """Give a whole result its name, unless another job was first."""
+    """Publish a complete result under its name, unless another job was first."""
     try:
         result.rename(folder)
     except OSError as e:
@@ -198,6 +207,6 @@ def publish(result: Path, folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Take away what jobs have left beside a prepared folder, with whatever settings."""
+    """Remove the staging directories beside a prepared folder, of jobs with any settings."""
     for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(left, ignore_errors=True)  # another job may do the same, or still be at it

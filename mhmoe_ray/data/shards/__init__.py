@@ -1,5 +1,5 @@
-"""A folder of prepared samples.
+"""The prepared data: a folder of packed samples.
 
-manifest.py   what is in it, and what made it
-files.py      its Arrow files: written, read and verified
+manifest.py   the manifest: the contents of the folder, and the settings that made it
+files.py      Arrow files of samples: writing, reading and verifying them
 """

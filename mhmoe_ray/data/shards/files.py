@@ -1,8 +1,8 @@
-"""Files of packed samples: writing, reading and verifying them.
+"""Shard files of packed samples: writing, reading and verifying them.
 
-A sample is T + 1 tokens: the first T are a model's input, the last T its targets. Its end may be padding: targets that
-do not count. A file is an Arrow file of one batch and one column, a fixed-size binary without nulls; so it can be
-mapped into memory, and any sample read by its place without reading its neighbours. Training reads in random order.
+A sample is T + 1 tokens: the first T are a model's input, the last T its targets. Its end may be padding, whose targets
+do not count. A shard is an Arrow file of one batch and one column, a fixed-size binary without nulls. So it can be
+memory-mapped, and any sample can be read by its number without reading its neighbours; training reads in random order.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from mhmoe_ray.errors import DataError
 from mhmoe_ray.storage import describe_file, replace_file
 
 Samples = np.ndarray[tuple[int, int], np.dtype[Any]]
-"""(samples, T + 1) token ids."""
+"""Array of token ids, (samples, T + 1)."""
 
 SHARD_BYTES = 64 << 20
 OPEN_SHARDS = 512
-"""In one process."""
+"""Largest number of shards that one process keeps open."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
@@ -33,18 +33,21 @@ def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """Bytes per token; the largest value is kept free to mark padding."""
+    """Return the bytes per token; the largest value is kept free to mark padding."""
     return 2 if vocab_size < 2**16 else 4
 
 
 def padding_token(token_bytes: int) -> int:
-    """Marks targets that do not count."""
+    """Return the token that marks targets that do not count."""
     return int(np.iinfo(token_dtype(token_bytes)).max)
 
 
 def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.ndarray]:
-    """Stored samples (samples, T + 1) as a model takes them: padding as token 0; and the targets that count, a mask
-    (samples, T)."""
+    """Convert stored samples (samples, T + 1) to the form that a model takes.
+
+    Returns:
+        the samples as int64 with token 0 for padding, and a mask (samples, T) of the targets that count.
+    """
     real = tokens != padding_token(token_bytes)
     return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]
 
@@ -54,12 +57,12 @@ def rows_per_shard(seq_len: int, token_bytes: int) -> int:
 
 
 def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
-    """Write one file, in one step.
+    """Write one shard file in one step and return its entry for the manifest.
 
     Args:
-        folder: of the prepared data.
-        file: its name below that.
-        samples: of the dtype of the folder's tokens; at least one.
+        folder: the folder of the prepared data.
+        file: the path of the file below that folder.
+        samples: the samples, at least one, in the dtype of the folder's tokens.
     """
     width = samples.shape[1] * samples.itemsize
     rows = pa.py_buffer(np.ascontiguousarray(samples))
@@ -74,7 +77,8 @@ def write_shard(folder: Path, file: str, samples: Samples) -> Shard:
 
 
 class ShardReader:
-    """Random access to the samples of a list of shards, in their order. Files are mapped when they are needed."""
+    """Random access to the samples of a list of shards, in their order; files are memory-mapped when they are
+    needed."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int) -> None:
         self._paths = [str(folder / s.file) for s in shards]
@@ -85,10 +89,10 @@ class ShardReader:
         return int(self._starts[-1])
 
     def read(self, index: np.ndarray) -> Samples:
-        """Samples by number, in the dtype of the folder's tokens.
+        """Return samples by their numbers, in the dtype of the folder's tokens.
 
         Args:
-            index: at least one number.
+            index: the numbers of the samples, at least one.
         """
         shard_of = np.searchsorted(self._starts, index, side="right") - 1
         row_of = index - self._starts[shard_of]
@@ -103,7 +107,7 @@ class ShardReader:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def _mapped(path: str, token_bytes: int) -> Samples:
-    """All samples of a file, as they lie on disk."""
+    """Return all samples of a file, memory-mapped."""
     with pa.memory_map(path) as source:
         column = pa.ipc.open_file(source).get_batch(0).column(0)
     shape = len(column), column.type.byte_width // token_bytes
@@ -112,15 +116,16 @@ def _mapped(path: str, token_bytes: int) -> Samples:
 
 FILES_PER_TASK = 16
 LITTLE = 1 << 30
-"""Bytes that one process reads sooner than Ray starts others."""
+"""Number of bytes up to which one process verifies shards faster than Ray starts others."""
 
 
 def verify_shards(folder: Path, manifest: DataManifest) -> None:
-    """Every shard and the tokenizer are there with the content they were written with; checked by all of the cluster
-    if it is much, since all of it is read.
+    """Verify that every shard and the tokenizer exist and have the content that they were written with.
+
+    All of the data are read, so the whole cluster takes part if they are more than `LITTLE` bytes.
 
     Raises:
-        DataError: one is missing or damaged.
+        DataError: a file is missing or damaged.
     """
     shards = [*(s for d in manifest.domains.values() for s in d.shards), *manifest.validation]
     written = {"tokenizer.json": manifest.tokenizer_sha256} | {s.file: s.sha256 for s in shards}
@@ -148,7 +153,7 @@ def _check(row: dict[str, Any], *, folder: Path) -> dict[str, Any]:
 
 
 def problem_with(path: Path, sha256: str) -> str | None:
-    """Why a file is not what was written; None if it is."""
+    """Return the reason why a file is not the one that was written, or None if it is."""
     if not path.is_file():
         return "it is missing"
     return None if describe_file(path).sha256 == sha256 else "its content is not what was written"

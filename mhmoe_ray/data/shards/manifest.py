@@ -1,4 +1,4 @@
-"""What a folder of prepared shards is: written last, its presence says that the folder is whole.
+"""The manifest of a folder of prepared shards; it is written last, so its presence means that the folder is complete.
 
 <prepared>/
   train/<domain>/00000.arrow ...   packed samples, one column `tokens` (see files.py)
@@ -24,70 +24,73 @@ _READING = {"format", "text_field", "delimiter", "filters"}
 
 class Shard(BaseModel):
     file: str
-    """Below the folder."""
+    """Path of the file below the prepared folder."""
     rows: int
     sha256: str
 
 
 class Domain(BaseModel):
     documents: int
-    """For training."""
+    """Number of training documents."""
     validation_documents: int
-    """Held out."""
+    """Number of held-out documents."""
     quarantined: dict[str, int]
-    """Lines, rows, files or lost parts of files that could not be read, by reason."""
+    """Number of lines, rows, files or lost parts of files that could not be read, by reason."""
     dropped: dict[str, int]
-    """Documents that the source's filters left out, by rule."""
+    """Number of documents that the source's filters dropped, by rule."""
     text_bytes: int
-    """UTF-8, of all these documents."""
+    """UTF-8 bytes of the texts of all training and held-out documents."""
     tokens: int
-    """Of its training documents, one start token for each included."""
+    """Number of tokens of the training documents, including one start token for each."""
     validation_tokens: int
-    """Of all its held-out documents, likewise; the samples that are kept may have fewer."""
+    """Number of tokens of all held-out documents, including start tokens; the samples that were kept may have fewer."""
     samples: int
     validation_samples: int
-    """Held-out samples that were kept."""
+    """Number of held-out samples that were kept."""
     unused_tokens: int
-    """Of its last, unfilled sample when documents are cut; always fewer than a sample has."""
+    """Number of tokens of the last, unfilled sample when documents are cut; always fewer than a sample has."""
     padding: int
-    """Targets that do not count, of samples filled up because no document fits."""
+    """Number of targets that do not count, in samples that were filled up because no document fits."""
     cut_documents: int
-    """Of its training documents, those that no sample holds whole."""
+    """Number of training documents that no sample holds whole."""
     shards: list[Shard]
 
 
 class Baselines(BaseModel):
-    """What the validation tokens cost without a neural network, in nats per token."""
+    """Loss on the validation tokens without a neural network, in nats per token."""
 
     unigram_entropy: float
     """Entropy of the validation tokens' own frequencies: no context-free model can do better on them."""
     bigram: float
     """Cross-entropy of a bigram model with Witten-Bell smoothing, counted on training tokens."""
     bigram_tokens: int
-    """Training tokens it was counted on."""
+    """Number of training tokens that the bigram model was counted on."""
 
 
 class DataManifest(BaseModel):
     recipe: dict[str, Any]
-    """The settings that made the folder."""
+    """The settings that made the folder, as `recipe` returns them."""
     fingerprints: dict[str, str] = {}
-    """What each source of the machine held (`data/sources/find.py`), by which text that was moved is known."""
+    """Fingerprint of each local source (see `data/sources/find.py`), by which text is recognised that was moved."""
     seq_len: int
     token_bytes: int
-    """2 or 4: little-endian unsigned integers."""
+    """Bytes per token, 2 or 4; tokens are little-endian unsigned integers."""
     tokenizer_sha256: str
     domains: dict[str, Domain]
     validation: list[Shard]
     validation_tokens: int
-    """Predicted ones of the samples in `validation`, without padding; those of domains are all held-out tokens."""
+    """Number of predicted tokens in the samples of `validation`, without padding. The field of the same name in
+    `domains` counts all held-out tokens."""
     baselines: Baselines
     bad_lines: int
-    """All in quarantine, lost parts included, which `Tally.bad_lines` leaves out."""
+    """Number of all quarantined items, including lost parts, which `Tally.bad_lines` leaves out."""
 
 
 def recipe(spec: RunSpec) -> dict[str, Any]:
-    """The settings that determine a prepared folder. The mixture is not among them, since it acts when reading; a
-    tokenizer trained for one mixture stays when that changes.
+    """Return the settings that determine a prepared folder.
+
+    The mixture is not among them, since it acts when reading; a tokenizer that was trained for one mixture stays when
+    the mixture changes.
 
     Raises:
         DataError: the given tokenizer cannot be read.
@@ -112,7 +115,13 @@ def recipe(spec: RunSpec) -> dict[str, Any]:
 
 
 def _given_tokenizer(path: Path) -> str:
-    """By its content: another file under the same name is another tokenizer, and the same one elsewhere is not."""
+    """Identify a given tokenizer by its content.
+
+    Another file under the same name is another tokenizer, and the same file elsewhere is the same one.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         return f"a file of SHA-256 {describe_file(path).sha256}"
     except OSError as e:
@@ -120,10 +129,10 @@ def _given_tokenizer(path: Path) -> str:
 
 
 def read_data_manifest(folder: Path) -> DataManifest | None:
-    """None if the folder is not there.
+    """Read the manifest of a prepared folder; return None if the folder does not exist.
 
     Raises:
-        DataError: it is there without a readable manifest.
+        DataError: the folder exists but has no readable manifest.
     """
     what, other = f"prepared data {folder}", "set data.prepared to another folder, or remove this one"
     try:
@@ -142,8 +151,11 @@ def read_data_manifest(folder: Path) -> DataManifest | None:
 
 
 def data_digest(folder: Path) -> str:
-    """Return the hash by which checkpoints know what they were trained on: that of the manifest, without the paths of
-    sources that have a fingerprint. Folders of earlier versions, without fingerprints, are known by the whole file."""
+    """Return the hash by which checkpoints identify the data that they were trained on.
+
+    It is the hash of the manifest, without the paths of sources that have a fingerprint. Folders of earlier versions,
+    without fingerprints, are identified by the hash of the whole file.
+    """
     manifest = json.loads((folder / "manifest.json").read_bytes())
     if not manifest.get("fingerprints"):
         return describe_file(folder / "manifest.json").sha256
@@ -153,11 +165,11 @@ def data_digest(folder: Path) -> str:
 
 
 PreparedAs = tuple[Path, str]
-"""A folder, and the recipe by which it is to be prepared."""
+"""A prepared folder, and the recipe by which it is to be prepared."""
 
 
 def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
-    """Whether sources that lie elsewhere now hold what they held."""
+    """Return whether sources that lie elsewhere now have the content that they had when the folder was made."""
     made, wanted = manifest.recipe["sources"], recipe(spec)["sources"]
     moved = {name for name in wanted if made.get(name) != wanted[name]}
     if made.keys() != wanted.keys() or not moved <= manifest.fingerprints.keys():
@@ -170,15 +182,21 @@ def _is_same_text(manifest: DataManifest, spec: RunSpec) -> bool:
 
 
 def prepared_as(spec: RunSpec) -> PreparedAs:
-    """What specs have in common that read the same prepared text; a tokenizer is taken by its name."""
+    """Return a key that is equal for specs that read the same prepared data; a tokenizer is identified by its path."""
     given = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": None})})
     return spec.data.prepared, json.dumps([recipe(given), str(spec.data.tokenizer)], sort_keys=True, default=str)
 
 
 def require_data_of(trained_on: str | None, folder: Path, otherwise: str) -> None:
-    """Raises:
-    DataError: the folder is not the one that a checkpoint counts samples in, by that one's digest; `otherwise` is what
-        can be done beside restoring it.
+    """Check that a prepared folder is the one that a checkpoint counts samples in.
+
+    Args:
+        trained_on: the data digest that the checkpoint has.
+        folder: the prepared folder.
+        otherwise: advice for the error message: what the user can do other than restore the folder.
+
+    Raises:
+        DataError: the folder has another digest.
     """
     if data_digest(folder) != trained_on:
         fix = f"restore the folder that the run began with, {otherwise}"
@@ -186,8 +204,10 @@ def require_data_of(trained_on: str | None, folder: Path, otherwise: str) -> Non
 
 
 def require_data_manifest(folder: Path) -> DataManifest:
-    """Raises:
-    DataError: the folder is not prepared.
+    """Return the manifest of a prepared folder.
+
+    Raises:
+        DataError: the folder is not prepared.
     """
     manifest = read_data_manifest(folder)
     if manifest is None:
@@ -196,10 +216,10 @@ def require_data_manifest(folder: Path) -> DataManifest:
 
 
 def prepared_for(spec: RunSpec) -> DataManifest:
-    """The manifest of a spec's prepared folder.
+    """Return the manifest of a spec's prepared folder.
 
     Raises:
-        DataError: there is none, or it was made with other settings than the spec's.
+        DataError: the folder is not prepared, or it was made with other settings than the spec's.
     """
     manifest = require_data_manifest(spec.data.prepared)
     check_recipe(spec.data.prepared, manifest, spec)
@@ -207,10 +227,10 @@ def prepared_for(spec: RunSpec) -> DataManifest:
 
 
 def check_recipe(folder: Path, manifest: DataManifest, spec: RunSpec) -> None:
-    """The folder was made with the settings of this spec, and from the same text, which may have been moved.
+    """Check that a folder was made with the settings of a spec, and from the same text, which may have been moved.
 
     Raises:
-        DataError: it was not; the first differing setting is named.
+        DataError: it was not; the message names the first setting that differs.
     """
     for key, wanted in recipe(spec).items():
         made = manifest.recipe.get(key)

@@ -1,7 +1,8 @@
-"""Columns of texts in pyarrow's tables, checked and decoded: Parquet files and Hugging Face's Arrow streams.
+"""Reading of text columns in pyarrow's tables, checked before decoding: Parquet files and Hugging Face's Arrow streams.
 
-pyarrow's own decoding of damaged offsets has ended the process. A row is a document. Of a Parquet file what cannot be
-read is lost row group by row group; of the streams that `save_to_disk` leaves, from the damaged batch on.
+The check is needed because pyarrow's own decoding of damaged offsets has ended the process. A row is a document. In a
+damaged Parquet file only the damaged row groups are lost; in a stream that `save_to_disk` wrote, everything from the
+damaged batch on is lost.
 """
 
 import struct
@@ -20,17 +21,20 @@ ROWS = 32  # decoded at a time
 _BUFFER = 1 << 20  # of a Parquet column
 
 ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, IndexError)
-"""All that pyarrow was seen to raise of damaged files."""
+"""All exceptions that pyarrow was observed to raise for damaged files."""
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """To read page by page; pyarrow's default, pre_buffer, holds all that a row group has of a column."""
+    """Open a Parquet file so that it is read page by page.
+
+    pyarrow's default, `pre_buffer`, would hold all that a row group has of a column in memory.
+    """
     file = storage.open_anywhere(path)
     return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
 
 
 def no_texts(schema: pa.Schema, column: str) -> str | None:
-    """Why this column holds no texts."""
+    """Return the reason why a column holds no texts, or None if it holds texts."""
     if column not in schema.names:
         return f"it has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
     kind = schema.field(column).type
@@ -41,7 +45,7 @@ def no_texts(schema: pa.Schema, column: str) -> str | None:
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """The same texts, safe to decode.
+    """Return the same texts as bytes whose offsets and indices were checked, so that they are safe to decode.
 
     Raises:
         ArrowInvalid: offsets or indices point outside of the data.
@@ -55,7 +59,14 @@ def as_bytes(texts: pa.Array) -> pa.Array:
 
 
 def documents_in(texts: pa.Array, path: str, first: int, limit: int) -> Iterator[Document | BadLine]:
-    """Rows of `as_bytes`, the first of them of number `first` from 0."""
+    """Yield the documents in the result of `as_bytes`, row by row.
+
+    Args:
+        texts: the texts as bytes.
+        path: the path of the file.
+        first: the number of the first row within the file, from 0.
+        limit: largest size of a document in bytes.
+    """
     for start in range(0, len(texts), ROWS):
         some = texts.slice(start, ROWS)
         some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
@@ -82,7 +93,7 @@ def _documents(texts: pa.Array, path: str, first: int, limit: int) -> Iterator[D
 def read_parquet(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """See `formats.Read`."""
+    """Read a Parquet file; see `reading.Read`."""
     column = source.text_field or "text"
     row = 0
     try:
@@ -116,7 +127,7 @@ _END_OF_STREAM = struct.pack("<Ii", 0xFFFFFFFF, 0)
 def read_huggingface(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """See `formats.Read`."""
+    """Read an Arrow stream that Hugging Face's `save_to_disk` wrote; see `reading.Read`."""
     column = source.text_field or "text"
     row = 0
     try:

@@ -1,4 +1,4 @@
-"""Decompressing in bounded memory and, where a file is damaged, up to the very byte of the damage.
+"""Decompression in bounded memory which, in a damaged file, recovers everything up to the very byte of the damage.
 
 A file's first bytes tell its compression, since names lie: RedPajama's
 `en_head_0000.json.gz.dedup.classifier.jsonl.zst` is zstd, and a browser that saves a .gz may have unpacked it. Several
@@ -25,8 +25,8 @@ _OTHERS = {
     rb"\x04\x22\x4d\x18": "lz4",
     rb"PAR1\x15": "Parquet",
 }
-"""By how a file begins that no text does. The letters PAR1 alone could be text's: after them a page's header begins, or
-the whole file's."""
+"""Names of other formats by a pattern of first bytes with which no text begins. The letters PAR1 alone could begin a
+text, so the pattern includes the next byte, with which the header of a page, or that of the whole file, begins."""
 
 OUTPUT = 1 << 20  # of gzip at a time
 MOST = 1 << 16  # that gzip is given, which gives back what is not the member's
@@ -36,14 +36,14 @@ _CUT = "its zstd frame is cut off"
 
 
 def decompressed(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """What a file holds.
+    """Return the decompressed content of a file in chunks.
 
     Args:
-        chunks: the file as it is stored.
-        name: its name, to tell a damaged beginning from plain text.
+        chunks: the bytes of the file as stored.
+        name: the file's name, which helps to tell a damaged beginning from plain text.
 
     Raises:
-        DamageError: of `chunks`; or the content cannot be decompressed any further.
+        DamageError: `chunks` raises it, or the content cannot be decompressed any further.
     """
     data = _Bytes(chunks)
     magic = data.peek(10)
@@ -69,7 +69,10 @@ def _is_zstd(magic: bytes) -> bool:
 
 
 def _is_text(start: bytes) -> bool:
-    """Neither control characters nor what UTF-8 never has; a character may be cut at the end."""
+    """Return whether bytes look like text: valid UTF-8 without control characters, not empty.
+
+    A character may be cut off at the end. Tab, line feed and carriage return are allowed.
+    """
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
@@ -78,7 +81,7 @@ def _is_text(start: bytes) -> bool:
 
 
 class _Bytes:
-    """Chunks as one run of bytes that can be taken in pieces."""
+    """Buffer over chunks from which any number of bytes can be taken."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -86,7 +89,7 @@ class _Bytes:
         self._at = 0
 
     def take(self, count: int) -> bytes:
-        """`count` bytes, fewer only where the file ends."""
+        """Take `count` bytes, or fewer only where the file ends."""
         while len(self._held) - self._at < count and (chunk := next(self._chunks, b"")):
             self._held, self._at = self._held[self._at :] + chunk, 0
         taken = self._held[self._at : self._at + count]
@@ -99,11 +102,14 @@ class _Bytes:
         return taken
 
     def give_back(self, count: int) -> None:
-        """So many of the bytes that were just taken."""
+        """Return the last `count` bytes that were taken to the buffer."""
         self._at -= count
 
     def some(self, most: int = MOST) -> bytes:
-        """Of what is at hand, or of the next chunk; nothing where the file ends."""
+        """Take at most `most` of the buffered bytes, or of the next chunk if none are buffered.
+
+        Return no bytes where the file ends.
+        """
         if self._at == len(self._held):
             self._held, self._at = next(self._chunks, b""), 0
         return self.take(min(most, len(self._held) - self._at))
@@ -114,7 +120,7 @@ class _Bytes:
 
 
 def _gunzip(data: _Bytes) -> Iterator[bytes]:
-    """Members of RFC 1952, with the zero bytes after them that tape blocks leave."""
+    """Decompress gzip members (RFC 1952), and skip the zero bytes that tape blocks leave after them."""
     while True:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
@@ -151,8 +157,11 @@ def _reason(error: zlib.error) -> str:
 
 
 def _unzstd(data: _Bytes) -> Iterator[bytes]:
-    """Frames of RFC 8878, handed to the library block by block: so that what a damaged block follows is not lost with
-    it, no piece inflates to more than a block, and a frame that is cut off does not pass for its end."""
+    """Decompress zstd frames (RFC 8878), passing them to the library block by block.
+
+    This way no data before a damaged block is lost, no piece inflates to more than a block, and a frame that is cut off
+    is not mistaken for a complete one.
+    """
     while magic := data.take(4):
         if magic[:1] in SKIPPABLE and magic[1:] == _SKIPPABLE_REST:
             left = int.from_bytes(_all(data, 4), "little")

@@ -1,7 +1,7 @@
-"""The raw files of a spec: which ones a source has, of which format, and to which domain each belongs.
+"""Discovery of the raw files of a spec: the files of each source, their format, and the domain of each file.
 
 A file's domain is the folder right below the source's path, in RedPajama-V2 its language; files that lie in the path
-itself are of the domain `all`.
+itself belong to the domain `all`.
 """
 
 import hashlib
@@ -23,24 +23,25 @@ from mhmoe_ray.spec import DataSpec, FilterSpec, Format, SourceSpec
 from mhmoe_ray.spec.data import SUFFIXES
 
 WHOLE = "all"
-"""Domain of files that are in no subfolder."""
+"""Subfolder name in the domain of files that lie in no subfolder."""
 
 FILES_ALONE = 1000
-"""Of a spec, up to which each is a block of its own."""
+"""Number of files in a spec up to which each file is a block of its own."""
 BLOCK_BYTES = 4 << 20
-"""That fill one of several files."""
+"""Bytes of files from which a block of several files is full."""
 
 FIRST_BYTES = 4096
-"""Of a file, that its fingerprint takes: two files that differ later have other sizes nearly always."""
+"""Number of first bytes of a file that its fingerprint includes: files that differ only later nearly always have
+different sizes."""
 
 _PREPARED = ("manifest.json", "tokenizer.json", "quarantine.jsonl")
-"""Files of a prepared folder that no other has together."""
+"""Files of a prepared folder, which no other folder has together."""
 _PARTIAL = re.compile(r"\.partial-[0-9a-f]{8}/")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 def find_files(spec: DataSpec) -> list[RawFile]:
-    """All raw files of a spec, in an order that depends on names only.
+    """Return all raw files of a spec, in an order that depends on names only.
 
     Raises:
         DataError: a source or a named subfolder is missing or holds no file of a known format.
@@ -52,7 +53,7 @@ def find_files(spec: DataSpec) -> list[RawFile]:
 
 
 def problems(spec: DataSpec) -> list[DataError]:
-    """Return what is wrong with the sources of this machine; object stores are not asked."""
+    """Return the errors in a spec's local sources; object stores are not checked."""
     found = []
     for name, source in spec.sources.items():
         if "://" not in source.path:
@@ -64,11 +65,13 @@ def problems(spec: DataSpec) -> list[DataError]:
 
 
 def fingerprints(spec: DataSpec) -> dict[str, str]:
-    """Return what the sources of this machine hold, wherever they lie: by the name of a source a hash over the names,
-    sizes and first bytes of its files. An object store is known by its URI.
+    """Return fingerprints of the contents of local sources, independent of where they lie.
+
+    The fingerprint of a source, by its name, is a hash over the names, sizes and first bytes of its files. A source in
+    an object store has none: it is identified by its URI.
 
     Raises:
-        DataError: as `find_files`.
+        DataError: sources are missing or cannot be used, as for `find_files`.
     """
     found = {}
     for name, source in spec.sources.items():
@@ -85,9 +88,12 @@ def fingerprints(spec: DataSpec) -> dict[str, str]:
 
 
 def blocks_of(files: Sequence[RawFile]) -> list[pa.Table]:
-    """Blocks of a dataset, each for a task to read: a table with a row for each file, its number and the fields of
-    `RawFile`. A file is a block, but of those that are small and many a block has some neighbours, or tasks would be
-    what takes time."""
+    """Return blocks of a dataset, each for one task to read.
+
+    A block is a table with a row for each file: its number and the fields of `RawFile`. A file has a block of its own,
+    unless there are many small ones; then a block has several neighbours, because otherwise the overhead of tasks would
+    dominate.
+    """
     most, blocks, rows, size = ceil(len(files) / FILES_ALONE), [], [], 0
     for number, file in enumerate(files):
         rows.append({"number": number, **file._asdict()})
@@ -99,12 +105,16 @@ def blocks_of(files: Sequence[RawFile]) -> list[pa.Table]:
 
 
 def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
-    """As `storage.files()`, but without prepared folders, which may lie below a source's path, and without what is
-    beside them while they are made: neither the one that is named nor others, of other settings.
+    """List files as `Storage.files()` does, without prepared folders and the staging directories beside them.
+
+    Both may lie below a source's path. Those of `prepared` are left out, and also those of other settings.
+
+    Returns:
+        the root folder and the files.
 
     Raises:
-        DataError: the pattern is none.
-        OSError: it cannot be listed, or there is nothing of this name.
+        DataError: the pattern is invalid.
+        OSError: the path cannot be listed, or nothing of this name exists.
     """
     root, listed, paths = storage.files()
     others = (path.rpartition("/")[0] for path in paths if path.endswith(f"/{_PREPARED[0]}"))
@@ -116,8 +126,17 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
 
 
 def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prepared: Path) -> list[RawFile]:
-    """Args:
-    subfolders: only these; None means all that are there.
+    """Return the files of one source, of its given or detected format.
+
+    Args:
+        name: the name of the source.
+        source: the settings of the source.
+        subfolders: the subfolders to read; None for all that exist.
+        prepared: the prepared folder, which is left out.
+
+    Raises:
+        DataError: the source or a subfolder is missing or has no file of the format, or the settings do not fit the
+            format.
     """
     what = f"source {name}"
     storage = Storage(source.path)
@@ -159,7 +178,11 @@ def _of_source(name: str, source: SourceSpec, subfolders: list[str] | None, prep
 
 
 def _check_names(what: str, files: list[RawFile]) -> None:
-    """Names of local files may be any bytes, and pyarrow and JSON take text alone."""
+    """Check that the names of files are UTF-8: local names may be any bytes, but pyarrow and JSON accept only text.
+
+    Raises:
+        DataError: a name is not UTF-8.
+    """
     for file in files:
         named = file.path.encode(errors="backslashreplace").decode()
         if named != file.path:
@@ -186,7 +209,7 @@ def _detect(what: str, source: SourceSpec, listed: list[Listed]) -> Format:
 
 
 def subfolder_at(root: str, path: str) -> str:
-    """Which one a file is of that was found below a root."""
+    """Return the subfolder of a file that was found below a root, or WHOLE if it lies in the root itself."""
     first, slash, _ = below(root, path).partition("/")
     return first if slash else WHOLE
 
@@ -194,7 +217,10 @@ def subfolder_at(root: str, path: str) -> str:
 def _by_suffix(
     source: SourceSpec, storage: Storage, root: str, format: Format, listed: list[Listed]
 ) -> Iterator[tuple[str, Listed]]:
-    """Files that a pattern or a path names one by one are taken whatever their names end in."""
+    """Yield the subfolder and listing of each file with a suffix of the format.
+
+    If the format is given and the source's path is a pattern or a single file, files are taken whatever their suffix.
+    """
     named = source.format is not None and (len(listed) == 1 or storage.is_pattern)
     for file in listed:
         if named or file.path.endswith(SUFFIXES[format]):
@@ -202,7 +228,11 @@ def _by_suffix(
 
 
 def _huggingface(what: str, storage: Storage, root: str, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
-    """The data files that each `state.json` names; of a dictionary of splits those of `train`."""
+    """Yield the data files that each `state.json` names; of a dictionary of splits, those of the split `train`.
+
+    Raises:
+        DataError: there is no split `train`, or a `state.json` cannot be used.
+    """
     sizes = dict(listed)
     split_of = {path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_SPLITS}")}
     datasets = sorted(path.rpartition("/")[0] for path in sizes if path.endswith(f"/{_STATE}"))

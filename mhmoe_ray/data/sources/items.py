@@ -1,4 +1,4 @@
-"""What reading raw files gives: documents, and what could not be read, with its place and reason."""
+"""Items that reading raw files yields: documents, and lines that could not be read, with their place and reason."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,30 +13,30 @@ _PACKED_TIMES = 3
 
 class RawFile(NamedTuple):
     domain: str
-    """<source>/<subfolder>, for example redpajama/book."""
+    """Domain of the file, <source>/<subfolder>, for example redpajama/book."""
     path: str
-    """Local, or a URI without its query."""
+    """Local path of the file, or its URI without the query."""
     size: int
-    """In bytes, when it was listed."""
+    """Size of the file in bytes, when it was listed."""
     format: Format
 
     @property
     def inflation(self) -> int:
-        """About so many bytes of text are a stored byte, by the file's name."""
+        """Bytes of text per stored byte, roughly, by the file's name."""
         return _PACKED_TIMES if self.path.endswith(_PACKED) else 1
 
 
 class Document(NamedTuple):
     text: str
-    """Never empty, always valid Unicode."""
+    """Text of the document, never empty and always valid Unicode."""
     line: int
-    """Its line, row, or first line, from 1."""
+    """Number of the document's line, row, or first line, from 1."""
     language: str | None = None
-    """As its record names it."""
+    """Language that the document's record names; None if it names none."""
 
 
 class Reason(StrEnum):
-    """Why something is in quarantine."""
+    """Reason why something is in quarantine."""
 
     NOT_UTF8 = "it is not UTF-8"
     NOT_JSON = "it is not JSON"
@@ -50,14 +50,14 @@ class Reason(StrEnum):
 
     @property
     def loses_lines(self) -> bool:
-        """Whether it stands for an unknown number of documents."""
+        """Whether an item with this reason stands for an unknown number of documents."""
         return self is Reason.LOST
 
 
 class BadLine(NamedTuple):
     path: str
     line: int
-    """Its line, row, or first line, from 1; of lost parts the first line or row that is lost."""
+    """Number of the line, row, or first line, from 1; for a lost part, the first line or row that is lost."""
     reason: Reason
     detail: str = ""
 
@@ -67,34 +67,34 @@ class BadLine(NamedTuple):
 
 
 class DamageError(Exception):
-    """No more can be read of a file; everything before was."""
+    """Error that ends reading a damaged file: everything before the damage was read."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
         self.rest = b""
-        """The last line's beginning."""
+        """The beginning of the last line, which the damage cut off."""
 
 
 @dataclass
 class Tally:
-    """What has come of raw files so far. Sums with `+=`."""
+    """Counts of what has been read from raw files. Tallies add up with `+=`."""
 
     files: int = 0
-    """Read to their end, or to where they are damaged."""
+    """Number of files that were read to their end, or to where they are damaged."""
     damaged: int = 0
-    """Of these, files of which a part is lost."""
+    """Number of those files of which a part is lost."""
     bytes_read: int = 0
-    """As stored."""
+    """Bytes read, as stored."""
     text_bytes: int = 0
-    """About so many are those of text, by each file's `inflation`."""
+    """Bytes of text that were read, estimated by each file's `inflation`."""
     documents: int = 0
     bad: Counter[Reason] = field(default_factory=Counter)
-    """What is in quarantine, by reason."""
+    """Number of quarantined items, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What a source's filters left out, by rule."""
+    """Number of documents that a source's filters dropped, by rule."""
     first: dict[Reason, BadLine] = field(default_factory=dict)
-    """One of each reason, to show."""
+    """One item of each reason, to show as an example."""
 
     def count_bad(self, bad: BadLine) -> None:
         self.bad[bad.reason] += 1
@@ -102,7 +102,7 @@ class Tally:
 
     @property
     def bad_lines(self) -> int:
-        """Without lost parts, whose lines nobody can count."""
+        """Number of lines that could not be read, without lost parts, whose lines cannot be counted."""
         return sum(n for reason, n in self.bad.items() if not reason.loses_lines)
 
     @property
@@ -110,8 +110,10 @@ class Tally:
         return self.documents + self.bad_lines + self.dropped.total()
 
     def since(self, before: "Tally") -> "Tally":
-        """What was counted after `before`, an earlier state of this tally; with all that there is to show, since nobody
-        knows which of them is added up first."""
+        """Return what was counted after `before`, an earlier state of this tally.
+
+        The result has all examples in `first`, since it is not known in which order such tallies will be added up.
+        """
         return Tally(
             self.files - before.files,
             self.damaged - before.damaged,

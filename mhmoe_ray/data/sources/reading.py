@@ -25,14 +25,17 @@ class Read(Protocol):
     def __call__(
         self, storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
     ) -> Iterator[Document | BadLine]:
-        """The documents of a file and what could not be read of it, in their order; no state of the file is an error.
+        """Yield the documents of a file and the items that could not be read, in their order in the file.
+
+        No state of the file raises an error.
 
         Args:
-            storage: where the file is.
-            file: which one.
-            source: what it is a file of, with the name of the text's key or column, and other keys of this format.
-            limit: of a document, in bytes.
-            tally: whose `bytes_read` and `dropped` are kept up to date.
+            storage: the storage that holds the file.
+            file: the file to read.
+            source: the settings of the file's source, with the name of the text's key or column and other keys of this
+                format.
+            limit: largest size of a document in bytes.
+            tally: the tally whose `bytes_read` and `dropped` are kept up to date.
         """
 
 
@@ -46,17 +49,18 @@ READERS: dict[Format, Read] = {
 
 
 class Reading:
-    """Iterating it gives the documents of a file and what could not be read of it, one at a time and in their order; no
-    state of the file raises an error.
+    """Iterable over the documents of a file and the items that could not be read, in their order in the file.
+
+    Items are read one at a time, and `tally` counts them. No state of the file raises an error.
 
     Args:
         file: one of `find_files(spec)`.
-        spec: the data section it was found by.
+        spec: the data section with which the file was found.
     """
 
     def __init__(self, file: RawFile, spec: DataSpec) -> None:
         self.tally = Tally()
-        """Of what was given so far."""
+        """Counts of the items that have been yielded so far."""
         self._file = file
         self._items = _items(file, spec, self.tally)
 

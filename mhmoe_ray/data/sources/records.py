@@ -1,12 +1,12 @@
-"""Text files, decompressed and read line by line: JSON lines and plain text.
+"""Readers of text files, decompressed and read line by line: JSON lines and plain text.
 
-JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are passed over. A line is read
-by orjson; what that refuses gets a second opinion of the standard library, which also takes NaN, a lone surrogate
-outside of the text, and a byte order mark.
+JSON lines: a line is a document, as in RedPajama-1T and most other corpora; blank lines are skipped. A line is parsed
+by orjson; if it refuses the line, the standard library decides, which also accepts NaN, a lone surrogate outside of the
+text, and a byte order mark.
 
-Plain text: a file is a document, or one of its parts between delimiter lines. A byte order mark and the last line break
-are not part of a document; CR LF becomes LF. A NUL byte says that it is no text. Between delimiters blank parts are
-passed over; a blank file is told.
+Plain text: a file is a document, or each of its parts between delimiter lines is one. A byte order mark and the last
+line break are not part of a document; CR LF becomes LF. A NUL byte means that it is not text. Between delimiters blank
+parts are skipped; a file that is blank as a whole is reported.
 """
 
 import json
@@ -22,10 +22,11 @@ from mhmoe_ray.spec import SourceSpec
 
 
 def lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
-    """Each line without its newline; None in place of one that is longer than `limit` bytes.
+    """Yield each line without its newline, and None in place of a line that is longer than `limit` bytes.
 
     Raises:
-        DamageError: of `chunks`, with the beginning of the line that it cut, if that is within the limit.
+        DamageError: `chunks` raises it; it then carries the beginning of the line that was cut off, if that is within
+            the limit.
     """
     held: list[bytes] = []  # pieces of a line that began in an earlier chunk
     length = 0  # of that line, whose pieces are dropped once it is too long
@@ -51,24 +52,24 @@ def lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 MOST_OF_KEY = 40
-"""Characters of one that is shown."""
+"""Largest number of characters of a key that is shown in a message."""
 BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
     line: int
     fields: Any
-    """Any JSON value: whether it is an object with a text is the reader's question."""
+    """Any JSON value; the caller checks whether it is an object with a text."""
 
 
 def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> Iterator[Record | BadLine]:
-    """The values of a file of JSON lines.
+    """Yield the values in a file of JSON lines, and the lines that could not be read.
 
     Args:
-        storage: where the file is.
-        file: which one.
-        limit: of a line, in bytes.
-        tally: whose `bytes_read` is kept up to date.
+        storage: the storage that holds the file.
+        file: the file to read.
+        limit: largest size of a line in bytes.
+        tally: the tally whose `bytes_read` is kept up to date.
     """
     number = 0
     try:
@@ -93,7 +94,7 @@ def read_records(storage: Storage, file: RawFile, limit: int, tally: Tally) -> I
 
 
 def _second_opinion(path: str, number: int, line: bytes) -> Record | BadLine | None:
-    """None for a blank line."""
+    """Parse a line with the standard library; return None for a blank line."""
     content = line.removeprefix(BOM)
     if not content.strip():
         return None
@@ -111,7 +112,7 @@ def _second_opinion(path: str, number: int, line: bytes) -> Record | BadLine | N
 
 
 def document_of(record: Record, text_field: str, path: str) -> Document | BadLine:
-    """The document that a record holds."""
+    """Return the document that a record holds, or the reason why it holds none."""
     fields = record.fields
     if not isinstance(fields, dict):
         return BadLine(path, record.line, Reason.NO_TEXT, f"it is {_kind(fields)}, not an object")
@@ -127,7 +128,10 @@ def document_of(record: Record, text_field: str, path: str) -> Document | BadLin
 
 
 def unusable(text: str) -> Reason | None:
-    """Why a text cannot be a document. NUL characters are no reason: they are valid Unicode."""
+    """Return the reason why a text cannot be a document, or None if it can.
+
+    NUL characters are no such reason: they are valid Unicode.
+    """
     if not text or text.isspace():
         return Reason.EMPTY
     try:
@@ -158,7 +162,7 @@ def _kind(value: Any) -> str:
 def read_jsonl(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """See `formats.Read`."""
+    """Read a file of JSON lines; see `reading.Read`."""
     for record in read_records(storage, file, limit, tally):
         yield record if isinstance(record, BadLine) else document_of(record, source.text_field or "text", file.path)
 
@@ -166,7 +170,7 @@ def read_jsonl(
 def read_text(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """See `formats.Read`."""
+    """Read a plain text file; see `reading.Read`."""
     part = _Part(file.path, limit)
     end = None if source.delimiter is None else source.delimiter.encode()
     number = 0
@@ -187,7 +191,7 @@ def read_text(
 
 
 class _Part:
-    """The lines of one document."""
+    """Lines of one document of a plain text file."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path, self._limit = path, limit
@@ -195,7 +199,7 @@ class _Part:
         self._length = 0  # with a newline for each line
         self._too_long = False
         self.first = 0
-        """Number of its first line, 0 before there is one."""
+        """Number of the first line; 0 before a line is added."""
 
     def add(self, number: int, line: bytes | None) -> None:
         self.first = self.first or number
@@ -207,7 +211,8 @@ class _Part:
             self._lines.append(line)
 
     def finish(self) -> Iterator[Document | BadLine]:
-        """Nothing for a part that is blank: delimiters may follow one another."""
+        """Yield the document or the reason why it cannot be read; nothing for a blank part, since delimiters may follow
+        one another."""
         if self._too_long:
             yield BadLine(self._path, self.first, Reason.TOO_LONG)
             return

@@ -1,15 +1,16 @@
-"""RedPajama-V2: documents with quality signals and tables of duplicates, and the rules that keep or drop them.
+"""Reader of RedPajama-V2: documents with quality signals and tables of duplicates, and the rules that filter them.
 
-`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which there is a signal. Left
-out are their duplicate lines and paragraphs, which V2 does not count. Stop words are V2's own for each language.
+`gopher: true` means the rules of Rae et al. 2021 (arXiv 2112.11446, appendix A.1.1) for which there is a signal. Their
+rules on duplicate lines and paragraphs are left out, since V2 does not count these. Stop words are V2's own for each
+language.
 
     documents/<snapshot>/<shard>/<language>_<bucket>.json.gz               one object a line, the text is `raw_content`
     quality_signals/<snapshot>/<shard>/<language>_<bucket>.signals.json.gz     in the same order; `id` ends in /<row>
     duplicates/<snapshot>/<shard>/<language>_<bucket>.duplicates.parquet       `doc_id` ends in /<row>
     minhash/<snapshot>/<shard>/<language>_<bucket>.minhash.parquet             `id` ends in /<row>
 
-A row counts lines of the documents' file from 0. Tables are joined by it, so that a line missing from one of them costs
-one document and not the alignment of all that follow.
+A row is the number of a line in the file of documents, from 0. Tables are joined by it, so that a line that is missing
+from one of them costs one document and not the alignment of all that follow.
 """
 
 import re
@@ -24,7 +25,8 @@ from mhmoe_ray.data.sources.storage import Storage, one_line
 from mhmoe_ray.spec import FilterSpec, SignalRule, SourceSpec
 
 Signals = Mapping[str, list[list[Any]]]
-"""By name: spans [start, end, score or null], one for a document, one a line for `rps_lines_...`."""
+"""Quality signals by name: a list of spans [start, end, score or null], with one span for a document, or one a line for
+`rps_lines_...`."""
 
 GOPHER = (
     "rps_doc_word_count >= 50",
@@ -46,18 +48,19 @@ GOPHER = (
     "rps_doc_frac_chars_dupe_10grams <= 0.1",
 )
 STOP_WORDS = 2
-"""At least as many in a document; V2 has their share of its words."""
+"""Smallest number of stop words in a document; V2 stores their share of its words."""
 
 
 class Rule(NamedTuple):
     name: str
-    """As it is counted."""
+    """Name under which dropped documents are counted."""
     holds: Callable[[Signals], bool]
-    """Raises KeyError for a record without its signal, TypeError or IndexError for one of another form."""
+    """Function that returns whether a document's signals satisfy the rule; it raises KeyError if the rule's signal is
+    missing, and TypeError or IndexError if it has another form."""
 
 
 def rules_of(filters: FilterSpec) -> list[Rule]:
-    """All rules by signal, in the order in which they are tried."""
+    """Return the rules of a source's filters by signal, in the order in which they are tried."""
     made = []
     if filters.gopher:
         made = [_rule(text, "gopher: ") for text in GOPHER]
@@ -77,21 +80,21 @@ def _has_stop_words(signals: Signals) -> bool:
 
 
 def value(signals: Signals, name: str) -> float | None:
-    """A document's score, or the mean over its lines; None where there is none."""
+    """Return a document's score, or the mean of the scores of its lines; None if there is no score."""
     scores = [score for _, _, score in signals[name] if score is not None]
     return sum(scores) / len(scores) if scores else None
 
 
 TEXT_FIELD = "raw_content"
 NAME = re.compile(r"documents/(\d{4}-\d{2}/\d{4}/([a-z]{2,3})_(head|middle|tail))\.json\.gz\Z")
-"""Group 1 is a file's place in each of the four folders, 2 its language, 3 its bucket."""
+"""Pattern of paths of document files: group 1 is the path common to all four folders, 2 the language, 3 the bucket."""
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate in its file"
 
 
 class Beside(NamedTuple):
-    """The files beside a file of documents."""
+    """Paths of the files that accompany a file of documents."""
 
     signals: str
     duplicates: str
@@ -109,7 +112,7 @@ class Beside(NamedTuple):
         )
 
     def needed(self, filters: FilterSpec) -> list[str]:
-        """Those without which these filters cannot work."""
+        """Return the paths of the files that these filters need."""
         wanted = {
             self.signals: filters.gopher or filters.signals,
             self.duplicates: filters.deduplicate,
@@ -121,8 +124,7 @@ class Beside(NamedTuple):
 def read_redpajama_v2(
     storage: Storage, file: RawFile, source: SourceSpec, limit: int, tally: Tally
 ) -> Iterator[Document | BadLine]:
-    """The documents that pass the source's filters; those that do not are counted in `tally.dropped`. See
-    `formats.Read`."""
+    """Yield the documents that pass the source's filters; count the others in `tally.dropped`. See `reading.Read`."""
     text_field, filters = source.text_field or TEXT_FIELD, source.filters or FilterSpec()
     beside = Beside.of(file.path)
     rules = rules_of(filters)
@@ -157,7 +159,7 @@ def read_redpajama_v2(
 
 
 class _TableError(Exception):
-    """A table beside the documents cannot be read on, so that no more of them can be judged."""
+    """Error: a table beside the documents cannot be read on, so that no more documents can be filtered."""
 
 
 class _Unknown(NamedTuple):
@@ -165,7 +167,7 @@ class _Unknown(NamedTuple):
 
 
 class _Signals:
-    """The signals of one row after another, joined by the row that a record names."""
+    """Signals of one row after another, joined by the row that a record names."""
 
     def __init__(self, storage: Storage, path: str, limit: int) -> None:
         self._path = path
@@ -176,7 +178,10 @@ class _Signals:
         self._why = "no record"
 
     def broken_rule(self, row: int, rules: list[Rule]) -> Rule | _Unknown | None:
-        """The first rule that the document of this row breaks; rows come in ascending order."""
+        """Return the first rule that the document of a row breaks, or None if it breaks none.
+
+        Return `_Unknown` if the row has no usable signals. Rows must come in ascending order.
+        """
         while self._row < row and self._next():
             pass
         if self._row != row:
@@ -202,18 +207,22 @@ class _Signals:
 
 
 def row_of(identifier: object) -> int | None:
-    """`2023-06/0000/en_head.json.gz/17` to 17."""
+    """Return the row at the end of an identifier, such as 17 for `2023-06/0000/en_head.json.gz/17`; None without
+    one."""
     row = identifier.rpartition("/")[2] if isinstance(identifier, str) else ""
     return int(row) if row.isascii() and row.isdigit() else None
 
 
 def _listed_rows(storage: Storage, path: str) -> frozenset[int]:
-    """Rows in a duplicates table. The first of several copies is not listed, so all that are can go."""
+    """Return the rows in a duplicates table.
+
+    The first of several copies is not listed, so all listed rows can be dropped.
+    """
     return frozenset(row for row, _ in _table(storage, path, "doc_id", "doc_id"))
 
 
 class _NearDuplicates:
-    """Which rows share a band of their MinHash signature with an earlier row that was kept."""
+    """Detector of rows that share a band of their MinHash signature with an earlier row that was kept."""
 
     def __init__(self, storage: Storage, path: str, similarity: float) -> None:
         self._rows = _table(storage, path, "id", f"signature_sim{similarity}")
@@ -222,8 +231,11 @@ class _NearDuplicates:
         self._seen: set[int] = set()
 
     def seen(self, row: int) -> bool:
-        """Whether it is one; if not it counts as kept. Rows come in ascending order; one without a signature (of a text
-        too short for it) is no near duplicate."""
+        """Return whether a row is a near duplicate; if it is not, it counts as kept.
+
+        Rows must come in ascending order. A row without a signature (its text is too short for one) is no near
+        duplicate.
+        """
         while self._row < row:
             self._row, bands = next(self._rows, (1 << 62, None))
             self._bands = bands or []
@@ -238,10 +250,10 @@ class _NearDuplicates:
 
 
 def _table(storage: Storage, path: str, id_column: str, column: str) -> Iterator[tuple[int, Any]]:
-    """(row, value of a column) of each row of a table.
+    """Yield (row, value of a column) for each row of a table.
 
     Raises:
-        _TableError: it is damaged or of another form.
+        _TableError: the table is damaged or has another form.
     """
     try:
         with open_parquet(storage, path) as table:

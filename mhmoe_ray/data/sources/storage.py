@@ -1,4 +1,4 @@
-"""Where raw files lie: a local path, or s3:// and gs:// URIs, all through pyarrow's file systems.
+"""Storage of raw files: a local path, or an s3:// or gs:// URI, all through pyarrow's file systems.
 
 Credentials and regions are found as the vendors' own tools find them (environment, ~/.aws, the machine's role).
 """
@@ -25,27 +25,27 @@ _WILD = re.compile(r"[*?\[]")
 
 class Listed(NamedTuple):
     path: str
-    """As `Storage.open` takes it and users read it."""
+    """Path of the file, in the form that `Storage.open` takes and messages show."""
     size: int
 
 
 class Listing(NamedTuple):
     root: str
-    """The folder that all are below: that before the first wildcard, or that of a single file."""
+    """Folder that all files are below: the one before the first wildcard, or the one of a single file."""
     files: list[Listed]
-    """Those that are meant, sorted by their names."""
+    """Files that the source's path selects, in the order of their paths."""
     paths: set[str]
-    """Of all that are there, whatever a pattern takes of them."""
+    """Paths of all files that exist below the root, whether or not a pattern selects them."""
 
 
 class Storage:
     """The files of one source.
 
     Args:
-        path: as a spec gives it; the query of a URI says how to reach its server.
+        path: the path as a spec gives it; the query of a URI says how to reach its server.
 
     Raises:
-        DataError: a scheme that is not known, or a server that cannot be reached.
+        DataError: the scheme is not known, or the server cannot be reached.
     """
 
     def __init__(self, path: str) -> None:
@@ -68,16 +68,16 @@ class Storage:
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the path has wildcards, and is no name of something that is there."""
+        """Whether the path has wildcards and is not the name of an existing file or folder."""
         return bool(self._wild.search(self._pattern)) and not Path(self._pattern).exists()
 
     def files(self) -> Listing:
-        """All files. Hidden ones (a leading dot or underscore) are left out.
+        """List all files. Hidden ones (with a leading dot or underscore) are left out of `files`.
 
         Raises:
-            DataError: the pattern is none.
-            FileNotFoundError: there is nothing of this name.
-            OSError: it cannot be listed.
+            DataError: the pattern is invalid.
+            FileNotFoundError: nothing of this name exists.
+            OSError: the path cannot be listed.
         """
         parts = self._pattern.rstrip("/").split("/")
         plain = len(parts)
@@ -112,7 +112,7 @@ class Storage:
                 yield Listed(info.path, info.size)
 
     def open(self, path: str) -> pa.NativeFile:
-        """A file to read from its start, as it is stored.
+        """Open a file to be read from its start, as it is stored.
 
         Raises:
             OSError: there is no such file, or it cannot be reached.
@@ -120,7 +120,7 @@ class Storage:
         return self._fs.open_input_stream(path.removeprefix(self._prefix), compression=None)
 
     def open_anywhere(self, path: str) -> pa.NativeFile:
-        """A file to read at any place. Never mapped into memory: a mapped file that shrinks ends the process.
+        """Open a file for random access. It is never mapped into memory: a mapped file that shrinks ends the process.
 
         Raises:
             OSError: there is no such file, or it cannot be reached.
@@ -128,10 +128,10 @@ class Storage:
         return self._fs.open_input_file(path.removeprefix(self._prefix))
 
     def chunks(self, file: RawFile, tally: Tally) -> Iterator[bytes]:
-        """The bytes of a file as they are stored.
+        """Yield the bytes of a file as they are stored, and count them in `tally.bytes_read`.
 
         Raises:
-            DamageError: it vanished, shrank, or cannot be read on.
+            DamageError: the file vanished, shrank, or cannot be read on.
         """
         read = 0
         try:
@@ -149,20 +149,20 @@ class Storage:
 
 
 def one_line(error: Exception) -> str:
-    """What pyarrow says, without its stack and line breaks."""
+    """Return pyarrow's error message without its details and line breaks."""
     return " ".join(str(error).split(". Detail:")[0].split())
 
 
 def below(root: str, path: str) -> str:
-    """The path of a file from a folder on that holds it."""
+    """Return the path of a file relative to a folder that holds it."""
     return path.removeprefix(root.rstrip("/") + "/")
 
 
 def _translate(parts: list[str]) -> re.Pattern[str]:
-    """A pattern's components as one expression: ** stands for any number of folders.
+    """Translate the components of a path pattern into one regular expression; ** stands for any number of folders.
 
     Raises:
-        DataError: a range in brackets is none.
+        DataError: a range in brackets is invalid.
     """
     made = ""
     for i, part in enumerate(parts):
@@ -183,8 +183,11 @@ def _translate(parts: list[str]) -> re.Pattern[str]:
 
 
 def _local(folder: str, above: frozenset[str] = frozenset()) -> Iterator[Listed]:
-    """Follows links, since people keep their data elsewhere: one that leads nowhere is a file that has vanished, and
-    one to a folder `above` would never end."""
+    """Yield all files below a local folder, following links, since users often link to data elsewhere.
+
+    A link that leads nowhere is yielded as a file of size 0 (a file that has vanished); a link to a folder in `above`
+    is not followed, since the walk would never end.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return

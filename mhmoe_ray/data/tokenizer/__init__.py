@@ -1,24 +1,25 @@
-"""Text to token ids: a given tokenizer.json or file in tiktoken's format, or a tokenizer trained on the sources.
+"""Tokenizers: a given tokenizer.json or file in tiktoken's format, or one trained on the sources.
 
-A prepared folder and a run hold it as tokenizer.json, whatever it was made from; their manifests and those of
-checkpoints hold its SHA-256, and a file with another one is refused wherever the two meet.
+A prepared folder and a run hold the tokenizer as tokenizer.json, whatever it was made from. Their manifests and those
+of checkpoints hold its SHA-256; where two of them meet, a file with another SHA-256 is refused.
 
-Documents. Each one is preceded by a start token, in training and in prompts alike, so that the token says "a new
-document begins" and, for a text being generated, "this one is over". No other special token is ever put in.
+Documents. Each document is preceded by a start token, in training and in prompts alike. The token means "a new document
+begins" and, in a text being generated, "this document is over". No other special token is ever added.
 
     | a tokenizer with | start         | a text being generated ends at |
     | ---------------- | ------------- | ------------------------------ |
     | <|endoftext|>    | <|endoftext|> | <|endoftext|>                  |
     | <s> and </s>     | <s>           | <s>, </s>                      |
 
-Special tokens. A document is text from its first character to its last: one that holds the letters "<|endoftext|>" is
-encoded as these letters, never as the token. A prompt is not: it may name special tokens, to hold several documents.
+Special tokens. A document is plain text from its first character to its last: if it holds the letters "<|endoftext|>",
+these letters are encoded, never the token. A prompt is different: it may name special tokens, so that it can hold
+several documents.
 
-    vocabulary.py   the table above, how many tokens there are, and how many bytes each stands for
-    encoder.py      the encoder of documents: the library's, or tiktoken's where both give the same
-    load.py         a given tokenizer, checked
-    tiktoken.py     tiktoken's format to the tokenizers library, exactly
-    train.py        a byte-level BPE or Unigram model of its own, and the text that it is trained on
+    vocabulary.py   the table above, the number of tokens, and the number of bytes that each stands for
+    encoder.py      the encoder of documents: the library's, or tiktoken's where both give the same ids
+    load.py         reads and checks a given tokenizer
+    tiktoken.py     converts tiktoken's format to the tokenizers library, exactly
+    train.py        trains a byte-level BPE or Unigram model, and samples the text to train it on
 """
 
 from mhmoe_ray.data.tokenizer.encoder import DocumentEncoder, document_encoder

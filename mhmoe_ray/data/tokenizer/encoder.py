@@ -1,16 +1,17 @@
-"""Documents to token ids, in which text never becomes a special token.
+"""Encoding of documents to token ids, in which text never becomes a special token.
 
-Byte-level BPE is encoded by tiktoken, which is several times as fast as the tokenizers library. Only where the two
-encode every text alike. They differ in what joins two neighbours: there the rank of their pair, here the rank of the
-token that they make. Both give the same if, in the order of its merges, each token
+Byte-level BPE is encoded by tiktoken, which is several times as fast as the tokenizers library, but only where the two
+encode every text alike. They differ in what decides the next merge of two neighbours: in the library it is the rank of
+their pair, in tiktoken the rank of the token that they form. Both give the same ids if the merges are in the order of
+the tokens that they form, and each token
 
-- has every way to cut it in two among them, as a vocabulary in tiktoken's format has (see tiktoken.py); or - comes out
-when its own bytes are encoded, and tokens are made of earlier ones only, as training makes them. Then, when its turn
-comes, a stretch of these bytes that no join has crossed is always in the same two parts, whatever is around it, and
-these are a pair of the list.
+- has a merge for every way to cut it in two, as in a vocabulary in tiktoken's format (see tiktoken.py); or
+- is the result of encoding its own bytes, and all tokens are made of earlier ones only, as training makes them. Then,
+  when the token's turn comes, a stretch of its bytes that no merge has crossed is always in the same two parts,
+  whatever is around it, and these two parts are a pair in the list of merges.
 
-tiktoken looks a piece up before it joins anything. Where the library does not (`ignore_merges` is false), each token
-must come out of its own bytes.
+tiktoken looks up a whole piece before it merges anything. Where the library does not (`ignore_merges` is false), each
+token must be the result of encoding its own bytes.
 """
 
 import json
@@ -32,17 +33,20 @@ if TYPE_CHECKING:
 
 
 NEWEST = "\U00011f04\U0001e4d0\U00031350\U0002ebf0\U000105c0\U00010d4a\u1c89\U00010940\U00011db0\U000323b0"
-"""Letters of Unicode 15, 15.1, 16 and 17."""
+"""Letters that Unicode 15, 15.1, 16 and 17 added."""
 
 LONGEST_SPACE = 5_000
-"""Characters. tiktoken's expressions go back over white space by recursion and break where it is endless."""
+"""Length of a run of white space, in characters, from which on tiktoken is not trusted with it: its expressions
+backtrack over white space by recursion and fail where it is endless."""
 
 
 def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
-    """What encodes every text as a tokenizer does, for texts that it `can_encode`; None if that cannot be told.
+    """Return a tiktoken encoding that encodes every text for which `can_encode` holds as the tokenizer does.
+
+    Return None if that is not certain.
 
     Args:
-        content: of a tokenizer.json.
+        content: the parsed content of a tokenizer.json.
     """
     import tiktoken  # here, since serving does without it
 
@@ -56,12 +60,19 @@ def fast_encoding(content: dict[str, Any]) -> "tiktoken.Encoding | None":
 
 
 def can_encode(text: str) -> bool:
-    """Whether it has no stretch of white space of twice `LONGEST_SPACE` characters: that would fill a whole window."""
+    """Return whether no run of white space fills a whole window of `LONGEST_SPACE` characters.
+
+    A run of twice that length always fills one.
+    """
     return not any(text[at : at + LONGEST_SPACE].isspace() for at in range(0, len(text) - LONGEST_SPACE, LONGEST_SPACE))
 
 
 def _pattern(split: dict[str, Any] | None) -> str | None:
-    """How text is split, if that is a pattern which both libraries, each with an engine of its own, read alike."""
+    """Return the pattern by which a pre-tokenizer splits text, if both libraries read it alike.
+
+    Each library has a regular-expression engine of its own. Return None if the pattern is not in `PATTERNS`, or if the
+    pre-tokenizer is not byte-level or does more than split by one pattern.
+    """
     kind = split and split["type"]
     if split is None or kind not in ("ByteLevel", "Sequence"):
         return None
@@ -81,7 +92,7 @@ def _pattern(split: dict[str, Any] | None) -> str | None:
 
 
 def _newest_letters_agree(pattern: str) -> bool:
-    """Whether the two engines, each with its own tables, know the same of the characters that were added last."""
+    """Return whether the two engines, each with tables of its own, agree on the characters added to Unicode last."""
     import tiktoken
 
     library = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -94,7 +105,10 @@ def _newest_letters_agree(pattern: str) -> bool:
 
 
 def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
-    """The tokens that text can become, with their ids."""
+    """Return the tokens that text can become, with their ids.
+
+    Return None if the model is not plain byte-level BPE, or if it is not certain that both libraries encode alike.
+    """
     unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model[key] for key in unusual):
         return None
@@ -126,16 +140,17 @@ def _bytes(token: str) -> bytes:
 
 
 def _rank_of_parts(token: bytes, cuts: set[int], ranks: dict[bytes, int]) -> list[int]:
-    """Of the parts that are themselves joined."""
+    """Return the ranks of those parts of a token, cut in two at `cuts`, that are themselves merged, not single
+    bytes."""
     parts = (part for at in cuts for part in (token[:at], token[at:]) if len(part) > 1)
     return [ranks[part] for part in parts]
 
 
 class DocumentEncoder:
-    """Encodes whole documents.
+    """Encoder of whole documents.
 
     Args:
-        tokenizer: with tokens for the edges of a document.
+        tokenizer: a tokenizer with boundary tokens, which mark the edges of documents.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -145,7 +160,7 @@ class DocumentEncoder:
         self._fast = fast_encoding(content)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each document, its start token first."""
+        """Return the token ids of each document, with its start token first."""
         fast = self._fast if all(map(can_encode, texts)) else None
         if fast:
             return [[self._start, *fast.encode_ordinary(text)] for text in texts]
@@ -155,17 +170,19 @@ class DocumentEncoder:
 
 @lru_cache(maxsize=1)
 def document_encoder(path: Path) -> DocumentEncoder:
-    """The encoder of a tokenizer.json that `load_tokenizer` accepts. Kept within a process, since a large vocabulary
-    takes seconds to read and raw files may be small."""
+    """Return the encoder of a tokenizer.json that `load_tokenizer` accepts.
+
+    It is cached within a process, since reading a large vocabulary takes seconds and raw files may be small.
+    """
     return DocumentEncoder(Tokenizer.from_file(str(path)))
 
 
 def _of_text_alone(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that gives no special token for any text, and else the same tokens.
+    """Return the content of a tokenizer.json that yields no special token for any text, and otherwise the same tokens.
 
-    The library's own `encode_special_tokens` only stops it from looking for them before the model sees the text: a
-    Unigram or word model that has "<s>" among its pieces, as they do, still finds it. So here they have names that no
-    text can know, under their old ids.
+    The library's own `encode_special_tokens` only keeps it from looking for special tokens before the model sees the
+    text: a Unigram or word model that has "<s>" among its pieces, as they do, still finds it. Here special tokens
+    therefore get random names that no text can contain, and keep their ids.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     special = {token["content"] for token in content["added_tokens"] if token["special"]} | {END_OF_TEXT, BEGIN, END}

@@ -1,4 +1,4 @@
-"""Tokenizers that a user gives, and those that lie in runs and prepared folders."""
+"""Loading of tokenizers: those that a user gives, and those in runs and prepared folders."""
 
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from mhmoe_ray.storage import Location
 
 
 def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
-    """A tokenizer.json that fits a model of `vocab_size` rows. It neither cuts nor pads, whatever the file says.
+    """Load a tokenizer.json that fits a model of `vocab_size` rows.
+
+    Truncation and padding are switched off, whatever the file says.
 
     Raises:
-        DataError: it cannot be read, has more entries than the model, or no tokens for the edges of a document that
-            stand for nothing else.
+        DataError: the file cannot be read, has more entries than the model, or has no boundary tokens for documents
+            that stand for nothing else.
     """
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
@@ -26,10 +28,10 @@ def load_tokenizer(path: Location, vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Location) -> Tokenizer:
-    """A tokenizer.json as it is.
+    """Read a tokenizer.json without changing or checking it.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return Tokenizer.from_buffer(path.read_bytes())
@@ -39,11 +41,13 @@ def read_tokenizer(path: Location) -> Tokenizer:
 
 
 def read_given(path: Path, pattern: str | None) -> Tokenizer:
-    """What `data.tokenizer` names, as it is: a tokenizer.json, which has no use for `data.tokenizer_pattern`, or a
-    vocabulary in tiktoken's format.
+    """Read the tokenizer that `data.tokenizer` names, without checking it against a model.
+
+    It is a tokenizer.json, which does not use `data.tokenizer_pattern`, or a vocabulary in tiktoken's format.
 
     Raises:
-        DataError: it cannot be read, or is such a vocabulary and the pattern is missing or wrong.
+        DataError: the file cannot be read, or it is a vocabulary in tiktoken's format and the pattern is missing or
+            wrong.
     """
     what = f"tokenizer {path}"
     try:
@@ -59,15 +63,16 @@ def read_given(path: Path, pattern: str | None) -> Tokenizer:
 
 
 def store_given(spec: DataSpec, vocab_size: int, to: Path) -> None:
-    """Write the tokenizer that a spec names as a tokenizer.json: a copy, or what tiktoken's format comes to.
+    """Write the tokenizer that a spec names as a tokenizer.json: a copy, or the conversion of tiktoken's format.
 
     Args:
-        spec: with a `tokenizer`.
-        vocab_size: rows of the model.
+        spec: a data section with a `tokenizer`.
+        vocab_size: rows of the model's embedding.
         to: the file to write.
 
     Raises:
-        DataError: as `read_given` and `load_tokenizer`; or `tokenizer_pattern` is of no use.
+        DataError: the tokenizer is refused by `read_given` or for the reasons of `load_tokenizer`, or
+            `tokenizer_pattern` is set although the file is a tokenizer.json.
     """
     path, pattern = spec.tokenizer, spec.tokenizer_pattern
     assert path is not None

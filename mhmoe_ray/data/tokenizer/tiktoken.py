@@ -1,11 +1,12 @@
-"""Vocabularies in tiktoken's format, as byte-level BPE of the tokenizers library.
+"""Conversion of vocabularies in tiktoken's format to byte-level BPE of the tokenizers library.
 
-A line is a token's bytes in base64, a space and its rank, which is its id. tiktoken looks a piece of text up as a
-whole; if it is no token, it joins, again and again, the leftmost of those neighbours whose bytes together have the
-lowest rank. The library joins pairs by the rank of the pair, so each way to cut a token in two becomes a pair, in the
-order of the tokens' ranks. Several pairs of one token stand one after another, not level; but no text ever shows two of
-them at once: what happens within a stretch of bytes that no join has crossed depends on these bytes alone, and so it is
-in the same two parts wherever it stands. The two encode every text alike; tests hold one against the other.
+A line is a token's bytes in base64, a space and its rank, which is its id. tiktoken first looks up a whole piece of
+text. If that is no token, it merges two neighbours again and again: those whose bytes together have the lowest rank,
+the leftmost of equals. The library merges pairs by the rank of the pair, so each way to cut a token in two becomes a
+pair, in the order of the tokens' ranks. Several pairs of one token thus have different ranks, not equal ones; but no
+text ever offers two of them at once: what happens within a stretch of bytes that no merge has crossed depends on these
+bytes alone, so the stretch is in the same two parts wherever it occurs. The two encode every text alike; tests compare
+them.
 """
 
 import base64
@@ -32,7 +33,7 @@ PATTERNS = {
     ),
     "qwen2": _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
-"""How text is split into pieces first, by the names of vocabularies. Llama 3 splits as cl100k does."""
+"""Patterns that split text into pieces before merging, by the names of vocabularies; Llama 3 splits as cl100k does."""
 
 
 def _byte_letters() -> dict[int, int]:
@@ -42,29 +43,30 @@ def _byte_letters() -> dict[int, int]:
 
 
 LETTERS = _byte_letters()
-"""The printable character by which byte-level models write each byte (GPT-2's table)."""
+"""Code point of the printable character by which byte-level models write each byte (GPT-2's table)."""
 BYTE_OF_LETTER = {chr(letter): byte for byte, letter in LETTERS.items()}
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether its first line is one of the format."""
+    """Return whether the first line of a file's content is in tiktoken's format."""
     return _LINE.fullmatch(content.lstrip().partition(b"\n")[0].rstrip()) is not None
 
 
 def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
-    """A tokenizer of the library that encodes as tiktoken does. `<|endoftext|>` becomes a special token, with the next
-    id after the ranks unless it is among them.
+    """Return a tokenizer of the tokenizers library that encodes as tiktoken does.
+
+    `<|endoftext|>` becomes a special token, with the next id after the ranks unless it is among them.
 
     Args:
-        content: of the file.
-        pattern: a name of PATTERNS, or a regular expression as Oniguruma reads it, where `$` is also the end of a line.
-            Text that it does not match is kept as pieces of its own.
-        what: names the file in an error.
+        content: the content of the file.
+        pattern: a name of PATTERNS, or a regular expression in the syntax of Oniguruma, where `$` is also the end of a
+            line. Text that it does not match is kept as pieces of its own.
+        what: the name of the file in error messages.
 
     Raises:
-        DataError: the content is not of the format, or the expression is wrong.
+        DataError: the content is not in the format, or the expression is wrong.
     """
     ranks = _ranks(content, what)
     try:
@@ -93,7 +95,11 @@ def from_tiktoken(content: bytes, pattern: str, what: str) -> Tokenizer:
 
 
 def _ranks(content: bytes, what: str) -> dict[bytes, int]:
-    """Token bytes to rank, in the order of ranks."""
+    """Return the ranks of tokens by their bytes, in the order of ranks.
+
+    Raises:
+        DataError: a line is not in the format, a token repeats, a byte has no token, or the ranks are not 0 to n - 1.
+    """
     fix = "use a whole file as tiktoken reads it: lines of base64, a space and a rank"
     found: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):

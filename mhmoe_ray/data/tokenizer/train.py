@@ -1,17 +1,18 @@
-"""A tokenizer trained on a sample of the sources, in the proportions that training reads.
+"""Training of a tokenizer on a sample of the sources, in the proportions that training reads.
 
-    budgets      domains by the mixture of the first phase that reads them, never more than they have; then a domain's
-                 files by size. Sizes are those of the stored files; what is compressed counts as three times that.
-    files        evenly spread, as many as leave each one MIN_FILE characters to give and hold four times the budget;
-                 all of them, where these are not enough
-    documents    those of the smallest hashes among the first REACH budgets of a file; of other hashes than those that
-                 hold documents out, or these would be what the tokenizer knows best
+    budgets      characters to sample. Domains: by the mixture of the first phase that reads them, never more than they
+                 have. Files of a domain: by size. Sizes are those of the stored files; a compressed file counts as
+                 three times its size.
+    files        evenly spread over the domain: as many as give each a budget of MIN_FILE characters and together hold
+                 four times the budget; all files, where these are not enough
+    documents    those with the smallest hashes among the first REACH budgets of a file. The hash is another one than
+                 that which holds out documents; otherwise the tokenizer would know held-out documents best.
 
 So the sample depends on names, sizes and texts alone, a file up to REACH times its budget is sampled from beginning to
 end, and neither memory nor reading grows with the corpus.
 
-Both models spell text in bytes, all 256 of which they have, so that
-any text comes back as it was; the result depends on the files and settings alone.
+Both models spell text in bytes and have all 256 of them, so that any text is decoded exactly as it was. The result
+depends on the files and settings alone.
 """
 
 import hashlib
@@ -34,13 +35,13 @@ REACH = 64
 
 
 def sample_texts(files: list[RawFile], spec: DataSpec) -> Iterator[str]:
-    """About `spec.tokenizer_train_mb` million characters, documents of one file after another."""
+    """Yield texts of about `spec.train_mb` million characters together, file after file."""
     for file, characters in file_budgets(files, spec):
         yield from _sample(file, spec, characters)
 
 
 def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, int]]:
-    """The files to read and how many characters to take of each."""
+    """Return the files to read, and how many characters to sample of each."""
     by_domain: dict[str, list[RawFile]] = defaultdict(list)
     for file in files:
         by_domain[file.domain].append(file)
@@ -61,11 +62,12 @@ def file_budgets(files: list[RawFile], spec: DataSpec) -> list[tuple[RawFile, in
 
 
 def domain_budgets(sizes: dict[str, int], spec: DataSpec) -> dict[str, int]:
-    """Characters to take of each domain.
+    """Return the number of characters to sample of each domain.
 
     Args:
-        sizes: characters that there are of each.
-        spec: says how they are mixed; a domain that its first phase does not read counts as in the first one that does.
+        sizes: number of characters of each domain.
+        spec: the data section with the mixture; a domain that the first phase does not read gets its share of the first
+            phase that does.
     """
     names = sorted(sizes)
     domains = [OrderedDomain(name, source_of(name), 0) for name in names]
@@ -102,24 +104,24 @@ def _sample(file: RawFile, spec: DataSpec, characters: int) -> Iterator[str]:
 
 
 MAX_PIECE = 32
-"""Bytes of a Unigram piece; a letter has up to 4."""
+"""Largest number of bytes in a Unigram piece; a letter has up to 4."""
 MAX_WORD = 1000
-"""Bytes that are looked at together. Text without a space or another break (a sequence of DNA, Base64) is cut: time
-goes with the square of a word's length."""
+"""Largest number of bytes that are processed together: text without a space or another break (a DNA sequence, Base64)
+is cut, since time grows with the square of a word's length."""
 _SPACE = "\u2581"  # SentencePiece's, which no letter of the byte-level alphabet is
 _THREADS = 16
-"""SentencePiece adds up each thread's share of the counts, so that another number gives other last digits. Any machine
-runs that many."""
+"""Number of threads of SentencePiece, which any machine can run; it sums the counts of each thread, so another number
+would change the last digits."""
 
 
 def train_tokenizer(files: Iterable[RawFile], spec: DataSpec, vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` entries, but at least 257, of the kind `spec.tokenizer_model`."""
+    """Train a tokenizer of the kind `spec.tokenizer_model` with at most `vocab_size` entries, but at least 257."""
     train = train_unigram if spec.tokenizer_model == "unigram" else train_bpe
     return train(sample_texts(list(files), spec), vocab_size)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level byte-pair encoding. `<|endoftext|>` has id 0."""
+    """Train a byte-level byte-pair encoding; `<|endoftext|>` has id 0."""
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -135,10 +137,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level Unigram language model (Kudo 2018, arXiv 1804.10959). `<|endoftext|>` has the last id.
+    """Train a byte-level Unigram language model (Kudo 2018, arXiv 1804.10959); `<|endoftext|>` has the last id.
 
-    SentencePiece trains it: the tokenizers library adds up in the order of a hash table, so that its scores are not the
-    same twice.
+    SentencePiece trains it: the tokenizers library sums in the order of a hash table, so that its scores differ from
+    run to run.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_WORD)])
@@ -155,7 +157,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
-    """At most `size` pieces and their log probabilities, each letter of the words among them."""
+    """Return at most `size` pieces with their log probabilities; each letter of the words is among them."""
     import sentencepiece  # here, since serving does without it
 
     model = io.BytesIO()
@@ -188,8 +190,11 @@ def _unigram_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
 
 
 def _lines(words: Counter[str]) -> Iterator[str]:
-    """Each word and its count, once by itself and once before a space, at which SentencePiece splits it off again: only
-    what stands before two different characters can become a piece, and so each word that occurs twice can."""
+    """Yield lines of each word and its count for SentencePiece: once before a space, and the other times by itself.
+
+    SentencePiece splits the word off the space again. Only text that occurs before two different characters can become
+    a piece, so each word that occurs twice can.
+    """
     for word, count in sorted(words.items()):
         yield f"{word}{_SPACE}\t1"
         if count > 1:

@@ -1,4 +1,4 @@
-"""A vocabulary: the tokens between documents, how many tokens there are, and the bytes of text each stands for."""
+"""Facts about a vocabulary: the boundary tokens of documents, the number of tokens, and the bytes of text of each."""
 
 import json
 import re
@@ -12,26 +12,26 @@ BEGIN, END = "<s>", "</s>"
 
 
 class Boundaries(NamedTuple):
-    """Token ids at the edges of a document."""
+    """Token ids that mark the boundaries of a document."""
 
     start: int
-    """Precedes each one."""
+    """Token that precedes each document."""
     ends: frozenset[int]
-    """Any of these says that it is over."""
+    """Tokens each of which means that a document is over."""
 
 
 def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """The id of its token for what it does not know, if it has one."""
+    """Return the id of the tokenizer's unknown token, or None if it has none."""
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token", model.get("unk_id"))
     return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else unknown
 
 
 def boundaries(tokenizer: Tokenizer) -> Boundaries:
-    """By the package's table.
+    """Return the boundary tokens of a tokenizer, by the table in the package's docstring.
 
     Raises:
-        ValueError: it is of neither kind, which `load_tokenizer` refuses.
+        ValueError: the tokenizer has neither kind of boundary tokens; `load_tokenizer` refuses such a tokenizer.
     """
     found = find_boundaries(tokenizer)
     if found is None:
@@ -40,7 +40,7 @@ def boundaries(tokenizer: Tokenizer) -> Boundaries:
 
 
 def find_boundaries(tokenizer: Tokenizer) -> Boundaries | None:
-    """As `boundaries`; None for a tokenizer of neither kind."""
+    """Return the boundary tokens of a tokenizer as `boundaries` does, or None if it has neither kind."""
     both, begin, end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, BEGIN, END))
     if both is not None:
         return Boundaries(both, frozenset([both]))
@@ -55,15 +55,21 @@ _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def token_count(tokenizer: Tokenizer) -> int:
-    """Ids are below it. There may be gaps among them, so that it can be more than the number of entries."""
+    """Return the bound that all token ids are below.
+
+    There may be gaps among the ids, so that it can be more than the number of entries.
+    """
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def token_widths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of UTF-8 by token id, int64; 0 for special tokens, and UNKNOWN for the one that stands for any text that
-    has no other. Those of a document's tokens add up to its own, but for a space that some tokenizers put before its
-    first word, and for what a normalizer has changed before. All are UNKNOWN of a tokenizer that leaves parts of a
-    text out, as spaces."""
+    """Return the number of UTF-8 bytes of text that each token id stands for, int64.
+
+    It is 0 for special tokens, and UNKNOWN for the unknown token, which stands for any text that has no other token.
+    The widths of a document's tokens add up to its bytes, except for a space that some tokenizers add before the first
+    word, and for what a normalizer changed first. If a tokenizer leaves out parts of a text, such as spaces, all widths
+    are UNKNOWN.
+    """
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token["special"] for token in content["added_tokens"]}
     byte_level = '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])

@@ -1,12 +1,12 @@
 """OpenAI's API over HTTP.
 
-app.py           all routes; the small ones, and / (page.html), are here
+app.py           the FastAPI application with all routes; the small routes and / (page.html) are defined here
 completions.py   /v1/completions and /v1/chat/completions
-access.py        who may ask, how much a minute, and how large a request may be
-stream.py        pieces of answers: merged, counted, as events
-schema.py        shapes of requests, answers and errors
-service.py       what routes share
-metrics.py       what /metrics says
-errors.py        what clients get where there is no answer
-proxy.py         the same of Serve's proxies, where no replica answered
+access.py        API keys, limits per minute, and the largest size of a request
+stream.py        pieces of answers: merged, counted, and streamed as events
+schema.py        schemas of requests, responses and errors
+service.py       what the routes share: the model, its limits, tokenizing and answering
+metrics.py       the statistics behind /metrics in Prometheus' format
+errors.py        error responses
+proxy.py         error responses of Serve's proxies, if no replica answered
 """

@@ -1,4 +1,4 @@
-"""Who may ask, how much each client may have a minute, and how large a request may be."""
+"""Access control: API keys, limits per client and minute, and the largest size of a request."""
 
 import hashlib
 import hmac
@@ -15,34 +15,34 @@ from mhmoe_ray.spec import KeySpec
 
 
 class Bucket:
-    """So much a minute, all of it at once or spread; what is not used is not saved up."""
+    """Token bucket: an amount per minute, spent at once or spread out. At most one minute's amount is saved up."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float]) -> None:
         self._rate, self._most, self._clock = per_minute / 60, per_minute, clock
         self._left, self._seen = per_minute, clock()
 
     def wait(self) -> float:
-        """Seconds until there is one again; 0 if there is."""
+        """Return the seconds until at least one unit is available; 0 if it is available now."""
         now = self._clock()
         self._left = min(self._most, self._left + (now - self._seen) * self._rate)
         self._seen = now
         return max(0.0, 1 - self._left) / self._rate
 
     def spend(self, amount: float) -> None:
-        """More than is left at most once: then nothing is, until that is made good."""
+        """Spend an amount, even if less is left: the bucket then stays empty until the excess is made up for."""
         self._left -= amount
 
 
 class Spent(NamedTuple):
-    """A client has had all of this minute's."""
+    """The limit that a client has used up for now."""
 
     what: str
     seconds: float
-    """Until there is some again."""
+    """Seconds until something is available again."""
 
 
 class Limits:
-    """A `Counter` in this process. Of all clients, by name."""
+    """A `Counter` in this process: the limits of all clients, by name."""
 
     def __init__(self, keys: Sequence[KeySpec], clock: Callable[[], float] = time.monotonic) -> None:
         def bucket(per_minute: int | None) -> Bucket | None:
@@ -52,7 +52,7 @@ class Limits:
         self._tokens = {key.name: bucket(key.tokens_per_minute) for key in keys}
 
     async def begin(self, client: str) -> Spent | None:
-        """One request more of a client's, unless it has had its share."""
+        """Count one more request of a client, unless a limit is used up; return that limit, or None."""
         requests = self._requests.get(client)
         for what, bucket in (("requests", requests), ("tokens", self._tokens.get(client))):
             if bucket and (wait := bucket.wait()):
@@ -62,13 +62,13 @@ class Limits:
         return None
 
     def used(self, client: str, tokens: int) -> None:
-        """Of a request's prompts and answers."""
+        """Count the tokens of a request's prompts and answers against the client's limit."""
         if bucket := self._tokens.get(client):
             bucket.spend(tokens)
 
 
 class Counter(Protocol):
-    """Limits wherever they are kept."""
+    """The interface of limits, wherever they are counted."""
 
     async def begin(self, client: str) -> Spent | None: ...
 
@@ -80,20 +80,20 @@ def any_limit(keys: Sequence[KeySpec]) -> bool:
 
 
 SCHEME = "bearer"
-"""In small letters: clients may write it in any."""
+"""Authorization scheme, in lower case for comparison: clients may write it in any case."""
 
 
 @dataclass
 class Client:
     name: str
     limits: Counter | None = None
-    """None where it may have what it likes."""
+    """Counter of the client's limits; None if the client has no limits."""
 
     async def begin(self) -> None:
-        """One request more.
+        """Count one more request.
 
         Raises:
-            RequestError: it has had all of this minute's.
+            RequestError: the client has used up its limit for this minute.
         """
         if self.limits and (spent := await self.limits.begin(self.name)):
             seconds = max(1, round(spent.seconds + 0.5))
@@ -101,24 +101,26 @@ class Client:
             raise RequestError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
     def used(self, tokens: int) -> None:
-        """Of prompts and answers."""
+        """Count the tokens of prompts and answers."""
         if self.limits:
             self.limits.used(self.name, tokens)
 
 
 class Access:
     def __init__(self, keys: Sequence[KeySpec], limits: Counter) -> None:
-        """Args:
-        keys: that are known; without any, everyone may ask.
-        limits: of these.
+        """Set up access for these keys.
+
+        Args:
+            keys: the known keys; without any, everyone has access.
+            limits: counter of the keys' limits.
         """
         self._clients = {key.sha256: Client(key.name, limits if any_limit([key]) else None) for key in keys}
 
     def client(self, http: Request) -> Client:
-        """Who sent this.
+        """Return the client that sent a request, by its API key.
 
         Raises:
-            RequestError: it has no key, or none that is known, where there are keys.
+            RequestError: keys are configured, and the request has no key or an unknown one.
         """
         if not self._clients:
             return Client("")
@@ -137,7 +139,7 @@ class Access:
 
 
 class SmallBodies:
-    """A middleware that refuses larger ones, before they are in memory."""
+    """Middleware that refuses a body larger than `most` bytes before all of it is in memory."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most

@@ -1,5 +1,6 @@
-"""The HTTP server, as a FastAPI application around one engine, with the page at /. Ray Serve runs it; nothing here
-knows of Ray.
+"""The HTTP server: a FastAPI application around one engine, with a web page at /.
+
+Ray Serve runs it; nothing here depends on Ray.
 """
 
 import base64
@@ -46,7 +47,8 @@ def page_router() -> APIRouter:
 
 
 def _policy(page: str) -> str:
-    """Its own script and style, by their hashes, this server, and nothing else."""
+    """Return the page's Content-Security-Policy: it allows its own script and style, by their hashes, and connections
+    to this server, and nothing else."""
 
     def hashed(tag: str) -> str:
         [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -67,15 +69,15 @@ def create_app(
     everyone: Everyone | None = None,
     limits: Counter | None = None,
 ) -> FastAPI:
-    """The application that answers with an engine.
+    """Return the application that answers with an engine.
 
     Args:
-        answerer: shared by all requests.
-        model: its name for clients.
-        spec: limits, and who may ask.
-        replica: a name of this process among others that serve the same.
-        everyone: what `told` gives of each of them; by default this one is alone.
-        limits: of keys, counted for all of them together; by default here.
+        answerer: engine and tokenizer, shared by all requests.
+        model: the model's name for clients.
+        spec: limits and API keys.
+        replica: name of this process among other replicas that serve the same model.
+        everyone: returns the result of `told` for each replica; by default there is only this one.
+        limits: counter of the keys' limits over all replicas; by default they are counted in this process.
     """
     service = Service(answerer, model, spec, Access(spec.keys, limits or Limits(spec.keys)))
     app = FastAPI(title="mhmoe-ray", exception_handlers=HANDLERS)
@@ -89,12 +91,12 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The server lives."""
+        """The server is alive."""
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: RESPONSES[503]})
     async def ready() -> dict[str, str]:
-        """It can answer."""
+        """The engine can answer."""
         if why := answerer.engine.why_broken:
             raise EngineError(why)
         return {"status": "ok"}
@@ -104,7 +106,8 @@ def create_app(
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    """The API's description. What FastAPI would answer with 422, this server answers with 400."""
+    """Return the API's description, without the 422 that FastAPI declares: this server answers such requests with
+    400."""
     described = app.openapi()
     for path in described["paths"].values():
         for operation in path.values():
@@ -115,7 +118,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
 
 
 def told(answerer: Answerer, replica: str) -> dict[str, Any]:
-    """What a replica's engine counts, as JSON."""
+    """Return the statistics of a replica's engine, as JSON."""
     return {"replica": replica, **answerer.engine.stats().as_json()}
 
 
@@ -146,20 +149,20 @@ def _others(service: Service, replica: str, everyone: Everyone | None) -> APIRou
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
-        """For clients that count tokens themselves."""
+        """Tokens that start and end a document, and the chat template, for clients that count tokens themselves."""
         begin, end = answerer.edges
         template = answerer.template.text if answerer.template else None
         return TokenizerInfo(bos_token=begin, eos_token=end, chat_template=template)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Of this replica, in Prometheus' format."""
+        """Statistics of this replica, in Prometheus' format."""
         text = exposition(answerer.engine.stats(), {"model": service.model, "replica": replica})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats")
     async def stats() -> AllStats:
-        """Of all replicas."""
+        """Statistics of all replicas."""
         found = await everyone() if everyone else [told(answerer, replica)]
         return AllStats(model=service.model, replicas=found)
 

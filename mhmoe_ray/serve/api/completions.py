@@ -76,7 +76,7 @@ def completions_router(service: Service) -> APIRouter:
 
 
 class _Shape:
-    """The bodies of one response, under one id."""
+    """Builds the bodies of one response, which share an id."""
 
     def __init__(self, model: str, choices: int) -> None:
         self._model, self._id, self._created = model, f"cmpl-{uuid.uuid4().hex}", int(time.time())
@@ -91,7 +91,7 @@ class _Shape:
 
 
 class _Offsets:
-    """Where in the text of a choice its tokens begin."""
+    """Offsets of the tokens in the text of one choice."""
 
     def __init__(self) -> None:
         self._at, self._bytes = 0, b""
@@ -117,7 +117,8 @@ class _Offsets:
 
 
 def _tops(score: ScoredText) -> dict[str, float]:
-    """Of two tokens with one text the likelier, which comes first."""
+    """Return the log-probabilities by text; of two tokens with the same text, the likelier one, which comes first,
+    counts."""
     found: dict[str, float] = {}
     for part, logprob in score.alternatives:
         found.setdefault(shown(part), logprob)

@@ -1,4 +1,4 @@
-"""What clients get where there is no answer: bodies of OpenAI's shape, and nothing of the server's inside."""
+"""Error responses: bodies in OpenAI's shape, without any detail of the server's internals."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -18,7 +18,7 @@ RETRY_SECONDS = "1"
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; the client gets `status` and `detail` as its body."""
+    """A request that cannot be answered; the client gets `status`, and `detail` as the body."""
 
     def __init__(
         self,
@@ -28,12 +28,14 @@ class RequestError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """Args:
-        status: of HTTP.
-        message: what, why, and what to do.
-        param: the field that is wrong.
-        code: for programs.
-        retry_after: seconds.
+        """Describe the error.
+
+        Args:
+            status: HTTP status code.
+            message: what happened, why, and what to do.
+            param: name of the field that is wrong.
+            code: error code for programs.
+            retry_after: seconds after which the client may try again.
         """
         super().__init__(message)
         self.status = status
@@ -49,7 +51,7 @@ _TYPES: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_er
 
 
 def body_of(error: Exception) -> ErrorBody:
-    """Of an error in the middle of a stream, whose status is sent already."""
+    """Return the body of an error in the middle of a stream, whose HTTP status has been sent already."""
     if isinstance(error, RequestError):
         return ErrorBody(error=error.detail)
     if isinstance(error, BusyError):
@@ -84,7 +86,7 @@ async def _broken(_: Request, error: EngineError) -> Response:
 
 
 async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    """The first field that is wrong, named; one that is not supported comes before a wrong value."""
+    """Return a 400 that names the first wrong field; an unsupported field takes precedence over a wrong value."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A location is ("body", field, place in a list).
     param = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else None
@@ -102,13 +104,13 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
 
 
 async def _http(request: Request, error: HTTPException) -> Response:
-    """Unknown paths and methods."""
+    """Return the error of an unknown path or method."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _error(error.status_code, ErrorDetail(message=message), dict(error.headers or {}))
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """Anything else; the framework logs the traceback, and the client gets none of it."""
+    """Return a 500 for any other exception; the framework logs the traceback, and the client sees none of it."""
     return JSONResponse(INTERNAL.model_dump(), 500)
 
 
@@ -123,7 +125,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         503: "The server cannot answer, or did not in time.",
     }.items()
 }
-"""Of all routes that ask for a key, for the API's description."""
+"""Error responses of all routes that require a key, for the API's description."""
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     RequestError: _refused,

@@ -1,4 +1,4 @@
-"""What an engine counts, in Prometheus' format."""
+"""An engine's statistics in Prometheus' format."""
 
 from collections.abc import Iterator, Mapping
 
@@ -31,9 +31,11 @@ EXPERTS = "Routes of served tokens, by layer and expert."
 
 
 def exposition(stats: Stats, labels: Mapping[str, str]) -> bytes:
-    """Args:
-    stats: of the engine.
-    labels: of every series.
+    """Return the statistics as the text of `/metrics`.
+
+    Args:
+        stats: statistics of the engine.
+        labels: labels of every series.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(stats, labels))

@@ -1,8 +1,8 @@
-"""What Serve's proxies do beside: answers that no replica gave have OpenAI's shape too.
+"""Middleware of Serve's proxies: error responses that no replica wrote have OpenAI's shape too.
 
-A proxy reports in plain text that too many wait, and of a replica that dies it says nothing: a request gets a bare 500,
-and a stream just ends. Proxies take this in where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as
-in a local cluster of ours.
+By default a proxy reports in plain text that too many requests wait, and it does not report a replica that dies: a
+request gets a bare 500, and a stream just ends. A proxy installs this middleware if
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`, as it does in a local cluster started by this project.
 """
 
 from starlette.middleware import Middleware
@@ -14,7 +14,7 @@ LOST = RequestError(503, "the replica that worked on this request has ended; sen
 
 
 def middlewares() -> list[Middleware]:
-    """Called by each proxy."""
+    """Return the middlewares of a proxy. Each proxy calls this."""
     return [Middleware(OpenAIErrors)]
 
 
@@ -38,13 +38,13 @@ class OpenAIErrors:
 
 
 class _Answer:
-    """What has been sent of it."""
+    """The progress of one response through the middleware."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = self.whole = self.is_stream = False
         self.plain: RequestError | None = None
-        """In place of a refusal in plain text, which is held back."""
+        """Error that replaces a plain-text refusal of the proxy, which is held back; None if there is none."""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

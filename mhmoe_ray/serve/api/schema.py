@@ -1,6 +1,7 @@
-"""Shapes of OpenAI's API, as far as this server goes: https://platform.openai.com/docs/api-reference.
+"""Schemas of OpenAI's API, as far as this server supports it: https://platform.openai.com/docs/api-reference.
 
-A field that is not here is refused by name; silently ignoring, say, a suffix would give answers that nobody asked for.
+A field that is not defined here is refused by name: silently ignoring a suffix, for example, would give answers that
+nobody asked for.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from mhmoe_ray.serve.answer import ModelDetails
 from mhmoe_ray.serve.engine import Sampling
 
 MOST_CHOICES = 128
-"""Of one request: prompts times n."""
+"""Largest number of choices of one request: prompts times n."""
 MOST_LOGPROBS = 20
 
 
@@ -25,7 +26,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """In the API's description, as `_null_is_absent` has it."""
+    """Allow null for each optional field in the API's description, as `_null_is_absent` does for requests."""
     required = schema.get("required", [])
     for name, of in schema["properties"].items():
         if name not in required:
@@ -37,7 +38,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_prompts(value: Any) -> Any:
-    """A text or a row of token ids may be given without its list."""
+    """Wrap a single text, or a single list of token ids, into a list."""
     alone = isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, int) for v in value))
     return [value] if alone else value
 
@@ -53,7 +54,7 @@ Prompts = Annotated[list[Text | Row], Field(min_length=1, max_length=MOST_CHOICE
 
 
 class Strict(BaseModel):
-    """ "5" is not a number and 1 is not a boolean; null is absent."""
+    """A request in which "5" is not a number, 1 is not a boolean, and null means absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
@@ -65,17 +66,17 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    """A last chunk without choices has the usage."""
+    """Whether a last chunk without choices reports the usage."""
 
 
 class Choosing(Strict):
-    """What completions of both kinds have in common."""
+    """The fields that both kinds of completions have in common."""
 
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: Annotated[int, Field(ge=0, lt=2**31), WHOLE] = 0
-    """0: all."""
+    """Number of most likely tokens to choose from; 0 means all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -86,7 +87,7 @@ class Choosing(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Of the client's own; nothing is done with it."""
+    """Identifier of the client's own; it is accepted and ignored."""
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "Choosing":
@@ -99,7 +100,10 @@ class Choosing(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int, choice: int) -> Sampling:
-        """Of the choice of this number. Each has a seed of its own, which the first one's is."""
+        """Return the sampling parameters of choice number `choice`.
+
+        Each choice has a seed of its own; choice 0 uses the request's seed.
+        """
         return Sampling(
             max_tokens,
             self.temperature,
@@ -116,7 +120,7 @@ class Choosing(Strict):
 
 class CompletionRequest(Choosing):
     prompt: Annotated[Prompts, BeforeValidator(_as_prompts, Text | Row | Prompts)]
-    """Texts, or token ids, which nothing is put in front of."""
+    """Texts, or lists of token ids; no token is put in front of token ids."""
     max_tokens: Annotated[int, Field(ge=0), WHOLE] = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     echo: bool = False
@@ -138,13 +142,13 @@ class Choice(BaseModel):
 
 class Usage(BaseModel):
     prompt_tokens: int
-    """With the token that starts a document."""
+    """Number of tokens of the prompts, including the token that starts a document."""
     completion_tokens: int
     total_tokens: int
 
 
 class Completion(BaseModel):
-    """A whole answer, or one chunk of a streamed one."""
+    """A complete answer, or one chunk of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -161,7 +165,7 @@ class Part(Strict):
 
 
 def _joined(content: Any) -> Any:
-    """Parts as the text that they make."""
+    """Return the text of a message's parts joined; other content as it is."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -179,7 +183,7 @@ def _joined(content: Any) -> Any:
 class Message(Strict):
     role: Text
     content: Annotated[Text, BeforeValidator(_joined, Text | list[Part])] | None = None
-    """Of an assistant's turn, null is nothing said."""
+    """Text of the message; null is allowed for an assistant's turn and means an empty text."""
     name: Text | None = None
 
     @model_validator(mode="after")
@@ -195,7 +199,7 @@ class ChatRequest(Choosing):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    """The newer name of `max_tokens`. Without either, as many as the server allows."""
+    """The newer name of `max_tokens`. Without either, the server's limit applies."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] = 0
 
@@ -215,7 +219,7 @@ class ChatLogprobs(BaseModel):
 
 
 class Said(BaseModel):
-    """A message, or in a stream a part of it."""
+    """A message, or a part of one in a stream."""
 
     role: Literal["assistant"] | None = None
     content: str
@@ -259,7 +263,7 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["mhmoe-ray"] = "mhmoe-ray"
     max_model_len: int
-    """Tokens that prompt and answer may have together."""
+    """Largest number of tokens of prompt and answer together."""
     details: ModelDetails
 
 
@@ -272,7 +276,7 @@ class TokenizeRequest(Strict):
     prompt: Text
     model: str | None = None
     add_special_tokens: bool = True
-    """The token that starts a document comes first, as before the prompt of a completion."""
+    """Whether the token that starts a document comes first, as before the prompt of a completion."""
 
 
 class Tokens(BaseModel):
@@ -300,7 +304,7 @@ class Detokenized(BaseModel):
 class AllStats(BaseModel):
     model: str
     replicas: list[dict[str, Any]]
-    """What each one's engine counts (`serve/engine/request.py`)."""
+    """Statistics of each replica's engine (`serve/engine/request.py`)."""
 
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
@@ -310,7 +314,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: ErrorType = "invalid_request_error"
     param: str | None = None
-    """The field of the request that is wrong."""
+    """Name of the field of the request that is wrong."""
     code: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""What all routes share."""
+"""The functions that all routes share: checks of requests, tokenizing and answering."""
 
 import asyncio
 import logging
@@ -22,9 +22,9 @@ logger = logging.getLogger("ray.serve")
 class Service:
     answerer: Answerer
     model: str
-    """Its name for clients."""
+    """The model's name for clients."""
     spec: ServeSpec
-    """Limits."""
+    """Limits of the server."""
     access: Access
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -42,15 +42,22 @@ class Service:
             raise RequestError(400, message, param)
 
     async def encode(self, prompt: str) -> list[int]:
-        """In a thread: a long prompt takes seconds, in which streams of others go on."""
+        """Return the token ids of a prompt; computed in a thread, because a long prompt takes seconds while streams go
+        on."""
         return await asyncio.to_thread(self.answerer.encode, prompt)
 
     async def decode(self, tokens: Sequence[int]) -> str:
-        """As `encode`."""
+        """Return the text of token ids; computed in a thread, as in `encode`."""
         return await asyncio.to_thread(self.answerer.decode, tokens)
 
     async def prompt_ids(self, prompt: str | Sequence[int], answer: bool, param: str) -> tuple[int, ...]:
-        """Token ids of a prompt that fits; `answer` says whether anything is to follow it."""
+        """Return the token ids of a prompt, checked for unknown ids and for length.
+
+        `answer` says whether an answer is to follow the prompt; its first token then needs room too.
+
+        Raises:
+            RequestError: there is no such token, or the prompt is too long.
+        """
         ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
         self._check_tokens(ids, param)
         try:
@@ -67,18 +74,19 @@ class Service:
     async def answers(
         self, asked: Sequence[tuple[Request, int]], request: Choosing, echo: bool, prompt_tokens: int, client: Client
     ) -> Answers:
-        """To the choices of one request, which counts as one of the client's.
+        """Start the answers to one request of a client; all choices together count as one request.
 
         Args:
-            asked: of the engine, each with the number of tokens at its start that are ours.
-            request: its stop strings and biases.
-            echo: as of `Answerer.answer`.
-            prompt_tokens: of all prompts.
-            client: who asks.
+            asked: requests to the engine, one for each choice, each with the number of tokens at its start that the
+                server added.
+            request: the client's request, for its stop strings and biases.
+            echo: whether each text begins with that of the prompt; see `Answerer.answer`.
+            prompt_tokens: number of tokens of all prompts.
+            client: the client that asks.
 
         Raises:
-            RequestError: it names tokens that there are not, has more choices than the server ever holds, the client
-                has had its share, or what counts that does not answer in time.
+            RequestError: the request names unknown tokens or has more choices than the server ever holds, or the client
+                has used up its share, or the deployment that counts shares does not answer in time.
         """
         self._check_tokens(map(int, request.logit_bias), "logit_bias")
         if len(asked) > (most := self.spec.max_concurrency + self.spec.max_waiting):

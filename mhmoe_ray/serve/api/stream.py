@@ -15,7 +15,7 @@ from mhmoe_ray.serve.api.schema import Usage
 from mhmoe_ray.serve.engine import BusyError, EngineError
 
 Pieces = AsyncGenerator[tuple[int, Piece]]
-"""Each with the number of its choice."""
+"""Pieces, each with the number of its choice."""
 
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 DESCRIBED = {
@@ -24,38 +24,41 @@ DESCRIBED = {
 }
 
 CHUNK_SECONDS = 0.004
-"""Between two chunks of any streams of a replica. On its way through Serve's proxy a chunk costs about a millisecond of
-a core, whatever it holds; so all of them together take some quarter of one, and leave the rest to engines."""
+"""Seconds between two chunks of all streams of a replica together.
+
+On its way through Serve's proxy a chunk costs about a millisecond of a core, whatever it holds; so all chunks together
+take about a quarter of a core and leave the rest to engines.
+"""
 LONGEST_SECONDS = 0.25
-"""That a token waits for another one because of other streams."""
+"""Longest time, in seconds, that a token waits for another one because of other streams."""
 
 
 class Pace:
-    """How long the tokens of a stream wait for each other: the longer, the more streams a replica has."""
+    """How long the tokens of a stream are collected for one chunk: the more streams a replica has, the longer."""
 
     def __init__(self, interval: float) -> None:
-        """`interval`: seconds between two chunks of a stream, at least; 0 for a chunk with each token."""
+        """`interval`: smallest number of seconds between two chunks of a stream; 0 sends a chunk with each token."""
         self._interval = interval
         self._streams = set[object]()
 
     def goes_on(self, stream: object) -> None:
-        """It has a token, maybe its first."""
+        """Record that a stream has a token, perhaps its first."""
         self._streams.add(stream)
 
     def ends(self, stream: object) -> None:
-        """It has no more, or nobody wants them, whether it ever began or not."""
+        """Record that a stream has no more tokens, or that nobody wants them; it may never have begun."""
         self._streams.discard(stream)
 
     @property
     def interval(self) -> float:
-        """In seconds, now."""
+        """Seconds between two chunks of a stream, with the present number of streams."""
         if not self._interval:
             return 0.0
         return max(self._interval, min(len(self._streams) * CHUNK_SECONDS, LONGEST_SECONDS))
 
 
 class Answers:
-    """Of one request."""
+    """The answers to one request, one for each choice."""
 
     def __init__(
         self,
@@ -65,12 +68,15 @@ class Answers:
         timeout: float,
         pace: Pace,
     ) -> None:
-        """Args:
-        answers: its choices.
-        prompt_tokens: of all of its prompts.
-        client: that uses what they take, however they end; unless the engine refuses them.
-        timeout: seconds that they may take.
-        pace: of all streams here.
+        """Take over the answers, which start when they are iterated.
+
+        Args:
+            answers: one generator of pieces for each choice.
+            prompt_tokens: number of tokens of all prompts of the request.
+            client: the client whose limit the tokens count against, however the answers end, unless the engine refuses
+                them.
+            timeout: seconds after which unfinished answers fail.
+            pace: pace of all streams of this replica.
         """
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
         self._timeout, self._pace = timeout, pace
@@ -97,7 +103,7 @@ class Answers:
                 self._client.used(self.usage.total_tokens)
 
     async def whole(self) -> list[Piece]:
-        """Each choice as one piece."""
+        """Return each choice as one piece."""
         parts: list[list[Piece]] = [[] for _ in self._answers]
         async with aclosing(self.pieces()) as pieces:
             async for number, piece in pieces:
@@ -107,12 +113,15 @@ class Answers:
     async def events(
         self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Server-sent events: chunks, then [DONE]; after a failure an error body in its place. They come when the first
-        piece is there, so that what fails before it has a status of its own, and are closed by whoever has them.
+        """Return the answers as server-sent events: chunks, then [DONE]; after a failure an error body in place of
+        [DONE].
+
+        This returns when the first piece has come, so that a failure before it still gets an HTTP status of its own.
+        The caller must close the events.
 
         Args:
-            chunk: the body with a piece.
-            last: the body after all of them, if there is to be one.
+            chunk: returns the body for a piece of a choice.
+            last: returns a body to send after all pieces; None sends none.
         """
         events = self._events(chunk, last)
         await anext(events)
@@ -121,11 +130,14 @@ class Answers:
     async def _events(
         self, chunk: Callable[[int, Piece], BaseModel], last: Callable[[], BaseModel] | None
     ) -> AsyncGenerator[str]:
-        """Begins with an empty one, once the first piece is there: closing what has not begun would close nothing."""
+        """Yield an empty event once the first piece has come, then the events.
+
+        Closing a generator that has not begun would not close the answers; the empty event makes it begin.
+        """
         clock = asyncio.get_running_loop().time
         held: list[list[Piece]] = [[] for _ in self._answers]
         due = [0.0] * len(held)
-        """When each choice may have a chunk again."""
+        """Time of the event loop's clock from which each choice may have its next chunk."""
         streams = [object() for _ in held]
 
         def shown(number: int, piece: Piece) -> Iterator[str]:
@@ -165,8 +177,11 @@ class Answers:
 
 
 class EventResponse(StreamingResponse):
-    """Closes what it has sent, however that ends: Starlette leaves it to the garbage collector, and an answer that
-    nobody reads any more would be computed until then."""
+    """A streaming response that closes its events, however sending them ends.
+
+    Starlette leaves that to the garbage collector, and an answer that nobody reads any more would be computed until
+    then.
+    """
 
     media_type = "text/event-stream"
 
@@ -195,16 +210,18 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 def late(timeout: float) -> RequestError:
-    """What a request gets that took longer than so many seconds."""
+    """Return the error of a request that took longer than `timeout` seconds."""
     message = f"there was no answer within {timeout:g} s; ask for less, or later"
     return RequestError(503, message, code="timeout")
 
 
 async def merged(answers: Sequence[AsyncGenerator[Piece]], timeout: float) -> Pieces:
-    """Pieces of all answers as they come. When one fails, or this is closed, all end.
+    """Yield the pieces of all answers as they come, each with the number of its answer.
+
+    If one answer fails, or this generator is closed, all of them end.
 
     Raises:
-        RequestError: they took longer than so many seconds.
+        RequestError: the answers took longer than `timeout` seconds.
     """
     pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
 

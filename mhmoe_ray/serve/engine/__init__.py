@@ -1,13 +1,13 @@
 """Engines: token ids in, token ids out, for many requests at once.
 
-request.py        what one is asked, what it answers and what it counts; the interface of all engines
-threaded.py       what engines have in common: a thread that computes round after round
-torch_engine.py   our own: a thread that computes step after step
+request.py        requests, updates and statistics; the interface of all engines
+threaded.py       base class of the engines: a thread that computes round after round
+torch_engine.py   this project's own engine: each round is one step of the model
 packed_model.py   its model with matrices packed for inference on a CPU
-scheduler.py      which tokens of which requests come next, and whose turn it is
-block_pool.py     whose keys and values are in which block of the cache, and which prompts began alike
-paged_cache.py    the cache itself, and the decoder's view of it in one step
-sampler.py        the next token from logits
+scheduler.py      continuous batching: which tokens of which requests the next step computes
+block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash
+paged_cache.py    the KV cache itself, and the decoder's view of it in one step
+sampler.py        chooses the next token from logits
 """
 
 from mhmoe_ray.serve.engine.request import (

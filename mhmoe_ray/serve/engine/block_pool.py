@@ -1,8 +1,8 @@
-"""Which blocks of the cache hold whose keys and values, and which hold the start of a prompt that came before.
+"""KV-cache blocks: reference counts, a free list in LRU order, and prefix caching by block hash.
 
-A block has room for `BLOCK` tokens. One that is full of a prompt is known by what led to it, all tokens up to its last,
-so that a request which begins alike takes it over instead of computing it again. A free block keeps what it has until
-it is needed; the one that has been free for longest goes first.
+A block has room for `BLOCK` tokens. A full block of a prompt is identified by the hash of all tokens up to its last, so
+that a request which starts with the same tokens reuses the block instead of computing it again. A freed block keeps its
+contents until it is reallocated; the block that has been free for longest is reallocated first.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ BLOCK = 16
 
 class BlockPool:
     def __init__(self, blocks: int) -> None:
-        """Args:
-        blocks: there are, numbered from 0.
+        """Create a pool of free blocks.
+
+        Args:
+            blocks: number of blocks; their ids count from 0.
         """
         self.size = blocks
         self._holders = [0] * blocks
@@ -29,7 +31,7 @@ class BlockPool:
         return len(self._free)
 
     def known(self, ids: Sequence[int]) -> list[int]:
-        """Blocks that hold the start of these tokens, as far as there are any. Nobody holds them for that."""
+        """Return the ids of cached blocks that match the start of these tokens. Does not take references."""
         found = []
         for name in names(ids):
             block = self._known.get(name)
@@ -39,13 +41,13 @@ class BlockPool:
         return found
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """One holder more of each."""
+        """Add one reference to each block; free ones are taken off the free list."""
         for block in blocks:
             self._free.pop(block, None)
             self._holders[block] += 1
 
     def take(self, count: int) -> list[int]:
-        """So many free blocks, which there must be, for one holder; what they held is forgotten."""
+        """Take `count` free blocks, each with one reference, evicting what they cached. So many must be free."""
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
@@ -54,7 +56,11 @@ class BlockPool:
         return taken
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """One holder less of each. The later a block in its sequence, the sooner it is taken: starts are worth more."""
+        """Drop one reference per block and free those without any.
+
+        Later blocks of a sequence are evicted before earlier ones, because prefixes are shared most; a block without
+        cached contents is evicted first.
+        """
         for block in reversed(blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -63,14 +69,15 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def remember(self, name: bytes, block: int) -> None:
-        """That a full block holds what this is the name of."""
+        """Register a full block under its hash, so that later prompts can match it. No effect if either is registered
+        already."""
         if name not in self._known and block not in self._name:
             self._known[name] = block
             self._name[block] = name
 
 
 def names(ids: Sequence[int]) -> list[bytes]:
-    """Of the full blocks that these tokens fill."""
+    """Return the hash of each full block of these tokens."""
     found, before = [], b""
     for start in range(0, len(ids) - BLOCK + 1, BLOCK):
         before = name_after(before, ids[start : start + BLOCK])
@@ -79,7 +86,8 @@ def names(ids: Sequence[int]) -> list[bytes]:
 
 
 def name_after(before: bytes, ids: Sequence[int]) -> bytes:
-    """Of a full block, by the name of the one before it and its own tokens."""
+    """Return the hash of a full block, from the hash of the block before it (empty for the first one) and its own
+    tokens."""
     return hashlib.blake2b(before + array("q", ids).tobytes(), digest_size=16).digest()
 
 

@@ -1,4 +1,4 @@
-"""A model for inference on a CPU: all its matrices packed (`mhmoe_kernels.packed`), the plain ones given up."""
+"""A model for inference on a CPU: all its matrices packed (`mhmoe_kernels.packed`), the plain ones released."""
 
 from typing import cast
 
@@ -31,7 +31,7 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """All of a layer's."""
+    """All experts of a layer, with packed matrices."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PackedExperts(nn.Module):
 
 
 class ChoosingRouter(nn.Module):
-    """Chooses as the training model's does, and computes nothing of what only training looks at."""
+    """A router that chooses experts as the training model's does, and skips everything that only training needs."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class ChoosingRouter(nn.Module):
 
 
 def pack(model: Decoder) -> None:
-    """In place; from then on it has no weights to train or to save.
+    """Replace the modules of the model by packed ones, in place; it then has no weights to train or to save.
 
     Args:
-        model: with all experts; matrices in the dtype that they are to be multiplied in.
+        model: the model with all experts, its matrices in the dtype in which they are to be multiplied.
     """
     for block in cast("list[Block]", model.blocks):
         _pack_linears(block.attention)

@@ -1,9 +1,9 @@
 """Keys and values of all requests in one pool of blocks, and the decoder's view of them in one step.
 
-A step's tokens lie one after another, those of each request together (a batch of one row), filled up to a multiple of
-`MULTIPLE`: so products have a number of rows at which a token's result is the same to the last bit whatever stands
-beside it (`mhmoe_kernels.packed`). Attention goes request by request and piece by piece, for the same reason and since
-each sees others than its neighbours do.
+The tokens of a step are concatenated, those of each request together (a batch of one row), and padded to a multiple of
+`MULTIPLE`: with such a number of rows, matrix products give a token the same result to the last bit whatever other
+tokens are beside it (`mhmoe_kernels.packed`). Attention is computed request by request and piece by piece, for the same
+reason and because each request attends to keys of its own.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ class PagedCache:
 
 
 class Span(NamedTuple):
-    """Tokens of a request that a step computes."""
+    """Tokens of a request that one step computes."""
 
     blocks: Sequence[int]
-    """Of the request."""
+    """Ids of the request's blocks."""
     before: int
-    """Its tokens that are in the cache."""
+    """Number of the request's tokens that are in the cache."""
     tokens: int
-    """Those that come now."""
+    """Number of tokens that this step computes."""
     wanted: int
-    """Of these, the last so many whose logits are asked for."""
+    """Number of these tokens, counted from the last one back, whose logits are wanted."""
 
 
 class PagedStep:
-    """A `model.decoder.Past`."""
+    """The KV cache as the decoder sees it in one step: an implementation of `model.decoder.Past`."""
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
         self._cache = cache
@@ -83,12 +83,13 @@ class PagedStep:
 
 
 class _Held:
-    """Keys and values of a request, its new ones among them."""
+    """Keys and values of one request, including those of the step's tokens."""
 
     def __init__(self, cache: PagedCache, blocks: Sequence[int], slot_T: Tensor, mask_TT: Tensor | None) -> None:
         self._cache, self._slot_T, self._mask_TT = cache, slot_T, mask_TT
         self._views: tuple[Tensor, ...] | None = None
-        """Of all layers, in one piece, where its blocks happen to lie so; else they are gathered for each layer."""
+        """Views of the keys and of the values of all layers, if the request's blocks are contiguous; otherwise None,
+        and they are gathered for each layer."""
         used = blocks[: blocks_for(len(slot_T))]
         if list(used) == list(range(used[0], used[0] + len(used))):
             here = slice(used[0] * BLOCK, used[0] * BLOCK + len(slot_T))
@@ -107,14 +108,15 @@ class _Held:
 
 
 def _grouped(q_1H1C: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
-    """Of one token: the heads of a group look at their keys together, which torch's own attention reads for each."""
+    """Grouped-query attention of a single token: each group of heads reads its keys once, while torch's own attention
+    reads them once per head."""
     q = q_1H1C.view(len(k_GTC), -1, q_1H1C.shape[-1]) * q_1H1C.shape[-1] ** -0.5
     share = torch.bmm(q, k_GTC.transpose(1, 2)).float().softmax(-1).to(v_GTC.dtype)
     return torch.bmm(share, v_GTC).view_as(q_1H1C)
 
 
 def slots(blocks: Sequence[int], tokens: int) -> Tensor:
-    """Places in the cache of a request's first tokens."""
+    """Return the slots in the cache of a request's first `tokens` tokens."""
     block_T = torch.tensor(blocks[: blocks_for(tokens)], dtype=torch.long)
     return (block_T[:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:tokens]
 

@@ -1,6 +1,6 @@
-"""What an engine is asked, what it answers and what it counts: token ids in, token ids out.
+"""Requests, updates and statistics of an engine, and its interface: token ids in, token ids out.
 
-Text is `serve/detokenizer.py`'s concern.
+`serve/detokenizer.py` turns token ids into text.
 """
 
 from collections.abc import AsyncGenerator, Mapping
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
-"""Upper bounds of a histogram's buckets, seconds; a last one has no bound."""
+"""Upper bounds of a histogram's buckets, in seconds; one more bucket at the end has no bound."""
 
 
 @dataclass
 class Histogram:
-    """Seconds, by bucket."""
+    """Counts of durations by bucket, and their sum in seconds."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
     total: float = 0.0
@@ -33,29 +33,29 @@ class Histogram:
 
 @dataclass
 class Stats:
-    """Counts since the start, and what is so now."""
+    """Statistics of an engine: counts since its start, and its present state."""
 
     waiting: int = 0
     running: int = 0
     cache_used: float = 0.0
     """Share of the cache's blocks that requests hold."""
     requests: int = 0
-    """That ended, whichever way."""
+    """Number of requests that ended, in whatever way."""
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    """Of the prompts, those whose keys and values were there already."""
+    """Number of prompt tokens whose keys and values were already in the cache."""
     answer_tokens: int = 0
     answer_rate: float = 0.0
-    """Tokens of answers a second, over the last ten seconds."""
+    """Tokens of answers per second, over the last ten seconds."""
     steps: int = 0
     step_tokens: int = 0
-    """Over all steps: divided by `steps`, the mean batch."""
+    """Number of tokens over all steps: divided by `steps`, the mean batch size."""
     queue: Histogram = field(default_factory=Histogram)
-    """From a request's arrival to its first step."""
+    """Seconds from a request's arrival to its first step."""
     first_token: Histogram = field(default_factory=Histogram)
-    """From its arrival to its first token."""
+    """Seconds from a request's arrival to its first token."""
     each_token: Histogram = field(default_factory=Histogram)
-    """Between two tokens of an answer."""
+    """Seconds between two tokens of an answer."""
     count_LE: list[list[int]] = field(default_factory=list)
     """Routes per layer and expert."""
 
@@ -69,52 +69,56 @@ class Stats:
 
 
 FinishReason = Literal["stop", "length"]
-"""The end of a document; or a limit on tokens."""
+""""stop": the document ended, or a stop string came; "length": a limit on tokens was reached."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: penalties and biases first, then the temperature, then the cuts, in this order."""
+    """Sampling parameters. They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p,
+    min_p)."""
 
     max_tokens: int
     temperature: float = 1.0
-    """0 takes the most likely token."""
+    """Temperature; 0 takes the most likely token."""
     top_k: int = 0
-    """Of the so many most likely tokens; 0: of all."""
+    """Number of most likely tokens that are drawn from; 0 draws from all."""
     top_p: float = 1.0
-    """Of the smallest set whose probabilities add up to this."""
+    """Total probability of the smallest set of most likely tokens that are drawn from."""
     min_p: float = 0.0
-    """Of those at least so many times as likely as the most likely one."""
+    """Smallest probability of a token that is drawn from, as a share of the most likely token's."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that the answer has already."""
+    """Subtracted from the logit of each token that the answer already has."""
     frequency_penalty: float = 0.0
-    """Taken from them once for each time."""
+    """Subtracted from the logit of a token once for each time that the answer has it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to logits, by token."""
+    """Added to the logits, by token."""
     seed: int | None = None
-    """Answers of equal seeds are equal, whatever else the engine does; None draws a seed."""
+    """Seed: answers with equal seeds are equal, whatever else the engine computes; None draws a seed."""
 
 
 @dataclass(frozen=True)
 class Request:
     prompt_ids: tuple[int, ...]
-    """At least one."""
+    """Token ids of the prompt, at least one."""
     sampling: Sampling
     logprobs: int | None = None
-    """How many alternatives to tell beside each token and its log-probability; None: nothing of it."""
+    """Number of alternatives to report beside each token and its log-probability; None reports no scores."""
     prompt_logprobs: bool = False
-    """Tell the same of the prompt."""
+    """Whether to report scores of the prompt's tokens too."""
     client: str = ""
-    """Who asks: those who wait take turns."""
+    """Name of the client; waiting requests take turns by client."""
 
 
 class Scored(NamedTuple):
-    """A token and, where asked for, its natural log-probability and the most likely ones in its place, likeliest first:
-    the model's own, before temperature, penalties and biases."""
+    """A token with its score: its natural log-probability and the most likely tokens in its place, likeliest first.
+
+    Scores are the model's own, before temperature, penalties and biases. They are present only if the request asks for
+    them.
+    """
 
     token: int
     logprob: float | None = None
-    """None also for the first token of a prompt, which nothing comes before."""
+    """None also for the first token of a prompt, because no token precedes it."""
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
@@ -123,45 +127,45 @@ class Update(NamedTuple):
 
     tokens: tuple[Scored, ...] = ()
     prompt: tuple[Scored, ...] = ()
-    """All of it, once, where asked for."""
+    """Scores of the whole prompt, reported once if the request asks for them."""
     finish: FinishReason | None = None
-    """On the last one."""
+    """Reason why the answer ends; set on the last update only."""
 
 
 class Engine(Protocol):
-    """`TorchEngine` is one."""
+    """The interface of engines; `TorchEngine` implements it."""
 
     @property
     def seq_len(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Largest number of tokens of prompt and answer together."""
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """The answer, part by part, each as soon as it is there. To close it early ends the work.
+        """Yield the answer in parts, each as soon as it is computed. Closing the generator early ends the work.
 
         Raises:
-            BusyError: too many wait already.
+            BusyError: too many requests wait already.
             EngineError: the engine is broken.
         """
         ...
 
     @property
     def why_broken(self) -> str | None:
-        """None as long as it works."""
+        """The reason why the engine is broken; None while it works."""
         ...
 
     def stats(self) -> Stats:
-        """What it has done so far and what it does now."""
+        """Return what the engine has counted so far, and its present state."""
         ...
 
     def close(self) -> None:
-        """End it, and answers that are under way. To be called before the process ends."""
+        """Stop the engine and end its running answers with an error. Must be called before the process ends."""
         ...
 
 
 class BusyError(Exception):
-    """Come back later."""
+    """Too many requests wait; the client should come back later."""
 
 
 class EngineError(Exception):
-    """The engine cannot answer, now or ever."""
+    """The engine cannot answer this request, or any request."""

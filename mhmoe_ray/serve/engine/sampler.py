@@ -1,4 +1,4 @@
-"""The next token from the model's logits."""
+"""Sampling: choose the next token from the model's logits."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from mhmoe_ray.serve.engine.request import Sampling, Scored
 
 FRONT = 1024
-"""Of the most likely tokens, how many a nucleus is looked for among at first."""
+"""Number of most likely tokens in which a nucleus (top-p or min-p) is searched first."""
 
 
 class Chooser:
-    """Of one answer."""
+    """The sampler of one answer: its random generator and the tokens it has chosen."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -22,10 +22,11 @@ class Chooser:
         penalties = sampling.presence_penalty or sampling.frequency_penalty
         self._plain = sampling.temperature == 0 and not (penalties or sampling.logit_bias)
         self._times: dict[int, int] = {}
-        """How often the answer has each token."""
+        """Number of times that each token occurs in the answer."""
 
     def choose(self, logits_V: Tensor, best: int) -> int:
-        """One token of those whose logits these are, in CPU memory; `best` has the largest."""
+        """Return the next token for these logits, which are in CPU memory; `best` is the token with the largest
+        logit."""
         sampling = self._sampling
         if self._plain:
             return best
@@ -36,7 +37,7 @@ class Chooser:
         return token
 
     def _moved(self, logits_V: Tensor) -> Tensor:
-        """By penalties and biases."""
+        """Return the logits after penalties and biases."""
         sampling = self._sampling
         if not self._times and not sampling.logit_bias:
             return logits_V
@@ -61,10 +62,10 @@ class Chooser:
 
 
 def _among(probability_V: Tensor, sampling: Sampling) -> Tensor | None:
-    """The tokens that a draw is among, ascending; None: all of them.
+    """Return the tokens that a draw chooses from, ascending; None if these are all tokens.
 
-    To sort a large vocabulary takes longer than a step of a small model. So only the most likely tokens are, with all
-    that are as likely as the last of them; and the rest too where these do not suffice.
+    Sorting a large vocabulary takes longer than a step of a small model. So only the most likely tokens are sorted
+    first, with all tokens as likely as the last of them; the whole vocabulary is sorted only if these do not suffice.
     """
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         return None
@@ -90,12 +91,12 @@ def _among(probability_V: Tensor, sampling: Sampling) -> Tensor | None:
 
 
 def scored(logits_RV: Tensor, tokens: list[int], alternatives: int) -> list[Scored]:
-    """Each row's token with its log-probability, and the most likely tokens there.
+    """Return the score of one token per row: its log-probability and the most likely tokens of the row.
 
     Args:
-        logits_RV: rows.
-        tokens: one for each.
-        alternatives: how many of the most likely.
+        logits_RV: logits, one row per token.
+        tokens: the chosen token of each row.
+        alternatives: number of most likely tokens to return per row.
     """
     logprob_RV = logits_RV.float().log_softmax(-1)
     chosen = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()

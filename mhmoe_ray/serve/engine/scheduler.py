@@ -1,12 +1,13 @@
-"""Continuous batching: which tokens of which requests are computed next, and whose turn it is.
+"""Continuous batching: which tokens of which requests the next step computes, and which waiting request is next.
 
-Each step takes one token of every answer under way and, as far as its budget goes, the next pieces of prompts; so a
-long prompt holds answers up by one budget at a time. A prompt is cut every `PIECE` tokens and never elsewhere: what a
-request's attention computes together is then the same whatever other requests there are. Whatever there were before,
-too: a prompt takes over whole pieces of earlier prompts, and nothing that was computed otherwise.
+Each step takes one token of every running answer (decode) and, within its budget, the next pieces of prompts (prefill);
+so a long prompt delays answers by one budget at a time. A prompt is cut every `PIECE` tokens and never elsewhere: the
+tokens that a request's attention computes together are then the same whatever other requests there are. They do not
+depend on earlier requests either: a prompt reuses only whole pieces of earlier prompts, and nothing that was computed
+in another way.
 
-A request is let in when there is room for all that it may become, so that none is ever sent away again. Those who wait
-take turns by client.
+A request is admitted when the cache has room for its prompt and its longest possible answer, so no request is ever
+preempted. Waiting requests take turns by client.
 """
 
 from collections import OrderedDict, deque
@@ -23,7 +24,7 @@ T = TypeVar("T")
 class Turns(Generic[T]):
     def __init__(self) -> None:
         self._queues: OrderedDict[str, deque[T]] = OrderedDict()
-        """Of each client that has someone waiting; the first one's turn is next."""
+        """Queue of each client with waiting requests; the client at the front has the next turn."""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -35,11 +36,12 @@ class Turns(Generic[T]):
         self._queues.setdefault(client, deque()).append(one)
 
     def first(self) -> T | None:
-        """The one whose turn it is."""
+        """Return the item whose turn it is; None if the queue is empty."""
         return next(iter(self._queues.values()))[0] if self._queues else None
 
     def pop(self) -> T:
-        """The one whose turn it is, which there must be; its client's next one is then behind everyone else's."""
+        """Remove and return the item whose turn it is; the queue must not be empty. Its client then goes behind all
+        others."""
         client, queue = self._queues.popitem(last=False)
         one = queue.popleft()
         if queue:
@@ -47,7 +49,7 @@ class Turns(Generic[T]):
         return one
 
     def remove(self, client: str, one: T) -> None:
-        """If it is there."""
+        """Remove an item, if it is in the queue."""
         queue = self._queues.get(client)
         if queue is None or one not in queue:
             return
@@ -57,29 +59,33 @@ class Turns(Generic[T]):
 
 
 PIECE = 4 * BLOCK
-"""Tokens of a prompt that are computed together."""
+"""Number of prompt tokens that are computed together."""
 
 
 class Sequence(Ticket):
     def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
         super().__init__(request, room, deliver)
         self.ids = list(request.prompt_ids)
-        """Prompt and answer so far."""
+        """Token ids of the prompt and of the answer so far."""
         self.computed = 0
-        """Tokens at its start whose keys and values are in the cache."""
+        """Number of tokens at the start whose keys and values are in the cache."""
         self.blocks: list[int] = []
         self.prompt: list[Scored] = []
-        """Scores of the prompt so far, where asked for."""
+        """Scores of the prompt's tokens so far, if the request asks for them."""
         self._named, self._name = 0, b""
 
     @property
     def answer(self) -> int:
-        """Tokens of it so far."""
+        """Number of tokens of the answer so far."""
         return len(self.ids) - len(self.request.prompt_ids)
 
     def new_names(self) -> Iterator[tuple[bytes, int]]:
-        """Name and block of each block that has become full, as far as the prompt is in whole pieces: its rest and the
-        answer are computed otherwise than as part of a longer prompt, which would get other bits from them."""
+        """Yield the hash and the id of each block that has become full since the last call, within the prompt's whole
+        pieces.
+
+        The rest of the prompt and the answer are left out: they are computed in another way than as part of a longer
+        prompt, which would get other bits from them.
+        """
         whole = len(self.request.prompt_ids) // PIECE * PIECE
         while (self._named + 1) * BLOCK <= min(self.computed, whole):
             start = self._named * BLOCK
@@ -97,18 +103,20 @@ class Part(NamedTuple):
 
     @property
     def ends(self) -> bool:
-        """Whether a new token follows."""
+        """Whether a new token follows this part."""
         return self.start + self.tokens == len(self.sequence.ids)
 
 
 class Scheduler:
-    """Knows nothing of threads: one at a time."""
+    """Decides what each step computes. Not thread-safe: only one thread may use it at a time."""
 
     def __init__(self, pool: BlockPool, most: int, budget: int) -> None:
-        """Args:
-        pool: of the cache.
-        most: requests that are under way at a time.
-        budget: tokens of a step, above those of answers.
+        """Create a scheduler without requests.
+
+        Args:
+            pool: the blocks of the KV cache.
+            most: largest number of running requests.
+            budget: number of prompt tokens per step, in addition to one token per answer.
         """
         assert budget >= PIECE
         self.pool, self._most, self._budget = pool, most, budget
@@ -126,7 +134,7 @@ class Scheduler:
         self._waiting.add(sequence.request.client, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """It is done, or nobody wants it; it may be gone already."""
+        """Remove a sequence that is done or unwanted; it may have been removed already."""
         if sequence in self.running:
             self.running.remove(sequence)
             self.pool.drop(sequence.blocks)
@@ -134,7 +142,7 @@ class Scheduler:
             self._waiting.remove(sequence.request.client, sequence)
 
     def next(self) -> list[Part]:
-        """What the next step computes; nothing where nobody is there."""
+        """Return the parts that the next step computes, admitting waiting requests; none if there are no requests."""
         parts = [Part(s, s.computed, 1) for s in self.running if s.answer]
         left = self._budget
         for sequence in [s for s in self.running if not s.answer]:
@@ -144,13 +152,13 @@ class Scheduler:
         return parts
 
     def computed(self, part: Part) -> None:
-        """The step with this part is done."""
+        """Record that the step with this part is done, and cache the blocks that have become full."""
         part.sequence.computed = part.start + part.tokens
         for name, block in part.sequence.new_names():
             self.pool.remember(name, block)
 
     def _begin(self, parts: list[Part], sequence: Sequence, left: int) -> int:
-        """Add pieces of its prompt; returns what is left of the budget."""
+        """Add pieces of the sequence's prompt to `parts`; return the rest of the budget."""
         start = sequence.computed
         while start < len(sequence.ids) and left >= PIECE:
             tokens = min(PIECE, len(sequence.ids) - start)
@@ -159,7 +167,10 @@ class Scheduler:
         return left
 
     def _let_in(self) -> Sequence | None:
-        """The one whose turn it is, if there is room for it: nobody is let in before it for being smaller."""
+        """Admit and return the waiting request whose turn it is, if the cache has room for it.
+
+        None otherwise: no smaller request is admitted before it.
+        """
         sequence = self._waiting.first()
         if sequence is None:
             return None

@@ -1,4 +1,5 @@
-"""What engines have in common: a thread that computes round after round, and hands over to whoever waits for tokens."""
+"""Base class of engines: a thread computes round after round and delivers updates to the coroutines that wait for
+them."""
 
 import asyncio
 import time
@@ -14,83 +15,92 @@ from mhmoe_ray.serve.engine.request import BusyError, EngineError, Request, Stat
 RECENT = 10.0
 
 Deliver = Callable[[Update | Exception], None]
-"""To be called by the engine's thread."""
+"""Function that passes an update, or an error, to the request's coroutine. The engine's thread calls it."""
 Updates = asyncio.Queue[Update | Exception]
 
 
 class Ticket:
-    """A request in an engine."""
+    """A request inside an engine."""
 
     def __init__(self, request: Request, room: int, deliver: Deliver) -> None:
-        """Args:
-        request: what is asked.
-        room: tokens that the answer may have.
-        deliver: takes what comes of it.
+        """Create the ticket of a request that arrives now.
+
+        Args:
+            request: the request.
+            room: largest number of tokens of the answer.
+            deliver: called with each update of the answer, or with an error.
         """
         self.request, self.room, self.deliver = request, room, deliver
         self.gone = False
-        """Nobody wants the answer any more."""
+        """Whether nobody wants the answer any more."""
         self.begun = False
-        """Some of it is computed."""
+        """Whether computation of the request has begun."""
         self.arrived = time.monotonic()
         self.spoke: float | None = None
-        """When its newest token came."""
+        """Time of the answer's newest token, by `time.monotonic`; None before the first one."""
 
 
 T = TypeVar("T", bound=Ticket)
 
 
 class ThreadedEngine(ABC, Generic[T]):
-    """An `Engine`. Methods that begin with an underscore are called with the lock, `_wake`, held, but for the thread's
-    own, `_run` and `_round`, and for `_hand_over` there: what it hands over only that thread adds to."""
+    """An `Engine` that computes in a thread of its own.
+
+    Methods whose names begin with an underscore must be called with the lock `_wake` held. Exceptions are the thread's
+    own, `_run` and `_round`, and `_hand_over` as `_run` calls it: only that thread adds to the updates that it
+    delivers.
+    """
 
     def __init__(self, seq_len: int, concurrency: int, queue: int) -> None:
-        """Args:
-        seq_len: tokens that prompt and answer may have together.
-        concurrency: requests that are computed at a time.
-        queue: requests that may wait.
+        """Create the engine; a subclass starts its thread.
+
+        Args:
+            seq_len: largest number of tokens of prompt and answer together.
+            concurrency: number of requests that are computed at a time.
+            queue: number of requests that may wait.
         """
         self._seq_len, self._concurrency, self._queue = seq_len, concurrency, queue
         self._wake = Condition()
         self._stats = Stats()
         self._recent = deque[float](maxlen=1_000_000)
-        """When the newest tokens came."""
+        """Times of the newest tokens, by `time.monotonic`."""
         self._outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Updates, Update | Exception]]] = {}
-        """What a round has for those who wait, which they get together: to wake a loop costs more than a token."""
+        """Updates of a round by event loop. They are delivered together, because waking a loop costs more than a
+        token."""
         self._broken: Exception | None = None
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @abstractmethod
     def _enter(self, request: Request, room: int, deliver: Deliver) -> T:
-        """A new ticket, which waits from now on."""
+        """Return a new ticket, which waits from now on."""
 
     @abstractmethod
     def _leave(self, ticket: T) -> None:
-        """Forget it, wherever it is."""
+        """Remove the ticket, whether it waits or runs."""
 
     @abstractmethod
     def _everyone(self) -> list[T]:
-        """All that are in the engine."""
+        """Return the tickets of all requests in the engine, running and waiting."""
 
     @abstractmethod
     def _waiting(self) -> int:
-        """How many of these wait."""
+        """Return the number of waiting requests."""
 
     @abstractmethod
     def _round(self) -> bool:
-        """Compute once, or wait until there is something to do; False once the engine is closed."""
+        """Compute once, or wait until there is something to do; return False once the engine is closed."""
 
     @abstractmethod
     def _measure(self, stats: Stats) -> None:
-        """Fill in what is so now."""
+        """Fill in the statistics that a subclass measures."""
 
     @property
     def seq_len(self) -> int:
         return self._seq_len
 
     async def generate(self, request: Request) -> AsyncGenerator[Update, None]:
-        """See `Engine`."""
+        """Yield the updates of an answer; see `Engine.generate`."""
         loop, updates = asyncio.get_running_loop(), Updates()
 
         def deliver(update: Update | Exception) -> None:
@@ -119,7 +129,7 @@ class ThreadedEngine(ABC, Generic[T]):
                 ticket.gone = True  # where it ended, it is gone already
 
     def stats(self) -> Stats:
-        """See `Engine`."""
+        """Return counts and the present state; see `Engine.stats`."""
         with self._wake:
             found = deepcopy(self._stats)
             found.waiting = self._waiting()
@@ -133,18 +143,19 @@ class ThreadedEngine(ABC, Generic[T]):
 
     @property
     def why_broken(self) -> str | None:
-        """None as long as it works."""
+        """The exception that broke the engine, as text; None while it works."""
         return f"{type(self._broken).__name__}: {self._broken}" if self._broken else None
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Stop the engine and wait for its thread to end; see `Engine.close`."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        """The thread's own."""
+        """Run rounds until the engine is closed or fails; then fail all requests. This is the thread's main
+        function."""
         error: Exception = EngineError("it was closed")
         try:
             while self._round():
@@ -157,7 +168,7 @@ class ThreadedEngine(ABC, Generic[T]):
         self._hand_over()
 
     def _rest(self) -> None:
-        """Until there is something new."""
+        """Deliver pending updates, then wait until the engine is notified of something new."""
         self._hand_over()
         self._wake.wait()
 
@@ -173,12 +184,12 @@ class ThreadedEngine(ABC, Generic[T]):
                 self._end(ticket)
 
     def _began(self, ticket: T, waited: float, reused: int) -> None:
-        """Some of it is about to be computed, or is.
+        """Record that computation of a request begins.
 
         Args:
-            ticket: whose.
-            waited: seconds until then.
-            reused: tokens of its prompt that were in the cache.
+            ticket: the request's ticket.
+            waited: seconds from its arrival until now.
+            reused: number of its prompt tokens that were in the cache.
         """
         ticket.begun = True
         self._stats.queue.add(waited)
@@ -186,7 +197,7 @@ class ThreadedEngine(ABC, Generic[T]):
         self._stats.reused_tokens += reused
 
     def _spoke(self, ticket: T) -> None:
-        """There is a token more of its answer."""
+        """Record that the answer has one more token."""
         now = time.monotonic()
         if ticket.spoke is None:
             self._stats.first_token.add(now - ticket.arrived)

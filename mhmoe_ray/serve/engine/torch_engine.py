@@ -1,7 +1,7 @@
-"""The engine of our own decoder: one process, a CPU or one GPU.
+"""The engine for this project's own decoder: one process, a CPU or one GPU.
 
-Each round is a step of the model for all requests together. On a CPU an answer is the same to the last bit whatever
-else is in the batch (`paged_cache.py`).
+Each round is one step of the model for all running requests together. On a CPU an answer is the same to the last bit
+whatever else is in the batch (`paged_cache.py`).
 """
 
 import time
@@ -22,7 +22,7 @@ from mhmoe_ray.serve.engine.threaded import Deliver, ThreadedEngine
 from mhmoe_ray.spec import ServeSpec
 
 BUDGET = {"cpu": 256, "cuda": 2048}
-"""Tokens of prompts in a step, about."""
+"""Approximate number of prompt tokens in one step, by type of device."""
 
 
 class TorchEngine(ThreadedEngine[Sequence]):
@@ -39,18 +39,20 @@ class TorchEngine(ThreadedEngine[Sequence]):
         threads: int,
         cache_tokens: int | None = None,
     ) -> None:
-        """Args:
-        model: with all experts, in evaluation mode, on its device.
-        dtype: of its matrices, and of keys and values.
-        ends: tokens that end an answer and are no part of it.
-        known: tokens that the tokenizer has; the model may have more rows, which have no text.
-        seq_len: tokens that prompt and answer may have together.
-        concurrency: requests that are computed at a time.
-        queue: requests that may wait.
-        threads: of its computation on a CPU. Where other threads of the process have computed on several before, its
-            own wait for each other more slowly: libgomp sees more of them than CPUs.
-        cache_tokens: tokens whose keys and values there is room for; by default, so many that no request of these waits
-            for room.
+        """Start the engine and its thread.
+
+        Args:
+            model: the model with all experts, in evaluation mode, on its device.
+            dtype: type of its matrices, and of keys and values.
+            ends: tokens that end an answer and are no part of it.
+            known: number of tokens that the tokenizer has; the model may have more rows, which have no text.
+            seq_len: largest number of tokens of prompt and answer together.
+            concurrency: number of requests that are computed at a time.
+            queue: number of requests that may wait.
+            threads: number of threads that compute on a CPU. If other threads of the process have computed on several
+                threads before, these synchronise more slowly, because libgomp sees more threads than CPUs.
+            cache_tokens: number of tokens whose keys and values the cache has room for, at least one request of full
+                length; by default enough that none of `concurrency` requests waits for room.
         """
         super().__init__(seq_len, concurrency, queue)
         self._model, self._ends, self._known = model, ends, known
@@ -98,7 +100,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return bool(parts)
 
     def _next(self) -> list[Part]:
-        """Parts of the next step, once there are some; none when the engine is closed."""
+        """Wait until the scheduler has parts for a step and return them; return none once the engine is closed."""
         with self._wake:
             while not self._closed:
                 self._end_those_gone()
@@ -136,7 +138,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
                 sequence.deliver(update)
 
     def _computed(self, parts: list[Part]) -> Tensor:
-        """Logits of all rows that are wanted, in CPU memory."""
+        """Run the model on the parts and return the logits of all wanted rows, float32, in CPU memory."""
         spans = [Span(p.sequence.blocks, p.start, p.tokens, _wanted(p)) for p in parts]
         past = PagedStep(self._cache, spans)
         token_1T = torch.zeros(1, past.room, dtype=torch.long)
@@ -153,7 +155,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         return logits_RV
 
     def _said(self, part: Part, logits_RV: Tensor, best: int) -> Update | None:
-        """What this part gives its client; `best` is the most likely token after it."""
+        """Return what the client gets from a part, if anything; `best` is the most likely token after the part."""
         sequence, request = part.sequence, part.sequence.request
         if request.prompt_logprobs:
             sequence.prompt += _prompt_scores(part, logits_RV)
@@ -170,14 +172,17 @@ class TorchEngine(ThreadedEngine[Sequence]):
 
 
 def _wanted(part: Part) -> int:
-    """Rows of it whose logits are asked for."""
+    """Return the number of rows of the part whose logits are wanted."""
     if part.sequence.request.prompt_logprobs and not part.sequence.answer:
         return part.tokens
     return int(part.ends)
 
 
 def _prompt_scores(part: Part, logits_RV: Tensor) -> list[Scored]:
-    """Of the tokens of the prompt that follow those of this part; the first one's has no score."""
+    """Return the scores of the prompt tokens that this part predicts, those one position after its own.
+
+    The first token of the prompt has no score; it comes first in the result of the first part.
+    """
     sequence, request = part.sequence, part.sequence.request
     if sequence.answer:
         return []
@@ -187,14 +192,14 @@ def _prompt_scores(part: Part, logits_RV: Tensor) -> list[Scored]:
 
 
 def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, spec: ServeSpec) -> TorchEngine:
-    """Our own engine with a model in memory; see `TorchEngine`.
+    """Return a `TorchEngine` for a model in memory.
 
     Args:
-        model: with all experts, in evaluation mode, float32; the engine's own from now on.
+        model: the model with all experts, in evaluation mode, float32; the engine owns it from now on.
         ends: tokens that end an answer.
-        known: tokens that may be chosen, from 0.
-        seq_len: tokens that prompt and answer may have together.
-        spec: precision, and how many requests.
+        known: number of tokens that may be chosen, counted from id 0.
+        seq_len: largest number of tokens of prompt and answer together.
+        spec: precision, and numbers of requests.
     """
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     if dtype == torch.bfloat16:
@@ -217,11 +222,11 @@ def own_engine(model: Decoder, ends: frozenset[int], known: int, seq_len: int, s
 
 
 def suit_to_cpu(model: Decoder, dtype: torch.dtype) -> None:
-    """Give a model, in place, the products in which what a row gives depends on no other row.
+    """Replace a model's matrix products, in place, by products in which the result of a row depends on no other row.
 
     Args:
-        model: with all experts, on a CPU.
-        dtype: of its matrices.
+        model: the model with all experts, on a CPU.
+        dtype: type of its matrices.
     """
     if packed.why_not(dtype) is None:
         pack(model)
@@ -231,7 +236,7 @@ def suit_to_cpu(model: Decoder, dtype: torch.dtype) -> None:
 
 
 def _halve(model: Decoder) -> None:
-    """Weights of matrix products in bfloat16; not the routers', nor those of norms."""
+    """Convert the weights of matrix products to bfloat16, in place; those of routers and norms stay float32."""
     for name in matrices(model):
         if ".router." not in name:
             parameter = model.get_parameter(name)

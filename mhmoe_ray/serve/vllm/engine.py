@@ -1,8 +1,8 @@
-"""The engine that vLLM computes: a CPU, one GPU or several, tensor- or expert-parallel, on one node.
+"""The engine that computes with vLLM: on a CPU, one GPU or several, tensor- or expert-parallel, on one node.
 
-vLLM's own loop runs in our thread. On a CPU its core is in this process, which spares each step the way to another one
-and back; with GPUs it is in a process of its own, so that Python's lock is not shared with the HTTP server. Requests
-wait here, where clients take turns, not in vLLM.
+vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which spares each step the round
+trip to another process; with GPUs the core is in a process of its own, so that it does not share Python's lock with the
+HTTP server. Requests wait here, where clients take turns, and not in vLLM.
 """
 
 import os
@@ -31,34 +31,36 @@ from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
 FIRST = Request((0,), Sampling(max_tokens=2, top_p=0.9, seed=0), logprobs=1, prompt_logprobs=True)
-"""A request that uses all of vLLM's sampler."""
+"""A request that uses all of vLLM's sampler, to warm it up."""
 COUNT_ROUNDS = 256
-"""Rounds after which the experts' counts are asked for again, where it never rests."""
+"""Number of rounds after which the experts' counts are read again while the engine never rests."""
 
 
 class _Asked(Ticket):
     number = ""
-    """vLLM's name for it, once it has been handed over."""
+    """The request's id in vLLM, once it has been handed over."""
     answer = 0
-    """Tokens of it so far."""
+    """Number of tokens of the answer so far."""
     finished = False
-    """vLLM has forgotten it."""
+    """Whether vLLM has finished the request and forgotten it."""
 
 
 class VllmEngine(ThreadedEngine[_Asked]):
     def __init__(
         self, checkpoint: Location, manifest: Manifest, ends: frozenset[int], known: int, spec: ServeSpec
     ) -> None:
-        """Args:
-        checkpoint: inside its run directory, already looked at.
-        manifest: the checkpoint's.
-        ends: tokens that end an answer and are no part of it.
-        known: tokens that the tokenizer has.
-        spec: sizes; `max_waiting` is the queue's.
+        """Start vLLM in the engine's thread and wait until it is ready.
+
+        Args:
+            checkpoint: the checkpoint directory inside its run directory, already verified.
+            manifest: the checkpoint's manifest.
+            ends: tokens that end an answer and are no part of it.
+            known: number of tokens that the tokenizer has.
+            spec: sizes; `max_waiting` is the length of the queue.
 
         Raises:
             ServeError: vLLM has no layers for this model.
-            EngineError: vLLM does not start; the reason says why.
+            EngineError: vLLM does not start; the message says why.
         """
         super().__init__(manifest.seq_len, spec.max_concurrency, spec.max_waiting)
         self._on_cpu = current_platform.is_cpu()
@@ -181,7 +183,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
         self._count_LE = self._vllm.collective_rpc("mhmoe_counts")[0]
 
     def _begin(self, asked: _Asked) -> None:
-        """Hand it over to vLLM."""
+        """Hand the request over to vLLM; if vLLM refuses it, fail this request alone."""
         self._numbers += 1
         asked.number = str(self._numbers)
         self._running[asked.number] = asked
@@ -218,7 +220,7 @@ class VllmEngine(ThreadedEngine[_Asked]):
 
 
 class _Meter(StatLoggerBase):
-    """What vLLM tells after each of its steps."""
+    """Collects the statistics that vLLM reports after each of its steps."""
 
     def __init__(self) -> None:
         self.cache_used, self.steps, self.tokens = 0.0, 0, 0
@@ -258,7 +260,8 @@ def _params(request: Request, room: int, ends: frozenset[int] = frozenset()) -> 
 def _scored(
     tokens: Sequence[int], found: "Sequence[dict[int, Any] | None] | None", alternatives: int | None
 ) -> tuple[Scored, ...]:
-    """Each token with what vLLM found in its place, among which it always is itself."""
+    """Return each token with its score and the `alternatives` most likely tokens; vLLM always reports the token itself
+    too."""
     if found is None:
         return tuple(map(Scored, tokens))
     scores = []
@@ -272,7 +275,7 @@ def _scored(
 
 
 def _cores(ranks: int, cpus: int) -> str:
-    """For each rank the cores that it computes on, in vLLM's form; those of one rank are left to the system."""
+    """Return the cores of each rank in the form of vLLM's VLLM_CPU_OMP_THREADS_BIND; a single rank is not bound."""
     if ranks == 1:
         return "nobind"
     allowed = sorted(os.sched_getaffinity(0))

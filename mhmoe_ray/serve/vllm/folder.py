@@ -1,4 +1,4 @@
-"""A folder that stands for a checkpoint where vLLM wants one of Hugging Face's. Needs no vLLM."""
+"""A folder that stands in for a checkpoint where vLLM expects one in Hugging Face's format. Needs no vLLM."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ from mhmoe_ray.storage import Location
 
 ARCHITECTURE = "MhmoeForCausalLM"
 FORMAT = "mhmoe"
-"""Of checkpoints, for `load_format`; also the type of the model in its configuration."""
+"""Name of the checkpoint format, for `load_format`; also the type of the model in its configuration."""
 CPU_MULTIPLE = 32
-"""Of an expert's rows, which vLLM's kernels on a CPU are written for."""
+"""The width of an expert's rows must be a multiple of this on a CPU, because vLLM's CPU kernels are written for it."""
 
 
 def check_fits(model: ModelSpec, on_cpu: bool) -> None:
-    """Whether vLLM has layers for this model.
+    """Check that vLLM has layers for this model.
 
     Raises:
-        ServeError: it has none.
+        ServeError: vLLM has none.
     """
     fix = "serve it with serve.engine=torch"
     if not model.architecture.runs_in_vllm:
@@ -31,13 +31,13 @@ def check_fits(model: ModelSpec, on_cpu: bool) -> None:
 
 
 def write_folder(folder: Path, checkpoint: Location, manifest: Manifest, known: int) -> None:
-    """Write the configuration into an empty folder, to be loaded with `load_format="mhmoe"`.
+    """Write the model's configuration into an empty folder, to be loaded with `load_format="mhmoe"`.
 
     Args:
-        folder: on this machine.
-        checkpoint: where its weights are, and stay.
-        manifest: the checkpoint's.
-        known: tokens that its tokenizer has.
+        folder: the folder, on this machine.
+        checkpoint: location of the weights, which are not copied.
+        manifest: the checkpoint's manifest.
+        known: number of tokens that the tokenizer has.
     """
     model = manifest.model
     config = {

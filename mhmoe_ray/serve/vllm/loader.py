@@ -1,7 +1,7 @@
-"""What vLLM is given of ours: the configuration of a model, the loader of its weights, and what workers can be asked.
+"""The classes that vLLM gets from this project: a model's configuration, the loader of its weights, and worker methods.
 
-The configuration is a class of transformers' kind, read from a folder that stands for a checkpoint; weights come from a
-run's checkpoint as it lies, at whatever parallel size it was written.
+The configuration is a class of transformers' kind, read from a folder that stands in for a checkpoint. Weights come
+from a run's checkpoint as it is, at whatever parallel size it was written.
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,18 @@ from mhmoe_ray.storage import Location, location
 
 
 class MhmoeConfig(PreTrainedConfig):
-    """What `folder.write_folder` writes: sizes under the names that vLLM looks for, and beside them what is ours."""
+    """The configuration that `folder.write_folder` writes: sizes under the names that vLLM looks for, and fields of our
+    own."""
 
     model_type = FORMAT
 
     checkpoint: str = ""
-    """A location."""
+    """Location of the checkpoint."""
     model: dict[str, Any] | None = None
     """The `model` section of the checkpoint's manifest."""
 
     vocab_size: int = 0
-    """Tokens that the tokenizer has; the model may have more rows, which no answer takes."""
+    """Number of tokens that the tokenizer has; the model may have more rows, which no answer uses."""
     hidden_size: int = 0
     num_hidden_layers: int = 0
     num_attention_heads: int = 0
@@ -43,19 +44,20 @@ class MhmoeConfig(PreTrainedConfig):
 
 class CheckpointLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
-        """There is nothing to copy."""
+        """Do nothing: there is nothing to download."""
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
-        """Fill a model of ours. The checkpoint was looked at before (`read_manifest`)."""
+        """Load the checkpoint's weights into the model. `read_manifest` has verified the checkpoint before."""
         config = model_config.hf_config
         model.load_weights(stored(location(config.checkpoint), ModelSpec.model_validate(config.model)))
 
 
 def stored(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """All whole tensors of a checkpoint by name, of which never more than one block's are in memory.
+    """Yield all tensors of a checkpoint, complete and by name, in float32; only one block's tensors are in memory at a
+    time.
 
     Raises:
-        CheckpointError: it does not hold this model.
+        CheckpointError: the checkpoint does not hold this model.
     """
     with torch.device("meta"):
         shapes = Decoder(spec).tensors()
@@ -69,16 +71,18 @@ def stored(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[str, Tensor]
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker."""
+    """Methods that are added to vLLM's worker class."""
 
     model_runner: Any
 
     def mhmoe_counts(self) -> list[list[int]]:
-        """Routes per layer and expert since `mhmoe_count_anew`. All ranks route all rows, so that each has the whole
-        count."""
+        """Return the routes per layer and expert since `mhmoe_count_anew`.
+
+        Every rank routes all rows, so each rank has the complete counts.
+        """
         counts: list[list[int]] = self.model_runner.get_model().counts()
         return counts
 
     def mhmoe_count_anew(self) -> None:
-        """Of what follows alone: until then vLLM has only tried the model."""
+        """Reset the counts of routes, after vLLM's own trial runs of the model."""
         self.model_runner.get_model().count_anew()

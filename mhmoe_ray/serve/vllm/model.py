@@ -1,7 +1,7 @@
-"""The decoder of `model/decoder.py`, llama backbone, and its multi-head mixture of experts in vLLM's layers.
+"""The decoder of `model/decoder.py`, llama backbone, with its multi-head mixture of experts, in vLLM's layers.
 
-Modules have the training model's names, so that a checkpoint's names need no table but for what vLLM keeps together:
-the two projections of a gated layer, and those of all experts.
+Modules have the training model's names, so a checkpoint's names need a table only where vLLM merges parameters: the two
+projections of a gated layer, and the experts' matrices.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class FeedForward(nn.Module):
-    """SwiGLU without biases, its hidden rows spread over tensor-parallel ranks."""
+    """SwiGLU without biases, whose hidden rows are sharded over the tensor-parallel ranks."""
 
     def __init__(self, width: int, hidden: int, prefix: str) -> None:
         super().__init__()
@@ -48,7 +48,8 @@ class FeedForward(nn.Module):
 
 
 def _projection(width: int, layers: int, prefix: str) -> nn.Module:
-    """d -> d, each rank the whole of it: experts are spread by their hidden rows or by number, and see whole rows."""
+    """Return a projection d -> d that each rank holds completely: experts are sharded by hidden rows or by number, and
+    need complete rows as input."""
     if layers == 1:
         one: nn.Module = ReplicatedLinear(width, width, return_bias=False, prefix=prefix)
         return one
@@ -82,7 +83,7 @@ class MultiHeadMoE(nn.Module):
         self.register_buffer("count_E", torch.zeros(moe.experts, dtype=torch.long), persistent=False)
 
     def forward(self, x_TM: Tensor) -> Tensor:
-        """x_TM: T tokens."""
+        """Compute the layer's output for T tokens."""
         shared_TM = self.shared(x_TM) if self.shared else None
         # vLLM's experts may write into their rows; those of a projection are nobody else's.
         y_TM = self.head(x_TM) if self.head else x_TM.clone()
@@ -105,9 +106,9 @@ class MultiHeadMoE(nn.Module):
 
 
 PAIRS = {"gate_FD": ("gate_up.weight", 0), "up_FD": ("gate_up.weight", 1), "down_DF": ("down.weight", None)}
-"""What a gated layer's parameters are called here, and which part of that they are."""
+"""Parameter that holds each matrix of a gated layer here, and its index in it; None if it is the whole parameter."""
 EXPERTS = {"gate_EFD": ("w13_weight", "w1"), "up_EFD": ("w13_weight", "w3"), "down_EDF": ("w2_weight", "w2")}
-"""The same of experts, each of whose is loaded by its number."""
+"""Parameter that holds each matrix of the experts, and its name for vLLM's loader, which loads it expert by expert."""
 
 
 class Attention(nn.Module):
@@ -152,7 +153,8 @@ class Block(nn.Module):
             self.ffn = FeedForward(spec.d_model, spec.d_ff, f"{prefix}.ffn")
 
     def forward(self, position_T: Tensor, x_TM: Tensor, residual_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns what the block adds last, and all before it: vLLM's norm adds them up."""
+        """Return what the block's last layer adds, and the sum of everything before it: vLLM's next norm adds the
+        two."""
         if residual_TM is None:
             residual_TM, x_TM = x_TM, self.attention_norm(x_TM)
         else:
@@ -196,7 +198,8 @@ class Trunk(nn.Module):
 
 
 class MhmoeForCausalLM(nn.Module):
-    """What `plugin.register` names. Runs whole on each pipeline: sizes are those of tensor and expert parallelism."""
+    """The model that `plugin.register` names. It has no pipeline parallelism: it is sharded over tensor- and
+    expert-parallel ranks only."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -227,10 +230,10 @@ class MhmoeForCausalLM(nn.Module):
         return logits_TV
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take a checkpoint's tensors, of which each parameter gets its rank's part.
+        """Load a checkpoint's tensors, of which each parameter takes its rank's shard.
 
         Returns:
-            Names of the parameters that were given something.
+            Names of the parameters that were loaded.
         """
         # Parameters of vLLM's have loaders, which types do not know.
         targets: dict[str, Any] = dict(self.named_parameters()) | dict(self.named_buffers())
@@ -254,7 +257,7 @@ class MhmoeForCausalLM(nn.Module):
         return loaded
 
     def counts(self) -> list[list[int]]:
-        """Routes per layer and expert."""
+        """Return the routes per layer and expert since `count_anew`."""
         return [m.count_E.tolist() for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     @torch.inference_mode()

@@ -1,10 +1,10 @@
-"""Makes vLLM know our model. vLLM calls `register` once in each of its processes."""
+"""The plugin that registers this project's model with vLLM. vLLM calls `register` once in each of its processes."""
 
 from mhmoe_ray.serve.vllm.folder import ARCHITECTURE, FORMAT
 
 
 def register() -> None:
-    """The configuration, the model and the loader. May be called again."""
+    """Register the configuration, the model and the loader. May be called more than once."""
     from transformers import AutoConfig
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
     from vllm.model_executor.models.registry import ModelRegistry
