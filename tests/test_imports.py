@@ -47,3 +47,8 @@ def test_what_reads_runs_and_draws_them_has_no_torch():
 
 def test_what_serves_or_exports_a_model_has_nothing_of_distributed_tensors():
     assert_goes_without("torch.distributed.tensor", SERVING)
+
+
+def test_the_small_sample_needs_no_extra():
+    code = "import sys; sys.modules['lxml'] = None; import mhmoe_ray.corpus.small"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,10 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import lxml.html
-from lxml import etree
+if TYPE_CHECKING:
+    from lxml import etree
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,13 @@ class Vocabulary:
     cells: Collection[str] = ()
 
 
-def read_blocks(root: etree._Element, words: Vocabulary) -> Iterator[Block]:
+def read_blocks(root: "etree._Element", words: Vocabulary) -> Iterator[Block]:
     """The text below `root` in reading order, a block for each paragraph, heading, item or code listing."""
     open_blocks, text, verbatim = [_name(root)], list[str](), 0
     # A walk by events, because hand-made pages nest deeper than Python recurses.
+    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+    from lxml import etree
+
     walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     for event, element in walk:
         tag = _name(element)
@@ -85,7 +88,7 @@ def _paragraph(tag: str, pieces: list[str], verbatim: bool) -> Iterator[Block]:
         yield Block(tag, text)
 
 
-def _name(element: etree._Element) -> str:
+def _name(element: "etree._Element") -> str:
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
@@ -164,6 +167,10 @@ def questions(content: str, without: str = "") -> Reader:
 
 
 def _page(page: bytes, content: str, without: str) -> tuple[str, list[Block]]:
+    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+    import lxml.html
+    from lxml import etree
+
     try:
         page.decode("utf-8")
         encoding = "utf-8"
@@ -193,6 +200,9 @@ MALLARD = Vocabulary(
 
 def read_mallard(page: bytes) -> Iterator[Document]:
     # Entities stay unread: a page needs none, and they can name files.
+    # Imported only here: the small sample is made without lxml, which is in the extra `large-sample`.
+    from lxml import etree
+
     root = etree.fromstring(page, etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True))
     blocks = list(read_blocks(root, MALLARD))
     titles = [b.text for b in blocks if b.tag == "title"]
