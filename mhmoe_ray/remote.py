@@ -23,8 +23,11 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter
 
 VARIABLE = "MHMOE_REQUEST"
-"""Environment variable that holds the packed request. Linux limits one variable to 128 KiB; a file pattern that the
-shell expands can become a thousand sources, which differ in a few letters only and therefore compress well."""
+"""Environment variable that holds the packed request.
+
+Linux limits one variable to 128 KiB. A file pattern that the shell expands can become a thousand sources; they differ
+in a few letters only and therefore compress well.
+"""
 RESULT = "result: "
 """Start of the log lines that hold a result."""
 _PIECE = 8_000  # characters of such a line: Ray sends a log in chunks of 20,000

@@ -271,8 +271,10 @@ def object_store(scheme: str, bucket: str, query: str) -> "tuple[fs.FileSystem, 
 
 
 def replace_file(path: Location, data: bytes | memoryview) -> None:
-    """Write a file atomically, creating its folder if it is missing. Several processes may write it at the same
-    time."""
+    """Write a file atomically, creating its folder if it is missing.
+
+    Several processes may write it at the same time.
+    """
     if isinstance(path, ObjectPath):
         path.write_bytes(data)
         return

@@ -1,4 +1,4 @@
-"""A real browser, driven by Selenium."""
+"""A fixture with a real browser, driven by Selenium."""
 
 import shutil
 

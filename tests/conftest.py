@@ -1,4 +1,4 @@
-"""The Ray cluster that all tests of a lane share, and which tests share a lane."""
+"""The Ray cluster that all tests of a lane share, and the rule by which tests share a lane."""
 
 import multiprocessing.process
 import os
@@ -32,7 +32,7 @@ QUIET = {
     # Nothing scales here, and what asks whether anything should takes 2.5 per cent of a core at Ray's 5 s.
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
 }
-"""What a cluster does for nobody."""
+"""Environment variables that reduce work of a cluster from which no test profits."""
 
 # The same examples each time, so that only a change can make a test fail; but for constants of our own modules, which
 # hypothesis draws too, of those that a lane has imported by then. `make explore` draws new ones. No deadline: a busy
@@ -81,7 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest file first, so that no lane is left alone with it in the end."""
+    """Put the longest file first, so that no lane is left alone with it at the end.
+
+    `--fast` leaves out the tests marked `ray` or `long`.
+    """
     if config.getoption("--fast"):
         left_out = ("ray", "long")
         items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
@@ -97,7 +100,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 class Lanes(LoadFileScheduling):
-    """A file of tests stays whole in a lane, and these folders do: their clusters would be too many at once."""
+    """Scheduler that keeps each test file, and each of these folders as a whole, in one lane.
+
+    The clusters of a folder's files would be too many at the same time.
+    """
 
     FOLDERS = ("tests/several_nodes/", "tests/faults/")
 
@@ -110,7 +116,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the clusters of lanes that were ended: after Ctrl-C a lane has ten seconds, and Ray needs more."""
+    """End the clusters of lanes that were ended.
+
+    A lane has ten seconds after Ctrl-C, and Ray needs more.
+    """
     if getattr(config.option, "numprocesses", None):
         for record in config._tmp_path_factory.getbasetemp().rglob(RECORD):
             with home_of_its_own(record.parent), suppress(ClusterError):  # a test writes one of another machine
@@ -119,7 +128,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @contextmanager
 def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """MHMOE_HOME, and nothing that a user's environment says of clusters."""
+    """Set MHMOE_HOME, and remove everything that the user's environment says about clusters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHMOE_HOME", str(home))
         for name, value in QUIET.items():
@@ -133,8 +142,10 @@ def home_of_its_own(home: Path) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="session")
 def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home that MHMOE_HOME names for the rest of the session. Who starts a cluster in it leaves it to those who come
-    after; in the end it is stopped as users stop theirs."""
+    """Yield a home that MHMOE_HOME names for the rest of the session.
+
+    A test that starts a cluster in it leaves the cluster to later tests; at the end it is stopped as users stop theirs.
+    """
     home = tmp_path_factory.mktemp("home")
     with home_of_its_own(home):
         yield home
@@ -146,5 +157,5 @@ def lane_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def local_cluster(lane_home: Path) -> LocalCluster:
-    """The local cluster in that home, with 8 logical CPUs: the quickstart's where it ran before."""
+    """Return the local cluster in that home, with 8 logical CPUs; it is the quickstart's where that ran before."""
     return start_local(8)

@@ -1,6 +1,6 @@
-"""The tests marked `cpu`, once at each level that this machine has, by a pytest of its own each: `make test-cpu`.
+"""Run the tests marked `cpu` once at each level that this machine has, each time in a new pytest: `make test-cpu`.
 
-Further arguments go to every pytest. The exit code is 1 where one of them failed.
+Further arguments go to every pytest. The exit code is 1 if one of them failed.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Wires the verbs. Errors of ours become one line on stderr and an exit code (errors.py); bugs keep their traceback."""
+"""The `mhmoe` application: wires the commands and handles their errors.
+
+An error of the tree in errors.py becomes one line on stderr and an exit code; bugs keep their traceback.
+"""
 
 import os
 import sys

@@ -1,8 +1,9 @@
-"""`mhmoe bench`: measurements, side by side in one run.
+"""`mhmoe bench`: measurements, compared side by side within one command.
 
-`layer` and `serve` have files of their own. Here are `train`, a whole training step of models of equal work; `run`,
-what a run costs beside its steps; `dispatch`, rows to experts on another node; `checkpoint`, how long saving holds
-training up; `ingest`, text to shards and shards to micro-batches; `commands`, how long the command line lets one wait.
+`layer` and `serve` have files of their own. Commands in this file: `train`, a whole training step of models of equal
+work; `run`, the overhead of a run beside its steps; `dispatch`, sending rows to experts on another node; `checkpoint`,
+how long saving holds up training; `ingest`, from text to shards and from shards to micro-batches; `commands`, how long
+a user waits for the command line.
 """
 
 import os
@@ -48,7 +49,7 @@ def train(
     parameters, MH-MoE with k = h.
 
     A step is training's own: forward, loss and backward of each micro-batch, clipping, AdamW. All models take turns in
-    each round; medians, beside the first paper's own throughput. With --json the table goes to stderr.
+    each round; results are medians, beside the first paper's own throughput. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.steps import SMALL, measure
@@ -82,9 +83,9 @@ def run(
 ) -> None:
     """Time a spec's whole training by one worker, as a run, beside the same steps in a bare loop without Ray.
 
-    The loop is timed as Python starts it, and with the settings of memory that a run's workers get. All train on the
-    spec's prepared data from the same start and end with the same loss, which is checked. With --json the table goes to
-    stderr.
+    The loop is timed with Python's default memory settings, and with the memory settings of a run's workers. All train
+    on the spec's prepared data from the same start and end with the same loss, which is checked. With --json the table
+    goes to stderr.
     """
     from mhmoe_ray.bench.run import WARM_UP, measure
     from mhmoe_ray.data.shards.manifest import prepared_for
@@ -122,11 +123,11 @@ def dispatch(
     json: JsonOption = False,
 ) -> None:
     """Time a forward and backward pass of expert layers through flat and hierarchical dispatch, over two nodes of two
-    ranks made up of processes of this machine, on its CPU.
+    ranks that are simulated by processes on this machine's CPU.
 
-    Bytes are those of rows that dispatch sends from node to node; with --slow-link those that crossed the link, with
-    all headers. Beside their ratio stands the one that the drawn routes demand. The link joins two network namespaces,
-    which are removed at the end. With --json the table goes to stderr.
+    Bytes are those of rows that dispatch sends from node to node; with --slow-link they are all bytes that crossed the
+    link, headers included. Beside their ratio stands the ratio that the drawn routes demand. The link joins two network
+    namespaces, which are removed at the end. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.dispatch.measure import measure
@@ -163,12 +164,12 @@ def checkpoint(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of both ways.")] = 7,
     json: JsonOption = False,
 ) -> None:
-    """Time how long a checkpoint holds training up, beside a synchronous torch.save of the same weights and moments,
-    and what memory it takes.
+    """Time how long a checkpoint holds up training, beside a synchronous torch.save of the same weights and moments,
+    and measure its memory.
 
-    The state is copied beside the next step's forward and backward, and training waits for what of it is left when the
-    update is due; files, hashes and the manifest are written while it goes on. Both ways take turns in each round;
-    medians from the second checkpoint on. With --json the table goes to stderr.
+    The state is copied during the next step's forward and backward, and training waits for the rest of the copy when
+    the update is due; files, hashes and the manifest are written while training goes on. Both ways take turns in each
+    round; results are medians from the second checkpoint on. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.checkpoints import measure
@@ -196,8 +197,8 @@ def ingest(
 ) -> None:
     """Time the preparation of a spec's text, and the stream of its training, each time in new processes.
 
-    The spec names its tokenizer: training one is not measured. Text is prepared anew in a temporary folder; the stream
-    is of the spec's own prepared data, all of its train.steps. With --json the table goes to stderr.
+    The spec must name its tokenizer, because training one is not measured. Text is prepared anew in a temporary folder;
+    the stream reads the spec's own prepared data, for all of its train.steps. With --json the table goes to stderr.
     """
     from mhmoe_ray.bench.ingest import CONTESTANTS, OURS, contest
     from mhmoe_ray.bench.timing import there
@@ -236,9 +237,10 @@ def commands(
     submit: Annotated[bool, typer.Option(help="Also submit the spec so often, on the cluster that runs.")] = True,
     json: JsonOption = False,
 ) -> None:
-    """Time `mhmoe --help`, `mhmoe status` of a run with a million lines of metrics, and the way from `mhmoe submit` to
-    its job's first sign, each as a process of its own. Submitted runs are ended at once and stay; start a cluster and
-    prepare the data beforehand.
+    """Time `mhmoe --help`, `mhmoe status` of a run with a million lines of metrics, and the time from `mhmoe submit` to
+    its job's first sign of life, each as a process of its own.
+
+    Submitted runs are ended at once and stay; start a cluster and prepare the data beforehand.
     """
     from mhmoe_ray.bench.commands import measure
     from mhmoe_ray.data.shards.manifest import prepared_for

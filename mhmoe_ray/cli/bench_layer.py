@@ -1,4 +1,4 @@
-"""`mhmoe bench layer`: what expert layers of equal work cost."""
+"""`mhmoe bench layer`: time and memory of expert layers of equal work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,8 +39,8 @@ def layer(
 ) -> None:
     """Time forward and backward of expert layers of equal multiply-adds and parameters; measure their memory.
 
-    All layers take turns in each round; medians, as ratios to a dense layer of the same multiply-adds. With --over, at
-    several points along an axis. With --json the tables go to stderr.
+    All layers take turns in each round; results are medians, and ratios to a dense layer of the same multiply-adds.
+    With --over, layers are measured at several points along an axis. With --json the tables go to stderr.
     """
     from mhmoe_ray.bench import timing
     from mhmoe_ray.bench.layers import Shape
@@ -130,7 +130,12 @@ def _points(over: "Over | None", points: str | None, heads: list[int] | None) ->
 
 
 def _check_png(png: Path, over: "Over | None") -> None:
-    """Before minutes of measuring, not after."""
+    """Check that the plot has an axis and can be written, before minutes of measuring.
+
+    Raises:
+        BadParameter: there is no axis.
+        DataError: matplotlib is not installed, or the file could not be written.
+    """
     from mhmoe_ray import pictures
 
     if over is None:

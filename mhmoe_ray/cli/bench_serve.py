@@ -1,4 +1,4 @@
-"""`mhmoe bench serve`: tokens a second of engines and servers."""
+"""`mhmoe bench serve`: throughput of engines and servers in tokens per second."""
 
 import tempfile
 from collections.abc import Sequence
@@ -24,10 +24,13 @@ class Part(StrEnum):
 
 
 SEQ_LEN = 1024
-"""Tokens that a prompt and its answer may have together."""
+"""Largest number of tokens of a prompt and its answer together."""
 PROMPT = 64
 PREFILL = 256
-"""Tokens of a prompt where only prompts are timed; where only answers are, they follow prompts of few."""
+"""Number of tokens of a prompt where only prompts are timed.
+
+Where only answers are timed, they follow very short prompts.
+"""
 
 
 def serve(
@@ -60,7 +63,7 @@ def serve(
     """Time answers of a model of random weights: of engines by themselves, or behind HTTP, plain and streamed.
 
     Each contestant has a process of its own, which waits while others are measured; all take turns in each round.
-    Medians. With --json the tables go to stderr.
+    Results are medians. With --json the tables go to stderr.
     """
     import torch
 

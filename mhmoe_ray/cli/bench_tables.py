@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 Part = str | tuple[str, Table]
-"""A text, or a table under its title."""
+"""A text, or a table with its title."""
 
 WIDTH = 140
-"""Of tables, also on narrower terminals: a cut number is worse than a long line."""
+"""Smallest width of tables in characters, also on narrower terminals: a truncated number is worse than a long line."""
 
 
 def show(console: Console, parts: Iterable[Part]) -> None:
-    """Each after an empty line."""
+    """Print the parts, separated by empty lines."""
     console.width = max(console.width, WIDTH)
     for i, one in enumerate(parts):
         if i:
@@ -40,7 +40,8 @@ def show(console: Console, parts: Iterable[Part]) -> None:
 
 
 def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
-    """All layers at one shape; k and f are of the plain one, from which the dense one follows."""
+    """Return a table of all layers at one shape; `top_k` and `d_expert` are the plain layer's and give the dense one's
+    width."""
     dense, plain = (f.median for f in figures[:2])
     rows = []
     for f in figures:
@@ -53,7 +54,7 @@ def one_shape(figures: Sequence["Figures"], top_k: int, d_expert: int) -> Table:
 
 
 def steps(figures: Sequence["steps_.StepFigures"]) -> Table:
-    """Whole training steps."""
+    """Return a table of whole training steps."""
     columns = ("model", "E", "k", "f", "parameters", "median", "tokens/s", "time to SMoE", "the paper's")
     rows = []
     for f in figures:
@@ -66,7 +67,7 @@ def steps(figures: Sequence["steps_.StepFigures"]) -> Table:
 
 
 def answers(figures: "Sequence[Rates]") -> Table:
-    """Each number of clients; rates over those of each contestant before."""
+    """Return a table of the rates for each number of clients, with ratios to the rates of the contestants before."""
     rows = []
     for f in figures:
         before = [other for other in figures[: figures.index(f)] if other.clients == f.clients]
@@ -78,7 +79,7 @@ def answers(figures: "Sequence[Rates]") -> Table:
 
 
 def checkpoints(figures: "checkpoints_.Figures") -> Table:
-    """Saving, beside torch.save of the same."""
+    """Return a table of saving a checkpoint, compared with torch.save of the same state."""
     whole = median(figures.torch_save)
     named = {
         "torch.save, training waits": figures.torch_save,
@@ -94,7 +95,7 @@ def checkpoints(figures: "checkpoints_.Figures") -> Table:
 
 
 def swept(sweep: "Sweep") -> Iterable[Part]:
-    """Time and peak memory of each layer along the axis."""
+    """Yield tables of the time and the peak memory of each layer along the axis."""
     from mhmoe_ray.bench.sweep import AXES
 
     growth = f"time ~ {sweep.over}^" if AXES[sweep.over].grows else "max / min - 1"
@@ -112,7 +113,7 @@ def swept(sweep: "Sweep") -> Iterable[Part]:
 
 
 def paper(figures: Sequence["Figures"]) -> Part:
-    """Static and dropless routing beside the first paper's throughput."""
+    """Return a table of static and dropless routing beside the first paper's throughput, with its title."""
     from mhmoe_ray.bench.steps import beside
 
     rows = [

@@ -1,4 +1,4 @@
-"""`mhmoe ckpt`: what a run's checkpoints hold, and whether they are whole; to and from other tools' folders."""
+"""`mhmoe ckpt`: show, verify, export and import checkpoints."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ def inspect(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint holds: where in training and in the data it is, who wrote it, its files."""
+    """Show what a checkpoint holds: its position in training and in the data, who wrote it, and its files."""
     from mhmoe_ray.checkpoint.manifest import PARTS
     from mhmoe_ray.planner.sizes import sizes
     from mhmoe_ray.runs.directory import find_run
@@ -59,7 +59,7 @@ def inspect(
 def verify(run: RunArg = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
     """Read all of a run's checkpoints and compare names, sizes and hashes of their files with their manifests.
 
-    Exit code 8 if one is damaged. One without a manifest was never finished, which is no damage: it does not count. Nor
+    Exit code 8 if one is damaged. A checkpoint without a manifest was never finished and does not count as damaged; nor
     does one that keep_checkpoints has removed meanwhile.
     """
     from mhmoe_ray.checkpoint.manifest import committed, is_committed, read_manifest, unfinished
@@ -103,7 +103,7 @@ def export(
 ) -> None:
     """Write a run's checkpoint in Hugging Face's layout: safetensors by expert, their index, config.json and tokenizer.
 
-    A model of exactly Mixtral's shape loads in transformers as it lies.
+    A model of exactly Mixtral's shape loads in transformers as it is.
     """
     from mhmoe_ray.checkpoint.huggingface import export as exporting
     from mhmoe_ray.runs.directory import find_run
@@ -125,7 +125,7 @@ def import_(
         int | None, typer.Option(min=2, help="Tokens that prompt and answer may have; by default the model's own.")
     ] = None,
 ) -> None:
-    """Make a run of a model that was trained elsewhere; it can be served and exported, not resumed."""
+    """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed."""
     from mhmoe_ray.checkpoint.huggingface.import_ import import_folder
     from mhmoe_ray.cli.jobs import name_of
 

@@ -1,4 +1,5 @@
-"""`mhmoe cluster`, the local Ray cluster and names for others, and `mhmoe doctor`, what works here and why not."""
+"""`mhmoe cluster`: the local Ray cluster and names for others; `mhmoe doctor`: what works here, and why the rest does
+not."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -31,9 +32,9 @@ STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "error": "bold red"
 
 
 def doctor(address: AddressOption = None, storage: StorageOption = STORAGE, json: JsonOption = False) -> None:
-    """Look at this machine, the cluster that commands would speak to, and storage, and say what to do.
+    """Check this machine, the cluster that commands would use, and storage, and say what to do.
 
-    The exit code is 11 if something is an error; notes and warnings are none.
+    The exit code is 11 if a check finds an error; notes and warnings do not change it.
     """
     from mhmoe_ray.cluster.doctor import examine
     from mhmoe_ray.errors import DOCTOR_EXIT_CODE
@@ -67,7 +68,7 @@ NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Of a cluster; `loc
 def up(
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs; may be more than there are cores.")] = LOCAL_CPUS,
 ) -> None:
-    """Start it, unless it runs. It is open to you alone: it has a token and listens on loopback."""
+    """Start the local cluster, unless it runs. It is open to you alone: it has a token and listens on loopback."""
     from mhmoe_ray.cluster.local import start_local
 
     cluster = start_local(cpus)
@@ -76,7 +77,7 @@ def up(
 
 @app.command()
 def status(address: AddressOption = None, json: JsonOption = False) -> None:
-    """Show the one that commands speak to: its nodes, and what is free on them."""
+    """Show the cluster that commands use: its nodes, and what is free on them."""
     from mhmoe_ray.cluster.connect import connect_if_there
     from mhmoe_ray.cluster.nodes import free_nodes
 
@@ -99,7 +100,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def down() -> None:
-    """Stop it, with all jobs and applications on it."""
+    """Stop the local cluster, with all jobs and applications on it."""
     from mhmoe_ray.cluster.local import stop_local
 
     out.print("stopped" if stop_local() else "no local cluster ran")
@@ -115,7 +116,7 @@ def use(
         Path | None, typer.Option(help="A file with its token; by default what Ray itself would send.")
     ] = None,
 ) -> None:
-    """Speak to this cluster from now on, where neither --address nor the environment names another.
+    """Use this cluster from now on, unless --address or the environment names another one.
 
     For example `mhmoe cluster use lab --address http://head:8265 --token-file ~/lab-token`; `mhmoe cluster use local`
     goes back.
@@ -129,7 +130,7 @@ def use(
 
 @app.command("list")
 def list_(json: JsonOption = False) -> None:
-    """List clusters that have names, and which of them commands speak to."""
+    """List the clusters that have names, and mark the one that commands use."""
     from mhmoe_ray.cluster.connect import LOCAL, read_contexts
 
     found = read_contexts()
@@ -146,7 +147,7 @@ def list_(json: JsonOption = False) -> None:
 
 @app.command()
 def forget(name: NameArg) -> None:
-    """Give a cluster's name up; nothing happens to the cluster."""
+    """Forget a cluster's name; the cluster itself is not touched."""
     from mhmoe_ray.cluster import connect
 
     connect.forget(name)

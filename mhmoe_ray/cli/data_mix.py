@@ -1,6 +1,7 @@
-"""`mhmoe data mix`: the mixture that a spec will produce, from its prepared counts; nothing is read or started.
+"""`mhmoe data mix`: the mixture that a spec will produce, computed from the counts of its prepared data.
 
-Its picture has shares by phase on a logarithmic scale, and epochs of the whole training.
+No text is read and nothing is started. The picture shows shares by phase on a logarithmic scale, and epochs of the
+whole training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +28,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Draw a mixture.
 
     Args:
-        found: as `mhmoe data mix --json` prints it.
-        path: of a PNG file.
+        found: the mixture, as `mhmoe data mix --json` prints it.
+        path: path of the PNG file to write.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
@@ -79,9 +80,9 @@ def mix(
 ) -> None:
     """Show what a training reads of each source, domain and language: shares, samples, epochs and tokens by phase.
 
-    Shares by size follow the sources' weights and the tokens there are; tempered ones are after alpha; the last ones
-    after max_epochs. Samples read are exact, counted by the order itself; tokens are without padding, and on average
-    where there is some. Needs prepared data.
+    Shares "by size" follow the sources' weights and the number of tokens; "tempered" shares are after alpha; the last
+    ones after max_epochs. Numbers of samples are exact, counted by the training order itself; tokens are without
+    padding, and an average where samples are padded. Needs prepared data.
     """
     from mhmoe_ray.data.shards.manifest import prepared_for
 
@@ -98,7 +99,7 @@ def mix(
 
 
 def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
-    """The mixture by phase and in all; in each, rows by domain and by source."""
+    """Return the mixture by phase and as a whole; each has rows by domain and by source."""
     from mhmoe_ray.data.order.mixture import mixture
 
     mixed = mixture(spec, manifest)
@@ -108,7 +109,7 @@ def as_dict(spec: "RunSpec", manifest: "DataManifest") -> dict[str, Any]:
     targets = [spec.data.seq_len - manifest.domains[name].padding / n for name, n in zip(names, there, strict=True)]
 
     def rows(values: Mapping[str, Sequence[float]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Sums of values by key; epochs from samples read and there."""
+        """Return the sums of the values by key, and epochs: samples read, divided by samples that exist."""
         result: dict[str, dict[str, float]] = {key: dict.fromkeys(values, 0) for key in keys}
         for i, key in enumerate(keys):
             for name, value in values.items():
@@ -172,7 +173,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _nested(table: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Each source, then its domains, indented; with the key that they have in the table."""
+    """Yield each source, then its domains with indented names; each row also holds its key in the table."""
     for source, total in table["sources"].items():
         yield source, {**total, "key": source}
         for name, row in table["domains"].items():

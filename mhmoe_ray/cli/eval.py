@@ -1,4 +1,7 @@
-"""`mhmoe eval`: what a checkpoint knows; the cluster is asked for an evaluation, unless the run has it already."""
+"""`mhmoe eval`: show the quality of a checkpoint.
+
+The checkpoint is evaluated on the cluster, unless the run directory holds the evaluation already.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 512
-"""Of each domain of raw text, at most."""
+"""Largest number of samples of each domain of raw text."""
 
 
 def make_request(
@@ -42,7 +45,15 @@ def make_request(
     limit: int | None,
     gpus: int | None,
 ) -> "EvalRequest":
-    """Of raw text where some is named, else of the held-out samples, unless there are only tasks."""
+    """Return the request: for raw text if some is named, else for the held-out samples unless tasks are named, and for
+    tasks.
+
+    The run's spec gives the batch size, the precision and the resources.
+
+    Raises:
+        BadParameter: an option is given without the option that it belongs to.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
     from mhmoe_ray.cli.data_inspect import raw_text
     from mhmoe_ray.evaluate.request import EvalRequest
     from mhmoe_ray.spec import ClusterSpec
@@ -72,17 +83,17 @@ def make_request(
 
 
 def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: str | None) -> "Evaluation":
-    """The answer that the run directory has, or one made on the cluster now.
+    """Return the evaluation that the run directory holds, or compute it on the cluster now.
 
     Args:
         run: the run.
         request: what to evaluate.
-        again: also if it has an answer.
-        address: of the cluster.
+        again: compute it even if the run directory holds it.
+        address: address of the cluster; None for the default.
 
     Raises:
         RunError: there is nothing to evaluate.
-        DataError, CheckpointError, SpecError, JobError: as the job's own.
+        DataError, CheckpointError, SpecError, JobError: the job failed; this is the error that it logged.
     """
     from mhmoe_ray.cluster import remote
     from mhmoe_ray.data.shards.manifest import require_data_manifest
@@ -108,7 +119,7 @@ def evaluation_of(run: "RunDir", request: "EvalRequest", again: bool, address: s
 
 
 def _local(request: "EvalRequest") -> list[Path]:
-    """Files of this machine that it reads."""
+    """Return the paths on this machine that the request reads."""
     named = [request.prepared] if request.prepared else []
     named += [source.path for source in request.text.sources.values()] if request.text else []
     return [Path(path) for path in (*named, *request.task_folders) if "://" not in path]
@@ -125,7 +136,7 @@ TextSetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="How --text is read, as data keys of a spec.")
 ]
 STDERR = "_stderr"
-"""As lm-eval calls standard errors."""
+"""Part of lm-eval's name of a figure by which a standard error is recognised."""
 
 GpusOption = Annotated[
     int | None, typer.Option(min=0, max=1, help="To compute on; by default as many as a worker of the training had.")
@@ -149,11 +160,11 @@ def eval_(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or any
-    other; or its scores in lm-eval's tasks. The answer stays in the run directory.
+    """Show loss, perplexity and bits per byte of a run's checkpoint, by domain and language, on its held-out text or
+    any other text; or its scores in lm-eval's tasks.
 
-    Routing is dropless, as in serving. For example `mhmoe eval --text books/ --samples 100`, or `mhmoe eval --tasks
-    english --limit 200`.
+    The result stays in the run directory. Routing is dropless, as in serving. For example `mhmoe eval --text books/
+    --samples 100`, or `mhmoe eval --tasks english --limit 200`.
     """
     from mhmoe_ray.runs.directory import find_run
 

@@ -1,4 +1,4 @@
-"""Follow a run to its end from its directory, with an eye on its job, and show how far its preparation is."""
+"""Follow a run to its end by its directory and its job, and show the progress of data preparation."""
 
 import time
 from pathlib import Path
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 EVERY_SECONDS = 10.0
-"""Between lines, where there is no terminal to keep one line in motion."""
+"""Seconds between progress lines, if there is no terminal on which one line can be redrawn."""
 
 
 class PreparingView:
-    """A task of a bar on a terminal, lines elsewhere.
+    """Progress of data preparation: a task of a progress bar on a terminal, lines elsewhere.
 
     Args:
         work: folder of the preparation.
-        bar: may have other tasks.
+        bar: the progress bar, which may have other tasks.
     """
 
     def __init__(self, work: Path, bar: Bar) -> None:
@@ -66,7 +66,7 @@ class PreparingView:
 
 
 def text(progress: "PreparationProgress") -> str:
-    """Its figures in one line."""
+    """Return the figures of a preparation's progress in one line; empty if the stage has none."""
     if progress.stage == "packing":
         return f"{progress.done:,} of {progress.total:,} shards"
     if progress.stage != "tokenising":
@@ -89,17 +89,17 @@ ASK_SECONDS = 5.0  # between questions to the cluster; the directory is read at 
 
 
 def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False, for_ever: bool = False) -> None:
-    """Show progress until the run is over. On a terminal a bar, elsewhere a line at each validation.
+    """Show progress until the run is over: a bar on a terminal, elsewhere a line at each validation.
 
     Args:
         run: the run.
-        connection: the cluster that its newest job is on.
-        from_now: leave out what the directory told before.
-        for_ever: do not give up a cluster or a storage that does not answer.
+        connection: connection to the cluster that the run's newest job is on.
+        from_now: leave out what is already in the run directory.
+        for_ever: keep waiting for a cluster or a storage that does not answer.
 
     Raises:
-        JobError: the run failed; the reason is in it.
-        ClusterError, StorageError: the cluster or the storage does not answer any more.
+        JobError: the run failed; the error holds the reason.
+        ClusterError, StorageError: the cluster or the storage no longer answers.
     """
     from mhmoe_ray.checkpoint.manifest import last_step
     from mhmoe_ray.errors import JobError
@@ -117,7 +117,7 @@ def follow(run: "RunDir", connection: "Connection", *, from_now: bool = False, f
 
 
 def _show_last_lines(run: "RunDir") -> None:
-    """Of the worker that failed last, where one did."""
+    """Print the last lines of the worker that failed last, if a worker failed."""
     from mhmoe_ray.runs import events
 
     lost = events.newest(events.events(run), "lost")
@@ -128,7 +128,10 @@ def _show_last_lines(run: "RunDir") -> None:
 
 
 def _watch(run: "RunDir", connection: "Connection", view: "_View", for_ever: bool) -> "Outcome":
-    """Refresh the view until the run is over. A cluster or a storage that is slow to answer does not end it."""
+    """Refresh the view until the run is over, and return how it ended.
+
+    A cluster or a storage that is slow to answer does not end the wait.
+    """
     from mhmoe_ray.cluster.dashboard import Patience
     from mhmoe_ray.cluster.runs import outcome, recorded_outcome
 
@@ -156,7 +159,7 @@ class _View:
         from mhmoe_ray.runs.jsonl import Tail
 
         self.happened: list[dict[str, Any]] = []
-        """What it has shown. Of an object store, where each event is a file of its own, none is read twice."""
+        """Events that were shown. In an object store each event is a file of its own; none is read twice."""
         self._progress = progress
         self._task = progress.add_task("submitted", total=run.spec().train.steps, figures="")
         self._metrics = Tail(run.metrics_file, from_now=from_now)

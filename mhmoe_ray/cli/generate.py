@@ -1,4 +1,4 @@
-"""`mhmoe generate`: what a checkpoint says, without a server."""
+"""`mhmoe generate`: let a checkpoint continue a prompt, without a server."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +32,7 @@ def generate(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Let a checkpoint of a run go on from a prompt, in this process; the answer comes as it is made."""
+    """Let a checkpoint of a run continue a prompt, in this process; the answer is printed as it is generated."""
     import asyncio
     import os
 

@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 
 LOCAL_CPUS = 8
-"""Logical CPUs that a local cluster is started with at least."""
+"""Smallest number of logical CPUs that a local cluster is started with."""
 
 
 def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int, address: str | None) -> "Connection":
-    """The cluster to run on. A local one is started where none is named, large enough to train on afterwards.
+    """Return a connection to the cluster to run on; start a local cluster, large enough to train on later, if none is
+    named.
 
     Args:
-        section: of the spec.
-        needed: what its nodes read and write.
-        cpus: logical CPUs that a local one must have.
-        address: the one asked for.
+        section: cluster section of the spec.
+        needed: locations that the cluster's nodes read and write.
+        cpus: number of logical CPUs that a local cluster must have.
+        address: address of the cluster that the user asked for; None for the default.
 
     Raises:
-        ClusterError: it cannot be reached, or the local one has fewer logical CPUs than asked for.
-        SpecError: paths of this machine mean nothing there.
+        ClusterError: the cluster cannot be reached, or the local one has fewer logical CPUs than needed.
+        SpecError: a needed path is on this machine, and the cluster's nodes cannot be expected to see it.
     """
     from mhmoe_ray.cluster.connect import connect_if_there, start
     from mhmoe_ray.errors import ClusterError, SpecError
@@ -54,10 +55,11 @@ def cluster_for(section: "ClusterSpec", needed: "Sequence[Location]", cpus: int,
 
 
 def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
-    """The cluster that a run of this spec goes to; otherwise as `cluster_for`.
+    """Return a connection to the cluster that a run of this spec goes to, after checking that it can hold the run.
 
     Raises:
-        ClusterError: also where the cluster can never hold the run's workers.
+        ClusterError: the cluster can never hold the run's workers, or for a reason of `cluster_for`.
+        SpecError: for the reason of `cluster_for`.
     """
     check_gpus_of_this_machine(spec, address)
     connection = cluster_for(spec.cluster, [spec.storage, spec.data.prepared], spec.cluster.cpus, address)
@@ -66,10 +68,10 @@ def cluster_to_train(spec: "RunSpec", address: str | None) -> "Connection":
 
 
 def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
-    """Refuse a run with GPUs before a local cluster is started for it, on a machine that has none.
+    """Refuse a run with GPUs on a machine without enough GPUs, before a local cluster is started for it.
 
     Raises:
-        ClusterError: a local cluster would be started, and can never hold the run.
+        ClusterError: a local cluster would be started, and it could never hold the run.
     """
     from mhmoe_ray.cluster.connect import connect_if_there
     from mhmoe_ray.cluster.nodes import gpus_of_this_machine
@@ -81,7 +83,7 @@ def check_gpus_of_this_machine(spec: "RunSpec", address: str | None) -> None:
 
 
 def check_room(spec: "RunSpec", connection: "Connection") -> None:
-    """Refuse a run that its cluster can never hold; of one that may grow, say what the run will wait for.
+    """Refuse a run that its cluster can never hold; if the cluster may grow, print what the run will wait for.
 
     Raises:
         ClusterError: a cluster that does not grow lacks nodes, CPUs or GPUs.
@@ -109,7 +111,8 @@ def _check_room(spec: "RunSpec", nodes: "list[Node]", name: str) -> None:
 
 
 def name_of(run: "RunDir") -> str:
-    """What to call a run in a command: its id where that looks for it, else its path."""
+    """Return the argument that names a run in a command: its id if commands look into its storage folder, else its
+    path."""
     from mhmoe_ray.storage import location
 
     looked_in = location(os.environ.get("MHMOE_STORAGE", STORAGE)).absolute()
@@ -117,7 +120,11 @@ def name_of(run: "RunDir") -> str:
 
 
 def check_can_train(spec: "RunSpec") -> None:
-    """What is wrong with the data is said now, not by a job that has just started."""
+    """Check the data of a spec now, so that an error is not left to a job that has just started.
+
+    Raises:
+        DataError: text is missing, or the prepared data does not suffice for the spec or was made with other settings.
+    """
     from mhmoe_ray.data.order.mixture import training_order
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources import find_files
@@ -131,12 +138,12 @@ def check_can_train(spec: "RunSpec") -> None:
 
 
 def detaching_from(job: "SubmittedJob[Any]") -> AbstractContextManager[None]:
-    """In it Ctrl-C ends the command and says that the job goes on."""
+    """Within this context, Ctrl-C ends the command and prints that the job goes on."""
     return detaching(f"job {job.name} goes on; see it in the dashboard, {job.connection.address}")
 
 
 def follow(job: "SubmittedJob[Any]") -> None:
-    """Show a job's lines for the user, to its end."""
+    """Print a job's lines for the user until the job ends."""
     with detaching_from(job):
         for line in job.progress():
             say(line)

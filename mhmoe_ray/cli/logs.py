@@ -1,4 +1,4 @@
-"""`mhmoe logs`: what a run's job and its workers wrote, chosen by time and by what is in a line."""
+"""`mhmoe logs`: the log lines of a run's job and its workers, filtered by time and by pattern."""
 
 import re
 import sys
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 STAMP = re.compile(r"\b(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d+))?([+-]\d\d:?\d\d|Z)?")
-"""Of our workers, with their offset from UTC; of Ray, without."""
+"""Timestamp in a log line: our workers write it with an offset from UTC, Ray without."""
 
 
 def moment(text: str) -> float:
-    """Seconds since the epoch: 90s, 10m, 2h or 1d ago, or a date and time.
+    """Return a point in time in seconds since the epoch: 90s, 10m, 2h or 1d ago, or a date and time.
 
     Raises:
-        BadParameter: it is neither.
+        BadParameter: the text is neither.
     """
     if match := re.fullmatch(r"(\d+)([smhd])", text):
         return time.time() - int(match[1]) * UNITS[match[2]]
@@ -39,8 +39,10 @@ def moment(text: str) -> float:
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """Raises:
-    BadParameter: it is no regular expression.
+    """Compile a regular expression.
+
+    Raises:
+        BadParameter: the text is not a regular expression.
     """
     try:
         return re.compile(text)
@@ -49,8 +51,11 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def chosen(lines: Iterable[str], since: float | None, wanted: re.Pattern[str] | None) -> Iterator[str]:
-    """Lines from that time on that have what is wanted. One without a time belongs to the last one that has it; those
-    before any, to nobody knows when, and are left out where a time is asked for."""
+    """Yield the lines from the time `since` on that match `wanted`.
+
+    A line without a timestamp belongs to the last line that has one. Lines before the first timestamp have an unknown
+    time; they are left out if `since` is given.
+    """
     late = since is None
     for line in lines:
         if since is not None and (when := stamped(line)) is not None:
@@ -60,7 +65,10 @@ def chosen(lines: Iterable[str], since: float | None, wanted: re.Pattern[str] | 
 
 
 def stamped(line: str) -> float | None:
-    """The time in a line, in seconds since the epoch; without an offset it is taken for this machine's."""
+    """Return the time in a line, in seconds since the epoch; None if there is none.
+
+    A time without an offset counts as this machine's local time.
+    """
     match = STAMP.search(line)
     if match is None:
         return None
@@ -73,7 +81,7 @@ def stamped(line: str) -> float | None:
 
 
 LOOK_SECONDS = 2.0
-"""Without a line of a worker that is followed, before each look whether its run is over."""
+"""Seconds without a line of the followed worker, after which the command checks whether the run is over."""
 
 
 def logs(
@@ -93,7 +101,7 @@ def logs(
 ) -> None:
     """Print the log of a run's newest attempt, workers included; or of one worker, by its rank.
 
-    Where the cluster is gone, the lines are those that the run directory keeps.
+    If the cluster is gone, the lines that the run directory keeps are printed.
 
     For example `mhmoe logs --rank 3 --since 10m --grep Error`.
     """
@@ -136,7 +144,8 @@ def logs(
 
 
 def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -> Iterator[str]:
-    """What it prints goes to one file and what it logs to another; the first is mostly empty."""
+    """Return the log of a worker: first the file of what it printed, which is mostly empty, then the file of what it
+    logged."""
     from mhmoe_ray.cluster.nodes import process_log
     from mhmoe_ray.cluster.runs import recorded_outcome
     from mhmoe_ray.runs import events
@@ -153,16 +162,16 @@ def _of_rank(run: "RunDir", connection: "Connection", rank: int, follow: bool) -
 
 
 def _of_worker(lines: Iterator[str], pid: int) -> Iterator[str]:
-    """Return the lines of a job's log that a worker wrote, without Ray's mark of the process."""
+    """Return the lines of a job's log that a worker wrote, without Ray's prefix that names the process."""
     mark = re.compile(rf"^(\x1b\[[0-9;]*m)*\([^()]*\bpid={pid}\b[^()]*\)(\x1b\[[0-9;]*m)* ?")
     return (mark.sub("", line) for line in lines if mark.match(line))
 
 
 def _worker(run: "RunDir", rank: int) -> dict[str, Any]:
-    """Return what the newest start of workers says of a rank.
+    """Return the entry of a rank in the newest event of started workers.
 
     Raises:
-        RunError: there was none, or it has no such rank.
+        RunError: no workers have started yet, or there is no such rank.
     """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs import events
@@ -178,8 +187,11 @@ def _worker(run: "RunDir", rank: int) -> dict[str, Any]:
 
 
 def _until_over(lines: Iterator[str], run: "RunDir", connection: "Connection") -> Iterator[str]:
-    """Those that came before the run's end. Ray follows a file that nobody writes any more for ever, so they are waited
-    for in a thread, which ends with the process."""
+    """Yield the lines that come before the run's end.
+
+    Ray follows a file forever, even if no process writes to it any more. Lines are therefore read in a thread, which
+    ends with the process.
+    """
     from mhmoe_ray.cluster.dashboard import Patience
     from mhmoe_ray.cluster.runs import outcome
 

@@ -1,4 +1,4 @@
-"""`mhmoe plan`: what a spec means, before anything starts."""
+"""`mhmoe plan`: show what a spec means before anything starts."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,10 +35,11 @@ def plan(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the resolved spec: sizes, ratios to its reference, memory and traffic of a rank, where its workers will be.
+    """Show the resolved spec: sizes, ratios to its reference, memory and traffic per rank, and placement of its
+    workers.
 
-    That is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a cluster on
-    paper, of which the spec's cluster.accelerator and cluster.network tell the rest.
+    By default this is a forecast for the cluster that a run would go to, if one runs. With --nodes and --gpus it is a
+    plan for a cluster on paper, whose other properties are the spec's cluster.accelerator and cluster.network.
     """
     from mhmoe_ray.cli import plan_estimate, plan_tables
     from mhmoe_ray.cli.plan_placement import placement, placement_on_paper, said_of
@@ -76,8 +77,11 @@ def plan(
 
 
 def data_warnings(spec: "RunSpec") -> list[str]:
-    """Return what would end a run before its first step: text and tokenizers of this machine that are not there, and a
-    prepared folder that was made otherwise. A plan may be made before they exist."""
+    """Return the problems that would end a run before its first step.
+
+    These are missing text and tokenizers on this machine, and a prepared folder that was made with other settings. They
+    are warnings, because a plan may be made before the data exists.
+    """
     from mhmoe_ray.data.shards.manifest import check_recipe, read_data_manifest
     from mhmoe_ray.data.sources.find import problems
     from mhmoe_ray.data.tokenizer.load import read_given
@@ -99,8 +103,10 @@ def data_warnings(spec: "RunSpec") -> list[str]:
 
 
 def as_dict(spec: "RunSpec", placed: "Placement") -> dict[str, Any]:
-    """The resolved spec and all that follows from it; groups and links as if on a single node where ranks have no
-    place."""
+    """Return the resolved spec and everything that follows from it, for JSON.
+
+    Without a layout of the ranks, groups and links are those of a single node.
+    """
     from mhmoe_ray.cli.plan_placement import placed_spec
     from mhmoe_ray.planner.expert_step import assumed_kernel, dropped_by_chance, expert_step
     from mhmoe_ray.planner.match import parity
@@ -150,11 +156,11 @@ def _links(links: "Links") -> dict[str, Any]:
 
 
 def show(spec: "RunSpec", found: "Estimate | None") -> None:
-    """The facts that `submit` prints too.
+    """Print the facts that `submit` prints too.
 
     Args:
-        spec: of a run.
-        found: what it costs, where that can be told.
+        spec: spec of a run.
+        found: estimate of a step, for its cost; None if there is no estimate.
     """
     from mhmoe_ray.cli.common import in_bytes
     from mhmoe_ray.cli.plan_estimate import cost
@@ -243,7 +249,7 @@ def _static_routing(spec: "RunSpec") -> str | None:
 
 
 def _kernel(spec: "RunSpec") -> str | None:
-    """What its memory is reckoned with, where the spec leaves it open."""
+    """Return the kernel that memory is computed for, if the spec leaves it open ("auto"); otherwise None."""
     from mhmoe_ray.planner.expert_step import assumed_kernel, may_be_compiled
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto":

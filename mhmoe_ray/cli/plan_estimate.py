@@ -1,4 +1,4 @@
-"""What `mhmoe plan --nodes` shows beside the rest: an estimate of a step on a cluster that is not there."""
+"""The estimates of `mhmoe plan --nodes`: the time of a step on a cluster that does not exist."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +42,8 @@ def tables(spec: RunSpec, layout: Layout, found: Estimate) -> Iterator[tuple[str
 
 
 def said_of(spec: RunSpec, found: Estimate) -> list[str]:
-    """What a user asks first, a line each."""
+    """Return the answers to the first questions of a user, a line each: whether memory suffices, and the time of a
+    step."""
     held, accelerator = memory(spec).total, spec.cluster.accelerator
     there = f"{held / 1e9:,.1f} GB needed, {accelerator.memory / 1e9:,.1f} GB on an {accelerator.name}"
     fits = f"memory: fits, {there}" if held <= accelerator.memory else f"memory: does not fit, {there}"
@@ -55,12 +56,12 @@ def said_of(spec: RunSpec, found: Estimate) -> list[str]:
 
 
 def estimated(spec: RunSpec, layout: Layout | None) -> Estimate | None:
-    """None on CPUs, of which no speed is told, and where ranks find no place."""
+    """Return the estimate of a step; None for a run on CPUs, whose speed is not known, and if ranks have no place."""
     return estimate(placed_spec(spec, layout), layout) if layout and spec.cluster.gpus_per_worker else None
 
 
 def cost(spec: RunSpec, found: Estimate) -> str:
-    """Accelerator hours of the whole run, as a line."""
+    """Return the accelerator hours of the whole run, as a line."""
     gpus = len(found.layout.nodes) * spec.cluster.gpus_per_worker
     best, worst = (gpus * took * spec.train.steps / 3600 for took in (found.overlapped, found.in_turn))
     hours = f"{in_digits(best)} to {in_digits(worst)} hours of an {spec.cluster.accelerator.name}"
@@ -80,7 +81,7 @@ def _figures(found: Estimate) -> dict[str, float]:
 
 
 def _sent(found: list[Exchange]) -> dict[str, float]:
-    """Bytes of a step by link class."""
+    """Return the bytes that one rank sends in a step, by class of link; empty without exchanges."""
     over = [[e.times * sends.mean for sends in e.links] for e in found]
     return dict(zip(Links._fields, map(sum, zip(*over, strict=True)), strict=True)) if over else {}
 
@@ -91,7 +92,7 @@ def _traffic_per_rank(spec: RunSpec, layout: Layout) -> dict[str, dict[str, floa
 
 
 def _dispatched(spec: RunSpec, layout: Layout, found: Estimate) -> dict[str, dict[str, Any]]:
-    """Of the same run with each kind of dispatch."""
+    """Return traffic and times of the same run with each kind of dispatch."""
     result = {}
     for name in DISPATCHES:
         own = name == spec.cluster.dispatch

@@ -1,4 +1,4 @@
-"""Where a run's ranks will be: on nodes of a cluster or of one on paper; where there is none to ask, on one node."""
+"""Placement of a run's ranks: on the nodes of a cluster, or of one on paper; without a cluster to ask, on one node."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 NOBODYS = "one node"
-"""Name of the node that is assumed where no cluster tells of its own."""
+"""Name of the single node that is assumed if no cluster reports its nodes."""
 SHOWN = 8
-"""Groups that a table has at most."""
+"""Largest number of rows of a table."""
 
 
 class Placement(NamedTuple):
     of: str
-    """What it is a placement on, for a title."""
+    """Description of the nodes that this is a placement on, for a title."""
     nodes: list[Node]
     places: list[Node]
-    """Of each rank; of fewer where the nodes hold no more."""
+    """Node of each rank; there are fewer entries than ranks if the nodes cannot hold all."""
     layout: Layout | None
-    """None where they do."""
+    """Layout of the ranks; None if the nodes cannot hold all of them."""
     missing: str | None
-    """Of ranks without a place, in one line."""
+    """Line about the ranks that have no place; None if all have one."""
     refused: str | None
-    """Why workers would refuse to start there, in one line."""
+    """Line with the reason why workers would refuse to start there; None if they would start."""
     notes: list[str]
-    """What else is to be known, a line each."""
+    """Further remarks for the user, a line each."""
 
     def as_dict(self) -> dict[str, Any]:
         groups = self.layout.groups if self.layout else None
@@ -51,7 +51,7 @@ class Placement(NamedTuple):
 
 
 def placement_on_paper(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
-    """On so many equal nodes, which the spec's workers fill."""
+    """Return the placement on `nodes` equal nodes on paper, which the spec's workers fill."""
     each = spec.cluster.network.nodes_per_domain
     domains = f", {each} to a domain" if each else ", all in one domain"
     there = on_paper(nodes, gpus * spec.cluster.cpus_per_worker, gpus, each)
@@ -60,7 +60,11 @@ def placement_on_paper(spec: "RunSpec", nodes: int, gpus: int) -> Placement:
 
 
 def placement(spec: "RunSpec", address: str | None = None) -> Placement:
-    """On the cluster that a run would go to. One that does not answer is no error: nothing is about to start."""
+    """Return the placement on the cluster that a run would go to.
+
+    A cluster that does not answer is no error, because nothing is about to start: one node that holds all workers is
+    then assumed.
+    """
     from mhmoe_ray.cluster.connect import connect_if_there
     from mhmoe_ray.cluster.nodes import free_nodes
     from mhmoe_ray.errors import ClusterError
@@ -80,18 +84,18 @@ def placement(spec: "RunSpec", address: str | None = None) -> Placement:
 
 
 def placed_spec(spec: "RunSpec", layout: Layout) -> "RunSpec":
-    """Of a run of as many workers as are laid out."""
+    """Return the spec of a run with as many workers as the layout has."""
     return spec if len(layout.nodes) == spec.cluster.world else spec.with_workers(len(layout.nodes))
 
 
 def _placement(spec: "RunSpec", of: str, nodes: list[Node], shared: bool = False) -> Placement:
-    """Of as many workers as would start.
+    """Return the placement of as many workers as would start on these nodes.
 
     Args:
-        spec: of the run.
-        of: what it is a placement on.
-        nodes: with what is free there.
-        shared: whether the data stream must find its CPUs beside them.
+        spec: spec of the run.
+        of: description of the nodes, for a title.
+        nodes: the nodes, with their free CPUs and GPUs.
+        shared: whether the data stream needs CPUs of the same nodes.
     """
     cluster, counts = spec.cluster, spec.worker_counts
     cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
@@ -145,7 +149,7 @@ def _for_stream(left: float) -> str | None:
 
 
 def said_of(placement: Placement) -> list[str]:
-    """What a user must know of it, a line each."""
+    """Return the lines about a placement that a user must know."""
     lines = [line for line in (placement.missing, placement.refused) if line] + placement.notes
     layout = placement.layout
     if layout and len(layout.on_nodes) > 1 and len(layout.groups.ranks) < len(layout.nodes) and not placement.refused:
@@ -162,7 +166,10 @@ def _nodes(count: int) -> str:
 
 
 def table(placement: Placement) -> Table:
-    """The first groups, or nodes where a rank is a group; or of ranks too many for the nodes, how many each takes."""
+    """Return a table of the first groups, or of the first nodes if a rank is a group of its own.
+
+    If the nodes cannot hold all ranks, it shows how many workers each node takes.
+    """
     if placement.layout is None:
         on = Counter(node.name for node in placement.places)
         free = [(node.name, f"{node.cpus:g}", f"{node.gpus:g}", str(on[node.name])) for node in placement.nodes]
@@ -182,7 +189,7 @@ def table(placement: Placement) -> Table:
 
 
 def _where(ranks: list[int], layout: Layout) -> tuple[str, str]:
-    """The ranks, and their nodes."""
+    """Return the ranks and their nodes, as text."""
     on = Counter(layout.nodes[rank] for rank in ranks)
     names, counts = list(on), set(on.values())
     domains = dict.fromkeys(layout.domains[rank] for rank in ranks)
@@ -205,7 +212,7 @@ def _shortened(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _ranges(ranks: list[int]) -> str:
-    """0-3, 8-11: at most three of them."""
+    """Format ranks as ranges, for example "0-3, 8-11"; more than three ranges are abbreviated by "..."."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and runs[-1][1] == rank - 1:

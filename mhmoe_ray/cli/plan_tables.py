@@ -60,8 +60,10 @@ def _exchanges(found: list[Exchange]) -> Table:
 
 
 def _memory(spec: RunSpec) -> Table:
-    """At the most workers that the run may have, and at the fewest, whose slices are the largest. What a GPU's rank has
-    in the memory of its host comes after the total."""
+    """Return a table of the memory of a rank, for the largest and the smallest number of workers that the run may have.
+
+    Shards are largest with the fewest workers. Memory that a GPU's rank uses on its host comes after the total.
+    """
     counts = [*dict.fromkeys([spec.worker_counts[-1], spec.worker_counts[0]])]
     of_size = [spec.with_workers(count) for count in counts]
     held = [memory(each) for each in of_size]

@@ -1,4 +1,4 @@
-"""`mhmoe presets`: models by name, each beside its reference."""
+"""`mhmoe presets`: list models by name, each compared with its reference."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

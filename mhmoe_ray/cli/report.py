@@ -1,4 +1,4 @@
-"""`mhmoe report`: runs beside each other on one page."""
+"""`mhmoe report`: compare runs on one page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,9 +25,8 @@ def report(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page, and PNGs, on runs: losses against steps, tokens and FLOPs, sizes and compute
-    beside each other, balance, loads of experts, throughput, and a verdict with its uncertainty over seeds (extra
-    `report`).
+    """Write one self-contained HTML page, and PNGs, that compare runs: losses against steps, tokens and FLOPs, sizes
+    and compute, balance, loads of experts, throughput, and a verdict with its uncertainty over seeds (extra `report`).
 
     Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small --baseline
     smoe`.

@@ -1,4 +1,4 @@
-"""`mhmoe routing`: which experts a run's tokens go to."""
+"""`mhmoe routing`: show which experts a run's tokens go to."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ def routing(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """How a run's router balanced in training, and where its checkpoint sends the tokens of its held-out text or any
-    other: loads, share of experts in use by threshold, how many experts a token's sub-tokens see, how often heads
+    """Show how a run's router balanced in training, and where its checkpoint sends the tokens of its held-out text or
+    any other: loads, share of experts in use by threshold, how many experts a token's sub-tokens see, how often heads
     agree, and how domains and languages differ.
 
     For example `mhmoe routing --text books/ --samples 100`.
@@ -72,7 +72,7 @@ def routing(
 
 
 def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
-    """JSON: what is shown."""
+    """Return the figures that are shown, for JSON, from the counts of routes by domain."""
     from mhmoe_ray.evaluate import activation
 
     whole = activation.joined(by_domain.values())
@@ -109,7 +109,7 @@ def figures_of(by_domain: "dict[str, Any]") -> dict[str, Any]:
 
 
 def _training(run: "RunDir") -> list[dict[str, Any]]:
-    """Some steps of the training, evenly spread."""
+    """Return the router's metrics at CURVE_POINTS or fewer steps of the training, evenly spread."""
     from mhmoe_ray.runs import metrics
     from mhmoe_ray.runs.history import course
 

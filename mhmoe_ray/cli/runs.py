@@ -43,7 +43,7 @@ def list_(
     storage: StorageOption = STORAGE,
     json: JsonOption = False,
 ) -> None:
-    """List runs, newest last: as their directories describe them, and their clusters where they are not over.
+    """List runs, newest last: from their directories and, for runs that are not over, their clusters.
 
     For example `mhmoe list tiny --state running --since 1d`.
     """
@@ -103,10 +103,10 @@ def resume(
     detach: DetachOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Go on with a run that stopped, failed or lost its cluster, from its newest whole checkpoint.
+    """Resume a run that stopped, failed or lost its cluster, from its newest complete checkpoint.
 
-    It goes on where it ran before, unless an address is given. Only keys of the cluster section may change: with them
-    the run goes on exactly as it would have.
+    It runs on the same cluster as before, unless an address is given. Only keys of the cluster section may change: with
+    them the run goes on exactly as it would have.
     """
     from mhmoe_ray.errors import RunError, SpecError
     from mhmoe_ray.runs.directory import find_run, last_attempt
@@ -128,7 +128,10 @@ def resume(
 
 
 def _where(attempt: "Attempt") -> str:
-    """The cluster that it ran on, as commands take it; another local one has another address."""
+    """Return the cluster that the attempt ran on, as commands take it.
+
+    A local cluster is named `local`, because a new one has another address.
+    """
     from mhmoe_ray.cluster.connect import LOCAL
 
     return LOCAL if attempt.local else attempt.address
@@ -142,7 +145,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")] = False,
     storage: StorageOption = STORAGE,
 ) -> None:
-    """Ask a run to end: its workers finish their step, validate, save a checkpoint and stop. `resume` goes on from it.
+    """Ask a run to end: its workers finish their step, validate, save a checkpoint and stop. `resume` continues it.
 
     A run whose workers are not training yet is ended at once.
     """
@@ -186,7 +189,10 @@ def stop(
 
 
 ASK_SECONDS = 60.0
-"""For a dashboard that is busy: what is served would be taken away from its replicas."""
+"""Seconds to wait for a dashboard that is busy.
+
+A run that is served must not be removed: its replicas would lose the files.
+"""
 
 
 def rm(
@@ -195,7 +201,7 @@ def rm(
     force: ForceOption = False,
     storage: StorageOption = STORAGE,
 ) -> None:
-    """Remove runs that are over or lost their cluster, with their checkpoints. There is no way back.
+    """Remove runs that are over or lost their cluster, with their checkpoints. This cannot be undone.
 
     For example `mhmoe rm tiny-3f tiny-9a`.
     """
@@ -221,9 +227,11 @@ def rm(
 
 
 def _check(run: "RunDir", force: bool) -> None:
-    """Raises:
-    RunError: it runs, may still run, or is served.
-    TokenError: its cluster wants a token that we do not have, so nobody can tell.
+    """Check that a run may be removed.
+
+    Raises:
+        RunError: the run is running, may still be running, or is served.
+        TokenError: its cluster requires a token that this machine does not have, so its state cannot be told.
     """
     from mhmoe_ray.cluster.runs import served
     from mhmoe_ray.errors import RunError

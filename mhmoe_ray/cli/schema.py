@@ -1,4 +1,4 @@
-"""`mhmoe schema`: the JSON schema of a spec or a sweep, by which editors complete and check it."""
+"""`mhmoe schema`: the JSON schema of a spec or a sweep, with which editors complete and check it."""
 
 from typing import Annotated, Literal
 

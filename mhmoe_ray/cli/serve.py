@@ -1,4 +1,4 @@
-"""`mhmoe serve`: checkpoints of runs behind an OpenAI-compatible API, on Ray Serve."""
+"""`mhmoe serve`: serve checkpoints of runs through an OpenAI-compatible API, on Ray Serve."""
 
 import os
 from secrets import token_hex
@@ -61,7 +61,7 @@ def deploy(
     storage: StorageOption = STORAGE,
     address: AddressOption = None,
 ) -> None:
-    """Serve a run's checkpoint, as it lies, in place of what is served under that name now."""
+    """Serve a run's checkpoint, as it is, in place of what is served under that name now."""
     from mhmoe_ray.cli import jobs
     from mhmoe_ray.cli.serve_choice import KEYS, chosen, sizes_set, with_keys
     from mhmoe_ray.serve.config import application_config
@@ -82,8 +82,11 @@ def deploy(
 
 @app.command()
 def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, address: AddressOption = None) -> None:
-    """Serve a newer checkpoint of the same run. New replicas start first, for which there must be room unless it was
-    deployed with `--set serve.surge=false`, and old ones end what they have begun."""
+    """Serve a newer checkpoint of the same run.
+
+    New replicas start first, for which there must be room unless it was deployed with `--set serve.surge=false`; old
+    replicas finish the requests that they have begun.
+    """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.runs.directory import RunDir
@@ -110,7 +113,7 @@ def update(name: NameArg = APPLICATION, checkpoint: CheckpointOption = None, add
 
 @app.command()
 def status(address: AddressOption = None, json: JsonOption = False) -> None:
-    """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, where there are keys)."""
+    """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, if the server requires keys)."""
     from dataclasses import asdict
 
     from mhmoe_ray.cluster import serving
@@ -138,7 +141,7 @@ def status(address: AddressOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
-    """Stop serving."""
+    """Stop serving an application."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.serve_removal import remove
@@ -153,8 +156,11 @@ def down(name: NameArg = APPLICATION, address: AddressOption = None) -> None:
 def _deployed(
     run: "RunDir", connection: "Connection", config: dict[str, Any], host: str, port: int, how: str
 ) -> "Application":
-    """The application, when it answers. That the run is served is recorded before: Serve goes on with it, and may
-    succeed, whatever becomes of this command."""
+    """Deploy the application and return it when it answers.
+
+    The run's directory records that it is served before that: Serve continues to deploy and may succeed, even if this
+    command ends early.
+    """
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.storage import location
 
@@ -173,7 +179,7 @@ def _status(connection: "Connection", name: str) -> str | None:
 
 
 def _running(connection: "Connection", name: str, line: str) -> "Application":
-    """The application, when it answers; meanwhile this line says what is waited for."""
+    """Print the line, wait until the application answers, and return it."""
     from mhmoe_ray.cluster import serving
 
     with detaching(f"Serve goes on. See: mhmoe serve status; to end it: mhmoe serve down {name}"):
@@ -182,7 +188,7 @@ def _running(connection: "Connection", name: str, line: str) -> "Application":
 
 
 def _record(run: "RunDir", connection: "Connection", application: str, url: str, checkpoint: str) -> None:
-    """In the run directory, so that `mhmoe status` knows where to ask."""
+    """Record in the run directory that it is served, so that `mhmoe status` knows where to ask."""
     from mhmoe_ray.errors import StorageError
     from mhmoe_ray.runs import events
 
@@ -237,6 +243,6 @@ def _seconds(mean: float | None) -> str:
 
 
 def _least(count_LE: list[list[int]]) -> str:
-    """The least used expert's routes, over its even share."""
+    """Return the load of the least used expert of any layer, relative to an even share, as text."""
     shares = [min(counts) * len(counts) / sum(counts) for counts in count_LE if sum(counts)]
     return f"{min(shares):.2f}" if shares else "-"

@@ -1,4 +1,4 @@
-"""What `mhmoe serve deploy` is to serve, and how."""
+"""The choice of what `mhmoe serve deploy` serves: the run, its checkpoint, its settings and API keys."""
 
 import os
 from hashlib import sha256
@@ -15,13 +15,24 @@ from mhmoe_ray.storage import Location, location
 
 KEYS = "MHMOE_API_KEYS"
 OF_CLUSTER = (["cluster", "shared_filesystem"], ["cluster", "runtime_env"])
-"""What serving takes of a spec beside its own section."""
+"""Keys of a spec that serving uses beside the serve section."""
 
 
 def chosen(
     target: str | None, checkpoint: str | None, storage: str, overrides: list[str]
 ) -> tuple[RunDir, Location, DeploySpec]:
-    """The run, its checkpoint, and how it is served."""
+    """Return the run, its checkpoint, and the spec by which it is served.
+
+    Args:
+        target: a spec file, a checkpoint directory, or the name of a run; None picks the newest run.
+        checkpoint: name of a checkpoint of the run; None picks the newest.
+        storage: folder that holds run directories.
+        overrides: overrides of keys that serving uses.
+
+    Raises:
+        SpecError: an override is not one that serving uses, or a spec is wrong.
+        RunError, CheckpointError: there is no such run or checkpoint.
+    """
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "serve" and keys[:2] not in OF_CLUSTER:
             raise SpecError(f"override {'.'.join(keys)}", "serving does not use it", "set keys of the serve section")
@@ -44,7 +55,7 @@ def chosen(
 
 
 def sizes_set(replicas: str | None, engine: str | None) -> list[str]:
-    """As overrides of the spec."""
+    """Return the options --replicas and --engine as overrides of the spec."""
     found = []
     if replicas is not None:
         low, dots, high = replicas.partition("..")
@@ -55,11 +66,13 @@ def sizes_set(replicas: str | None, engine: str | None) -> list[str]:
 
 
 def with_keys(spec: ServeSpec) -> ServeSpec:
-    """And the keys that the environment names. Limits are those of a name: one more key of a name that the spec has, as
-    while keys are changed, does not end them.
+    """Return the spec with the API keys that the environment names added to its own.
+
+    Limits belong to a name: an additional key with a name that the spec has, as while keys are being changed, gets the
+    same limits.
 
     Raises:
-        SpecError: two keys of a name have different limits, or the environment's are not what they should be.
+        SpecError: two keys with the same name have different limits, or the environment variable is malformed.
     """
     known: dict[str, KeySpec] = {}
     for key in spec.keys:
@@ -81,5 +94,5 @@ def with_keys(spec: ServeSpec) -> ServeSpec:
 
 
 def _limited_as(key: KeySpec, hashed: str) -> KeySpec:
-    """Another key of the same client."""
+    """Return a key with another hash for the same client, with the same limits."""
     return key.model_copy(update={"sha256": hashed})

@@ -1,4 +1,4 @@
-"""`mhmoe status`: one run, from its directory and, where it answers, its cluster."""
+"""`mhmoe status`: show one run, from its directory and, if it answers, its cluster."""
 
 import math
 import time
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 
 def view(found: dict[str, Any]) -> RenderableType:
-    """Args:
-    found: what `cluster.run_status.standing` tells.
+    """Return the view of a run's state.
+
+    Args:
+        found: the state, as `cluster.runs.standing` returns it.
     """
     parts: list[RenderableType] = [facts(_rows(found), title=f"{found['run']}: {found['state']}")]
     if found["state"] == "failed" and found["last_lines"]:
@@ -156,7 +158,7 @@ def _plural(count: int, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In its two largest units: 3 d 4 h."""
+    """Format a duration in its two largest units: 3 d 4 h."""
     left = round(seconds)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -167,7 +169,8 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float | None], width: int = 24) -> str:
-    """The course of some values, or nothing where they are few or the terminal has no such signs."""
+    """Return a line of block characters that plots the values; empty for fewer than 3, or if the terminal has no
+    UTF-8."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if len(known) < 3 or "utf" not in (out.encoding or "").lower():
         return ""
@@ -188,7 +191,7 @@ def status(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show how a run stands.
+    """Show the state of a run.
 
     For example `mhmoe status tiny-3` for the run whose id begins so, or `mhmoe status --watch` for the newest.
     """
@@ -205,7 +208,8 @@ def status(
 
 
 def _watch(run: "RunDir", json: bool) -> None:
-    """On a terminal the whole view, drawn anew; elsewhere, or as JSON, a line at each new step or state."""
+    """Show the state until the run is over: the whole view, redrawn, on a terminal; elsewhere, or as JSON, a line at
+    each new step or state."""
     from rich.live import Live
 
     from mhmoe_ray.cluster.dashboard import Patience

@@ -1,4 +1,7 @@
-"""`mhmoe submit`: start a run and follow it. Attempts: how the last one ended, and starting the next one."""
+"""`mhmoe submit`: start a run and follow it.
+
+This file also holds what other commands need of attempts: how the last one ended, and starting the next one.
+"""
 
 import time
 from dataclasses import asdict
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
-    """Submit the next attempt, and say so."""
+    """Submit the next attempt of a run, and print its job."""
     from mhmoe_ray.cluster.runs import start_attempt
 
     job = start_attempt(run, spec, connection)
@@ -27,12 +30,12 @@ def start(run: "RunDir", spec: "RunSpec", connection: "Connection") -> None:
 
 
 def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
-    """Start the next attempt of a run, and return its cluster.
+    """Start the next attempt of a run, and return the connection to its cluster.
 
     Args:
-        run: that is over, and not finished.
-        spec: its own, perhaps with another cluster section.
-        address: of the cluster, as commands take it.
+        run: a run that is over but not finished.
+        spec: the run's spec, whose cluster section may have changed.
+        address: address of the cluster, as commands take it.
     """
     connection = cluster_to_train(spec, address)
     run.write_spec(spec)
@@ -42,16 +45,16 @@ def go_on(run: "RunDir", spec: "RunSpec", address: str | None) -> "Connection":
 
 
 def ended(run: "RunDir", force: bool, *, patient: bool = False) -> "Outcome":
-    """How the run ended.
+    """Return how the run ended.
 
     Args:
         run: the run.
-        force: where its cluster does not answer, take it for gone although the run wrote a moment ago.
-        patient: where it did, wait until that is a while ago.
+        force: if its cluster does not answer, treat it as gone even though the run wrote something a moment ago.
+        patient: in that case, wait until the run has been quiet for a while.
 
     Raises:
-        RunError: it runs, or may still run.
-        TokenError: its cluster wants a token that we do not have, so nobody can tell.
+        RunError: the run is running, or may still be running.
+        TokenError: its cluster requires a token that this machine does not have, so its state cannot be told.
     """
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.cluster.runs import QUIET_SECONDS, Outcome, outcome_or_gone, quiet
@@ -144,10 +147,10 @@ def submit(
 
 
 def _unfinished(spec: "RunSpec") -> "RunDir | None":
-    """The newest run of this spec, if it is over without being finished.
+    """Return the newest run of this spec, if it is over without being finished; otherwise None.
 
     Raises:
-        RunError: it may still run, or its spec is another one.
+        RunError: the run may still be running, or its spec differs from this one.
     """
     from mhmoe_ray.errors import RunError
     from mhmoe_ray.runs.directory import list_runs

@@ -1,4 +1,4 @@
-"""`mhmoe sweep`: many runs that differ in some keys, as one; what would run, how far it is, and the final table."""
+"""`mhmoe sweep`: many runs that differ in some keys, as one; the plan, the progress, and the final table."""
 
 import time
 from functools import partial
@@ -35,7 +35,7 @@ MOST_RESTARTS = 3
 
 
 def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
-    """Every variant with its size, beside the first one's."""
+    """Print every variant with its sizes, and their ratios to the first variant's."""
     from mhmoe_ray.planner.sizes import sizes
 
     variants = {run.variant: run.spec for run in planned}
@@ -54,16 +54,16 @@ def show_plan(planned: "list[SweepRun]", concurrent: int) -> None:
 
 
 def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
-    """Show progress of an order until the job that starts runs has ended. Where that was killed, start it again.
+    """Show the progress of an order until the job that starts its runs has ended; restart the job if it was killed.
 
     Args:
         place: the sweep's directory.
-        name: of the order.
-        connection: to the cluster.
+        name: name of the order.
+        connection: connection to the cluster.
 
     Raises:
-        MhmoeError: the job ended for a reason of its own.
-        ClusterError, StorageError: the cluster or the storage does not answer any more.
+        MhmoeError: the job ended with an error of its own.
+        ClusterError, StorageError: the cluster or the storage no longer answers.
     """
     from mhmoe_ray.cluster.dashboard import Patience
     from mhmoe_ray.sweep import client
@@ -108,7 +108,7 @@ def follow(place: "SweepDir", name: str, connection: "Connection") -> None:
 
 
 def _stands(place: "SweepDir") -> "tuple[str, Order, bool]":
-    """The name of the last order, what it asks for, and whether no more runs are to start."""
+    """Return the name of the newest order, the order, and whether no more runs are to start."""
     newest = place.orders()[-1]
     return newest, place.order(newest), place.stop_file.exists()
 
@@ -127,7 +127,7 @@ class _View:
         self._told: dict[str, str] = {}
 
     def refresh(self) -> bool:
-        """Whether all are over."""
+        """Update the bar, and return whether all runs of the order are over."""
         from mhmoe_ray.runs import history, metrics
         from mhmoe_ray.sweep.client import is_to_run, state_of
 
@@ -164,7 +164,7 @@ class _View:
 
 
 def rows(place: "SweepDir") -> list[dict[str, Any]]:
-    """JSON: one for each variant, in the order of the sweep; ratios are to the first.
+    """Return one row for each variant, for JSON, in the order of the sweep; ratios are relative to the first variant.
 
     Raises:
         RunError: there is no such sweep.
@@ -213,8 +213,8 @@ def sweep(
 ) -> None:
     """Run all variants of a sweep, each with every seed, and show them in one table.
 
-    Ctrl-C stops following, not the sweep. The same command again goes on with it: finished runs stay; those that
-    failed, were stopped or interrupted go on from their checkpoints; runs that the file has got since are added. For
+    Ctrl-C stops following, not the sweep. The same command again continues it: finished runs stay; runs that failed,
+    were stopped or interrupted continue from their checkpoints; runs that were added to the file since are started. For
     example `mhmoe sweep jobs/paper/heads.yaml --size small --seeds 0,1`.
     """
     from mhmoe_ray.runs.sweeps import sweep_dir
@@ -261,10 +261,10 @@ def sweep(
 
 
 def _wanted(planned: "list[SweepRun]", variants: list[str] | None, name: str) -> "list[SweepRun]":
-    """Those of these variants; all without any.
+    """Return the runs of these variants; all runs if no variants are given.
 
     Raises:
-        SpecError: a name is none of the sweep's variants.
+        SpecError: the sweep has no variant of that name.
     """
     from mhmoe_ray.errors import SpecError
 
@@ -282,10 +282,10 @@ def _start(
     concurrent: int,
     address: str | None,
 ) -> "tuple[str, Connection]":
-    """Check all that can be checked now, and submit the job that starts runs.
+    """Check everything that can be checked now, and submit the job that starts the runs.
 
     Returns:
-        The name of the order; and the cluster.
+        The name of the order, and the connection to the cluster.
     """
     from mhmoe_ray.data.shards.manifest import prepared_as
     from mhmoe_ray.errors import SpecError
@@ -315,8 +315,10 @@ def _start(
 
 
 def _say_failures(place: "SweepDir", wanted: list[str]) -> None:
-    """Raises:
-    JobError: one of these runs failed, or is not over although nothing runs it.
+    """Raise an error if runs failed or were left over.
+
+    Raises:
+        JobError: one of these runs failed, or is not over although nothing runs it.
     """
     from mhmoe_ray.errors import JobError
     from mhmoe_ray.runs import events

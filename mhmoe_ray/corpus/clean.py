@@ -1,4 +1,4 @@
-"""What keeps repeated text, and English left in translations, out of a corpus."""
+"""Cleaning of a corpus: it removes repeated text, and English that was left in translations."""
 
 import re
 import unicodedata
@@ -7,9 +7,9 @@ from hashlib import blake2b
 from mhmoe_ray.corpus.readers import Document
 
 SHORTEST = 300
-"""Bytes of text below which a document teaches little."""
+"""Bytes of text below which a document is dropped, since it teaches little."""
 SHORT_PARAGRAPH = 20
-"""Characters below which a paragraph may come again: headings such as "Example" do."""
+"""Characters below which a paragraph may be repeated, as headings such as "Example" are."""
 
 # Frequent in any English sentence and rare in other languages, in which single ones of them are words too.
 _ENGLISH_WORDS = "the and this that with you your are from when which will have not can if for of to in is"
@@ -19,10 +19,11 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u00ad\u200b\ufeff\ud800-\udfff]
 
 
 class Cleaner:
-    """Remembers what it has seen, so feed English before the translations of it.
+    """Cleaner that removes text it has seen before; feed it English before the translations of it.
 
-    As CCNet does (Wenzek et al., arXiv 1911.00359, section 3.1), paragraphs seen before in the same domain or language
-    are dropped. A document that loses half of its text so is a variant of another one and goes as a whole.
+    As in CCNet (Wenzek et al., arXiv 1911.00359, section 3.1), paragraphs seen before in the same domain or language
+    are dropped. A document that loses more than half of its text this way is a variant of another one and is dropped as
+    a whole.
     """
 
     def __init__(self) -> None:
@@ -30,11 +31,12 @@ class Cleaner:
         self._english = set[bytes]()
 
     def clean(self, document: Document, domain: str, translated: bool) -> str | None:
-        """The document's text, a paragraph a line; None if too little of it is left.
+        """Return the document's cleaned text, with a line break after each paragraph; None if too little of it is left.
 
         Args:
-            domain: within which nothing may come twice.
-            translated: it is not English, so that English in it was left untranslated.
+            document: the document to clean.
+            domain: the domain within which no paragraph may occur twice.
+            translated: whether the document is not English, so that English in it was left untranslated.
         """
         seen, new = self._seen.setdefault(domain, set()), set[bytes]()
         before, kept = 0, list[str]()
@@ -57,22 +59,28 @@ class Cleaner:
         return text
 
     def _known_in_english(self, paragraph: str) -> bool:
-        """By most of its lines: of a listing, a translator may have changed some comments only."""
+        """Return whether most lines of a paragraph were seen in English.
+
+        Most lines are enough: in a code listing, a translator may have changed only some comments.
+        """
         lines = paragraph.splitlines()
         return 2 * sum(_digest(line) in self._english for line in lines) > len(lines)
 
 
 def normalise(text: str) -> str:
-    """Composed characters (NFC), and none that nobody sees, nor halves of one."""
+    """Normalise a text: compose characters (NFC), and remove invisible characters and lone surrogates.
+
+    Non-breaking spaces become spaces.
+    """
     return _INVISIBLE.sub("", unicodedata.normalize("NFC", text).replace("\xa0", " "))
 
 
 def is_english(paragraph: str) -> bool:
-    """Whether it reads as English, among paragraphs of another language."""
+    """Return whether a paragraph among paragraphs of another language reads as English."""
     words = re.findall(r"[^\W\d_]+", paragraph.lower())
     return len(words) >= _FEWEST_WORDS and sum(word in _ENGLISH for word in words) >= _ENGLISH_SHARE * len(words)
 
 
 def _digest(paragraph: str) -> bytes:
-    """Equal for paragraphs that differ in case and white space only."""
+    """Return a hash that is equal for paragraphs that differ only in case and white space."""
     return blake2b(" ".join(paragraph.casefold().split()).encode(), digest_size=8).digest()

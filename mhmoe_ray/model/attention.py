@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and masks between documents."""
+"""Causal self-attention with rotary positions and document masks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,11 +12,12 @@ from mhmoe_ray.model.noise import default_draws_from
 from mhmoe_ray.spec import ModelSpec
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_BHTC, k_BHTC, v_BHTC) of the newest tokens -> y_BHTC over these and all before, which it remembers."""
+"""Attention in generation: (q_BHTC, k_BHTC, v_BHTC) of the newest tokens -> y_BHTC. It stores their keys and values,
+and attends to these tokens and all earlier ones."""
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of T positions, float32; those of queries and keys differ under xPos only."""
+    """Cosines and sines of T positions, float32; the tables of queries and keys differ under xPos only."""
 
     q_cos_TC: Tensor
     q_sin_TC: Tensor
@@ -25,7 +26,7 @@ class Rotary(NamedTuple):
 
 
 def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
-    """Return RoPE's tables (arXiv 2104.09864, half-split pairing), scaled as the architecture asks."""
+    """Return RoPE's tables (arXiv 2104.09864, half-split pairing), scaled by the architecture's `query_scale`."""
     width, position = spec.head_width, position_T.double()
     even = torch.arange(0, width, 2, device=position.device, dtype=torch.float64)
     angle = torch.outer(position, spec.rope_theta ** (-even / width)).repeat(1, 2)
@@ -37,20 +38,21 @@ def rotary(spec: ModelSpec, position_T: Tensor) -> Rotary:
 
 
 def document_of(token_BT: Tensor, start_token: int) -> Tensor:
-    """Which document each token belongs to: each start token begins one."""
+    """Return the index of each token's document, counted within its sequence; each start token begins a document."""
     return token_BT.eq(start_token).cumsum(1)
 
 
 def document_mask(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to attention scores: 0 where the later token may look at the earlier one, -inf elsewhere.
+    """Return the mask (B, 1, T, T) that is added to attention scores: 0 where a token may attend to an earlier one or
+    itself, -inf elsewhere.
 
-    Positions are not counted anew in each document: RoPE and xPos depend on the distance of two tokens alone, which is
+    Positions do not restart in each document: RoPE and xPos depend only on the distance between two tokens, which is
     the same wherever their document begins.
 
     Args:
-        document_BT: which document each token belongs to, int.
-        dtype: that of queries. A mask of booleans would be turned into one like this in every layer, and each layer
-            would keep its own for the backward.
+        document_BT: index of each token's document, int.
+        dtype: dtype of the queries. Every layer would convert a boolean mask into one like this, and would keep its own
+            copy for the backward.
     """
     visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
     return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
@@ -62,7 +64,7 @@ def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of H heads, whose keys and values several may share."""
+    """Attention of H heads, several of which may share keys and values (grouped queries)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
         self.dropout = spec.attention_dropout
         self.qkv = nn.Linear(spec.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=bias)
-        """Rows of all queries, then of all keys, then of all values."""
+        """Projection whose output rows are all queries, then all keys, then all values."""
         self.inner_norm = modules.inner_norm(spec)
         self.out = nn.Linear(spec.d_model, spec.d_model, bias=bias)
 
@@ -83,14 +85,14 @@ class Attention(nn.Module):
         generator: torch.Generator | None = None,
         mask_B1TT: Tensor | None = None,
     ) -> Tensor:
-        """Attend to this and all earlier tokens, or to those that a mask shows.
+        """Attend to this and all earlier tokens, or to those that a mask allows.
 
         Args:
-            x_BTM: T tokens.
-            at: `rotary` of their positions.
-            attend: does so, in generation, where others came before.
-            generator: source of dropout on the attention weights; none in evaluation.
-            mask_B1TT: `document_mask`, not beside `attend`.
+            x_BTM: the T tokens.
+            at: `rotary` tables of their positions.
+            attend: attention over a KV cache, for generation after earlier tokens.
+            generator: source of dropout on the attention weights; None in evaluation.
+            mask_B1TT: `document_mask`; not used together with `attend`.
         """
         B, T, M = x_BTM.shape
         heads_BHTC = self.qkv(x_BTM).view(B, T, -1, self.width).transpose(1, 2)

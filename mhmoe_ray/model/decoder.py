@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and feed-forward or mixture-of-experts layers."""
+"""The decoder: pre-norm blocks of attention, and of feed-forward or mixture-of-experts layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,17 +22,18 @@ R = TypeVar("R")
 
 
 class Past(Protocol):
-    """What came before the newest tokens, in generation."""
+    """KV cache of the tokens before the newest ones, in generation."""
 
     position_T: Tensor
-    """Of the newest tokens, int64: each of the B sequences may be several, one after another."""
+    """Positions of the newest tokens, int64; each of the B rows may hold the tokens of several sequences, one after
+    another."""
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor) -> Tensor:
-        """Attention of the newest tokens of a layer, whose keys and values are remembered."""
+        """Return the attention output of the newest tokens in a layer, and store their keys and values."""
         ...
 
     def wanted(self, x_BTM: Tensor) -> Tensor:
-        """Those tokens whose logits are asked for."""
+        """Return the rows of those tokens whose logits are requested."""
         ...
 
 
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
     @property
     def is_spread(self) -> bool:
-        """Whether experts of its layer are on other ranks."""
+        """Whether the block's experts are spread over ranks."""
         return self.moe is not None and self.moe.dispatch is not dispatch_locally
 
     def forward(
@@ -65,13 +66,15 @@ class Block(nn.Module):
         mask_B1TT: Tensor | None,
         recompute: bool,
     ) -> tuple[Tensor, Routing | None]:
-        """Args:
-        x_BTM: tokens.
-        at: their places.
-        past: attention, where others came before.
-        draw: makes the block's randomness, the same each time.
-        mask_B1TT: of attention.
-        recompute: whether the backward computes anew what lies before the feed-forward part.
+        """Run the block; return its output, and its routing if it has experts.
+
+        Args:
+            x_BTM: the tokens.
+            at: rotary tables of their positions.
+            past: attention over a KV cache, for generation after earlier tokens.
+            draw: function that creates the block's random generator, with the same draws each time; it may return None.
+            mask_B1TT: attention mask.
+            recompute: whether the backward recomputes the part before the feed-forward layer.
         """
         made: list[torch.Generator | None] = []
 
@@ -91,28 +94,29 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    """What a decoder makes of tokens."""
+    """Output of the decoder for a batch of tokens."""
 
     logits_BTV: Tensor
     routing: list[Routing]
-    """One per mixture-of-experts layer, from the bottom."""
+    """Routing of each mixture-of-experts layer, from the bottom."""
 
 
 class Decoder(nn.Module):
-    """Tokens to the logits of the next ones, through blocks between an embedding and an output layer."""
+    """Decoder from tokens to next-token logits: an embedding, blocks, and an output layer."""
 
     def __init__(self, spec: ModelSpec, held: range | None = None) -> None:
-        """Weights are left unset: call `model.init.init_weights`, or load a checkpoint.
+        """Create the decoder with uninitialized weights: call `model.init.init_weights`, or load a checkpoint.
 
         Args:
-            spec: sizes.
-            held: global ids of the experts this process holds in every layer; all by default.
+            spec: the model's sizes and options.
+            held: global ids of the experts that this process holds in every layer; by default all.
         """
         super().__init__()
         self.spec = spec
         self.recompute = False
-        """Whether training keeps of each block its input alone, and computes the rest anew in the backward; of a block
-        whose experts are spread over ranks also what goes to them, so that it need not be exchanged once more."""
+        """Whether training keeps only the input of each block and recomputes the rest in the backward (activation
+        recomputation). For a block whose experts are spread over ranks, the forward also keeps the experts' inputs and
+        outputs, so that they need not be exchanged again."""
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, i, held) for i in range(spec.layers))
         self.norm = modules_of(spec).norm(spec)
@@ -125,14 +129,14 @@ class Decoder(nn.Module):
         noise: Noise | None = None,
         document_BT: Tensor | None = None,
     ) -> Output:
-        """Next-token logits.
+        """Return next-token logits, and the routing of each mixture-of-experts layer.
 
         Args:
-            token_BT: int64 ids.
-            past: what came before them; it also remembers them.
-            noise: randomness of a training step, where the spec asks for some.
-            document_BT: int, which document each token belongs to, where the spec has `document_masks`. Not with a
-                past: a prompt is one document.
+            token_BT: token ids, int64.
+            past: KV cache of the earlier tokens; the call adds the new ones to it.
+            noise: randomness of a training step; used only if the spec has any.
+            document_BT: index of each token's document, int, if the spec has `document_masks`. Not together with
+                `past`: a prompt is one document.
         """
         assert (document_BT is not None) == (self.spec.document_masks and past is None)
         at = rotary(self.spec, past.position_T if past else torch.arange(token_BT.shape[1], device=token_BT.device))
@@ -164,7 +168,7 @@ class Decoder(nn.Module):
         return Output(logits, routings)
 
     def compile_dense(self) -> None:
-        """Attention and dense feed-forward layers through torch.compile, at their first use."""
+        """Compile attention and dense feed-forward layers with torch.compile, at their first use."""
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
                 module.compile()
@@ -173,31 +177,33 @@ class Decoder(nn.Module):
         return [m for m in self.modules() if isinstance(m, MultiHeadMoE)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint's `weights` holds, by name: parameters and the routers' selection biases."""
+        """Return all tensors of a checkpoint's `weights` by name, detached: parameters and the routers' selection
+        biases."""
         return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
 
 
 def _recomputed(function: Callable[[Tensor], R], x_BTM: Tensor) -> R:
-    """What it gives; of it the backward has the input alone, and computes it anew."""
+    """Return `function(x_BTM)`; only its input is kept, and the backward computes it again."""
     # Draws come from generators of their own; the default one's state need not be kept.
     result: R = checkpoint(function, x_BTM, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Of matrix products of x."""
+    """Return the dtype of matrix products with x: autocast's where it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, float32, shape BT."""
+    """Return the cross-entropy of each token in nats, float32, shape BT."""
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten(), reduction="none")
     return loss.view(target_BT.shape)
 
 
 def routing_loss(spec: ModelSpec, routing: list[Routing]) -> Tensor:
-    """What routing adds to the mean loss of a micro-batch: balance and z losses, weighted, summed over layers."""
+    """Return the load-balancing loss and router z-loss of a micro-batch, weighted by the spec and summed over
+    layers."""
     assert spec.moe is not None
     layers = [spec.moe.balance_weight * r.balance_loss + spec.moe.z_weight * r.z_loss for r in routing]
     return torch.stack(layers).sum()

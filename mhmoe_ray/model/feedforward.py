@@ -1,4 +1,4 @@
-"""Feed-forward parts: the dense layer and the stack of experts, which compute the same function."""
+"""Feed-forward modules: the dense layer and the stack of experts, which compute the same function."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,12 @@ from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
 Dispatch = Callable[[Tensor, Routing, "Experts"], Tensor]
-"""Brings routed rows to their experts and the combined outputs back: (x_ND, routing, experts) -> y_ND."""
+"""Function that sends routed rows to their experts and returns the combined outputs: (x_ND, routing, experts) ->
+y_ND."""
 
 
 class FeedForward(nn.Module):
-    """A dense layer on whole tokens."""
+    """Dense feed-forward layer on whole tokens."""
 
     def __init__(self, spec: ModelSpec, hidden: int) -> None:
         super().__init__()
@@ -30,7 +31,8 @@ class FeedForward(nn.Module):
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """Names of the parameters that are matrices; of experts, which are stacked, those that are one for each expert."""
+    """Return the names of the parameters that are matrices, counting an expert's parameter without its stack
+    dimension."""
     return {
         name
         for path, module in model.named_modules()
@@ -40,10 +42,10 @@ def matrices(model: nn.Module) -> set[str]:
 
 
 class Experts(nn.Module):
-    """The experts `held` of a layer's E; all of them unless expert parallelism spreads them over ranks.
+    """The experts `held` out of a layer's E: all of them, unless expert parallelism spreads them over ranks.
 
-    Each is a FeedForward of width d/h and hidden width f. Its parameters are stacked along a first dimension E, in the
-    order of its function.
+    Each expert is a FeedForward of width d/h and hidden width f. Its parameters are stacked along a first dimension E,
+    in the order of its function's arguments.
     """
 
     def __init__(self, spec: ModelSpec, held: range) -> None:
@@ -59,33 +61,37 @@ class Experts(nn.Module):
             self.register_parameter(f"{first}_E{letters}", nn.Parameter(torch.empty(len(held), *shape)))
 
     def forward(self, x_ND: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
-        """Rows through all experts of the layer, wherever they are. A forward pass of this module, so that training can
-        bring its parameters together for as long as it lasts."""
+        """Run rows through all experts of the layer, on whichever rank they are.
+
+        This is a forward pass of the module, so that training can gather its sharded parameters for the duration of the
+        call.
+        """
         return dispatch(x_ND, routing, self)
 
     def compute(self, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, places: int | None = None) -> Tensor:
-        """Rows through the experts held here, which are numbered from 0.
+        """Run rows through the experts held here, which are numbered from 0.
 
         Args:
-            x_ND, expert_NK, gate_NK: as `mhmoe_kernels.run_experts`.
-            places: rows that an expert takes at most; None where nothing is dropped, as in serving.
+            x_ND, expert_NK, gate_NK: rows and routes as in `mhmoe_kernels.run_experts`.
+            places: expert capacity, the most rows that one expert takes; None if nothing is dropped, as in serving.
         """
         x_ND, weights = self.cast(x_ND)
         return run_experts(self.backend(x_ND, weights, places), x_ND, expert_NK, gate_NK, weights, places)
 
     def backend(self, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
-        """The kernel that rows like `x_ND`, which are cast, go through."""
+        """Return the name of the kernel for rows like `x_ND`, after the cast to the compute dtype."""
         return choose(self.kernel, x_ND, weights, places)
 
     def cast(self, x_ND: Tensor) -> tuple[Tensor, ExpertWeights]:
-        """Rows and the experts held here, in autocast's dtype where it is on."""
+        """Return rows and the weights of the experts held here, in autocast's dtype where autocast is on."""
         # Where training slices experts over ranks, these are DTensors of what this rank holds.
         x_ND, *stacked = _for_autocast(x_ND, tuple(local(p) for p in self.parameters()))
         return x_ND, ExpertWeights(self.function, tuple(stacked), self.recompute)
 
 
 def _for_autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Autocast sees single operations; here a whole expert is one."""
+    """Cast rows and weights to autocast's dtype, if it is on. Autocast acts on single operations, but here a whole
+    expert is one operation."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, *weights
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,4 +1,4 @@
-"""What this process holds of a tensor that may be shared out over ranks."""
+"""The part of a tensor that this process holds, if the tensor is sharded over ranks."""
 
 import sys
 from typing import TYPE_CHECKING, TypeGuard
@@ -10,19 +10,22 @@ if TYPE_CHECKING:
 
 
 def is_shared_out(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether it is a DTensor. Where nobody has imported their module there are none, and it is not imported to find
-    out: that takes half a second, which a server's process need not wait for."""
+    """Whether a tensor is a DTensor.
+
+    If the DTensor module has not been imported, there are none. It is not imported to find out, because that takes half
+    a second, which would delay a server's process.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the whole of any other tensor; a view."""
+    """Return this rank's shard of a DTensor, or any other tensor whole; the result is a view."""
     return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 def offset(tensor: Tensor) -> tuple[int, ...]:
-    """Where that begins in the whole."""
+    """Return the offset of `local(tensor)` in the whole tensor, one index per dimension."""
     if not is_shared_out(tensor):
         return (0,) * tensor.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

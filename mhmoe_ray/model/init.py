@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, tensor name, global expert id): the same at any number of ranks."""
+"""Initial weights as a pure function of (seed, tensor name, global expert id): the same on any number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -17,26 +17,23 @@ from mhmoe_ray.model.noise import seeded_generator
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lambda: None) -> None:
-    """Set every parameter and buffer of `model`; of DTensors this rank's slice, with no more than one whole tensor in
-    CPU memory at a time, and of experts one expert.
+    """Initialize every parameter and buffer of `model`, or this rank's shard of a DTensor.
 
-    | tensor | start |
-    | --- | --- |
-    | embedding, untied output | normal, sd d^-0.5 |
-    | attention | as nn.Linear (torchscale has a Xavier for it that nothing calls) |
-    | feed-forward, experts | as nn.Linear, every expert under a seed of its own |
-    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 |
-    | merge projection | Xavier, bias 0 |
-    | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
-    | norms | 1, bias 0 |
+    At most one whole tensor is in CPU memory at a time; of stacked experts, at most one expert.
 
-    The architecture may change them then (`Modules.rescale_initial`), as subln does. How several projection layers
-    start is not published: each is treated as the only one.
+    | tensor | initial values | | --- | --- | | embedding, untied output | normal, sd d^-0.5 | | attention | as
+    nn.Linear (torchscale has a Xavier initialization for it that nothing calls) | | feed-forward, experts | as
+    nn.Linear, every expert under a seed of its own | | head projection | Xavier with gain 1/sqrt 2, bias uniform in
+    +-d^-0.5 | | merge projection | Xavier, bias 0 | | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain
+    0.32 | | norms | 1, bias 0 |
+
+    The architecture may then change them (`Modules.rescale_initial`), as subln does. The initialization of several
+    projection layers is not published: each is treated as the only one.
 
     Args:
-        model: to fill.
-        seed: of the run.
-        on_tensor: called after each.
+        model: the model to initialize.
+        seed: seed of the run.
+        on_tensor: function that is called after each parameter.
     """
     rescale = partial(modules_of(model.spec).rescale_initial, layers=model.spec.layers)
     for module_name, module in model.named_modules():
@@ -58,7 +55,7 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
 def _drawn(
     module: nn.Module, name: str, like: Tensor, g: torch.Generator, rescale: Callable[[str, Tensor], Tensor]
 ) -> Tensor:
-    """A whole tensor, or a whole expert's part of one, in CPU memory."""
+    """Return the initial values of a whole tensor, or of one whole expert's part of a stacked one, in CPU memory."""
     t = torch.empty(like.shape, dtype=like.dtype)
     _fill(module, name, t, g)
     return rescale(name, t)
@@ -93,7 +90,8 @@ def _fill_projection(name: str, t: Tensor, g: torch.Generator) -> None:
 
 
 def _fan_in(module: nn.Module, bias: str) -> int:
-    """Of the matrix that a bias belongs to; in a feed-forward, fc1 or fc2 by the bias's name."""
+    """Return the fan-in of the matrix that a bias belongs to; in a feed-forward layer, the bias's name says whether
+    that is fc1 or fc2."""
     if isinstance(module, nn.Linear):
         return module.in_features
     layer = bias.rpartition(".")[2][:3]

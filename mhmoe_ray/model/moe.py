@@ -1,15 +1,16 @@
-"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1 the plain sparse one.
+"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1 it is a plain sparse MoE layer.
 
-    x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
+x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
 
-The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual around a
-sub-token: the block's own residual is the only one, as in the authors' code and P2; equation 6 of P1 prints one, which
-is `sub_token_residual`. A shared expert, of which P2 leaves the place open, sees whole tokens before the split.
+The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual connection
+around a sub-token: the block's own residual is the only one, as in the authors' code and in P2. Equation 6 of P1 prints
+one, which the option `sub_token_residual` adds. A shared expert, whose position P2 leaves open, sees whole tokens
+before the split.
 
-Dropout, in training, falls on the output of each expert, shared or routed, before gate weights and merge, as in the
-authors' code: a sub-token's k experts each get a mask of their own. There is none around the projections, nor on the
-layer's output as a whole. Masks are drawn where the sub-token lives, in the order of its micro-batch's rows, never
-where its expert happens to be.
+In training, dropout applies to the output of each expert, shared or routed, before gates and merge, as in the authors'
+code: each of a sub-token's k experts gets its own mask. There is no dropout around the projections, nor on the output
+of the layer as a whole. Masks are drawn on the rank of the sub-token, in the order of its micro-batch's rows, never on
+the rank of its expert.
 """
 
 import torch
@@ -22,12 +23,15 @@ from mhmoe_ray.spec import ModelSpec
 
 
 def dispatch_locally(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """All experts are here."""
+    """Run rows through the experts when this process holds all of them."""
     return experts.compute(x_ND, routing.expert_NK, routing.gate_NK, routing.places)
 
 
 def _projection(width: int, layers: int) -> nn.Module:
-    """d -> d with biases, which the authors' code has even where the rest of the model has none."""
+    """Return a projection d -> d with biases, which the authors' code has even where the rest of the model has none.
+
+    Several layers have ReLU between them.
+    """
     linear = [nn.Linear(width, width) for _ in range(layers)]
     if layers == 1:
         return linear[0]
@@ -35,12 +39,17 @@ def _projection(width: int, layers: int) -> nn.Module:
 
 
 class MultiHeadMoE(nn.Module):
-    """Of one block. `dispatch` brings rows to their experts; expert parallelism puts another in its place."""
+    """Multi-head mixture-of-experts layer of one block.
+
+    `dispatch` brings rows to their experts; expert parallelism replaces it.
+    """
 
     def __init__(self, spec: ModelSpec, held: range | None = None) -> None:
-        """Args:
-        spec: its `moe` section must be present.
-        held: the global ids of the experts that this process holds; all by default.
+        """Create the layer with uninitialized weights.
+
+        Args:
+            spec: model spec; its `moe` section must be present.
+            held: global ids of the experts that this process holds; by default all.
         """
         super().__init__()
         moe = spec.moe
@@ -54,9 +63,11 @@ class MultiHeadMoE(nn.Module):
         self.dispatch: Dispatch = dispatch_locally
 
     def forward(self, x_BTM: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Routing]:
-        """Args:
-        x_BTM: tokens.
-        generator: randomness of the router and of dropout in training; none in evaluation.
+        """Return the output (B, T, M) of the layer, and its routing.
+
+        Args:
+            x_BTM: the tokens.
+            generator: source of the router's randomness and of dropout in training; None in evaluation.
         """
         x = self.head(x_BTM)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)

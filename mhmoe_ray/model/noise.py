@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 EMBEDDING = -1
-"""The embedding's place among the layers."""
+"""Layer number of the embedding's random draws."""
 
 
 def seeded_generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """One that gives the same draws for the same name, in any process."""
+    """Return a random generator that gives the same draws for the same name, in any process."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Noise:
-    """The random draws of one micro-batch's forward pass. Evaluation has none: there, no Noise is given."""
+    """The random draws of one micro-batch's forward pass. Evaluation has no randomness and passes no `Noise`."""
 
     def __init__(self, seed: int, micro_batch: int) -> None:
         self._name = f"{seed}:{micro_batch}"
@@ -28,9 +28,10 @@ class Noise:
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Zeros with probability `rate` and the rest divided by 1 - rate; x itself where there is no generator.
+    """Set entries of x to zero with probability `rate` and divide the rest by 1 - rate; without a generator or a rate,
+    return x itself.
 
-    Which entries are zero depends on the generator and the shape, not on the dtype.
+    Which entries become zero depends on the generator and the shape, not on the dtype.
     """
     if not rate or generator is None:
         return x
@@ -40,10 +41,11 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 @contextmanager
 def default_draws_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside, operations that know only the default generator of the device continue the stream of `generator`, and
-    the default generator's own is left as it was. Nothing without a generator.
+    """Let operations that use only the device's default generator draw from the stream of `generator` inside the
+    context.
 
-    States live on the host, so a GPU is not waited for.
+    Afterwards `generator` has advanced and the default generator has its earlier state again. Without a generator the
+    context does nothing. Generator states are stored on the host, so this does not wait for a GPU.
     """
     if generator is None:
         yield

@@ -1,7 +1,9 @@
-"""The router: scores of E experts for each row, the choice among them, capacity and balance. In float32 or wider.
+"""The router: logits over E experts for each row, top-k routing, expert capacity, and load balancing, in float32 or
+wider.
 
-Scores are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them and P1
-ran them. Two losses and a bias keep experts equally loaded; each is of one layer; a model sums them over its layers.
+Logits are W x (P1, equation 5; P2, section 2.1), X-MoE's as published, or X-MoE's as torchscale computes them and P1
+ran them. Two losses and a selection bias keep the load of experts equal. Each belongs to one layer; a model sums the
+losses over its layers.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +21,20 @@ from mhmoe_ray.spec.model import RouterName
 class BaseScores(nn.Module, ABC):
     @abstractmethod
     def __init__(self, width: int, moe: MoESpec) -> None:
-        """Args:
-        width: D of its rows.
-        moe: with E.
+        """Create uninitialized parameters.
+
+        Args:
+            width: D, the width of a row.
+            moe: spec of the layer, with its number of experts E.
         """
         super().__init__()
 
     @abstractmethod
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Logits NE of rows in float32 or wider."""
+        """Return the logits NE of rows in float32 or wider."""
 
     def balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """The probabilities NE that the balance loss sees; those of the choice, where a router has no others."""
+        """Return the probabilities NE for the load-balancing loss: by default those of the routing itself."""
         return probability_NE
 
 
@@ -58,8 +62,8 @@ class XMoEScores(BaseScores):
         return self.cosine(x_ND) / self.temperature
 
     def balanced(self, x_ND: Tensor, probability_NE: Tensor) -> Tensor:
-        """X-MoE's loss divides by the initial temperature, not by the learnt one, which could otherwise grow to please
-        it."""
+        """Return probabilities at the initial temperature, as X-MoE's loss does: training could otherwise raise the
+        learned temperature just to lower the loss."""
         return (self.cosine(x_ND) / INITIAL_TEMPERATURE).softmax(-1)
 
     @property
@@ -88,24 +92,27 @@ SCORES: dict[RouterName, type[BaseScores]] = {
 
 
 def scores(width: int, moe: MoESpec) -> BaseScores:
-    """Those that the spec names, for rows of a width; not initialised."""
+    """Return the module that computes the logits of `moe.router` for rows of a width; its parameters are
+    uninitialized."""
     return SCORES[moe.router](width, moe)
 
 
 def route_counts(expert_NK: Tensor, experts: int, kept_NK: Tensor | None = None) -> Tensor:
-    """Of each expert, int64; of all routes or of those kept. Not bincount, which makes the host wait for a GPU."""
+    """Return the number of routes per expert, int64: of all routes, or of those that `kept_NK` selects.
+
+    This does not use bincount, which makes the host wait for a GPU.
+    """
     weight_NK = torch.ones_like(expert_NK) if kept_NK is None else kept_NK.long()
     zero_E = torch.zeros(experts, dtype=torch.int64, device=expert_NK.device)
     return zero_E.scatter_add_(0, expert_NK.flatten(), weight_NK.flatten())
 
 
 def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
-    """E * sum_e mean_n(p_ne) * share of the given choices that are e, before any drop (Switch Transformers, arXiv
-    2101.03961, equation 4).
+    """Return the load-balancing loss E * sum_e mean_n(p_ne) * (share of the choices that are e), before any drop
+    (Switch Transformers, arXiv 2101.03961, equation 4).
 
-    With `expert_NK` cut to its first column this is the form of both papers' code; with all of it, the one of
-    MegaBlocks. It is exactly 1 when either factor is uniform, at most E, and its gradient flows through the
-    probabilities alone.
+    With only the first column of `expert_NK` this is the form in both papers' code; with all columns it is MegaBlocks'.
+    It is exactly 1 when either factor is uniform, at most E, and its gradient flows only through the probabilities.
     """
     experts = probability_NE.shape[1]
     share_E = route_counts(expert_NK, experts).to(probability_NE.dtype) / expert_NK.numel()
@@ -113,22 +120,23 @@ def balance_loss(probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
-    """Mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906); its floor is 0."""
+    """Return the router z-loss: the mean over rows of the squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906);
+    its minimum is 0."""
     return logits_NE.logsumexp(-1).square().mean()
 
 
 def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """The selection bias for the next step (auxiliary-loss-free balancing, arXiv 2408.15664): by `rate` up for experts
-    with fewer routes than the mean, down for those with more."""
+    """Return the selection bias for the next step (auxiliary-loss-free balancing, arXiv 2408.15664): raised by `rate`
+    for experts with fewer routes than the mean, lowered by it for those with more."""
     load_E = count_E.to(bias_E.dtype)
     return bias_E + rate * (load_E.mean() - load_E).sign()
 
 
 def fits(expert_NK: Tensor, wanted_NK: Tensor, experts: int, limit: int) -> Tensor:
-    """Mask NK of the wanted routes that their experts take.
+    """Return the mask NK of the wanted routes that fit into the capacity of `limit` rows per expert.
 
-    Places are given in the order of rows, all first choices before all second ones, and so on; so a later row's first
-    choice can push out an earlier row's second one, and static routing is not causal.
+    Slots are assigned in the order of rows, to all first choices before all second ones, and so on. A later row's first
+    choice can therefore displace an earlier row's second choice: static routing is not causal.
     """
     order_KN = torch.where(wanted_NK, expert_NK, experts).T.flatten()  # unwanted routes queue for no expert
     sorted_R, route_R = order_KN.sort(stable=True)
@@ -139,26 +147,27 @@ def fits(expert_NK: Tensor, wanted_NK: Tensor, experts: int, limit: int) -> Tens
 
 
 class Routing(NamedTuple):
-    """Where N rows go."""
+    """Routing of N rows to their experts."""
 
     expert_NK: Tensor
-    """int64; first choice first, no expert twice in a row."""
+    """Chosen experts of each row, int64, first choice first; the experts of a row are all different."""
     gate_NK: Tensor
-    """Weights of the chosen experts, float32; 0 for a route that is not kept."""
+    """Gates (weights) of the chosen experts, float32; 0 for a route that is dropped."""
     balance_loss: Tensor
-    """Scalar; 1 when routing is uniform."""
+    """Load-balancing loss of the layer, scalar; 1 when routing is uniform."""
     z_loss: Tensor
-    """Scalar."""
+    """Router z-loss of the layer, scalar."""
     count_E: Tensor
-    """Kept routes per expert, int64."""
+    """Number of kept routes per expert, int64."""
     dropped: Tensor
-    """Routes that found no place, int64 scalar; second choices that `second_expert: random` leaves out want none."""
+    """Number of routes dropped for lack of capacity, int64 scalar; second choices that `second_expert: random` leaves
+    out do not count."""
     places: int | None
-    """Rows that an expert takes at most, where routing is static; None where it is dropless."""
+    """Expert capacity in rows if routing is static; None if it is dropless."""
 
 
 class Router(nn.Module):
-    """softmax of the scores, then the top k."""
+    """Router: softmax of the logits, then the top k experts."""
 
     def __init__(self, width: int, moe: MoESpec) -> None:
         super().__init__()
@@ -169,9 +178,11 @@ class Router(nn.Module):
             self.register_buffer("bias_E", torch.zeros(moe.experts))
 
     def forward(self, x_ND: Tensor, generator: torch.Generator | None = None) -> Routing:
-        """Args:
-        x_ND: rows.
-        generator: source of jitter and of P1's random second expert; without one there is neither.
+        """Return the routing of rows.
+
+        Args:
+            x_ND: the rows.
+            generator: source of jitter and of P1's random second expert; neither applies without one.
         """
         with torch.autocast(x_ND.device.type, enabled=False):
             return self._route(wide(x_ND), generator)
@@ -198,13 +209,13 @@ class Router(nn.Module):
         )
 
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The top k of each row.
+        """Choose the top k experts of each row.
 
         Args:
-            logits_NE: what `scores` gives.
+            logits_NE: logits from `scores`.
 
         Returns:
-            expert_NK and gate_NK as in `Routing`, before any drop; and the probabilities NE.
+            expert_NK and gate_NK as in `Routing`, before any drop, and the probabilities NE.
         """
         moe = self.moe
         probability_NE = logits_NE.softmax(-1)
@@ -220,7 +231,8 @@ class Router(nn.Module):
         return expert_NK, gate_NK, probability_NE
 
     def _wanted(self, expert_NK: Tensor, gate_NK: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Mask NK of the routes that are to have a place."""
+        """Return the mask NK of the routes that are candidates for a slot: all, or without the second choices that
+        `second_expert: random` leaves out."""
         wanted_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if self.moe.second_expert == "random" and generator is not None:
             u_N = torch.rand(len(gate_NK), device=gate_NK.device, dtype=gate_NK.dtype, generator=generator)

@@ -1,4 +1,4 @@
-"""Measurements at sizes that tell nothing."""
+"""Fixtures of the benchmark tests: measurements at sizes too small for their figures to mean anything."""
 
 import base64
 from collections.abc import Iterator
@@ -15,7 +15,10 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Layers here are so small that threads would mostly wait for each other, on a busy machine for seconds."""
+    """Run each test with one torch thread.
+
+    The layers here are so small that threads would mostly wait for each other, on a busy machine for seconds.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +27,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def project(local_cluster, tmp_path_factory) -> Path:
-    """A spec of 20 steps with a given tokenizer, prepared."""
+    """Prepare the data of a 20-step spec with a given tokenizer, and return the folder."""
     folder = tmp_path_factory.mktemp("bench")
     write_corpus(folder / "raw")
     write_spec(folder)

@@ -1,4 +1,4 @@
-"""Measuring how long a checkpoint holds training up."""
+"""Measuring for how long a checkpoint delays training."""
 
 import itertools
 
@@ -12,7 +12,11 @@ from tests.specs import tiny_spec
 
 @pytest.mark.long
 def test_all_is_timed_by_a_clock_that_waits_for_the_device(tmp_path, monkeypatch):
-    """One that ticks when it is read: of a card's own clock, work that goes on there would be no part."""
+    """All durations come from the clock that waits for the device; otherwise work still running on a GPU would not
+    count.
+
+    The test replaces it by a clock that ticks once at each read.
+    """
     asked, ticks = [], itertools.count()
 
     def clock(device):

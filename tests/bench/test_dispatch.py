@@ -1,4 +1,4 @@
-"""Bytes between two made-up nodes against what the drawn routes demand, and a link that leaves nothing behind."""
+"""Bytes between two made-up nodes against those that the drawn routes demand, and a slow link that is removed again."""
 
 import os
 import shutil
@@ -77,7 +77,7 @@ def test_without_root_or_tools_a_link_is_refused(monkeypatch):
 @pytest.mark.system
 @needs_root
 def test_over_a_slow_link_bytes_are_what_the_drawn_routes_demand(tmp_path):
-    """Headers and what else TCP says are 1 per cent, at packets as large as a virtual interface takes."""
+    """Headers and other TCP overhead add about 1 per cent, at packets as large as a virtual interface takes."""
     options = ("--tokens", "512", "--rounds", "3", "--slow-link", "400mbit", "--json")
     for layer in mhmoe_anew(tmp_path, "bench", "dispatch", *options).json()["layers"]:
         for dispatch in ("flat", "hierarchical"):
@@ -116,6 +116,6 @@ def test_a_link_is_gone_however_the_command_ends(tmp_path, number):
 
 
 def _inside(names: list[str]) -> list[str]:
-    """Processes in these namespaces."""
+    """Return the ids of the processes in these network namespaces."""
     listed = [subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout for name in names]
     return " ".join(listed).split()

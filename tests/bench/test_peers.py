@@ -1,4 +1,4 @@
-"""Other packages' layers compute what ours does, of the same weights."""
+"""Other packages' layers compute the same as ours from the same weights."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _made(name, ours):
 
 
 def _through(layer, x, weights):
-    """Output, and gradients of input and given weights, of sum(y^2)."""
+    """Return the output, and the gradients of sum(y^2) with respect to the input and the given weights."""
     x = x.clone().requires_grad_()
     y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
@@ -46,7 +46,10 @@ def test_a_dropless_peer_gives_our_outputs_and_gradients(name, top_k):
 
 
 def test_deepspeeds_capacity_drops_what_our_static_routing_drops():
-    """Of two choices; of one or more it drops others. Its weights are divided by the sum of those that are left."""
+    """DeepSpeed drops the same routes as our static routing at two choices a token; at one or at more it drops others.
+
+    It divides a token's weights by the sum of those that were kept.
+    """
     ours = mixture(SHAPE, SHAPE.plain.model_copy(update={"capacity_factor": 1.0}))
     peer = _made("DeepSpeed capacity", ours)
     x = torch.randn(1, SHAPE.tokens, SHAPE.d_model, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""A sweep's picture, of figures made up here."""
+"""The plot of a sweep, drawn from made-up figures."""
 
 import pytest
 import torch

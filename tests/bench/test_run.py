@@ -1,4 +1,4 @@
-"""`mhmoe bench run`: a run and a bare loop train the same."""
+"""`mhmoe bench run`: a run and a bare loop train to the same loss."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Measuring servers: the models, the requests, the clients, and all of it once at a tiny size."""
+"""Server benchmarks: the models, the requests, the clients, and one whole measurement at a tiny size."""
 
 import json
 

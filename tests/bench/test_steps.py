@@ -23,7 +23,7 @@ def test_at_half_of_the_follow_up_papers_width_models_have_its_numbers_of_expert
 
 @pytest.mark.long
 def test_steps_are_trainings_own():
-    """The same micro-batches again and again are learnt by heart."""
+    """A measured step is a step of training: repeated micro-batches are learnt by heart, and the loss falls."""
     case = Case(matched_models(TINY, [2])["MH-MoE h 2"], WHERE.device)
     losses = [case.step() for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5

@@ -36,7 +36,8 @@ def test_one_point_is_taken_to_be_all_square():
 
 @pytest.mark.parametrize(("growth", "power"), [(1.5, 1), (6, 2)])
 def test_neither_part_of_the_law_is_negative(growth, power):
-    """Twice the tokens cost less than twice as much, or more than four times."""
+    """Twice the tokens cost less than twice as much, or more than four times, so that a free fit would make a part
+    negative."""
     exactly = [(1024, 1.0), (2048, growth)]
     low, high = sorted((1.0, growth / 2**power))
     assert low * 64**power <= by_law(exactly, 65536) <= high * 64**power

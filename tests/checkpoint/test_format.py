@@ -1,4 +1,4 @@
-"""Our files beside torch's own reader and writer, and slices of any kind against whole tensors."""
+"""Our checkpoint files beside torch's own reader and writer, and slices of any kind against whole tensors."""
 
 import io
 import resource
@@ -58,7 +58,7 @@ def test_we_read_torchs_files(tmp_path):
 
 
 def test_a_number_without_a_dimension_is_one_of_one(tmp_path):
-    """As temperatures were stored that are parameters of one number now."""
+    """Checkpoints may hold a temperature as a scalar, while the model has it as a parameter of one element."""
     save_tensors(tmp_path / "weights", TENSORS)
     found = {"scalar": torch.zeros(1)}
     load_tensors(tmp_path / "weights", found)
@@ -78,7 +78,8 @@ def cuts(length, draw):
 
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 20]))
 def test_any_part_is_put_together_of_any_others(data, shape, piece):
-    """Cut a tensor into blocks along all dimensions, each in a file; fill any box of it."""
+    """Cut a tensor into blocks along all dimensions, each in a file of its own, and fill any box of it from these
+    files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices_module, "PIECE", piece)
         whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
@@ -105,7 +106,7 @@ def test_any_part_is_put_together_of_any_others(data, shape, piece):
 
 def stored_in(file):
     class Opened(io.BytesIO):
-        """A path to what is in memory."""
+        """Stand-in for a path whose file is in memory."""
 
         def open(self, _mode):
             return io.BytesIO(file.getvalue())

@@ -1,4 +1,4 @@
-"""Checkpoints across world sizes: every weight and moment by global expert id."""
+"""Checkpoints across world sizes: every weight and moment is compared by global expert id."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def new_run(folder, cluster, **sections):
-    """A run below the folder, without data."""
+    """Create a run without data below the folder; return its spec and the run."""
     spec = tiny_spec(folder, cluster=cluster, **sections)
     run = create_run(spec)
     run.tokenizer_file.write_text("{}")
@@ -28,7 +28,7 @@ def new_run(folder, cluster, **sections):
 
 
 def trained(folder, cluster, nodes=None, **sections):
-    """A run with a checkpoint after some steps."""
+    """Train a run for `STEPS` steps and save a checkpoint; return its spec and the run."""
     spec, run = new_run(folder, cluster, **sections)
     run_ranks(cluster["workers"], jobs.train_and_save, spec, run.path, STEPS, nodes)
     return spec, run
@@ -36,7 +36,8 @@ def trained(folder, cluster, nodes=None, **sections):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run saved by two workers with ep 2, and what they held."""
+    """Return the checkpoint of a run that two workers saved with ep 2, and the whole state that such workers load from
+    it."""
     spec, run = trained(tmp_path_factory.mktemp("run"), {"workers": 2, "ep": 2})
     checkpoint, manifest, skipped = newest_checkpoint(run)
     assert skipped == []
@@ -57,7 +58,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_any_number(saved, workers, ep):
 
 
 def test_what_was_saved_is_what_training_held(saved):
-    """Against the same three steps in one process, so that a wrong order of experts could not pass as equal."""
+    """Compare with the same three steps in one process, so that a wrong order of experts could not pass as equal."""
     checkpoint, loaded = saved
     alone = run_ranks(1, jobs.gradients_then_losses, tiny_spec(), STEPS)[0]["weights"]
     for name, tensor in loaded["weights"].items():
@@ -84,7 +85,7 @@ def uninterrupted():
 
 @pytest.fixture(scope="module")
 def saved_by(tmp_path_factory):
-    """A checkpoint of each way, and what those who wrote it read of it."""
+    """Return a function that gives the checkpoint of a run trained in one of `WAYS`, training it once for each way."""
     found = {}
 
     def of(way):
@@ -119,7 +120,8 @@ EIGHT = {"model": {**tiny_spec().model.model_dump(exclude={"moe"}), "moe": {"hea
 
 @pytest.fixture(scope="module")
 def saved_at_four(tmp_path_factory):
-    """Eight experts, two on each of four workers; and what one process trains in the same steps."""
+    """Return a checkpoint of eight experts, two on each of four workers, and what one process trains in the same
+    steps."""
     _, run = trained(tmp_path_factory.mktemp("run"), {"workers": 4, "ep": 4}, train={"micro_batches": 8}, **EIGHT)
     spec = tiny_spec(train={"micro_batches": 8}, **EIGHT)
     return newest_checkpoint(run)[0], run_ranks(1, jobs.gradients_then_losses, spec, STEPS)[0]
@@ -127,7 +129,8 @@ def saved_at_four(tmp_path_factory):
 
 @pytest.mark.parametrize("ep", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_experts_saved_at_four_ranks_are_those_of_any_other_number(saved_at_four, ep):
-    """Every weight and moment beside one process that never saved, so that no order of experts passes for another."""
+    """Compare every weight and moment with one process that never saved, so that a wrong order of experts cannot
+    pass."""
     checkpoint, expected = saved_at_four
     spec = tiny_spec(cluster={"workers": ep, "ep": ep}, train={"micro_batches": 8}, **EIGHT)
     for found in run_ranks(ep, jobs.load_and_describe, spec, checkpoint):
@@ -146,7 +149,7 @@ def test_experts_saved_at_four_ranks_are_served_by_one_process(saved_at_four):
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_experts_of_groups_by_node_are_those_of_any_other_layout(tmp_path, strategy):
-    """Places in the mesh are other than ranks there."""
+    """Positions in the mesh differ from ranks on these nodes."""
     cluster = {"workers": 4, "ep": 2, "strategy": strategy, "shard_experts": strategy == "fsdp"}
     _, run = trained(tmp_path, cluster, ["a", "b", "b", "a"])
     found = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])
@@ -157,7 +160,7 @@ def test_experts_of_groups_by_node_are_those_of_any_other_layout(tmp_path, strat
 
 
 def test_a_checkpoint_of_a_kernel_that_cannot_run_here_is_read_all_the_same(saved, tmp_path):
-    """As one that was trained on GPUs and is evaluated on a CPU."""
+    """Such a checkpoint may have been trained on GPUs and is evaluated on a CPU."""
     shutil.copytree(saved[0], tmp_path / "copy")
     path = tmp_path / "copy" / MANIFEST
     manifest = json.loads(path.read_text())

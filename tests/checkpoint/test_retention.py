@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention of checkpoints: which of them are kept."""
 
 import math
 
@@ -13,7 +13,8 @@ from tests.specs import tiny_spec
 
 @pytest.fixture
 def run(tmp_path):
-    """Checkpoints of steps 10 to 50, one more of step 30 by a second group, and one of 60 that was never finished."""
+    """Return a run with checkpoints of steps 10 to 50, a second one of step 30 by group 2, and an unfinished one of
+    step 60."""
     run = create_run(tiny_spec(tmp_path))
     for name in ("10.1", "20.1", "30.1", "30.2", "40.2", "50.2"):
         step, group = name.split(".")
@@ -29,7 +30,7 @@ def surplus(run, keep):
 
 
 def validated(run, *losses):
-    """In the history, by steps."""
+    """Append validation losses to the run's history; each is given as (step, loss)."""
     for step, loss in losses:
         history.append(run, {metrics.STEP: step, metrics.GROUP: 1, metrics.VAL_LOSS: loss})
 
@@ -50,13 +51,13 @@ def test_the_best_stays_too(run):
 
 
 def test_a_loss_that_was_gone_back_behind_does_not_count(run):
-    """A restart repeats steps, and what it finds then is what the run's history has."""
+    """A restart repeats steps, and the run's history then holds the loss of the repeated step."""
     validated(run, (10, 5.0), (20, 1.0), (20, 6.0))
     assert names(surplus(run, 1)) == ["20.1", "30.1", "30.2", "40.2"]
 
 
 def test_of_two_of_a_step_the_later_is_the_best(run):
-    """Its loss is what the history has; the other went on as one that was found to be damaged."""
+    """The history holds the loss of the later checkpoint; the earlier one was passed over as damaged."""
     validated(run, (20, 3.0), (30, 9.0), (30, 1.0), (40, 2.0))
     assert names(surplus(run, 1)) == ["10.1", "20.1", "30.1", "40.2"]
 
@@ -72,7 +73,7 @@ def test_it_reads_the_history_once_and_is_told_what_comes_after(run):
 
 
 def test_what_a_later_group_wrote_is_newer_though_its_step_is_earlier(run):
-    """It went on from before a damaged checkpoint, which must not outlive what replaces it."""
+    """Group 3 continued from before a damaged checkpoint, which must not outlive the checkpoint that replaces it."""
     folder = run.checkpoints / "step_00000045.3"
     folder.mkdir()
     (folder / MANIFEST).write_text("{}")

@@ -19,12 +19,12 @@ from tests.train import jobs
 
 
 def state_of(trainer):
-    """Weights and moments, whole. Collective."""
+    """Return all weights and moments as whole tensors. Collective."""
     return jobs.whole(trainer.strategy.weights() | trainer.strategy.moments())
 
 
 def saved_while_training(spec, path):
-    """What the state was when a checkpoint began, and what was loaded from it after more steps."""
+    """Save three checkpoints while training goes on, and return the state at the begin of each."""
     run, trainer = RunDir(path), jobs.trainer_of(spec)
     jobs.train(spec, trainer, 2)
     saver = Saver(run, trainer, group=1)
@@ -75,7 +75,8 @@ def test_an_update_waits_until_there_is_a_copy_of_the_state(tmp_path, monkeypatc
 
 
 def refused(spec, path):
-    """A second checkpoint, for which rank 1 may not write files as large as it must."""
+    """Save a second checkpoint for which rank 1 may not write files as large as it must, and return the error's
+    text."""
     run, trainer = RunDir(path), jobs.trainer_of(spec)
     jobs.train(spec, trainer, 1)
     saver = Saver(run, trainer, group=1)
@@ -106,7 +107,7 @@ def test_what_one_rank_cannot_write_all_refuse_and_the_checkpoint_before_stays(t
 
 
 def test_a_history_that_cannot_be_read_costs_no_checkpoint(tmp_path, capfd):
-    """Older ones stay, then: which is the best is not known."""
+    """Older checkpoints stay in this case, since it is not known which is the best."""
     spec, run = new_run(tmp_path, {"workers": 1})
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"keep_checkpoints": 1})})
     trainer = jobs.trainer_of(spec)
@@ -150,7 +151,8 @@ def saved_before_any_update(spec, path):
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "fsdp"), (2, "zero2")])
 def test_a_checkpoint_before_the_first_update_has_moments_of_zero(tmp_path, workers, strategy):
-    """As where the gradients of all steps so far were not finite, and were skipped."""
+    """Such a checkpoint arises where the gradients of all steps so far were not finite, so that every update was
+    skipped."""
     spec, run = new_run(tmp_path, {"workers": workers, "strategy": strategy})
     run_ranks(workers, saved_before_any_update, spec, run.path)
     found = jobs.load_and_describe(tiny_spec(), newest_checkpoint(run)[0])

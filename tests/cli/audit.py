@@ -1,4 +1,4 @@
-"""What a run should have read, recomputed from the prepared shards and the order alone."""
+"""The samples that a run should have read, recomputed from the prepared shards and the order alone."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from mhmoe_ray.train.worker import combine_digests, sample_digest
 
 
 def expected_streams(run: RunDir) -> list[str]:
-    """The digest of each step's samples, from step 1."""
+    """Return the digest of each step's samples, from step 1."""
     spec = run.spec()
     samples = TrainingSamples(spec)
     m, b = spec.train.micro_batches, spec.train.micro_batch_size
@@ -18,7 +18,7 @@ def expected_streams(run: RunDir) -> list[str]:
 
 
 def assert_read_as_ordered(run: RunDir) -> None:
-    """The effective history has every step once, each with the samples that the order gives it."""
+    """Assert that the effective history has every step once, each with the samples that the order gives it."""
     lines = history.read(run)
     assert [line[metrics.STEP] for line in lines] == list(range(1, run.spec().train.steps + 1))
     assert [line[metrics.STREAM] for line in lines] == expected_streams(run)

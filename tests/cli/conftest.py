@@ -10,7 +10,7 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with raw text below raw/, and a spec of a tiny model on it."""
+    """Return a folder with raw text below raw/, and a spec of a tiny model on that text."""
     folder = tmp_path_factory.mktemp("project")
     write_corpus(folder / "raw")
     write_spec(folder)

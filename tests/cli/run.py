@@ -1,4 +1,4 @@
-"""The command line as a process."""
+"""The command line, run as a process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def command(*args: str) -> list[str]:
 
 
 def mhmoe(folder: Path, *args: str, **env: str) -> Result:
-    """Run `mhmoe args` in a folder; without a terminal, 100 columns wide."""
+    """Run `mhmoe args` in a folder, without a terminal and 100 columns wide."""
     with TemporaryDirectory() as told:
         out, err = Path(told) / "out", Path(told) / "err"
         process = FORKED.Process(target=_run, args=(folder, args, _environment(env), out, err))
@@ -55,8 +55,11 @@ def _run(folder: Path, args: tuple[str, ...], environment: dict[str, str], out: 
 
 
 def mhmoe_anew(folder: Path, *args: str, **env: str) -> Result:
-    """The same by an interpreter of its own: for what is read from the environment at an import, and for commands that
-    start processes with multiprocessing."""
+    """Run `mhmoe args` as `mhmoe` does, but in an interpreter of its own.
+
+    This is for settings that are read from the environment at an import, and for commands that start processes with
+    multiprocessing.
+    """
     done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, env=_environment(env))
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -66,7 +69,8 @@ def _environment(env: dict[str, str]) -> dict[str, str]:
 
 
 def assert_one_line(result: Result, code: int, *parts: str) -> None:
-    """An error as users must see it: this exit code, one last line that holds these parts, no traceback."""
+    """Assert that an error is as users must see it: this exit code, one last line that holds these parts, no
+    traceback."""
     assert result.code == code, result
     *progress, last = result.err.splitlines()
     assert last.startswith("error: ")

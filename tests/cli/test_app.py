@@ -1,4 +1,4 @@
-"""What all commands share, and options that belong together."""
+"""Behaviour that all commands share, and combinations of options."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exported and imported checkpoints on the command line, with no cluster."""
+"""Exports and imports of checkpoints on the command line, without a cluster."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.cli.run import Result, assert_one_line, command, mhmoe
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with a trained run, its export below out/, and that imported again; (folder, run, imported run's id)."""
+    """Export a trained run to out/ and import it again; return the folder, the run, and the id of the imported run."""
     folder = tmp_path_factory.mktemp("project")
     run = make_run(folder, MIXTRAL)
     done = mhmoe(folder, "ckpt", "export", "--to", "out")
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(project, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(project, tmp_path):
-    """A limit on the size of files, from the shell, stands for the disk."""
+    """The shell's limit on the size of files stands in for a full disk."""
     folder, _, _ = project
     for words, code in (
         (("export", "--to", str(tmp_path / "x")), 8),

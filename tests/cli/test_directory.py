@@ -30,7 +30,7 @@ HUNG = {"rank": 0, "pid": 3, "host": "x", "step": 7, "doing": "training", "secon
 
 @pytest.fixture
 def nobody():
-    """An address where nothing listens."""
+    """Yield an address where nothing listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{s.getsockname()[1]}"
@@ -237,7 +237,7 @@ def test_evaluating_refuses_options_that_would_do_nothing_and_runs_without_exper
 
 
 def test_a_reason_with_brackets_is_shown_as_it_is(tmp_path, run):
-    """Ray, torch and gloo put paths and hints in brackets, which a terminal library may take for its own."""
+    """Ray, torch and gloo put paths and hints in brackets, which a terminal library may take for its markup."""
     reason = "worker 0: [/third_party/gloo/pair.cc:525] Connection closed by peer; [enforce fail at x] :warning:"
     events.record(run, "failed", reason=reason)
     shown = mhmoe(tmp_path, "status", COLUMNS="300")
@@ -256,7 +256,7 @@ def test_a_run_of_another_version_does_not_hide_the_others(tmp_path, run):
 
 @pytest.fixture
 def ended(tmp_path, run):
-    """Another run, which is over."""
+    """Return another run, which has ended."""
     made = create_run(tiny_spec(tmp_path).model_copy(update={"name": "other"}))
     add_attempt(made, Attempt("job-2", "http://127.0.0.1:1", local=True))
     events.record(made, "failed", reason="it did")
@@ -291,7 +291,7 @@ def test_a_run_whose_cluster_is_gone_is_removed_once_it_is_quiet_or_by_force(tmp
 
 
 def test_a_sweep_takes_a_run_whose_cluster_is_gone_for_over_once_it_is_quiet(run, ended):
-    """Or it would wait for it for ever, also for one that said itself that it is over."""
+    """A sweep would otherwise wait forever for such a run, even for one that has recorded its own end."""
     assert outcome_or_gone(ended, connect).reason == "it did"
     with pytest.raises(ClusterError, match="nothing answers there"):
         outcome_or_gone(run, connect)

@@ -74,19 +74,19 @@ def test_another_cluster_is_asked_also_where_the_local_one_is_another_machines(c
 
 @pytest.mark.ray
 def test_a_missing_token(corpus, local_cluster, tmp_path):
-    """Somebody else's home has no token of this cluster."""
+    """The home of another user has no token of this cluster."""
     home = {"MHMOE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
     result = mhmoe(corpus, "submit", "spec.yaml", "--address", local_cluster.address, **home)
     assert_one_line(result, 6, local_cluster.address, "RAY_AUTH_TOKEN")
 
 
 class Prepared(NamedTuple):
-    """A folder with a spec whose data is prepared, and what that said."""
+    """A folder with a spec whose data is prepared, and the results of the refused and of the allowed command."""
 
     folder: Path
     refused: Result
     left: set[str]
-    """Of what was refused, in the one folder that it had been worked on in."""
+    """Names of the files that the refused command left in the one folder where it had worked."""
     allowed: dict[str, Any]
 
 
@@ -96,7 +96,7 @@ BESIDE = "odd.partial-of-another"
 
 @pytest.fixture(scope="module")
 def prepared(local_cluster, tmp_path_factory):
-    """Of text with a torn line and a cut file, into a folder of an odd name."""
+    """Prepare text with a torn line and a cut file into a folder of an odd name, refused at first and then allowed."""
     folder = tmp_path_factory.mktemp("prepared")
     torn, cut, whole = (folder / "raw" / name for name in ("a/one.jsonl", "a/two.jsonl.zst", "b/three.jsonl.gz"))
     for file, count in ((torn, 40), (cut, 25), (whole, 30)):
@@ -132,7 +132,8 @@ def test_a_cut_file_is_refused_and_with_a_corrupt_line_quarantined(prepared):
 
 
 def test_a_corrupt_line_is_refused(tmp_path):
-    """By the reading of a job, which goes no further; the job says so as of the cut file above."""
+    """The reading of a job refuses the line and goes no further; the job reports it as it reports the cut file
+    above."""
     write_documents(tmp_path / "one.jsonl", documents("one", 40))
     tear(tmp_path / "one.jsonl")
     spec = data_spec(tmp_path)
@@ -163,7 +164,7 @@ def test_too_little_text_to_hold_any_out_or_to_fill_a_sample(local_cluster, tmp_
 
 @pytest.mark.ray
 def test_a_prepared_folder_may_have_any_name_and_nothing_is_left_beside_it(prepared):
-    """The job's name, in which the folder's is, stands in URLs."""
+    """The job's name contains the folder's name and is part of URLs."""
     folder = prepared.folder
     assert prepared.allowed["domains"].keys() == {"web/a", "web/b"}
     assert sorted(path.name for path in folder.glob("odd*")) == [ODD, BESIDE]

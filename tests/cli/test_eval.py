@@ -1,4 +1,4 @@
-"""`mhmoe eval` where the run directory has the answer."""
+"""`mhmoe eval` where the run directory already has the answer."""
 
 import json
 import subprocess

@@ -22,7 +22,7 @@ TEXTS = {"web/a": documents("one", 65), "web/b": documents("two", 30)}
 
 @pytest.fixture(scope="module")
 def project(local_cluster, tmp_path_factory) -> Path:
-    """A spec whose data are prepared."""
+    """Prepare the data of a spec, and return the folder."""
     folder = tmp_path_factory.mktemp("project")
     write_documents(folder / "raw/a/one.jsonl.zst", TEXTS["web/a"])
     write_documents(folder / "raw/b/two.jsonl.gz", TEXTS["web/b"])

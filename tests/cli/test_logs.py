@@ -1,4 +1,4 @@
-"""`mhmoe logs --rank N --follow`, from a dashboard of the test's own, which streams for ever as Ray's does."""
+"""`mhmoe logs --rank N --follow` against a dashboard of the test's own, which streams without end as Ray's does."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ RANK = {"rank": 0, "pid": 5, "began": 1.0, "host": "here", "node": "a1"}
 
 @pytest.fixture
 def board():
-    """Its address, what it tells of the job, and what it waits for before a worker's second line."""
+    """Yield a dashboard's address, its answer about the job, and the event it awaits before a worker's second line."""
     told, more, over = {"status": "RUNNING", "message": "", "end_time": None}, threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,5 @@
-"""Mistakes of newcomers, most of them in the words of other projects: one line, and a hint that leads or none."""
+"""Mistakes of newcomers, most of them in the vocabulary of other projects: each gives one line, with a helpful hint or
+none."""
 
 import re
 from pathlib import Path
@@ -15,7 +16,10 @@ HINT = re.compile(r"did you mean ['`]([^'`]+)['`]")
 
 
 class Key(NamedTuple):
-    """An override of the quickstart, and what its error says; `meant` is the hint, None where there is to be none."""
+    """An override of the quickstart, and what its error says.
+
+    `meant` is the hint; it is None where there must be none.
+    """
 
     override: str
     meant: str | None

@@ -1,4 +1,4 @@
-"""`mhmoe data mix`: from a manifest alone, without Ray."""
+"""`mhmoe data mix` from a manifest alone, without Ray."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SCHEDULE = [{"from_step": 20, "sources": {"web": {"weight": 0}, "books": {"share
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A spec of 30 steps of 8 samples whose data counts as prepared."""
+    """Return the folder of a spec of 30 steps of 8 samples, whose data counts as prepared."""
     spec = load_resolved_spec(write_spec(tmp_path, data={"sources": SOURCES}))
     write_manifest(spec)
     return tmp_path

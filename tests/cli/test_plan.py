@@ -56,7 +56,7 @@ def test_plan_says_which_learning_rate_is_reached(corpus, warmup, told):
 
 
 def test_plan_shows_memory_at_the_fewest_workers_too(corpus):
-    """Whose slices are the largest."""
+    """The slices of a worker are largest there."""
     range_ = ("--set", "cluster.workers={min: 2, max: 4}", "--set", "cluster.strategy=zero1")
     plan = mhmoe(corpus, "plan", "spec.yaml", *range_, "--json").json()
     most, fewest = plan["memory_per_rank"], plan["memory_per_rank_of_fewest"]
@@ -98,7 +98,7 @@ def test_plan_says_what_kernel_auto_is_taken_for(corpus):
 
 
 def test_plan_counts_the_copy_of_a_checkpoint_where_it_is(corpus):
-    """In a CPU's memory; beside a GPU's, on its host."""
+    """The copy counts in the memory of a CPU worker; for a GPU worker it counts on the host."""
 
     def shown(*more):
         text = mhmoe(corpus, "plan", "spec.yaml", *more).out
@@ -156,7 +156,7 @@ def test_a_sweep_is_no_spec(tmp_path):
 
 
 def test_a_wide_number_is_never_cut(tmp_path):
-    """A pipe counts as 80 columns."""
+    """Output into a pipe counts as 80 columns wide."""
     args = ("plan", str(JOBS / "paper" / "p1.yaml"), "--set", "preset=p1-mhmoe-256-h4")
     text, parameters = mhmoe(tmp_path, *args).out, mhmoe(tmp_path, *args, "--json").json()["sizes"]["parameters"]
     assert "…" not in text

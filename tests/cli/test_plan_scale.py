@@ -1,4 +1,4 @@
-"""`mhmoe plan` for a cluster on paper, and where a run's workers will be."""
+"""`mhmoe plan` for a cluster on paper, and the forecast of where a run's workers will be."""
 
 import math
 import re
@@ -21,7 +21,7 @@ TRILLION = str(Path(__file__).parents[2] / "jobs/scale/trillion.yaml")
 
 @pytest.fixture
 def alone(corpus, tmp_path, monkeypatch):
-    """The folder with a spec, for one who has no cluster."""
+    """Return the folder with a spec, in an environment without a cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
@@ -29,7 +29,7 @@ def alone(corpus, tmp_path, monkeypatch):
 
 
 def on_paper(*overrides):
-    """What `plan --nodes 128 --gpus 8 --json` prints."""
+    """Return the JSON that `plan --nodes 128 --gpus 8 --json` prints with these overrides."""
     spec = resolve_spec(Path(TRILLION), overrides)
     placed = placement_on_paper(spec, 128, 8)
     return {
@@ -69,7 +69,8 @@ def test_a_trillion_parameters_on_a_thousand_gpus(alone):
 
 @pytest.mark.parametrize(("ep", "nodes"), [(64, 8), (256, 32)])
 def test_hierarchical_dispatch_sends_less_over_slow_links_by_the_exact_ratio(ep, nodes):
-    """Other nodes that 8 choices meet, each unless all miss it, to those of the 8 that are away."""
+    """The ratio divides the other nodes that 8 choices reach, each counted unless all 8 miss it, by those of the 8
+    choices that are on other nodes."""
     found = on_paper(f"cluster.ep={ep}")["estimate"]["dispatches"]
     flat, hierarchical = found["flat"]["sent"], found["hierarchical"]["sent"]
     missed = math.prod((1024 - 1024 // nodes - i) / (1024 - i) for i in range(8))
@@ -150,7 +151,7 @@ def test_without_a_cluster_one_node_is_assumed_and_said(alone):
 
 
 def placed_on(monkeypatch, spec, *free):
-    """On nodes of a cluster with so many CPUs and GPUs free on each."""
+    """Return the placement of a spec on cluster nodes that have so many CPUs and GPUs free each."""
     nodes = [Node(f"node{i}", *cpus_gpus) for i, cpus_gpus in enumerate(free)]
     there = Connection("http://cluster:8265", local=False, is_local_machine=False, token=None)
     monkeypatch.setattr("mhmoe_ray.cluster.connect.connect_if_there", lambda _: there)
@@ -217,7 +218,7 @@ def test_a_link_keeps_its_own_defaults_beside_a_key_that_is_given():
 
 
 def test_a_cost_says_that_its_node_is_assumed(alone):
-    """Of GPUs that no cluster tells of, exchanges would else be within nodes, unsaid."""
+    """No cluster reports where these GPUs are, and exchanges would otherwise silently count as within a node."""
     gpus = ("--set", "cluster.gpus_per_worker=1")
     text = " ".join(mhmoe(alone, "plan", "spec.yaml", *gpus).out.split())
     assert "on 2 of them, taken to be on one node, as no cluster tells where (estimated, not checked)" in text

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.system]
 
 @pytest.fixture(scope="module")
 def trained_and_served(corpus, local_cluster):
-    """A run that goes on, and the port of a server that answers from the checkpoint of another."""
+    """Start a run that goes on, and serve the checkpoint of another run; yield the run and the server's port."""
     longer = {"seq_len": 256, "prepared": "longer"}  # than a piece of the cache
     write_spec(corpus, data=longer)
     done = mhmoe(corpus, "submit", "spec.yaml")
@@ -65,7 +65,7 @@ def _is_ready(url):
 
 
 def values(url, query):
-    """Of its series, with their labels, now."""
+    """Return the current values of the query's series, each with its labels."""
     for variable in ("$run", "$model"):
         query = query.replace(variable, ".*")
     answer = httpx.get(f"{url}/api/v1/query", params={"query": query.replace(WINDOW, "1m")}).json()

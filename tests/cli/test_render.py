@@ -1,4 +1,4 @@
-"""`mhmoe cluster render` as users call it; tests/render has what it writes."""
+"""`mhmoe cluster render` as users call it; tests/render checks what it writes."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,8 @@ SITE = str(Path(__file__).parents[2] / "cluster/site.yaml")
 
 @pytest.fixture
 def served(tmp_path):
-    """A run below what its site's nodes share, and the words that render its service."""
+    """Write a run below the folder that its site's nodes share; return the path of its rendered service and the words
+    of the command that renders it."""
     run = make_run(tmp_path, MIXTRAL)
     site = yaml.safe_load(Path(SITE).read_text())
     site["storage"]["mount"] = str(tmp_path)

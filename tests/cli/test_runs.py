@@ -1,5 +1,7 @@
-"""Runs as a user starts, watches, loses, stops and serves them, on a real cluster. One that is stopped while it trains,
-and resumed, is in tests/test_quickstart.py."""
+"""Runs as a user starts, watches, loses, stops and serves them, on a real cluster.
+
+A run that is stopped while it trains, and resumed, is in tests/test_quickstart.py.
+"""
 
 import json
 import re
@@ -37,12 +39,12 @@ OLDER, NEWEST = "step_00000020.1", "step_00000030.1"
 
 KEY = "the-key-of-ann-9f3b2c"
 KEYS = {"MHMOE_API_KEYS": f"ann:{KEY}", "MHMOE_API_KEY": KEY}
-"""Of a server's client: commands have them in their environment and tell nobody."""
+"""Environment variables with the keys of a server and of its client, which commands have and must not reveal."""
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, local_cluster):
-    """A run submitted and followed to its end; (run, what submit printed)."""
+    """Submit a run and follow it to its end; return the run and the result of submit."""
     result = mhmoe(corpus, "submit", "spec.yaml", **KEYS)
     assert result.code == 0, result.err
     return newest(corpus), result
@@ -155,7 +157,7 @@ def test_a_run_that_is_over_is_neither_stopped_nor_resumed(corpus, finished):
 
 
 def test_a_run_that_fails_says_why_in_one_line(corpus, local_cluster):
-    """A gradient that is no number: the worker's own reason must reach the command line."""
+    """The gradient is not finite, and the worker's own reason must reach the command line."""
     write_spec(corpus, train={"lr": 1e30, "min_lr": 0}, cluster={"workers": 1, "ep": 1, "max_failures": 0})
     result = mhmoe(corpus, "submit", "spec.yaml")
     assert result.code == 9
@@ -203,8 +205,11 @@ def test_a_run_is_stopped_before_it_trains(corpus, local_cluster):
 
 @pytest.fixture(scope="module")
 def served(corpus, finished):
-    """The run's checkpoint, served to who has the key; (URL, what deploy printed). An older one before, in whose place
-    it came while requests waited, since there is no room for both."""
+    """Serve the run's checkpoint to clients that have the key; yield the URL and the result of deploy.
+
+    An older checkpoint was served first. The newest took its place while requests waited, since there is no room for
+    both.
+    """
     run, _ = finished
     port = free_ports(1)[0]
     keys = (f"serve.port={port}", "serve.cpus_per_replica=5", "serve.surge=false")
@@ -228,7 +233,8 @@ def served(corpus, finished):
 
 @contextmanager
 def asking(url):
-    """A client that asks again and again; in the end the list has how it was answered."""
+    """Let a client send requests again and again during the block; the yielded list collects the status codes of its
+    answers."""
     over, statuses = threading.Event(), []
 
     def ask():
@@ -267,7 +273,7 @@ def test_its_checkpoint_is_served_by_one_process_as_it_lies(corpus, finished, se
 
 @torch.no_grad()
 def greedy(run: RunDir, prompt: str, count: int) -> str:
-    """The model's own next tokens, without cache or server."""
+    """Return the model's own greedy continuation, computed without cache or server."""
     from mhmoe_ray.data.tokenizer import END_OF_TEXT, load_tokenizer
 
     model, manifest = load_model(run.checkpoints / NEWEST)
@@ -280,7 +286,7 @@ def greedy(run: RunDir, prompt: str, count: int) -> str:
 
 
 def test_no_secret_is_in_a_log_a_run_directory_or_a_command_line(corpus, local_cluster, finished, served):
-    """Neither the cluster's token nor a client's key, after a session with both."""
+    """Neither the cluster's token nor a client's key shows anywhere after a session with both."""
     run, submitted = finished
     url, deployed = served
     for key, status in ((KEY, 200), ("wrong", 401)):

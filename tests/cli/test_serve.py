@@ -1,4 +1,5 @@
-"""`mhmoe serve deploy` of what does not start at once; tests/cli/test_runs.py asks what does."""
+"""`mhmoe serve deploy` of applications that do not start at once; tests/cli/test_runs.py sends requests to one that
+does."""
 
 import signal
 import subprocess
@@ -20,7 +21,7 @@ RUNTIME_ENV = {"env_vars": {"WORD": "of the spec"}}
 
 @pytest.fixture
 def run(tmp_path):
-    """Whose spec names an environment."""
+    """Return a run whose spec names a runtime environment."""
     run = make_run(tmp_path, MIXTRAL)
     spec = run.spec()
     cluster = spec.cluster.model_copy(update={"runtime_env": RUNTIME_ENV})
@@ -30,7 +31,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def full(local_cluster, unused_port):
-    """A cluster on which an application takes all CPUs."""
+    """Deploy an application that takes all CPUs of the cluster, and yield the connection to that cluster."""
     connection = connect()
     all_of_them = {"name": "Echo", "ray_actor_options": {"num_cpus": local_cluster.cpus}}
     app = {"name": "full", "route_prefix": "/full", "import_path": "echo_app:build", "args": {"word": "x"}}
@@ -43,7 +44,10 @@ def full(local_cluster, unused_port):
 
 @pytest.fixture
 def breakable(tmp_path):
-    """A run whose replicas cannot be constructed while a file is there, as where a library or a mount is missing."""
+    """Return a run whose replicas cannot be constructed while a file exists, and that file.
+
+    The file stands for a missing library or mount.
+    """
     site, broken = tmp_path / "site", tmp_path / "broken"
     site.mkdir()
     lines = ["import os, sys", f"if os.path.exists({str(broken)!r}):", "    sys.modules['mhmoe_ray.serve.load'] = None"]
@@ -59,7 +63,7 @@ def breakable(tmp_path):
 def test_what_failed_in_its_replicas_starts_anew_when_it_is_deployed_again(
     tmp_path, local_cluster, breakable, unused_port
 ):
-    """Serve itself does nothing with a configuration that it has."""
+    """Serve itself does nothing when it gets a configuration that it already has."""
     run, broken = breakable
     words = ("serve", "deploy", run.id, "--name", "weak", "--set", f"serve.port={unused_port}")
     broken.touch()

@@ -1,4 +1,4 @@
-"""What `mhmoe serve deploy` takes its words for."""
+"""The meaning of the arguments of `mhmoe serve deploy`."""
 
 import pytest
 

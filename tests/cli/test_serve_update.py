@@ -1,4 +1,5 @@
-"""`mhmoe serve update` where Serve has the newest checkpoint's configuration already; a dashboard of the test's own."""
+"""`mhmoe serve update` where Serve already has the newest checkpoint's configuration, against a dashboard of the test's
+own."""
 
 import http.server
 import json
@@ -21,8 +22,10 @@ def run(tmp_path):
 
 @contextmanager
 def board(run, *statuses):
-    """The address of a dashboard that tells of these, one at a time, and of the last one again and again; and the
-    checkpoints that were deployed there."""
+    """Run a dashboard that reports these statuses, one at a time, and the last one again and again.
+
+    Yield its address, and the list of checkpoints that have been deployed there.
+    """
     [checkpoint] = committed(run)
     config = application_config("mhmoe", checkpoint, ServeSpec(), run.id)
     app = {"route_prefix": "/", "message": "no room", "deployments": {}, "deployed_app_config": config}

@@ -1,4 +1,4 @@
-"""Sweeps as a user starts them, on a real cluster, with real deaths."""
+"""Sweeps as a user starts them, on a real cluster, with processes that are really killed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TWO_HEADS = {"model.moe.heads": 2}
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A folder whose name a shell would take for more than a name."""
+    """Return a project folder whose name has characters that a shell would interpret."""
     folder = tmp_path / "it's $(touch pwned); a & b"
     write_corpus(folder / "raw")
     write_spec(folder, cluster={"workers": 1, "ep": 1}, train={"steps": 20})
@@ -39,7 +39,7 @@ def project(tmp_path) -> Path:
 
 @pytest.fixture
 def wide_cluster(tmp_path, monkeypatch):
-    """With room for two runs at a time."""
+    """Start a local cluster with room for two runs at a time, and yield it."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path / "home"))
     try:
         yield start_local(10)
@@ -59,7 +59,7 @@ def write_sweep(folder, **keys):
 
 
 def drivers(project):
-    """Processes of the job that starts the runs."""
+    """Return the processes of the jobs that start the runs."""
     sweeps = [SweepDir(folder) for folder in (project / "runs/sweeps").glob("*")]
     jobs = {sweep.order(name).job for sweep in sweeps for name in sweep.orders()}
     found = []
@@ -173,7 +173,7 @@ def test_twelve_runs_survive_the_death_of_the_sweeps_job_and_of_workers(project,
 
 
 def running_worker(place, done):
-    """The process of a worker that trains."""
+    """Return the process id of a worker that trains a run other than those in `done`, or None."""
     for name, run in place.runs().items():
         if name not in done and events.state(events.events(run)) == "running" and 0 < step_of(run) < 18:
             return started(run)[-1]["workers"][0]["pid"]

@@ -1,4 +1,4 @@
-"""Applications of Ray Serve for tests: ones that run, and what a dashboard tells of one."""
+"""Applications of Ray Serve for tests: real ones, and a dashboard's reports of one."""
 
 import http.server
 import json
@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def echo(name, word):
-    """An entry of Serve's configuration, of echo_app.py."""
+    """Return an entry of Serve's configuration for echo_app.py."""
     runtime_env = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     app = {"name": name, "route_prefix": f"/{name}", "import_path": "echo_app:build", "args": {"word": word}}
     return {**app, "runtime_env": runtime_env}
@@ -24,8 +24,10 @@ def echo(name, word):
 
 @contextmanager
 def answering(paths):
-    """A server on loopback, and the requests that it got: paths, and whether with a key. At a path with None it is too
-    busy to answer."""
+    """Run a server on loopback; yield its port and the requests that it got, each as its path and whether it had a key.
+
+    At a path with None it is too busy to answer.
+    """
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -50,7 +52,7 @@ def answering(paths):
 
 
 def building(message):
-    """What a dashboard tells of an application that does not answer yet."""
+    """Return what a dashboard reports of an application that does not answer yet."""
     config = {"import_path": "mhmoe_ray.serve.app:build", "route_prefix": "/a", "args": {"checkpoint": "/mnt/c"}}
     app = {"route_prefix": None, "status": "DEPLOYING", "message": message, "deployments": {}}
     return {"http_options": {"host": HOST, "port": 8000}, "applications": {"a": {**app, "deployed_app_config": config}}}
@@ -66,7 +68,7 @@ def states(connection, name):
 
 
 def is_free(port):
-    """Serve ends without waiting for its proxy's process."""
+    """Return whether the port is free again; Serve ends without waiting for its proxy's process."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,5 +1,8 @@
-"""A Serve application that answers with one word; where a request names two files, it makes the one and waits for the
-other. Where its arguments name a file, it waits for that to be built."""
+"""A Serve application that answers with one word.
+
+Where a request names two files, it creates the one and waits for the other. Where its arguments name a file, its
+construction waits for that file.
+"""
 
 import asyncio
 import time

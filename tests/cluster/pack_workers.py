@@ -1,7 +1,7 @@
-"""Places workers on nodes of 6, 2 and 4 GPUs, which are several of Ray's on this machine, as Ray Train asks for them.
+"""Place workers on nodes of 6, 2 and 4 GPUs, several Ray nodes on this machine, as Ray Train asks for them.
 
-Run as a process of its own: it prints, for each of two runs that are there at once, where they were forecast to be and
-where Ray put them, as JSON lists of domains, a rank each.
+Run as a process of its own. For each of two runs that exist at the same time, it prints where the workers were forecast
+to be and where Ray put them, as JSON lists with a domain for each rank.
 """
 
 import json
@@ -18,7 +18,10 @@ from mhmoe_ray.planner.placement import Node, packed
 
 
 def free(connection: Connection, gpus: int) -> list[Node]:
-    """As soon as the dashboard tells of so many GPUs: Ray gathers what is free every few seconds."""
+    """Return the free nodes as soon as the dashboard reports this number of GPUs.
+
+    Ray gathers what is free every few seconds.
+    """
     deadline = time.monotonic() + 60
     found: list[Node] = []
     while time.monotonic() < deadline:

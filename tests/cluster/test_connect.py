@@ -14,7 +14,7 @@ from mhmoe_ray.errors import ClusterError, TokenError
 
 @pytest.fixture
 def as_stranger(local_cluster, tmp_path, monkeypatch):
-    """The address of the cluster, for one who did not start it."""
+    """Return the address of the cluster, in the environment of a user who did not start it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
     return local_cluster.address
@@ -22,7 +22,7 @@ def as_stranger(local_cluster, tmp_path, monkeypatch):
 
 @pytest.fixture
 def nobody(tmp_path, monkeypatch):
-    """A home without a cluster."""
+    """Set a home without a cluster."""
     monkeypatch.setenv("MHMOE_HOME", str(tmp_path))
 
 
@@ -96,7 +96,7 @@ def test_nobody_at_the_address_is_one_line(nobody):
 
 @pytest.fixture
 def elsewhere(nobody, tmp_path):
-    """A home that another machine shares, on which its local cluster runs: its address here."""
+    """Return the address of a local cluster that runs on another machine, with which this home is shared."""
     cluster = {"pid": 1, "address": "http://127.0.0.1:23456", "gcs_address": "", "cpus": 8, "host": "elsewhere"}
     (tmp_path / RECORD).write_text(json.dumps(cluster | {"folder": "/tmp/mhmoe-elsewhere"}))
     return cluster["address"]

@@ -1,4 +1,4 @@
-"""What `mhmoe doctor` finds, here and on real clusters."""
+"""Findings of `mhmoe doctor`, on this machine and on real clusters."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_a_cluster_of_ours_is_as_it_should_be(local_cluster):
 
 @pytest.mark.ray
 def test_an_open_dashboard_is_told_of(tmp_path):
-    """As Ray starts one by itself: without a token, for all who reach it."""
+    """The dashboard is one that Ray starts by itself: without a token, for everybody who can reach it."""
     gcs, board, client, *others = map(str, free_ports(5))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     short = tempfile.TemporaryDirectory(dir="/tmp")  # names of sockets in it may have 103 characters

@@ -32,7 +32,7 @@ def test_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 
 
 def test_that_has_no_locks_is_one_line(tmp_path, monkeypatch):
-    """As on file systems of some clusters."""
+    """The file systems of some clusters have no locks."""
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -32,7 +32,7 @@ def _command_line(process) -> str:
 
 
 def _with_an_orphan(cluster: LocalCluster) -> set[psutil.Process]:
-    """The cluster's processes, once one of them is there whose parent is none of them."""
+    """Return the cluster's processes once one of them has a parent outside the cluster, else an empty set."""
     theirs = {*spawn.family(cluster.pid), *spawn.marked(cluster.folder)}
     stubborn = [p for p in theirs if "SIG_IGN" in _command_line(p)]
     return theirs if any(_unless_gone(p.parent) not in theirs for p in stubborn) else set()
@@ -157,7 +157,7 @@ def test_cluster_of_another_machine_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_cluster_hears_of_no_api_key_of_whoever_starts_it(tmp_path, monkeypatch):
-    """All that it ever runs would have it in its environment."""
+    """Everything that the cluster ever runs would otherwise have the key in its environment."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nenv\n")
     python.chmod(0o700)

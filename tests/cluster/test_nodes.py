@@ -1,4 +1,4 @@
-"""What a dashboard tells of its nodes, and whether Ray packs workers on them as forecast."""
+"""The nodes that a dashboard reports, and whether Ray packs workers on them as forecast."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_without_a_cluster_none_is_asked(tmp_path, monkeypatch):
 
 
 def test_what_placement_groups_reserve_is_taken_used_or_not():
-    """In the words that Ray's own function finds for a usage."""
+    """The usage texts come from the function that Ray itself formats them with."""
     group = "1f5b8b8ff1a2ff30a6bd1b5b7ff81000000"
     usage = {"CPU": (5.0, 8.0), "GPU": (1.5, 4.0), "memory": (0.0, 2.0**30), "node:10.0.0.1": (0.0, 1.0)}
     assert _taken("\n".join(parse_usage(usage, verbose=True))) == {"CPU": 5, "GPU": 1.5}
@@ -66,7 +66,7 @@ def test_what_placement_groups_reserve_is_taken_used_or_not():
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_packs_workers_as_forecast():
-    """Some on nodes that are free, then more on what these leave."""
+    """Workers are placed on free nodes first, then more of them on the room that is left there."""
     environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "tests.cluster.pack_workers"]

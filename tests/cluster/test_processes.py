@@ -1,4 +1,4 @@
-"""Ends of processes, without Ray."""
+"""Ending processes, without Ray."""
 
 import subprocess
 import sys

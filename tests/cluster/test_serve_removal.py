@@ -1,4 +1,5 @@
-"""What is taken away from Ray Serve ends what it has begun, and nobody waits for what has not."""
+"""Removal from Ray Serve: replicas end the requests that they have begun, and nobody waits for those that have not
+begun to answer."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,7 +16,7 @@ from tests.watch import LIMIT, wait_until
 
 
 def test_a_removal_that_has_begun_is_waited_for_unless_it_is_deployed_anew(monkeypatch):
-    """Serve tells nothing of deployments then."""
+    """Serve reports no deployments of an application that it is deleting."""
     monkeypatch.setattr(serve_removal, "SAY_SECONDS", 0)
     told, said = building(""), []
     told["applications"] |= {"b": told["applications"]["a"], "a": {**told["applications"]["a"], "status": "DELETING"}}
@@ -52,7 +53,7 @@ def test_an_application_of_a_program_is_left_to_it():
 
 @pytest.mark.ray
 def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connection, port, tmp_path, monkeypatch):
-    """By Serve's own rules a replica for which there is no room would stay for its deployment's hour."""
+    """Serve's own rules would keep a replica for which there is no room for its deployment's hour."""
     monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
     two = {"name": "Echo", "num_replicas": 2, "graceful_shutdown_timeout_s": 3600}
     two |= {"ray_actor_options": {"num_cpus": 5}}  # of 8
@@ -81,8 +82,10 @@ def test_what_answers_ends_its_requests_and_what_starts_is_not_waited_for(connec
 
 @pytest.mark.ray
 def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connection, port, monkeypatch):
-    """As many replicas run as there are to be, of the version before; by Serve's own rules that which starts would stay
-    for its hour."""
+    """All replicas of the previous version run.
+
+    Serve's own rules would keep the replica that starts for its deployment's hour.
+    """
     monkeypatch.setattr(serve_removal, "GIVE_UP_SECONDS", 2 * LIMIT)
     app = echo("a", "x")
 
@@ -105,7 +108,7 @@ def test_two_removals_of_an_update_that_has_no_room_end_at_once_and_well(connect
 
 @pytest.mark.ray
 def test_what_is_still_built_is_not_waited_for_either(connection, port, tmp_path, monkeypatch):
-    """Its replica starts at the worst moment: when Serve has told that there is none."""
+    """The replica starts at the worst moment: just after Serve has reported that there is none."""
     gate = tmp_path / "gate"
     nowhere = {"name": "Echo", "graceful_shutdown_timeout_s": 3600, "ray_actor_options": {"num_cpus": 100}}
     app = echo("a", "x")

@@ -42,14 +42,18 @@ def test_what_was_sent_is_not_sent_again_beside_what_is_newer():
 
 @pytest.mark.ray
 def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path):
-    """After an update too; on a cluster that is not ours, beside the packages that are sent there. These are of a
-    foreign application: no run, and sent no key, with which whoever runs it could ask ours."""
+    """Replicas have that environment after an update too, and on a foreign cluster beside the packages that are sent
+    there.
+
+    These replicas are of a foreign application: it has no run, and is sent no key, with which its operator could send
+    requests to ours.
+    """
     (tmp_path / "own").mkdir()
     (tmp_path / "own/__init__.py").write_text(OWN)
     app = {"name": "a", "route_prefix": "/a", "import_path": "own:build", "args": {"checkpoint": "/etc"}}
 
     def answer(there, word, runtime_env, modules):
-        """What replicas in this environment say, and that environment as it was sent."""
+        """Deploy in this environment, assert what the replicas answer, and return the environment as it was sent."""
         assert serving.deploy(there, {**app, "runtime_env": runtime_env}, HOST, port) == f"http://{HOST}:{port}/a"
         serving.wait_until_running(there, "a")
         assert ask(port, "a").text == word
@@ -76,7 +80,7 @@ def test_replicas_run_in_the_environment_of_the_spec(connection, port, tmp_path)
 
 @pytest.mark.ray
 def test_who_deploys_or_removes_at_once_does_not_undo_what_the_other_does(connection, port):
-    """Serve does not run before, and ends after the last."""
+    """Serve does not run before the first deployment, and ends after the last removal."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: serving.deploy(connection, echo(name, name), HOST, port), "ab"))
         for name in "ab":
@@ -115,7 +119,7 @@ def test_another_machines_server_is_reached_where_its_dashboard_is_or_not_at_all
 
 
 def test_an_application_is_waited_for_while_serve_is_at_it_and_a_line_says_so(monkeypatch):
-    """A node that must start, and its image, may take half an hour; a dashboard may be late meanwhile."""
+    """A node that must start, and its image, may take half an hour, and a dashboard may answer late meanwhile."""
     monkeypatch.setattr(serving, "SAY_SECONDS", 0)
     told, said = building("waiting for the cluster to auto-scale"), []
     board = {"/api/serve/applications/": told}
@@ -153,7 +157,7 @@ def test_a_route_is_taken_while_its_application_is_built():
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_key_does_not_go_to_what_listens_here_on_another_clusters_port(tmp_path, host):
-    """The dashboard is seen through a tunnel, as by `kubectl port-forward`."""
+    """The dashboard is reached through a tunnel, as by `kubectl port-forward`."""
     config = {"import_path": "mhmoe_ray.serve.app:build", "args": {"checkpoint": "/mnt/runs/a-1/checkpoints/s"}}
     app = {"route_prefix": "/", "status": "RUNNING", "message": "", "deployments": {}, "deployed_app_config": config}
     with answering({}) as (port, asked):
@@ -201,8 +205,10 @@ def test_port_that_is_taken(connection):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_applications(connection, port, monkeypatch):
-    """Serve has one configuration for all: each deployment must keep the others', and those that came while its
-    folders were sent."""
+    """Serve has one configuration for all applications.
+
+    Each deployment must keep the applications of others, and those that were added while its folders were sent.
+    """
     other = dataclasses.replace(connection, local=False)  # this one is sent our packages
     send = serving._sent
 

@@ -1,4 +1,4 @@
-"""What would be sent, against what Ray packs."""
+"""The files that would be sent to a cluster, against those that Ray packs."""
 
 import zipfile
 

@@ -1,4 +1,4 @@
-"""Packages that tests make: a .deb is an ar archive of three members, a wheel a zip."""
+"""Packages that tests make: a .deb is an ar archive of three members, a wheel is a zip archive."""
 
 import io
 import re
@@ -61,7 +61,7 @@ def page(*paragraphs: str) -> bytes:
 
 
 def records_of(folder: Path) -> list[Record]:
-    """What our own readers read, of which nothing may be quarantined."""
+    """Return the records that our own readers read below the folder, none of which may be quarantined."""
     items, tally = read(folder)
     assert not tally.bad
     return items

@@ -1,4 +1,4 @@
-"""With clients of the tests' own on PATH, run as real processes."""
+"""Fetching packages with clients of the tests' own on PATH, run as real processes."""
 
 import shutil
 
@@ -14,7 +14,10 @@ WHEEL = made("PyPI", "P==1.0", r".*")
 
 @pytest.fixture
 def apt_get(tmp_path, monkeypatch):
-    """Puts an apt-get of these lines of shell on an otherwise empty PATH; the last word it gets is the package."""
+    """Return a function that puts an apt-get of these shell lines on an otherwise empty PATH.
+
+    Its shell variable `package` holds the last argument, the name of the package.
+    """
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="there is n
 
 ENGLISH = [f"Sentence {i} of a manual, which says what one can do with the thing it came with." for i in range(6)]
 MENU = "Bookmarks, Toolbar, Sidebar, Panel, Window, Options, Dialog, Preferences, Zoom, Clipboard"
-"""English, though nobody could tell by its words."""
+"""English text that cannot be recognised as English by its words."""
 GERMAN = [f"Satz {i} eines Handbuchs, der sagt, was man mit dem Ding tun kann, zu dem es gehört." for i in range(700)]
 MANUAL = made("Debian", "p-doc", r"usr/share/p/(?P<language>[^/]+)/.*\.html")
 CODE = made("PyPI", "P==1.0", r"p/.*\.py", read_code, "github")

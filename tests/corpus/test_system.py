@@ -1,4 +1,4 @@
-"""The large sample as a user builds it: some 180 MB of packages are downloaded."""
+"""The large sample as a user builds it, for which some 180 MB of packages are downloaded."""
 
 import json
 

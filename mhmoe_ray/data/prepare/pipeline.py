@@ -52,8 +52,8 @@ CPUS_PER_READER = 8
 other, so readers take no CPU of Ray's."""
 
 MOST_CPUS_TO_COME = 64
-"""Largest number of CPUs to come for which a cluster that has none yet gets readers at once; these may run on its
-head."""
+"""Largest number of CPUs that a cluster without any yet is expected to get; readers for them start at once and may run
+on its head."""
 
 BASELINE_TOKENS = 20_000_000
 
@@ -157,7 +157,7 @@ class _Preparation:
         """Tokenise all files and write the quarantine file.
 
         Returns:
-            all parts in the order of files and chunks, and the tallies by domain.
+            All parts in the order of files and chunks, and the tallies by domain.
 
         Raises:
             DataError: more is bad than the spec allows.

@@ -167,14 +167,15 @@ def _look_around(place: Workplace, seen: dict[Path, float]) -> dict[Path, float]
     """Write a heartbeat, and remove the staging directories of dead jobs.
 
     A job is dead if its last heartbeat is older than `DEAD_SECONDS` and has not changed since our last check. No job is
-    treated as dead if our own heartbeat was as late: where a machine or a storage stood still, all jobs did.
+    treated as dead if our own last heartbeat is half of `DEAD_SECONDS` old or more: where a machine or a storage stood
+    still, all jobs did.
 
     Args:
         place: the staging directories of this job.
         seen: time of the last heartbeat of each job at the last check, in seconds.
 
     Returns:
-        the times of the last heartbeats now.
+        The times of the last heartbeats at this check.
     """
     mine = place.own / ALIVE
     before = mine.stat().st_mtime

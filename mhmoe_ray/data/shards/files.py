@@ -46,7 +46,7 @@ def split_padding(tokens: np.ndarray, token_bytes: int) -> tuple[Samples, np.nda
     """Convert stored samples (samples, T + 1) to the form that a model takes.
 
     Returns:
-        the samples as int64 with token 0 for padding, and a mask (samples, T) of the targets that count.
+        The samples as int64 with token 0 for padding, and a mask (samples, T) of the targets that count.
     """
     real = tokens != padding_token(token_bytes)
     return np.where(real, tokens, 0).astype(np.int64), real[:, 1:]

@@ -110,7 +110,7 @@ def list_files(storage: Storage, prepared: Path) -> tuple[str, list[Listed]]:
     Both may lie below a source's path. Those of `prepared` are left out, and also those of other settings.
 
     Returns:
-        the root folder and the files.
+        The root folder and the files.
 
     Raises:
         DataError: the pattern is invalid.

@@ -1,8 +1,7 @@
 """Modules and initialization of each architecture of `mhmoe_ray/architectures/`, in a module of the same name.
 
-base.py     the interface
-llama.py    RMSNorm, rotary positions and SwiGLU (P2)
-subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
+base.py the interface of an architecture's modules llama.py RMSNorm, rotary positions and SwiGLU (P2) subln.py LayerNorm
+also inside attention and feed-forward, xPos and GELU (P1)
 """
 
 from importlib import import_module
@@ -14,6 +13,6 @@ __all__ = ["Modules", "modules_of"]
 
 
 def modules_of(spec: ModelSpec) -> Modules:
-    """Return what the backbone of `spec` builds its layers of."""
+    """Return the modules of the architecture that `spec.backbone` names."""
     modules: Modules = import_module(f"{__name__}.{spec.backbone}").MODULES
     return modules

@@ -1,6 +1,6 @@
-"""The interface between the decoder and an architecture: norms, the feed-forward function, positions, initial weights.
+"""The interface between the decoder and an architecture: norms, feed-forward function, positions, initial weights.
 
-Each method has a default where most architectures agree, so that an architecture states what is particular to it.
+Methods have a default where most architectures agree, so that an architecture defines only what is particular to it.
 """
 
 from abc import ABC, abstractmethod
@@ -21,45 +21,49 @@ class Modules(ABC):
         """Return a norm over the width of the model."""
 
     def inner_norm(self, spec: ModelSpec) -> nn.Module:
-        """Return the norm between the values of attention and its output projection."""
+        """Return the norm between attention's weighted values and its output projection; by default the identity."""
         return nn.Identity()
 
     @abstractmethod
     def function(self, spec: ModelSpec) -> Function:
-        """Return what a dense feed-forward layer or an expert computes."""
+        """Return the function that a dense feed-forward layer or an expert computes."""
 
     @abstractmethod
     def expert_shapes(self, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Return the parameters of a feed-forward layer or an expert by name, in the order of its function's arguments.
+        """Return the shapes of the parameters of a feed-forward layer or an expert by name, in the order of its
+        function's arguments.
 
         Args:
-            width: D, of its rows.
-            hidden: F, of its hidden rows.
+            width: D, the width of its rows.
+            hidden: F, the width of its hidden rows.
         """
 
     def embedding_scale(self, spec: ModelSpec) -> float:
-        """Return the factor that embeddings of tokens are multiplied by."""
+        """Return the factor that token embeddings are multiplied by; 1 by default."""
         return 1.0
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return the factors that rotated queries are multiplied by and keys divided by; None for plain RoPE.
+        """Return the factors that rotated queries are multiplied by and rotated keys are divided by; None for plain
+        RoPE.
 
         Args:
-            head_width: C.
-            position_T: positions, float64.
+            head_width: C, the width of an attention head.
+            position_T: positions of T tokens, float64.
 
         Returns:
-            (T, C), float64.
+            The factors (T, C), float64.
         """
         return None
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Return a freshly drawn tensor as the architecture starts from it; all start as `model/init.py` draws them by
-        default. The tensor may be changed in place.
+        """Return an initial tensor as the architecture changes it after `model/init.py` has drawn it; by default
+        unchanged.
+
+        The tensor may be changed in place.
 
         Args:
-            name: of the tensor, from the decoder on.
-            tensor: of one module, or of one expert.
-            layers: blocks of the model.
+            name: full name of the tensor in the decoder.
+            tensor: parameter of one module, or of one expert.
+            layers: number of blocks of the model.
         """
         return tensor

@@ -1,4 +1,4 @@
-"""Modules of the llama architecture (P2): RMSNorm and SwiGLU; all else as `base.py` has it."""
+"""Modules of the llama architecture (P2): RMSNorm and SwiGLU; `base.py` provides the rest."""
 
 from torch import nn
 

@@ -10,7 +10,8 @@ from mhmoe_ray.model.architectures.base import Modules
 from mhmoe_ray.spec import ModelSpec
 
 XPOS_SCALE_BASE = 512
-"""Tokens over which xPos fades by one factor of its scale (arXiv 2212.10554, as torchscale has it)."""
+"""Number of tokens over which xPos decays by one factor of its scale (arXiv 2212.10554, as torchscale implements
+it)."""
 
 
 class SublnModules(Modules):
@@ -39,15 +40,18 @@ class SublnModules(Modules):
         return float(spec.d_model**0.5)
 
     def query_scale(self, head_width: int, position_T: Tensor) -> Tensor | None:
-        """Return xPos's factors: the product of a query and a key shrinks with their distance."""
+        """Return xPos's factors, with which the product of a query and a key shrinks with their distance."""
         even = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64)
         base = (even + 0.4 * head_width) / (1.4 * head_width)
         return (base ** (position_T[:, None] / XPOS_SCALE_BASE)).repeat(1, 2)
 
     def rescale_initial(self, name: str, tensor: Tensor, layers: int) -> Tensor:
-        """Multiply weights and biases of fc1, fc2, of attention's values and output, and of the merge projection by
-        sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423). The merge projection is among them because the paper's
-        code matches its name; the head projection's name does not match."""
+        """Multiply weights and biases of fc1, fc2, attention's value and output projections, and the merge projection
+        by sqrt(ln(2 L)) for L layers (SubLN, arXiv 2210.06423).
+
+        The merge projection is included because the paper's code selects it by its name; it does not select the head
+        projection.
+        """
         factor = math.sqrt(math.log(2 * layers))
         if ".qkv." in name:
             tensor[-len(tensor) // 3 :] *= factor

@@ -69,8 +69,10 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def remember(self, name: bytes, block: int) -> None:
-        """Register a full block under its hash, so that later prompts can match it. No effect if either is registered
-        already."""
+        """Register a full block under its hash, so that later prompts can match it.
+
+        Nothing happens if the hash or the block is registered already.
+        """
         if name not in self._known and block not in self._name:
             self._known[name] = block
             self._name[block] = name

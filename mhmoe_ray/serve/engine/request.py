@@ -74,8 +74,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p,
-    min_p)."""
+    """Sampling parameters.
+
+    They apply in this order: penalties and biases, the temperature, the cuts (top_k, top_p, min_p).
+    """
 
     max_tokens: int
     temperature: float = 1.0

@@ -40,8 +40,10 @@ class Turns(Generic[T]):
         return next(iter(self._queues.values()))[0] if self._queues else None
 
     def pop(self) -> T:
-        """Remove and return the item whose turn it is; the queue must not be empty. Its client then goes behind all
-        others."""
+        """Remove and return the item whose turn it is; its client then goes behind all others.
+
+        The queue must not be empty.
+        """
         client, queue = self._queues.popitem(last=False)
         one = queue.popleft()
         if queue:
@@ -167,9 +169,9 @@ class Scheduler:
         return left
 
     def _let_in(self) -> Sequence | None:
-        """Admit and return the waiting request whose turn it is, if the cache has room for it.
+        """Admit and return the waiting request whose turn it is, if the cache has room for it; otherwise return None.
 
-        None otherwise: no smaller request is admitted before it.
+        No smaller request is admitted before it.
         """
         sequence = self._waiting.first()
         if sequence is None:

@@ -65,8 +65,7 @@ class ThreadedEngine(ABC, Generic[T]):
         self._recent = deque[float](maxlen=1_000_000)
         """Times of the newest tokens, by `time.monotonic`."""
         self._outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Updates, Update | Exception]]] = {}
-        """Updates of a round by event loop. They are delivered together, because waking a loop costs more than a
-        token."""
+        """Updates of a round by event loop, delivered together because waking a loop costs more than a token."""
         self._broken: Exception | None = None
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -154,8 +153,7 @@ class ThreadedEngine(ABC, Generic[T]):
         self._thread.join()
 
     def _run(self) -> None:
-        """Run rounds until the engine is closed or fails; then fail all requests. This is the thread's main
-        function."""
+        """Run rounds until the engine is closed or fails, then fail all requests: the main function of the thread."""
         error: Exception = EngineError("it was closed")
         try:
             while self._round():

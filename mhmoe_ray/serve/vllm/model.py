@@ -198,8 +198,10 @@ class Trunk(nn.Module):
 
 
 class MhmoeForCausalLM(nn.Module):
-    """The model that `plugin.register` names. It has no pipeline parallelism: it is sharded over tensor- and
-    expert-parallel ranks only."""
+    """The model that `plugin.register` names.
+
+    It has no pipeline parallelism: each pipeline holds the whole model, sharded over tensor- and expert-parallel ranks.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

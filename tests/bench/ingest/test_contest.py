@@ -69,7 +69,8 @@ def test_datasets_makes_as_many_samples_but_for_ends(project):
 
 @pytest.mark.ray
 def test_what_fails_is_one_line_with_its_cause(tmp_path):
-    """Before the stream, the only one that reads prepared data: of these there is no more than a manifest."""
+    """The failure comes before the stream task, the only one that reads prepared data, so a manifest without shards is
+    enough here."""
     spec = write_spec(tmp_path)
     write_lines(tmp_path / "raw/a/one.jsonl", [b"no json"])
     spec.data.prepared.mkdir()

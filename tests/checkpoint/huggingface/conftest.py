@@ -41,7 +41,8 @@ MODELS = {
 
 
 def random_model(spec: ModelSpec) -> Decoder:
-    """With biases and norms that are not all alike, so that a wrong name shows."""
+    """Return a model with random weights; its biases and norms also differ from each other, so that a wrong name
+    shows."""
     model = Decoder(spec).requires_grad_(False).eval()
     init_weights(model, seed=3)
     generator = torch.Generator().manual_seed(5)
@@ -51,7 +52,7 @@ def random_model(spec: ModelSpec) -> Decoder:
 
 
 def make_run(folder: Path, spec: ModelSpec) -> RunDir:
-    """A run that has trained to step 7, below folder/runs."""
+    """Write a run that has trained to step 7 below folder/runs, and return it."""
     run = create_run(tiny_spec(folder, model=spec.model_dump(), data={"seq_len": SEQ_LEN}))
     add_attempt(run, Attempt("job-1", "http://127.0.0.1:9", local=True))
     llama_tokenizer(TEXT, spec.vocab_size).save(str(run.tokenizer_file))
@@ -88,7 +89,7 @@ def unreadable(*_, **__):
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory):
-    """A Mixtral of transformers with random weights, float32."""
+    """Return a Mixtral of transformers with random float32 weights."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Round trips between runs and exported folders, and with transformers as the oracle."""
+"""Round trips between runs and exported folders, and comparisons with transformers as the oracle."""
 
 import copy
 import json
@@ -94,7 +94,10 @@ def test_a_model_of_mixtrals_shape_loads_in_transformers_as_it_lies(tmp_path, ti
 
 
 def test_what_transformers_saves_of_an_export_comes_back(tmp_path):
-    """Its config.json then has our section and their fields, written anew."""
+    """A folder that transformers saves from an export can be imported.
+
+    The new config.json holds both our section and the fields of transformers.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = make_run(tmp_path, MIXTRAL)
@@ -161,7 +164,7 @@ def test_bfloat16_stays_bfloat16_on_disk(tmp_path, mixtral):
 
 
 def _load_spread(checkpoint):
-    """On one of two ranks, each with half of the experts: what it holds after loading."""
+    """Return the tensors that one of two ranks, each with half of the experts, holds after loading the weights."""
     import torch.distributed as dist
 
     mesh, spec = init_device_mesh("cpu", (2,)), read_manifest(checkpoint).model
@@ -240,7 +243,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
 
 
 def test_random_models_are_all_different_inside():
-    """What the round trips rest on: no two tensors of one shape are alike."""
+    """Assert what the round-trip tests rely on: no two tensors of one shape in a random model are equal."""
     tensors = list(random_model(MODELS["xmoe"]).tensors().values())
     for i, a in enumerate(tensors):
         assert not any(a.shape == b.shape and torch.equal(a, b) for b in tensors[:i])

@@ -1,4 +1,4 @@
-"""What an import takes from a folder, and what it refuses."""
+"""Imports of Hugging Face folders: the settings that are taken over, and the folders that are refused."""
 
 import json
 

@@ -14,7 +14,7 @@ from tests.checkpoint.huggingface.conftest import MODELS
 
 @st.composite
 def models(draw) -> ModelSpec:
-    """Small models of every kind."""
+    """Draw the spec of a small model of any architecture, with or without mixture-of-experts layers."""
     backbone = draw(st.sampled_from(list(ARCHITECTURES)))
     heads = draw(st.sampled_from([1, 2, 4]))
     head, merge = draw(st.tuples(*[st.none() | st.booleans()] * 2))

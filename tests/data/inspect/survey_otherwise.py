@@ -1,6 +1,6 @@
-"""mhmoe_ray.data.inspect.job with one task at a time, or with its entries in many partitions.
+"""Run mhmoe_ray.data.inspect.job with one task at a time, or with its entries in many partitions.
 
-Run as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
+Run this as `python -m tests.data.inspect.survey_otherwise serially|in-partitions`.
 """
 
 import sys
