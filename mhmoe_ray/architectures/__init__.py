@@ -1,5 +1,5 @@
-"""Architectures without their modules: choices, parameter and operation counts, bytes kept for the backward, Hugging Face
-tensor names.
+"""Architectures without their modules: choices, parameter and operation counts, bytes kept for the backward, and
+Hugging Face tensor names.
 
 An architecture has two files: one here, which the spec and the planner read and which needs no torch, and one of the
 same name in `model/architectures/` with its modules and its initialization. `tests/test_architectures.py` compares the

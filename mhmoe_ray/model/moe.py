@@ -1,4 +1,4 @@
-"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1 it is a plain sparse MoE layer.
+"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1 it is a plain sparse MoE.
 
 x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
 
