@@ -7,8 +7,8 @@ lists the edits: top-level statements of the packages that are in one of the two
 - `module.name`, where `module` is one of ours, is read as `name`,
 - names of our modules and paths of our files in strings are read alike.
 
-`--rename OLD=NEW` reads a name of the commit as another one, so that a change of names can be shown to be nothing else.
-It exits with 1 where there is an edit.
+`--rename OLD=NEW` reads a name of the commit as another one, which shows that a change of names changes nothing else.
+The exit code is 1 if there is an edit.
 """
 
 import argparse
@@ -27,14 +27,14 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("mhmoe_ray", "kernels/mhmoe_kernels", "jobs")
 OURS = ("mhmoe_ray", "mhmoe_kernels")
 OWN_PLACES = re.compile(r"\bmhmoe_(ray|kernels)(\.\w+)*|(\w+/)*\w+\.py\b|\b(\w+/)+")
-"""Dotted names of our modules, paths of files and of folders in strings."""
+"""Pattern of dotted names of our modules, of paths of files and of paths of folders in strings."""
 
 
 class Definition(NamedTuple):
     shape: str
-    """The statement without what may differ between places."""
+    """The statement without the parts that may differ between places."""
     place: str
-    """File, line and names, for people."""
+    """File, line and names of the statement, for people."""
 
 
 def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
@@ -53,7 +53,8 @@ def definitions(root: Path, names: Mapping[str, str]) -> Iterator[Definition]:
 
 
 def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, str]]:
-    """Return the names by which a file knows modules of ours, and the original names of what it imports as another."""
+    """Return the names by which a file knows our modules, and the original names of what it imports under another
+    name."""
     modules, originals = set(), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
@@ -68,7 +69,7 @@ def imported_names(tree: ast.Module, root: Path) -> tuple[set[str], dict[str, st
 
 
 def is_left_out(node: ast.stmt, first: bool) -> bool:
-    """Return whether a top-level statement is no definition: an import, the module's docstring, or `__all__`."""
+    """Return whether a top-level statement is no definition but an import, the module's docstring, or `__all__`."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return all(isinstance(each, ast.Import | ast.ImportFrom) for each in node.body)
     if first and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -85,14 +86,14 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 
 def bound_names(node: ast.stmt) -> set[str]:
-    """Return parameters and variables of a statement: a module's name among them means a variable there."""
+    """Return the parameters and variables of a statement; a module's name among them means a variable there."""
     parameters = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
     stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
     return parameters | stored
 
 
 class Reader(ast.NodeTransformer):
-    """Bring a statement into the form in which places do not show."""
+    """Transformer that brings a statement into a form in which its place does not show."""
 
     def __init__(self, modules: set[str], originals: Mapping[str, str], names: Mapping[str, str]) -> None:
         self.modules, self.originals, self.names = modules, originals, names

@@ -1,7 +1,8 @@
-"""The server that ranks and commands of tests are forked from. It has imported what they would, seconds of it for each.
+"""The server that ranks and commands of tests are forked from.
 
-It has computed nothing, and so has no threads of torch that a fork would lose. It has not imported what reads the
-environment at that: Ray, and the command line's consoles.
+It has imported what they would import, which takes seconds for each of them. It has computed nothing, and so has no
+threads of torch that a fork would lose. It has not imported the modules that read the environment at their import: Ray,
+and the command line's consoles.
 """
 
 import multiprocessing
@@ -14,6 +15,6 @@ FORKED = multiprocessing.get_context("forkserver")
 
 
 def take_over(environment: dict[str, str]) -> None:
-    """That of whoever asked for this process; the server's is as old as the server."""
+    """Take over the environment of the process that asked for this one; the server's own is as old as the server."""
     os.environ.clear()
     os.environ |= environment

@@ -9,7 +9,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Of `vocab_size` entries at most; characters that are not in the texts become bytes."""
+    """Return a tokenizer of at most `vocab_size` entries; characters that are not in the texts become bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # in training alone: no token of two words

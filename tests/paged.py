@@ -11,8 +11,10 @@ from mhmoe_ray.serve.engine.paged_cache import PagedCache, PagedStep, Span
 
 
 def in_parts(model: Decoder, token_BT: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Logits of all tokens, of which each step computes the next so many of every sequence. Their blocks lie among each
-    other's."""
+    """Return the logits of all tokens, where step i computes the next `sizes[i]` tokens of every sequence.
+
+    The cache blocks of the sequences are interleaved.
+    """
     B, T = token_BT.shape
     each, weight = blocks_for(T), model.blocks[0].attention.qkv.weight
     cache = PagedCache(model.spec, B * each, weight.dtype, weight.device)

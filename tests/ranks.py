@@ -15,9 +15,9 @@ from tests.forked import FORKED, take_over
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on each of `world` ranks of a default process group (none for a world of one).
+    """Return the results of `function(*args)` on each of `world` ranks of a default process group.
 
-    A failure of any rank ends all of them and is raised here.
+    A world of one has no group. A failure of any rank ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (dict(os.environ), world, free_ports(1)[0], folder, function, args)

@@ -1,4 +1,4 @@
-"""A real server that speaks S3, on loopback."""
+"""A fixture with a real server that speaks S3, on loopback."""
 
 import socket
 import subprocess
@@ -18,7 +18,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, fs.FileSystem]]:
-    """The query that leads to the server's bucket `bucket`, and its file system."""
+    """Start a local S3 server; yield the URI query that leads to its bucket `bucket`, and the server's file system."""
     missing = [name for name in ("moto", "flask", "flask_cors") if find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: see the dev extra")

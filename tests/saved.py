@@ -1,4 +1,4 @@
-"""Checkpoints written at once, for tests of what reads them."""
+"""Checkpoints that are written at once, for tests of the code that reads them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,6 @@ from mhmoe_ray.checkpoint.save import Shares, save_slices
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """This rank's share of them, as a file of its own."""
+    """Write this rank's share of the tensors as a file of its own."""
     shares, rank = Shares(), dist.get_rank() if dist.is_initialized() else 0
     save_slices(folder, {name: slice_of(t) for name, t in tensors.items() if shares.is_mine(t)}, rank)

@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny_spec(folder: Path = Path("/nowhere"), **sections: dict[str, Any]) -> RunSpec:
-    """TINY with some keys of its sections replaced, paths below `folder`."""
+    """Return the spec TINY with some keys of its sections replaced, and with paths below `folder`."""
     tree = {k: {**v, **sections.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
     tree |= {k: v for k, v in sections.items() if k not in TINY}
     return RunSpec.model_validate(tree).with_absolute_paths(folder)

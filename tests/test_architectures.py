@@ -26,7 +26,10 @@ SIZES = {"vocab_size": 1000, "d_model": 48, "layers": 6, "attention_heads": 12}
 
 
 def model_specs(backbone, moe):
-    """Return the model with as many keys and values as heads, and with fewer where the architecture has that."""
+    """Yield the model with as many keys and values as heads, and with fewer where the architecture has grouped queries.
+
+    Each of them comes with tied and with untied embeddings.
+    """
     d_ff = None if moe and moe.every == 1 else 100
     for kv_heads in (None, 4) if ARCHITECTURES[backbone].grouped_queries else (None,):
         for tied in (True, False):

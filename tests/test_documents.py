@@ -1,4 +1,4 @@
-"""What the documents point at is there."""
+"""The links of the documents lead to files and headings that exist, and claims name tests that exist."""
 
 import re
 import subprocess

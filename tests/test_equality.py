@@ -1,4 +1,5 @@
-"""What `make equal` takes for equal, and what it does not; that takes minutes, and this seconds."""
+"""The rules by which `make equal` takes two results as equal; the command takes minutes, and these tests take
+seconds."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What processes go without: torch takes two seconds and hundreds of megabytes, DTensor half a second."""
+"""Modules that processes do without: torch takes two seconds and hundreds of megabytes, DTensor half a second."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A run that an earlier version began is gone on with, and its result served, as that version would have done."""
+"""A run that an earlier version began is resumed, and its result is served, as that version would have done."""
 
 import json
 import re
@@ -17,9 +17,12 @@ pytestmark = pytest.mark.ray
 FIXTURE = Path(__file__).parent / "fixtures" / "old_run"
 RUN = "old-ea8ec3"
 FOLDER = "/tmp/old-run"
-"""Where it lay when it was made."""
+"""Folder in which the run lay when it was made."""
 TOLERANCES = {"loss": 1e-4, "val_loss": 1e-4, "lr": 1e-9, "grad_norm": 1e-2}
-"""By which CPUs may differ: the order in which they add up is their own. Of a gradient more shows than of a loss."""
+"""Tolerances for differences between CPUs, whose order of addition is their own.
+
+A gradient shows more of it than a loss.
+"""
 LOGPROB_TOLERANCE = 1e-3
 
 
@@ -30,10 +33,11 @@ class Resumed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, local_cluster):
-    """The run in a folder of its own, after `mhmoe resume`.
+    """Return the run in a folder of its own, after `mhmoe resume`.
 
-    A run may be moved with its prepared data: the spec says where both lie, and nothing else does. Where the raw text
-    lay stays as it was, since the data's manifest knows it by that, and checkpoints know the manifest by its digest.
+    A run may be moved with its prepared data: the spec says where both lie, and nothing else does. The place of the
+    raw text stays as it was, since the data's manifest identifies the text by it, and checkpoints identify the manifest
+    by its digest.
     """
     project = tmp_path_factory.mktemp("old")
     shutil.copytree(FIXTURE / "prepared", project / "prepared")

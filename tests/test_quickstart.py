@@ -1,5 +1,7 @@
-"""The main job as README tells it, in a folder of its own. It starts the cluster of its lane and leaves it to the tests
-after it."""
+"""The main job as README describes it, in a folder of its own.
+
+It starts the cluster of its lane and leaves it to later tests.
+"""
 
 import json
 import os
@@ -44,7 +46,7 @@ def quickstart(folder: Path, *overrides: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, lane_home):
-    """A folder with the project's jobs."""
+    """Return a folder with the project's jobs."""
     folder = tmp_path_factory.mktemp("quickstart")
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     return folder
@@ -52,13 +54,15 @@ def project(tmp_path_factory, lane_home):
 
 @pytest.fixture(scope="module")
 def first(project):
-    """What the first quickstart printed, a seventh as long as it is; its cluster and server are left running."""
+    """Return the result of the first quickstart, a seventh as long as the real one; its cluster and server are left
+    running."""
     return quickstart(project, "train.steps=100", "train.validate_every=100", "train.checkpoint_every=50", KEEP="1")
 
 
 @pytest.fixture(scope="module")
 def readme(project, first):
-    """The commands of cli/README.md, run in its order: what each said, and as JSON what follows from two of them."""
+    """Run the commands of cli/README.md in its order; return the result of each, and as JSON what follows from two of
+    them."""
     block = re.search(r"```sh\n(.*?)```", (ROOT / "mhmoe_ray/cli/README.md").read_text(), re.S)[1]
     said = {}
     for line in block.splitlines():
@@ -76,7 +80,7 @@ def readme(project, first):
 
 
 def losses(printed: str) -> tuple[float, float, float]:
-    """Of the last validation, the unigram entropy and the bigram model."""
+    """Return the losses of the last validation, of the unigram entropy and of the bigram model."""
     loss = re.search(r"validation +loss ([\d.]+), perplexity [\d.,]+, at step", printed)[1]
     to_beat = re.search(r"([\d.]+) unigram entropy of that text, +([\d.]+) bigram", printed).groups()
     return tuple(map(float, (loss, *to_beat)))

@@ -1,4 +1,4 @@
-"""Ray's private interfaces are used in one file, and the Ray that is installed has them all."""
+"""Ray's private interfaces are used in a single file, and the installed Ray has them all."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""README is short, and what it shows is what the commands print."""
+"""README is short, and the output that it shows is what the commands print."""
 
 import re
 import tomllib
@@ -36,7 +36,7 @@ def test_its_spec_gives_the_plan_that_is_shown(tmp_path):
 
 
 def test_its_commands_are_targets_of_the_makefile():
-    """`make test` and `make quickstart`; the tests of test_quickstart.py run what the latter runs."""
+    """The commands are `make test` and `make quickstart`; the tests of test_quickstart.py run what the latter runs."""
     makefile = (ROOT / "Makefile").read_text()
     for line in block("sh").splitlines():
         program, target = line.split("#")[0].split()

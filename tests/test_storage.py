@@ -1,4 +1,4 @@
-"""Places on an object store beside folders of this machine: the same methods, the same answers."""
+"""Places on an object store beside folders of this machine: the same methods give the same answers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The tables of files in the docstrings of packages are whole."""
+"""The tables of files in the docstrings of packages are complete."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ PACKAGES = sorted(p.parent for top in ("mhmoe_ray", "kernels/mhmoe_kernels") for
 
 
 def parts(package: Path) -> list[str]:
-    """Names of its modules and subpackages, as tables write them."""
+    """Return the names of a package's modules and subpackages, as tables write them."""
     modules = [file.name for file in package.glob("*.py") if file.name != "__init__.py"]
     return sorted([*modules, *(f"{file.parent.name}/" for file in package.glob("*/__init__.py"))])
 

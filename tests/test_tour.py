@@ -15,7 +15,7 @@ FOLDERS = (ROOT, ROOT / "mhmoe_ray", ROOT / "kernels/mhmoe_kernels")
 
 
 def definitions(tree: ast.Module) -> set[str]:
-    """Names of the top level, and of the methods of its classes."""
+    """Return the names defined at the top level of a module, and the methods of its classes."""
     names = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""What is installed from a wheel: an editable installation, which all other tests run on, forgets no file."""
+"""A wheel contains every file; all other tests run on an editable installation, which cannot show a missing one."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ ONLY_HERE = {"README.md"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, since setuptools leaves folders behind."""
+    """Build a wheel from a copy, since setuptools leaves folders behind, and yield it as a zip archive."""
     copy = tmp_path_factory.mktemp("source")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -43,32 +43,32 @@ from unittest import mock
 
 OWN_TREE = Path(__file__).resolve().parent.parent
 PACKAGE_FOLDERS = {"mhmoe_ray": Path(), "mhmoe_kernels": Path("kernels")}
-"""This maps each of our packages to the folder of the tree that holds it."""
+"""Folder of the tree that holds each of our packages."""
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MHMOE_API_KEYS", "MHMOE_DEBUG", "MHMOE_STORAGE")
-"""These variables of the environment would lead a walk elsewhere."""
+"""Environment variables that would lead a walk elsewhere."""
 SETTLING_SECONDS = 0.5
-"""The other threads of a walk count as being at rest when they enter no new function for this long."""
+"""Number of seconds without a new function after which the other threads of a walk count as being at rest."""
 PROMPT = "the quick"
 NEW_TOKENS = 3
 
 Row = dict[str, Any]
 Block = Any
-"""A block of a dataset is a table of Arrow, or a mapping from names to columns."""
+"""A block of a dataset: a table of Arrow, or a mapping from names to columns."""
 
 
 class Function(NamedTuple):
-    """Identify a function of ours."""
+    """A function of ours, identified by its place and name."""
 
     file: str
-    """This is the path below the tree."""
+    """Path of the file below the tree."""
     line: int
-    """This is the first line, which tells functions of one name apart."""
+    """First line of the function, which tells functions of one name apart."""
     name: str
-    """This is the qualified name."""
+    """Qualified name of the function."""
 
 
 class Tree:
-    """Represent a checkout whose packages this process imports."""
+    """A checkout whose packages this process imports."""
 
     def __init__(self, root: Path) -> None:
         """Put the packages of a checkout before all others of their names.
@@ -126,7 +126,7 @@ class Tree:
 
 
 class Recorder:
-    """Record which functions are called in this process."""
+    """Recorder of the functions that are called in this process."""
 
     def __init__(self, tree: Tree) -> None:
         """Watch every thread that is started from now on, and the present one while recording is on.
@@ -137,7 +137,7 @@ class Recorder:
         self._tree = tree
         self._prefixes = tuple(f"{package}{os.sep}" for package in tree.packages.values())
         self._codes: dict[int, CodeType] = {}
-        """The keys are identities, since code objects of two files are equal where their text and line are."""
+        """Code objects by their identities, since code objects of two files are equal where their text and line are."""
         self._is_recording = False
         self._thread_state = threading.local()
         threading.setprofile(self._profile)
@@ -369,7 +369,8 @@ def write_raw_lines(file: Path) -> None:
 
 
 class LocalDataset:
-    """Do in this process, when rows are asked for, what a Ray Dataset does by tasks on a cluster."""
+    """Stand-in for a Ray Dataset that does in this process, when rows are asked for, what tasks on a cluster would
+    do."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = blocks
@@ -418,7 +419,7 @@ class LocalDataset:
 
 
 class LocalTask:
-    """Call a function in this process in place of a task of Ray."""
+    """Stand-in for a task of Ray that calls its function in this process."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

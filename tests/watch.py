@@ -1,4 +1,4 @@
-"""What tests wait for in a run that is on a cluster, seen from outside in its directory."""
+"""Waiting for events of a run on a cluster, seen from outside in its directory."""
 
 import signal
 import subprocess
@@ -13,11 +13,11 @@ from mhmoe_ray.runs.directory import RunDir, list_runs
 
 T = TypeVar("T")
 LIMIT = 400.0
-"""Seconds within which whatever is waited for must have come: a watchdog of the tests, not a measurement."""
+"""Seconds within which every awaited event must have come: a watchdog of the tests, not a measurement."""
 
 
 def wait_until(condition: Callable[[], T], what: str, seconds: float = LIMIT) -> T:
-    """What the condition gives, once that is something."""
+    """Wait until the condition gives a true value, and return that value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
@@ -34,7 +34,7 @@ def of_kind(run: RunDir, kind: str) -> list[dict[str, Any]]:
 
 
 def started(run: RunDir) -> list[dict[str, Any]]:
-    """Starts of its workers."""
+    """Return the events of the starts of the run's workers."""
     return of_kind(run, "started")
 
 
@@ -54,8 +54,10 @@ def wait_for_the_end(run: RunDir, seconds: float = LIMIT, state: str = "finished
 
 
 def ended_by_ctrl_c(process: subprocess.Popen[str]) -> str:
-    """What it says on standard error until Ctrl-C has ended it, which is pressed again as a person would: Python loses
-    one that comes while it finalises an object."""
+    """Press Ctrl-C until the process ends, and return what it has written to standard error.
+
+    Ctrl-C is pressed again as a person would: Python loses one that comes while it finalises an object.
+    """
     for _ in range(6):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

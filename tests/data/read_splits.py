@@ -1,4 +1,4 @@
-"""Reads a training stream as Ray Train would split it over workers."""
+"""Read a training stream as Ray Train would split it over workers."""
 
 import threading
 
@@ -10,7 +10,10 @@ from mhmoe_ray.train.worker import sample_digest
 
 
 def read_splits(spec: RunSpec, world: int, start: int) -> list[list[tuple[list[int], int]]]:
-    """Positions and digest of each batch, per worker. Needs a running Ray."""
+    """Return the positions and the digest of each batch, by worker.
+
+    It needs a running Ray.
+    """
     stream = training_stream(spec, start, world)
     stream.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     found: list[list[tuple[list[int], int]]] = [[] for _ in range(world)]

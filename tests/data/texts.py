@@ -9,7 +9,7 @@ WORDS = ("the moon rises over a quiet sea and every small boat turns home before
 
 
 def documents(name: str, count: int, words: int = 60) -> list[str]:
-    """Different texts of different lengths that depend on the arguments only."""
+    """Return different texts of different lengths that depend on the arguments only."""
     seed = sum(map(ord, name))
 
     def text(i: int) -> str:
@@ -30,7 +30,7 @@ def write_documents(path: Path, texts: list[str]) -> None:
 
 
 def write_corpus(folder: Path) -> dict[str, list[str]]:
-    """Three domains in all supported file forms; texts by domain."""
+    """Write three domains in all supported file forms; return the texts by domain."""
     files = {
         "a/one.jsonl": documents("a-one", 40),
         "a/two.jsonl.zst": documents("a-two", 25),

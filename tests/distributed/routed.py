@@ -1,4 +1,4 @@
-"""Rows with their routes on several ranks, and what must come out of them: all that one process makes of them."""
+"""Rows with their routes on several ranks, and the results they must have: all that one process computes from them."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ WIDTH, HELD = 16, 2
 
 class Case(NamedTuple):
     rows: tuple[int, ...] = (11, 7, 9)
-    """Of each rank."""
+    """Number of rows of each rank."""
     only: tuple[int, ...] = ()
-    """The experts that routes go to, all by default; of rank r, r times HELD further if `own`."""
+    """Experts that routes go to, all by default; for rank r they are moved on by r times HELD if `own`."""
     own: bool = False
     dropped: float = 0.0
-    """Share of routes that are."""
+    """Share of routes that are dropped."""
     top_k: int = 2
     dtype: torch.dtype = torch.float64
     autocast: bool = False
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def made(case, held, only_rank=None):
-    """Rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
+    """Return rows with their routes, of all ranks or of one, and the experts `held`, all in float64 before rounding."""
     g = torch.Generator().manual_seed(5)
     moe = {"heads": 1, "experts": case.experts, "top_k": 1, "d_expert": 24, "kernel": case.kernel}
     model = {**tiny_spec().model.model_dump(), "d_model": WIDTH, "moe": moe, **dict(case.model)}
@@ -68,7 +68,10 @@ def outputs_and_gradients(case, through, experts, x_ND, expert_NK, gate_NK, kept
 
 
 def assert_those_of_one_process(case, ranks):
-    """Outputs and gradients of each rank; rows are split over ranks in order, and so are experts."""
+    """Assert that the ranks' outputs and gradients are those of one process.
+
+    Rows are split over ranks in order, and so are experts.
+    """
     exact = case._replace(dtype=torch.float64, autocast=False)
     expected, _ = outputs_and_gradients(exact, dispatch_locally, *made(exact, range(case.experts)))
     assert all(tensors[0].dtype == (torch.bfloat16 if case.autocast else case.dtype) for tensors in ranks)

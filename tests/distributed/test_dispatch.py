@@ -36,7 +36,8 @@ CASES = {
 
 
 def on_a_rank():
-    """Of each case: outputs and gradients, outputs without gradients, and what was sent; of the last, what is kept."""
+    """Return for each case outputs and gradients, outputs without gradients, and what was sent; for the last also the
+    parts that are alive."""
     rank, results = dist.get_rank(), {}
     held = range(rank * HELD, (rank + 1) * HELD)
     for name, case in CASES.items():
@@ -106,7 +107,8 @@ def test_what_must_be_sent_is_a_row_for_each_route_elsewhere_four_times():
 
 
 def a_peer_that_lags(path):
-    """Rank 1 starts each exchange only when rank 0 has done what should need nothing of it; returns who did what."""
+    """Let rank 1 start each exchange only when rank 0 has done what should need nothing of it; return the order of a
+    rank's steps."""
     rank, case, steps = dist.get_rank(), Case(rows=(11, 7)), []
     store = dist.FileStore(str(path), 2)
     start, permute, run = dist.all_to_all_single, flat.permute, mhmoe_kernels.run_sorted_experts
@@ -145,7 +147,7 @@ def a_peer_that_lags(path):
 
 
 def test_a_rank_works_on_its_own_rows_while_the_others_rows_are_not_there(tmp_path):
-    """It would wait forever otherwise, and the other rank's wait would end in an error."""
+    """A rank that did not would wait forever, and the other rank's wait would end in an error."""
     for steps in run_ranks(2, a_peer_that_lags, tmp_path / "store"):
         own, their = "own rows, {}", "their rows, {}"
         assert steps == ["permuted", *(text.format(way) for way in ("forward", "backward") for text in (own, their))]

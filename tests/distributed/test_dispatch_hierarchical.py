@@ -1,4 +1,4 @@
-"""Rows that cross between made-up nodes once each, against all experts in one process, and what they cost in bytes."""
+"""Rows that cross between made-up nodes once each, against all experts in one process, and their cost in bytes."""
 
 import pytest
 import torch
@@ -42,7 +42,8 @@ def dispatch_of(dispatch, nodes):
 
 
 def on_a_rank():
-    """Of each layout and case: outputs and gradients, outputs without gradients, what was sent and its routes."""
+    """Return for each layout and case outputs and gradients, outputs without gradients, what was sent, and the
+    routes."""
     rank, results = dist.get_rank(), {}
     for layout, nodes in LAYOUTS.items():
         hierarchical, plain = dispatch_of("hierarchical", nodes), dispatch_of("flat", nodes)

@@ -1,4 +1,4 @@
-"""Where ranks may stand."""
+"""The nodes on which the ranks of a group may be."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is asked without a cluster: help, plans, presets, files for clusters, and users' mistakes."""
+"""Questions that need no cluster: help, plans, presets, files for clusters, and users' mistakes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from tests.equality.normal import Normaliser
 from tests.equality.side import CommandError, Side
 
 Question = tuple[str, Callable[[], Any]]
-"""What is compared, and what finds it."""
+"""A name of what is compared, and the function that finds its value."""
 
 MISTAKES: dict[str, list[str]] = {
     "an unknown key": ["plan", "spec.yaml", "--set", "train.step=5"],
@@ -47,7 +47,7 @@ PLANS: dict[str, list[str]] = {
     "p2": ["jobs/paper/p2.yaml"],
     "trillion on paper": ["jobs/scale/trillion.yaml", "--nodes", "128", "--gpus", "8"],
 }
-"""Arguments of `mhmoe plan`, of which the first is a file of the tree."""
+"""Arguments of `mhmoe plan`, the first of which is a file of the tree."""
 
 ON_SITE = {
     "cluster.shared_filesystem": "true",
@@ -62,7 +62,7 @@ SWEEPS = ("first-paper", "follow-up", "heads", "top-k", "experts", "projections"
 
 
 def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
-    """Yield all that is asked before there is a cluster, prepared data or a run."""
+    """Yield all questions that need no cluster, prepared data or run."""
     tree = side.tree
     yield "help", lambda: {" ".join(["mhmoe", *command]): text for command, text in _helps(side, [])}
     yield "version", lambda: side.text("--version")
@@ -87,10 +87,10 @@ def questions(side: Side, normal: Normaliser) -> Iterator[Question]:
 
 
 def mistake(side: Side, normal: Normaliser, words: list[str]) -> dict[str, Any]:
-    """Return exit code and output of a command that must fail.
+    """Return the exit code and the output of a command that must fail.
 
     Raises:
-        CommandError: it succeeds.
+        CommandError: The command succeeds.
     """
     answer = side.ask(*words)
     if answer.code == 0:
@@ -99,7 +99,7 @@ def mistake(side: Side, normal: Normaliser, words: list[str]) -> dict[str, Any]:
 
 
 def _helps(side: Side, command: list[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield the help of a command and of all below it, which its own help lists."""
+    """Yield the help of a command and of all commands below it, which its own help lists."""
     text = side.text(*command, "--help")
     yield command, text
     _, _, listed = text.partition("\nCommands:\n")

@@ -3,16 +3,16 @@
 from typing import Any
 
 SHOWN = 200
-"""Characters of a value, at most."""
+"""Largest number of characters of a value that is shown."""
 
 
 def first_difference(base: Any, here: Any, path: str = "") -> str | None:
-    """Return where two values of JSON first differ and how, in one line; None where they are equal.
+    """Return where two JSON values first differ and how, in one line, or None where they are equal.
 
     Args:
-        base: of the commit.
-        here: of the working tree.
-        path: what leads to them.
+        base: The value of the commit.
+        here: The value of the working tree.
+        path: The keys and indices that lead to the values.
     """
     if isinstance(base, dict) and isinstance(here, dict):
         keys = list(dict.fromkeys([*base, *here]))

@@ -1,4 +1,4 @@
-"""Values without what differs from call to call: times, process ids, names of runs, addresses."""
+"""Values without the parts that differ from call to call: times, process ids, names of runs, addresses."""
 
 import re
 from pathlib import Path
@@ -12,14 +12,16 @@ CHANGING_KEYS = {
     # processes, nodes and clusters
     *("pid", "host", "node", "address", "dashboard", "replica", "stats", "system_fingerprint"),
 }
-"""Keys of JSON whose values are left out."""
+"""Keys of JSON objects whose values are left out."""
 LEFT_OUT = "(left out)"
 
 
 class Normaliser:
     def __init__(self, folder: Path) -> None:
-        """Args:
-        folder: a side's, which is called <side> in all texts.
+        """Compile the patterns of the parts that differ.
+
+        Args:
+            folder: The folder of a side, which is called <side> in all texts.
         """
         self._patterns = [
             (re.compile(re.escape(str(folder))), "<side>"),
@@ -42,7 +44,7 @@ class Normaliser:
         return text
 
     def value(self, value: Any) -> Any:
-        """Return JSON in the same way, and without the values of `CHANGING_KEYS`."""
+        """Return a JSON value with its texts treated as by `text`, and without the values of `CHANGING_KEYS`."""
         if isinstance(value, dict):
             return {self.text(key): self._of_key(key, each) for key, each in value.items()}
         if isinstance(value, list):

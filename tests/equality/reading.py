@@ -19,8 +19,11 @@ def digest(path: Path) -> str:
 
 
 def tensors(path: Path) -> dict[str, Any]:
-    """Return, for each tensor of a safetensors file by its name, dtype, shape and the SHA-256 of its bytes; where it
-    begins in its whole, if the file says so; and of float tensors the norm, which shows how far two are apart."""
+    """Return the dtype, the shape and the SHA-256 of the bytes of each tensor of a safetensors file, by its name.
+
+    Each entry also has the place where the tensor begins in its whole, if the file records it. A float tensor has its
+    norm too, which shows how far apart two are.
+    """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LEVELS = {"avx2": ("avx2", "AVX2", "AVX2"), "avx512": ("avx512", "AVX512_CORE", "AVX512")}
-"""For each CPU level, what torch, oneDNN and MKL call it."""
+"""Names that torch, oneDNN and MKL have for each CPU level."""
 LOGICAL_CPUS = 12
-"""As many as the sweep asks for: with more, Ray starts more processes that have little to do."""
+"""Number of logical CPUs that the sweep asks for; with more, Ray starts more processes that have little to do."""
 STARTS = 3
-"""Attempts to start a cluster."""
+"""Number of attempts to start a cluster."""
 SECONDS = 1500
-"""Within which a command must end, the sweep of all models too."""
+"""Number of seconds within which a command must end, also the sweep of all models."""
 SITE = Path(__file__).parent / "site"
 
 LAUNCHER = """\
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 
 class CommandError(Exception):
-    """A command did not end as it must for the comparison to go on."""
+    """Raised where a command did not end as it must for the comparison to go on."""
 
 
 class Answer(NamedTuple):
@@ -49,12 +49,12 @@ def best_level() -> str:
 
 class Side:
     def __init__(self, folder: Path, level: str) -> None:
-        """Prepare the folder of a side, whose tree lies in it already.
+        """Prepare the folder of a side, in which its tree already lies.
 
         Args:
-            folder: the side's own; its path is the same for both sides, one after the other, so that absolute paths in
-                specs, manifests and digests are equal too.
-            level: a key of `LEVELS`.
+            folder: The side's own folder. Its path is the same for both sides, one after the other, so that absolute
+                paths in specs, manifests and digests are equal too.
+            level: A key of `LEVELS`.
         """
         self.folder, self.tree, self.project = folder, folder / "tree", folder / "project"
         self.imports = folder / "imports.jsonl"
@@ -65,7 +65,8 @@ class Side:
         self._environment = self._made_environment(level)
 
     def _write_launcher(self) -> None:
-        """Write what pip would install as `mhmoe`; its module is the one that the tree's own pyproject.toml names."""
+        """Write the script that pip would install as `mhmoe`; its module is the one that the tree's own pyproject.toml
+        names."""
         scripts = tomllib.loads((self.tree / "pyproject.toml").read_text())["project"]["scripts"]
         module, _, function = scripts["mhmoe"].partition(":")
         (self.folder / "bin" / "mhmoe").write_text(LAUNCHER.format(module=module, function=function))
@@ -113,7 +114,7 @@ class Side:
         """Return the standard output of a command that must succeed.
 
         Raises:
-            CommandError: it fails.
+            CommandError: The command fails.
         """
         answer = self.ask(*args)
         if answer.code:
@@ -121,12 +122,16 @@ class Side:
         return answer.out
 
     def json(self, *args: str) -> Any:
-        """Return the JSON that a command prints, which must succeed; otherwise as `text`."""
+        """Return the JSON that a command prints.
+
+        Raises:
+            CommandError: The command fails.
+        """
         return json.loads(self.text(*args))
 
     @contextmanager
     def cluster(self) -> Iterator[None]:
-        """Start the side's own Ray cluster, and take it down whatever happens."""
+        """Start the side's own Ray cluster, and stop it at the end whatever happens."""
         try:
             # Somebody may take a port between its choice and Ray's start; how that ends is not what is compared.
             for attempt in range(STARTS):
@@ -141,10 +146,10 @@ class Side:
                 print(f"warning: the cluster of {self.folder} may still run: {down.err}", file=sys.stderr)
 
     def check_imports(self, *parts: str) -> list[str]:
-        """Return what shows that a process did not run this side's code, one line each.
+        """Return the evidence that a process did not run this side's code, one line each.
 
         Args:
-            parts: for each of them there must be a process whose command line has it.
+            parts: Texts for each of which there must be a process with that text in its command line.
         """
         lines = [json.loads(line) for line in self.imports.read_text().splitlines()]
         wrong = [f"{line['command']} imported {line['package']} from {line['origin']}" for line in lines]

@@ -9,7 +9,7 @@ STEPS = 10
 PRECISIONS = ("float32", "bfloat16")
 SWEEP = "equal"
 CONCURRENT = 2
-"""Runs at a time: each spends most of its time starting processes, one after the other."""
+"""Number of runs at a time; each spends most of its time starting processes, one after the other."""
 
 SPEC: dict[str, Any] = {
     "name": "alone",
@@ -102,18 +102,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 2, "strategy": "ddp"},
     },
 }
-"""Keys of `SPEC` in which each model differs, with all sections that it replaces whole."""
+"""Keys of `SPEC` in which each model differs; sections among them replace those of `SPEC` as a whole."""
 
 LETTERS = "aeiouäönrstlmdkbgß"
 
 
 def variant(model: str, precision: str) -> str:
-    """Return what a model at a precision is called within the sweep."""
+    """Return the name of a model at a precision within the sweep."""
     return f"{model}-{precision}"
 
 
 def run_name(model: str, precision: str) -> str:
-    """Return what its run is called, but for the end of its id."""
+    """Return the name of a run without the end of its id."""
     return f"{SWEEP}-{variant(model, precision)}-s0"
 
 

@@ -1,4 +1,4 @@
-"""What was seen of a commit, stored for the next comparison with it."""
+"""Observations of a commit, stored for the next comparison with it."""
 
 import hashlib
 import json
@@ -11,15 +11,17 @@ from typing import Any
 from tests.equality.trees import ROOT
 
 FOLDER = Path(sys.prefix) / "equal"
-"""Within the virtual environment, with which it goes."""
+"""Folder of the stored observations, within the virtual environment, with which it is removed."""
 
 
 class Store:
     def __init__(self, commit: str, level: str, models: list[str]) -> None:
-        """Args:
-        commit: its full hash.
-        level: of the CPU.
-        models: that were trained.
+        """Derive the file of the observations from everything that they depend on.
+
+        Args:
+            commit: The full hash of the commit.
+            level: The level of the CPU.
+            models: The names of the trained models.
         """
         packages = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name != "mhmoe-ray")
         sources = [ROOT / "tests" / "equal.py", *sorted((ROOT / "tests" / "equality").rglob("*.py"))]
@@ -32,7 +34,7 @@ class Store:
         self._file = FOLDER / f"{commit[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
     def read(self) -> dict[str, Any] | None:
-        """Return what was stored; None where there is nothing."""
+        """Return the stored observations, or None where there are none."""
         if not self._file.exists():
             return None
         print(f"base: as seen before, in {self._file}; --anew looks at it again", file=sys.stderr)

@@ -26,7 +26,7 @@ def worktree(commit: str, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def working_copy(folder: Path) -> Iterator[Path]:
-    """Copy all files of the working tree that git does not ignore into a folder: edits made meanwhile do not count."""
+    """Copy all files of the working tree that git does not ignore into a folder; edits made meanwhile do not count."""
     for name in _git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         source = ROOT / name
         if name and source.is_file():

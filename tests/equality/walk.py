@@ -1,4 +1,4 @@
-"""All that a side is asked, in order, and what is seen of it."""
+"""All questions to a side, in order, and the observations of it."""
 
 import json
 import urllib.error
@@ -14,7 +14,7 @@ from tests.equality.normal import Normaliser
 from tests.equality.side import CommandError, Side
 
 Seen = dict[str, Any]
-"""What was seen, by what it is."""
+"""Observations of a side, each by the name of what was observed."""
 AT_A_TIME = 3
 SERVED = "heads-2"
 SERVED_BESIDE = "first-paper"
@@ -24,16 +24,16 @@ PROMPTS = ("a", "der mond", "1 2 3 ä")
 
 
 def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -> Seen:
-    """Ask a side everything.
+    """Ask a side all questions, and return the observations.
 
     Args:
-        side: a tree in its folder.
-        models: names of `specs.MODELS`.
-        port: for what is served.
-        say: is told what is being done.
+        side: A tree in its folder.
+        models: Names of models in `specs.MODELS`.
+        port: The port for what is served.
+        say: Function that is told what is being done.
 
     Raises:
-        CommandError: a command fails that must not.
+        CommandError: A command fails that must not.
     """
     normal, seen = Normaliser(side.folder), Seen()
     specs.write_project(side.project, models)
@@ -55,7 +55,7 @@ def walk(side: Side, models: list[str], port: int, say: Callable[[str], None]) -
 
 
 def _answers(questions: Iterable[Question]) -> Seen:
-    """Return what is found, some at a time."""
+    """Return the answer to each question; `AT_A_TIME` of them are asked at the same time."""
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         asked = {name: pool.submit(find) for name, find in questions}
         return {name: answer.result() for name, answer in asked.items()}
@@ -86,7 +86,7 @@ def _runs(side: Side, models: list[str]) -> dict[str, Path]:
     """Return the directory of each run by its variant.
 
     Raises:
-        CommandError: one is not finished.
+        CommandError: A run is not finished.
     """
     runs = {}
     for model in models:
@@ -100,7 +100,7 @@ def _runs(side: Side, models: list[str]) -> dict[str, Path]:
 
 
 def _of_run(name: str, run: Path, normal: Normaliser) -> Seen:
-    """Return what a run's directory holds."""
+    """Return the observations of a run's directory."""
     seen = {f"metrics of {name}": normal.value(reading.json_lines(run / "metrics.jsonl"))}
     # The first moments of the first checkpoint are the first step's gradients, times 1 - beta1: of two trees whose
     # backward passes differ it is the first that shows.
@@ -117,7 +117,7 @@ def _of_run(name: str, run: Path, normal: Normaliser) -> Seen:
 
 
 def _afterwards(side: Side, normal: Normaliser, runs: dict[str, Path], port: int) -> Iterator[Question]:
-    """Yield what is asked of finished runs; serving, which takes longest, first."""
+    """Yield the questions about finished runs; serving, which takes longest, comes first."""
 
     def asked(*words: str) -> Callable[[], Any]:
         return lambda: normal.value(side.json(*words, "--json"))
@@ -152,12 +152,13 @@ def _afterwards(side: Side, normal: Normaliser, runs: dict[str, Path], port: int
 
 
 def _by_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of runs in the order of their names: they began side by side."""
+    """Return the rows of runs in the order of the runs' names, since the runs began side by side."""
     return sorted(rows, key=lambda row: str(row["run"]))
 
 
 def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
-    """Return an export, and what the model says that it makes when it is imported again."""
+    """Return the files of an export, the output of the commands, and what the model generates when it is imported
+    again."""
     folder = f"export-{model}"
     said = [side.text("ckpt", "export", run, "--to", folder)]
     imported = side.text("ckpt", "import", folder, "--name", f"back-{model}", "--seq-len", "32")
@@ -168,7 +169,7 @@ def _exported(side: Side, normal: Normaliser, model: str, run: str) -> Any:
 
 
 def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
-    """Return what servers of these runs answer, the first one at / and the others at their own names."""
+    """Return the answers of servers of these runs, the first one at / and the others at their own names."""
     found: dict[str, Any] = {}
     names = ("mhmoe", "beside")[: len(runs)]
     for run, name in zip(runs, names, strict=True):
@@ -196,7 +197,7 @@ def _served(side: Side, normal: Normaliser, runs: list[str], port: int) -> Any:
 
 
 def _http(url: str, body: Any = None) -> Any:
-    """Return status and JSON of an answer; of one that is no JSON the text."""
+    """Return the status and the JSON of an answer, or its text where it is no JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:

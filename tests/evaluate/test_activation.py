@@ -1,4 +1,4 @@
-"""Figures of routes whose answer is known."""
+"""Routing figures of cases whose answer is known."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from mhmoe_ray.evaluate.request import RoutingCounts
 
 
 def counts_of(routes, heads=1):
-    """Each token to one expert of one layer, by routes per expert."""
+    """Return the counts of one layer with these numbers of routes to its experts, where each token has a single
+    expert."""
     tokens = sum(routes)
     return RoutingCounts(
         tokens=tokens,

@@ -49,7 +49,8 @@ def folder(tmp_path):
 
 @torch.inference_mode()
 def log_probability(model, tokenizer, before, answer):
-    """Of the answer's tokens, one after another; the model sees SEQ_LEN tokens at most."""
+    """Return the log-probability of an answer, computed one token after another; the model sees at most SEQ_LEN
+    tokens."""
     context = tokenizer.encode(before).ids
     ids, total = [0, *context], 0.0  # as in training, a text begins with its start token
     for token in tokenizer.encode(before + answer).ids[len(context) :]:
@@ -99,7 +100,8 @@ def test_a_text_begins_with_the_token_that_says_so_and_a_rolled_one_counts_each_
 
 @torch.inference_mode()
 def rolled(model, tokenizer, text):
-    """Of all tokens, each after those of its window and one before."""
+    """Return the log-probability of all tokens of a text, each after the tokens of its window and the one before the
+    window."""
     ids, total = [0, *tokenizer.encode(text).ids], 0.0
     for i in range(1, len(ids)):
         window = (i - 1) // SEQ_LEN * SEQ_LEN

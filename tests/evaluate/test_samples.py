@@ -1,4 +1,4 @@
-"""Raw text as samples."""
+"""Samples made of raw text."""
 
 from mhmoe_ray.data.sources import Reading
 from mhmoe_ray.data.tokenizer import DocumentEncoder

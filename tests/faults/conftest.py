@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, local_cluster) -> Path:
-    """A folder with raw text; the first run in it prepares the data for all."""
+    """Return a folder with raw text; the first run in it prepares the data for all."""
     folder = tmp_path_factory.mktemp("faults")
     for name, count in (("a", 60), ("b", 40)):  # of few files, for each of which a process starts
         write_documents(folder / "raw" / name / "one.jsonl", documents(name, count))
@@ -33,7 +33,7 @@ def project(tmp_path_factory, local_cluster) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(project) -> RunDir:
-    """What a run of 120 steps is that nobody hurts, computed without Ray: its metrics and its last checkpoint."""
+    """Return an undisturbed run of 120 steps, computed without Ray, with its metrics and its last checkpoint."""
     harness.spec_in(project, train={"steps": 120})
     spec = load_resolved_spec(project / "spec.yaml")
     if not spec.data.prepared.exists():
@@ -48,7 +48,7 @@ def reference(project) -> RunDir:
 
 
 def train(run: RunDir, stored: np.ndarray, token_bytes: int) -> None:
-    """This rank's part of a run, whose micro-batches are stored by step."""
+    """Do this rank's part of a run whose micro-batches are stored by step."""
     spec, cluster = run.spec(), run.spec().cluster
     mesh = build_mesh(cluster, ["here"] * cluster.workers.max, "cpu")
     start = boundaries(load_tokenizer(run.tokenizer_file, spec.model.vocab_size)).start

@@ -1,7 +1,7 @@
-"""Runs that are hurt while they train, and what must be left of them: the very training that nobody hurt.
+"""Faults injected into runs while they train, and the check that the training is that of an undisturbed run.
 
-All compares exactly. On CPUs, a step of as many workers computes the same bits again: exchanges add in a fixed order,
-and all that is drawn depends on the step alone.
+All comparisons are exact. On CPUs, a step of as many workers computes the same bits again: exchanges add in a fixed
+order, and everything that is drawn depends on the step alone.
 """
 
 import json
@@ -26,7 +26,10 @@ EXACT = (metrics.LOSS, metrics.GRAD_NORM, metrics.BALANCE, metrics.TOKENS, metri
 
 
 def spec_in(folder: Path, **sections: dict[str, Any]) -> None:
-    """Write a spec with dropout and jitter, so that what is drawn matters, and masks. It saves every 5 steps."""
+    """Write a spec with document masks, and with dropout and jitter, so that draws matter.
+
+    Its runs save a checkpoint every 5 steps.
+    """
     moe = tiny_spec().model.model_dump()["moe"] | {"jitter": 0.1}
     defaults: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.1, "document_masks": True, "moe": moe},
@@ -43,7 +46,7 @@ def submit(folder: Path) -> RunDir:
 
 
 def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
-    """Those of the start of this number, from 1, once it has done its first step."""
+    """Return the workers of the start of this number, counted from 1, once it has done its first step."""
     [event] = wait_until(lambda: started(run)[start - 1 : start], f"start {start} of the workers")
     group = event["group"]
     wait_until(lambda: (line := history.last(run)) and line[metrics.GROUP] >= group, f"a step of start {start}")
@@ -51,7 +54,7 @@ def workers(run: RunDir, start: int) -> list[dict[str, Any]]:
 
 
 def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> bool:
-    """Whether the process was there."""
+    """Send a signal to a process, and return whether the process existed."""
     try:
         os.kill(pid, how)
     except ProcessLookupError:
@@ -60,8 +63,10 @@ def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> bool:
 
 
 def stopped_in_mid_checkpoint(run: RunDir, pid: int) -> Location | None:
-    """A checkpoint that has no manifest yet while its rank is stopped; None, and the rank goes on, where there is none
-    just now."""
+    """Stop a rank while a checkpoint has no manifest yet, and return that checkpoint.
+
+    Where there is none just now, the rank goes on, and None is returned.
+    """
     for folder in unfinished(run):
         kill(pid, signal.SIGSTOP)
         if not (folder / MANIFEST).exists():
@@ -71,8 +76,11 @@ def stopped_in_mid_checkpoint(run: RunDir, pid: int) -> Location | None:
 
 
 def assert_as_if_nothing_had_happened(run: RunDir, reference: RunDir) -> None:
-    """Every step once, on the ordered samples, with the losses, and at the end the parameters and moments, of a run
-    that nobody hurt: all bits."""
+    """Assert that a run equals an undisturbed one in all bits.
+
+    It has every step once, on the ordered samples, with the same losses, and at the end the same parameters and
+    moments.
+    """
     assert_read_as_ordered(run)
     for line, expected in zip(history.read(run), history.read(reference), strict=True):
         assert {key: line[key] for key in EXACT} == {key: expected[key] for key in EXACT}
@@ -82,7 +90,7 @@ def assert_as_if_nothing_had_happened(run: RunDir, reference: RunDir) -> None:
 
 
 def driver_of(run: RunDir) -> int:
-    """The process of the run's newest job."""
+    """Return the process id of the run's newest job, or 0 where there is none."""
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = status.read_bytes().split(b"\0")
@@ -98,8 +106,10 @@ def driver_of(run: RunDir) -> int:
 
 
 def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
-    """Kill processes of a run at random moments: most often a worker, sometimes all of them, or the driver, after which
-    the run is resumed."""
+    """Kill processes of a run at random moments: most often a worker, sometimes all of them or the driver.
+
+    A run whose driver is killed is resumed.
+    """
     rng = random.Random(seed)
     start = 0
     for number in range(kills):
@@ -122,5 +132,5 @@ def soak(folder: Path, run: RunDir, kills: int, seed: int) -> None:
 
 
 def outcome(folder: Path, run: RunDir) -> str:
-    """As `status` says it, from the directory and the cluster."""
+    """Return the run's state as `status` gives it, from the directory and the cluster."""
     return json.loads(mhmoe(folder, "status", str(run.path), "--json").out)["state"]

@@ -1,4 +1,4 @@
-"""A disk that is full, or read-only: a file system of its own, which takes root to make."""
+"""A disk that is full or becomes read-only: a file system of its own, which only root can mount."""
 
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.system]
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a file system of 2 MB, and a way to mount it anew."""
+    """Yield a folder on a file system of 2 MB, and a function that remounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
@@ -34,8 +34,11 @@ def disk(tmp_path):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """As a disk becomes that fails: on which files are open for writing the system itself makes none so. A mount of the
-    same over it has none open."""
+    """Make a folder read-only during the block, as a failing disk becomes.
+
+    The system does not make a file system read-only while files on it are open for writing. A bind mount of the folder
+    over itself has no open files, and can be made so.
+    """
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
@@ -53,7 +56,7 @@ def start(project, disk) -> RunDir:
 
 
 def assert_told_and_whole(project, run, why):
-    """One line says why, and what was saved before is whole."""
+    """Assert that the status gives the reason without a traceback, and that the newest checkpoint is whole."""
     status = mhmoe(project, "status", str(run.path)).out
     assert why in " ".join(status.split()), status
     assert "Traceback" not in status

@@ -1,4 +1,4 @@
-"""Processes that are killed, stopped, or can open no file any more."""
+"""Processes that are killed, stopped, or unable to open files any more."""
 
 import os
 import signal
@@ -27,13 +27,13 @@ def hurt(project, steps=120, cluster=None, **train):
 
 
 def _environment(pid: int) -> dict[str, str]:
-    """Of a process, as it was started."""
+    """Return the environment that a process was started with."""
     pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if pair)
 
 
 def test_two_random_kills_change_nothing(project, request):
-    """Of a worker, and of the driver, whose run is resumed."""
+    """The kills hit a worker, and the driver, whose run is resumed."""
     run = hurt(project, keep_checkpoints=2)
     worker = harness.workers(run, 1)[0]
     assert set(malloc.settings({}).items()) <= _environment(worker["pid"]).items()
@@ -47,7 +47,8 @@ def test_two_random_kills_change_nothing(project, request):
 
 @pytest.mark.slow  # tests/train/test_watchdog.py has whom it chooses
 def test_a_rank_that_hangs_is_named_ended_and_costs_nothing(project, reference):
-    """Stopped, so that it lives but neither computes nor answers; the other waits for it in an exchange."""
+    """The rank is stopped, so that it lives but neither computes nor answers; the other rank waits for it in an
+    exchange."""
     run = hurt(project, cluster={"hang_seconds": 15})
     stopped = harness.workers(run, 1)[1]
     assert harness.kill(stopped["pid"], signal.SIGSTOP)
@@ -106,7 +107,7 @@ def test_a_run_outlives_the_whole_cluster(project, reference):
 
 
 def reserved() -> int:
-    """Placement groups of the cluster, as it knows them now."""
+    """Return the number of placement groups that the cluster has now."""
     connection = connect(None)
     told = dashboard.get(connection.address, "/api/v0/placement_groups?limit=1000", connection.token)
     return sum(group["state"] == "CREATED" for group in told["data"]["result"]["result"])
@@ -114,7 +115,10 @@ def reserved() -> int:
 
 @pytest.mark.slow
 def test_a_controller_that_dies_ends_its_job_which_leaves_nothing(project, reference):
-    """Of Ray Train, whose own process to see to that our runs go without."""
+    """The controller is Ray Train's.
+
+    Our runs go without the process by which Ray Train itself sees to the end of its controller.
+    """
     run = hurt(project)
     ranks = [worker["pid"] for worker in harness.workers(run, 1)]
     assert reserved() == 1
@@ -131,7 +135,7 @@ def test_a_controller_that_dies_ends_its_job_which_leaves_nothing(project, refer
 
 @pytest.mark.slow
 def test_a_worker_that_can_open_no_file_costs_nothing(project, reference):
-    """It fails at its next checkpoint at the latest, and says so."""
+    """The worker fails at its next checkpoint at the latest, and says so."""
     import resource
 
     run = hurt(project)

@@ -1,4 +1,4 @@
-"""A whole run on an object store: submitted, hurt, resumed, looked at and served from there."""
+"""A whole run on an object store: it is submitted, disturbed, resumed, inspected and served from there."""
 
 import socket
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def submitted(project, query, steps):
-    """A run on the server, and where it lies."""
+    """Submit a run that is stored on the server; return the run and its storage."""
     storage = f"s3://bucket/{token_hex(3)}?{query}"
     harness.spec_in(project, train={"steps": steps}, cluster={"runtime_env": {"env_vars": CREDENTIALS}})
     result = mhmoe(project, "submit", "spec.yaml", "--set", f"storage={storage}", "--detach")
@@ -57,7 +57,7 @@ def test_a_run_on_s3_outlives_a_kill_in_mid_upload(project, reference, s3):
 
 
 class Road:
-    """The way to a server on this machine, which can be closed for a while: nobody answers then."""
+    """Proxy to a server on this machine that can be closed for a while, in which nothing answers."""
 
     def __init__(self, to: int) -> None:
         self._to, self._open = to, True
@@ -96,7 +96,7 @@ class Road:
 
 
 def test_a_store_that_is_away_for_a_while_costs_no_step_and_no_follower(project, reference, s3):
-    """Longer than its clients try again by themselves."""
+    """The store is away for longer than its clients retry by themselves."""
     query, _ = s3
     road = Road(int(query.rpartition(":")[2]))
     run, storage = submitted(project, f"{query.rpartition(':')[0]}:{road.port}", 120)

@@ -1,4 +1,4 @@
-"""Random rows, routes and experts, and what a backend makes of them."""
+"""Random rows, routes and experts, and the results of a backend on them."""
 
 import torch
 
@@ -8,7 +8,10 @@ SWIGLU = Swiglu()
 
 
 def problem(seed, n, d, f, e, k, dtype=torch.float64, only=None, function=SWIGLU, device="cpu"):
-    """Random rows, routes and weights; `only` keeps the routes to the first few experts, so that others stay empty."""
+    """Return random rows, routes, gates and weights.
+
+    `only` keeps the routes to the first few experts, so that others stay empty.
+    """
     g = torch.Generator().manual_seed(seed)
     expert_NK = torch.rand(n, only or e, generator=g).topk(k, dim=-1).indices.to(device)
 
@@ -27,6 +30,6 @@ def outputs_and_gradients(backend, x, expert, gate, weights):
 
 
 def with_gradients(y, inputs):
-    """y, and the gradients of a sum that weighs its elements differently."""
+    """Return y, and the gradients of a sum that weights its elements differently."""
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     return y, *torch.autograd.grad((y * direction).sum(), inputs, materialize_grads=True)

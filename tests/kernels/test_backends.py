@@ -1,4 +1,4 @@
-"""`grouped` against `reference`, which a test of its own holds against the formula."""
+"""`grouped` against `reference`, which a test of its own compares with the formula."""
 
 import importlib
 
@@ -23,7 +23,7 @@ from mhmoe_kernels.backends import BACKENDS
 from tests.kernels.problems import outputs_and_gradients, problem, with_gradients
 
 permuting = importlib.import_module("mhmoe_kernels.permutation")
-"""Beside the function of that name."""
+"""The module of permutations itself, for patching its constants; the package exports its functions only."""
 
 
 def test_reference_is_the_formula():
@@ -82,7 +82,7 @@ def test_pieces_cover_each_experts_rows_in_order(counts, recompute, rounded, row
 
 
 def test_numbers_of_rows_are_few():
-    """For each, a CPU compiles kernels."""
+    """A CPU compiles kernels for each number of rows."""
     shapes = {p.room for n in range(700, 1400) for p in grouped.pieces([n, 5000], 0, rounded=True)[:1]}
     assert len(shapes) <= 33
     assert all(p.room <= 1.04 * n for n in range(1, 9000) for p in grouped.pieces([n, n], 0, rounded=True)[:1])
@@ -102,7 +102,7 @@ def test_sorted_rows_go_through_the_experts_they_are_counted_for(backend, count_
 @pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_grouped_in_bfloat16_is_near_float64(function, recompute):
-    """Outputs and gradients, also where rows go through an expert in many pieces."""
+    """Outputs and gradients are near, also where rows go through an expert in many pieces."""
     x, expert, gate, weights = problem(3, n=4000, d=16, f=256, e=2, k=1, dtype=torch.bfloat16, function=function)
     exact = [t.detach().double().requires_grad_() for t in (x, gate, *weights.stacked)]
     oracles = outputs_and_gradients("reference", exact[0], expert, exact[1], ExpertWeights(function, tuple(exact[2:])))
@@ -115,7 +115,7 @@ def test_grouped_in_bfloat16_is_near_float64(function, recompute):
 
 
 def test_sums_over_many_pieces_are_not_rounded_in_between():
-    """In bfloat16 a sum of ones stops growing at 256."""
+    """A sum of ones in bfloat16 would stop growing at 256."""
     total = grouped.SumOfProducts(torch.empty(1, 1, 1, dtype=torch.bfloat16))
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +180,7 @@ def test_no_backend_runs_within_autocast_of_the_caller(ask, monkeypatch):
 @pytest.mark.parametrize("backend", ["reference", "grouped", "padded", "capacity", "triton"])
 @torch.no_grad()
 def test_autocast_of_the_caller_changes_nothing(backend, function):
-    """On CUDA it would make a norm's output float32, which no product takes beside bfloat16 weights."""
+    """Autocast on CUDA would make a norm's output float32, which no product takes beside bfloat16 weights."""
     x, expert, gate, weights = problem(4, n=8, d=16, f=16, e=3, k=2, dtype=torch.float32, function=function)
     places = 8 if backend == "capacity" else None
     sorted_x, counts = permute(x, plan_routes(expert, 3)), expert.flatten().bincount(minlength=3).tolist()

@@ -35,7 +35,8 @@ def test_masks_give_what_routes_that_fit_give(seed, n, e, data):
 
 
 def test_what_does_not_fit_is_dropped_first_choices_last():
-    """Without drops by a router: two rows whose first choice is expert 0 push out a second choice of it."""
+    """The masks alone drop here, not a router: two rows whose first choice is expert 0 push out a second choice of
+    it."""
     x, _, _, weights = problem(0, n=3, d=4, f=3, e=2, k=2)
     expert = torch.tensor([[1, 0], [0, 1], [0, 1]])
     gate = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The compiled experts against `reference` in float64, and what is said where they cannot be compiled."""
+"""The compiled experts against `reference` in float64, and the reasons given where they cannot be compiled."""
 
 import os
 import shutil
@@ -17,13 +17,16 @@ from tests.kernels.problems import outputs_and_gradients, problem, with_gradient
 CPU = torch.device("cpu")
 HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++"))
 COMPILES = sys.platform == "linux" and cpu_level() >= CpuLevel.AVX512_BF16 and HAS_COMPILER
-"""By what the machine is; by what the kernel says of itself, one that does not compile would only be skipped."""
+"""Whether the kernel must compile here, judged by the machine.
+
+Judged by what the kernel says of itself, a kernel that does not compile would only be skipped.
+"""
 runs_here = pytest.mark.skipif(not COMPILES, reason="needs Linux, a CPU with AVX512_BF16, and g++")
 pytestmark = pytest.mark.cpu
 
 
 def rounded(seed, n, d, f, e, k, only=None):
-    """A problem in bfloat16 of values as a layer has them, and the same in float64."""
+    """Return a problem in bfloat16 with values as a layer has them, and the same problem in float64."""
     x, expert, gate, w = problem(seed, n, d, f, e, k, only=only)
     stacked = [(t.detach() / t.shape[-1] ** 0.5).bfloat16() for t in w.stacked]
     x, gate = x.detach().bfloat16(), gate.detach().float()
@@ -36,7 +39,7 @@ def rounded(seed, n, d, f, e, k, only=None):
 
 
 def error(found, exact):
-    """Norm of the difference over norm."""
+    """Return the norm of the difference divided by the norm of `exact`."""
     return (found.double() - exact).norm() / exact.norm() if exact.norm() else found.double().norm()
 
 
@@ -113,7 +116,7 @@ def test_the_same_input_gives_the_same_bits():
 @runs_here
 @pytest.mark.parametrize("size", [30, 1e3, 1e10])
 def test_gates_far_from_zero_are_open_or_shut(size):
-    """silu(g) is g or 0 there, as are its gradients; e^-g is beyond float32."""
+    """silu(g) is g or 0 at such gates, with gradients to match, while e^-g is beyond float32."""
     (x, _, _, w), (exact_x, _, _, exact) = rounded(8, n=64, d=32, f=64, e=1, k=1)
     with torch.no_grad():
         x *= size
@@ -194,7 +197,7 @@ def test_a_compiler_that_fails_is_a_reason_in_one_line(tmp_path):
 
 @runs_here
 def test_a_library_that_cannot_be_loaded_is_a_reason_too(tmp_path):
-    """As in a cache without leave to execute, or of a machine with another C library."""
+    """Examples are a cache without permission to execute, and a cache of a machine with another C library."""
     assert said(start(tmp_path)) == "None"
     [library] = (tmp_path / "mhmoe").iterdir()
     library.unlink()

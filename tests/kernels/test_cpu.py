@@ -1,4 +1,4 @@
-"""The level of a CPU: of machines drawn here, of this one, and of processes that are held to less."""
+"""The level of a CPU: of made-up machines, of this one, and of processes that are held to a lower level."""
 
 import os
 import subprocess
@@ -19,7 +19,10 @@ pytestmark = pytest.mark.cpu
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine of these instructions, on which nothing lowers the level; AMX can be used or not."""
+    """Yield a function that makes this a machine of given instructions, with or without usable AMX.
+
+    Nothing lowers the level of that machine.
+    """
 
     def become(*instructions, amx=True, architecture="x86_64", capability="AVX512"):
         has = {"architecture": architecture, **dict.fromkeys(instructions, True)}
@@ -99,12 +102,12 @@ print(cpu_level().name, torch.backends.cpu.get_cpu_capability(), flush=True)
 torch.nn.functional.linear(torch.ones(4, 8), torch.ones(8, 8).to_mkldnn().to_dense())
 """
 ONEDNN = {CpuLevel.GENERIC: "Intel SSE4.1", CpuLevel.AVX2: "Intel AVX2"}
-"""What it calls these levels; the others begin with AVX-512."""
+"""Names that oneDNN has for these levels; the names of the other levels begin with AVX-512."""
 
 
 @pytest.mark.parametrize("level", [level for level in CpuLevel if level <= machine_level()])
 def test_a_process_with_the_environment_of_a_level_is_at_it(level):
-    """Ours, torch and oneDNN alike; and what the processes of this session are held to does not matter."""
+    """Our code, torch and oneDNN are all at the level, whatever level the processes of this session are held to."""
     environment = {**os.environ, **level_environment(level), "ONEDNN_VERBOSE": "all"}
     done = subprocess.run([sys.executable, "-c", SAY], env=environment, capture_output=True, text=True, check=True)
     assert cpu.is_x86() or level == CpuLevel.GENERIC

@@ -15,7 +15,7 @@ KINDS = [Swiglu(), GeluSubln(), GeluSubln(0.1)]
 
 
 def matmul_of(counts):
-    """With so many rows of each expert."""
+    """Return a grouped product for these numbers of rows of the experts."""
     ends = torch.tensor(counts).cumsum(0).int()
     return lambda x_RI, w_EOI: F.grouped_mm(x_RI, w_EOI.transpose(-2, -1), offs=ends)
 

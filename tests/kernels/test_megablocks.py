@@ -1,6 +1,6 @@
-"""The real megablocks against `reference`: its kernels interpreted on a CPU, or as compiled on CUDA.
+"""The real megablocks against `reference`: its kernels are interpreted on a CPU, and run as compiled on CUDA.
 
-On a CPU, `tests/kernels/megablocks_ops.py` stands for its compiled extension, and is held against definitions here.
+On a CPU, `tests/kernels/megablocks_ops.py` stands for its compiled extension, and is compared with definitions here.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What a user reads where megablocks cannot run."""
+"""Reasons that a user reads where megablocks cannot run."""
 
 import os
 import re
@@ -18,7 +18,7 @@ installed = pytest.mark.skipif(
 
 
 def missing_in_a_process(**env):
-    """As the machine has it, without the stand-in."""
+    """Return the reason in a new process, where megablocks is as the machine has it, without the stand-in."""
     code = "from mhmoe_kernels.megablocks import _missing; print(_missing())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **env}

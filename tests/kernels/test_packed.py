@@ -1,4 +1,4 @@
-"""Packed matrices and experts against plain ones, and that a row's result depends on no other row."""
+"""Packed matrices and experts against plain ones, and the independence of a row's result from all other rows."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.kernels.problems import problem
 
 FUNCTIONS = [Swiglu(), GeluSubln()]
 LEVELS = {torch.float32: CpuLevel.AVX2, torch.bfloat16: CpuLevel.AVX512_BF16}
-"""From which on a dtype is packed on an x86; elsewhere float32 is, wherever oneDNN is there."""
+"""Lowest CPU level at which each dtype is packed on an x86; elsewhere float32 is packed wherever oneDNN is there."""
 MULTIPLIED = [dtype for dtype in LEVELS if (cpu_level() >= LEVELS[dtype] if is_x86() else dtype == torch.float32)]
 DTYPES = MULTIPLIED if torch._C._has_mkldnn else []
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)

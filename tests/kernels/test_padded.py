@@ -1,4 +1,4 @@
-"""`padded` against `reference`, and that a row's result depends on no other row."""
+"""`padded` against `reference`, and the independence of a row's result from all other rows."""
 
 import pytest
 import torch

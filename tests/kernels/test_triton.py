@@ -30,7 +30,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreted():
-    """Triton looks when a kernel is defined, so nothing above may import one."""
+    """Choose Triton's interpreter on a CPU.
+
+    Triton looks at the choice when a kernel is defined, so nothing above may import a kernel.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
@@ -38,7 +41,7 @@ def _interpreted():
 
 
 def problem(kind, seed, n, d, f, e, k, dtype=torch.float32, only=None):
-    """Rows, routes, gates of which some are 0 as a dropped route's, and weights as a layer starts with."""
+    """Return rows, routes, gates, some of which are 0 as a dropped route's, and weights as a layer starts with."""
     g = torch.Generator().manual_seed(seed)
     make = partial(torch.randn, generator=g)
     if kind == "swiglu":
@@ -89,8 +92,10 @@ def test_bfloat16_is_near_float64_reference(kind, d, f):
 
 
 def test_norm_of_hidden_units_far_from_zero_keeps_its_digits():
-    """Mean over deviation is 200: E[g^2] - E[g]^2 would lose 4 digits of 7, off by 5e-3. The rest is lost by sums
-    of products."""
+    """Mean over deviation is 200, so that E[g^2] - E[g]^2 would lose 4 digits of 7, an error of 5e-3.
+
+    The rest of the error comes from sums of products.
+    """
     x, expert, gate, weights = problem("gelu", 3, n=20, d=16, f=40, e=2, k=1)
     fc1, bias, *rest = weights.stacked
     shifted = ExpertWeights(weights.function, (fc1, bias + 200, *rest))
@@ -175,7 +180,7 @@ def test_the_base_install_does_not_need_triton():
 
 
 def test_kernels_compile_for_an_h100_without_one(tmp_path):
-    """At width 128, whose blocks spill nothing: matrix units in all kernels, and tiles within shared memory."""
+    """All kernels use matrix units, with tiles within shared memory, at width 128, whose blocks spill nothing."""
     code = (
         "import torch\n"
         "from mhmoe_kernels.triton.resources import KERNELS, SHARED_LIMIT, resources\n"
@@ -188,7 +193,7 @@ def test_kernels_compile_for_an_h100_without_one(tmp_path):
 
 
 def test_blocks_of_every_width_fit_in_shared_memory():
-    """By the formula of blocks.py, at the widest rows that take them."""
+    """The formula of blocks.py gives the memory of each block, at the widest rows that take it."""
     for (kind, kernel), table in blocks._BFLOAT16.items():
         matrices = {"swiglu": 3, "gelu": 2}[kind]
         for width, (rows, hidden, _, stages) in table.items():

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for mixture-of-experts layers over what a spec may ask for."""
+"""Hypothesis strategies for mixture-of-experts layers, over all that a spec may ask for."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
 
 @st.composite
 def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
-    """Of one layer; `fixed` fields of MoESpec, and the backbone, are not drawn."""
+    """Draw the spec of a model of one layer; `fixed` fields of MoESpec, and a fixed backbone, are not drawn."""
     experts = fixed.get("experts", draw(st.integers(1, 7), label="E"))
     top_k = fixed.get("top_k", draw(st.integers(1, experts), label="k"))
     fields = {
@@ -50,7 +50,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
 
 @st.composite
 def layers(draw: st.DrawFn, batch: tuple[int, int] = (1, 4), dtype: torch.dtype = torch.float64, **fixed: Any) -> Drawn:
-    """A layer of random weights and tokens for it; `batch` bounds the number of sequences."""
+    """Draw a layer of random weights, and tokens for it; `batch` bounds the number of sequences."""
     spec = draw(specs(**fixed))
     model = Decoder(spec)
     seed = draw(st.integers(0, 1000), label="seed")

@@ -54,7 +54,7 @@ def test_cached_generation_gives_the_same_logits(heads, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_only_distance_between_tokens_counts_for_attention(kind):
-    """Rotary positions, xPos's too: attention sees shifted keys and queries alike."""
+    """Positions are rotary, xPos's too, so attention is the same where keys and queries are shifted alike."""
     from mhmoe_ray.model.attention import Attention, rotary
 
     spec = build(**kind).spec

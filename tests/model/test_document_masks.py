@@ -1,4 +1,4 @@
-"""Documents packed into one sample, each as if it were alone."""
+"""Documents packed into one sample, each of which is treated as if it were alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.model.test_decoder import KINDS, build, tokens
 from tests.paged import in_parts
 
 LENGTHS = [[7, 1, 12], [13, 7], [20]]
-"""Of the documents in each sample of a batch."""
+"""Lengths of the documents in each sample of a batch."""
 
 
 def documents() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Dropout in training: what it does on average, where it falls, and what its draws depend on."""
+"""Dropout in training: its effect on average, the places where it applies, and the dependence of its draws."""
 
 import pytest
 import torch
@@ -46,7 +46,8 @@ def test_entries_are_zero_or_scaled_so_that_the_mean_stays(rate, dtype):
 
 @torch.no_grad()
 def test_every_expert_of_a_sub_token_has_a_mask_of_its_own():
-    """Each entry of a sub-token is g1 f1 / (1 - p) or 0, plus g2 f2 / (1 - p) or 0, all four equally often at 1/2."""
+    """Each entry of a sub-token is g1 f1 / (1 - p) or 0, plus g2 f2 / (1 - p) or 0; at p = 1/2 all four are equal in
+    number."""
     [layer] = build(dropout=0.5).moe_layers()
     x_ND = torch.randn(1, 8, dtype=torch.float64, generator=generator()).expand(4000, 8)
     routing = layer.router(x_ND)

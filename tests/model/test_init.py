@@ -43,8 +43,11 @@ def test_head_and_merge_projections_start_as_the_authors_do():
 @pytest.mark.parametrize("backbone", ["llama", "subln"])
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_weight_starts_within_its_bound(backbone, router):
-    """As nn.Linear (+-fan_in^-0.5), but for the projections; on subln some are then sqrt(ln 2L) times that. Embedding
-    and output, which are normal and have no bound, by their deviation; norms change nothing."""
+    """Weights start as in nn.Linear (+-fan_in^-0.5), except for the projections; on subln some are then sqrt(ln 2L)
+    times that.
+
+    Embedding and output are normal and have no bound, so they are checked by their deviation. Norms change nothing.
+    """
     moe = MoESpec(heads=2, experts=48, top_k=1, d_expert=100, router=router, projection_layers=2)
     sizes = {"vocab_size": 500, "d_model": 64, "layers": 4, "attention_heads": 4, "d_ff": 90, "moe": moe}
     spec = ModelSpec(backbone=backbone, tied_embeddings=False, **sizes)

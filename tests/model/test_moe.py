@@ -14,7 +14,7 @@ pytestmark = pytest.mark.long
 
 
 def linear(projection, x):
-    """A projection of one or no layer."""
+    """Apply a projection of one layer or of none."""
     return x if isinstance(projection, torch.nn.Identity) else projection.weight @ x + projection.bias
 
 
@@ -37,7 +37,10 @@ def probabilities(scores, kind, x):
 
 
 def by_the_equations(layer, moe, x_M):
-    """One token through METHOD's equations 1 to 6, written with plain loops; 0.3 is X-MoE's initial temperature."""
+    """Compute one token by METHOD's equations 1 to 6, written with plain loops.
+
+    X-MoE's initial temperature is 0.3.
+    """
     mixed = linear(layer.head, x_M)
     pieces = []
     for j in range(moe.heads):
@@ -66,7 +69,8 @@ def test_the_layer_is_the_equations(data):
 @given(data=st.data())
 @torch.no_grad()
 def test_dropped_routes_contribute_nothing_and_the_others_what_they_did(data):
-    """Under static capacity, from the routing alone: the sum over kept routes of their dropless weight and output."""
+    """The routing alone determines the output under static capacity: it sums the dropless weight times output of kept
+    routes."""
     factor = data.draw(st.sampled_from([0.2, 0.7, 1.0]))
     drawn = layers(capacity_factor=factor, merge_projection=False, d_shared=0, sub_token_residual=False)
     layer, moe, x = data.draw(drawn)

@@ -1,4 +1,4 @@
-"""What holds for a mixture-of-experts layer whatever its heads, experts, router, capacity, dtype and backbone are."""
+"""Properties of a mixture-of-experts layer for all heads, experts, routers, capacities, dtypes and backbones."""
 
 import pytest
 import torch
@@ -54,7 +54,8 @@ def test_shapes_gates_and_counts(data, dtype):
 @given(data=st.data())
 @torch.no_grad()
 def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
-    """x_i^j are features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1, 3.1)."""
+    """Sub-token x_i^j is features j d/h to (j + 1) d/h of token i after the head projection, in row i h + j (P1,
+    3.1)."""
     layer, moe, x = data.draw(layers())
     mixed, width = layer.head(x).flatten(0, 1), WIDTH // moe.heads
     seen = []
@@ -69,7 +70,8 @@ def test_sub_tokens_are_slices_of_their_token_token_by_token(data):
 @given(data=st.data(), dtype=DTYPES, heads=st.sampled_from([1, 2, 3, 4, 6]), experts=st.integers(1, 6))
 @torch.no_grad()
 def test_experts_that_return_their_input_give_the_tokens_back(data, dtype, heads, experts):
-    """Through the split, the sort by expert and back, and the join: to the bit, as each weight is exactly 1."""
+    """Tokens come through the split, the sort by expert and back, and the join to the bit, as each weight is exactly
+    1."""
     drawn = layers(
         dtype=dtype, heads=heads, experts=experts, top_k=1, capacity_factor=None, router="linear", d_shared=0,
         head_projection=False, merge_projection=False, sub_token_residual=False,
@@ -127,7 +129,10 @@ def test_renaming_experts_changes_nothing(data):
 @given(data=st.data(), dtype=DTYPES)
 def test_a_token_reaches_its_own_output_alone(data, dtype):
     """No derivative, not even a small one, leads from one token's output to another's input, of its sequence or of
-    another; with a static capacity only the choice of what is dropped depends on others."""
+    another.
+
+    With a static capacity, only the choice of the routes that are dropped depends on other tokens.
+    """
     layer, _, x = data.draw(layers(dtype=dtype))
     x.requires_grad_()
     y, _ = layer(x)
@@ -155,7 +160,7 @@ def test_without_drops_other_tokens_change_nothing(data):
 @common
 @given(data=st.data(), used=st.integers(1, 5))
 def test_experts_without_rows_are_not_touched(data, used):
-    """Even NaN in their weights goes nowhere, and their gradient is zero."""
+    """Even NaN in the weights of such experts reaches nothing, and their gradient is zero."""
     layer, _, x = data.draw(layers(experts=6, top_k=data.draw(st.integers(1, used)), bias_rate=0.1))
     layer.router.bias_E[used:] = -10.0
     with torch.no_grad():
@@ -187,7 +192,8 @@ def test_no_rows_at_all_still_run_both_ways(data):
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_lower_precision_is_near_double(data, dtype):
-    """From the same rounded weights and rows; without a head projection, so that no rounding decides a route."""
+    """Both precisions have the same rounded weights and rows, without a head projection, so that no rounding decides a
+    route."""
     layer, _, x = data.draw(layers(dtype=dtype, head_projection=False))
     y, routing = layer(x)
     exact, oracle = layer.double()(x.double())

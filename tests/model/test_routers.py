@@ -290,6 +290,9 @@ def test_an_option_that_would_be_ignored_is_an_error(fields, why):
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("fields", [{}, {"capacity_factor": 1.0, "balance_choices": "all"}])
 def test_no_shape_depends_on_where_rows_go_so_that_a_gpu_is_not_waited_for(name, fields):
-    """On the meta device there are no values to wait for; nor autocast, which `forward` switches off."""
+    """The meta device has no values to wait for.
+
+    It has no autocast either, which `forward` switches off, so `_route` is called.
+    """
     found = router(router=name, bias_rate=0.1, **fields).to("meta")._route(rows().to("meta"), None)
     assert (found.count_E.shape, found.dropped.shape) == ((6,), ())

@@ -1,4 +1,5 @@
-"""What chance alone makes static routing drop, against every choice that there is and against the router's own rule."""
+"""The share of routes that static routing drops by chance, against all possible choices and against the router's own
+rule."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a step's time, by hand on small cases; whether it is what GPUs take is not checked here."""
+"""The arithmetic of a step's time against small cases done by hand; whether GPUs take that time is not checked here."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def by_name(spec, layout):
 
 
 def test_an_exchange_waits_for_its_slowest_link():
-    """Rows of 2 x 16 tokens, twice routed, 32 values of 2 bytes: 4,096 bytes, a quarter to each rank of four."""
+    """Rows of 2 x 16 tokens, twice routed, of 32 values of 2 bytes are 4,096 bytes, a quarter to each of four ranks."""
     spec = spec_of({"node": {"bandwidth": 1000}, "domain": {"bandwidth": 100}})
     assert by_name(spec, two_nodes(spec))["rows to experts"] == ("rows to experts", 2048 / 100, "links between nodes")
     quick = spec_of({"node": {"bandwidth": 10}, "domain": {"bandwidth": 100}})
@@ -79,7 +79,10 @@ def test_products_take_as_long_as_flops_or_bytes():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
-    """Three layers of experts, two micro-batches on each of four ranks: every number anew from sizes and bytes."""
+    """The model has three layers of experts, and each of four ranks has two micro-batches.
+
+    Every number is derived anew from sizes and bytes.
+    """
     moe = {"heads": 2, "experts": 4, "top_k": 2, "d_expert": 24, "every": 1}
     spec = spec_of(
         network={"node": {"bandwidth": 1000}, "domain": {"bandwidth": 100}},
@@ -117,7 +120,7 @@ def test_a_step_has_all_its_micro_batches_and_all_their_layers(tied):
 
 @pytest.mark.parametrize(("ep", "experts_passes"), [(1, 4), (4, 3 + 2 / 3)])
 def test_recomputing_costs_another_forward_of_what_is_in_blocks_alone(ep, experts_passes):
-    """And of spread experts their hidden rows: two of their three products."""
+    """Experts that are spread over ranks recompute only their hidden rows: two of their three products."""
     accelerator = {"bfloat16_flops": 1e6, "flops_share": 1, "memory_bandwidth": 1e15}
     model = {**tiny_spec().model.model_dump(), "moe": {"experts": 4, "d_expert": 24, "d_shared": 16, "every": 2}}
     cluster = {"workers": 4, "ep": ep, "accelerator": accelerator}

@@ -40,7 +40,7 @@ def test_domains_are_filled_before_groups_lie_in_several(places, ep):
 
 
 def test_leftovers_of_a_rack_stay_in_it():
-    """Two racks of two nodes with 6 free GPUs each, in groups of 4."""
+    """The two racks have two nodes with 6 free GPUs each, and groups have 4 ranks."""
     nodes = [f"node{n}" for n in range(4) for _ in range(6)]
     domains = ["rack0"] * 12 + ["rack1"] * 12
     groups = expert_groups(nodes, 4, domains)
@@ -51,7 +51,10 @@ def test_leftovers_of_a_rack_stay_in_it():
 
 
 def test_a_thousand_nodes():
-    """8 GPUs each, 16 nodes a rack, groups of 64: 8 nodes, of which each rack has two."""
+    """The nodes have 8 GPUs each, with 16 nodes in a rack.
+
+    A group of 64 needs 8 nodes, so that each rack has two groups.
+    """
     nodes = [f"node{n}" for n in range(1024) for _ in range(8)]
     domains = [f"rack{n // 16}" for n in range(1024) for _ in range(8)]
     groups = expert_groups(nodes, 64, domains)

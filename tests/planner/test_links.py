@@ -17,7 +17,7 @@ CLASSES = ("node", "domain", "between")
 
 
 def layout_of(sizes, ep, nodes_per_domain=2):
-    """Ranks on nodes of these sizes."""
+    """Return a layout of ranks on nodes of these sizes."""
     nodes = [Node(f"n{i}", 8, 8, f"d{i // nodes_per_domain}") for i in range(len(sizes))]
     return laid_out([node for node, size in zip(nodes, sizes, strict=True) for _ in range(size)], ep)
 
@@ -52,7 +52,10 @@ SIZES = [([4, 4, 4, 4], 16), ([6, 2, 4, 4], 8), ([3, 3, 3, 3], 4), ([8], 4)]
 @pytest.mark.parametrize(("sizes", "ep"), SIZES)
 @pytest.mark.parametrize("dispatch", ["flat", "hierarchical"])
 def test_rows_over_each_link_are_those_of_drawn_routing(sizes, ep, dispatch):
-    """Every token's rows walked from rank to rank. Hierarchical dispatch of nodes of unequal sizes: on average."""
+    """Every token's rows are walked from rank to rank.
+
+    Hierarchical dispatch between nodes of unequal sizes is right on average.
+    """
     random.seed(0)
     layout = layout_of(sizes, ep)
     experts, top_k, tokens = 48, 3, 1500
@@ -92,7 +95,7 @@ def test_rows_over_each_link_are_those_of_drawn_routing(sizes, ep, dispatch):
 
 @pytest.mark.parametrize(("sizes", "ep"), SIZES)
 def test_rings_cross_the_links_that_a_walk_from_rank_to_rank_does(sizes, ep):
-    """One ring for each rank of a node, in which the ranks of each node are turned by one."""
+    """There is one ring for each rank of a node, and from ring to ring the ranks of each node are turned by one."""
     layout = layout_of(sizes, ep)
     everyone = sorted(range(len(layout.nodes)), key=lambda r: (layout.domains[r], layout.nodes[r]))
     on = [[r for r in everyone if layout.nodes[r] == node] for node in dict.fromkeys(layout.nodes[r] for r in everyone)]

@@ -25,7 +25,7 @@ def solved(moe, reference=SMOE, **match):
 
 
 def test_the_follow_up_papers_rows_are_found():
-    """P2: SMoE 8 x 2048 top-1 against h 2, 40 x 768 top-2, and h 3, 96 x 512 top-3."""
+    """P2 compares SMoE 8 x 2048 top-1 with h 2, 40 x 768 top-2, and with h 3, 96 x 512 top-3."""
     assert solved({"heads": 2, "top_k": 2}, by="both") == (768, 40)
     assert solved({"heads": 3, "top_k": 3}, by="both") == (512, 96)
     assert solved({"heads": 1, "top_k": 2}, by="both") == (1024, 16)
@@ -36,7 +36,8 @@ def test_the_follow_up_papers_rows_are_found():
 
 
 def test_the_first_papers_width_is_the_one_of_equal_parameters():
-    """P1 with biases and SubLN: within three of what its own rule gives, which leaves the router out."""
+    """P1's models have biases and SubLN; the width is within three of what P1's own rule gives, which leaves the router
+    out."""
     from mhmoe_ray.planner.papers import equal_parameter_width
 
     trunk = {"backbone": "subln", "d_ff": 3072}
@@ -87,7 +88,7 @@ def test_what_is_solved_is_the_nearest_there_is(heads, top_k, multiple, router, 
     target, count = (goal.parameters, parameters) if by == "params" else (compute_goal, compute)
 
     def steps(value):
-        """What it may have been rounded to, the largest first."""
+        """Return the multiples to which a value may have been rounded, the largest first."""
         return [multiple // part for part in (1, 2, 4, 8) if multiple % part == 0 and value % (multiple // part) == 0]
 
     def near(value, other, error, other_error):
@@ -122,7 +123,7 @@ def test_rounding_takes_smaller_steps_where_it_would_miss_by_much():
     ("ep", "experts"), [(2, 40), (3, 42), (4, 40), (5, 40), (6, 42), (7, 42), (8, 40), (9, 45), (16, 48)]
 )
 def test_experts_divide_over_any_number_of_ranks_and_stay_near(ep, experts):
-    """41.3 match exactly."""
+    """The exact match is 41.3 experts."""
     moe = {"heads": 2, "top_k": 2}
     assert solve(model(moe), SMOE, MatchSpec(to="reference", by="both"), ep=ep) == (768, experts)
     ours = model({**moe, "d_expert": 768, "experts": experts})

@@ -1,4 +1,4 @@
-"""Memory against what autograd really keeps of a step, and what torch's optimizer really holds."""
+"""Planned memory against what autograd really keeps of a step, and what torch's optimizer really holds."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def spec_of(kind, experts, precision="float32") -> RunSpec:
 
 
 class Kept:
-    """A hook that adds up the bytes of all storages that a graph holds, weights themselves aside."""
+    """Hook that adds up the bytes of all storages that a graph holds, except the weights themselves."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -124,7 +124,7 @@ def test_activations_of_compiled_experts():
 
 @pytest.mark.parametrize("kind", ["llama", "subln"])
 def test_activations_of_experts_that_keep_all(kind):
-    """Wide ones, of which `grouped` would keep less; `reference` keeps places of routes too."""
+    """The experts are wide, so that `grouped` would keep less of them; `reference` keeps the places of routes too."""
     spec = spec_of(kind, "recomputed")
     plain = spec.model.with_moe(spec.model.moe.model_copy(update={"kernel": "reference"}))
     spec = spec.model_copy(update={"model": plain})
@@ -212,7 +212,7 @@ def test_expert_parallelism_spreads_experts_and_nothing_else():
 
 
 def held_by_a_rank(spec):
-    """Bytes of weights, gradients after a step's last backward, and moments."""
+    """Return the bytes that a rank holds of weights, of gradients after a step's last backward, and of moments."""
     trainer = trainer_of(spec)
     sums = trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world])
     parameters = list(trainer.model.parameters())
@@ -245,7 +245,7 @@ def test_slices_are_those_that_ranks_hold(workers, ep, strategy, shard_experts):
 
 
 def kept_by_a_saver(spec, path):
-    """Bytes of its buffers after two checkpoints."""
+    """Return the bytes of a saver's buffers after two checkpoints."""
     saver = Saver(RunDir(path), trainer_of(spec), group=1)
     for _ in range(2):
         saver.save(saver._trainer.zero_counts())
@@ -284,7 +284,7 @@ def test_strategies_hold_ever_less():
 
 
 def peak(spec):
-    """The most that a forward and backward pass has allocated beside gradients."""
+    """Return the most bytes that a forward and backward pass has allocated beside gradients."""
     trainer = trainer_of(spec)
     batch = micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world][:1]
     trainer.accumulate(batch)  # so that gradients are there
@@ -294,7 +294,7 @@ def peak(spec):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precision):
-    """With logits and all that is made of them at once, and nothing of it twice."""
+    """The peak has the logits and all that is made of them at once, and nothing of it twice."""
     model = {**TRUNK, "vocab_size": 20_000, "d_model": 16, "d_ff": 32, "moe": None}
     train = {"micro_batch_size": 2, "micro_batches": 2, "precision": precision}
     cluster = {"workers": workers, "strategy": strategy}
@@ -307,7 +307,7 @@ def test_the_peak_of_a_large_vocabulary_is_at_its_loss(workers, strategy, precis
 
 @pytest.mark.parametrize(("experts", "ep", "least"), [("dense", 1, 3), ("multi-head", 1, 3), ("multi-head", 2, 1.5)])
 def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts, ep, least):
-    """And of experts on several ranks also what is exchanged, which is not sent again."""
+    """Experts on several ranks also keep what is exchanged, which is not sent again."""
 
     def of(recompute):
         model = {**spec_of("llama", experts).model.model_dump(), "layers": 8, "vocab_size": 50}
@@ -323,8 +323,11 @@ def test_recomputing_keeps_inputs_of_blocks_and_one_block(experts, ep, least):
 
 
 def whole_on_a_rank(spec):
-    """Bytes of tensors that FSDP has whole: weights while the last layer's experts compute, gradients after each
-    micro-batch but the last."""
+    """Return the bytes of tensors that FSDP has whole: weights and gradients.
+
+    The weights are those while the last layer's experts compute. The gradients are those after each micro-batch, of
+    which none are left after the last.
+    """
     trainer = trainer_of(spec)
 
     def units():
@@ -352,7 +355,7 @@ def whole_on_a_rank(spec):
 
 @pytest.mark.parametrize("shard_experts", [False, True])
 def test_what_fsdp_puts_together_is_what_a_rank_has_whole(shard_experts):
-    """Of blocks as wide as each other but for their experts; a CPU gathers no block in advance."""
+    """The blocks are all of one width but for their experts; a CPU gathers no block in advance."""
     model = {**tiny_spec().model.model_dump(), "moe": {**EXPERTS["multi-head"], "every": 1}, "d_ff": None}
     spec = tiny_spec(model=model, cluster={"workers": 2, "strategy": "fsdp", "shard_experts": shard_experts})
     found, experts = blocks(spec.model), sizes(spec.model).expert_parameters

@@ -1,4 +1,4 @@
-"""Forecasts on paper; tests/cluster/test_nodes.py holds them against Ray."""
+"""Placement forecasts on paper; tests/cluster/test_nodes.py compares them with Ray."""
 
 from collections import Counter
 
@@ -48,7 +48,8 @@ def test_groups_straddle_no_more_than_whole_groups_of_each_node_allow(sizes, ep,
 
 
 def test_six_and_two_free_gpus():
-    """Ray takes the six first; a group of 4 straddles, and so says the reason to refuse it."""
+    """Ray fills the node with six GPUs first; one group of 4 then straddles nodes, and the reason to refuse it says
+    so."""
     nodes = [Node("small", 8, 2), Node("large", 8, 6)]
     layout = laid_out(packed(nodes, 1, 1, 8), 4)
     assert layout.nodes == ["large"] * 6 + ["small"] * 2
@@ -64,8 +65,11 @@ def test_scarcer_resources_decide_and_cpus_count_too():
 
 
 def test_a_thousand_nodes_in_racks_with_some_gpus_taken():
-    """8 GPUs each, 2 of them taken on every fourth node; racks of 12. Groups of 4 lie on a node but for what is left of
-    the nodes with 6, of which two make one, in a rack where they can; of three such nodes in a rack one remains."""
+    """The nodes have 8 GPUs each, 2 of them taken on every fourth node, in racks of 12.
+
+    Groups of 4 lie on one node, except for what is left of the nodes with 6 GPUs. Two such nodes make one group, in a
+    rack where they can; of three such nodes in a rack one remains.
+    """
     nodes = [Node(f"node{i}", 64, 6 if i % 4 == 0 else 8, f"rack{i // 12}") for i in range(1000)]
     world = sum(int(node.gpus) for node in nodes)
     places = packed(nodes, 4, 1, world)
@@ -79,7 +83,8 @@ def test_a_thousand_nodes_in_racks_with_some_gpus_taken():
 
 
 def test_nodes_of_mixed_sizes():
-    """4, 8 and 2 GPUs, 300 of each: groups of 8 lie on a node of 8 or on several of the others."""
+    """The nodes have 4, 8 and 2 GPUs, 300 nodes of each size; groups of 8 lie on a node of 8 or on several of the
+    others."""
     nodes = [Node(f"n{kind}-{i}", 16, size) for i in range(300) for kind, size in enumerate((4, 8, 2))]
     layout = laid_out(packed(nodes, 1, 1, 300 * 14), 8)
     assert layout.nodes[: 300 * 8] == [f"n1-{i}" for i in range(300) for _ in range(8)]

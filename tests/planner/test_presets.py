@@ -1,4 +1,4 @@
-"""The papers' models and the families: their sizes are the published ones, and every one of them is a whole spec."""
+"""The papers' models and the families: their sizes are the published ones, and each of them is a complete spec."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Work and traffic of the expert step against counts of the operations that really run."""
+"""Planned work and traffic of the expert step against counts of the operations that really run."""
 
 import math
 
@@ -25,7 +25,10 @@ MODELS = [
 
 @pytest.fixture(autouse=True)
 def as_many_rows_as_there_are(monkeypatch):
-    """A CPU rounds them up by some per cent, which is no work of the method's."""
+    """Keep the numbers of rows as they are.
+
+    A CPU rounds them up by some per cent, which is no work of the method's.
+    """
     monkeypatch.setattr(grouped, "STEPS", 1 << 20)
 
 
@@ -43,7 +46,7 @@ def decoder(spec):
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Bytes of operands and results of all matrix products."""
+    """Mode that adds up the bytes of operands and results of all matrix products."""
 
     def __init__(self):
         super().__init__()

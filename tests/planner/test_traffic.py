@@ -1,4 +1,4 @@
-"""Traffic against the collectives that a real step of several processes issues."""
+"""Planned traffic against the collectives that a real step of several processes issues."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from tests.train.jobs import batches, trainer_of
 
 
 class Collectives(TorchDispatchMode):
-    """Calls and bytes that this rank brings, by collective."""
+    """Mode that counts the calls and the bytes that this rank brings, by collective."""
 
     def __init__(self):
         super().__init__()
@@ -124,8 +124,11 @@ def test_slices_are_gathered_and_reduced_as_in_a_real_step(shard_experts):
 
 
 def seen_of_zero(spec):
-    """Of a second step, as DeepSpeed learns in the first in which order weights are used; the most parameters that were
-    whole before the last norm; and what all are."""
+    """Return the bytes sent in a second step while it accumulates and while it updates, and the parameters that were
+    whole before the last norm.
+
+    DeepSpeed learns in the first step in which order weights are used. The parameters are counted in bytes.
+    """
     trainer = trainer_of(spec)
     parameters = list(trainer.model.parameters())
     whole = []
@@ -139,7 +142,7 @@ def seen_of_zero(spec):
 
 
 def in_all(spec, name):
-    """Bytes that a rank brings in a step."""
+    """Return the bytes that a rank brings in a step to the planned exchanges whose names start with `name`."""
     return sum(e.payload * e.times for e in exchanges(spec) if e.name.startswith(name))
 
 

@@ -1,4 +1,4 @@
-"""Manifests against the schemas of those who read them, and against the planner."""
+"""Rendered manifests against the schemas of the programs that read them, and against the planner."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def run(folder=MOUNT, **sections):
 
 
 def closed(schema):
-    """With unknown keys as errors, which Kubernetes drops without a word."""
+    """Return a schema in which unknown keys are errors; Kubernetes drops them silently."""
     if isinstance(schema, dict):
         found = {key: closed(value) for key, value in schema.items()}
         if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
@@ -112,7 +112,7 @@ def test_the_image_has_what_ray_imports_to_start_machines():
 
 
 def test_the_image_has_compilers_the_extras_of_jobs_and_the_environment_of_servers():
-    """torch's Triton asks for a C compiler where it first runs, our own kernels for one of C++."""
+    """torch's Triton needs a C compiler where it first runs, and our own kernels need one of C++."""
     text = files(SITE)["Containerfile"]
     installed = re.search(r"apt-get install (.*) \\\n", text)[1].split()
     assert {"gcc", "g++", "libc6-dev"} <= set(installed)
@@ -255,7 +255,10 @@ EVERYTHING = {
 
 
 def _spoilt(tree):
-    """Copies of it, in each of which another text, also one that is a key of labels, has two lines."""
+    """Yield copies of a tree, in each of which another text has two lines.
+
+    Texts include the keys of labels.
+    """
     if isinstance(tree, str):
         yield f"{tree}\nid"
     elif isinstance(tree, list):
@@ -319,7 +322,7 @@ def test_a_site_that_contradicts_itself_is_refused(wrong, why):
 
 
 def test_the_folder_cluster_holds_what_is_rendered():
-    """So that no example grows old. `make render` writes it anew."""
+    """The test keeps the examples from growing old; `make render` writes them anew."""
     for name, text in files(SITE).items():
         assert (ROOT / "cluster" / name).read_text() == text, name
     written = {str(p.relative_to(ROOT / "cluster")) for p in (ROOT / "cluster").rglob("*") if p.is_file()}

@@ -1,4 +1,4 @@
-"""The batch script with a real Ray; of SLURM's commands there are some that do on this machine what SLURM does."""
+"""The batch script with a real Ray; stand-ins for some of SLURM's commands do on this machine what SLURM does."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ exec "$@"
 
 @pytest.fixture
 def job(tmp_path):
-    """The script, as SLURM starts it."""
+    """Return a function that starts the batch script as SLURM starts it."""
     fake = tmp_path / "bin"
     fake.mkdir()
     for name, text in COMMANDS.items():
@@ -91,5 +91,5 @@ def test_a_run_is_trained_saved_before_the_time_is_over_and_gone_on_with(tmp_pat
 
 
 def _pids(folder):
-    """Of the job's processes that live."""
+    """Return the ids of the job's processes that live."""
     return [pid for word in (folder / "job").read_text().split() if psutil.pid_exists(pid := int(word))]

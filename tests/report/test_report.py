@@ -37,7 +37,7 @@ def made(
     balance=1.0,
     over="finished",
 ) -> RunDir:
-    """A run whose validation loss comes down to `final` at step 20."""
+    """Write a run whose validation loss comes down to `final` at step 20, and return it."""
     spec = tiny_spec(folder, model={"moe": moe}, train={"micro_batches": micro_batches})
     spec = spec.model_copy(update={"name": f"sweep-{name}-s{seed}", "seed": seed})
     run = create_run(spec)
@@ -114,7 +114,7 @@ def test_a_seed_that_did_not_get_to_the_end_is_named(tmp_path):
 
 
 def test_what_just_began_or_gave_up_does_not_move_the_step_at_which_others_are_compared(tmp_path):
-    """Nor does it blank the verdict; a run that goes on is compared as far as it got."""
+    """Such runs do not blank the verdict either; a run that goes on is compared as far as it got."""
     other = {**MOE, "top_k": 1}
     began = made(tmp_path, "began", 0, 3.0, moe={**MOE, "top_k": 3}, steps=3, over=None)
     failed = made(tmp_path, "failed", 0, 3.0, moe={**MOE, "top_k": 4}, steps=10, over="failed")

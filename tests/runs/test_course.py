@@ -1,4 +1,4 @@
-"""How a run went, from a few looks, against its whole history."""
+"""The course of a run, read from a few places of its history, against its whole history."""
 
 import pytest
 
@@ -14,7 +14,10 @@ def run(tmp_path):
 
 
 def write(run, groups, validate_every=10):
-    """Lines of starts of workers, as (first, last) steps; a step takes a second, and a start ten."""
+    """Write the metrics lines of starts of workers, each given as (first, last) step.
+
+    A step takes a second, and a start takes ten.
+    """
     now = 0.0
     for group, (first, last) in enumerate(groups, start=1):
         now += 10

@@ -1,4 +1,4 @@
-"""Looks into long files, against all of their lines."""
+"""Reads at single places of long files, against all of their lines."""
 
 import json
 
@@ -13,7 +13,7 @@ from mhmoe_ray.storage import ObjectPath
 
 @pytest.fixture(autouse=True, scope="module")
 def small_reads():
-    """So that lines lie over the edges of what is read at a time."""
+    """Reduce the block sizes, so that lines lie over the edges of what is read at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "BLOCK", 64)
         patch.setattr(jsonl, "PROBE", 16)

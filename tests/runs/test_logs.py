@@ -1,4 +1,4 @@
-"""Logs in the run directory: whole while they are short, bounded when long, without secrets."""
+"""Logs in the run directory: complete while they are short, bounded when long, and without secrets."""
 
 import os
 import subprocess

@@ -154,7 +154,7 @@ def test_a_tail_gives_each_whole_line_once(tmp_path):
 
 
 def test_a_tail_misses_no_segment_that_comes_later_though_its_name_is_earlier(tmp_path, s3, monkeypatch):
-    """By the clock of another machine."""
+    """The clock of another machine gave the segment its name."""
     path = ObjectPath(f"s3://bucket/{tmp_path.name}/lines.jsonl?{s3[0]}")
     tail, found = jsonl.Tail(path), []
     for name in ("20", "10", "15", "30"):
@@ -175,7 +175,7 @@ def test_history_takes_repeated_steps_from_the_last_who_did_them(run):
 
 
 def test_a_later_start_counts_though_its_clock_is_behind(run):
-    """On an object store its lines then come first."""
+    """The lines of that start then come first on an object store."""
     for group, steps in [(2, [3, 4, 5]), (1, [1, 2, 3, 4])]:
         for step in steps:
             history.append(run, {metrics.STEP: step, metrics.GROUP: group})
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run, damage, re
 
 @pytest.fixture
 def dropped_while_read(monkeypatch):
-    """Gives a function after which a checkpoint is dropped when the first of its files is hashed."""
+    """Return a function that arranges for a checkpoint to be dropped when the first of its files is hashed."""
     describe = manifests.describe_file
 
     def arrange(checkpoint, then=lambda: None):

@@ -1,4 +1,4 @@
-"""Engines and servers asked from tests that are no coroutines."""
+"""Synchronous requests to engines and applications, for tests that are no coroutines."""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Answer(NamedTuple):
 
 
 def together(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
-    """Answers of requests that are there at once."""
+    """Send all requests to the engine at once, and return their answers."""
 
     async def one(request: Request) -> Answer:
         updates = [update async for update in engine.generate(request)]
@@ -33,7 +33,7 @@ def together(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
 
 
 def tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> list[int]:
-    """The answer to one request that is alone."""
+    """Return the tokens of the answer to a single request."""
     [answer] = together(engine, [Request(tuple(ids), sampling)])
     return [scored.token for scored in answer.tokens]
 
@@ -46,7 +46,7 @@ def pieces(answerer: Answerer, ids: Sequence[int], sampling: Sampling, stops: Se
 
 
 def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
-    """One request to an application without a server."""
+    """Send one request to an application, without a server."""
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

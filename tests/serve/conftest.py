@@ -1,4 +1,7 @@
-"""A run directory with a tiny model, written as training writes it: by one process, and by two with spread experts."""
+"""A run directory with a tiny model, written as training writes it.
+
+One checkpoint is written by one process, and one by two processes with spread experts.
+"""
 
 import threading
 import time
@@ -78,7 +81,7 @@ def commit_checkpoint(checkpoint: Path, spec: ModelSpec, world: int) -> None:
 
 
 def save(run: Path, step: int, model: Decoder) -> Path:
-    """A checkpoint of one process."""
+    """Write a checkpoint by one process, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
     save_tensors(checkpoint / "weights", model.tensors())
@@ -87,7 +90,7 @@ def save(run: Path, step: int, model: Decoder) -> Path:
 
 
 def save_spread(run: Path, step: int, spec: ModelSpec) -> Path:
-    """A checkpoint of the same weights, by two ranks with half of the experts each."""
+    """Write a checkpoint by two ranks with half of the experts each, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
     mp.spawn(_save_spread, args=(free_port(), checkpoint / "weights", spec), nprocs=2)
@@ -126,7 +129,7 @@ def checkpoint(run_dir) -> Path:
 
 @pytest.fixture(scope="session")
 def spread_checkpoint(run_dir) -> Path:
-    """The same weights, written by two processes."""
+    """Return a checkpoint with the weights of `checkpoint`, written by two processes."""
     return save_spread(run_dir, 2, SPEC)
 
 
@@ -149,7 +152,7 @@ def _one_thread():
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server with this application."""
+    """Run a server with this application, and yield its address."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

@@ -1,4 +1,7 @@
-"""A local Ray with Serve on it, and what Serve's REST API does; the API itself needs a dashboard, slow to start."""
+"""A local Ray with Serve on it, and the actions of Serve's REST API.
+
+The API itself would need a dashboard, which is slow to start.
+"""
 
 import secrets
 import shutil
@@ -29,7 +32,7 @@ with warnings.catch_warnings():
 
 @contextmanager
 def serving(cpus: int = 4) -> Iterator[int]:
-    """Serve's port, on a Ray under a token of its own."""
+    """Start Ray under a token of its own and Serve on it, and yield Serve's port."""
     # Sockets have short names only; pytest's own folders are too deep for Ray's.
     temp = Path(tempfile.mkdtemp(prefix="mhmoe-"))
     (temp / "token").write_text(secrets.token_hex(16))
@@ -52,12 +55,12 @@ def serving(cpus: int = 4) -> Iterator[int]:
 
 
 def deploy(applications: list[dict[str, Any]]) -> None:
-    """What a PUT does."""
+    """Deploy applications as a PUT to Serve's REST API does."""
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
 
 
 def details(name: str) -> dict[str, Any]:
-    """What a GET tells of an application."""
+    """Return the details of an application as a GET to Serve's REST API does."""
     return _get_global_client().get_serve_details()["applications"][name]
 
 
@@ -68,6 +71,6 @@ def wait_until(name: str, *statuses: str) -> None:
 
 
 def running(name: str) -> list[str]:
-    """Replicas of it that answer."""
+    """Return the ids of the application's replicas that answer."""
     replicas = details(name)["deployments"][DEPLOYMENT]["replicas"]
     return [replica["replica_id"] for replica in replicas if replica["state"] == "RUNNING"]

@@ -1,4 +1,4 @@
-"""Our own engine with a model that no checkpoint holds."""
+"""Our own engine with a model in memory, for which there is no checkpoint."""
 
 from tokenizers import Tokenizer
 
@@ -13,14 +13,14 @@ from mhmoe_ray.spec import ServeSpec
 def answerer_of(
     model: Decoder, tokenizer: Tokenizer, seq_len: int, spec: ServeSpec, template: ChatTemplate | None = None
 ) -> Answerer:
-    """Our own engine with a model in memory.
+    """Return an answerer of our own engine with a model in memory.
 
     Args:
-        model: with all experts, in evaluation mode, float32; the engine's own from now on.
-        tokenizer: with tokens for the edges of a document.
-        seq_len: tokens that prompt and answer may have together.
-        spec: precision, and how many requests.
-        template: of conversations.
+        model: A model with all experts, in evaluation mode and float32. The engine owns it from now on.
+        tokenizer: A tokenizer with tokens for the edges of a document.
+        seq_len: The number of tokens that prompt and answer may have together.
+        spec: The precision and the number of concurrent requests.
+        template: The chat template.
     """
     engine = own_engine(model, boundaries(tokenizer).ends, token_count(tokenizer), seq_len, spec)
     return Answerer(engine, tokenizer, template, ModelDetails.of("tiny-abc123/step_00000040.1", model.spec))

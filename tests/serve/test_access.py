@@ -1,4 +1,4 @@
-"""Who may ask, how much, how large and how long."""
+"""Access to the server: the clients that may ask, and limits on the number, size and duration of their requests."""
 
 import asyncio
 import hashlib
@@ -121,7 +121,7 @@ def test_the_scheme_of_a_key_may_be_in_small_letters(app, scheme):
 
 
 def test_a_key_more_of_a_name_has_its_limits(answerer, monkeypatch):
-    """So that keys can be changed one after the other."""
+    """Keys can thus be changed one after the other."""
     monkeypatch.setenv("MHMOE_API_KEYS", "bob:another,new:one")
     spec = with_keys(ServeSpec(keys=(key("bob", requests_per_minute=2),)))
     assert [(one.name, one.requests_per_minute) for one in spec.keys] == [("bob", 2), ("bob", 2), ("new", None)]
@@ -182,7 +182,7 @@ def test_an_answer_that_takes_too_long_ends(answerer, stream):
 def test_a_counter_that_does_not_answer_keeps_those_with_limits_no_longer_than_a_request_may_take_and_others_not(
     answerer,
 ):
-    """As on a cluster while what counts for all replicas is started anew."""
+    """The counter is silent on a cluster while the actor that counts for all replicas is restarted."""
     asked = []
 
     class Silent:
@@ -209,7 +209,7 @@ def test_one_too_many_is_told_to_come_back_and_has_used_nothing(tokenizer, strea
     body = {**BODY, "n": 2, "max_tokens": 3000, "stream": stream}
 
     async def refused():
-        """Twice, while the engine's places are taken."""
+        """Send two requests while the engine is fully occupied, and return the responses."""
         first = answerer.answer(Request((1,), Sampling(4000, temperature=0)))
         await anext(first)
         transport = httpx.ASGITransport(app)

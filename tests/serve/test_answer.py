@@ -1,4 +1,4 @@
-"""From a prompt's text to an answer's."""
+"""The way from a prompt's text to an answer's text."""
 
 import asyncio
 

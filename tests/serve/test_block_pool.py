@@ -1,4 +1,4 @@
-"""The pool of blocks against a simple account of it."""
+"""The block pool against a simple account of its blocks."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,11 +15,11 @@ class Account(RuleBasedStateMachine):
         self.pool = BlockPool(SIZE)
         self.held: list[list[int]] = []
         self.content: dict[int, bytes] = {}
-        """What was written last into each block."""
+        """Hash of the tokens that were written last into each block."""
 
     @rule(letters=st.lists(st.integers(0, 1), min_size=1, max_size=4))
     def begin(self, letters):
-        """A sequence whose blocks are all of one letter each, so that many begin alike."""
+        """Begin a sequence whose blocks are all of one letter each, so that many sequences begin alike."""
         ids = [letter for letter in letters for _ in range(BLOCK)]
         wanted, known = names(ids), self.pool.known(ids)
         for name, block in zip(wanted, known, strict=False):

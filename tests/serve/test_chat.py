@@ -1,4 +1,4 @@
-"""Conversations, through OpenAI's own client."""
+"""Chat completions, through OpenAI's own client."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
 
 
 def test_content_may_be_parts_of_text_and_that_of_an_assistant_null(chatty):
-    """As OpenAI's clients write them."""
+    """OpenAI's clients write contents in these ways."""
     app = create_app(chatty, "tiny", ServeSpec(max_tokens=40))
 
     def answer(messages):

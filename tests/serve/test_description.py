@@ -1,4 +1,4 @@
-"""Everything that the API's description allows, and what it forbids: requests made up from it by schemathesis."""
+"""Requests that schemathesis makes up from the API's description: everything that it allows, and what it forbids."""
 
 import warnings
 

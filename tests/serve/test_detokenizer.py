@@ -20,7 +20,7 @@ texts = st.text(st.sampled_from(sorted({c for t in TEXT for c in t} | {"€", "�
 
 @st.composite
 def answers(draw):
-    """A tokenizer, and any tokens at all (bytes that are no UTF-8 among them) or tokens of real text."""
+    """Draw a decoder, and any tokens at all (bytes that are no UTF-8 among them) or the tokens of a real text."""
     kind = draw(kinds)
     tokenizer = TOKENIZERS[kind]
     any_ids = st.lists(st.integers(1, SIZES[kind] - 1), max_size=80)  # more than a stream keeps
@@ -40,7 +40,10 @@ def push_all(ids, stops, decode=DECODERS["bytes"], prompt=()):
 
 
 def oracle(ids, stops, decode):
-    """The answer from whole texts only: that of the fewest tokens which surely hold a stop string, cut before it."""
+    """Return the answer computed from whole texts, and whether it holds a stop string.
+
+    It is the text of the fewest tokens that surely hold a stop string, cut before that string.
+    """
     for n in range(1, len(ids) + 1):
         whole = decode(ids[:n])
         sure = whole if n == len(ids) else whole.removesuffix("\ufffd")
@@ -61,7 +64,7 @@ def test_pieces_join_to_the_plain_answer(answer, stops):
 @settings(max_examples=300)
 @given(answers())
 def test_what_is_sent_is_never_taken_back(answer):
-    """However early the tokens of a text end, what has been sent is the beginning of that text."""
+    """Text that has been sent is the beginning of the answer, however early the tokens end."""
     decode, ids = answer
     whole = decode(ids)
     for n in range(len(ids) + 1):
@@ -81,7 +84,7 @@ def test_whole_characters_are_decoded_as_the_library_does(text):
 @settings(max_examples=200)
 @given(texts.map(lambda text: text.replace("\ufffd", "")), st.integers(0, 16))
 def test_an_answer_goes_on_where_the_prompt_ends(text, cut):
-    """However a text is cut into prompt and answer, in front of a space too: joined they are the text."""
+    """Prompt and answer join to the text however it is cut into the two, in front of a space too."""
     for kind, tokenizer in TOKENIZERS.items():
         decode = DECODERS[kind]
         ids = tokenizer.encode(text).ids
@@ -101,7 +104,8 @@ def test_a_first_space_stays_where_there_was_a_prompt():
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 def test_a_character_of_several_tokens_comes_at_once(tokenizer):
-    """Also after others of the kind, which byte fallback would spoil while the next is not whole."""
+    """A character also comes at once after others of its kind, which byte fallback would spoil while the next is
+    cut."""
     ids = tokenizer.encode("🧭🧭🧭").ids
     pieces, _ = push_all(ids, [], TextDecoder(tokenizer))
     assert [p for p in pieces if p] == ["🧭", "🧭", "🧭"]

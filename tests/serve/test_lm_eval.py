@@ -47,7 +47,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 @pytest.fixture(scope="module")
 def lm_eval(tmp_path_factory) -> Path:
-    """The command, in an environment of its own."""
+    """Install lm-eval in a virtual environment of its own, and return the path of its command."""
     folder = tmp_path_factory.mktemp("lm-eval")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     subprocess.run([folder / "bin" / "pip", "install", "-q", "lm_eval[api]"], check=True)
@@ -56,7 +56,7 @@ def lm_eval(tmp_path_factory) -> Path:
 
 @torch.inference_mode()
 def our_scores(answerer):
-    """Log-likelihood of each choice after its question, by the model itself."""
+    """Return the log-likelihood of each choice after its question, computed by the model itself."""
     model, scores = build_model(), []
     for asked in QUESTIONS:
         encode = answerer.tokenizer.encode

@@ -32,7 +32,7 @@ def test_a_checkpoint_of_two_expert_parallel_ranks_is_the_same_model(checkpoint,
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A copy of the run that a test may damage."""
+    """Return a checkpoint in a copy of its run, which a test may damage."""
     run = tmp_path / "run"
     shutil.copytree(checkpoint.parent.parent, run)
     return run / "checkpoints" / checkpoint.name

@@ -1,4 +1,4 @@
-"""A packed model is the training model."""
+"""Packed models compute the same as the model that was trained."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_logits_and_choices_are_the_training_models(kind):
 
 
 def test_the_plain_weights_are_given_up():
-    """But for the embedding, norms and the router, which are looked at row by row or are small."""
+    """All but the embedding, the norms and the router are given up; these are read row by row or are small."""
     model = build_model()
     pack(model)
     left = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}

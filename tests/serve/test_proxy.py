@@ -1,4 +1,4 @@
-"""What a proxy of Serve's makes of answers that no replica gave."""
+"""Changes that a proxy of Serve makes to answers that no replica gave."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_stream_whose_replica_died_ends_with_an_error_and_not_with_done():
 
 @pytest.mark.parametrize(("status", "kind"), [(429, "rate_limit_error"), (503, "server_error")])
 def test_a_refusal_of_serves_own_has_the_shape_that_clients_know(status, kind):
-    """Serve gives texts as JSON strings."""
+    """Serve writes its texts as JSON strings."""
     response = through(PlainTextResponse('"too many wait"', status, {"Retry-After": "7"}))
     assert response.status_code == status
     assert response.headers["retry-after"] == "7"

@@ -1,4 +1,4 @@
-"""The routes without Ray: what a client reads when something is wrong, and that a client who leaves costs nothing."""
+"""The routes without Ray: the errors that a client reads, and clients who leave, which costs nothing."""
 
 import asyncio
 import gc
@@ -90,7 +90,7 @@ def test_wrong_requests_get_a_body_of_openais_shape(app, method, path, request_,
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
 def test_a_body_that_is_not_declared_to_be_json_is_told_so(app, headers):
-    """As curl sends it with -d alone."""
+    """Bodies sent by curl with -d alone have no such declaration."""
     response = call(app, "POST", "/v1/completions", content='{"prompt": "the"}', headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["message"].endswith("; send Content-Type: application/json")
@@ -114,7 +114,8 @@ def test_the_server_does_other_things_while_a_long_prompt_is_encoded(answerer, p
     app = create_app(Answerer(answerer.engine, answerer.tokenizer, template, answerer.details), "tiny", spec)
 
     async def ask():
-        """The answer, seconds until it came, and the longest of them in a row without a turn for others."""
+        """Return the response, the seconds until it came, and the longest time in a row without a turn for other
+        work."""
         clock, longest = time.perf_counter, 0.0
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
             request = asyncio.create_task(client.post(path, json=body))
@@ -178,7 +179,7 @@ def test_logprobs_of_prompt_and_answer_have_the_texts_and_places_of_their_tokens
 
 
 def test_places_of_tokens_where_the_text_drops_its_first_space():
-    """As LLaMA's and Mixtral's decoders do; with a prompt in front of it, the answer keeps its own."""
+    """LLaMA's and Mixtral's decoders drop that space; with a prompt in front of it, the answer keeps its own."""
     tokenizer = llama_tokenizer(TEXT[:2] * 4, 300)
     answerer = answerer_of(build_model(), tokenizer, SEQ_LEN, ServeSpec())
     app = create_app(answerer, "tiny", ServeSpec())
@@ -198,7 +199,7 @@ def test_places_of_tokens_where_the_text_drops_its_first_space():
 
 
 def test_ids_may_have_gaps():
-    """The last one is a token like others: it may be asked for, and an answer may have it."""
+    """The last token is like others: a request may have it, and an answer may have it."""
     content = json.loads(build_tokenizer().to_str())
     last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
     content["model"]["vocab"][last] = 310
@@ -245,7 +246,7 @@ def test_null_is_absent(app):
 
 @pytest.fixture
 def broken_app(tokenizer):
-    """A model that fails at its third step."""
+    """Yield an application whose model fails at its third step."""
     model, calls = build_model(), []
 
     def fail(*_):
@@ -317,7 +318,7 @@ def test_a_client_that_leaves_stops_the_work(tokenizer, stream):
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_client_that_leaves_while_a_chunk_is_sent_ends_the_answer_at_once(tokenizer, begun):
-    """A server without Serve tells so of itself, and its `send` waits as long as nobody reads."""
+    """A server without Serve reports by itself that a client left, and its `send` waits as long as nobody reads."""
     answerer = answerer_of(build_model(), tokenizer, 4096, ServeSpec(max_concurrency=2))
     app = create_app(answerer, "tiny", ServeSpec(max_tokens=4000))
     body = json.dumps({"prompt": "the quick", "max_tokens": 4000, "temperature": 0, "stream": True}).encode()
@@ -384,6 +385,6 @@ def test_chunks_join_to_the_plain_answer(answerer, temperature, seed, stop, echo
 
 
 def test_of_two_tokens_with_one_text_the_likelier_is_told():
-    """As of a special token and what spells it."""
+    """A special token and the tokens that spell it may have the same text."""
     score = ScoredText(b"a", 1, -0.1, [(b"a", -0.1), (b"b", -2.0), (b"a", -5.0)])
     assert list(_tops(score).items()) == [("a", -0.1), ("b", -2.0)]

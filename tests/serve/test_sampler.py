@@ -14,7 +14,7 @@ def choose(chooser, logits_V):
 
 
 def nucleus(probabilities, top_p):
-    """The smallest set of most likely tokens that holds top_p of the mass, one token after another."""
+    """Return the smallest set of most likely tokens that holds top_p of the mass, found one token after another."""
     kept, mass = [], 0.0
     for token in sorted(range(len(probabilities)), key=lambda t: -probabilities[t]):
         if mass >= top_p:
@@ -63,7 +63,7 @@ def drawn(sampling, values, draws=300):
     front=st.sampled_from([1, 7, 256]),
 )  # fmt: skip
 def test_a_draw_is_among_those_that_sorting_all_of_them_leaves(seed, tokens, kinds, top_k, top_p, min_p, front):
-    """However many are looked at first, and also where many are as likely as each other."""
+    """The draw is right however many tokens are looked at first, and also where many are equally likely."""
     logits_V = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(seed)) * (12.0 / kinds)
     probability_V = logits_V.double().softmax(-1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The application through a real Ray Serve, deployed by the configuration that the command line sends."""
+"""The application on a real Ray Serve, deployed by the configuration that the command line sends."""
 
 import json
 import os
@@ -62,7 +62,8 @@ def complete(client, **body):
 
 @contextmanager
 def asking(ask):
-    """Four clients that ask all the while, each when it has its answer; afterwards these are in the list."""
+    """Let four clients ask during the block, each again as soon as it has its answer; the yielded list collects the
+    answers."""
     over, answers = threading.Event(), []
 
     def again_and_again():
@@ -80,7 +81,10 @@ def asking(ask):
 
 
 def slowly(body):
-    """In two parts: so a request is under way for long and takes little from a replica that starts meanwhile."""
+    """Yield a request body in two parts, with a pause between them.
+
+    Such a request is under way for long and takes little from a replica that starts meanwhile.
+    """
     whole = json.dumps(body).encode()
     yield whole[:1]
     time.sleep(0.3)
@@ -150,7 +154,8 @@ def test_models_and_health(client):
 
 
 def test_an_update_refuses_no_request_and_ends_what_was_begun(client, checkpoint, spread_checkpoint):
-    """The same weights from other files, so that every answer is the same whichever replica gave it."""
+    """The update serves the same weights from other files, so that every answer is the same whichever replica gave
+    it."""
     [before] = client.get("/stats").json()["replicas"]
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}
     expected = complete(client, **body)["choices"]
@@ -183,7 +188,10 @@ def test_each_replica_tells_what_it_did(client, checkpoint):
 
 
 def test_rays_own_metrics_have_what_replicas_count(client):
-    """On the port of the node that Prometheus asks; a replica tells every two seconds, Ray's agent now and then."""
+    """The metrics are on the port of the node that Prometheus asks.
+
+    A replica reports every two seconds, and Ray's agent now and then.
+    """
     complete(client, max_tokens=5)
     [node] = ray.nodes()
     deadline = time.monotonic() + 60
@@ -202,8 +210,11 @@ def test_rays_own_metrics_have_what_replicas_count(client):
 
 
 def test_a_replica_that_is_killed_loses_no_request_but_its_own(port, client, checkpoint):
-    """Answers of 40 tokens by two replicas, of which one is killed: what it had is lost with a clear error, all others
-    are answered, those that come while another is started in its place too."""
+    """Two replicas give answers of 40 tokens, and one of them is killed.
+
+    Its requests are lost with a clear error. All others are answered, also those that come while another replica starts
+    in its place.
+    """
     deploy([application_config("tiny", checkpoint, TWO, "tiny-abc123")])
     wait_until("tiny", "RUNNING")
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40}

@@ -1,4 +1,4 @@
-"""Half an hour of clients of all kinds: patient, leaving, writing nonsense, and asking for more than they may."""
+"""Half an hour of clients of all kinds: they are patient, leave, write nonsense, or ask for more than they may."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ NONSENSE = (
 
 
 def body(seed: int, **more) -> dict:
-    """One of 40 requests."""
+    """Return one of 40 request bodies."""
     which = seed % 40
     return {"prompt": "the quick " * (which % 4), "max_tokens": 1 + which, "temperature": 1.0, "seed": which, **more}
 
@@ -63,7 +63,7 @@ class Crowd:
         self.expected: dict[int, str] = {}
 
     async def patient(self, session, draws) -> None:
-        """Comes back until it has its answer, which is the same each time."""
+        """Ask again until there is an answer, which is the same each time."""
         seed = draws.randrange(40)
         while await self.ask(session, "patient", seed, FREE) == 429:
             await asyncio.sleep(0.2)
@@ -83,7 +83,7 @@ class Crowd:
             return answer.status
 
     async def streaming(self, session, draws) -> None:
-        """Reads all of it, now and then slowly."""
+        """Read a whole streamed answer, now and then slowly."""
         seed, slow = draws.randrange(40), draws.random() < 0.2
         async with session.post(self.url, json=body(seed, stream=True), headers=FREE) as answer:
             self.seen["streaming", answer.status] += 1
@@ -99,7 +99,7 @@ class Crowd:
             assert self.expected.setdefault(seed, text) == text
 
     async def leaving(self, session, draws) -> None:
-        """Goes away before the answer, or in the middle of it."""
+        """Leave before the answer, or in the middle of it."""
         try:
             async with asyncio.timeout(draws.choice([0.001, 0.02, 0.1])):
                 sent = body(39, stream=draws.random() < 0.5)
@@ -117,7 +117,7 @@ class Crowd:
             assert (await answer.json())["error"]["message"]
 
     async def too_much(self, session, draws) -> None:
-        """Of everything."""
+        """Send a request that exceeds one of the limits, or has a wrong model or key."""
         kind, sent, headers = draws.choice(
             [
                 ("body", {"prompt": "x" * 30_000}, FREE),

@@ -1,4 +1,4 @@
-"""How often a stream has a chunk, by the clock of the event loop, which here goes on as tokens come."""
+"""The pace of a stream's chunks, by the clock of the event loop, which here goes on as tokens come."""
 
 import asyncio
 
@@ -19,8 +19,10 @@ class Chunk(BaseModel):
 
 
 def chunks_of(pace: Pace, choices: int = 1, ended: int = 0) -> list[Chunk]:
-    """Of an answer with a token every 10 ms: what its first choice's hold, and when they came. Of its other choices so
-    many have but one token."""
+    """Return the chunks of the first choice of an answer with a token every 10 ms, with the times at which they came.
+
+    The last `ended` choices of the answer have only one token each.
+    """
 
     async def run() -> list[Chunk]:
         loop, now = asyncio.get_running_loop(), [0.0]
@@ -47,13 +49,16 @@ def chunks_of(pace: Pace, choices: int = 1, ended: int = 0) -> list[Chunk]:
 
 
 def between(chunks: list[Chunk]) -> float:
-    """Seconds; the first chunk comes before others have begun, and the last one with the answer's end."""
+    """Return the mean seconds between chunks.
+
+    The first chunk comes before others have begun, and the last one with the answer's end, so neither counts.
+    """
     times = [chunk.at for chunk in chunks[1:-1]]
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def with_others(pace: Pace, others: int) -> Pace:
-    """So many streams more."""
+    """Register this number of further streams with the pace, and return it."""
     for other in range(others):
         pace.goes_on(other)
     return pace

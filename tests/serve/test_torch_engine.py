@@ -28,7 +28,7 @@ def engine_of(model, **more):
 
 @pytest.fixture(scope="module")
 def engine():
-    """That never ends an answer before its limit."""
+    """Yield an engine that never ends an answer before its limit."""
     engine = engine_of(build_model())
     yield engine
     engine.close()
@@ -42,7 +42,7 @@ def prompts(count, longest=SEQ_LEN - 20):
 
 @torch.inference_mode()
 def argmax_loop(model, ids, count, known=KNOWN, ends=()):
-    """Greedy tokens from the whole sequence at every step, without a cache."""
+    """Return the greedy tokens, computed from the whole sequence at every step, without a cache."""
     ids, answer = list(ids), []
     for _ in range(count):
         token = int(model(torch.tensor([ids])).logits_BTV[0, -1, :known].argmax())
@@ -63,7 +63,7 @@ def test_logits_in_parts_are_those_of_the_whole(split):
 
 
 def mixed():
-    """32 requests, no two alike."""
+    """Return 32 requests, no two alike."""
     asked = []
     for i, ids in enumerate(prompts(32)):
         temperature = [0, 0.7, 1.5][i % 3]
@@ -96,7 +96,10 @@ def test_32_mixed_answers_are_the_same_to_the_last_bit_alone_and_together(engine
 
 @torch.inference_mode()
 def test_logprobs_are_the_models_own(engine):
-    """Before temperature and cuts; of the prompt too, whose first token has none."""
+    """The scores are those before temperature and cuts.
+
+    The tokens of the prompt have scores too, except the first one.
+    """
     model = build_model()
     for ids in prompts(6):
         sampling = Sampling(8, temperature=0.8, top_k=5, seed=1, logit_bias={3: 2.0})
@@ -148,7 +151,8 @@ def test_a_prompt_that_begins_like_one_before_gives_the_same_bits_for_less():
 @pytest.mark.cpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_second_turn_gets_the_bits_of_an_engine_that_has_seen_nothing(tokenizer, precision):
-    """The first turn's answer fills a piece up, which is computed as one where the second turn's prompt has it."""
+    """The first turn's answer fills a piece up; where the second turn's prompt has that piece, it is computed as a
+    whole."""
     spec, sampling = ServeSpec(precision=precision), Sampling(PIECE, temperature=0, logit_bias={0: -100.0})
     first = tuple(torch.randint(1, KNOWN, (PIECE + PIECE // 2,), generator=torch.Generator().manual_seed(6)).tolist())
     warm, fresh = (answerer_of(build_model(), tokenizer, 4 * PIECE, spec).engine for _ in range(2))
@@ -189,7 +193,7 @@ def test_experts_are_counted_for_real_tokens_only(engine):
 
 
 class Gate:
-    """Holds a model's steps up until it is opened."""
+    """Gate that holds up a model's steps until it is opened."""
 
     def __init__(self, model):
         self.open, self.reached, self.steps = threading.Event(), threading.Event(), 0
@@ -245,7 +249,7 @@ def test_requests_that_come_together_wait_only_once_all_places_are_taken():
 
 
 def test_clients_take_turns():
-    """One who asks for much does not keep another waiting for all of it."""
+    """A client that asks for much does not keep another one waiting for all of it."""
     model = build_model()
     gate = Gate(model)
     engine = engine_of(model, concurrency=1)
@@ -340,7 +344,7 @@ def test_greedy_tokens_of_a_text_are_those_of_a_loop_without_cache(answerer, tok
 
 
 def test_only_tokens_with_text_are_drawn(answerer, tokenizer):
-    """The model has rows that the tokenizer does not know."""
+    """The model has rows for tokens that the tokenizer does not know."""
     asked = [Request(tuple(answerer.encode("")), Sampling(60, 2.0, seed=seed)) for seed in range(8)]
     drawn = {scored.token for answer in together(answerer.engine, asked) for scored in answer.tokens}
     assert max(drawn) < tokenizer.get_vocab_size() < SPEC.vocab_size
@@ -371,7 +375,8 @@ def test_seeds_give_other_answers(answerer):
 
 
 def test_the_answer_ends_at_the_end_of_text(answerer, tokenizer):
-    """Two tokens renamed into each other, in the model and in the prompt, rename the answer and change nothing else."""
+    """The test swaps two tokens in the model and in the prompt, which must swap them in the answer and change nothing
+    else."""
     ids = answerer.encode("the quick")
     whole = tokens(answerer.engine, ids, GREEDY)
     end, other = tokenizer.token_to_id(END_OF_TEXT), next(t for t in whole if t not in ids and t != whole[0])

@@ -1,4 +1,4 @@
-"""What a run on many workers should have computed: the same steps on one process, without Ray."""
+"""The result that a run on many workers must have: the same steps on one process, without Ray."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Alone(NamedTuple):
 
 
 def trained_alone(spec: RunSpec, steps: int) -> Alone:
-    """The first so many steps of a run."""
+    """Train the first `steps` steps of a run on one process; return the losses and the weights."""
     cluster = spec.cluster.model_validate({"workers": 1, "ep": 1})
     spec = spec.model_copy(update={"cluster": cluster})
     trainer = Trainer(spec, build_mesh(cluster, ["here"], "cpu"), torch.device("cpu"))

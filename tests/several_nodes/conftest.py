@@ -15,11 +15,12 @@ from tests.several_nodes.nodes import SETTINGS, Nodes
 
 @contextmanager
 def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
-    """A cluster of a head and four nodes, which is nobody's local one: commands are given its address.
+    """Start a cluster of a head and four nodes, which is not the local one of its users: commands are given its
+    address.
 
     Args:
-        home: MHMOE_HOME of who starts it.
-        elsewhere: that of who uses it.
+        home: The MHMOE_HOME in which the cluster is started.
+        elsewhere: The MHMOE_HOME of those who use it.
     """
     with home_of_its_own(home) as patch:
         for name, value in SETTINGS.items():
@@ -41,14 +42,14 @@ def several(home: Path, elsewhere: Path) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """The cluster that tests of this folder share."""
+    """Yield the cluster that the tests of this folder share."""
     with several(tmp_path_factory.mktemp("several"), tmp_path_factory.mktemp("elsewhere")) as started:
         yield started
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with raw text below raw/."""
+    """Return a folder with raw text below raw/."""
     folder = tmp_path_factory.mktemp("project")
     write_corpus(folder / "raw")
     return folder

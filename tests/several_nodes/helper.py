@@ -1,12 +1,12 @@
-"""`python -m tests.several_nodes.helper ADDRESS`: does for a cluster what is asked on stdin, a JSON line each.
+"""Act on a cluster as asked on stdin, one JSON line per request: `python -m tests.several_nodes.helper ADDRESS`.
 
 ["start", place, CPUs, labels]  start a node
-["kill", place]                 its raylet, by SIGKILL; all else on the node dies of that
-["nodes"]                       labels of each living node, by Ray's id
+["kill", place]                 kill its raylet by SIGKILL, of which all else on the node dies
+["nodes"]                       return the labels of each living node, by Ray's id
 ["hold", {node: CPUs}]          take CPUs from others
 ["release"]                     give them back
-["drain", node, seconds]        say that the node will be taken away
-["describe", files]             sizes and hashes of these, found by all nodes, and how many tasks found them
+["drain", node, seconds]        announce that the node will be taken away
+["describe", files]             return the files' sizes and hashes, found by all nodes, and how many tasks found them
 
 `ray start` would do for nodes, but it refuses to join a cluster that listens on loopback only.
 """

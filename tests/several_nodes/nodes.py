@@ -11,10 +11,12 @@ from mhmoe_ray.cluster.spawn import LocalCluster
 from tests.watch import wait_until
 
 RACKS = ("left", "right", "left", "right")
-"""Of each node, by its label "rack"."""
+"""Value of the label "rack" of each node."""
 SLOTS = 3
-"""Workers of two CPUs that a node has room for. The head has a single CPU, so that workers land on nodes only and
-their stream always has it."""
+"""Number of workers of two CPUs that a node has room for.
+
+The head has a single CPU, so that workers land on nodes only and their stream always has that CPU.
+"""
 
 SETTINGS = {
     # A node counts as dead after some seconds without a sign of life, not after half a minute.
@@ -36,9 +38,11 @@ SETTINGS = {
 
 class Nodes:
     def __init__(self, head: LocalCluster, environment: dict[str, str]) -> None:
-        """Args:
-        head: runs, with a single CPU.
-        environment: what a client of it needs to be told.
+        """Start the helper of a cluster.
+
+        Args:
+            head: The running local cluster of a single CPU that is the head.
+            environment: The environment that a client of the cluster needs.
         """
         self.head, self.address, self.environment = head, head.address, environment
         self._there: set[int] = set()
@@ -49,7 +53,7 @@ class Nodes:
             )
 
     def ask(self, verb: str, *args: Any) -> Any:
-        """See helper.py."""
+        """Send a request to the helper, and return its answer; helper.py lists the requests."""
         assert self._helper.stdin
         assert self._helper.stdout
         self._helper.stdin.write(json.dumps([verb, *args]) + "\n")
@@ -59,7 +63,7 @@ class Nodes:
         return json.loads(answer)
 
     def labels(self, name: str) -> dict[str, str]:
-        """Of the living nodes, by Ray's ids."""
+        """Return the values of a label of the living nodes, by Ray's ids."""
         return {node: labels[name] for node, labels in self.ask("nodes").items() if name in labels}
 
     def id_of(self, place: int) -> str:
@@ -67,7 +71,7 @@ class Nodes:
 
     @contextmanager
     def only(self, slots: Sequence[int]) -> Iterator[None]:
-        """Leave room for so many workers on each node, hold the rest."""
+        """Leave room for so many workers on each node during the block, and hold the remaining CPUs."""
         held = {self.id_of(place): 2 * (SLOTS - left) for place, left in enumerate(slots) if left < SLOTS}
         self.ask("hold", held)
         try:
@@ -80,7 +84,7 @@ class Nodes:
         self.ask("kill", place)
 
     def bring_back(self) -> None:
-        """Nodes that were killed, and at first all."""
+        """Start the nodes that were killed, or all of them at first, and wait until all are there."""
         for place in set(range(len(RACKS))) - self._there:
             self.ask("start", place, 2 * SLOTS, {"place": str(place), "rack": RACKS[place]})
             self._there.add(place)
@@ -89,7 +93,8 @@ class Nodes:
 
     @contextmanager
     def replaced(self, place: int) -> Iterator[None]:
-        """Say that a node will be taken away within a minute; in the end, do it and start another in its place."""
+        """Announce that a node will be taken away within a minute; at the end, kill it and start another in its
+        place."""
         assert self.ask("drain", self.id_of(place), 60)
         try:
             yield

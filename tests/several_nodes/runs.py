@@ -13,7 +13,7 @@ from tests.watch import newest
 
 
 def write(project: Path, **sections: dict[str, Any]) -> None:
-    """spec.yaml, by default of a run that goes on until it is stopped."""
+    """Write spec.yaml, by default of a run that goes on until it is stopped."""
     defaults: dict[str, dict[str, Any]] = {
         "cluster": {"workers": 4, "ep": 2, "cpus_per_worker": 2, "shared_filesystem": True},
         "data": {"validation_fraction": 0.2},
@@ -35,7 +35,7 @@ def submit(nodes: Nodes, project: Path, **sections: dict[str, Any]) -> RunDir:
 
 
 def layout(nodes: Nodes, event: dict[str, Any], label: str | None = None) -> tuple[list[str], Groups]:
-    """Ranks on each place, and the groups that these nodes should give."""
+    """Return the places of the ranks, and the groups that these nodes should give."""
     ids = [worker["node"] for worker in event["workers"]]
     places, labels = nodes.labels("place"), nodes.labels(label) if label else None
     return sorted(places[i] for i in ids), expert_groups(ids, 2, [labels[i] for i in ids] if labels else None)

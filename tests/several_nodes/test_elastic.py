@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def assert_nothing_lost_or_repeated(run: RunDir) -> None:
-    """Each step once, with the samples and the loss that one process has."""
+    """Assert that a run has each step once, with the samples and the loss that one process has."""
     lines = history.read(run)
     steps = len(lines)
     assert [line[metrics.STEP] for line in lines] == list(range(1, steps + 1))
@@ -49,8 +49,10 @@ def test_a_run_shrinks_when_it_loses_a_node_and_grows_when_it_is_back(nodes, pro
 
 
 def test_a_run_saves_and_leaves_a_node_that_is_taken_away(nodes, project):
-    """Without a failure to spare, and on to a node that was free, at the very step of that checkpoint. Its one group
-    lies on two nodes, which is recorded and said."""
+    """The run goes on without a failure to spare, on a node that was free, at the very step of that checkpoint.
+
+    Its one group lies on two nodes, which is recorded and shown.
+    """
     with nodes.only([1, 1, 1, 0]):
         run = submit(nodes, project, cluster={"workers": 2, "max_failures": 0}, train={"checkpoint_every": 1000})
         wait_until(lambda: step_of(run) >= 3, "step 3")

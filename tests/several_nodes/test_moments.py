@@ -1,4 +1,4 @@
-"""What `list` and `status` say while runs are stopped, killed and resumed, and the head of their cluster dies."""
+"""The output of `list` and `status` while runs are stopped, killed and resumed, and the head of their cluster dies."""
 
 import os
 import signal

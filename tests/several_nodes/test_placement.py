@@ -1,4 +1,5 @@
-"""Where workers land on several nodes, and what becomes of that: recorded, said, refused, and trained all the same."""
+"""Placement of workers on several nodes: it is recorded, shown and refused where the spec says so, and changes no
+result."""
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SHORT = {"steps": 20, "validate_every": 10, "checkpoint_every": 20}
 
 
 def assert_as_alone(run):
-    """The samples, losses and last weights of one process."""
+    """Assert that a run has the samples, the losses and the last weights of one process."""
     assert_read_as_ordered(run)
     expected = trained_alone(run.spec(), SHORT["steps"])
     assert [line[metrics.LOSS] for line in history.read(run)] == pytest.approx(expected.losses, rel=1e-4)
@@ -59,7 +60,7 @@ def test_groups_that_must_lie_on_several_nodes_are_named_and_stay_within_racks(n
 
 
 def test_rows_go_by_node_in_a_group_on_two_nodes(nodes, project):
-    """Hierarchical dispatch: less leaves a node than would in flat dispatch, and all is trained alike."""
+    """Fewer rows leave a node in hierarchical dispatch than in flat dispatch, and training gives the same results."""
     with nodes.only([2, 0, 2, 0]):
         run = submit(nodes, project, train=SHORT, cluster={"ep": 4, "dispatch": "hierarchical"})
         wait_for_the_end(run)

@@ -125,7 +125,7 @@ def test_what_a_model_has_no_use_for_is_refused(overrides, why):
 
 
 def test_what_one_section_would_have_another_ignore_is_refused():
-    """But what it asks for and gets anyway is not."""
+    """A value that would be ignored is accepted where it asks for what happens anyway."""
     anew = ["train.recompute=true", "model.moe.kernel=grouped"]
     with pytest.raises(SpecError, match=r"is 0\.3, but with train\.recompute and cluster\.ep 2 experts compute all"):
         load_resolved_spec(QUICKSTART, [*anew, "model.moe.recompute=0.3"])
@@ -146,7 +146,10 @@ def test_a_kernel_for_cpus_is_refused_on_gpus():
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_model", "bpe"), ("tokenizer_train_mb", "20")])
 def test_what_a_given_tokenizer_has_no_use_for_is_refused(tmp_path, key, value):
-    """Their defaults too, where they are written out; but a spec that says nothing of them reads back."""
+    """Their default values are refused too, where they are written out.
+
+    A spec that does not mention them can be read back.
+    """
     with pytest.raises(SpecError, match=f"so {key} would be ignored"):
         load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", f"data.{key}={value}"])
     spec = load_resolved_spec(QUICKSTART, ["data.tokenizer=t.json", "data.tokenizer_pattern=gpt2"])

@@ -1,4 +1,4 @@
-"""What a source in a spec may say."""
+"""The keys and values that a source in a spec may have."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""Sweeps of the papers, and of any keys."""
+"""Plans of the papers' sweeps, and of sweeps over any keys."""
 
 from pathlib import Path
 

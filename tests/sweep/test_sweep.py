@@ -1,4 +1,4 @@
-"""A sweep's orders and what its job does with them, where no cluster is needed or none answers."""
+"""A sweep's orders and the actions of its job on them, where no cluster is needed or none answers."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def ordered(place, entries, *, wanted=None, concurrent=1, retry=()):
 
 
 def begun(place, entry, *happened):
-    """A run of the entry, whose cluster is nowhere."""
+    """Create a run of the entry, whose cluster does not exist, with these events."""
     run = create_run(entry.spec)
     add_attempt(run, Attempt(f"{run.id}-1", NOWHERE.address, local=True))
     for kind in happened:
@@ -65,7 +65,7 @@ def begun(place, entry, *happened):
 
 
 def prepare(spec):
-    """A folder that says it was prepared for it, so that nothing is left to do."""
+    """Write a folder that counts as prepared for the spec, so that nothing is left to do."""
     spec.data.prepared.mkdir()
     write_json(spec.data.prepared / "manifest.json", manifest_of({"web": 9}, recipe(spec)).model_dump(mode="json"))
 
@@ -75,7 +75,7 @@ def run(place, name):
 
 
 def run_once(place, name):
-    """Let it look once at all runs, and then find that it is not its turn any more."""
+    """Let the sweep's job look once at all runs, and then find that it is not its turn any more."""
     looks = itertools.chain([True] * 9, itertools.repeat(False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler.Sweep, "_is_its_turn", property(lambda self: next(looks)))
@@ -96,7 +96,7 @@ def test_the_last_order_is_the_same_for_everybody_and_has_what_it_lacks_from_tho
 
 @pytest.mark.timeout(60)
 def test_a_job_makes_way_at_once_for_one_that_was_asked_for_at_the_same_moment(tmp_path, place):
-    """The other one waits for it, so that they would wait for each other for ever."""
+    """The other job waits for this one, so that they would wait for each other forever."""
     first = ordered(place, [entry(tmp_path, "a")])
     ordered(place, [entry(tmp_path, "a")])
     run(place, first)
@@ -174,7 +174,7 @@ def test_a_storage_that_fails_is_asked_again(tmp_path, place, capsys):
 
 
 def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, capsys):
-    """Here one whose cluster does not answer, but that wrote a moment ago."""
+    """The unwanted run here has a cluster that does not answer, but has written a moment ago."""
     unwanted, wanted = entry(tmp_path, "a"), entry(tmp_path, "b")
     prepare(wanted.spec)
     begun(place, unwanted, "submitted", "started")
@@ -184,7 +184,7 @@ def test_runs_that_nobody_wants_now_count_as_long_as_they_live(tmp_path, place, 
 
 
 def test_what_had_ended_before_it_was_asked_for_starts_again_once_and_what_ended_later_does_not(tmp_path, place):
-    """Whichever job does it: one that is started in the place of a killed one has the same order."""
+    """This holds for any job: one that is started in place of a killed one has the same order."""
     names = ("before", "later", "started")
     entries = {name: entry(tmp_path, name) for name in names}
     prepare(entries["before"].spec)
@@ -236,7 +236,7 @@ def test_what_a_command_asked_for_goes_on_beside_what_the_next_one_asks_for_unti
 
 @pytest.mark.ray
 def test_a_job_that_is_started_again_ends_where_the_sweep_was_stopped_meanwhile(tmp_path, place, local_cluster):
-    """Whoever follows it saw the job gone before the sweep was stopped."""
+    """A user who follows the job saw it disappear before the sweep was stopped."""
     connection, wanted = connect(), entry(tmp_path, "a")
     order = place.order(ordered(place, [wanted]))
     place.stop_file.parent.mkdir(parents=True, exist_ok=True)

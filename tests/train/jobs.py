@@ -1,4 +1,4 @@
-"""What the ranks of the training tests run; each returns plain tensors and numbers."""
+"""Functions that the ranks of the training tests run; each returns plain tensors and numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ def trainer_of(spec: RunSpec, nodes: list[str] | None = None) -> Trainer:
 
 
 def batches(spec: RunSpec, step: int, trainer: Trainer) -> list[MicroBatch]:
-    """This rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step."""
     return micro_batches(spec, step)[trainer.mesh.rank :: trainer.mesh.world]
 
 
 def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
-    """All of a step. Tokens depend on the step alone, and each follows from the one before. With best-fit packing there
-    are documents of all lengths, and padding of all lengths: the first micro-batch has nothing else, the second a
-    single target."""
+    """Return all micro-batches of a step.
+
+    Tokens depend on the step alone, and each follows from the one before. Best-fit packing gives documents of all
+    lengths and padding of all lengths: the first micro-batch has nothing else, and the second has a single target.
+    """
     m, b, t = spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len
     g = torch.Generator().manual_seed(1000 + step)
     chain = [torch.randint(40, (m, b), generator=g)]
@@ -52,12 +54,12 @@ def micro_batches(spec: RunSpec, step: int) -> list[MicroBatch]:
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor with what other ranks hold of it, experts by global id. Collective."""
+    """Return each tensor complete with the parts that other ranks hold, experts by global id. Collective."""
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Whole ones of the step, between `accumulate` and `update`. Collective."""
+    """Return the whole gradients of a step, between `accumulate` and `update`. Collective."""
     named = dict(trainer.model.named_parameters())
     if trainer.strategy.gathers:
         from deepspeed.utils import safe_get_full_grad
@@ -69,15 +71,17 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def held_out(spec: RunSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples that do not divide evenly, some of whose targets do not count."""
+    """Return validation samples that do not divide evenly over ranks, some of whose targets do not count."""
     g = torch.Generator().manual_seed(0)
     token_NT = torch.randint(300, (7, spec.data.seq_len + 1), generator=g)
     return token_NT, torch.rand(token_NT[:, 1:].shape, generator=g) < 0.8
 
 
 def gradients_then_losses(spec: RunSpec, steps: int, nodes: list[str] | None = None) -> dict[str, Any]:
-    """Unclipped gradients of the first step, then the loss of each step, and weights, moments and validation after the
-    last."""
+    """Return the unclipped gradients of the first step, the loss of each step, and the state after the last one.
+
+    The state is weights, moments, tokens and validation.
+    """
     trainer = trainer_of(spec, nodes)
     losses, norms, first = [], [], {}
     for step in range(steps):
@@ -119,7 +123,7 @@ def save(run: RunDir, trainer: Trainer) -> None:
 
 
 def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[str, Any]:
-    """Weights and moments as this world loads them, then the losses of some steps."""
+    """Return weights and moments as this world loads them, and the losses of the steps that follow."""
     trainer = trainer_of(spec)
     restore(trainer, checkpoint, read_manifest(checkpoint))
     result: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
@@ -130,7 +134,7 @@ def load_and_describe(spec: RunSpec, checkpoint: Path, steps: int = 0) -> dict[s
 
 
 def _step(spec: RunSpec, step: int, trainer: Trainer) -> float:
-    """The mean loss of a step, over all ranks."""
+    """Train one step, and return its mean loss over all ranks."""
     sums = trainer.accumulate(batches(spec, step, trainer))
     trainer.update(sums)
     total = torch.tensor(sums.loss, dtype=torch.float64)
@@ -144,8 +148,10 @@ def validation_loss(spec: RunSpec, token_NT: torch.Tensor, counts_NT: torch.Tens
 
 
 def nothing_to_do(spec: RunSpec) -> dict[str, Any]:
-    """A rank without rows, forward and backward: rank 0 sends all its rows to the experts of rank 1, and so does
-    rank 1, so rank 0's experts get nothing."""
+    """Train a step in which a rank has no rows, forward and backward.
+
+    Both ranks send all their rows to the experts of rank 1, so rank 0's experts get nothing.
+    """
     trainer = trainer_of(spec)
     with torch.no_grad():
         for layer in trainer.model.moe_layers():

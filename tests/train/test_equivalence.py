@@ -1,4 +1,4 @@
-"""The same run on one process and spread over several: gradients, losses, weights."""
+"""The same run on one process and spread over several: gradients, losses and weights are the same."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def spread(workers, ep, strategy="ddp", shard_experts=False, dispatch="flat", **
 
 
 def limited(static):
-    """A model that drops routes, or one that does not."""
+    """Return the keys of a spec whose model drops routes if `static`, and else does not."""
     if not static:
         return {}
     model = tiny_spec().model.model_dump()
@@ -119,7 +119,7 @@ def with_xmoe():
     ],
 )
 def test_a_router_with_a_learnt_temperature_trains_alike(alone_with_xmoe, workers, ep, strategy):
-    """A single number, which some strategies would refuse."""
+    """The temperature is a single number, which some strategies would refuse."""
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     for found in run_ranks(workers, jobs.gradients_then_losses, spread(workers, ep, strategy, **with_xmoe()), STEPS):
@@ -141,7 +141,7 @@ def assert_alike(found, expected):
 
 
 def test_groups_by_node_train_alike_where_experts_are_sliced_too(alone):
-    """Of an expert's two holders the one of the higher rank comes first in the mesh."""
+    """The mesh has the higher rank of an expert's two holders first."""
     for found in run_ranks(4, jobs.gradients_then_losses, spread(4, 2, "fsdp", True), STEPS, ["a", "b", "b", "a"]):
         assert_alike(found, alone)
 
@@ -160,8 +160,10 @@ def alone_in_bfloat16():
     ],
 )
 def test_in_bfloat16_the_losses_are_those_of_one_process_too(alone_in_bfloat16, workers, ep, strategy):
-    """Weights, their updates and what is added over ranks are float32 in all strategies. Products are rounded as on one
-    process, but of weights' gradients once for each rank."""
+    """Weights, their updates and the sums over ranks are float32 in all strategies.
+
+    Products are rounded as on one process, but those of weights' gradients are rounded once for each rank.
+    """
     spec = spread(workers, ep, strategy, strategy == "fsdp", train={"precision": "bfloat16"})
     for found in run_ranks(workers, jobs.gradients_then_losses, spec, STEPS):
         assert found["losses"] == pytest.approx(alone_in_bfloat16["losses"], rel=2e-3)
@@ -171,7 +173,7 @@ def test_in_bfloat16_the_losses_are_those_of_one_process_too(alone_in_bfloat16, 
 
 
 def compiled(spec, steps):
-    """As `gradients_then_losses`, and how many graphs were compiled."""
+    """Return the results of `gradients_then_losses`, and the number of graphs that were compiled."""
     from torch._dynamo.utils import counters
 
     return jobs.gradients_then_losses(spec, steps), counters["stats"]["unique_graphs"]
@@ -228,14 +230,14 @@ def test_recomputing_changes_no_bit_whatever_is_drawn(model):
 
 @pytest.mark.parametrize(("ep", "strategy"), [(1, "fsdp"), (2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
 def test_recomputing_trains_alike_where_tensors_are_spread(alone, ep, strategy):
-    """Slices are put together once more, and nothing is exchanged once more."""
+    """Slices are gathered a second time, and nothing is exchanged a second time."""
     spec = spread(2, ep, strategy, strategy == "fsdp", train={"recompute": True})
     for found in run_ranks(2, jobs.gradients_then_losses, spec, STEPS):
         assert_alike(found, alone)
 
 
 def recomputing(spec):
-    """Losses and gradients of a random model, and what was sent to other ranks."""
+    """Return the loss, the exchanged rows and the gradients of one step."""
     trainer = jobs.trainer_of(spec)
     sums = trainer.accumulate(jobs.batches(spec, 0, trainer))
     return sums.loss, sums.sent, jobs.gradients(trainer)
@@ -252,7 +254,8 @@ def test_recomputing_sends_no_row_twice_and_changes_no_bit():
 
 @pytest.mark.parametrize("model", [FIRST_PAPER, OTHERS], ids=["first-paper", "others"])
 def test_routing_with_drops_noise_and_biases_is_the_same_on_any_number_of_ranks(model):
-    """Capacity, draws and balance belong to a micro-batch, wherever it is computed; a bias to the whole step."""
+    """Capacity, draws and balance belong to a micro-batch, wherever it is computed; a bias belongs to the whole
+    step."""
     merged = merged_with(model)
     [alone] = run_ranks(1, jobs.gradients_then_losses, spread(1, 1, **merged), 8)
     for found in run_ranks(2, jobs.gradients_then_losses, spread(2, 2, **merged), 8):

@@ -1,4 +1,4 @@
-"""What a CPU worker's C library is told, by what it then does."""
+"""The settings that a CPU worker gives to its C library, judged by what the library then does."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ thread.join()
 
 
 def _faults(environment: dict[str, str]) -> int:
-    """Pages fetched from the system by a thread that asks for the same 64 MB once more, five times."""
+    """Return the pages fetched from the system by a thread that asks for the same 64 MB once more, five times."""
     done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

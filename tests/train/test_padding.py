@@ -26,8 +26,11 @@ def spec_of(workers=1, ep=1, masks=True, folder=Path("/nowhere"), **model) -> Ru
 
 
 def plainly(spec: RunSpec) -> tuple[dict[str, torch.Tensor], float, int]:
-    """Gradients and loss of the first step, and the targets it counts: each document by itself through a model without
-    masks, which has no padding to count; beside it the micro-batches' own losses of routing, padding included."""
+    """Return gradients and loss of the first step, and the number of targets that it counts.
+
+    Each document goes by itself through a model without masks, which has no padding to count. The routing losses are
+    those of the micro-batches, padding included.
+    """
     plain, packed = Decoder(spec.model.model_copy(update={"document_masks": False})), Decoder(spec.model)
     for model in (plain, packed):
         init_weights(model, spec.seed)
@@ -64,7 +67,7 @@ def alone():
 
 @pytest.mark.parametrize(("workers", "ep"), [(2, 1), (2, 2), (4, 2)])
 def test_padding_however_spread_over_ranks_changes_nothing(alone, workers, ep):
-    """Of four ranks, one has nothing but padding, and one a single target."""
+    """One of the four ranks has nothing but padding, and one has a single target."""
     for found in run_ranks(workers, jobs.gradients_then_losses, spec_of(workers, ep), STEPS):
         for name, expected in alone["gradients"].items():
             assert (found["gradients"][name] - expected).norm() <= 1e-5 * expected.norm(), name
@@ -101,7 +104,7 @@ def test_a_step_of_padding_alone_is_no_number_divided_by_zero():
 
 
 def test_validation_masks_documents_as_training_does():
-    """Packed documents validate like each of them in a sample of its own."""
+    """Packed documents have the same validation loss as each of them in a sample of its own."""
     spec = spec_of()
     samples = [torch.cat(part) for part in zip(*jobs.micro_batches(spec, 0), strict=True)]
     packed = jobs.trainer_of(spec).validate(*samples)

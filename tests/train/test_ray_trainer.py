@@ -1,4 +1,4 @@
-"""What train/resilience.py holds on to inside Ray 2.60; tests/several_nodes has it at work."""
+"""The parts of Ray 2.60 that train/resilience.py relies on; tests/several_nodes runs it on real clusters."""
 
 import inspect
 import pickle
@@ -85,7 +85,7 @@ def test_what_a_new_start_would_only_meet_again_is_not_tried_again(tmp_path, rai
 
 
 def test_workers_start_again_when_the_run_directory_can_be_read(tmp_path, monkeypatch, capsys):
-    """Each new start reads it at once; so a storage that is away for a minute would cost all tries."""
+    """Each new start reads the directory at once, so a storage that is away for a minute would use up all retries."""
     run = RunDir(tmp_path)
     run.spec_file.mkdir()  # which nobody can read
     monkeypatch.setattr(resilience, "LOOK_SECONDS", 0.01)

@@ -1,4 +1,4 @@
-"""What a rank has in memory while a run starts, and what it begins with."""
+"""The memory that a rank uses while a run starts, and the weights that it begins with."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def spread(strategy, **cluster):
 
 
 def begun(spec):
-    """The most that was allocated on the way, what is left of it, and the weights."""
+    """Return the peak of allocated bytes while a trainer is built, the bytes that remain, and the weights."""
     trainers = []
     peak = peak_bytes(lambda: trainers.append(jobs.trainer_of(spec)), torch.device("cpu"))
     held = sum(
@@ -30,7 +30,7 @@ def begun(spec):
 
 
 def test_zero_compiles_nothing(tmp_path, monkeypatch):
-    """What is being compiled when a process is killed leaves a lock, for which later ones would wait for ever."""
+    """A compilation leaves a lock when its process is killed, and later processes would wait for that lock forever."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     run_ranks(2, begun, spread("zero1", workers=2))

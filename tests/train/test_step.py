@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""A single optimizer step, applied or skipped."""
 
 import math
 
@@ -27,8 +27,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def skipping(spec):
-    """Six steps, the third of which has an infinite gradient on the last rank; what is left and what was applied. What
-    may not change includes biases of routers, which move without gradients."""
+    """Take six steps, the third of which has an infinite gradient on the last rank; return which of them were applied.
+
+    It also returns the number of skipped steps, and which norms are finite. Nothing may change in a skipped step, nor
+    may the biases of routers, which move without gradients.
+    """
     trainer = trainer_of(spec)
     updates, held = [], {}
     for step in range(6):
@@ -44,7 +47,7 @@ def skipping(spec):
 
 
 def losses_begun(spec, as_on_cuda):
-    """Of a step that begins where autocast is on for CUDA, whose flag is another than the CPU's; or is not."""
+    """Return the loss of a step that begins where autocast is on for CUDA, or is not; CUDA's flag is not the CPU's."""
     torch.set_autocast_enabled("cuda", as_on_cuda)
     trainer = trainer_of(spec)
     return trainer.accumulate(batches(spec, 0, trainer)).loss
@@ -62,7 +65,7 @@ def test_deepspeed_does_not_switch_autocast_off(strategy):
 
 
 def spoil(trainer):
-    """An infinite value in the gradient that the optimizer will read."""
+    """Put an infinite value into the gradient that the optimizer will read."""
     if trainer.spec.cluster.strategy == "zero2":
         [first, *_] = trainer.strategy.engine.optimizer.averaged_gradients[0]
         first.view(-1)[0] = torch.inf

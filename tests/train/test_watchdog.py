@@ -1,4 +1,4 @@
-"""Whom the watchdog takes for hung. tests/faults has it at work."""
+"""The ranks that the watchdog takes for hung; tests/faults runs it on real clusters."""
 
 import asyncio
 import sys
@@ -30,7 +30,7 @@ def dog(tmp_path, clock):
 
 
 def hear(dog, *beats, step=7):
-    """Each rank's own count, None where it says nothing."""
+    """Let each rank report its own count to the watchdog; a rank whose count is None reports nothing."""
     for place, count in zip(PLACES, beats, strict=True):
         if count is not None:
             asyncio.run(dog.hear(Progress(place, life=count, done=count, step=step, doing="training")))
@@ -58,7 +58,7 @@ def test_those_that_say_nothing(dog, clock):
 
 
 def test_else_those_that_are_behind(dog, clock):
-    """All answer, none gets on: the last one has not come to where the others wait."""
+    """All ranks answer and none makes progress: the last one has not come to where the others wait."""
     hear(dog, 9, 9, 8)
     for _ in range(11):
         assert culprits(dog, clock) == []
@@ -75,7 +75,7 @@ def test_or_all_where_none_is(dog, clock):
 
 
 def test_nobody_while_what_all_wait_for_gets_on(dog, clock):
-    """As while a checkpoint's files are read, before any rank is told where to begin."""
+    """The files of a checkpoint are read in this way, before any rank is told where to begin."""
     for _ in range(5):
         hear(dog, 3, 3, 3)
         clock.now += 8

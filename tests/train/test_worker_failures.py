@@ -1,4 +1,4 @@
-"""Which of the workers that failed is the cause, and how that is said."""
+"""The choice of the failed worker that is the cause, and the message about it."""
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -55,8 +55,10 @@ def test_the_run_fails_for_the_cause_that_is_recorded(tmp_path, error, told):
 
 
 def test_an_error_in_a_process_that_a_rank_called_is_that_error():
-    """As where the checkpoint that the stream is to begin at is damaged: Ray's error is one of ours too, and its text
-    is a traceback."""
+    """One case is a damaged checkpoint at which the stream is to begin.
+
+    Ray's error is then one of our classes too, and its text is a traceback.
+    """
     damaged = CheckpointError("checkpoint c", "it is damaged", "use another")
     rays = RayTaskError("configure", "\x1b[36mray::\x1b[39m Traceback", damaged).as_instanceof_cause()
     assert isinstance(rays, CheckpointError)
@@ -78,7 +80,7 @@ def test_a_rank_that_failed_before_it_had_started_has_no_process_of_an_earlier_g
 
 
 def test_who_is_told_of_at_every_poll_is_recorded_once_and_again_when_it_fails_again(tmp_path, monkeypatch):
-    """While nodes are taken away, Ray Train asks on, and hears of the same failure each time."""
+    """Ray Train polls on while nodes are taken away, and hears of the same failure each time."""
     run, clock = RunDir(tmp_path), iter([100.0, 102.0, 104.0, 105.0, 200.0])
     monkeypatch.setattr(worker_failures.time, "monotonic", lambda: next(clock))
     record = RecordLost(run)

@@ -1,4 +1,4 @@
-"""Surveys without Ray, file after file."""
+"""Surveys made without Ray, one file after another."""
 
 from collections import Counter
 

@@ -24,7 +24,7 @@ def without_longest(sizes) -> int:
 
 
 def plainly(documents) -> Copies:
-    """By dictionaries."""
+    """Count the copies with plain dictionaries."""
     result, places, sizes = Copies(), defaultdict(list), defaultdict(list)
     of_domain = defaultdict(lambda: defaultdict(list))
     for line, (text, file, size) in enumerate(documents, start=1):

@@ -1,4 +1,4 @@
-"""Each rule on data that break it, and on data that do not."""
+"""Each lint rule on data that break it, and on data that do not."""
 
 import json
 
@@ -37,7 +37,7 @@ def only(found):
 
 @pytest.fixture
 def folder(tmp_path):
-    """With sound text in raw/."""
+    """Return a folder with sound text in raw/."""
     write_corpus(tmp_path / "raw")
     return tmp_path
 

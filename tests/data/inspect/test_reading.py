@@ -1,6 +1,6 @@
 # ruff: noqa: RUF001 - characters of many scripts
 
-"""Figures against plain counting, whatever the files that documents are in."""
+"""Figures of a corpus against plain counting, whatever the files that its documents are in."""
 
 import base64
 import json
@@ -56,7 +56,7 @@ def test_figures_of_a_corpus(tmp_path, tokenizer):
 
 
 def test_tokens_are_counted_as_preparing_encodes_them(tmp_path, tokenizer):
-    """Letters that spell a special token are letters."""
+    """Letters that spell a special token are encoded as letters."""
     texts = ["<s>struck</s> out", "nothing special", "</s>"]
     write_documents(tmp_path / "raw" / "x.jsonl", texts)
     made, path = tokenizer
@@ -89,7 +89,7 @@ DOCUMENTS = st.lists(st.tuples(st.sampled_from("ab c\né漢"), st.integers(1, 70
 
 @given(DOCUMENTS.filter(bool))
 def test_no_split_over_files_shows(tokenizer, drawn):
-    """The same documents in one file and in up to four."""
+    """The same documents give the same figures in one file and in up to four."""
     texts = [f"{character * length}." for character, length, _ in drawn]
     with tempfile.TemporaryDirectory() as folder:
         write_documents(Path(folder) / "one" / "all.jsonl", texts)

@@ -14,7 +14,11 @@ from tests.specs import tiny_spec
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A spec with its prepared folder, its tokenizer, and rows of tokens by domain; the last of web/c is filled up."""
+    """Write a prepared folder; return its spec, its tokenizer, the rows of tokens of each domain, and the training
+    order.
+
+    The last tokens of each row of web/c are padding.
+    """
     folder = tmp_path_factory.mktemp("project")
     texts = write_corpus(folder / "raw")
     spec = tiny_spec(folder, data={"seq_len": 24})

@@ -1,4 +1,4 @@
-"""Surveys by jobs of a real cluster are what reading file after file gives."""
+"""Surveys by jobs of a real cluster equal those made by reading file after file."""
 
 import pytest
 
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def request_and_expected(tmp_path_factory):
-    """Of a corpus with copies, damaged texts and lines that cannot be read."""
+    """Write a corpus with copies, damaged texts and unreadable lines; return the request for a survey and the expected
+    survey."""
     folder = tmp_path_factory.mktemp("corpus")
     copied = documents("copied", 9)
     write_corpus(folder / "raw")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from mhmoe_ray.data.order.order import OrderedDomain, Phase, seeded
 
 SOURCE_ERROR, DOMAIN_ERROR = 3.36, 6.72
-"""In slots, as data/order/order.py proves."""
+"""Largest errors of sources and of domains, in slots, as data/order/order.py proves them."""
 
 
 class Leaf:
@@ -17,7 +17,8 @@ class Leaf:
 
 
 class Node:
-    """Sends what comes left whenever the left child's weights have added up to another whole of its own."""
+    """Inner node that deals a slot to its left child whenever the left weights have added up to another whole weight of
+    its own."""
 
     def __init__(self, number: int, left: "Leaf | Node", right: "Leaf | Node") -> None:
         self.weight, self.number, self.left, self.right = left.weight + right.weight, number, left, right
@@ -32,7 +33,7 @@ class Node:
 
 
 class Grove:
-    """Numbers nodes on from the domains, over all trees, since ties go to the older one."""
+    """Builder of trees that numbers nodes on from the domains, over all trees, since ties go to the older node."""
 
     def __init__(self, domains: int) -> None:
         self.next = domains
@@ -54,7 +55,7 @@ class Grove:
 def plain_order(
     seed: int, domains: Sequence[OrderedDomain], phases: Sequence[Phase], length: int
 ) -> Iterator[tuple[int, int]]:
-    """(domain, sample) of positions 0 .. length - 1."""
+    """Yield the (domain, sample) of positions 0 .. length - 1."""
     grove, read = Grove(len(domains)), [0] * len(domains)
     trees = [grove.tree([d.source for d in domains], phase.weights) for phase in phases]
     ends = [*(p.start for p in phases[1:]), length]
@@ -70,7 +71,7 @@ def plain_order(
 
 
 def mixed(x: int) -> int:
-    """splitmix64's finaliser."""
+    """Return splitmix64's finaliser of x."""
     x %= 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -78,7 +79,11 @@ def mixed(x: int) -> int:
 
 
 def permuted(place: int, size: int, key: int) -> int:
-    """The place's cell of a rectangle, moved along rows and columns in turn, until it is one of the first `size`."""
+    """Return the position of a place after the permutation.
+
+    The place is a cell of a rectangle, which is moved along rows and columns in turn until it is one of the first
+    `size` cells.
+    """
     width = next(w for w in range(1, size + 1) if w * w >= size)
     height = -(-size // width)
     while True:

@@ -20,7 +20,7 @@ def problems(draw):
 
 
 def poured(total: int, weights: list[float], limits: list[int]) -> list[Fraction]:
-    """Exact parts: one vessel after another is full, and what runs over goes to those that are not."""
+    """Return the exact parts: as vessels fill up one after another, the overflow goes to those that are not full."""
     parts = [Fraction(0)] * len(weights)
     while total:
         level = Fraction(total) / sum(Fraction(w) for w, p, m in zip(weights, parts, limits, strict=True) if p < m)

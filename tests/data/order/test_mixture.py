@@ -1,4 +1,4 @@
-"""The mixture of a spec, from a manifest alone."""
+"""The mixture that a spec asks for, computed from a manifest alone."""
 
 from decimal import Decimal
 from itertools import pairwise
@@ -17,7 +17,7 @@ from tests.specs import tiny_spec
 
 
 def mixed(samples, steps=100, schedule=(), **sources):
-    """Eight samples a step."""
+    """Return the mixture of a spec with these sources and eight samples a step."""
     sources = {name: {"path": name, **source} for name, source in sources.items()}
     spec = tiny_spec(data={"sources": sources, "schedule": schedule}, train={"steps": steps})
     return mixture(spec, manifest_of(samples))
@@ -171,7 +171,8 @@ def limited_mixtures(draw):
 
 
 def asked_without_limits(samples, steps, schedule, sources):
-    """Samples of each domain by the spec alone, phase by phase: a plain reading of the rules."""
+    """Return the samples of each domain that the spec asks for, phase by phase: a plain reading of the rules without
+    limits."""
     now = {name: dict(source) for name, source in sources.items()}
     begins = {0: {}, **{phase["from_step"]: phase["sources"] for phase in schedule}}
     result = []

@@ -10,8 +10,10 @@ seeds = st.integers(0, 2**32)
 
 @st.composite
 def mixtures(draw, most=40, longest=200):
-    """Domains of some sources, and phases of whole-number weights with zeros among them; the last ends with its
-    weights."""
+    """Draw domains of some sources, and phases of whole-number weights with zeros among them.
+
+    No phase is longer than the sum of its weights, and the last one ends after as many positions.
+    """
     samples = draw(st.lists(st.integers(1, most), min_size=1, max_size=7))
     domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), n) for i, n in enumerate(samples)]
     weights = st.lists(st.integers(0, 30), min_size=len(samples), max_size=len(samples)).filter(any)
@@ -35,7 +37,7 @@ def test_the_closed_form_is_the_plain_loop(seed, mixture):
 
 @st.composite
 def endless(draw):
-    """Domains with shares down to 1e-9 of a whole of 2^50, phases of any length."""
+    """Draw domains with shares down to 1e-9 of a whole of 2^50, and phases of any length."""
     size = draw(st.integers(1, 12))
     domains = [OrderedDomain(f"d{i}", draw(st.sampled_from("abc")), draw(st.integers(1, 10**9))) for i in range(size)]
     exponents = st.lists(st.floats(-9, 0), min_size=size, max_size=size)
@@ -138,8 +140,10 @@ def test_seeds_differ_in_domains_and_samples():
 
 
 def test_batches_mix_the_files_of_their_domains():
-    """256 samples of a domain of 40 shards come from as many different ones as a draw by chance would give, and the
-    order has nothing to do with where a sample lies."""
+    """The 256 samples of a batch come from as many different shards of 40 as a random draw would give.
+
+    The order has nothing to do with where a sample lies.
+    """
     size, shards, batch = 40_000, 40, 256
     domains = [OrderedDomain("a", "s", size), OrderedDomain("b", "s", size)]
     order = Order(1, domains, [Phase(0, [size, size])])
@@ -158,7 +162,7 @@ def test_batches_mix_the_files_of_their_domains():
 
 
 def test_order_never_changes():
-    """Golden: a run that is resumed by a later version must read on where it stopped."""
+    """The golden values must hold: a run that a later version resumes must read on where it stopped."""
     domains = [OrderedDomain("a/x", "a", 1000), OrderedDomain("a/y", "a", 77), OrderedDomain("b/z", "b", 5)]
     phases = [Phase(0, [600, 300, 100]), Phase(500, [2**40, 2**39, 2**38])]
     domain, sample = Order(3, domains, phases)(np.r_[496:504, 10**9 : 10**9 + 4])

@@ -33,13 +33,13 @@ def test_domains_of_any_size(size, key, nth):
 
 
 def chi_square(counts: np.ndarray, expected: float | np.ndarray) -> float:
-    """In standard deviations from what chance gives."""
+    """Return the chi-square statistic as standard deviations from its mean by chance."""
     freedom = counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / sqrt(2 * freedom))
 
 
 def epochs(size: int, count: int, key: str) -> np.ndarray:
-    """(count, size)"""
+    """Return the permutations of `count` epochs, with shape (count, size)."""
     place = np.arange(count * size)
     return Permutations([size], [seeded(1, key)])(np.zeros(len(place), np.int64), place).reshape(count, size)
 

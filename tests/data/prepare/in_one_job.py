@@ -1,12 +1,12 @@
-"""Does one thing after another in a single job, whose start takes longer than most of them.
+"""Do one thing after another in a single job, whose start takes longer than most of them.
 
 Run as `python -m tests.data.prepare.in_one_job HOW PATH ...` as a job. HOW is
 
-check        whether a prepared folder is sound, by tasks; prints a line
+check        check by tasks whether a prepared folder is sound, and print one line
 together     prepare a spec
-WORLD:START  read what a spec trains on from there, split over so many workers; into a file of JSON beside it, since in
-             what a job prints long lines have others of Ray within them
-serially     prepare a spec as prepare_serially does, and so are all that follow
+WORLD:START  read what a spec trains on from position START, split over WORLD workers, into a JSON file beside the spec:
+             Ray's lines would break the long lines that a job prints
+serially     prepare a spec as prepare_serially does; all later preparations are then serial too
 """
 
 import json

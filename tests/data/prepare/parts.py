@@ -11,7 +11,7 @@ START = 1
 
 
 def stream_of(folder: Path, parts: Sequence[np.ndarray], token_bytes: int = 2) -> Stream:
-    """These tokens as parts on disk."""
+    """Write these tokens as parts on disk, and return them as a stream."""
     refs = []
     for i, tokens in enumerate(parts):
         name = f"{i:02d}part"
@@ -24,7 +24,7 @@ def stream_of(folder: Path, parts: Sequence[np.ndarray], token_bytes: int = 2) -
 
 
 def documents_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Documents of so many tokens, each preceded by START; no two tokens are alike."""
+    """Return documents of these numbers of tokens, each preceded by START; no two tokens are alike."""
     made, next_token = [], START + 1
     for n in lengths:
         made.append([START, *range(next_token, next_token + n)])

@@ -1,4 +1,5 @@
-"""mhmoe_ray.data.prepare.job in small chunks, one at a time, killed by SIGKILL when so many parts are there."""
+"""Run mhmoe_ray.data.prepare.job in small chunks, one at a time, until SIGKILL ends it after a given number of
+parts."""
 
 import os
 import signal
@@ -14,7 +15,10 @@ from tests.data.prepare.prepare_serially import in_small_chunks, one_task_at_a_t
 
 
 def kill_at(parts: int, pid: int, work: Path, ready: Event) -> None:
-    """By a process of its own: a thread of the job would wait for its turn while parts are made."""
+    """Kill a process when `parts` parts exist below `work`.
+
+    This runs in a process of its own: a thread of the job would wait for its turn while parts are made.
+    """
     ready.set()
     while len(list(work.glob("parts/*/*.json"))) < parts:
         time.sleep(0.001)

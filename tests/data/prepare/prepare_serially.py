@@ -1,4 +1,4 @@
-"""mhmoe_ray.data.prepare.job with one task at a time, in chunks of a few documents."""
+"""Run mhmoe_ray.data.prepare.job with one task at a time, in chunks of a few documents."""
 
 import ray.data
 

@@ -45,7 +45,7 @@ def test_documents_that_fit_are_whole(lengths, seq_len):
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=60))
 def test_no_two_samples_would_fit_into_one(lengths):
-    """Of best fit: a sample is begun only where no other has room, so at most one is less than half full."""
+    """Best fit begins a sample only where no other has room, so at most one is no more than half full."""
     _, made = packed(lengths, 32)
     filled = (made.samples[:, 1:] != PADDING).sum(1)
     assert (filled <= 16).sum() <= 1

@@ -1,4 +1,4 @@
-"""Where chunks of a file end."""
+"""The places where chunks of a file end."""
 
 import pyarrow as pa
 
@@ -8,7 +8,7 @@ from tests.data.sources.read import data_spec
 
 
 def chunks(folder, lines, characters):
-    """Texts and bad lines of each."""
+    """Return the number of texts and of bad lines of each chunk."""
     folder.mkdir(parents=True)
     (folder / "f.jsonl").write_text("".join(f"{line}\n" for line in lines))
     spec = data_spec(folder, format="jsonl").model_copy(update={"max_bad_lines": len(lines)})
@@ -28,6 +28,6 @@ def test_they_depend_on_what_is_in_the_file_and_not_on_where_it_lies(tmp_path):
 
 
 def test_lines_that_cannot_be_read_fill_them_too(tmp_path):
-    """Else what is said of them would be kept in memory, however many there are."""
+    """The reports of bad lines would otherwise be kept in memory, however many there are."""
     found = chunks(tmp_path / "a", ['{"body": "of another key"}'] * 1000, 4000)
     assert max(bad for _, bad in found) <= 10

@@ -8,7 +8,7 @@ def test_the_held_out_share_is_near_the_fraction():
 
 
 def test_what_is_held_out_stays_so_when_more_is():
-    """By the text alone, so that copies go together and another fraction moves as few documents as can be."""
+    """The text alone decides, so that copies stay together and another fraction moves as few documents as possible."""
     texts = documents("v", 1000)
     some, more = ({t for t in texts if is_validation(t, share)} for share in (0.1, 0.3))
     assert some < more

@@ -36,7 +36,8 @@ TRAIN = {"steps": 60, "micro_batches": 4, "micro_batch_size": 2}
 
 
 def on_cluster(cluster, *args, ends="SUCCEEDED", **env):
-    """Run a module of this Python as a job of the cluster, its working directory ours; returns its lines."""
+    """Run a module of this Python as a job of the cluster, in our working directory; return the lines that it
+    prints."""
     connection, job = connect(cluster.address), f"test-{secrets.token_hex(4)}"
     environment = {"env_vars": {"PYTHONPATH": str(Path.cwd()), **env}}
     jobs.submit(connection, jobs.request(["-m", *map(str, args)], job, local=True, runtime_env=environment))
@@ -46,7 +47,7 @@ def on_cluster(cluster, *args, ends="SUCCEEDED", **env):
 
 
 def in_folder(spec, folder, **data):
-    """The same preparation with another result."""
+    """Return the spec of the same preparation into another folder."""
     return spec.model_copy(update={"data": spec.data.model_copy(update={"prepared": folder, **data})})
 
 
@@ -61,7 +62,7 @@ SPELT = [f"{i} <|endoftext|>, they wrote<|endoftext|>" for i in range(40)]
 
 
 def spelt_spec(folder, **keys):
-    """Of documents that spell the end of text."""
+    """Write documents that spell the end of text, and return a spec of them."""
     write_documents(folder / "raw/a/one.jsonl", SPELT)
     lines = (base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
     (folder / "ranks").write_bytes(b"".join(lines))
@@ -70,18 +71,18 @@ def spelt_spec(folder, **keys):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A spec whose raw text is there, and its texts by domain."""
+    """Write raw text; return its spec and its texts by domain."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = write_corpus(folder / "raw")
     return tiny_spec(folder, data=ALPHA, train=TRAIN), texts
 
 
 class Killed(NamedTuple):
-    """What a job that was killed has left."""
+    """The state that a killed job has left."""
 
     spec: RunSpec
     made: bool
-    """Its prepared folder."""
+    """Whether its prepared folder exists."""
     stage: str
     parts: int
 
@@ -99,31 +100,31 @@ def killed(corpus, local_cluster, tmp_path_factory):
 
 
 class Made(NamedTuple):
-    """What one job has made."""
+    """The results of the one job that does all tasks."""
 
     spec: RunSpec
     texts: dict[str, list[str]]
     again: RunSpec
-    """The same, one task at a time instead of eight, and many chunks of a file instead of one."""
+    """The same preparation with one task at a time instead of eight, and many chunks of a file instead of one."""
     fitted: RunSpec
     fitted_again: RunSpec
     spelt: dict[str, RunSpec]
     trained: RunSpec
-    """On the data of `spec`."""
+    """A training on the data of `spec`."""
     splits: list[Path]
-    """What workers read of it."""
+    """Files of what workers read of that training."""
     checked: tuple[Path, ...]
     lines: list[str]
 
 
 STEPS, MIDDLE = 1000, 8 * 437
 SPLITS = ["1:0", "2:0", "4:0", f"2:{MIDDLE}", f"4:{MIDDLE}"]
-"""Workers and the position that they start at."""
+"""Pairs of the number of workers and the position at which they start."""
 
 
 @pytest.fixture(scope="module")
 def made(corpus, killed, local_cluster, tmp_path_factory):
-    """All that needs no job of its own."""
+    """Do in a single job all tasks that need no job of their own."""
     folder, (spec, texts) = tmp_path_factory.mktemp("made"), corpus
     again = in_folder(spec, folder / "again")
     fitted = in_folder(spec, folder / "fitted", packing="best_fit", seq_len=300)
@@ -228,7 +229,8 @@ def test_best_fit_keeps_documents_whole_and_counts_every_token(made):
 
 
 def test_a_thousand_steps_are_the_same_for_any_workers_and_where_their_number_changes(made):
-    """1, 2 and 4 workers from the start; 2 that go on alone, and 4 that go on from 2, at a step in the middle."""
+    """The splits have 1, 2 and 4 workers from the start, 2 that go on alone at a step in the middle, and 4 that go on
+    there from 2."""
     found = {}
     for path in made.splits:
         found |= json.loads(path.read_text())

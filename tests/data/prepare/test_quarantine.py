@@ -56,7 +56,8 @@ def test_a_job_stops_early_only_when_the_rest_cannot_mend_it():
 
 
 def test_compressed_files_that_are_still_to_be_read_have_more_lines_a_byte():
-    """Of 4 per cent of the plain file's lines less than 1 per cent is left, if the other has five times as many."""
+    """The plain file's 4 per cent of bad lines may end below 1 per cent if the compressed file has five times as many
+    lines."""
     files = [RawFile("web/all", "a.jsonl", 3_000, "jsonl"), RawFile("web/all", "b.jsonl.gz", 2_000, "jsonl")]
     share = Limit(data_spec("raw").model_copy(update={"max_bad_share": 0.01}), files)
     plain = tally(96 * EVIDENCE, 4 * EVIDENCE, text_bytes=3_000)
@@ -95,7 +96,7 @@ def test_an_entry_says_where_and_why():
 
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_the_reason_can_be_told_whichever_part_of_a_file_is_added_up_first(damaged):
-    """Parts come as tasks end; the one that is over the limit may come before the one with the first bad line."""
+    """Parts arrive as tasks end: the part that exceeds the limit may come before the part with the first bad line."""
     whole = tally(5, bad_lines=1)
     before = whole.copy()
     whole += tally(5, bad_lines=3, damaged=damaged)

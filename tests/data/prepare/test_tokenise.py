@@ -1,4 +1,4 @@
-"""Parts that an earlier job left."""
+"""Reuse of parts that an earlier job left."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What preparations leave beside a prepared folder, without Ray."""
+"""Leftovers of preparations beside a prepared folder, without Ray."""
 
 import os
 
@@ -20,7 +20,8 @@ def test_leftovers_of_another_folder_stay(tmp_path):
 
 
 def test_what_a_job_left_that_was_killed_when_all_was_done_is_taken_away(tmp_path):
-    """Between the rename and the end, so that who follows would be shown a preparation for ever."""
+    """The job was killed between the rename and the end, where a follower would be shown a running preparation
+    forever."""
     spec = tiny_spec(tmp_path)
     made = manifest_of({"web/a": 4}, recipe(spec))
     with at_work(spec) as place:
@@ -54,7 +55,7 @@ def test_what_jobs_left_that_are_dead_is_taken_away_and_what_is_alive_stays(tmp_
 
 
 def test_who_was_silent_for_long_is_dead_unless_all_have_been(tmp_path):
-    """A machine or a storage that stood still makes the others look dead to whoever is the first to go on."""
+    """A machine or storage that stood still makes all others look dead to the first process that goes on."""
     place = Workplace(tmp_path, tmp_path / "own")
     place.own.mkdir()
     (place.own / ALIVE).touch()

@@ -1,4 +1,4 @@
-"""Manifests of prepared folders without the shards, for what needs counts alone."""
+"""Manifests of prepared folders without shards, for tests that need counts alone."""
 
 from mhmoe_ray.data.shards.manifest import Baselines, DataManifest, Domain
 
@@ -6,7 +6,7 @@ T = 16
 
 
 def manifest_of(samples: dict[str, int], recipe: dict[str, object] | None = None) -> DataManifest:
-    """Domains of so many samples of T + 1 tokens."""
+    """Return a manifest of domains with these numbers of samples of T + 1 tokens."""
     domains = {
         name: Domain(
             documents=n,

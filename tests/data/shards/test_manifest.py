@@ -1,4 +1,4 @@
-"""What a prepared folder was made with, and what lies in it now."""
+"""The recipe that a prepared folder was made with, and the data that it holds now."""
 
 import json
 import shutil

@@ -19,7 +19,7 @@ def test_a_file_is_what_was_written_or_the_problem_is_told(tmp_path):
 
 
 def make_folders(folder):
-    """A sound one, one with another shard in the place of its own, one without held-out samples."""
+    """Write a sound folder, one with another shard in place of its second one, and one without held-out samples."""
     sound, other, lost = (folder / name for name in ("sound", "other", "lost"))
     manifest = manifest_of({"book": 2})
     shards = []
@@ -39,7 +39,8 @@ def make_folders(folder):
 
 
 def told(folders):
-    """Of each of them; `tests/data/prepare/test_prepare.py` has tasks of a cluster tell the same."""
+    """Return the expected report on each folder; in `tests/data/prepare/test_prepare.py` tasks of a cluster report the
+    same."""
     _, other, lost = folders
     return [
         "sound",

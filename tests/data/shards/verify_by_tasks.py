@@ -1,4 +1,4 @@
-"""Whether a prepared folder is sound, in a line; also found out as if there were much in it."""
+"""Report in one line whether a prepared folder is sound, also with the tasks that check large folders."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mhmoe_ray.errors import DataError
 
 
 def problem_of(folder: Path) -> str:
-    """Of a prepared folder, or that it is sound."""
+    """Return the first problem of a prepared folder, or that it is sound."""
     manifest = read_data_manifest(folder)
     assert manifest is not None
     try:
@@ -19,6 +19,9 @@ def problem_of(folder: Path) -> str:
 
 
 def problem_by_tasks(folder: Path) -> str:
-    """The same by a running Ray. All that this process checks later is much too."""
+    """Return the same as `problem_of`, found by tasks of a running Ray.
+
+    Later checks of this process use tasks too, since every folder then counts as large.
+    """
     files.LITTLE = 0
     return problem_of(folder)

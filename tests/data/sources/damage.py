@@ -1,4 +1,4 @@
-"""Damaging bytes at drawn places, and what is known to be untouched afterwards."""
+"""Damage to bytes at drawn places, and the parts that are known to be untouched afterwards."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 
 class Edit(NamedTuple):
-    """At a place of the original: `removed` bytes give way to `added`."""
+    """A replacement of `removed` bytes by `added` at a place of the original."""
 
     at: int
     removed: int
@@ -14,7 +14,7 @@ class Edit(NamedTuple):
 
 
 def edits(size: int) -> st.SearchStrategy[list[Edit]]:
-    """Changes, deletions, insertions and truncations that do not overlap, in ascending order."""
+    """Return a strategy for changes, deletions, insertions and truncations that do not overlap, in ascending order."""
     junk = st.one_of(
         st.binary(max_size=12), st.sampled_from([b"\n", b'"', b"\0" * 64, b"\xff", b"\xef\xbb\xbf", b"\r\n", b"}{"])
     )
@@ -45,5 +45,5 @@ def damaged(data: bytes, made: list[Edit]) -> bytes:
 
 
 def untouched(start: int, end: int, made: list[Edit]) -> bool:
-    """Whether the bytes start .. end - 1 and the edges before and after them are as they were."""
+    """Return whether the bytes start .. end - 1 and the edges before and after them are as they were."""
     return all(edit.at + edit.removed < start or edit.at > end for edit in made)

@@ -1,4 +1,4 @@
-"""Reading what a test wrote."""
+"""Reading back the files that a test wrote."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ def data_spec(path, max_document_mb=32.0, **source) -> DataSpec:
 
 
 def read(path: Path | str, **keys) -> tuple[list[Document | BadLine], Tally]:
-    """Everything a source gives, and the tally of all its files."""
+    """Return everything that a source gives, and the tally of all its files."""
     spec, items, tally = data_spec(path, **keys), [], Tally()
     for file in find_files(spec):
         reading = Reading(file, spec)
@@ -25,7 +25,7 @@ def read(path: Path | str, **keys) -> tuple[list[Document | BadLine], Tally]:
 
 
 def items_of(path: Path | str, **keys) -> Iterator[Document | BadLine]:
-    """Everything a source gives, one at a time."""
+    """Yield everything that a source gives, one item at a time."""
     spec = data_spec(path, **keys)
     for file in find_files(spec):
         yield from Reading(file, spec)
@@ -36,5 +36,5 @@ def texts(items: list[Document | BadLine]) -> list[str]:
 
 
 def bad(items: list[Document | BadLine]) -> list[tuple[int, str]]:
-    """(line, reason) of what could not be read."""
+    """Return (line, reason) of each part that could not be read."""
     return [(item.line, item.reason) for item in items if isinstance(item, BadLine)]

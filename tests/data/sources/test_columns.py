@@ -20,7 +20,7 @@ def table(values, kind=None) -> pa.Table:
 
 
 def write_dataset(folder, rows, files=2, **state):
-    """What `datasets` writes with save_to_disk."""
+    """Write the files that `save_to_disk` of the package `datasets` writes."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
     for i, name in enumerate(names):

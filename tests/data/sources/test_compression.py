@@ -1,4 +1,4 @@
-"""Against the libraries' own decoders."""
+"""Decompression against the libraries' own decoders."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ SKIPPABLE = b"\x57\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
 
 
 def unzstd_prefix(data: bytes) -> bytes:
-    """What the library makes of the beginning of a frame."""
+    """Return what the library decodes of the beginning of a frame."""
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
@@ -39,7 +39,7 @@ LONG = zstandard.ZstdCompressionParameters(window_log=31, hash_log=15, chain_log
 
 
 def streamed(data: bytes, parameters: zstandard.ZstdCompressionParameters | None = None) -> bytes:
-    """A frame that does not say how long it is, flushed in the middle."""
+    """Return a frame that does not record its length and is flushed in the middle."""
     made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     half = len(data) // 2
     return (

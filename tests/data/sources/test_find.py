@@ -59,7 +59,7 @@ def test_a_pattern_that_is_none_is_said(tmp_path):
 
 
 def test_a_source_has_no_slash_in_its_name():
-    """Which ends it in the name of a domain."""
+    """A slash ends the source in the name of a domain."""
     with pytest.raises(SpecError, match=r"sources\.wiki/en\..*should match pattern"):
         checked(DataSpec, {"sources": {"wiki/en": {"path": "x"}}, "prepared": "p", "seq_len": 8}, "spec")
 

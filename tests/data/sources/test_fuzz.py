@@ -1,5 +1,7 @@
-"""Damaged files of every form: never a crash, never a hang, and every document before the damage is there; of plain
-files every one that was not touched. `make explore` draws many more."""
+"""Damaged files of every form: reading never crashes, never hangs, and gives every document before the damage.
+
+It also gives every document of plain files that was not touched. `make explore` draws many more examples.
+"""
 
 import gzip
 import io
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.long
 EXAMPLES = 2000 if hypothesis.settings.get_current_profile_name() == "explore" else 150
 LIMIT = 3000  # bytes of a document
 MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04", b"\x04\x22\x4d\x18")
-"""A plain file that comes to begin so is taken for a compressed one."""
+"""First bytes of compressed files; a plain file that comes to begin so is taken for a compressed one."""
 
 alphabets = st.sampled_from(["ab \n", "aé漢🙂\u2028\0", '"\\{}[]:,', "\t\r x"])
 bodies = alphabets.flatmap(lambda a: st.text(a, max_size=30))
@@ -38,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def checked(folder, name: str, content: bytes, **keys) -> list[Document | BadLine]:
-    """What is read of a file, which must make sense whatever its bytes are."""
+    """Write a file, return what is read of it, and assert that this makes sense whatever the file's bytes are."""
     for old in folder.iterdir():
         old.unlink()
     (folder / name).write_bytes(content)
@@ -60,7 +62,7 @@ def jsonl(corpus: list[str], ascii: bool, newline: bytes = b"\n") -> list[bytes]
 
 
 def expect_untouched(corpus: list[str], pieces: list[bytes], end: bytes, made: list[Edit], items) -> None:
-    """The documents whose pieces of the file are as they were, are there, in their order."""
+    """Assert that the documents whose pieces of the file are as they were have been read, in their order."""
     start, kept = 0, []
     for text, piece in zip(corpus, pieces, strict=True):
         if untouched(start - len(end) + 1, start + len(piece) - 1, made) and len(piece) - len(end) <= LIMIT:
@@ -114,7 +116,7 @@ def compress_gzip(content: bytes, draw) -> bytes:
 
 
 def unzstd(data: bytes) -> tuple[bytes, bool]:
-    """What the library makes of it, fed byte by byte, and whether it is whole."""
+    """Return what the library decodes of the data, fed byte by byte, and whether the data are complete."""
     out, at = b"", 0
     while at < len(data):
         frame = zstandard.ZstdDecompressor().decompressobj()

@@ -19,7 +19,7 @@ def named(*texts, **keys):
 
 
 def edit(path, change):
-    """Change the lines of a gzip file."""
+    """Apply `change` to the lines of a gzip file."""
     path.write_bytes(gzip.compress(b"\n".join(change(gzip.decompress(path.read_bytes()).split(b"\n")))))
 
 
@@ -114,7 +114,7 @@ def test_a_rule_keeps_its_bound_to_the_last_digit(bound):
 
 
 def test_rules_are_spelled_as_prepared_folders_have_them():
-    """A digit more or less, and a folder counts as made with other settings."""
+    """One digit more or less would make a folder count as made with other settings."""
     for bound, spelled in [("50", "50"), ("0.10", "0.1"), ("1000000", "1e+06"), ("1234567", "1234567.0")]:
         assert str(SignalRule.parse(f"ccnet_length>={bound}")) == f"ccnet_length >= {spelled}"
 

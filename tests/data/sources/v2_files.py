@@ -1,4 +1,4 @@
-"""Files of RedPajama-V2 as they were published, made from a few rows."""
+"""Files in the published form of RedPajama-V2, made from a few rows."""
 
 import gzip
 import hashlib
@@ -21,7 +21,8 @@ FINE = {
 def write_v2(root: Path, place: str, rows: list[dict[str, Any]]) -> None:
     """Write the four files of a place such as `2023-06/0000/en_head`.
 
-    Each row has `text`, and may have `signals` (over FINE; a list is one score a line), `duplicate`, and `bands`.
+    Each row has `text`, and may have `signals`, `duplicate` and `bands`. Signals replace those of FINE; a list has one
+    score for each line.
     """
     snapshot, _, name = place.split("/")
     language, bucket = name.split("_")

@@ -17,7 +17,8 @@ TEXTS = ["the moon rises over a quiet sea <s> </s>", "<|endoftext|> is the end",
 
 
 def pieces_with_specials():
-    """As XLM-RoBERTa's and T5's: a Unigram model that has the special tokens among its pieces, at the best score."""
+    """Return a Unigram tokenizer whose special tokens are among its pieces, at the best score, as in XLM-RoBERTa and
+    T5."""
     letters = [(c, -5.0) for c in sorted({c for t in TEXTS for c in t} - {" "})]
     vocab = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     made = Tokenizer(models.Unigram(vocab, 2))
@@ -28,7 +29,8 @@ def pieces_with_specials():
 
 
 def ranks_with_end_of_text():
-    """Of tiktoken's format, a pattern that splits nothing, and the end of text among the ranks."""
+    """Return a tokenizer in tiktoken's format with a pattern that splits nothing and the end of text among the
+    ranks."""
     lines = BYTES + b"PHw= 256\nPHxlbmRvZnRleHR8Pg== 257\n"  # <| and <|endoftext|>
     return from_tiktoken(lines, r"[\s\S]+", "ranks")
 

@@ -1,4 +1,4 @@
-"""tiktoken in the place of the tokenizers library: the same tokens for every text, or it is not taken."""
+"""tiktoken in place of the tokenizers library: it gives the same tokens for every text, or it is not used."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ def spelled(token: str) -> str:
 
 
 def made(tokens, merges, ignore_merges=False):
-    """Byte-level BPE with these tokens after the bytes; merges in the order given."""
+    """Return a byte-level BPE tokenizer with these tokens after the bytes, and merges in the order given."""
     vocab = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
     for token in tokens:
         vocab.setdefault(spelled(token), len(vocab))
@@ -107,7 +107,10 @@ def test_which_vocabularies_are_taken(tokens, merges, ignore_merges, taken):
 
 
 def pairs_of_bytes(pattern: str) -> Tokenizer:
-    """Tokens of two bytes, first those of an ASCII letter and another byte: any split of a text shows in its tokens."""
+    """Return a tokenizer of all tokens of two bytes, so that any split of a text shows in its tokens.
+
+    The tokens of an ASCII letter and another byte come first.
+    """
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     pairs.sort(key=lambda pair: (pair[0] < 128) == (pair[1] < 128))
     tokens = [*(bytes([byte]) for byte in range(256)), *pairs]
@@ -118,7 +121,7 @@ def pairs_of_bytes(pattern: str) -> Tokenizer:
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_character_is_of_the_same_kind_to_both(name, step):
-    """Two engines read the pattern, each with its own tables of Unicode."""
+    """Two engines read the pattern, each with its own Unicode tables."""
     library = pairs_of_bytes(name)
     encoding = fast(library)
     codes = [c for c in [*range(0x3000), *range(0x3000, 0x110000, step)] if not 0xD800 <= c < 0xE000]
@@ -187,7 +190,7 @@ def test_other_tokenizers_are_not_taken(name):
 
 
 def test_a_published_tokenizers_split_is_taken():
-    """As Llama 3's tokenizer.json has it."""
+    """The split is the one of Llama 3's tokenizer.json."""
     assert fast(with_(TRAINED, pre_tokenizer=split_by(CL100K))) is not None
 
 

@@ -76,7 +76,8 @@ def test_many_files_are_not_all_read_but_evenly():
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Two files of a domain, several times the budgets below; the texts of each."""
+    """Write two files of a domain, several times as large as the budgets below; return the spec, the files and their
+    texts."""
     made = {name: documents(name, 400) for name in ("one", "two")}
     for name, texts in made.items():
         write_documents(tmp_path / f"raw/a/{name}.jsonl", texts)

@@ -20,7 +20,7 @@ CODE = Path(__file__).read_text()
 
 
 def both(ranks, pattern):
-    """A vocabulary in either library."""
+    """Return a vocabulary as a tokenizer of the tokenizers library and as one of tiktoken."""
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
     assert is_tiktoken(lines)
     theirs = tiktoken.Encoding(
@@ -30,7 +30,7 @@ def both(ranks, pattern):
 
 
 def trained_ranks():
-    """Ranks of the usual kind: bytes, then what BPE joined."""
+    """Return ranks of the usual kind: bytes, then the tokens that BPE joined."""
     made = train_bpe([*SCRIPTS, CODE] * 2, 1200)
     tokens = sorted((i, t) for t, i in made.get_vocab().items() if i)
     return {bytes(BYTE_OF_LETTER[c] for c in token): i - 1 for i, token in tokens}
@@ -83,7 +83,7 @@ def test_the_end_of_text_is_the_next_id_unless_it_is_there():
     words=st.lists(st.text("ab", min_size=1, max_size=40), min_size=1, max_size=4),
 )
 def test_vocabularies_that_no_training_made_are_joined_alike(tokens, first, words):
-    """In any order of ranks, so that some tokens cannot be reached, or only across others."""
+    """Ranks are in any order, so that some tokens cannot be reached, or only across others."""
     order = [bytes([b]) for b in range(256)]
     for at, token in zip([*first, *range(0, 256, 11)], tokens, strict=False):
         order.insert(at, token.encode())

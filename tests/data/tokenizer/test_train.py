@@ -44,7 +44,7 @@ def test_frequent_words_become_one_token(kind):
 
 @pytest.mark.parametrize("kind", TRAIN)
 def test_a_run_without_a_break_is_cut_and_spoils_neither_time_nor_vocabulary(kind):
-    """Whose whole length, squared, would take minutes."""
+    """Training over the run's whole length would take time that grows as its square: minutes."""
     run = "ACGT" * 50_000
     made = TRAIN[kind]([f"the moon {run}", "A" * 5000], 300)
     assert max(map(len, made.get_vocab())) <= MAX_WORD
@@ -63,7 +63,7 @@ print(hashlib.sha256(train(corpus(), 700).to_str().encode()).hexdigest())
 
 
 def corpus():
-    """This package's own code."""
+    """Return this package's own code, and texts in many scripts."""
     return [path.read_text() for path in sorted(Path("mhmoe_ray/data").rglob("*.py"))][:12] + SCRIPTS
 
 

@@ -1,4 +1,4 @@
-"""Bytes of tokens: those of a text add up to the text."""
+"""Numbers of bytes of tokens: those of a text's tokens add up to the text's."""
 
 import pytest
 from hypothesis import given

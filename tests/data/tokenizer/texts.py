@@ -1,4 +1,4 @@
-"""Text of every kind that a tokenizer meets, drawn or written by hand."""
+"""Texts of every kind that a tokenizer meets, drawn or written by hand."""
 
 import hypothesis.strategies as st
 
@@ -23,4 +23,4 @@ texts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
     st.lists(st.one_of(_usual, _special, st.sampled_from(SCRIPTS)), max_size=40).map("".join),
 )
-"""Any Unicode but lone surrogates, which no document holds."""
+"""Strategy for any Unicode but lone surrogates, which no document holds."""

@@ -1,4 +1,4 @@
-"""Records from where this process imports the packages under comparison; Python imports this module at its start."""
+"""Record from where this process imports the packages under comparison; Python imports this module at its start."""
 
 import json
 import os
@@ -14,7 +14,7 @@ RECORD = os.environ.get("EQUAL_IMPORTS", "")
 class ImportRecorder:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find nothing, so that the import goes on as ever; record what it will find on the path."""
+        """Find nothing, so that the import goes on as usual, and record what it will find on the path."""
         if name in PACKAGES:
             spec = PathFinder.find_spec(name)
             line = {"package": name, "origin": spec and spec.origin, "command": sys.orig_argv}

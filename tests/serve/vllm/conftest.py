@@ -1,4 +1,4 @@
-"""Runs only where vLLM is installed (`make test-vllm`)."""
+"""Tests of this folder run only where vLLM is installed (`make test-vllm`)."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def _environment():
 
 @contextmanager
 def served(checkpoint: Path, **settings: object) -> Iterator[Answerer]:
-    """The checkpoint behind vLLM."""
+    """Serve the checkpoint with vLLM, and yield the answerer."""
     answerer = load_answerer(checkpoint, ServeSpec(engine="vllm", **{"max_concurrency": 32, **settings}))
     try:
         yield answerer
@@ -56,6 +56,6 @@ GREEDY = Sampling(max_tokens=20, temperature=0)
 
 
 def greedy_of_32(engine: Engine) -> list[list[int]]:
-    """Answers to requests that are there at once."""
+    """Return the greedy answers to 32 requests that are there at once."""
     asked = [Request(ids, GREEDY) for ids in prompts(32)]
     return [[scored.token for scored in answer.tokens] for answer in together(engine, asked)]

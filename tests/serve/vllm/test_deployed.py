@@ -1,4 +1,4 @@
-"""vLLM in a replica of Ray Serve."""
+"""A replica of Ray Serve with vLLM as its engine."""
 
 import httpx
 import pytest

@@ -1,4 +1,4 @@
-"""vLLM behind our interface: what clients see of it is what they see of our own engine."""
+"""vLLM behind our interface: clients see the same as with our own engine."""
 
 import asyncio
 
@@ -43,7 +43,8 @@ def test_greedy_answers_are_the_same_alone_and_among_32_and_those_of_our_own_eng
 
 
 def test_many_kinds_of_requests_at_once(engine):
-    """As many tokens as asked for, scores where asked for, none that the tokenizer does not have."""
+    """Answers have as many tokens as asked for, scores where asked for, and no token that the tokenizer does not
+    have."""
     asked = mixed()
     for request, answer in zip(asked, together(engine, asked), strict=True):
         assert answer.finish == "stop" or len(answer.tokens) == request.sampling.max_tokens

@@ -1,4 +1,7 @@
-"""Engines that are started for a test. vLLM in a process is one at a time, as in a replica."""
+"""Engines that are started for a single test.
+
+A process has one vLLM at a time, as a replica has.
+"""
 
 import asyncio
 
@@ -81,7 +84,7 @@ def test_an_engine_that_is_closed_says_so(checkpoint):
 
 
 def test_in_bfloat16_scores_stay_near_those_of_the_training_model(checkpoint):
-    """Routing is in float32 here too, so that few rows go to other experts."""
+    """Routing is in float32 in vLLM too, so that few rows go to other experts."""
     ids = prompts(1)[0]
     request = Request(ids, Sampling(0), logprobs=0, prompt_logprobs=True)
     with served(checkpoint, precision="bfloat16") as answerer:

@@ -1,4 +1,4 @@
-"""A step's line of metrics."""
+"""The line of metrics that a step records."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a run leaves in MLflow, as its own client reads it."""
+"""The record of a run in MLflow, as MLflow's own client reads it."""
 
 import logging
 import socket

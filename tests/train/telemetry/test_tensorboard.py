@@ -1,4 +1,4 @@
-"""Event files, as TensorBoard itself reads them."""
+"""Event files of a run, as TensorBoard itself reads them."""
 
 import warnings
 
