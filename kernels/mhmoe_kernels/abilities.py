@@ -1,29 +1,29 @@
-"""What each kernel can compute, and where. No torch: the spec refuses and the planner counts by the same entries that
-the dispatcher in backends.py obeys."""
+"""Limits of each kernel and the hardware it runs on. No torch: the spec's checks, the planner's counts and the
+dispatcher in backends.py use the same entries."""
 
 from typing import Literal, NamedTuple
 
 ExpertFunction = Literal["swiglu", "gelu_subln"]
-"""What a feed-forward layer or an expert computes; `weights.py` has the code."""
+"""Name of the function that a feed-forward layer or an expert computes; `weights.py` implements it."""
 KernelName = Literal["auto", "grouped", "cpp", "triton", "megablocks", "capacity", "reference"]
 
 
 class Abilities(NamedTuple):
-    """Limits of a kernel; None where it takes anything."""
+    """Limits of a kernel; None where it has no limit."""
 
     device: Literal["CUDA", "CPUs"] | None = None
     precision: Literal["bfloat16"] | None = None
     function: ExpertFunction | None = None
-    """The only function of experts that it computes."""
+    """The only expert function that the kernel computes."""
     sizes: int = 1
-    """Widths of rows and of experts must be multiples of this."""
+    """Number that widths of rows and of experts must be multiples of."""
     widest_row: int | None = None
     auto_widest_row: int | None = None
-    """Width of rows up to which `auto` prefers this kernel on GPUs, in bfloat16."""
+    """Largest row width for which `auto` prefers this kernel on GPUs in bfloat16."""
     keeps: Literal["as told", "nothing", "all"] = "all"
-    """Hidden rows of experts that it keeps for the backward; "as told" means that `moe.recompute` decides."""
+    """Hidden rows of experts that the kernel keeps for the backward; "as told" means that `moe.recompute` decides."""
     is_static: bool = False
-    """Whether it lays out a limited number of places per expert (static routing) and needs to be told how many."""
+    """Whether the kernel lays out a limited number of slots per expert (static routing) and needs that number."""
 
 
 KERNELS: dict[KernelName, Abilities] = {

@@ -1,4 +1,5 @@
-"""The one seam: rows and their routes in, the experts' outputs combined per row out, differentiable both ways."""
+"""The common interface of all kernels: rows and their routes in, combined expert outputs per row out, with
+gradients."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,13 +21,13 @@ def _anywhere(device: torch.device) -> None:
 
 class Backend(NamedTuple):
     run: Callable[..., Tensor]
-    """(x_ND, expert_NK, gate_NK, weights) -> y_ND."""
+    """Function (x_ND, expert_NK, gate_NK, weights) -> y_ND."""
     why_not: Callable[[torch.device], str | None] = _anywhere
-    """Why it cannot run on this device here, in one line; None where it can."""
+    """Function that returns in one line why the backend cannot run on a device of this machine, or None if it can."""
     run_sorted: RunSorted | None = None
-    """The same for rows that are sorted by expert, where it sorts them itself."""
+    """Function for rows that are already sorted by expert, if the backend sorts rows itself."""
     trains: bool = True
-    """Whether it has a backward."""
+    """Whether the backend has a backward."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -40,24 +41,25 @@ BACKENDS: dict[str, Backend] = {
 }
 
 STATIC = {name for name, abilities in KERNELS.items() if abilities.is_static}
-"""Backends whose `run` is also told the places of an expert."""
+"""Names of the backends whose `run` also takes the expert capacity (`places`)."""
 FUSED_UP_TO = KERNELS["triton"].auto_widest_row or 0
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device here, in one line; None where it can, as `auto` always does."""
+    """Return in one line why a backend cannot run on a device of this machine; None if it can, as `auto` always can."""
     return None if name == "auto" else BACKENDS[name].why_not(device)
 
 
 def choose(name: str, x_ND: Tensor, weights: ExpertWeights, places: int | None = None) -> str:
-    """The backend that a name means: a key of `BACKENDS`, or `auto` for what should be fastest here. Where nothing is
-    dropped, one of static routing has no layout, and means `auto`.
+    """Return the key of `BACKENDS` that a kernel name selects; `auto` selects the one that should be fastest here.
+
+    If nothing is dropped (`places` is None), a backend of static routing has no layout and is treated as `auto`.
 
     Args:
-        name: as in `MoESpec.kernel`.
-        x_ND: rows, in the dtype that experts get them in.
+        name: kernel name as in `MoESpec.kernel`.
+        x_ND: rows, in the dtype in which experts get them.
         weights: the experts.
-        places: as in `run_experts`.
+        places: expert capacity as in `run_experts`.
     """
     if name != "auto" and (places is not None or name not in STATIC):
         return name
@@ -72,20 +74,20 @@ def choose(name: str, x_ND: Tensor, weights: ExpertWeights, places: int | None =
 def run_experts(
     backend: str, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, places: int | None = None
 ) -> Tensor:
-    """y_n = sum_k gate_nk * expert_{expert_nk}(x_n), for experts of any kind (P2, section 2.1).
+    """Return y_n = sum_k gate_nk * expert_{expert_nk}(x_n), for experts of any kind (P2, section 2.1).
 
     Args:
         backend: a key of `BACKENDS`.
-        x_ND: rows.
-        expert_NK: int64, the K different experts of each row, each in 0..E-1.
-        gate_NK: routing weights, in the dtype of x or float32; 0 for a route that was dropped.
+        x_ND: the rows.
+        expert_NK: the K different experts of each row, int64, each in 0..E-1.
+        gate_NK: gates (routing weights), in the dtype of x or float32; 0 for a dropped route.
         weights: the E experts.
-        places: rows that an expert takes at most, where routing is static; for a backend in `STATIC`.
+        places: expert capacity in rows if routing is static; used by the backends in `STATIC`.
 
     Returns:
-        y_ND in the dtype of x. Every route is computed, dropped ones with weight 0, but for `capacity`. N may be 0,
-        and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on;
-        a backend that does not train (`Backend.trains`) has none.
+        y_ND in the dtype of x. All backends but `capacity` compute every route, dropped ones with gate 0. N may be 0,
+            and experts may get no rows; both still take part in the backward pass, which expert parallelism relies on.
+            A backend that does not train (`Backend.trains`) has no backward.
     """
     more = {"places": places} if backend in STATIC else {}
     with _as_given(x_ND):
@@ -93,12 +95,12 @@ def run_experts(
 
 
 def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """Each row through its one expert, for rows that are sorted by expert.
+    """Run rows that are sorted by expert through their experts, one expert per row.
 
     Args:
         backend: a key of `BACKENDS`.
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
+        counts: number of rows per expert; their sum is R.
         weights: the E experts.
 
     Returns:
@@ -116,6 +118,10 @@ def run_sorted_experts(backend: str, x_RD: Tensor, counts: list[int], weights: E
 
 
 def _as_given(x: Tensor) -> torch.autocast:
-    """Autocast is the caller's, whose tensors have its dtype by now. In here it would round what is float32 on purpose,
-    and widen what is to stay narrow: of norms on CUDA, for one, whose results meet bfloat16 weights next."""
+    """Return a context that disables autocast inside kernels.
+
+    The caller has applied autocast: the tensors already have its dtype. Inside a kernel, autocast would round values
+    that are float32 on purpose, and widen values that must stay narrow, for example the results of norms on CUDA, which
+    meet bfloat16 weights next.
+    """
     return torch.autocast(x.device.type, enabled=False)

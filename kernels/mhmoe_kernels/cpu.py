@@ -1,7 +1,7 @@
-"""The level of the CPU: which instructions it computes with, as one of a few ordered levels (`cpu_level`).
+"""The level of the CPU, which says what instructions it has, as one of a few ordered levels (`cpu_level`).
 
-torch and oneDNN choose their code by the CPU, each for itself. `level_environment` holds them and us to one level, so
-that a machine can show what happens on lesser ones.
+torch and oneDNN each choose their code by the CPU. `level_environment` restricts them and this package to one level, so
+that a machine can show what happens on lesser CPUs.
 """
 
 import os
@@ -11,22 +11,22 @@ from functools import cache
 import torch
 
 VARIABLE = "MHMOE_CPU_LEVEL"
-"""Names the level that the CPU is taken to have at most, in lower case."""
+"""Environment variable with the highest level that the CPU is taken to have, in lower case."""
 
 
 class CpuLevel(IntEnum):
-    """Each level has the instructions of those before it."""
+    """Level of a CPU; each level has the instructions of those before it."""
 
     GENERIC = 0
-    """Anything less than AVX2, and every CPU that is no x86."""
+    """Any x86 CPU without AVX2, and every other CPU."""
     AVX2 = 1
-    """With FMA."""
+    """AVX2 with FMA."""
     AVX512 = 2
-    """AVX512F, BW, DQ and VL, as torch and oneDNN want them together."""
+    """AVX512F, BW, DQ and VL, which torch and oneDNN require together."""
     AVX512_BF16 = 3
-    """Multiplies bfloat16."""
+    """Multiplication of bfloat16 vectors."""
     AMX = 4
-    """Multiplies tiles of bfloat16, and the system lets this process do so."""
+    """Multiplication of bfloat16 tiles, which the system allows this process to use."""
 
 
 TITLES = {
@@ -36,7 +36,7 @@ TITLES = {
     CpuLevel.AVX512_BF16: "AVX512, BF16",
     CpuLevel.AMX: "AVX512, BF16, AMX",
 }
-"""Levels as people read them."""
+"""Names of the levels for display."""
 
 _ENVIRONMENTS = {
     CpuLevel.GENERIC: ("default", "SSE41", "SSE4_2"),
@@ -45,21 +45,23 @@ _ENVIRONMENTS = {
     CpuLevel.AVX512_BF16: ("avx512", "AVX512_CORE_BF16", "AVX512_E3"),
     CpuLevel.AMX: ("avx512", "DEFAULT", "AVX512_E4"),
 }
-"""ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS, which MKL follows on Intel's CPUs alone."""
+"""Values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS for each level. MKL follows its
+variable only on Intel's CPUs."""
 
 
 def is_x86() -> bool:
-    """Return whether the CPU has levels at all."""
+    """Return whether the CPU is an x86, for which the levels are defined."""
     return str(torch.cpu.get_capabilities()["architecture"]) in ("x86", "x86_64")
 
 
 @cache
 def machine_level() -> CpuLevel:
-    """Return the level of the CPU itself, whatever the environment says.
+    """Return the level of the CPU itself, regardless of the environment.
 
-    torch's own word (`torch.backends.cpu.get_cpu_capability`) follows ATEN_CPU_CAPABILITY even to instructions that
-    the CPU lacks, so the instructions are looked at. AMX is asked for, since a CPU may name it where the system, a
-    sandbox or a hypervisor does not let processes use its tiles; a process that has asked once may use them.
+    torch's own answer (`torch.backends.cpu.get_cpu_capability`) follows ATEN_CPU_CAPABILITY even to instructions that
+    the CPU lacks, so this reads the CPU's instruction flags. AMX is requested from the system, because a CPU may list
+    it where the system, a sandbox or a hypervisor does not let processes use its tiles. A process that has requested it
+    once may use it.
     """
     has = torch.cpu.get_capabilities()
 
@@ -77,10 +79,10 @@ def machine_level() -> CpuLevel:
 
 
 def asked_level() -> CpuLevel | None:
-    """Return the level that MHMOE_CPU_LEVEL names; None where it is not set, or empty.
+    """Return the level that MHMOE_CPU_LEVEL names; None if it is unset or empty.
 
     Raises:
-        ValueError: it names none.
+        ValueError: MHMOE_CPU_LEVEL names no level.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
@@ -92,10 +94,10 @@ def asked_level() -> CpuLevel | None:
 
 
 def cpu_level() -> CpuLevel:
-    """Return what this process may take the CPU to compute.
+    """Return the level that this process may use.
 
-    That is the level of the CPU itself, lowered to MHMOE_CPU_LEVEL and to what torch takes the CPU for, which
-    ATEN_CPU_CAPABILITY tells it; neither raises it.
+    This is the level of the CPU itself, lowered to MHMOE_CPU_LEVEL and to what torch takes the CPU for, which
+    ATEN_CPU_CAPABILITY controls. Neither can raise it.
 
     Raises:
         ValueError: MHMOE_CPU_LEVEL names no level.
@@ -107,13 +109,14 @@ def cpu_level() -> CpuLevel:
 
 
 def level_environment(level: CpuLevel) -> dict[str, str]:
-    """Return the variables that hold a process and its children to a level: us, torch, oneDNN and MKL.
+    """Return the environment variables that restrict this package, torch, oneDNN and MKL to a level, in a process and
+    its children.
 
-    They are read when each of them first computes, so they must be there before. On a CPU that is no x86 they are
-    ours alone.
+    Each of them reads its variable when it first computes, so the variables must be set before. On a CPU that is no
+    x86, only this package's own variable is returned.
 
     Args:
-        level: one above the machine's own is taken for that, since torch would believe it and crash.
+        level: the level; one above the machine's own is lowered to that, because torch would believe it and crash.
     """
     level = min(level, machine_level())
     own_variable = {VARIABLE: level.name.lower()}

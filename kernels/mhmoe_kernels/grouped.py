@@ -1,17 +1,19 @@
-"""The kernel `grouped`: sort routes by expert, run each expert once on its contiguous rows, un-sort. Any device.
+"""The kernel `grouped`: sort routes by expert, run each expert once on its contiguous rows, un-sort. It runs on any
+device.
 
-Both kinds of experts have a backward by hand, which keeps less than autograd would, or nothing.
+Both kinds of experts have a hand-written backward, which keeps less than autograd would, or nothing.
 
-SwiGLU: autograd keeps four times F values of a row in an expert. Here it is two, gate and up; the rest follows from
-them at the cost of a product and a sigmoid. Of rows that are recomputed nothing is kept: the backward computes gate and
-up anew, and they go through in pieces small enough that their hidden layer stays in the cache.
+SwiGLU: for each row of an expert, autograd keeps four times F values. Here it is two, gate and up; the rest follows
+from them at the cost of a product and a sigmoid. For rows that are recomputed nothing is kept: the backward computes
+gate and up again, and the rows go through in pieces small enough for their hidden layer to stay in the cache.
 
-GELU with SubLN: at h heads a row is d/h wide and meets h times as many hidden values in all, so passes over the hidden
-layer count for more than products. On a CPU rows go through in pieces whose hidden layer stays in the cache. Kept for
-the backward is what goes into the GELU, one value where autograd keeps three, or nothing of rows that are recomputed.
+GELU with SubLN: at h heads a row has width d/h and meets h times as many hidden values in all, so passes over the
+hidden layer cost more than products. On a CPU, rows go through in pieces whose hidden layer stays in the cache. The
+input of the GELU is kept for the backward, one value where autograd keeps three, or nothing for rows that are
+recomputed.
 
 A piece runs on its window (`Piece`), which may reach into the rows after it. What it writes there, the piece of those
-rows writes again; zeros keep them out of sums over rows.
+rows overwrites; zeros keep it out of sums over rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,30 +27,31 @@ from mhmoe_kernels.permutation import combine, permute, plan_routes, wide
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 PIECE = 1024
-"""Rows that go through an expert at a time, at most, where the hidden layer is not kept or is to stay in the cache."""
+"""Largest number of rows that go through an expert at a time if the hidden layer is not kept or should stay in the
+cache."""
 
 CACHE = 4 << 20
-"""Bytes of hidden rows that go through at a time where they shall stay in a CPU's cache. Of 1 to 8 MB the fastest for
-GELU experts with F/D of 4 and of 60, in float32 and in bfloat16."""
+"""Bytes of hidden rows that go through at a time if they should stay in a CPU's cache. It is the fastest of 1 to 8 MB
+for GELU experts with F/D of 4 and of 60, in float32 and in bfloat16."""
 
 STEPS = 32
-"""Numbers of rows that a window may have from one power of two to the next."""
+"""Number of different window sizes from one power of two to the next."""
 
 
 class Piece(NamedTuple):
-    """Rows of one expert that go through it at once."""
+    """Rows of one expert that go through it at the same time."""
 
     expert: int
     start: int
     rows: int
     room: int
-    """Rows of the window, at least `rows`."""
+    """Number of rows of the window, at least `rows`."""
     first: bool
-    """Whether none of this expert came before."""
+    """Whether this is the expert's first piece."""
     last: bool
-    """Whether none of it comes after."""
+    """Whether this is the expert's last piece."""
     kept: bool
-    """Whether their hidden rows are kept from forward to backward."""
+    """Whether the hidden rows are kept from forward to backward."""
 
     @property
     def window(self) -> slice:
@@ -56,13 +59,15 @@ class Piece(NamedTuple):
 
 
 def pieces(counts: list[int], recompute: float, *, rounded: bool, row_bytes: int = 0) -> list[Piece]:
-    """Rows of the experts in order; as whole experts, or where they are recomputed in pieces of `PIECE` rows.
+    """Return the pieces of all experts in order: whole experts where hidden rows are kept, and pieces of at most
+    `PIECE` rows where they are recomputed.
 
     Args:
-        counts: rows per expert.
-        recompute: share of all rows, the last ones, that are not kept.
-        rounded: whether windows are wider than what is in them, for a CPU's sake.
-        row_bytes: of a hidden row, where all pieces shall be small enough for `CACHE`.
+        counts: number of rows per expert.
+        recompute: share of all rows, taken from the end, whose hidden rows are not kept.
+        rounded: whether windows are rounded up to few different sizes, which suits a CPU.
+        row_bytes: bytes per hidden row; if given, all pieces are limited to the rows that fit into `CACHE`, a limit of
+            128 to `PIECE` rows.
     """
     kept = sum(counts) - round(recompute * sum(counts))
     if not row_bytes:
@@ -87,20 +92,26 @@ def _pieces(counts: list[int], kept: int, rounded: bool, most_kept: int, most: i
 
 
 def hidden_rows(number: int, x_RD: Tensor, width: int, pieces: list[Piece]) -> list[Tensor]:
-    """Room for the hidden rows of any one of the pieces, of x's dtype and device."""
+    """Return `number` uninitialized buffers that hold the hidden rows of any one of the pieces, in the dtype and on the
+    device of x."""
     rows = max((p.room for p in pieces), default=0)
     return [x_RD.new_empty(rows, width) for _ in range(number)]
 
 
 class SumOfProducts:
-    """Of the pieces of each expert in turn. Narrow numbers: products are rounded once each, and add up in float32."""
+    """Accumulator for the weight gradients of each expert, over its pieces in turn.
+
+    With dtypes narrower than float32, each product is rounded once and the products are added in float32.
+    """
 
     def __init__(self, like_EOI: Tensor) -> None:
-        """Args:
-        like_EOI: of whose shape and dtype it is.
+        """Create an accumulator.
+
+        Args:
+            like_EOI: stacked matrices with the shape and dtype of the result.
         """
         self.total_EOI = torch.empty_like(like_EOI)
-        """Of experts that have a piece, once their last one was added."""
+        """Sums of products; valid for each expert that has a piece, once its last piece is added."""
         narrow = like_EOI.element_size() < 4
         self._wide_OI = like_EOI.new_empty(like_EOI.shape[1:], dtype=torch.float32) if narrow else None
 
@@ -121,12 +132,12 @@ class SumOfProducts:
 def swiglu_sorted(
     x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, recompute: float
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of each row's expert.
+    """Return down(silu(gate(x)) * up(x)) of each row's expert.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
-        gate_EFD, up_EFD, down_EDF: the experts.
+        counts: number of rows per expert; their sum is R.
+        gate_EFD, up_EFD, down_EDF: weights of the E experts.
         recompute: share of the rows whose hidden layer is not kept for the backward.
     """
     return _swiglu(x_RD, counts, recompute if torch.is_grad_enabled() else 1.0, gate_EFD, up_EFD, down_EDF)
@@ -196,13 +207,13 @@ _swiglu: Callable[[Tensor, list[int], float, Tensor, Tensor, Tensor], Tensor] = 
 
 
 def gelu_sorted(x_RD: Tensor, counts: list[int], weights: tuple[Tensor, ...], eps: float, recompute: float) -> Tensor:
-    """fc2(norm(gelu(fc1(x)))) of each row's expert.
+    """Return fc2(norm(gelu(fc1(x)))) of each row's expert.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
-        weights: `GeluSubln`'s, stacked.
-        eps: of the norm.
+        counts: number of rows per expert; their sum is R.
+        weights: the weights of `GeluSubln`, stacked over experts.
+        eps: eps of the norm.
         recompute: share of the rows of which nothing is kept for the backward.
     """
     return _gelu(x_RD, counts, eps, recompute if torch.is_grad_enabled() else 1.0, *weights)
@@ -280,30 +291,30 @@ _gelu: Callable[..., Tensor] = _GELU.apply
 
 
 RunSorted = Callable[[Tensor, list[int], ExpertWeights], Tensor]
-"""Rows sorted by expert, rows per expert, and the experts, to one row for each."""
+"""Function from rows sorted by expert, the number of rows per expert, and the experts, to one output row per row."""
 
 
 def sort_first(
     run_sorted: RunSorted, x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 ) -> Tensor:
-    """As `mhmoe_kernels.run_experts`, by what runs sorted rows through their experts."""
+    """Implement `mhmoe_kernels.run_experts` by a function that runs sorted rows through their experts."""
     # `tolist` makes the host wait for a GPU; the loop over experts needs numbers.
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     return combine(run_sorted(permute(x_ND, plan), plan.count_E.tolist(), weights), gate_NK, plan)
 
 
 def grouped(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`."""
+    """Run routed rows through experts: see `mhmoe_kernels.run_experts`."""
     return sort_first(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """Rows sorted by expert through their experts.
+    """Run rows that are sorted by expert through their experts.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
-        weights: len(counts) experts.
+        counts: number of rows per expert; their sum is R.
+        weights: the experts, len(counts) of them.
     """
     if isinstance(weights.function, Swiglu):
         gate_EFD, up_EFD, down_EDF = weights.stacked

@@ -1,9 +1,10 @@
-"""MegaBlocks behind the seam: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
+"""MegaBlocks as a backend: its sort, histogram and fused copies, around a grouped GEMM. CUDA only.
 
 The operators are those of MegaBlocks' own dropless layer with `mlp_impl="grouped"` (Gale et al., "MegaBlocks", 2022).
-Its padded operators serve block-sparse products, whose blocks of 128 fit no small expert, and are not used.
+Its padded operators are not used: they serve block-sparse products, whose blocks of 128 are too large for a small
+expert.
 
-Nothing here imports `megablocks` before the first call, so that the base install needs none of it.
+Nothing here imports `megablocks` before the first call, so that the base install does not need it.
 """
 
 import importlib
@@ -21,13 +22,14 @@ from mhmoe_kernels.grouped import grouped, run_sorted
 from mhmoe_kernels.weights import ExpertWeights, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-"""(x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its own expert. Rows are sorted by expert."""
+"""Function (x_RI, w_EOI) -> y_RO: F.linear of each row with the matrix of its own expert. Rows are sorted by expert."""
 
 
 def run_grouped(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
-    """Sorted rows through their experts; what `run_sorted` computes, for experts that `can_group` accepts.
+    """Run rows that are sorted by expert through their experts: what `run_sorted` computes, for experts that
+    `can_group` accepts.
 
-    Outside autocast, which makes a norm's output float32, and no grouped GEMM takes two dtypes.
+    It must run outside autocast, which makes a norm's output float32, while no grouped GEMM takes two dtypes.
     """
     if isinstance(weights.function, Swiglu):
         return _swiglu(matmul, x_RD, *weights.stacked)
@@ -35,7 +37,7 @@ def run_grouped(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Tensor:
 
 
 def can_group(weights: ExpertWeights) -> bool:
-    """Whether the experts' rows are aligned as grouped GEMMs want: to 16 bytes."""
+    """Whether the rows of the experts' matrices are aligned to 16 bytes, as grouped GEMMs require."""
     return all(w.shape[-1] * w.dtype.itemsize % 16 == 0 for w in weights.stacked if w.ndim == 3)
 
 
@@ -71,16 +73,17 @@ _INSTALL = "pip install --no-deps --no-build-isolation --no-cache-dir megablocks
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`.
+    """Run routed rows through experts: see `mhmoe_kernels.run_experts`.
 
-    The experts' products are, in this order: of the package grouped_gemm, if it is installed and all is bfloat16 (the
-    host then waits for the counts); `F.grouped_mm`; and, where `can_group` says no or in float64, a loop over experts.
+    The experts' products come from the first of these that applies: the package grouped_gemm, if it is installed and
+    all is bfloat16 (the host then waits for the counts); `F.grouped_mm`; or, where `can_group` returns False or in
+    float64, a loop over experts.
 
-    MegaBlocks rounds each gated output to the dtype of x before it adds the K of them, and gate's gradient likewise.
-    Its copies go through float32, so float64 is no more exact than that.
+    MegaBlocks rounds each gated output to the dtype of x before it adds the K of them, and the gates' gradients
+    likewise. Its copies go through float32, so float64 is no more exact than that.
 
     Raises:
-        ValueError: too many rows for its kernels' 32-bit indices.
+        ValueError: there are too many rows for its kernels' 32-bit indices.
     """
     (N, D), K = x_ND.shape, expert_NK.shape[1]
     if N * K * D >= 2**31:
@@ -105,7 +108,7 @@ def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights
 
 
 def why_not(device: torch.device) -> str | None:
-    """One line on why `run` cannot work on `device`; None when it can."""
+    """Return in one line why `run` cannot run on `device`; None if it can."""
     if device.type != "cuda":
         return f"megablocks needs CUDA; the device is {device.type}"
     if not torch.cuda.is_available():

@@ -1,22 +1,22 @@
-"""Experts for inference on CPUs, in which the result for a row depends on no other row, to the last bit.
+"""Experts for inference on CPUs, in which the result for a row does not depend on other rows, to the last bit.
 
-`packed` has matrices laid out once as oneDNN multiplies fastest; `padded` rounds the number of rows of each expert up
-where oneDNN cannot pack.
+`packed` lays matrices out once in the way that oneDNN multiplies fastest; `padded` rounds the number of rows of each
+expert up where oneDNN cannot pack.
 
-Padded experts. BLAS adds up a product of few rows in another order than one of more (OpenBLAS and MKL on AMD's CPUs
-fewer than four, MKL on Intel's fewer than sixteen), and gives each thread a part of the rows. So a row alone would get
-other last bits than the same row among others, and a near-tie another token. Not so in products of a multiple of
-sixteen rows, but for MKL's with sums over a thousand values and more and few outputs, which it splits among threads; a
-torch with MKL has oneDNN too, and packs its matrices instead.
+Padded experts. BLAS adds up a product of few rows in another order than one of more rows (OpenBLAS and MKL on AMD's
+CPUs: fewer than four, MKL on Intel's: fewer than sixteen), and gives each thread a part of the rows. A row alone would
+therefore get other last bits than the same row among others, and a near-tie another token. This does not happen in
+products of a multiple of sixteen rows, except for MKL's with sums over a thousand or more values and few outputs, which
+it splits among threads; a torch with MKL has oneDNN too, and packs its matrices instead.
 
-Packed experts. A matrix is read where it lies, so that a product of few rows takes a third of the time of a plain one
-in float32; and what a row gives depends on no other row, to the last bit, however many there are
-(tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of models that are
-frozen in the same way.
+Packed experts. A matrix is read in the layout in which it is stored, so that in float32 a product of few rows takes a
+third of the time of a plain one. The result for a row does not depend on other rows, to the last bit, however many
+there are (tests/kernels/test_packed.py). torch has these operators for its compiler, which packs the weights of frozen
+models in the same way.
 
-So it is where oneDNN has kernels of blocks for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. With
-less, its products are those of a BLAS, which adds up a row alone in another order (held to SSE4.1 it does so in
-float32, width 384 to 1,024); matrices are not packed there, and `padded` has the rows.
+This holds where oneDNN has blocked kernels for the CPU: from AVX2 on in float32, from AVX512_BF16 on in bfloat16. With
+less, its products are those of a BLAS, which adds up a row alone in another order (restricted to SSE4.1 it does so in
+float32, width 384 to 1,024); there, matrices are not packed, and `padded` runs the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,8 @@ MULTIPLE = 16
 
 
 def padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`; without a backward. Experts without rows are not touched."""
+    """Run routed rows through padded experts: see `mhmoe_kernels.run_experts`. There is no backward, and experts
+    without rows are not touched."""
     assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
     plan = plan_routes(expert_NK, len(weights.stacked[0]))
     room_E = (plan.count_E + MULTIPLE - 1) // MULTIPLE * MULTIPLE
@@ -51,11 +52,11 @@ def padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeig
 
 
 LIKELY_ROWS = 16
-"""That the layout is chosen for; any others will do."""
+"""Number of rows that the packed layout is chosen for; any other number works too."""
 
 
 def why_not(dtype: torch.dtype) -> str | None:
-    """Return why matrices of this dtype cannot be packed here, in one line; None where they can.
+    """Return in one line why matrices of this dtype cannot be packed here; None if they can.
 
     Raises:
         ValueError: MHMOE_CPU_LEVEL names no level.
@@ -75,31 +76,33 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 class PackedMatrix:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        """Args:
-        weight_OI: as F.linear takes it; it is not kept.
-        bias_O: of its outputs.
+        """Pack a matrix.
+
+        Args:
+            weight_OI: matrix as F.linear takes it; no reference to it is kept.
+            bias_O: bias of its outputs.
         """
         self.dtype = weight_OI.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), LIKELY_ROWS)
         self._bias_O = None if bias_O is None else bias_O.to(self.dtype)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """Rows, in the matrix's dtype from here on; without a backward."""
+        """Multiply rows, cast to the matrix's dtype, by the matrix; the result has that dtype. There is no backward."""
         x_NI = x_NI.to(self.dtype)
         y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
         return y_NO
 
 
 Rows = Callable[[Tensor], Tensor]
-"""x_ND -> y_ND."""
+"""Function x_ND -> y_ND."""
 
 
 def packed(function: Function, weights: Sequence[Tensor]) -> Rows:
-    """A feed-forward layer, or one expert, of packed matrices.
+    """Return a feed-forward layer, or one expert, with packed matrices.
 
     Args:
-        function: of its weights.
-        weights: in the order of its arguments.
+        function: the function that the weights belong to.
+        weights: its weights, in the order of its arguments.
     """
     if isinstance(function, Swiglu):
         gate_FD, up_FD, down_DF = weights
@@ -120,7 +123,8 @@ def _gelu_subln(fc1: PackedMatrix, norm: Rows, fc2: PackedMatrix, x_ND: Tensor) 
 
 
 def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[Rows]) -> Tensor:
-    """See `mhmoe_kernels.run_experts`; without a backward. Experts without rows are not touched."""
+    """Run routed rows through packed experts: see `mhmoe_kernels.run_experts`. There is no backward, and experts
+    without rows are not touched."""
     plan = plan_routes(expert_NK, len(experts))
     parts = torch.split(x_ND.index_select(0, plan.row_R), plan.count_E.tolist())
     out = [expert(x) for expert, x in zip(experts, parts, strict=True) if len(x)]

@@ -1,4 +1,4 @@
-"""Sort routes by expert and bring them back; both directions gather, forward and backward, without a scatter-add."""
+"""Sorting of routes by expert and its inverse; both directions gather, forward and backward, without a scatter-add."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,33 +10,39 @@ from torch.autograd.function import once_differentiable
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32. Of two scores that bfloat16 cannot tell apart, one must still be the larger; and sums over
-    experts in bfloat16 lose what routing learns from."""
+    """Return x in float32, or unchanged in float64.
+
+    Of two scores that bfloat16 cannot tell apart, one must still be the larger; and sums over experts in bfloat16 lose
+    what routing learns from.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 CACHED = 1 << 17
-"""Values in float32 that a CPU's cache holds beside others of their kind."""
+"""Number of float32 values that a CPU's cache holds beside other such arrays."""
 
 
 class RoutePlan(NamedTuple):
-    """Where each of the R = N * K routes goes when routes are sorted by expert (stable: rows stay in order)."""
+    """Permutation of the R = N * K routes that sorts them by expert (stable: rows stay in order)."""
 
     row_R: Tensor
-    """For each sorted route, the row it came from."""
+    """Row that each sorted route came from."""
     slot_NK: Tensor
-    """For each route of a row, its place in the sorted order."""
+    """Place of each route of a row in the sorted order."""
     count_E: Tensor
-    """Routes per expert."""
+    """Number of routes per expert."""
 
     def trimmed(self, routes: int) -> "RoutePlan":
-        """With one place, the last, for all routes behind the first so many, if there are any behind them: to `permute`
-        it is a row of no use, and what `combine` and gradients find there must be 0, as these routes' gates are."""
+        """Return the plan with a single place for all sorted routes after the first `routes`, if there are any.
+
+        For `permute` that place is an unused row. What `combine` and gradients find there must be 0, as the gates of
+        these routes are.
+        """
         return RoutePlan(self.row_R[: routes + 1], self.slot_NK.clamp(max=routes), self.count_E)
 
 
 def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
-    """Sort the routes of `expert_NK` (int64, values below n_experts) by expert."""
+    """Return the plan that sorts the routes of `expert_NK` (int64, values below n_experts) by expert."""
     flat_R = expert_NK.flatten()
     order_R = torch.argsort(flat_R, stable=True)
     slot_R = torch.empty_like(order_R)
@@ -48,12 +54,12 @@ def plan_routes(expert_NK: Tensor, n_experts: int) -> RoutePlan:
 
 
 def permute(x_ND: Tensor, plan: RoutePlan) -> Tensor:
-    """x_RD: row n appears once per route, sorted by expert."""
+    """Return x_RD, in which row n appears once per route, sorted by expert."""
     return _permute(x_ND, plan)
 
 
 def combine(out_RD: Tensor, gate_NK: Tensor, plan: RoutePlan) -> Tensor:
-    """y_n = sum_k gate_nk * out[slot_nk], added in float32 or wider, returned in the dtype of `out_RD`."""
+    """Return y_n = sum_k gate_nk * out[slot_nk], added in float32 or wider, in the dtype of `out_RD`."""
     return _combine(out_RD, gate_NK, plan)
 
 
@@ -108,6 +114,7 @@ _combine: Callable[[Tensor, Tensor, RoutePlan], Tensor] = _Combine.apply
 
 
 def _blocks(x_RD: Tensor) -> Iterator[slice]:
-    """All rows at once; on a CPU so few that they stay in its cache, since each is read and written several times."""
+    """Return slices that cover all rows: a single one on GPUs; on a CPU so few rows each that they stay in its cache,
+    because each row is read and written several times."""
     rows = max(1, CACHED // x_RD.shape[1]) if x_RD.device.type == "cpu" else max(1, len(x_RD))
     return (slice(start, start + rows) for start in range(0, len(x_RD), rows))

@@ -1,10 +1,11 @@
-"""The oracle, a loop over experts with masks in any dtype, and `capacity`, GShard's static routing.
+"""Two readable kernels: `reference`, a loop over experts with masks in any dtype, and `capacity`, GShard's static
+routing.
 
 GShard's static routing as the papers ran it (arXiv 2006.16668): one-hot masks of N x E x C values lay rows out in E
-buffers of C places and bring the outputs back. It is here to be compared with; memory grows with N * E * C, which at a
-capacity factor of 1 is about k * N^2, and every place is computed, taken or not.
+buffers of C places and bring the outputs back. It is here for comparison: memory grows with N * E * C, which at a
+capacity factor of 1 is about k * N^2, and every place is computed, whether taken or not.
 
-Suffix beside the kernels' own: C places in an expert's buffer.
+An additional shape suffix: C places in an expert's buffer.
 """
 
 import torch
@@ -15,7 +16,7 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`."""
+    """Run routed rows through experts: see `mhmoe_kernels.run_experts`. Tests compare the other kernels with it."""
     y_ND = torch.zeros_like(x_ND)
     for e in range(len(weights.stacked[0])):
         rows, choice = (expert_NK == e).nonzero(as_tuple=True)
@@ -25,9 +26,10 @@ def reference(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertW
 
 
 def capacity(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights, *, places: int) -> Tensor:
-    """As `mhmoe_kernels.run_experts`, with C = `places`. A route of weight 0 takes no place: routing has dropped it.
+    """Run routed rows through experts as in `mhmoe_kernels.run_experts`, with C = `places` slots per expert.
 
-    First choices get places before second ones, so none that routing kept under this capacity is without one.
+    A route with gate 0 takes no slot: routing has dropped it. First choices get slots before second ones, so no route
+    that routing kept under this capacity is left without one.
     """
     experts, top_k, places = len(weights.stacked[0]), expert_NK.shape[1], max(1, places)  # no rows make no places
     kept_NK = gate_NK != 0

@@ -1,4 +1,4 @@
-"""A stack of experts: the function that one of them is, and its weights stacked over experts."""
+"""A stack of experts: the function that each computes, and its weights stacked over experts."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -11,7 +11,7 @@ from mhmoe_kernels.abilities import ExpertFunction
 
 @dataclass(frozen=True)
 class Swiglu:
-    """down(silu(gate(x)) * up(x)) without biases (P2's experts, and LLaMA's dense layer)."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), without biases (P2's experts, and LLaMA's dense layer)."""
 
     name: ClassVar[ExpertFunction] = "swiglu"
 
@@ -21,14 +21,15 @@ class Swiglu:
 
 @dataclass(frozen=True)
 class GeluSubln:
-    """fc2(norm(gelu(fc1(x)))) with biases and SubLN's inner LayerNorm (P1's experts and dense layer).
+    """GELU with SubLN, fc2(norm(gelu(fc1(x)))), with biases and SubLN's inner LayerNorm (P1's experts and dense layer).
 
-    GELU in float32, as the first paper's code: torch computes that of narrower values so, and rounds once.
+    GELU is computed in float32, as in the first paper's code: torch computes narrower values in float32 and rounds
+    once.
     """
 
     name: ClassVar[ExpertFunction] = "gelu_subln"
     eps: float = 1e-5
-    """Of the norm."""
+    """Value added to the variance in the norm."""
 
     def __call__(
         self,
@@ -46,15 +47,16 @@ class GeluSubln:
 
 
 Function = Swiglu | GeluSubln
-"""What an expert or a dense layer computes: (x_ND, *its weights) -> y_ND, for any N, 0 included."""
+"""Function of an expert or a dense layer: (x_ND, *its weights) -> y_ND, for any N, including 0."""
 
 
 class ExpertWeights(NamedTuple):
-    """E experts of one kind. Matrices have the layout [E, out, in], which is what F.linear takes per expert."""
+    """Weights of E experts of one kind. Matrices have the layout [E, out, in], which is what F.linear takes per
+    expert."""
 
     function: Function
     stacked: tuple[Tensor, ...]
-    """The function's weights, each [E, ...], in the order of its arguments."""
+    """Weights of the function, each [E, ...], in the order of its arguments."""
     recompute: float = 0.0
-    """Share of the routes whose hidden rows are computed anew in the backward rather than kept, where a backend keeps
+    """Share of the routes whose hidden rows are recomputed in the backward instead of kept, if the backend keeps
     any."""

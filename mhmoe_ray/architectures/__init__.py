@@ -1,12 +1,12 @@
-"""Architectures without their modules: choices, parameter and operation counts, bytes kept for the backward, and
-Hugging Face tensor names.
+"""Architectures without their modules: choices, counts of parameters and operations, kept bytes, Hugging Face names.
 
 An architecture has two files: one here, which the spec and the planner read and which needs no torch, and one of the
 same name in `model/architectures/` with its modules and its initialization. `tests/test_architectures.py` compares the
 counts of each entry below with the built model.
 
-base.py the interface of an architecture llama.py RMSNorm, rotary positions and SwiGLU (P2) subln.py LayerNorm also
-inside attention and feed-forward, xPos and GELU (P1)
+    base.py     the interface of an architecture
+    llama.py    RMSNorm, rotary positions and SwiGLU (P2)
+    subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
 """
 
 from typing import Literal

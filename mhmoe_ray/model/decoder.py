@@ -38,7 +38,8 @@ class Past(Protocol):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is dense or a mixture of experts."""
+    """Decoder block: x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward part is dense or a
+    mixture of experts."""
 
     def __init__(self, spec: ModelSpec, layer: int, held: range | None) -> None:
         super().__init__()

@@ -21,11 +21,15 @@ def init_weights(model: Decoder, seed: int, on_tensor: Callable[[], None] = lamb
 
     At most one whole tensor is in CPU memory at a time; of stacked experts, at most one expert.
 
-    | tensor | initial values | | --- | --- | | embedding, untied output | normal, sd d^-0.5 | | attention | as
-    nn.Linear (torchscale has a Xavier initialization for it that nothing calls) | | feed-forward, experts | as
-    nn.Linear, every expert under a seed of its own | | head projection | Xavier with gain 1/sqrt 2, bias uniform in
-    +-d^-0.5 | | merge projection | Xavier, bias 0 | | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain
-    0.32 | | norms | 1, bias 0 |
+    | tensor | initial values |
+    | --- | --- |
+    | embedding, untied output | normal, sd d^-0.5 |
+    | attention | as nn.Linear (torchscale has a Xavier initialization for it that nothing calls) |
+    | feed-forward, experts | as nn.Linear, every expert under a seed of its own |
+    | head projection | Xavier with gain 1/sqrt 2, bias uniform in +-d^-0.5 |
+    | merge projection | Xavier, bias 0 |
+    | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
+    | norms | 1, bias 0 |
 
     The architecture may then change them (`Modules.rescale_initial`), as subln does. The initialization of several
     projection layers is not published: each is treated as the only one.

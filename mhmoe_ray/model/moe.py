@@ -1,6 +1,6 @@
-"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1 it is a plain sparse MoE.
+"""The multi-head mixture-of-experts layer (P1, section 3.1; P2, section 2.1); with h = 1, the plain sparse layer.
 
-x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
+    x (N, d) -> head projection -> split (N*h, d/h) -> router -> experts -> join (N, d) -> merge projection
 
 The h sub-tokens of a token are neighbouring rows (token-major, head-minor). By default there is no residual connection
 around a sub-token: the block's own residual is the only one, as in the authors' code and in P2. Equation 6 of P1 prints

@@ -1,12 +1,12 @@
-"""How long a training step takes, by arithmetic alone: an estimate, not checked on GPUs.
+"""Time of a training step, computed from the spec: an estimate, not checked on GPUs.
 
-Matrix products take as long as their FLOPs at the share of the peak that `cluster.accelerator` states, or as their
-bytes at its share of memory bandwidth, whichever is longer; a backward costs two forwards. All but the experts is
-counted in bytes as its weights alone, read once in each pass. An exchange takes as long as the class of links that its
-most loaded rank waits for longest, by bytes over bandwidth, and the latency of its messages, one after another.
+Matrix products take the longer of two times: their FLOPs at the share of the peak that `cluster.accelerator` states,
+and their bytes at its share of memory bandwidth. A backward costs two forwards. The bytes of everything but the experts
+are those of its weights alone, read once in each pass. The time of an exchange is the sum of two: bytes over bandwidth
+on the class of links that its most loaded rank waits for longest, and the latency of its messages, one after another.
 
-Not in it: norms, routing and permutation of rows, what experts compute anew by `moe.recompute`, the data stream,
-checkpoints, stragglers, congestion, and routing that is not uniform.
+The estimate leaves out norms, routing and permutation of rows, what experts recompute by `moe.recompute`, the data
+stream, checkpoints, stragglers, congestion, and routing that is not uniform.
 """
 
 from typing import NamedTuple
@@ -29,35 +29,36 @@ from mhmoe_ray.spec import RunSpec
 
 COMPUTE, MEMORY, LATENCY = "compute", "memory bandwidth", "latency"
 LINKS = {"node": "links within nodes", "domain": "links between nodes", "between": "links between domains"}
-"""What a part may be bound by."""
+"""Names of the resources that may bound a part of the step; LINKS has those of the link classes, by their key in
+`cluster.network`."""
 
 
 class Time(NamedTuple):
     name: str
     seconds: float
-    """Of a step."""
+    """Seconds per training step."""
     bound: str
-    """What takes the most of it."""
+    """Name of the resource that takes most of that time."""
 
 
 class Estimate(NamedTuple):
     computing: list[Time]
     exchanging: list[Time]
     flops: float
-    """Of a step on one rank, what is computed anew aside, over its peak: seconds."""
+    """Seconds that the FLOPs of a step on one rank take at the accelerator's peak; recomputation does not count."""
     tokens: int
-    """Of a step."""
+    """Number of tokens per step."""
     layout: Layout
-    """Of the ranks that do it."""
+    """Placement of the ranks on nodes."""
 
     @property
     def in_turn(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
+        """Seconds per step if nothing overlaps."""
         return sum(time.seconds for time in [*self.computing, *self.exchanging])
 
     @property
     def overlapped(self) -> float:
-        """Seconds of one in which all exchanges run behind the computation, or it behind them: no step is quicker."""
+        """Seconds per step if all exchanges overlap with computation: the longer of the two. No step is faster."""
         return max(sum(time.seconds for time in part) for part in (self.computing, self.exchanging))
 
     @property
@@ -66,7 +67,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(spec: RunSpec, layout: Layout) -> Estimate:
-    """Of a run whose ranks are laid out so."""
+    """Estimate the time per training step of a run with the given placement of ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
     training = flops_per_token(spec.model, spec.data.seq_len).training
     return Estimate(
@@ -104,9 +105,12 @@ def _computing(spec: RunSpec, tokens: float) -> list[Time]:
 
 
 def _passes(spec: RunSpec, part: str) -> float:
-    """In forwards, of a forward and a backward: with train.recompute one more of all that is in blocks. Where experts
-    are spread, of what follows the second norm of their blocks only their hidden rows, by a kernel that does as told:
-    all but the last of their products."""
+    """Return the cost of a part's forward and backward, in units of its forward.
+
+    It is 3, or 4 for all parts in blocks with `train.recompute`. Where experts are spread over ranks, a block's part
+    after its second norm is not recomputed as a whole: only the hidden rows of experts are, by a kernel that follows
+    `moe.recompute` ("as told"), which repeats all but the last of an expert's matrix products.
+    """
     if not spec.train.recompute or part == "output":
         return 3
     if spec.cluster.ep == 1 or part not in (PROJECTIONS, ROUTER, EXPERTS, SHARED):
@@ -128,7 +132,7 @@ def _exchanging(spec: RunSpec, layout: Layout) -> list[Time]:
 
 
 def seconds(exchange: Exchange, spec: RunSpec, layout: Layout) -> Time:
-    """Of all its times in a step."""
+    """Return the seconds per step of an exchange, over all its calls, and what bounds it."""
     network, bytes_took, latency = spec.cluster.network, {}, 0.0
     for name, sends in zip(Links._fields, exchange.links, strict=True):
         link = getattr(network, name)

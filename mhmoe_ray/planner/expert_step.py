@@ -1,6 +1,7 @@
-"""The expert step on paper: the kernel that `auto` stands for, arithmetic and bytes moved, and routes dropped.
+"""The expert step on paper: the kernel that `auto` selects, arithmetic and bytes moved, and the share of routes
+dropped.
 
-A run's own choice of kernel is `mhmoe_kernels.choose`; here it is assumed, since nothing runs yet.
+A run chooses its kernel by `mhmoe_kernels.choose`; here the choice is predicted, because nothing runs yet.
 """
 
 import math
@@ -12,8 +13,11 @@ from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
 
 
 def assumed_kernel(spec: RunSpec) -> KernelName | None:
-    """That experts go through, `triton` on GPUs that can have it; None for a dense model. CPUs are taken to have no
-    AMX: with it `auto` is `cpp`, which keeps less."""
+    """Return the kernel that experts are expected to run on; None for a dense model.
+
+    For `auto` this is `triton` on GPUs where it applies (bfloat16, narrow enough rows), and otherwise `grouped`. CPUs
+    are assumed to have no AMX: with AMX, `auto` is `cpp`, which keeps less memory.
+    """
     moe = spec.model.moe
     if moe is None or moe.kernel != "auto":
         return moe.kernel if moe else None
@@ -23,7 +27,7 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
 
 
 def may_be_compiled(spec: RunSpec) -> bool:
-    """Whether `auto` is `cpp` where CPUs have AMX."""
+    """Whether `auto` would select `cpp` on CPUs with AMX."""
     model, moe, limits = spec.model, spec.model.moe, KERNELS["cpp"]
     if moe is None or moe.kernel != "auto" or spec.cluster.gpus_per_worker:
         return False
@@ -33,7 +37,7 @@ def may_be_compiled(spec: RunSpec) -> bool:
 
 
 def planned_model(spec: RunSpec) -> ModelSpec:
-    """The model as training computes it, with that kernel."""
+    """Return the model as training computes it, with the kernel of `assumed_kernel`."""
     model, kernel = spec.computed_model, assumed_kernel(spec)
     if model.moe is None:
         return model
@@ -41,24 +45,26 @@ def planned_model(spec: RunSpec) -> ModelSpec:
 
 
 class ExpertStep(NamedTuple):
-    """Forward of one micro-batch; with expert parallelism, what a rank gets when routing is uniform."""
+    """Forward of one micro-batch through the experts of one layer; with expert parallelism, the part of one rank under
+    uniform routing."""
 
     rows: int
-    """R = N * h * k routed rows of width d/h."""
+    """Number of routed rows R = N * h * k, each of width d/h."""
     flops: int
-    """A multiply-add counts as two."""
+    """FLOPs of the matrix products; a multiply-add counts as two."""
     bytes: int
-    """Operands and results of the matrix products, each counted once: rows in, hidden rows out and in, rows out, and
-    the weights of all experts held here. What is computed between the products is taken as fused with them."""
+    """Bytes of the operands and results of the matrix products, each counted once: rows in, hidden rows out and in,
+    rows out, and the weights of all experts held on the rank. Computation between the products is assumed to be fused
+    with them."""
 
     @property
     def intensity(self) -> float:
-        """FLOPs per byte: below the machine's own ratio, the step waits for memory."""
+        """FLOPs per byte; if this is below the machine's own ratio, the step is bound by memory bandwidth."""
         return self.flops / self.bytes
 
 
 def expert_step(spec: RunSpec) -> ExpertStep | None:
-    """None for a dense model."""
+    """Return the expert step of a run; None for a dense model."""
     model, moe = spec.model, spec.model.moe
     if moe is None:
         return None
@@ -72,11 +78,13 @@ def expert_step(spec: RunSpec) -> ExpertStep | None:
 
 
 def dropped_by_chance(moe: MoESpec, rows: int) -> float:
-    """Share of the routes that find no place, if each row chooses its k experts evenly and at random and wants all.
+    """Return the share of routes that exceed expert capacity, if each row chooses its k experts uniformly at random and
+    keeps all of them.
 
-    An expert's load is then binomial, of N draws at k / E. A router that favours some experts drops more; one whose
-    loads are more even than chance makes them drops less. With `second_expert: random` it is the most by chance: the
-    second choices that are left out want no place, and leave theirs to others. 0 where routing is dropless.
+    The load of an expert is then binomial, with N draws at k / E. A router that favours some experts drops more; one
+    whose loads are more even than chance drops fewer. With `second_expert: random` this is an upper bound on what
+    chance drops: second choices that are left out need no slot and leave it to others. The share is 0 if routing is
+    dropless.
     """
     places, p = moe.places(rows), moe.top_k / moe.experts
     if places is None or places >= rows:
@@ -90,6 +98,6 @@ def dropped_by_chance(moe: MoESpec, rows: int) -> float:
 
 
 def _chance(load: int, rows: int, p: float) -> float:
-    """Binomial."""
+    """Return the binomial probability that an expert gets `load` of `rows` rows, each with probability p."""
     ways = math.lgamma(rows + 1) - math.lgamma(load + 1) - math.lgamma(rows - load + 1)
     return math.exp(ways + load * math.log(p) + (rows - load) * math.log1p(-p))

@@ -1,4 +1,5 @@
-"""Expert width and count that equal a reference in compute, in parameters or in both; and the comparison with it."""
+"""Expert width and number of experts that match a reference in compute, in parameters or in both; and the comparison
+with it."""
 
 import math
 from bisect import bisect_left
@@ -15,39 +16,43 @@ from mhmoe_ray.spec.base import Section
 
 class MatchSpec(Section):
     to: str
-    """Name of the preset whose expert layers are the reference, on this model's own trunk."""
+    """Name of the preset whose expert layers are the reference, placed on this model's own trunk (everything but
+    `moe`)."""
     by: Literal["flops", "params", "both"]
-    """flops: the width that gives equal multiply-adds per token, the routers' left out as in both papers. params: the
-    width that gives equal parameters. both: the width by multiply-adds, then the number of experts by parameters."""
+    """Quantity to match. flops: the expert width that gives equal multiply-adds per token, without those of the
+    routers, as in both papers. params: the expert width that gives equal parameters. both: the width by multiply-adds,
+    then the number of experts by parameters."""
     multiple: PositiveInt = 8
-    """Width and count are rounded to multiples of this: rows of 8 values suit grouped matrix products, 8 experts divide
-    over 2, 4 or 8 ranks. Where that would miss by more than 4 per cent, to a half, a quarter or an eighth of it. The
-    count is a multiple of cluster.ep too, in any case. What mismatch remains, `plan` shows."""
+    """Expert width and number of experts are rounded to multiples of this: rows of 8 values suit grouped matrix
+    products, and 8 experts divide over 2, 4 or 8 ranks. Where rounding would miss by more than 4 per cent, the step is
+    a half, a quarter or an eighth of it. The number of experts is always a multiple of cluster.ep too. `plan` shows the
+    mismatch that remains."""
 
 
 SOLVED = {"flops": {"d_expert"}, "params": {"d_expert"}, "both": {"d_expert", "experts"}}
-"""Keys of the `moe` section that are not given but found."""
+"""Keys of the `moe` section that are solved instead of given, by `MatchSpec.by`."""
 
 TOLERANCE = 0.04
-"""By how much rounding may miss before it takes smaller steps."""
+"""Largest relative error of rounding; beyond it, rounding takes a smaller step."""
 MOST = 1 << 20
-"""More than any width or number of experts."""
+"""Upper bound of the search, above any expert width or number of experts."""
 
 
 def solve(
     model: ModelSpec, reference: ModelSpec, match: MatchSpec, given: Collection[str] = (), ep: int = 1
 ) -> tuple[int, int]:
-    """Expert width f and number of experts E of `model` (P2, equations 8 and 9, here for any layers and options).
+    """Return the expert width f and the number of experts E of `model` that match a reference (P2, equations 8 and 9,
+    here for any layers and options).
 
     Args:
-        model: what `match` solves is not looked at.
-        reference: the model to equal.
-        match: what to equal.
-        given: keys of SOLVED that stay as `model` has them: of `both`, the other one is solved.
-        ep: the number of experts is to be a multiple of this.
+        model: the model to solve for; its values of the keys to be solved are ignored.
+        reference: the model to match.
+        match: what to match, and how to round.
+        given: keys of SOLVED that keep their value in `model`; with `by: both`, the other key is still solved.
+        ep: the number of experts must be a multiple of this.
 
     Raises:
-        SpecError: no width, or no number of experts, gets there.
+        SpecError: no width, or no number of experts, matches the reference.
     """
     moe = model.moe
     assert moe is not None
@@ -65,15 +70,15 @@ def solve(
 
 
 def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> ModelSpec:
-    """A plain model's multi-head counterpart of as many multiply-adds and parameters.
+    """Return the multi-head counterpart of a plain mixture-of-experts model, with matched multiply-adds and parameters.
 
     Args:
-        plain: with experts of whole tokens.
-        heads: h.
-        top_k: of a sub-token; h by default, as in P2's models.
+        plain: a model whose experts see whole tokens.
+        heads: h, the number of sub-tokens per token.
+        top_k: number of experts per sub-token; by default h, as in P2's models.
 
     Raises:
-        SpecError: the width does not split into so many, or none matches.
+        SpecError: the model's width does not split into `heads` equal parts, or no width or number of experts matches.
     """
     assert plain.moe is not None
     if heads < 1 or plain.d_model % heads:
@@ -84,8 +89,11 @@ def matched_heads(plain: ModelSpec, heads: int, top_k: int | None = None) -> Mod
 
 
 def without_ep(spec: RunSpec) -> int | None:
-    """The number of experts that equals the reference's parameters, where the spec has the nearest one that cluster.ep
-    divides and it misses by more than rounding may; else None."""
+    """Return the number of experts that would match the reference's parameters if cluster.ep did not have to divide it.
+
+    It is returned only if the spec has the nearest number that cluster.ep divides, and that misses the match by more
+    than `TOLERANCE`; otherwise the result is None.
+    """
     model, reference, ep = spec.model, spec.reference_model, spec.cluster.ep
     if ep == 1 or model.moe is None or reference is None or reference.moe is None:
         return None
@@ -102,8 +110,13 @@ def without_ep(spec: RunSpec) -> int | None:
 def _solve_key(
     key: str, model: ModelSpec, count: Callable[[ModelSpec], int], target: int, match: MatchSpec, divisor: int
 ) -> int:
-    """The value whose count is nearest to the target, among multiples of the divisor and of what `match` says or a part
-    of it."""
+    """Return the value of a `moe` key whose count is nearest to the target.
+
+    It is a multiple of the divisor and of `match.multiple`, or of a half, a quarter or an eighth of that.
+
+    Raises:
+        SpecError: everything but the experts already reaches the target.
+    """
 
     def counted(value: int) -> int:
         return count(_with(model, **{key: value}))
@@ -120,7 +133,8 @@ def _solve_key(
 
 
 def _nearest(counted: Callable[[int], int], target: int, step: int) -> int:
-    """Counts grow with the value, though not always in a line."""
+    """Return the multiple of `step` whose count is nearest to the target, by bisection: counts grow with the value,
+    though not always linearly."""
     above = bisect_left(range(MOST), target, key=lambda n: counted(n * step))
     return step * min(max(0, above - 1), above, key=lambda n: abs(counted(n * step) - target))
 
@@ -153,9 +167,11 @@ class Comparison(NamedTuple):
 
 
 def parity(model: ModelSpec, reference: ModelSpec) -> dict[str, Comparison]:
-    """By name; what the reference has none of is left out. Routers are not counted among the multiply-adds of expert
-    layers, as in both papers. A claim at equal parameters is not one at equal compute,
-    and neither says anything of the traffic of hidden activations."""
+    """Return the comparisons of a model with its reference by name, without those where the reference has 0.
+
+    Multiply-adds of expert layers do not include the routers, as in both papers. Equal parameters do not imply equal
+    compute, and neither implies equal traffic of hidden activations.
+    """
     ours, theirs = sizes(model), sizes(reference)
     found = {
         "parameters": Comparison(ours.parameters, theirs.parameters),

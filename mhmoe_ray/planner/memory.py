@@ -1,8 +1,8 @@
-"""Bytes that a rank holds in training, by arithmetic; tested against what a real step keeps.
+"""Bytes that a rank holds in training, computed from the spec; tests compare them with what a real step keeps.
 
-Not in it: the memory of the framework itself, of its allocator and communication buffers (DeepSpeed's among them), and
-of the data stream; and what attention keeps of its T x T weights where it has no fused kernel (with attention_dropout
-on a CPU). Padding is computed like any token, so what there is of it changes nothing.
+The count leaves out the memory of the framework itself, of its allocator and communication buffers (DeepSpeed's among
+them), and of the data stream. It also leaves out the T x T weights that attention keeps where it has no fused kernel
+(with attention_dropout on a CPU). Padding is computed like any token, so it changes nothing.
 """
 
 from typing import NamedTuple
@@ -13,24 +13,27 @@ from mhmoe_ray.planner.sizes import EMBEDDING, INT64, NORMS, ROUTER, Sizes, bloc
 from mhmoe_ray.spec import ClusterSpec, ModelSpec, MoESpec, RunSpec
 
 CHECKPOINT_BYTES = 3 * FLOAT32
-"""Of a parameter in a checkpoint: its weight and AdamW's two moments."""
+"""Bytes per parameter in a checkpoint: its weight and AdamW's two moments."""
 
 
 class Memory(NamedTuple):
     weights: int
     gradients: int
     moments: int
-    """AdamW's two."""
+    """Bytes of AdamW's two moments."""
     copies: int
-    """Weights in the precision of matrix products, where it is not their own; kept from forward to backward."""
+    """Bytes of copies of the weights in the precision of matrix products, if it differs from their own; kept from
+    forward to backward."""
     activations: int
-    """What one micro-batch keeps from forward to backward, log-probabilities of all tokens included."""
+    """Bytes that one micro-batch keeps from forward to backward, including the log-probabilities of all tokens."""
     logits: int
-    """What the loss needs beside that for a moment: gradients of log-probabilities and of logits, both in float32."""
+    """Bytes that the loss needs in addition for a moment: gradients of log-probabilities and of logits, both in
+    float32."""
     whole: int
-    """With fsdp and zero3, tensors put together of slices for a while: see `whole_weights` and `whole_gradients`."""
+    """Bytes, with fsdp and zero3, of tensors gathered from shards for a while: see `whole_weights` and
+    `whole_gradients`."""
     checkpoint_copy: int
-    """On CPUs, see `checkpoint_copy`; beside GPUs it is in their host's memory, and not counted here."""
+    """Bytes of `checkpoint_copy` on CPUs. With GPUs the copy is in the host's memory and does not count here."""
 
     @property
     def total(self) -> int:
@@ -38,7 +41,7 @@ class Memory(NamedTuple):
 
 
 def memory(spec: RunSpec) -> Memory:
-    """Of one rank, whose experts get the rows that uniform routing brings."""
+    """Return the memory of one rank, whose experts get the rows of uniform routing."""
     model, found = spec.model, sizes(spec.model)
     weights, gradients, moments = _held(spec.cluster, found)
     tokens = spec.tokens_per_micro_batch
@@ -56,21 +59,31 @@ def memory(spec: RunSpec) -> Memory:
 
 
 def checkpoint_copy(spec: RunSpec) -> int:
-    """Bytes of host memory, pinned beside a GPU, that hold a rank's share of weights and moments while a checkpoint is
-    written, and stay from the first checkpoint on; on average over ranks."""
+    """Return the bytes of host memory, pinned beside a GPU, for a rank's share of weights and moments while a
+    checkpoint is written, on average over ranks.
+
+    The memory stays allocated from the first checkpoint on.
+    """
     return CHECKPOINT_BYTES * sizes(spec.model).parameters // spec.cluster.world
 
 
 def whole_weights(spec: RunSpec) -> int:
-    """Bytes, with fsdp: of what is outside blocks, for all of a pass; of the block at work; and of the next, which is
-    gathered meanwhile. With zero3 as much at most, as `distributed/strategies/zero.py` tells DeepSpeed."""
+    """Return the bytes of gathered weights; 0 with other strategies than fsdp and zero3, or on a single rank.
+
+    With fsdp these are the parameters outside blocks for the whole pass, the current block, and the next block, which
+    is prefetched. With zero3 this is the upper bound that `distributed/strategies/zero.py` sets for DeepSpeed.
+    """
     gathers = spec.cluster.strategy in ("fsdp", "zero3") and spec.cluster.world > 1
     return FLOAT32 * (blocks(spec.model).outside + 2 * _largest_block(spec)) if gathers else 0
 
 
 def whole_gradients(spec: RunSpec) -> int:
-    """Bytes, with fsdp: of what is outside blocks and of one block, beside slices of all; or where micro-batches of a
-    step add up, until its last backward, of all that is sliced, in place of the slices."""
+    """Return the bytes of unsharded gradients with fsdp; 0 with other strategies or on a single rank.
+
+    With one micro-batch per rank and step, these are the gradients outside blocks and of one block, in addition to the
+    shards of all. If several micro-batches of a step are accumulated, the gradients of everything that is sharded stay
+    whole until the last backward, in place of the shards.
+    """
     if spec.cluster.strategy != "fsdp" or spec.cluster.world == 1:
         return 0
     if spec.train.micro_batches == spec.cluster.world:
@@ -81,7 +94,7 @@ def whole_gradients(spec: RunSpec) -> int:
 
 
 def _largest_block(spec: RunSpec) -> int:
-    """Parameters of it that ranks hold in slices."""
+    """Return the number of parameters of the largest block that ranks hold in shards."""
     model, found, held = spec.model, blocks(spec.model), 0
     if model.moe and spec.cluster.slices_experts and spec.cluster.mesh_sizes()["dp"] > 1:
         held = sizes(model).expert_parameters // model.moe_layers // spec.cluster.ep
@@ -89,9 +102,11 @@ def _largest_block(spec: RunSpec) -> int:
 
 
 def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and moments by the strategy, on average over ranks: experts are sliced over the dp
-    ranks that hold the same ones, all else over all ranks. ZeRO updates slices of its own, which weights are copied
-    from."""
+    """Return the bytes of weights, gradients and moments under the strategy, on average over ranks.
+
+    Where they are sharded, experts are sharded over the dp ranks that hold the same ones, and everything else over all
+    ranks. ZeRO updates shards of its own, from which the weights are copied.
+    """
     strategy, world = cluster.strategy if cluster.world > 1 else "ddp", cluster.world
     experts = FLOAT32 * found.expert_parameters / cluster.ep
     others = FLOAT32 * (found.parameters - found.expert_parameters)
@@ -108,7 +123,10 @@ def _held(cluster: ClusterSpec, found: Sizes) -> tuple[int, int, int]:
 
 
 def _copies(spec: RunSpec, found: Sizes) -> int:
-    """Of all weights that matrix products use; the router computes in float32, norms of whole tokens too."""
+    """Return the bytes of compute-precision copies of all weights that matrix products use.
+
+    The router and the norms over whole tokens compute in float32 and need none.
+    """
     without = {ROUTER, NORMS} | (set() if spec.model.tied_embeddings else {EMBEDDING})
     total = sum(part.layers * part.parameters for part in parts(spec.model) if part.name not in without)
     return compute_bytes(spec) * (total - found.expert_parameters * (spec.cluster.ep - 1) // spec.cluster.ep)
@@ -134,7 +152,8 @@ def _kept_per_token(spec: RunSpec, size: int) -> int:
 
 
 def _dropout(model: ModelSpec, size: int) -> int:
-    """Masks of a byte a value; and the outputs of experts once more, which get their weights after it."""
+    """Return the bytes of dropout per token: masks of one byte per value, and the outputs of experts once more, because
+    gates are applied after dropout."""
     masks = model.d_model * (1 + model.layers + model.layers - model.moe_layers)
     if model.moe is None:
         return masks
@@ -144,7 +163,8 @@ def _dropout(model: ModelSpec, size: int) -> int:
 
 
 def _shared(spec: RunSpec, size: int) -> int:
-    """What attention of all layers shares: cosines and sines for queries and for keys, and the mask of documents."""
+    """Return the bytes that attention shares among all layers: cosines and sines for queries and for keys, and the
+    document mask."""
     T = spec.data.seq_len
     mask = size * spec.train.micro_batch_size * T**2 if spec.model.document_masks else 0
     return 4 * FLOAT32 * T * spec.model.head_width + mask
@@ -156,8 +176,8 @@ def _attention(model: ModelSpec, size: int) -> int:
 
 
 def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
-    """With kernel capacity, what all layers keep beside that: masks of N x E x C, of each choice and of their sums, and
-    the rows and hidden rows of every place."""
+    """Return the additional bytes of kernel `capacity`, over all layers: N x E x C masks of each choice and of their
+    sums, and the rows and hidden rows of every slot; 0 for other kernels."""
     moe = model.moe
     if moe is None or moe.kernel != "capacity":
         return 0
@@ -171,7 +191,7 @@ def _static_layout(model: ModelSpec, tokens: int, size: int) -> int:
 
 
 def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
-    """On average."""
+    """Return the bytes that an expert keeps per hidden row, on average over rows with and without recomputation."""
     by_hand = moe.kernel_limits.keeps == "as told"
     kept = model.architecture.hidden_kept_by_grouped if by_hand else model.architecture.hidden_kept
     full = kept(moe.d_expert, size)
@@ -179,7 +199,8 @@ def _hidden_of_expert(model: ModelSpec, moe: MoESpec, size: int) -> int:
 
 
 def _router(moe: MoESpec, width: int) -> int:
-    """Of one sub-token: probabilities and logits, and what led to them."""
+    """Return the bytes that the router keeps per sub-token: probabilities and logits, and what they are computed
+    from."""
     return FLOAT32 * (2 * moe.experts + moe.router_sizes(width).kept)
 
 

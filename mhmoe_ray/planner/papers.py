@@ -1,8 +1,8 @@
-"""The papers' models by name, with the settings they were run with.
+"""The papers' models by name, with the settings of their runs.
 
 P1 is arXiv 2404.15045, P2 arXiv 2411.16205; `rebuttal` are runs from P1's public review. Where paper and code of P1
-disagree, these are the code's and its logs': static capacity, the random second expert, normalised gates, torchscale's
-router, dropout. What a source leaves open is said in `about`.
+disagree, the settings are those of the code and its logs: static capacity, the random second expert, normalized gates,
+torchscale's router, dropout. `about` says what a source leaves open.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from mhmoe_ray.planner.sizes import dense_width
 P1_EXPERTS = (8, 16, 32, 64, 128, 256)
 P1_HEADS = (2, 4, 6, 8, 12)
 P1_FITTED = {8: 11_466, 16: 11_574, 32: 12_085, 64: 12_092, 128: 12_193, 256: 12_162}
-"""Expert width for h 4 by number of experts, fitted to the parameters in P1's table 11, which has no widths."""
+"""Expert width for h 4 by number of experts, fitted to the parameters in P1's table 11, which gives no widths."""
 
 _P1_TRUNK = {
     "backbone": "subln",
@@ -74,7 +74,7 @@ SEQ_LEN = 2048
 
 @cache
 def models() -> Mapping[str, Preset]:
-    """All of them, by name."""
+    """Return all models of the papers, by name."""
     return dict([*_first_paper(), *_rebuttal(), *_follow_up(), *_mixtral()])
 
 
@@ -96,7 +96,8 @@ def _first_paper() -> Iterator[tuple[str, Preset]]:
 
 
 def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]], Tree]:
-    """P1's expert layers. On another trunk than its own they have the width that gives equal parameters there."""
+    """Return a function from a trunk to P1's `moe` section; on another trunk than P1's, expert widths give equal
+    parameters there."""
 
     def on(trunk: Mapping[str, Any]) -> Tree:
         d_model, hidden = trunk.get("d_model"), dense_width(trunk)
@@ -114,18 +115,20 @@ def _p1_moe(heads: int, experts: int, top_k: int) -> Callable[[Mapping[str, Any]
 
 
 def _p1_routing(top_k: int) -> Tree:
-    """torchscale's gate knows a first and a second choice only; runs with more had dropless routing (the review)."""
+    """Return P1's routing keys. torchscale's gate supports only a first and a second choice; runs with more had
+    dropless routing (the review)."""
     static = {"capacity_factor": 1.0, "second_expert": "random"} if top_k == 2 else {}
     # Of a single choice the divided weight would be 1, whatever the router says.
     return {"router": "xmoe_torchscale", "top_k": top_k, "normalize_gates": top_k > 1, **static}
 
 
 def equal_parameter_width(heads: int, experts: int, d: int, hidden: int) -> int:
-    """Largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1, appendix D,
-    with the biases and norms that its code has).
+    """Return the largest expert width with which P1's MH-MoE layer has no more parameters than its X-MoE layer (P1,
+    appendix D, with the biases and norms of its code).
 
     Args:
-        heads, experts: of both.
+        heads: number of heads h of the MH-MoE layer.
+        experts: number of experts of both layers.
         d: width of the model.
         hidden: width of an expert of X-MoE.
     """
@@ -169,7 +172,7 @@ def _follow_up() -> Iterator[tuple[str, Preset]]:
 
 
 def _p2_moe(shape: Tree, eighths: int, shared: bool) -> Callable[[Mapping[str, Any]], Tree]:
-    """P2's expert layers, as wide as so many eighths of a dense layer."""
+    """Return a function from a trunk to P2's `moe` section, with experts `eighths` / 8 as wide as a dense layer."""
 
     def on(trunk: Mapping[str, Any]) -> Tree:
         width = dense_width(trunk)
@@ -179,7 +182,8 @@ def _p2_moe(shape: Tree, eighths: int, shared: bool) -> Callable[[Mapping[str, A
 
 
 def _mixtral() -> Iterator[tuple[str, Preset]]:
-    """The review put MH-MoE into Mixtral to time serving; it says neither width nor count, so both stay."""
+    """Yield Mixtral 8x7B, plain and with heads. The review put MH-MoE into Mixtral to time serving; it states neither
+    expert width nor number, so both are Mixtral's."""
     shape: dict[str, Any] = {"experts": 8, "top_k": 2, "d_expert": 14_336, "every": 1, "normalize_gates": True}
     # Its coefficient of 0.02 is for a loss that is k at uniform routing and a mean over layers; ours is 1, and a sum.
     loss: dict[str, Any] = {"balance_weight": 0.02 * 2 / 32, "balance_choices": "all"}

@@ -1,7 +1,7 @@
-"""Which node Ray puts each rank on, and which ranks form an expert-parallel group. No torch, no ray.
+"""Placement of ranks on nodes by Ray, and the ranks of each expert-parallel group. No torch, no ray.
 
-Groups are filled node by node, then domain by domain, so that rows are exchanged over the fastest links. Packing is a
-forecast, to be shown before a run starts.
+Groups are filled node by node, then domain by domain, so that rows are exchanged over the fastest links. The packing
+predicts what Ray will do; it is shown before a run starts.
 """
 
 from collections import Counter
@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 class Groups(NamedTuple):
     ranks: list[list[int]]
-    """dp groups of ep ranks each; place (i, j) holds expert shard j of replica i. Ascending within a group, as torch
-    numbers the ranks of a process group whatever order it is given."""
+    """dp groups of ep ranks each; the rank at place (i, j) holds expert shard j of replica i. Ranks ascend within a
+    group, because torch numbers the ranks of a process group in ascending order, whatever order it is given."""
     straddling: list[int]
-    """Groups whose ranks are on more than one node."""
+    """Indices of the groups whose ranks are on more than one node."""
     apart: list[int]
-    """Those of them whose nodes are in more than one domain."""
+    """Indices of the groups whose ranks are in more than one domain."""
 
     @property
     def why_refused(self) -> str | None:
-        """Where `cluster.straddling` is refuse, why these groups are; None if they are not."""
+        """Reason to refuse these groups when `cluster.straddling` is refuse; None if there is none."""
         if not self.straddling:
             return None
         of_all = f"{len(self.straddling)} of {len(self.ranks)}"
@@ -29,16 +29,16 @@ class Groups(NamedTuple):
 
 
 def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None = None) -> Groups:
-    """Groups for ranks 0..world-1; world must be a multiple of ep.
+    """Return the expert-parallel groups of ranks 0..world-1; world must be a multiple of ep.
 
-    Each node gives as many whole groups as it can; what remains of the nodes of a domain is joined to whole groups; and
-    what remains of the domains is joined. All in the order in which nodes and domains first appear.
+    Each node forms as many whole groups as it can. The remaining ranks of the nodes of a domain are then joined to
+    whole groups, and finally the remaining ranks of all domains. Nodes and domains are taken in the order in which they
+    first appear.
 
     Args:
-        nodes: for each rank, the name of its node.
-        ep: ranks of a group.
-        domains: for each rank, the name of the domain (a rack, an NVLink domain) that its node is in; by default all
-            are in one.
+        nodes: the name of each rank's node.
+        ep: number of ranks per group.
+        domains: the name of the domain (a rack, an NVLink domain) of each rank's node; by default all are in one.
     """
     assert len(nodes) % ep == 0
     domains = domains or [""] * len(nodes)
@@ -51,15 +51,18 @@ def expert_groups(nodes: Sequence[str], ep: int, domains: Sequence[str] | None =
 
 
 def by_node(group: Sequence[int], nodes: Sequence[str]) -> list[list[int]] | None:
-    """The ranks of a group as one list a node, equally long and in the group's order; None where there is no such
-    layout, since nodes have unequally many of them or others between."""
+    """Return the ranks of a group as one list per node, of equal lengths and in the group's order.
+
+    None if there is no such layout, because the nodes have different numbers of its ranks, or because ranks of another
+    node stand between those of one node.
+    """
     runs = [list(ranks) for _, ranks in groupby(group, key=lambda rank: nodes[rank])]
     whole = len(runs) == len({nodes[rank] for rank in group}) and len({len(ranks) for ranks in runs}) == 1
     return runs if whole else None
 
 
 def _filled(ranks: Iterable[int], places: Sequence[object], ep: int) -> tuple[list[list[int]], list[int]]:
-    """Whole groups of ranks in one place each, and the ranks that remain, place by place."""
+    """Return the whole groups of `ep` ranks at one place each, and the remaining ranks, place by place."""
     by_place: dict[object, list[int]] = {}
     for rank in ranks:
         by_place.setdefault(places[rank], []).append(rank)
@@ -77,12 +80,12 @@ def _on_several(groups: list[list[int]], places: Sequence[str]) -> list[int]:
 
 
 def missing_room(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: int) -> str | None:
-    """Return what a cluster lacks for so many workers, in one line; None if it can hold them.
+    """Return in one line what a cluster lacks to run `workers` workers; None if it can hold them.
 
     Args:
-        nodes: with all that they have.
-        cpus, gpus: of each worker.
-        workers: the fewest that can start.
+        nodes: all nodes of the cluster, with their total resources.
+        cpus, gpus: number of CPUs and GPUs per worker.
+        workers: smallest number of workers that can start.
     """
     held = len(packed(nodes, cpus, gpus, workers))
     if held >= workers:
@@ -100,30 +103,30 @@ def missing_room(nodes: "Sequence[Node]", cpus: int, gpus: int, workers: int) ->
 class Node(NamedTuple):
     name: str
     cpus: float
-    """Free."""
+    """Number of free CPUs."""
     gpus: float
-    """Free."""
+    """Number of free GPUs."""
     domain: str = ""
-    """What a faster network joins it to; nodes without one are one domain."""
+    """Name of the domain that a faster network connects; nodes without one are all in the same domain."""
 
     def holds(self, cpus: int, gpus: int) -> int:
-        """Workers that fit, each with so many of both."""
+        """Return the number of workers that fit, each with `cpus` CPUs and `gpus` GPUs."""
         return int(min(self.cpus // cpus, self.gpus // gpus) if gpus else self.cpus // cpus)
 
 
 def packed(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[Node]:
-    """The node of each rank; of fewer ranks where the nodes hold no more.
+    """Return the node of each rank; if the nodes hold fewer workers, only the nodes of those that fit.
 
-    As Ray packs a placement group of equal bundles (BundlePackSchedulingPolicy of its
-    src/ray/raylet/scheduling/policy), which is what Ray Train asks for: first the node of which one worker would leave
-    the greatest share, filled before the next. Among equals Ray's order is arbitrary; here it is the given one. Ray
-    Train numbers ranks node by node.
+    The packing is Ray's for a placement group of equal bundles (BundlePackSchedulingPolicy of its
+    src/ray/raylet/scheduling/policy), which Ray Train requests: the node on which one worker would leave the largest
+    share free comes first, and is filled before the next. Ray's order among equal nodes is arbitrary; here it is the
+    order of `nodes`. Ray Train numbers ranks node by node.
 
     Args:
-        nodes: with what is free on them.
-        cpus: of each worker.
-        gpus: of each worker.
-        workers: of all.
+        nodes: nodes with their free resources.
+        cpus: number of CPUs per worker.
+        gpus: number of GPUs per worker.
+        workers: total number of workers.
     """
 
     def left(node: Node) -> float:
@@ -136,28 +139,28 @@ def packed(nodes: Sequence[Node], cpus: int, gpus: int, workers: int) -> list[No
 
 
 def on_paper(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
-    """Equal nodes that are not there, in domains of so many, or all in one."""
+    """Return equal hypothetical nodes, in domains of `nodes_per_domain` nodes each, or all in one."""
     domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]
     return [Node(f"node{i}", cpus, gpus, domain) for i, domain in enumerate(domains)]
 
 
 class Kind(NamedTuple):
-    """What is alike in nodes of a group."""
+    """Properties that equivalent nodes of a group share."""
 
     domain: str
     ranks: int
-    """Of the group, on such a node."""
+    """Number of the group's ranks on such a node."""
 
 
 Spread = Counter[Kind]
-"""How many nodes of each kind a group lies on."""
+"""Number of nodes of each kind that hold a group's ranks."""
 
 
 class Layout(NamedTuple):
     nodes: list[str]
-    """Of each rank."""
+    """Name of each rank's node."""
     domains: list[str]
-    """Of each rank."""
+    """Name of each rank's domain."""
     groups: Groups
 
     def spread(self, ranks: Sequence[int]) -> Spread:
@@ -166,17 +169,17 @@ class Layout(NamedTuple):
 
     @property
     def everyone(self) -> list[list[int]]:
-        """The one group of all ranks."""
+        """A single group of all ranks."""
         return [list(range(len(self.nodes)))]
 
     @property
     def replicas(self) -> list[list[int]]:
-        """Data-parallel groups: ranks that hold the same experts."""
+        """Data-parallel groups: the ranks that hold the same experts."""
         return [list(ranks) for ranks in zip(*self.groups.ranks, strict=True)]
 
     @property
     def on_nodes(self) -> list[list[int]]:
-        """Ranks of each node."""
+        """Ranks of each node, one list per node."""
         of: dict[str, list[int]] = {}
         for rank, node in enumerate(self.nodes):
             of.setdefault(node, []).append(rank)
@@ -184,7 +187,8 @@ class Layout(NamedTuple):
 
 
 def laid_out(places: Sequence[Node], ep: int) -> Layout:
-    """The layout of ranks on these nodes, one for each rank; their number must be a multiple of ep."""
+    """Return the layout of ranks on the given nodes, one entry per rank; the number of ranks must be a multiple of
+    ep."""
     nodes, domains = [node.name for node in places], [node.domain for node in places]
     return Layout(nodes, domains, expert_groups(nodes, ep, domains))
 

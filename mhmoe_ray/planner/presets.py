@@ -1,6 +1,6 @@
-"""Presets: whole models with their training recipe, under a name, in families of three sizes.
+"""Presets: complete models with their training recipe, by name, in families of three sizes.
 
-The families stand on the trunk of the follow-up paper (P2); `base` is that paper's own size.
+The families use the trunk of the follow-up paper (P2); `base` is that paper's own size.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,32 +11,33 @@ from mhmoe_ray.planner.sizes import dense_width
 from mhmoe_ray.spec.model import usual_width
 
 Tree = dict[str, Any]
-"""A section as a spec file writes it."""
+"""A section of a spec file, as nested dictionaries."""
 
 
 class Preset(NamedTuple):
     about: str
-    """What it is and where it comes from, in one line."""
+    """One-line description of the model and its source."""
     trunk: Mapping[str, Any]
     """The `model` section without `moe`."""
     moe: Callable[[Mapping[str, Any]], Tree] | None
-    """The `moe` section on a trunk, which may be another model's; None: it is dense."""
+    """Function from a trunk, which may be another model's, to the `moe` section; None if the model is dense."""
     reference: str | None
-    """Name of the preset whose expert layers it is compared with, on the same trunk."""
+    """Name of the preset whose expert layers this one is compared with, on the same trunk."""
     train: Mapping[str, Any]
-    """Its part of the `train` section."""
+    """Keys of the `train` section that the preset sets."""
     seq_len: int
     match: MatchSpec | None = None
-    """Where set, `d_expert` and `experts` come from it."""
+    """If given, it determines `d_expert` and `experts`."""
 
 
 def fixed(**moe: Any) -> Callable[[Mapping[str, Any]], Tree]:
-    """Expert layers that are the same on any trunk."""
+    """Return a function that gives the same `moe` section for any trunk."""
     return lambda _: dict(moe)
 
 
 def rhythm(steps: int) -> Tree:
-    """How often a run of so many steps validates and saves: about sixty times."""
+    """Return the validation and checkpoint intervals of a run of `steps` steps: about sixty of each, at least 100 steps
+    apart."""
     every = max(100, steps // 60)
     return {"validate_every": every, "checkpoint_every": every}
 
@@ -45,7 +46,7 @@ SizeName = Literal["tiny", "small", "base"]
 
 
 class Size(NamedTuple):
-    """One dial: attention heads, feed-forward width, experts and learning rate follow from it."""
+    """Size of a family's models; attention heads, feed-forward width, experts and learning rate follow from it."""
 
     d_model: int
     layers: int
@@ -69,7 +70,7 @@ class Size(NamedTuple):
 
     @property
     def train(self) -> Tree:
-        """The rate falls with the width, from P2's 6e-4 at 768."""
+        """The `train` section; the learning rate falls with the width of the model, from P2's 6e-4 at 768."""
         lr = round(6e-4 * 768 / self.d_model, 6)
         return {
             "steps": self.steps,
@@ -107,8 +108,8 @@ def _mhmoe(_: Mapping[str, Any]) -> Tree:
 
 
 def _deepseek(trunk: Mapping[str, Any]) -> Tree:
-    """A quarter of the width, four times the experts, and one more that is shared; balance over all choices
-    (DeepSeekMoE, arXiv 2401.06066)."""
+    """Return the `moe` section of DeepSeekMoE (arXiv 2401.06066): four times the experts at a quarter of the width, one
+    shared expert, and a load-balancing loss over all choices."""
     quarter = dense_width(trunk) // 4
     shape = {"heads": 1, "experts": 32, "top_k": 3, "d_expert": quarter, "d_shared": quarter}
     return {**shape, "balance_choices": "all"}

@@ -1,11 +1,11 @@
-"""Presets by name: families at a size, and the papers' models.
+"""Resolve a spec file as users write it into a complete spec, and find presets by name.
 
-From a spec file as users write it to a whole spec. Beside the sections it may hold
+Beside the sections of a spec, the file may hold shorthands:
 
-preset: mhmoe                  a model with its recipe, by name; the sections override it key by key
-size: tiny                     of a family of presets
-match: {to: smoe, by: both}    expert width and count are solved, not given
-reference: smoe                what `plan` compares the model with, where not what its preset or match says
+preset: mhmoe                  a model with its recipe, by name; the file's sections override it key by key
+size: tiny                     the size, for a preset of a family
+match: {to: smoe, by: both}    expert width and number of experts are solved, not given
+reference: smoe                the model that `plan` compares with, if not that of the preset or match
 """
 
 import difflib
@@ -26,14 +26,14 @@ DEFAULT_SIZE: SizeName = "tiny"
 
 
 def find_preset(name: str, size: SizeName | None = None) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Args:
-        name: of a family, or of one of the papers' models.
-        size: of a family; tiny where none is given.
+        name: name of a family, or of one of the papers' models.
+        size: size of a family's model; tiny if not given.
 
     Raises:
-        SpecError: there is none, or a size is given for a model that has its own.
+        SpecError: there is no such preset, or a size is given for a model with a size of its own.
     """
     if name in FAMILIES:
         return FAMILIES[name].at(size or DEFAULT_SIZE)
@@ -48,18 +48,18 @@ def find_preset(name: str, size: SizeName | None = None) -> Preset:
 
 
 def every_preset() -> list[tuple[str, SizeName | None, Preset]]:
-    """All of them as (name, size, preset)."""
+    """Return all presets as (name, size, preset); the size of a paper's model is None."""
     families = [(name, size, family.at(size)) for size in SIZES for name, family in FAMILIES.items()]
     return [*families, *((name, None, preset) for name, preset in models().items())]
 
 
 def origin(name: str, size: SizeName | None) -> str:
-    """What a spec says of the preset that it came from."""
+    """Return the text by which a spec records the preset that it came from."""
     return f"{name} {size or DEFAULT_SIZE}" if name in FAMILIES else name
 
 
 def about(origin: str) -> str:
-    """What the preset is that a spec names as its origin."""
+    """Return the description of the preset that a spec records as its origin."""
     name, _, size = origin.partition(" ")
     found = (preset.about for n, s, preset in every_preset() if n == name and (not size or s == size))
     return next(found, "a preset of another version")
@@ -72,14 +72,14 @@ class Shorthands(Section):
 
 
 def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """The whole spec; a whole spec resolves to itself.
+    """Return the complete spec of a file; a complete spec resolves to itself.
 
     Args:
-        path: a YAML file.
-        overrides: `key.path=value` strings, for shorthands too.
+        path: path of a YAML file.
+        overrides: `key.path=value` strings, which may set shorthands too.
 
     Raises:
-        SpecError: as `load_resolved_spec`; or there is no such preset, or a match has no solution.
+        SpecError: as in `load_resolved_spec`; or the preset does not exist, or a match has no solution.
     """
     what = f"spec {path}"
     tree = read_tree(path, overrides)
@@ -90,7 +90,7 @@ def resolve_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
 
 
 def models_of(preset: Preset) -> tuple[ModelSpec, ModelSpec | None]:
-    """A preset's model as it stands, and its reference on the same trunk."""
+    """Return a preset's model, and its reference on the same trunk (None if it has none)."""
     trunk, what = dict(preset.trunk), "preset"
     model = _model(trunk, _experts_on(preset, trunk, what), what)
     return model, _reference_model(preset.reference, trunk, {}, what) if preset.reference else None
@@ -128,7 +128,8 @@ def _worked_out(tree: Tree, what: str) -> Tree:
 def _moe(
     own: Tree | None, preset: Preset | None, match: MatchSpec | None, trunk: Tree, ep: int, what: str
 ) -> Tree | None:
-    """The preset's experts under the user's own keys, as wide and as many as a match makes them; None for none."""
+    """Return the `moe` section: the preset's, overridden by the user's own keys, with the keys that a match solves;
+    None if the model is dense."""
     base = preset.moe(trunk) if preset and preset.moe else {}
     moe = {**base, **own} if own is not None else {}
     if match is None and preset and moe:
@@ -141,14 +142,14 @@ def _moe(
 
 
 def _ep(tree: Tree) -> int:
-    """Where it is malformed, the check of the whole says so."""
+    """Return `cluster.ep` of a spec file; 1 if it is absent or malformed, which the check of the whole spec reports."""
     cluster = tree.get("cluster")
     ep = cluster.get("ep", 1) if isinstance(cluster, dict) else 1
     return ep if isinstance(ep, int) and ep > 0 else 1
 
 
 def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, ep: int, what: str) -> Tree:
-    """Experts with the keys that `match` solves, those of them aside that the user gave."""
+    """Return the `moe` section with the keys that `match` solves, except those that the user gave."""
     unknown = dict.fromkeys(SOLVED[match.by] - own.keys(), MOST)
     model = _model(trunk, {**moe, **unknown}, what)
     d_expert, experts = solve(model, _reference_model(match.to, trunk, moe, what), match, own.keys(), ep)
@@ -156,7 +157,7 @@ def _solved(moe: Tree, own: Tree, match: MatchSpec, trunk: Tree, ep: int, what: 
 
 
 def _reference(value: Any, trunk: Tree, moe: Tree, what: str) -> ReferenceSpec:
-    """From a preset's name, or a section of one's own."""
+    """Return the reference, from the name of a preset or from a section that the user wrote."""
     if isinstance(value, str):
         return ReferenceSpec(name=value, moe=_reference_model(value, trunk, moe, what).moe)
     _refuse_what_is_no_section(value, "reference", what)
@@ -166,7 +167,7 @@ def _reference(value: Any, trunk: Tree, moe: Tree, what: str) -> ReferenceSpec:
 
 
 def _reference_model(name: str, trunk: Tree, moe: Tree, what: str) -> ModelSpec:
-    """A preset's experts on this trunk, in the layers that have experts in the model that it is compared with."""
+    """Return a preset's experts on this trunk, in the same layers as the model that it is compared with."""
     found = _experts_on(find_preset(name), trunk, what)
     if found is not None and "every" in moe:
         found["every"] = moe["every"]
@@ -181,7 +182,8 @@ def _experts_on(preset: Preset, trunk: Tree, what: str) -> Tree | None:
 
 
 def _model(trunk: Tree, moe: Tree | None, what: str) -> ModelSpec:
-    """On a trunk that need not have a width for dense layers; where these experts leave some, it gets the usual one."""
+    """Return the checked model of a trunk and a `moe` section. If some layers are dense and the trunk gives no width
+    for them, they get the usual one."""
     fitting = _without_unused_width(trunk, moe)
     if trunk.get("d_ff") is None and fitting is trunk and "d_model" in trunk:
         fitting = {**trunk, "d_ff": dense_width(trunk)}
@@ -189,7 +191,8 @@ def _model(trunk: Tree, moe: Tree | None, what: str) -> ModelSpec:
 
 
 def _without_unused_width(trunk: Tree, moe: Tree | None) -> Tree:
-    """A preset's width for dense layers is no mistake of a user who wants none."""
+    """Return the trunk without its width for dense layers if no layer is dense: that the preset has one is not the
+    user's mistake."""
     return {**trunk, "d_ff": None} if moe is not None and moe.get("every") == 1 else trunk
 
 
@@ -213,7 +216,7 @@ def _refuse_what_is_no_section(value: Any, name: str, what: str, instead: str = 
 
 
 def _merged(base: Any, over: Any) -> Any:
-    """`over` key by key on top of `base`."""
+    """Return `over` merged into `base`, key by key; `over` takes precedence."""
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}

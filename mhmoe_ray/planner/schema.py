@@ -1,4 +1,4 @@
-"""JSON schemas of the files that users write, for editors and for tools that make such files."""
+"""JSON schemas of the files that users write, for editors and for tools that generate such files."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from mhmoe_ray.planner.resolve import Shorthands
 from mhmoe_ray.spec import RunSpec, SweepSpec
 
 _FROM_PRESET = ("ModelSpec", "MoESpec", "TrainSpec", "DataSpec")
-"""Sections that a preset fills, so that a file need not have all keys that they need."""
+"""Sections that a preset fills, so that a file need not have all keys that they require."""
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the schema of a run's spec, shorthands such as `preset` included."""
+    """Return the schema of a run's spec, including shorthands such as `preset`."""
     schema, shorthands = RunSpec.model_json_schema(), Shorthands.model_json_schema()
     definitions = schema["$defs"] | shorthands.get("$defs", {})
     for name in _FROM_PRESET:

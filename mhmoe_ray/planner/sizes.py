@@ -1,4 +1,5 @@
-"""Parameters, multiply-adds and bytes from the spec alone: nothing is built. Tested equal to a built model."""
+"""Parameters, multiply-adds and bytes, computed from the spec alone without building the model. Tests compare them with
+a built model."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,12 +14,17 @@ INT64 = 8
 
 
 def compute_bytes(spec: RunSpec) -> int:
-    """Of a value in matrix products and in the rows that ranks exchange."""
+    """Return the bytes per value in matrix products and in the rows that ranks exchange."""
     return 2 if spec.train.precision == "bfloat16" else FLOAT32
 
 
 def dense_width(trunk: Mapping[str, Any]) -> int:
-    """What experts of a family are measured by: the trunk's own feed-forward width, or the usual one if it has none."""
+    """Return the width that a family's expert widths are derived from: the trunk's own feed-forward width, or the usual
+    one if it has none.
+
+    Raises:
+        SpecError: `d_ff` is not a number, or it is missing and `d_model` is not a number.
+    """
     d_ff, d_model = trunk.get("d_ff"), trunk.get("d_model")
     if d_ff is None and isinstance(d_model, int):
         return usual_width(d_model)
@@ -28,43 +34,44 @@ def dense_width(trunk: Mapping[str, Any]) -> int:
 
 
 class Part(NamedTuple):
-    """What the layers of one kind have; the numbers are of a single layer."""
+    """Counts for one kind of layer; the numbers are those of a single layer."""
 
     name: str
     layers: int
-    """Layers that have it."""
+    """Number of layers of this kind."""
     parameters: int
     active: int
-    """Parameters that one token's forward pass uses."""
+    """Number of parameters that one token's forward pass uses."""
     macs: int
     """Multiply-adds of matrix products for one token."""
 
 
 class Sizes(NamedTuple):
     parameters: int
-    """All of them; a tied embedding counts once."""
+    """Number of all parameters; a tied embedding counts once."""
     expert_parameters: int
-    """Those of all routed experts."""
+    """Number of parameters of all routed experts."""
     active_parameters: int
-    """Those that one token's forward pass uses when its h sub-tokens meet min(h*k, E) different experts."""
+    """Number of parameters that one token's forward pass uses when its h sub-tokens go to min(h*k, E) different
+    experts."""
     macs_per_token: int
-    """Multiply-adds of all matrix products for one token, output logits included, attention scores not."""
+    """Multiply-adds of all matrix products for one token, including output logits, without attention scores."""
     moe_macs_per_token: int
-    """The part of the mixture-of-experts layers: projections, router, experts and shared expert."""
+    """Multiply-adds of the mixture-of-experts layers for one token: projections, router, experts and shared expert."""
     router_macs_per_token: int
-    """The part of the routers, which both papers leave out where they match compute."""
+    """Multiply-adds of the routers for one token, which both papers leave out when they match compute."""
     hidden_per_token: int
-    """Hidden activations of routed experts for one token, h * k * f in each layer. At equal multiply-adds they grow
-    with h: matched compute is not matched memory traffic."""
+    """Number of hidden activations of routed experts for one token, h * k * f in each layer. At equal multiply-adds it
+    grows with h: matched compute is not matched memory traffic."""
 
 
 EMBEDDING, NORMS = "embedding", "norms"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
-"""Names of parts that others look for."""
+"""Names of the parts that other modules look up."""
 
 
 def parts(spec: ModelSpec) -> list[Part]:
-    """The model from the embedding to the output; parts that it lacks are left out."""
+    """Return the parts of the model from the embedding to the output, without those that the model lacks."""
     d, moe, dense_layers = spec.d_model, spec.moe, spec.layers - spec.moe_layers
     table, norms = spec.vocab_size * d, _norms(spec)
     found = [
@@ -114,14 +121,14 @@ def sizes(spec: ModelSpec) -> Sizes:
 
 
 class Blocks(NamedTuple):
-    """Parameters by the modules that hold them, routed experts aside."""
+    """Number of parameters by the modules that hold them, without routed experts."""
 
     dense: int
-    """Of a block without experts, where there is one."""
+    """Parameters of a block without experts, if the model has any."""
     mixture: int
-    """Of a block with experts, where there is one."""
+    """Parameters of a block with experts, if the model has any, without the routed experts."""
     outside: int
-    """Of the embedding, the last norm and the output."""
+    """Parameters of the embedding, the final norm and the output layer."""
 
 
 def blocks(spec: ModelSpec) -> Blocks:
@@ -133,16 +140,20 @@ def blocks(spec: ModelSpec) -> Blocks:
 
 
 class Flops(NamedTuple):
-    """Of one token, a multiply-add counting as two; the mean over a sequence whose tokens see those before them."""
+    """FLOPs per token, with a multiply-add counted as two: the mean over a causal sequence, whose tokens see those
+    before them."""
 
     forward: int
     training: int
-    """Forward, and backward at twice its cost."""
+    """FLOPs of the forward, and of the backward at twice its cost."""
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> Flops:
-    """All matrix products, attention's scores and weighted values included: (T + 1) / 2 keys for a token on average.
-    Masks between documents spare none of them."""
+    """Return the FLOPs per token of all matrix products, including attention scores and weighted values, with (T + 1) /
+    2 keys per token on average.
+
+    Document masks do not reduce them.
+    """
     scores = spec.layers * spec.d_model * (seq_len + 1)
     forward = 2 * (sizes(spec).macs_per_token + scores)
     return Flops(forward, 3 * forward)
@@ -153,7 +164,7 @@ def _all_active(parameters: int) -> tuple[int, int]:
 
 
 def _norms(spec: ModelSpec) -> int:
-    """Return the parameters of all norms over whole tokens, the last one included."""
+    """Return the number of parameters of all norms over whole tokens, including the final one."""
     return (spec.architecture.norms_per_block * spec.layers + 1) * _per_norm(spec)
 
 
@@ -162,7 +173,7 @@ def _per_norm(spec: ModelSpec) -> int:
 
 
 def attention_macs(spec: ModelSpec) -> int:
-    """Of the four projections of one layer, for one token."""
+    """Return the multiply-adds of the four projections of one attention layer, for one token."""
     kv_width = spec.n_kv_heads * spec.head_width
     return 2 * spec.d_model * (spec.d_model + kv_width)
 
@@ -172,17 +183,18 @@ def _attention(spec: ModelSpec) -> int:
 
 
 def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) -> float | None:
-    """FLOPs that the model needs, over those that its accelerators could do (MFU; PaLM, arXiv 2204.02311, appendix B).
+    """Return the model FLOPs utilization (MFU; PaLM, arXiv 2204.02311, appendix B): the FLOPs that the model needs,
+    over those that its accelerators could do at peak.
 
-    What is computed twice to spare memory does not count, and of attention only the half that a causal mask leaves.
+    Recomputation does not count, and attention counts with only the half that a causal mask leaves.
 
     Args:
-        spec: its `cluster.accelerator` tells the peak.
-        tokens_per_s: of all workers.
-        workers: with a GPU each.
+        spec: spec of the run; its `cluster.accelerator` gives the peak.
+        tokens_per_s: tokens per second of all workers together.
+        workers: number of workers, each with `cluster.gpus_per_worker` GPUs.
 
     Returns:
-        A share of 1; None on CPUs, of which no peak is told.
+        The utilization as a share of 1; None on CPUs, whose peak is not known.
     """
     if not spec.cluster.gpus_per_worker:
         return None

@@ -1,6 +1,6 @@
-"""Bytes that ranks exchange in one training step, and the links they cross.
+"""Bytes that ranks exchange in one training step, and the links that they cross.
 
-Links are within a node, between nodes of a domain, and between domains.
+Link classes are within a node, between nodes of a domain, and between domains.
 """
 
 import math
@@ -15,34 +15,35 @@ from mhmoe_ray.spec import RunSpec
 
 
 class Sends(NamedTuple):
-    """Over links of one class, in one exchange, in bytes or in parts of what is exchanged."""
+    """Amount that ranks send over links of one class in one exchange, in bytes or as a fraction of what is
+    exchanged."""
 
     mean: float = 0.0
-    """On average over ranks."""
+    """Mean over ranks."""
     most: float = 0.0
-    """Of the rank that sends most: the exchange takes as long as it does."""
+    """Amount of the rank that sends most, which determines the time of the exchange."""
     messages: int = 0
-    """One after another."""
+    """Number of messages that one rank sends one after another."""
 
 
 class Links(NamedTuple):
-    """Their names are those of `cluster.network`."""
+    """Amounts by link class; the field names are the keys of `cluster.network`."""
 
     node: Sends = Sends()
     domain: Sends = Sends()
     between: Sends = Sends()
 
     def of(self, size: float, rounds: int = 1) -> "Links":
-        """In bytes, of parts: of so many bytes, which go in so many rounds of messages."""
+        """Return these fractions as bytes of a payload of `size` bytes, sent in `rounds` rounds of messages."""
         return Links(*(Sends(size * s.mean, size * s.most, rounds * s.messages) for s in self))
 
 
 Pattern = Callable[[Spread, Kind], Links]
-"""What a rank on a node of this kind sends in an exchange within a group so spread."""
+"""Function that returns what a rank on a node of a kind sends in an exchange within a group of a given spread."""
 
 
 def crossed(groups: Iterable[Spread], pattern: Pattern) -> Links:
-    """Of an exchange that all these groups do at once."""
+    """Return what ranks send over each class of links in an exchange that all these groups do at once."""
     every = [(kind.ranks * nodes, pattern(group, kind)) for group in groups for kind, nodes in group.items()]
     ranks = sum(count for count, _ in every)
 
@@ -54,7 +55,8 @@ def crossed(groups: Iterable[Spread], pattern: Pattern) -> Links:
 
 
 def flat(group: Spread, kind: Kind) -> Links:
-    """An all-to-all of rows among all ranks of the group, in parts of a rank's rows."""
+    """Return what a rank on a node of this kind sends in an all-to-all among all ranks of the group, as fractions of
+    its rows."""
     ranks = sum(k.ranks * nodes for k, nodes in group.items())
     in_domain = sum(k.ranks * nodes for k, nodes in group.items() if k.domain == kind.domain)
     there = (kind.ranks - 1, in_domain - kind.ranks, ranks - in_domain)
@@ -62,10 +64,11 @@ def flat(group: Spread, kind: Kind) -> Links:
 
 
 def to_nodes(reached: Callable[[int, int], float]) -> Pattern:
-    """To one rank of each other node of the group, in parts of a rank's rows.
+    """Return the pattern of sending rows to one rank of each other node of the group, as fractions of a rank's rows.
 
     Args:
-        reached: which part of them goes to a node, by how many of how many ranks it has.
+        reached: function that returns the fraction of the rows that go to a node, from the number of the group's ranks
+            on it and the number of all its ranks.
     """
 
     def pattern(group: Spread, kind: Kind) -> Links:
@@ -82,13 +85,15 @@ def to_nodes(reached: Callable[[int, int], float]) -> Pattern:
 
 
 def within_nodes(_: Spread, kind: Kind) -> Links:
-    """An all-to-all among the ranks of each node, in parts of a rank's rows."""
+    """Return what a rank on a node of this kind sends in an all-to-all among the ranks of each node, as fractions of
+    its rows."""
     away = (kind.ranks - 1) / kind.ranks
     return Links(Sends(away, away, kind.ranks - 1))
 
 
 def ring(group: Spread, kind: Kind) -> Links:
-    """In parts of what a rank sends, with the messages of one round through all ranks."""
+    """Return what a rank on a node of this kind sends in a ring through all ranks of the group, as fractions of what it
+    sends in all, with the messages of one round."""
     ranks = sum(k.ranks * nodes for k, nodes in group.items())
     nodes, domains = group.total(), len({k.domain for k in group})
     out = 1 / kind.ranks if nodes > 1 else 0.0
@@ -102,26 +107,29 @@ def ring(group: Spread, kind: Kind) -> Links:
 
 @cache
 def reached(experts: int, held: int, top_k: int) -> float:
-    """The probability that at least one of k different experts, drawn uniformly from E, is among so many: 1 less that
-    of none, which is hypergeometric. Summed over nodes, the expected number of them that a row must go to."""
+    """Return the probability that at least one of k different experts, drawn uniformly from E, is among `held` experts.
+
+    This is 1 minus the hypergeometric probability of none. Summed over nodes, it is the expected number of nodes that a
+    row must go to.
+    """
     return 1 - math.comb(experts - held, top_k) / math.comb(experts, top_k)
 
 
 class Exchange(NamedTuple):
-    """A collective, as one rank sees it, on average where they differ."""
+    """Collective operation as seen by one rank, on average where ranks differ."""
 
     name: str
     ranks: int
-    """In its group."""
+    """Number of ranks in the collective's group."""
     payload: int
-    """Bytes of the tensor that the rank brings, at a time; to an all-to-all, where its own rows stay out, as many as
-    uniform routing gives it."""
+    """Bytes of the tensor that the rank contributes to one call. For an all-to-all these are the bytes that leave the
+    rank under uniform routing, without the rows that stay on it."""
     sent: int
-    """Bytes that leave the rank for it: all of an all-to-all's, of the others those of a ring."""
+    """Bytes that leave the rank in one call: all bytes of an all-to-all; for other collectives, those of a ring."""
     times: int
-    """In a step."""
+    """Number of calls per step."""
     links: Links
-    """Where they go."""
+    """Amounts that one call sends over each class of links."""
 
     @property
     def sent_per_step(self) -> int:
@@ -129,23 +137,24 @@ class Exchange(NamedTuple):
 
 
 def exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """All of a step: rows to experts and back in each layer and micro-batch; gradients; weights, where ranks hold
-    slices. None on a single rank.
+    """Return all exchanges of a step: rows to experts and back in each layer and micro-batch; gradients; weights, if
+    ranks hold shards. On a single rank there are none.
 
     Args:
-        spec: of the run.
-        layout: where its ranks are; by default all are on one node.
+        spec: spec of the run.
+        layout: placement of its ranks; by default all are on one node.
     """
     return [*dispatches(spec, layout), *reductions(spec, layout)]
 
 
 def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """The part of expert parallelism, in the order of a layer's forward and backward.
+    """Return the exchanges of expert parallelism, in the order of a layer's forward and backward.
 
     Hierarchical dispatch sends a row once to each other node on which it has an expert, to one rank there, with its k
-    choices and gates; from there each of its routes goes to its expert's rank. Back comes one row, the sum over that
-    node's experts; then the same of gradients, with those of gates. Groups with unequally many ranks on their nodes
-    stay flat: theirs count to what goes by node. Under dropout each route is a row of its own.
+    choices and gates; from that rank each of the row's routes goes to the rank of its expert. One row comes back, the
+    sum over that node's experts. Gradients take the same ways, with those of gates. Groups with different numbers of
+    ranks on their nodes stay flat, and their traffic counts as traffic by node. Under dropout each route is a row of
+    its own.
     """
     cluster, model, moe = spec.cluster, spec.model, spec.model.moe
     if moe is None or cluster.ep == 1:
@@ -196,12 +205,13 @@ def dispatches(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
 
 
 def has_rails(group: Spread) -> bool:
-    """Whether it lies on several nodes, with as many ranks on each: hierarchical dispatch of others is flat."""
+    """Whether a group spans several nodes with the same number of ranks on each; hierarchical dispatch handles other
+    groups flat."""
     return group.total() > 1 and len({kind.ranks for kind in group}) == 1
 
 
 def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
-    """The part of data parallelism."""
+    """Return the exchanges of data parallelism: gradients, and weights if ranks hold shards."""
     cluster, found = spec.cluster, sizes(spec.model)
     layout = layout or on_one_node(cluster.world, cluster.ep)
     shared = FLOAT32 * (found.parameters - found.expert_parameters)
@@ -217,12 +227,13 @@ def reductions(spec: RunSpec, layout: Layout | None = None) -> list[Exchange]:
 def _made_whole(
     spec: RunSpec, strategy: str, what: str, size: int, layout: Layout, groups: list[list[int]]
 ) -> list[Exchange]:
-    """Of so many bytes of weights in each of these groups: gradients, and weights where ranks hold slices.
+    """Return the exchanges that reduce gradients, and gather weights if ranks hold shards, for `size` bytes of weights
+    in each of these groups.
 
-    Those are put together for each forward and each backward, or by ZeRO 1 and 2 once, after the update. ZeRO 2 and 3
-    reduce gradients in each backward, as they keep no whole ones; the others in the last. Blocks and buckets of them
-    are counted as if they went in one piece. What ZeRO 3 still has of a forward when its backward begins, two blocks at
-    most, is not taken off.
+    Weights are gathered for each forward and each backward; ZeRO 1 and 2 gather them only once, after the update. ZeRO
+    2 and 3 reduce gradients in each backward, because they keep no whole ones; the others reduce them in the last
+    backward. Blocks and buckets count as if they were sent in one piece. ZeRO 3 may still hold up to two gathered
+    blocks from the forward when the backward begins; the count does not subtract them.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {what}", f"weights of {what}"
@@ -240,5 +251,5 @@ def _made_whole(
 
 
 def _micro_batches(spec: RunSpec) -> int:
-    """Of each rank in a step."""
+    """Return the number of micro-batches per rank and step."""
     return spec.train.micro_batches // spec.cluster.world

@@ -1,4 +1,4 @@
-"""What a user writes: one YAML file that wholly describes a run. No torch, no ray."""
+"""The spec: one YAML file, written by the user, that describes a run completely. No torch, no ray."""
 
 from mhmoe_ray.spec.cluster import ClusterSpec
 from mhmoe_ray.spec.data import DataSpec, Format, PhaseSpec, SourceMix, SourceSpec

@@ -1,4 +1,4 @@
-"""The base of every section of a spec: unknown keys are errors, numbers finite, values as they were read."""
+"""Base class of all spec sections: unknown keys are errors, numbers are finite, instances are immutable."""
 
 from pydantic import BaseModel, ConfigDict
 

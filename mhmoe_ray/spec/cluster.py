@@ -1,13 +1,13 @@
-"""The `cluster` section: workers, what each gets, how experts are spread over them, and the hardware to plan for.
+"""The `cluster` section: workers and their resources, the spread of experts over workers, and the hardware to plan for.
 
-`mhmoe plan` reckons with the accelerators and links named here. Nothing is computed otherwise for them, but a run's
-`mfu` is relative to the accelerator's peak: on others than the default, name theirs.
+`mhmoe plan` computes with the accelerators and links given here. They do not change what a run computes, but its `mfu`
+is relative to the accelerator's peak: for accelerators other than the default, set their values.
 
 Defaults are data-sheet figures of NVIDIA's DGX H100 (H100 SXM: 80 GB, 3.35 TB/s; 989 TFLOP/s in bfloat16 without
 sparsity, 67 in float32; NVLink of 900 GB/s, which is 450 each way; a 400 Gb/s InfiniBand port for each GPU), and
 between domains one 100 Gb/s Ethernet port for each node. Latencies of the first two are those by which NCCL picks an
-algorithm (`hwLat` of its src/graph/tuning.cc: ring, LL128, over NVLink and over the network); that of Ethernet is an
-assumption, as are the shares of a peak that are reached.
+algorithm (`hwLat` of its src/graph/tuning.cc: ring, LL128, over NVLink and over the network). Ethernet's latency is an
+assumption, and so are the shares of a peak that are reached.
 """
 
 from collections.abc import Mapping
@@ -23,41 +23,41 @@ class AcceleratorSpec(Section):
     bfloat16_flops: PositiveFloat = 989e12
     """Peak FLOP/s of dense matrix products in bfloat16."""
     float32_flops: PositiveFloat = 67e12
-    """The same in float32, which torch does not turn to TF32 by itself."""
+    """Peak FLOP/s of dense matrix products in float32, which torch does not replace by TF32 on its own."""
     flops_share: float = Field(default=0.4, gt=0, le=1)
-    """Of that peak, what training reaches while it computes."""
+    """Share of the peak FLOP/s that training reaches while it computes."""
     memory: PositiveFloat = 80e9
-    """Bytes."""
+    """Bytes of memory."""
     memory_bandwidth: PositiveFloat = 3.35e12
-    """Peak bytes/s."""
+    """Peak memory bandwidth in bytes/s."""
     memory_share: float = Field(default=0.8, gt=0, le=1)
-    """Of that peak, what is reached."""
+    """Share of the peak memory bandwidth that is reached."""
 
     def peak(self, precision: Literal["float32", "bfloat16"]) -> float:
-        """FLOP/s of matrix products."""
+        """Return the peak FLOP/s of matrix products in a precision."""
         return self.bfloat16_flops if precision == "bfloat16" else self.float32_flops
 
 
 class LinkSpec(Section):
-    """By default InfiniBand."""
+    """Links of one class; the defaults are those of InfiniBand."""
 
     bandwidth: PositiveFloat = 50e9
-    """Peak bytes/s, each way at once."""
+    """Peak bytes/s in each direction, both at the same time."""
     per: Literal["rank", "node"] = "rank"
     """Whether each rank has such a link, or all ranks of a node share one."""
     latency: float = Field(default=4e-6, ge=0)
-    """Seconds that a message takes beside its bytes."""
+    """Latency of a message in seconds, in addition to the time of its bytes."""
 
 
 class NodeLinkSpec(LinkSpec):
-    """By default NVLink."""
+    """Links within a node; the defaults are those of NVLink."""
 
     bandwidth: PositiveFloat = 450e9
     latency: float = Field(default=1.9e-6, ge=0)
 
 
 class BetweenLinkSpec(LinkSpec):
-    """By default Ethernet."""
+    """Links between domains; the defaults are those of Ethernet."""
 
     bandwidth: PositiveFloat = 12.5e9
     per: Literal["rank", "node"] = "node"
@@ -68,20 +68,22 @@ class NetworkSpec(Section):
     node: NodeLinkSpec = NodeLinkSpec()
     """Links within a node."""
     domain: LinkSpec = LinkSpec()
-    """Links between nodes of a domain: a rack, a pod."""
+    """Links between nodes of a domain, such as a rack or a pod."""
     between: BetweenLinkSpec = BetweenLinkSpec()
     """Links between domains."""
     share: float = Field(default=0.8, gt=0, le=1)
-    """Of peak bandwidths, what is reached."""
+    """Share of the peak bandwidths that is reached."""
     nodes_per_domain: PositiveInt | None = None
-    """Of a cluster on paper; by default all are in one. Of a real one, `domain_label` tells."""
+    """Nodes per domain of a hypothetical cluster; by default all nodes are in one domain. On a real cluster,
+    `domain_label` gives the domains."""
 
 
 STREAM_CPUS = 4  # beside the workers' own: workers that take every CPU starve the stream that feeds them
 
 
 class WorkerRange(Section):
-    """How many workers a run may have, or replicas a server; written as a number where that is one."""
+    """Number of workers of a run, or of replicas of a server, as a range; written as a single number if both ends are
+    equal."""
 
     min: PositiveInt
     max: PositiveInt
@@ -110,48 +112,50 @@ class WorkerRange(Section):
 
 
 MeshSizes = dict[str, int]
-"""Ranks along each dimension of the mesh by its name, outermost first; experts are innermost."""
+"""Number of ranks along each mesh dimension, by its name, outermost first; the expert dimension is innermost."""
 
 
 def mesh_in_words(sizes: Mapping[str, int]) -> str:
-    """Return the sizes of a mesh as people read them: dp 2 x ep 4."""
+    """Return the sizes of a mesh in readable form, such as "dp 2 x ep 4"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 class ClusterSpec(Section):
     workers: WorkerRange = WorkerRange(min=1, max=1)
-    """A number, or {min: a, max: b}: then the run has as many as there is room for. It shrinks when it loses a node
-    and grows, after a checkpoint, when there is room again; numbers between are multiples of ep that divide
-    train.micro_batches, as a and b must be."""
+    """Number of workers, or {min: a, max: b} for an elastic run, which uses as many workers as the cluster has room
+    for. It shrinks when it loses a node and grows, after a checkpoint, when there is room again. Numbers in between are
+    multiples of ep that divide train.micro_batches; a and b must be such numbers too."""
     ep: PositiveInt = 1
-    """Expert parallelism: ranks that share one set of experts. workers = dp x ep."""
+    """Expert parallelism: number of ranks that share one set of experts (an expert-parallel group). workers = dp x
+    ep."""
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    """How workers hold what they all need, that is all but the experts. ddp: each has all of it. fsdp: each has a
-    slice, by torch's FSDP2. zero1, zero2, zero3: DeepSpeed's ZeRO, which slices the optimizer's state, gradients too,
-    weights too (extra `deepspeed`)."""
+    """How workers hold the parameters that they all need, that is all but the experts. ddp: each worker has all of
+    them. fsdp: each has a shard, by torch's FSDP2. zero1, zero2, zero3: DeepSpeed's ZeRO, which shards the optimizer
+    state (zero1), also gradients (zero2), also weights (zero3); it needs the extra `deepspeed`."""
     shard_experts: bool = False
-    """With fsdp, slice experts too, over the dp workers that hold the same ones."""
+    """Whether fsdp shards experts too, over the dp workers that hold the same ones."""
     straddling: Literal["warn", "refuse"] = "warn"
-    """What to do where an expert-parallel group must lie on more than one node. refuse: a run that would start so ends,
-    at whatever size of `workers` it would be."""
+    """Reaction if an expert-parallel group must span more than one node. warn: warn and go on. refuse: end a run that
+    would start this way, with whatever number of `workers`."""
     dispatch: Literal["flat", "hierarchical"] = "flat"
-    """How rows go to experts of an expert-parallel group that lies on several nodes. flat: each route's row straight to
-    its expert's rank. hierarchical: a row once to each node with experts for it, and on from there."""
+    """How rows are sent to experts in an expert-parallel group that spans several nodes. flat: each route's row is sent
+    directly to the rank of its expert. hierarchical: a row is sent once to each other node that holds experts for it,
+    and is forwarded from there."""
     domain_label: str | None = None
-    """Label of Ray's nodes whose value names what a faster network joins, a rack or an NVLink domain: a group that must
-    lie on several nodes lies within one such domain where it can."""
+    """Label of Ray nodes whose value names a domain that a faster network connects, such as a rack or an NVLink domain.
+    A group that must span several nodes stays within one such domain if possible."""
     accelerator: AcceleratorSpec = AcceleratorSpec()
     network: NetworkSpec = NetworkSpec()
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: NonNegativeInt = 3
-    """Times a failed or killed worker group is started again from the last checkpoint. Nodes that are announced to be
-    taken away (preemption) do not count; a mistake that a new start would only repeat ends the run at once."""
+    """Number of times that a failed or killed worker group is restarted from the last checkpoint. Announced losses of
+    nodes (preemption) do not count; an error that a restart would only repeat ends the run at once."""
     hang_seconds: float = Field(default=600, gt=0, allow_inf_nan=True)
-    """Without a sign of life from a worker, or without progress of any: then the one that stands still is ended, and
-    the group is started again; .inf: never."""
+    """Seconds without a heartbeat from a worker, or without progress by any worker, after which the worker that hangs
+    is killed and the worker group restarted; .inf: never."""
     shared_filesystem: bool = False
-    """Paths of this spec mean the same files on the machine of the command line and on every node."""
+    """Whether paths in this spec refer to the same files on the command line's machine and on every node."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Ray runtime environment (for example `pip`) of jobs and of replicas."""
 
@@ -171,19 +175,20 @@ class ClusterSpec(Section):
 
     @property
     def cpus(self) -> int:
-        """Logical CPUs that a run takes at most, its data stream included."""
+        """Largest number of logical CPUs that a run uses, including those of its data stream."""
         return self.world * self.cpus_per_worker + STREAM_CPUS
 
     @property
     def world(self) -> int:
-        """Ranks, at most."""
+        """Largest number of ranks of the run."""
         return self.workers.max
 
     @property
     def slices_experts(self) -> bool:
-        """Whether ranks that hold the same experts share out of them what the strategy shares out of all else."""
+        """Whether the strategy shards experts, over the ranks that hold the same ones, in the same way as all other
+        parameters."""
         return self.strategy != "fsdp" or self.shard_experts
 
     def mesh_sizes(self, world: int | None = None) -> MeshSizes:
-        """Return the mesh of so many ranks, by default of as many as there are at most."""
+        """Return the sizes of the mesh of `world` ranks, by default of the largest number of ranks."""
         return {"dp": (world or self.world) // self.ep, "ep": self.ep}

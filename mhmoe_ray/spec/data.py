@@ -1,4 +1,4 @@
-"""The `data` section: where raw text lies, its format, how it is mixed, and where the prepared shards go."""
+"""The `data` section: where raw text is, its format, how it is mixed, and where the prepared shards go."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -16,23 +16,24 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "text": (".txt", ".txt.gz", ".txt.zst"),
 }
-"""Of those whose files are known by their names' ends; the others are known by their folders (`find.py`)."""
+"""File name suffixes of the formats that are recognized by them; the other formats are recognized by their folders
+(`find.py`)."""
 
 
 Weight = Annotated[float, Field(ge=0, le=1e18)]
 Share = Annotated[float, Field(gt=0, le=1e18)]
-"""Both may be counts of tokens as well as fractions: only ratios count."""
+"""Weights and shares may be token counts as well as fractions: only their ratios matter."""
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class SourceMix(Section):
-    """A source's part and how its subfolders share it; in a schedule, a key left out stays as it was."""
+    """A source's weight and how its subfolders share it; in a schedule, a key that is left out stays unchanged."""
 
     weight: Weight | None = None
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """In the place of `shares`, where the source had some."""
+    """Temperature between subfolders; in a schedule it replaces `shares` of the source, if there are any."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
-    """In the place of `alpha`."""
+    """Fixed shares by subfolder; in a schedule they replace `alpha`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,7 +42,7 @@ class SourceMix(Section):
         return self
 
     def changed(self, by: "SourceMix") -> "SourceMix":
-        """This mix with the other's keys in place of its own."""
+        """Return this mix with the keys of `by` in place of its own."""
         within = self if by.alpha is None and by.shares is None else by
         weight = self.weight if by.weight is None else by.weight
         return SourceMix(weight=weight, alpha=within.alpha, shares=within.shares)
@@ -49,40 +50,43 @@ class SourceMix(Section):
 
 class PhaseSpec(Section):
     from_step: PositiveInt
-    """Optimizer steps done before it."""
+    """Number of optimizer steps done before this phase begins."""
     sources: dict[str, SourceMix] = Field(min_length=1)
-    """What changes, by source."""
+    """Changes to the mix, by source."""
 
 
 SourceName = Annotated[str, Field(pattern=r"^[^/]+$")]
-"""The part of a domain's name before its first slash."""
+"""Source name: the part of a domain's name before its first slash."""
 
 
 class SourceSpec(Section):
     """Raw text: a folder with one subfolder per domain (RedPajama) or per language, or the files themselves."""
 
     path: str
-    """A folder, a file, or a pattern with * and **; local, or on s3:// or gs://, where a query may name the server as
-    pyarrow understands it: s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
+    """Path of a folder or a file, or a pattern with * and **. It is local, or on s3:// or gs://, where a query may name
+    the server as pyarrow understands it: s3://bucket/folder?region=eu-west-1&endpoint_override=storage.example:9000."""
     format: Format | None = None
-    """Absent: told by the names of the files. `jsonl` is RedPajama-1T's and most others'."""
+    """Format of the files; by default recognized by their names. `jsonl` is the format of RedPajama-1T and of most
+    others."""
     text_field: str | None = Field(default=None, min_length=1)
-    """Key or column that holds the text; absent: `raw_content` in redpajama-v2, `text` elsewhere."""
+    """Key or column that holds the text; by default `raw_content` in redpajama-v2, `text` elsewhere."""
     delimiter: str | None = None
-    """Of format text: a line of just this ends a document ("" is a blank line); absent: a file is a document."""
+    """Line that ends a document in format text, if it consists of exactly this ("" is a blank line); by default a file
+    is one document."""
     filters: FilterSpec | None = None
-    """Of format redpajama-v2: what is kept of it."""
+    """Filters for format redpajama-v2, which select the documents to keep."""
     weight: Weight = 1.0
-    """This folder's part of the mixture, relative to the other sources; 0 where only the schedule brings it in."""
+    """Weight of this source in the mixture, relative to the other sources; 0 if only the schedule brings it in."""
     alpha: float = Field(default=1.0, ge=0, le=1)
-    """Temperature between subfolders: q_i = p_i^alpha / sum_j p_j^alpha with p_i the share of tokens."""
+    """Temperature between subfolders: q_i = p_i^alpha / sum_j p_j^alpha, with p_i the share of tokens."""
     shares: dict[str, Share] | None = Field(default=None, min_length=1)
-    """Fixed shares per subfolder instead of `alpha`; subfolders not named are left out."""
+    """Fixed shares by subfolder, instead of `alpha`; subfolders that are not named are left out."""
     max_epochs: Epochs | None = None
-    """At most so many epochs of each subfolder in the whole training. What it is short of goes to the source's other
-    subfolders in proportion, and where all of them are at their limits, to the other sources."""
+    """Largest number of epochs of each subfolder over the whole training. Samples that a subfolder cannot provide come
+    from the source's other subfolders in proportion, and from the other sources once all of them have reached their
+    limits."""
     max_epochs_of: dict[str, Epochs] = Field(default_factory=dict)
-    """The same for single subfolders, before `max_epochs`."""
+    """Largest number of epochs of single subfolders, by name; takes precedence over `max_epochs`."""
 
     @field_validator("path")
     @classmethod
@@ -102,12 +106,14 @@ class SourceSpec(Section):
 
     @property
     def mix(self) -> SourceMix:
-        """As the training begins."""
+        """Mix of this source at the start of training."""
         return SourceMix(weight=self.weight, alpha=None if self.shares else self.alpha, shares=self.shares)
 
     def check_format(self, format: Format) -> None:
-        """Raises:
-        ValueError: a key is set that this format has no use for.
+        """Check that the keys of this source apply to a format.
+
+        Raises:
+            ValueError: a key is set that the format does not use.
         """
         if self.filters is not None and format != "redpajama-v2":
             raise ValueError(f"filters go by RedPajama-V2's signals and tables, which format {format} does not have")
@@ -120,38 +126,43 @@ class SourceSpec(Section):
 class DataSpec(Section):
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     schedule: list[PhaseSpec] = Field(default_factory=list)
-    """Changes of the mixture in the course of the training, by step."""
+    """Changes of the mixture during training, by step."""
     prepared: Path
-    """Folder for the packed token shards; made once by `data prepare`, then only read. Below a source's path it is no
-    part of the source."""
+    """Folder for the packed token shards, which `data prepare` writes once and training only reads. If it lies below a
+    source's path, it is not part of that source."""
     seq_len: PositiveInt
-    """T: tokens a model sees at once; a stored sample has T + 1, its last T are the targets."""
+    """T: number of tokens that the model sees at once. A stored sample has T + 1 tokens, the last T of which are the
+    targets."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """concat: documents one after another, cut wherever a sample ends. best_fit: documents that fit into a sample stay
-    whole; samples are filled up with padding, whose targets do not count."""
+    """How documents fill samples. concat: documents follow each other and are cut wherever a sample ends. best_fit:
+    documents that fit into a sample stay whole; samples are filled up with padding, whose targets do not count."""
     tokenizer: Path | None = None
-    """A tokenizer.json, or a vocabulary in tiktoken's format; absent: one is trained on the sources."""
+    """Path of a tokenizer.json, or of a vocabulary in tiktoken's format; by default a tokenizer is trained on the
+    sources."""
     tokenizer_pattern: str | None = Field(default=None, min_length=1)
-    """Of a vocabulary in tiktoken's format: how text is split before its ranks apply, as gpt2, cl100k, o200k or qwen2,
-    or as a regular expression."""
+    """Rule by which text is split before the ranks of a vocabulary in tiktoken's format apply, as a name (gpt2, cl100k,
+    o200k or qwen2) or as a regular expression."""
     tokenizer_model: Literal["bpe", "unigram"] | None = None
-    """The kind that is trained, byte-level either way; bpe unless it says otherwise. unigram takes several times as
-    long to train."""
+    """Kind of tokenizer to train, byte-level in either case; by default bpe. unigram takes several times as long to
+    train."""
     tokenizer_train_mb: PositiveFloat | None = None
-    """Text that it is trained on, in millions of characters, 20 unless it says otherwise: a sample of all domains in
-    the proportions of the mixture."""
+    """Amount of text that the tokenizer is trained on, in millions of characters, by default 20: a sample of all
+    domains in the proportions of the mixture."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents held out for validation, chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
-    """At most this many held-out samples are kept, spread evenly over all of them."""
+    """Largest number of held-out samples that are kept, spread evenly over all of them."""
     max_document_mb: PositiveFloat = 32.0
-    """A document that takes more MB as it is stored (its line, its text file, its value in a column) is quarantined."""
+    """Largest size of a document in MB, as it is stored (its line, its text file, its value in a column); larger ones
+    are quarantined."""
     max_bad_lines: NonNegativeInt = 0
-    """Lines, rows or text files that cannot be read are quarantined up to this number; one more stops the job."""
+    """Number of unreadable lines, rows or text files that are quarantined; one more stops the job."""
     max_bad_share: float = Field(default=0.0, ge=0, lt=1)
-    """Or up to this share of all of them, where that is more."""
+    """Share of all lines, rows and text files that may be unreadable, used instead of `max_bad_lines` if it allows
+    more."""
     max_bad_files: NonNegativeInt = 0
-    """Files of which a part is lost (cut off, damaged, vanished) before the job stops; what was read is used."""
+    """Number of files that may be partly lost (truncated, damaged, vanished); one more stops the job. What was read of
+    them is used."""
 
     @field_validator("prepared", "tokenizer", mode="before")
     @classmethod
@@ -185,7 +196,7 @@ class DataSpec(Section):
 
     @property
     def mixes(self) -> dict[int, dict[str, SourceMix]]:
-        """By the step they begin at, from 0: the mix of every source, whole."""
+        """Complete mix of every source, by the step at which it begins; the first is step 0."""
         now = {name: source.mix for name, source in self.sources.items()}
         result = {0: now}
         for phase in self.schedule:
@@ -194,11 +205,12 @@ class DataSpec(Section):
         return result
 
     def subfolders(self, source: str) -> list[str] | None:
-        """Those that some phase names in a source's shares; None if a phase takes all there are."""
+        """Return the sorted subfolders that any phase names in the shares of a source; None if some phase uses all
+        subfolders."""
         shares = [mixes[source].shares for mixes in self.mixes.values()]
         return sorted({sub for s in shares if s for sub in s}) if all(shares) else None
 
 
 def absolute(base: Path, path: str) -> str:
-    """The local path from `base`; a URI as it is."""
+    """Return a local path taken from `base`; a URI is returned unchanged."""
     return path if "://" in path else str(base / path)

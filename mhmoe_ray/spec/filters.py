@@ -1,4 +1,4 @@
-"""Which documents of a RedPajama-V2 source are kept: by language, bucket, quality signal and duplicate tables."""
+"""Filters for a RedPajama-V2 source: by language, bucket, quality signals and tables of duplicates."""
 
 import difflib
 import math
@@ -30,9 +30,9 @@ rps_doc_frac_chars_top_2gram rps_doc_frac_chars_top_3gram rps_doc_frac_chars_top
 rps_doc_ldnoobw_words rps_doc_ut1_blacklist
 """
 SIGNALS = frozenset(_NAMES.split())
-"""As published, misspellings included."""
+"""Names of all quality signals as published, including misspellings."""
 SIMILARITIES = (0.7, 0.8, 0.9, 1.0)
-"""For which there are MinHash signatures."""
+"""Similarities for which there are MinHash signatures."""
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -46,7 +46,7 @@ _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 
 
 class SignalRule(NamedTuple):
-    """A document is kept if this holds; a document whose signal has no value is not."""
+    """Rule on a quality signal: a document is kept if it holds; a document whose signal has no value is not kept."""
 
     signal: str
     comparison: str
@@ -54,8 +54,10 @@ class SignalRule(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises:
-        ValueError: it is not `signal op number`, there is no such signal, or the number is not finite.
+        """Parse a rule such as `rps_doc_word_count >= 50`.
+
+        Raises:
+            ValueError: the text is not `signal op number`, there is no such signal, or the number is not finite.
         """
         match = _RULE.fullmatch(text)
         if match is None:
@@ -81,22 +83,25 @@ def _checked(rule: str) -> str:
 
 
 class FilterSpec(Section):
-    """Documents that do not pass are counted under the first rule they break; they are neither read nor quarantined."""
+    """Filters for documents. A document that does not pass is counted under the first rule it breaks; it is neither
+    read nor quarantined."""
 
     languages: list[str] | None = Field(default=None, min_length=1)
-    """Only these; absent: all that are there."""
+    """Languages to keep; by default all."""
     buckets: list[Bucket] = Field(default=["head", "middle"], min_length=1)
-    """CCNet's thirds by perplexity. The tail was published without signals and tables."""
+    """Buckets to keep: CCNet's thirds by perplexity. The tail was published without signals and tables."""
     gopher: bool = False
-    """Gopher's rules of quality and repetition, as far as there are signals (`data/sources/redpajama_v2.py`)."""
+    """Whether to apply Gopher's rules of quality and repetition, as far as there are signals for them
+    (`data/sources/redpajama_v2.py`)."""
     signals: list[Annotated[str, AfterValidator(_checked)]] = Field(default=[])
-    """Rules `signal op number` that a document must meet, such as `ccnet_perplexity < 500`. A signal of lines
-    (`rps_lines_...`) is averaged over them."""
+    """Rules `signal op number` that a document must satisfy, such as `ccnet_perplexity < 500`. A signal per line
+    (`rps_lines_...`) is averaged over the lines."""
     deduplicate: bool = False
-    """Leave out what the duplicates table lists: exact copies of a document that is elsewhere in the whole data set."""
+    """Whether to leave out documents of the duplicates table: exact copies of a document that is elsewhere in the whole
+    data set."""
     near_duplicates: float | None = None
-    """Leave out a document that shares a band of its MinHash signature of this similarity with an earlier kept document
-    of the same file. Near copies in other files stay."""
+    """Similarity of MinHash signatures. A document that shares a band of its signature of this similarity with an
+    earlier kept document of the same file is left out. Near copies in other files stay."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,14 +1,15 @@
-"""Hints for a key that a spec does not have: its name in other projects, or a near spelling, else all that there are.
+"""Hints for an unknown spec key: its name here if it is known from another project, a near spelling, or a list of all
+known keys.
 
 The names are those of Hugging Face's configurations and Trainer, Megatron-LM, axolotl, torchtitan, nanoGPT and litgpt,
-without case and with underscores.
+in lower case and with underscores.
 """
 
 import difflib
 from collections.abc import Sequence
 
 NEAR = 0.7
-"""Similarity from which a spelling counts as meant (difflib's ratio): trian and train have 0.8."""
+"""Smallest similarity (difflib's ratio) at which a spelling counts as meant: trian and train have 0.8."""
 
 _NAMES: dict[str, str] = {
     # the model
@@ -98,12 +99,12 @@ _ABSENT = {
 
 
 def hint(key: str, section: str, known: Sequence[str]) -> str:
-    """Return what to do about an unknown key.
+    """Return a hint for an unknown key.
 
     Args:
-        key: its last part.
-        section: that it was found in, with dots between and at its end; empty at the top.
-        known: the keys that the section has.
+        key: last part of the dotted key.
+        section: section that the key was found in, as a dotted name with a dot at its end; empty for the top level.
+        known: keys that the section has.
     """
     plain = key.lower().replace("-", "_")
     if plain in _KEY_OF:

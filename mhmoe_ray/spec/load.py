@@ -1,4 +1,5 @@
-"""Read a spec from YAML with `a.b=c` overrides; a mistake is one line that names the key and the nearest right one."""
+"""Read a spec from YAML with `a.b=c` overrides. An error is reported in one line, which names the key and the nearest
+valid one."""
 
 import types
 import typing
@@ -20,7 +21,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml takes the last without a word."""
+    """YAML loader that refuses a duplicate key, of which yaml would silently take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Before merges (`<<`) are put in, which may bring the same keys.
@@ -36,24 +37,25 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_resolved_spec(path: Location, overrides: Sequence[str] = ()) -> RunSpec:
-    """Read and check a whole spec, such as a run directory's. What users write may hold shorthands as well, which
-    `planner.resolve` works out.
+    """Read and check a complete spec, such as that of a run directory.
+
+    Specs written by users may contain shorthands as well, which `planner.resolve` resolves.
 
     Raises:
-        SpecError: the file is missing or not YAML, or a key or value is wrong.
+        SpecError: the file is missing or is not YAML, or a key or value is wrong.
     """
     return checked(RunSpec, read_tree(path, overrides), f"spec {path}")
 
 
 def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file after overrides, unchecked.
+    """Return the mapping of a YAML file after overrides, unchecked.
 
     Args:
-        path: a YAML file.
-        overrides: `key.path=value` strings; values are YAML, so `1e-3`, `null` and `[a, b]` mean what they say.
+        path: path of a YAML file.
+        overrides: `key.path=value` strings; values are YAML, so `1e-3`, `null` and `[a, b]` have their YAML meaning.
 
     Raises:
-        SpecError: the file is missing, not YAML, or no mapping; a key is there twice; or an override is malformed.
+        SpecError: the file is missing, not YAML, or not a mapping; a key is given twice; or an override is malformed.
     """
     try:
         text = path.read_bytes().decode()
@@ -72,28 +74,28 @@ def read_tree(path: Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_site(path: Location) -> SiteSpec:
-    """What a cluster is made of.
+    """Read and check a site file, which describes a cluster.
 
     Raises:
-        SpecError: as `load_resolved_spec`.
+        SpecError: as in `load_resolved_spec`.
     """
     return checked(SiteSpec, read_tree(path), f"site {path}")
 
 
 def load_sweep(path: Location, overrides: Sequence[str] = ()) -> SweepSpec:
-    """Which runs there are to be.
+    """Read and check a sweep's file, which describes its runs.
 
     Raises:
-        SpecError: as `load_resolved_spec`.
+        SpecError: as in `load_resolved_spec`.
     """
     return checked(SweepSpec, read_tree(path, overrides), f"sweep {path}")
 
 
 def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> DeploySpec:
-    """What serving uses of a spec; defaults and overrides alone without one.
+    """Read and check the sections of a spec that serving uses; without a file, only defaults and overrides apply.
 
     Raises:
-        SpecError: as `load_resolved_spec`.
+        SpecError: as in `load_resolved_spec`.
     """
     whole = read_tree(path) if path else {}
     tree = {name: whole[name] for name in DeploySpec.model_fields if name in whole}
@@ -102,14 +104,14 @@ def load_deploy_spec(path: Location | None, overrides: Sequence[str] = ()) -> De
 
 
 def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", also: Sequence[str] = ()) -> S:
-    """The section of these values.
+    """Build a section from its values and check them.
 
     Args:
-        section: what the values should make.
-        tree: the values.
-        what: names the spec in an error.
-        below: where the section lies in it, such as "model.".
-        also: keys that may stand beside the section's own, for the hint at a misspelt one.
+        section: class of the section.
+        tree: its values.
+        what: name of the spec in an error message.
+        below: dotted prefix of the section within the spec, such as "model.".
+        also: additional keys that may stand beside the section's own, for the hint on a misspelt key.
 
     Raises:
         SpecError: a key or value is wrong or missing; one line says which.
@@ -121,7 +123,8 @@ def checked(section: type[S], tree: dict[str, Any], what: str, below: str = "", 
 
 
 def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of a dumped spec, as `--set` takes them, and their values; those without one are left out."""
+    """Yield the dotted keys of a dumped spec, as `--set` takes them, with their values; keys without a value are left
+    out."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{before}{key}.")
@@ -130,12 +133,16 @@ def leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def dump_spec(spec: RunSpec) -> str:
-    """The spec as YAML that `load_resolved_spec` reads back to an equal spec."""
+    """Return the spec as YAML, which `load_resolved_spec` reads back to an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """`["train.steps=5"]` to `[(["train", "steps"], 5)]`."""
+    """Parse overrides: `["train.steps=5"]` becomes `[(["train", "steps"], 5)]`.
+
+    Raises:
+        SpecError: an override is not `key=value`, or its value is not YAML.
+    """
     parsed = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -149,10 +156,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The same tree, changed by `key.path=value` strings.
+    """Apply `key.path=value` strings to a tree in place, and return it.
 
     Raises:
-        SpecError: one is malformed, or goes through a value.
+        SpecError: an override is malformed, or its path goes through a value.
     """
     for keys, value in parse_overrides(overrides):
         _set(tree, keys, value)
@@ -173,7 +180,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _explain(section: type[BaseModel], error: ValidationError, what: str, below: str, also: Sequence[str]) -> SpecError:
-    """The first mistake as one line; wrong keys before wrong values, since they often cause them."""
+    """Return the first mistake as one line. Wrong keys come before wrong values, because they often cause them."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     where = (below + ".".join(str(part) for part in first["loc"])).removesuffix(".") or "the spec"
@@ -192,7 +199,7 @@ def _explain(section: type[BaseModel], error: ValidationError, what: str, below:
 
 
 def _known_keys(root: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Keys that the section at this place below the root has."""
+    """Return the keys that the section at `place` below `root` has."""
     current: Any = root
     for part in place:
         if isinstance(current, type) and issubclass(current, BaseModel):
@@ -203,7 +210,7 @@ def _known_keys(root: type[BaseModel], place: tuple[int | str, ...]) -> list[str
 
 
 def _inner(annotation: Any) -> Any:
-    """`X | None` to `X`."""
+    """Return `X` for an annotation `X | None`; any other annotation is returned unchanged."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation

@@ -1,12 +1,12 @@
 """The `model` section: a decoder with (multi-head) mixture-of-experts layers, its routers and its kernels.
 
-Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`).
-P1 is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205). Where they or their code disagree,
+Sizes use the papers' names: d (`d_model`), h (`moe.heads`), E (`moe.experts`), k (`moe.top_k`), f (`moe.d_expert`). P1
+is the first MH-MoE paper (arXiv 2404.15045), P2 the follow-up (arXiv 2411.16205). Where they or their code disagree,
 both readings are options, and the default is P2's.
 
-`ROUTERS` has the sizes of each router, for E experts and rows of D values, which some project to Q values first; the
-scores themselves are computed in `model/router.py`. What an architecture allows is in `architectures/`, what a kernel
-can compute in `mhmoe_kernels.abilities`.
+`ROUTERS` has the sizes of each router, for E experts and rows of D values, which some routers first project to Q
+values; `model/router.py` computes the logits themselves. `architectures/` says what an architecture allows, and
+`mhmoe_kernels.abilities` what a kernel can compute.
 """
 
 import math
@@ -25,10 +25,10 @@ RouterName = Literal["linear", "xmoe", "xmoe_torchscale"]
 
 class RouterSizes(NamedTuple):
     macs: int
-    """Multiply-adds of a row."""
+    """Multiply-adds per row."""
     parameters: int
     kept: int
-    """Values that the backward needs of a row, beside logits and probabilities."""
+    """Number of values that the backward needs per row, besides logits and probabilities."""
 
 
 def _linear(E: int, D: int, Q: int) -> RouterSizes:
@@ -36,7 +36,8 @@ def _linear(E: int, D: int, Q: int) -> RouterSizes:
 
 
 def _xmoe(E: int, D: int, Q: int) -> RouterSizes:
-    """Kept are cosines and probabilities once more, at the temperature of the balance loss."""
+    """Return the sizes of X-MoE's router, which keeps cosines, and probabilities once more at the temperature of the
+    load-balancing loss."""
     return RouterSizes(macs=Q * (D + E), parameters=Q * (D + E) + 1, kept=2 * E + 4 * (Q + 1))
 
 
@@ -55,63 +56,71 @@ class MoESpec(Section):
     """A mixture-of-experts layer; `heads: 1` is the plain sparse mixture of experts (SMoE)."""
 
     heads: PositiveInt = 2
-    """h: sub-tokens per token."""
+    """h: number of sub-tokens per token."""
     experts: PositiveInt = 8
-    """E: routed experts in each layer."""
+    """E: number of routed experts in each layer."""
     top_k: PositiveInt = 2
-    """k: experts that each sub-token goes to."""
+    """k: number of experts that each sub-token is routed to."""
     d_expert: PositiveInt
     """f: hidden width of one expert."""
     every: PositiveInt = 2
-    """Layer i (from 0) is a mixture of experts when (i + 1) is a multiple of this."""
+    """Spacing of mixture-of-experts layers: layer i (from 0) is one if (i + 1) is a multiple of this."""
 
     head_projection: bool | None = None
-    """Linear layer before the split; by default where h > 1."""
+    """Whether there is a linear layer before the split into sub-tokens; by default only if h > 1."""
     merge_projection: bool | None = None
-    """Linear layer after the join; by default where h > 1."""
+    """Whether there is a linear layer after the join of sub-tokens; by default only if h > 1."""
     projection_layers: int = Field(default=1, ge=1, le=3)
-    """Linear layers in each of the two, with ReLU between them (P1's ablation n)."""
+    """Number of linear layers in each of the two projections, with ReLU between them (P1's ablation n)."""
     sub_token_residual: bool = False
-    """Add each sub-token to its experts' output before the merge (P1's equation 6; no code of the authors does)."""
+    """Whether to add each sub-token to its experts' output before the merge projection (P1's equation 6; none of the
+    authors' code does)."""
     d_shared: NonNegativeInt = 0
-    """Hidden width of a shared expert that sees every whole token, beside the routed ones; 0: there is none."""
+    """Hidden width of a shared expert, which sees every whole token in addition to the routed experts; 0: no shared
+    expert."""
 
     router: RouterName = "linear"
-    """linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings over a learnable temperature, as
-    published. xmoe_torchscale: as coded and used for P1: 16 dimensions, only the expert side normalised, no
-    temperature."""
+    """Router. linear: softmax of W x (P2). xmoe: cosine of a projection with expert embeddings, divided by a learnable
+    temperature, as published. xmoe_torchscale: X-MoE's router as coded and used for P1, with 16 dimensions, only the
+    expert side normalized, and no temperature."""
     router_dim: int | None = Field(default=None, ge=2)
-    """Width of xmoe's projection; by default E / 2, as its authors advise, and at least 2: in one dimension a cosine is
-    1 or -1, and the router learns nothing."""
+    """Width of xmoe's projection; by default E / 2, as its authors advise. It is at least 2: in one dimension a cosine
+    is 1 or -1, and the router learns nothing."""
     normalize_gates: bool = False
-    """Divide the k routing weights by their sum (P1, Mixtral) or leave raw softmax weights (P2's code)."""
+    """Whether to divide the k gates (routing weights) by their sum (P1, Mixtral) instead of using raw softmax weights
+    (P2's code)."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """In training, scale the router's input by factors drawn from 1 - jitter to 1 + jitter."""
+    """Router jitter: in training, the router's input is multiplied by factors drawn uniformly from 1 - jitter to 1 +
+    jitter."""
     capacity_factor: PositiveFloat | None = None
-    """Static routing: in training and validation an expert takes at most this times k * ceil(N / E) rows of a
-    micro-batch, first choices first, and drops the others. Absent: dropless. Serving is always dropless, as was the
-    first paper's evaluation on tasks: otherwise one request's rows would push out another's."""
+    """Capacity factor of static routing: in training and validation an expert takes at most this times k * ceil(N / E)
+    of the N rows of a micro-batch, first choices first, and drops the others. By default routing is dropless. Serving
+    is always dropless, as was the first paper's evaluation on tasks: otherwise the rows of one request would displace
+    those of another."""
     second_expert: Literal["always", "random"] = "always"
-    """random: in training, keep a second choice of weight g with probability min(1, 2 g), as P1 ran it."""
+    """Use of the second choice. always: keep it. random: in training, keep a second choice of weight g with probability
+    min(1, 2 g), as P1 ran it."""
 
     balance_weight: float = Field(default=0.01, ge=0)
-    """Factor of the balance loss, summed over layers; a uniform router costs exactly this much per layer."""
+    """Factor of the load-balancing loss, which is summed over layers; a uniform router costs exactly this much per
+    layer."""
     balance_choices: Literal["first", "all"] = "first"
-    """Which choices the loss counts: the first of each row (both papers' code) or all k."""
+    """Choices that the load-balancing loss counts: the first of each row (both papers' code), or all k."""
     z_weight: float = Field(default=0.0, ge=0)
-    """Factor of the mean squared log-sum-exp of the router's logits, summed over layers."""
+    """Factor of the router z-loss, the mean squared log-sum-exp of the router's logits, which is summed over layers."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """Balance without a loss: after each step, a bias that only the choice sees moves by this much for each expert, up
-    where it got less than its share, down where it got more."""
+    """Rate of load balancing without a loss: after each step, the selection bias of each expert, which affects only the
+    choice of experts, rises by this much if the expert got less than its share and falls by it if it got more."""
 
     kernel: KernelName = "auto"
-    """How routed rows go through the experts (kernels/README.md); auto: the fastest that can run where it runs. cpp is
-    compiled for the CPU there. capacity: the papers' static layout with its N x E x C masks, for comparison."""
+    """Kernel that runs routed rows through the experts (kernels/README.md). auto: the fastest that can run on the
+    hardware. cpp: compiled for the CPU on which it runs. capacity: the papers' static layout with its N x E x C masks,
+    for comparison."""
     recompute: float | None = Field(default=None, ge=0, le=1)
-    """Share of the routes whose hidden rows the backward computes anew rather than keeps. By default 0.6 where an
-    expert is at least 8 times as wide as a row, which keeps a layer of 4 heads near the memory of a plain one of the
-    same work (kernels/README.md), and else 0. For kernels grouped, and auto where it picks that; of the others, cpp
-    and triton keep none and the rest all."""
+    """Share of the routes whose hidden rows are recomputed in the backward instead of kept. By default 0.6 if an expert
+    is at least 8 times as wide as a row, which keeps the memory of a layer with 4 heads near that of a plain one with
+    the same work (kernels/README.md), and otherwise 0. It applies to kernel grouped, and to auto where that selects
+    grouped; of the others, cpp and triton keep no hidden rows and the rest keep all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -145,13 +154,13 @@ class MoESpec(Section):
 
     @property
     def kernel_limits(self) -> Abilities:
-        """What its kernel can compute."""
+        """Limits of the layer's kernel."""
         return KERNELS[self.kernel]
 
     def places(self, rows: int) -> int | None:
-        """Of N rows, how many an expert takes at most: factor * k * ceil(N / E), rounded up; None where it is dropless.
+        """Return the expert capacity for N rows: factor * k * ceil(N / E), rounded up; None if routing is dropless.
 
-        At factor 1 these are 2 * ceil(N / E) of P1's top-2 gate and k * ceil(N / E) of P2's code.
+        At factor 1 this is 2 * ceil(N / E) of P1's top-2 gate, and k * ceil(N / E) of P2's code.
         """
         if self.capacity_factor is None:
             return None
@@ -165,44 +174,47 @@ class MoESpec(Section):
 
     @property
     def routing_width(self) -> int:
-        """Dimensions of X-MoE's projection."""
+        """Width of X-MoE's projection."""
         return 16 if self.router == "xmoe_torchscale" else self.router_dim or max(2, self.experts // 2)
 
     def router_sizes(self, width: int) -> RouterSizes:
-        """Of the router on rows of this width."""
+        """Return the sizes of the router on rows of a width."""
         return ROUTERS[self.router](self.experts, width, self.routing_width)
 
 
 def usual_width(d_model: int) -> int:
-    """Of a dense feed-forward layer: 8/3 d, as LLaMA has it, up to the next multiple of 128."""
+    """Return the usual width of a dense feed-forward layer: 8/3 d, as in LLaMA, rounded up to a multiple of 128."""
     return math.ceil(d_model * 8 / 3 / 128) * 128
 
 
 class ModelSpec(Section):
     backbone: ArchitectureName = "llama"
-    """llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also inside attention and
-    feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
+    """Architecture of the decoder. llama (P2): RMSNorm, rotary positions, SwiGLU, no biases. subln (P1): LayerNorm also
+    inside attention and feed-forward, xPos, GELU, biases, embeddings scaled by sqrt(d)."""
     vocab_size: PositiveInt
-    """Rows of the embedding; a tokenizer trained by `data prepare` gets at most this many entries."""
+    """Number of rows of the embedding; a tokenizer trained by `data prepare` gets at most this many entries."""
     d_model: PositiveInt
     layers: PositiveInt
     attention_heads: PositiveInt
     kv_heads: PositiveInt | None = None
-    """Heads of keys and values, each shared by equally many attention heads; by default one each."""
+    """Number of heads of keys and values, each shared by the same number of attention heads; by default each attention
+    head has its own."""
     d_ff: PositiveInt | None = None
-    """Hidden width of the dense feed-forward layers; left out where every layer is a mixture of experts."""
+    """Hidden width of the dense feed-forward layers; left out if every layer is a mixture of experts."""
     tied_embeddings: bool = True
-    """The output layer is the embedding."""
+    """Whether the output layer shares its weights with the embedding."""
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """In training, on the embedding and the outputs of attention, dense layers and each expert (P1 ran 0.1)."""
+    """Dropout rate in training, on the embedding and the outputs of attention, dense layers and each expert (P1 ran
+    0.1)."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """In training, on the attention weights (P1 ran 0.1)."""
+    """Dropout rate in training on the attention weights (P1 ran 0.1)."""
     document_masks: bool = False
-    """In training and validation, a token attends only to its own document, not to others in the same sample."""
+    """Whether, in training and validation, a token attends only to its own document and not to others in the same
+    sample."""
     moe: MoESpec | None = None
-    """Absent: every layer is dense."""
+    """Mixture-of-experts layers; by default every layer is dense."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -248,12 +260,14 @@ class ModelSpec(Section):
 
     @property
     def architecture(self) -> Architecture:
-        """The choices and counts of its backbone."""
+        """Choices and counts of the backbone's architecture."""
         return ARCHITECTURES[self.backbone]
 
     def with_moe(self, moe: MoESpec | None) -> "ModelSpec":
-        """The same trunk with other expert layers, checked; with None the dense model. Dense layers where the trunk had
-        none get the usual width."""
+        """Return the same trunk with other expert layers, checked; with None, the dense model.
+
+        Dense layers get the usual width if the trunk had none.
+        """
         d_ff = None if moe is not None and moe.every == 1 else self.d_ff or usual_width(self.d_model)
         return ModelSpec.model_validate({**self.model_dump(exclude={"moe", "d_ff"}), "d_ff": d_ff, "moe": moe})
 
@@ -284,7 +298,7 @@ class ModelSpec(Section):
 
     @property
     def n_kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self.kv_heads or self.attention_heads
 
     @property

@@ -1,4 +1,4 @@
-"""The whole spec. A run is described by it and by nothing else."""
+"""The complete spec, which alone describes a run."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -22,28 +22,29 @@ def _location(given: Any) -> Location:
 
 StoragePath = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]
 ELSEWHERE = {"cluster", "serve", "tracking"}
-"""Sections that do not change what a run trains."""
+"""Names of the sections that do not change what a run trains."""
 NAME_LENGTH = 41
 NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):
-    """What `plan` compares the model with: other expert layers on the same trunk."""
+    """Model that `plan` compares the model with: other expert layers on the same trunk."""
 
     name: str
     moe: MoESpec | None = None
-    """Absent: the dense model."""
+    """Expert layers of the reference; by default it is the dense model."""
 
 
 class RunSpec(Section):
     name: str = Field(pattern=NAME)
-    """Lower-case letters, digits and dashes; each submission gets a suffix of its own."""
+    """Name of the run: lower-case letters, digits and dashes. Each submission gets a suffix of its own."""
     storage: StoragePath = Path("runs")
-    """Folder that holds run directories: a path, or s3://bucket/folder, gs://bucket/folder."""
+    """Folder that holds run directories: a path, s3://bucket/folder or gs://bucket/folder."""
     seed: NonNegativeInt = 0
-    """Seeds the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     origin: str | None = None
-    """The preset that it came from, for lists; what was overridden, the other keys say."""
+    """Name of the preset that the spec came from, for display; the other keys hold all values, including those that
+    were overridden."""
     model: ModelSpec
     reference: ReferenceSpec | None = None
     data: DataSpec
@@ -110,29 +111,33 @@ class RunSpec(Section):
 
     @property
     def reference_model(self) -> ModelSpec | None:
-        """The reference's expert layers on this model's trunk."""
+        """The reference's expert layers on this model's trunk; None without a reference."""
         return None if self.reference is None else self.model.with_moe(self.reference.moe)
 
     def changed_from(self, before: Self) -> list[str]:
-        """Keys and sections in which it would train something else."""
+        """Return the keys and sections in which this spec would train something else than an earlier one."""
         then, now = (spec.model_dump(mode="json", exclude=ELSEWHERE) for spec in (before, self))
         return [key for key in now if now[key] != then[key]]
 
     @property
     def worker_counts(self) -> list[int]:
-        """Numbers of workers that the run may have, ascending: each gives every worker equally many micro-batches."""
+        """Numbers of workers that the run may have, ascending; with each of them, all workers get the same number of
+        micro-batches."""
         wanted = range(self.cluster.workers.min, self.cluster.workers.max + 1, self.cluster.ep)
         return [n for n in wanted if self.train.micro_batches % n == 0]
 
     def with_workers(self, count: int) -> Self:
-        """The same run with that one of its `worker_counts`."""
+        """Return the same spec with a fixed number of workers, one of its `worker_counts`."""
         cluster = self.cluster.model_copy(update={"workers": WorkerRange(min=count, max=count)})
         return self.model_copy(update={"cluster": cluster})
 
     @property
     def computed_model(self) -> ModelSpec:
-        """The model as training computes it: where blocks are computed anew but not their spread experts, these compute
-        their hidden layers anew themselves."""
+        """The model as training computes it.
+
+        With `train.recompute` and expert parallelism, blocks are recomputed without their spread experts, so the
+        experts recompute their own hidden layers (`moe.recompute` is 1), if the kernel supports it.
+        """
         moe = self.model.moe
         if moe is None or not self.train.recompute or self.cluster.ep == 1 or moe.kernel_limits.keeps != "as told":
             return self.model
@@ -140,21 +145,22 @@ class RunSpec(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """M x b sequences."""
+        """Number of sequences per step: M x b."""
         return self.train.micro_batches * self.train.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
-        """M x b x T predicted tokens; with best-fit packing less the padding among them."""
+        """Number of predicted tokens per step: M x b x T; with best-fit packing this includes padding."""
         return self.samples_per_step * self.data.seq_len
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """b x T, of one worker."""
+        """Number of tokens of one worker's micro-batch: b x T."""
         return self.train.micro_batch_size * self.data.seq_len
 
     def with_absolute_paths(self, base: Path) -> Self:
-        """The same spec with its relative paths taken from `base` (the directory the command was called in)."""
+        """Return the same spec with its relative paths taken from `base`, the directory in which the command was
+        called."""
         data = self.data
         sources = {n: s.model_copy(update={"path": absolute(base, s.path)}) for n, s in data.sources.items()}
         update = {

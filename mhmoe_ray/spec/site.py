@@ -1,4 +1,7 @@
-"""What a cluster is made of: the file that `mhmoe cluster render` makes manifests of. A run's spec is not in it."""
+"""The site file: a description of a cluster, from which `mhmoe cluster render` writes manifests.
+
+It contains no spec of a run.
+"""
 
 from typing import Annotated, Self
 
@@ -7,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from mhmoe_ray.spec.base import Section
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,200}$")]
-"""What may stand in a manifest or a script as it is: no blanks, quotes or signs that a shell knows."""
+"""Text that can stand in a manifest or a script unquoted: no blanks, quotes or characters that a shell interprets."""
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")]
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 TokenPath = Annotated[str, Field(pattern=r"^~?(/[A-Za-z0-9._-]+)+$")]
@@ -15,17 +18,17 @@ Mount = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._-]+)+$")]
 
 
 class NodeSpec(Section):
-    """One machine, or what a pod asks of one."""
+    """Resources of one machine, or of a pod's request."""
 
     cpus: PositiveInt
     memory_gib: PositiveInt
     gpus: NonNegativeInt = 0
     labels: dict[Word, Word] = Field(default_factory=dict)
-    """Of Ray's node, for example a rack: what `cluster.domain_label` of a run's spec may name."""
+    """Labels of the Ray node, for example its rack; `cluster.domain_label` of a run's spec may name one."""
 
 
 class GroupSpec(NodeSpec):
-    """Equal nodes, of which an autoscaler starts as many as are needed."""
+    """Group of equal nodes, of which an autoscaler starts as many as are needed."""
 
     min: NonNegativeInt = 0
     max: PositiveInt
@@ -38,38 +41,39 @@ class GroupSpec(NodeSpec):
 
 
 class StorageSpec(Section):
-    """A file system that all nodes mount at the same place: run directories and prepared data lie on it."""
+    """File system that all nodes mount at the same path; run directories and prepared data are stored on it."""
 
     mount: Mount = "/mnt/mhmoe"
     claim: Name = "mhmoe-storage"
-    """On Kubernetes: a PersistentVolumeClaim, ReadWriteMany."""
+    """Name of the PersistentVolumeClaim on Kubernetes, which must be ReadWriteMany."""
     nfs: Word | None = None
-    """Elsewhere: host:/export of an NFS server, which each node mounts when it starts; without one it is there."""
+    """Address host:/export of an NFS server outside Kubernetes, which each node mounts when it starts; by default the
+    file system is expected to be mounted already."""
 
 
 class CloudSpec(Section):
     region: Word
     zone: Word | None = None
-    """By default the provider's choice; on GCP needed."""
+    """Availability zone; by default the provider's choice. Required on GCP."""
     project: Word | None = None
-    """Of GCP."""
+    """Project on GCP, where it is required."""
     head: Word
     data: Word
     workers: Word
-    """Types of machines."""
+    """Machine type of the workers; `head` and `data` are those of the head node and of the data nodes."""
     image: Word | None = None
-    """Of all of them: an AMI of the region, or an image or a family of them on GCP, of Ubuntu with Docker. Workers with
-    GPUs need NVIDIA's driver, 580 or newer, and its container toolkit in it. On GCP there is a default; on AWS it is
-    Ray's, whose driver is older."""
+    """Image of all machines: an AMI of the region, or on GCP an image or an image family, with Ubuntu and Docker. For
+    workers with GPUs it needs NVIDIA's driver, 580 or newer, and NVIDIA's container toolkit. On GCP there is a default;
+    on AWS the default is Ray's, whose driver is older."""
     spot: bool = False
-    """Workers on spot machines: runs go on elsewhere when one is taken away."""
+    """Whether workers run on spot machines; runs continue elsewhere when one is taken away."""
 
 
 class OnPremiseSpec(Section):
     user: Word
     head: Word
     workers: Annotated[tuple[Word, ...], Field(min_length=1)]
-    """Hosts that this machine reaches by ssh."""
+    """Worker hosts, which this machine reaches by ssh."""
 
 
 class SlurmSpec(Section):
@@ -85,24 +89,25 @@ class SiteSpec(Section):
     name: Name = "mhmoe"
     namespace: Name = "default"
     image: Word
-    """Of all nodes; the container file makes one."""
+    """Container image of all nodes; the project's container file builds one."""
     head: NodeSpec = NodeSpec(cpus=4, memory_gib=16)
     data: GroupSpec = GroupSpec(cpus=16, memory_gib=64, max=4)
-    """Nodes without GPUs, for Ray Data: preparing, and streaming beside workers that take all CPUs of theirs."""
+    """Nodes without GPUs for Ray Data: data preparation, and the data stream if workers use all CPUs of their nodes."""
     workers: GroupSpec
     storage: StorageSpec = StorageSpec()
     token_file: TokenPath = "~/.ray/auth_token"
-    """With the cluster's token, on the machine that starts it. On Kubernetes the operator makes one instead."""
+    """Path of the file with the cluster's token, on the machine that starts it. On Kubernetes the operator creates a
+    token instead."""
     redis: Word | None = None
-    """host:port, where the head keeps what it must know after a restart; without one, a new head knows nothing of
-    running jobs. Run directories do in either case."""
+    """Address host:port of a Redis server, where the head node stores its state for a restart. Without one, a new head
+    does not know of running jobs. Run directories record them in either case."""
     redis_secret: Name | None = None
-    """On Kubernetes: a Secret with its password, under the key `password`."""
+    """Name of a Secret on Kubernetes with Redis' password under the key `password`."""
     monitor_labels: dict[Word, LabelValue] = Field(default_factory=dict)
-    """On Kubernetes: of the PodMonitor, by which Prometheus' operator finds it; kube-prometheus-stack asks for
+    """Labels of the PodMonitor on Kubernetes, by which the Prometheus operator finds it; kube-prometheus-stack expects
     `release`, the name of its own Helm release."""
     gateway: Word = "istio"
-    """On Kubernetes: the class of Gateway that shifts requests from a served version to the next."""
+    """Class of the Gateway on Kubernetes that shifts requests from one served version to the next."""
     aws: CloudSpec | None = None
     gcp: CloudSpec | None = None
     on_premise: OnPremiseSpec | None = None

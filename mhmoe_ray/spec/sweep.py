@@ -1,4 +1,4 @@
-"""A sweep: many runs that differ in some keys of the spec, each with several seeds."""
+"""A sweep: runs that differ in some keys of the spec, each with several seeds."""
 
 import re
 from pathlib import Path
@@ -10,36 +10,36 @@ from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.run import RunSpec
 
 Overrides = dict[str, Any]
-"""Values by dotted key of a spec (`train.steps`), shorthands such as `preset` among them."""
+"""Values by dotted key of a spec (`train.steps`), including shorthands such as `preset`."""
 OWN_KEYS = {"name": "it is made of names here", "seed": "use seeds"}
-"""Keys of a spec that a sweep gives each of its runs, and what to do instead."""
+"""Keys of a spec that a sweep sets itself for each of its runs, with what to do instead of setting them."""
 
 
 class SweepSize(Section):
-    """What all runs of a sweep have in common, at one size."""
+    """Settings that all runs of a sweep share at one size."""
 
     spec: Path
-    """Their spec; a relative path is taken from the folder of the sweep's file."""
+    """Path of the spec of the runs; a relative path is taken from the folder of the sweep's file."""
     set: Overrides = Field(default_factory=dict)
-    """Keys that this size changes in it."""
+    """Keys that this size overrides in the spec."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """Keys that it changes in single runs, by the run's name."""
+    """Keys that this size overrides in single runs, by the name of the run."""
     only: list[str] | None = Field(default=None, min_length=1)
-    """Names of the runs that there are at this size; by default all."""
+    """Names of the runs that exist at this size; by default all."""
 
 
 class SweepSpec(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,20}$")
-    """Lower-case letters, digits and dashes; runs are named after it."""
+    """Name of the sweep, in lower-case letters, digits and dashes; the names of its runs begin with it."""
     sizes: dict[str, SweepSize] = Field(min_length=1)
-    """By name; the first is the default."""
+    """Sizes by name; the first is the default."""
     runs: dict[str, Overrides] = Field(default_factory=dict)
-    """By name, the keys in which a run differs."""
+    """Keys that each run overrides, by the name of the run."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Values by key; each of `runs`, or the spec itself without any, is run with every combination of them."""
+    """Values by key; each of `runs`, or the spec itself if there are none, is run with every combination of them."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     concurrent: PositiveInt = 1
-    """Runs at a time."""
+    """Number of runs at the same time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,24 +66,24 @@ class SweepSpec(Section):
 
 
 def seeded(name: str, seed: int) -> str:
-    """The name of what is called so, with this seed."""
+    """Return a name with a suffix for the seed."""
     return f"{name}-s{seed}"
 
 
 def unseeded(name: str) -> str:
-    """A name of `seeded` without its seed; any other as it is."""
+    """Return a name of `seeded` without its seed suffix; any other name unchanged."""
     return re.sub(r"-s\d+$", "", name)
 
 
 class SweepRun(Section):
-    """One of the runs that a sweep comes to."""
+    """One run of a sweep."""
 
     variant: str
-    """What it is but for its seed, for example h4."""
+    """Name of the run without its seed, for example h4."""
     seed: NonNegativeInt
     spec: RunSpec
 
     @property
     def name(self) -> str:
-        """Within the sweep."""
+        """Name of the run within the sweep."""
         return seeded(self.variant, self.seed)

@@ -1,9 +1,9 @@
 """SwiGLU experts in bfloat16 as one fused kernel for CPUs, in C++: the hidden layer stays in the cache, both ways.
 
-Compiled where it first runs, in two seconds, if there is a compiler. No part of the base install needs it.
+The kernel is compiled where it first runs, in two seconds, if there is a compiler. The base install does not need one.
 
-    build.py      compiles this folder's kernels for the CPU at hand
-    autograd.py   them as a function of torch
+    build.py      compilation of this folder's kernels for the CPU
+    autograd.py   the kernels as a torch autograd function
     swiglu.cpp    the walk over experts and their rows, forward and backward
     transpose.h   layouts of its matrices
 """
@@ -19,7 +19,7 @@ from mhmoe_kernels.weights import ExpertWeights
 
 
 def why_not(device: torch.device) -> str | None:
-    """One line on why `run` cannot run on `device`; None when it can."""
+    """Return in one line why `run` cannot run on `device`; None if it can."""
     if device.type != "cpu":
         return f"kernel cpp is for CPUs, and this is {device.type}"
     try:
@@ -30,29 +30,29 @@ def why_not(device: torch.device) -> str | None:
 
 
 def is_ahead(x_ND: Tensor, weights: ExpertWeights) -> bool:
-    """Whether rows go through these experts faster so than by `grouped` (measured: kernels/README.md): on AMX, if it
-    computes them at all."""
+    """Whether this kernel is faster than `grouped` for these rows and experts (measured: kernels/README.md): on CPUs
+    with AMX, if it supports them."""
     amx = x_ND.device.type == "cpu" and cpu_level() >= CpuLevel.AMX
     return amx and _refusal(x_ND, weights) is None and why_not(x_ND.device) is None
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`, and `run_sorted` for what it raises."""
+    """Run routed rows through experts: see `mhmoe_kernels.run_experts`, and `run_sorted` for what is raised."""
     return sort_first(run_sorted, x_ND, expert_NK, gate_NK, weights)
 
 
 def run_sorted(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """Rows sorted by expert through their experts.
+    """Run rows that are sorted by expert through their experts.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
-        weights: len(counts) experts.
+        counts: number of rows per expert; their sum is R.
+        weights: the experts, len(counts) of them.
 
     Raises:
-        ValueError: for sizes or experts that it does not compute.
-        TypeError: for a dtype.
-        RuntimeError: where `why_not` has a reason.
+        ValueError: the kernel does not compute these experts or sizes.
+        TypeError: rows or weights are not bfloat16.
+        RuntimeError: `why_not` gives a reason.
     """
     # What it computes nowhere comes first: another machine would not help.
     if error := _refusal(x_RD, weights):

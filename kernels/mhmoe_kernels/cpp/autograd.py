@@ -1,4 +1,4 @@
-"""The compiled SwiGLU experts as a function of torch."""
+"""The compiled SwiGLU experts as a torch autograd function."""
 
 import ctypes
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from mhmoe_kernels.cpp.build import library
 
 
 def swiglu_sorted(x_RD: Tensor, counts: list[int], gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of each row's expert; all in bfloat16, D and F even.
+    """Return down(silu(gate(x)) * up(x)) of each row's expert; all tensors are bfloat16, D and F are even.
 
     Args:
         x_RD: rows; the first counts[0] belong to expert 0, and so on.
-        counts: rows per expert, adding up to R.
-        gate_EFD, up_EFD, down_EDF: weights of E experts.
+        counts: number of rows per expert; their sum is R.
+        gate_EFD, up_EFD, down_EDF: weights of the E experts.
     """
     return _swiglu(x_RD, counts, gate_EFD, up_EFD, down_EDF)
 
@@ -51,7 +51,7 @@ _swiglu: Callable[[Tensor, list[int], Tensor, Tensor, Tensor], Tensor] = _SwiGLU
 
 
 def _sizes(gate_EFD: Tensor) -> tuple[Any, ...]:
-    """E, D, F and the number of threads, as the kernels take them."""
+    """Return E, D, F and the number of threads, in the types that the kernels take."""
     E, F, D = gate_EFD.shape
     return *(ctypes.c_int64(n) for n in (E, D, F)), ctypes.c_int(torch.get_num_threads())
 
@@ -61,6 +61,11 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 
 def _work(size: Any, *arguments: Any) -> Tensor:
-    """Memory to work in, from torch's allocator, so that it is counted with the rest."""
+    """Return scratch memory from torch's allocator, so that it is counted with torch's other memory.
+
+    Args:
+        size: compiled function that returns the number of bytes.
+        arguments: arguments of that function.
+    """
     size.restype = ctypes.c_int64
     return torch.empty(size(*arguments), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Compiles this folder's kernels for the CPU at hand, once: what is built is kept in the user's cache."""
+"""Compilation of this folder's kernels for the CPU of this machine, once: the result is kept in the user's cache."""
 
 import ctypes
 import hashlib
@@ -21,14 +21,14 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-Wall", "-W
 
 
 class BuildError(Exception):
-    """Why, in one line."""
+    """Error that says in one line why the kernels cannot be built or loaded."""
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Return the compiled kernels, which the first call builds.
 
     Raises:
-        BuildError: this machine lacks something, or its compiler refuses.
+        BuildError: this machine lacks something, or its compiler fails.
     """
     found = _once()
     if isinstance(found, BuildError):
@@ -38,7 +38,8 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _once() -> ctypes.CDLL | BuildError:
-    """A failure is kept too: no layer should try again."""
+    """Return the library, or the error if it cannot be built; an error is cached too, because no layer should try
+    again."""
     try:
         path = _built()
         try:
@@ -75,7 +76,8 @@ def _cache() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that the result depends on; a home may be shared by machines of different kinds."""
+    """Return a hash of everything that the result depends on, because machines of different kinds may share a home
+    directory."""
     here = Path(__file__).parent
     cpu = re.search(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     parts = [*((here / name).read_bytes() for name in SOURCES), *(text.encode() for text in FLAGS)]
@@ -85,7 +87,8 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile beside `path` and move it there, so that processes that build at once do no harm to each other."""
+    """Compile beside `path` and move the result there, so that processes that build at the same time do not
+    interfere."""
     here, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,7 +111,11 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def _openmp() -> Path:
-    """The library that this process, by importing torch, runs its threads with."""
+    """Return the path of the OpenMP library that this process has loaded by importing torch.
+
+    Raises:
+        BuildError: torch does not use GNU's OpenMP.
+    """
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith("libgomp"):

@@ -1,16 +1,16 @@
 """Experts as fused Triton kernels: the hidden layer stays on the chip, forward and backward.
 
-Nothing here imports Triton before it is used: it is no part of the base install.
+Nothing here imports Triton before it is used, because the base install does not include it.
 
-    autograd.py    experts between routed rows and combined output, differentiable
+    autograd.py    experts between routed rows and combined output, as an autograd function
     launch.py      the three kernels of each kind of expert behind one set of calls
     swiglu.py      SwiGLU experts on sorted rows
     gelu.py        GELU experts with biases and an inner norm
-    combine.py     un-permute: a row's routes weighted and added
+    combine.py     un-permute: gather a row's routes, weight and add them
     chunks.py      tiles of rows as chunks whose widths are powers of two
-    schedule.py    which program runs which rows
+    schedule.py    assignment of rows to programs
     blocks.py      block sizes for sm_90
-    resources.py   what the compiler makes of each of them, without a GPU
+    resources.py   resources of each compiled kernel, without a GPU
 """
 
 import os
@@ -24,11 +24,12 @@ from torch import Tensor
 from mhmoe_kernels.weights import ExpertWeights
 
 SHARED_BYTES = 120 << 10
-"""Of a block, that some widths take on cards before sm_90 (by compiling for them); consumer cards have 99 KiB."""
+"""Bytes of shared memory per block that some widths take on cards before sm_90 (by compiling for them); consumer cards
+have 99 KiB."""
 
 
 def why_not(device: torch.device) -> str | None:
-    """One line on why `run` cannot run on `device`; None when it can."""
+    """Return in one line why `run` cannot run on `device`; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
@@ -46,16 +47,17 @@ def why_not(device: torch.device) -> str | None:
 
 @cache
 def _has_compiler(named: str | None, path: str | None) -> bool:
-    """As Triton looks for one."""
+    """Return whether there is a C compiler, searched for in the way of Triton."""
     return bool(named or which("gcc", path=path) or which("clang", path=path))
 
 
 def run(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """See `mhmoe_kernels.run_experts`. float32 and bfloat16; sums are float32, and bitwise the same each time.
+    """Run routed rows through experts: see `mhmoe_kernels.run_experts`. The dtype is float32 or bfloat16; sums are
+    float32, and bitwise reproducible.
 
     Raises:
-        TypeError: for a dtype that no kernel here computes.
-        RuntimeError: where `why_not` has a reason.
+        TypeError: no kernel here computes the dtype, or dtypes are mixed.
+        RuntimeError: `why_not` gives a reason.
     """
     # What it computes nowhere comes first: another machine would not help.
     if {x_ND.dtype, *(w.dtype for w in weights.stacked)} not in ({torch.float32}, {torch.bfloat16}):

@@ -1,7 +1,8 @@
-"""Experts between routed rows and combined output, differentiable: what is kept for backward is x, routes and weights.
+"""Experts between routed rows and combined output, as an autograd function that keeps x, routes and weights for the
+backward.
 
-The hidden layer is recomputed, and so is what the routing weights' gradients need. LayerNorm's mean and deviation, two
-numbers a route, are kept.
+The hidden layer is recomputed, and so is what the gradients of the gates need. LayerNorm's mean and deviation, two
+numbers per route, are kept.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from mhmoe_kernels.triton.schedule import Routes
 
 
 def fused_experts(kind: Kind, x_ND: Tensor, gate_NK: Tensor, weights: tuple[Tensor, ...], routes: Routes) -> Tensor:
-    """y_ND: each row's routes through their experts, weighted by `gate_NK` and added."""
+    """Return y_ND: the outputs of each row's experts, weighted by `gate_NK` and added."""
     return _fused_experts(kind, routes, x_ND, gate_NK, *weights)
 
 

@@ -1,7 +1,7 @@
 """Block sizes for sm_90 (H100), by kind of expert, kernel, width and dtype. UNMEASURED: predicted, and only compiled.
 
-One multiprocessor has 256 KiB of registers, at most 255 a thread, and 227 KiB of shared memory for a program. What a
-program holds, in bytes, with R rows and F hidden units a block, s stages, b bytes an element, and M matrices (SwiGLU 3,
+One multiprocessor has 256 KiB of registers, at most 255 a thread, and 227 KiB of shared memory for a program. A program
+holds these bytes, with R rows and F hidden units a block, s stages, b bytes an element, and M matrices (SwiGLU 3,
 GELU 2):
 
                       registers, float32               shared memory
@@ -9,10 +9,10 @@ GELU 2):
     backward_rows     4 R D + 4 M R F                  2 b R D + s M b F D
     backward_weights  4 M F D + 4 M R F                s 2 b R D + M b F D
 
-Each reads its weights, or its rows, again for every block, from the L2 cache. FLOP a byte of that, in bfloat16: R for
-`forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, M F for `backward_weights`. An H100 needs some 145
-(798 TFLOP/s over about 5.5 TB/s), so R wants to be 128 and F 64. kernels/README.md has the roofline and what the
-compiler says of each entry.
+Each kernel reads its weights, or its rows, again for every block, from the L2 cache. FLOP per byte of these reads, in
+bfloat16: R for `forward`, 5/3 R (SwiGLU) or 5/4 R (GELU) for `backward_rows`, M F for `backward_weights`. An H100 needs
+some 145 (798 TFLOP/s over about 5.5 TB/s), so R should be 128 and F 64. kernels/README.md has the roofline and the
+compiler's report on each entry.
 """
 
 from typing import Literal, NamedTuple
@@ -75,10 +75,10 @@ _FLOAT32 = {1024: Blocks(16, 16, 8, 1)}
 
 
 def blocks_for(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> Blocks:
-    """The blocks of the narrowest entry that holds rows of `width`.
+    """Return the block sizes of the narrowest entry that holds rows of `width`.
 
     Raises:
-        ValueError: for rows so wide that none of a program's tiles fits.
+        ValueError: rows are so wide that none of a program's tiles fits.
     """
     table = _FLOAT32 if dtype == torch.float32 else _BFLOAT16[kind, kernel]
     for widest, blocks in table.items():

@@ -1,7 +1,7 @@
 """Tiles of rows of width D, held as chunks whose widths are powers of two.
 
-Triton's tiles have power-of-two sides. 192 = 768/4 and 384 = 768/2 are not such; rounded up, a third of the matrix
-units' work would be on padding. A row is held as a tuple of chunks instead: 192 = 128 + 64, 384 = 256 + 128.
+Triton's tiles have power-of-two sides. 192 = 768/4 and 384 = 768/2 are not powers of two; rounded up, a third of the
+matrix units' work would be on padding. A row is held as a tuple of chunks instead: 192 = 128 + 64, 384 = 256 + 128.
 
 A product over D is a sum over chunks; a product into D is one product for each chunk. Sums are float32; float32
 operands are multiplied as float32 ("ieee"), not as tf32, which would lose 13 of 23 bits.
@@ -18,7 +18,7 @@ _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def chunk_widths(width: int) -> tuple[int, ...]:
-    """Powers of two from 256 down that add up to `width` rounded up to a multiple of 16."""
+    """Return powers of two from 256 down that add up to `width`, rounded up to a multiple of 16."""
     left, chunks = -(-width // _NARROWEST) * _NARROWEST, []
     while left:
         chunks.append(min(_WIDEST, 1 << left.bit_length() - 1))
@@ -38,7 +38,7 @@ def _before(chunks: tuple[int, ...], c: int) -> int:
 
 @triton.jit
 def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
-    """Which of the D columns chunk c holds."""
+    """Return the indices of the columns, out of D, that chunk c holds."""
     return _before(CHUNKS, c) + tl.arange(0, _width(CHUNKS, c))
 
 
@@ -46,7 +46,7 @@ def columns(CHUNKS: tl.constexpr, c: tl.constexpr) -> tl.tensor:
 def load_rows(
     x_ND: tl.tensor, row_B: tl.tensor, inside_B: tl.tensor, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Chunks [B, width] of the rows `row_B` of a matrix [*, D]; zeros for rows not inside."""
+    """Load chunks [B, width] of the rows `row_B` of a matrix [*, D]; rows that are not inside are zeros."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = columns(CHUNKS, c)
@@ -59,7 +59,7 @@ def load_rows(
 def load_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.tensor, TRANSPOSED: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tuple:
-    """Chunks [width, B] of the columns `f_B` of a matrix [D, F], or the rows of one [F, D] if TRANSPOSED."""
+    """Load chunks [width, B] of the columns `f_B` of a matrix [D, F], or of the rows of one [F, D] if TRANSPOSED."""
     chunks = ()
     for c in tl.static_range(len(CHUNKS)):
         col = columns(CHUNKS, c)[:, None]
@@ -83,7 +83,8 @@ def store_columns(
     w: tl.tensor, f_B: tl.tensor, F: tl.tensor, chunks: tl.tuple, TRANSPOSED: tl.constexpr,
     D: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Chunks [width, B] into the columns `f_B` of a matrix [D, F], or the rows of one [F, D] if TRANSPOSED."""
+    """Store chunks [width, B] into the columns `f_B` of a matrix [D, F], or into the rows of one [F, D] if
+    TRANSPOSED."""
     for c in tl.static_range(len(CHUNKS)):
         col = columns(CHUNKS, c)[:, None]
         mask = (col < D) & (f_B < F)[None, :]
@@ -124,7 +125,7 @@ def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tensor:
-    """rows [B, D] @ w [D, F] (w given as chunks of [F, D] if TRANSPOSED), as [B, F]."""
+    """Return rows [B, D] @ w [D, F] (w given as chunks of [F, D] if TRANSPOSED), as [B, F]."""
     F: tl.constexpr = w[0].shape[0 if TRANSPOSED else 1]
     out = tl.zeros([rows[0].shape[0], F], tl.float32)
     for c in tl.static_range(len(rows)):
@@ -134,7 +135,8 @@ def over_width(rows: tl.tuple, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tens
 
 @triton.jit
 def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.constexpr) -> tl.tuple:
-    """sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED); h is rounded to w's dtype."""
+    """Return sums [B, D] + h [B, F] @ w [F, D] (w given as chunks of [D, F] if TRANSPOSED); h is rounded to w's
+    dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
         chunks = chunks + (_dot(h.to(w[c].dtype), w[c].T if TRANSPOSED else w[c], sums[c]),)
@@ -143,7 +145,7 @@ def add_into_width(sums: tl.tuple, h: tl.tensor, w: tl.tuple, TRANSPOSED: tl.con
 
 @triton.jit
 def add_outer(sums: tl.tuple, rows: tl.tuple, h: tl.tensor) -> tl.tuple:
-    """sums [D, F] + rows [B, D] transposed @ h [B, F]; h is rounded to the rows' dtype."""
+    """Return sums [D, F] + rows [B, D] transposed @ h [B, F]; h is rounded to the rows' dtype."""
     chunks = ()
     for c in tl.static_range(len(sums)):
         chunks = chunks + (_dot(rows[c].T, h.to(rows[c].dtype), sums[c]),)

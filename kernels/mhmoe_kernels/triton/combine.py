@@ -1,4 +1,4 @@
-"""Un-permute: gather a row's k routes, weight them, add them in float32. The backward of the gather of rows as well.
+"""Un-permute: gather a row's k routes, weight them, add them in float32. It is also the backward of the gather of rows.
 
 The other direction has no kernel of its own: the experts' kernels read x[row] themselves.
 """
@@ -30,7 +30,7 @@ def _combine(
 
 
 def combine(out_RD: Tensor, slot_NK: Tensor, gate_NK: Tensor | None) -> Tensor:
-    """y_n = sum_k gate_nk * out[slot_nk], in the dtype of `out_RD`; a plain sum without `gate_NK`."""
+    """Return y_n = sum_k gate_nk * out[slot_nk], in the dtype of `out_RD`; a plain sum if `gate_NK` is None."""
     (N, K), D = slot_NK.shape, out_RD.shape[1]
     y_ND = out_RD.new_empty(N, D)
     # Padding costs nothing here: masked lanes move no bytes, and bytes are all that counts.

@@ -1,18 +1,18 @@
 """GELU experts with biases and SubLN's inner LayerNorm over f, fc2(norm(gelu(fc1(x)))), on sorted rows.
 
-fc2 follows a norm over all of f, yet one walk over f is enough, because what is behind the norm is linear. With
+fc2 follows a norm over all of f, yet one walk over f is enough, because everything after the norm is linear. With
 g = gelu(fc1(x)), its mean and deviation over f, and z = (g - mean) / deviation,
 
     y = W2 (w z + b) + b2 = (W2 (w g) - mean * (W2 w)) / deviation + (W2 b + b2)
 
-so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert before. Mean
-and squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
+so the walk adds up W2 (w g) beside the statistics; s = W2 w and c = W2 b + b2 are known for each expert beforehand.
+Mean and squared deviations are merged tile by tile (Chan et al. 1983), not as E[g^2] - E[g]^2, which cancels.
 
 Backward, with t = W2^T dy and per row A = <w, t> / F = <s, dy> / F and C = <w z, t> / F:
 
     dx = W1^T (gelu' dg),    dg = (w t - A - z C) / deviation
 
-A is known before. C takes a first walk, which also gives the routing weight's gradient: <y, dy> = F C + <c, dy>.
+A is known beforehand. C takes a first walk, which also gives the gradient of the gate: <y, dy> = F C + <c, dy>.
 """
 
 import triton
@@ -48,13 +48,13 @@ def _gelu_slope(u):
 
 @triton.jit
 def _vector(v_F, f, F):
-    """Part of a bias or norm weight, as a float32 row."""
+    """Load part of a bias or norm weight, as a float32 row."""
     return tl.load(v_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _dot_with(rows, v_D, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """<row, v> for each row."""
+    """Return <row, v> for each row."""
     total = tl.sum(rows[0].to(tl.float32) * _vector(v_D, columns(CHUNKS, 0), D), 1)
     for c in tl.static_range(1, len(CHUNKS)):
         total += tl.sum(rows[c].to(tl.float32) * _vector(v_D, columns(CHUNKS, c), D), 1)
@@ -192,7 +192,7 @@ def gelu_backward_weights(
 def weighted_row_sums(
     dy_ND, row_R, scale_R, first_E1, sum_ED, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """For each expert the sum of scale * dy over its routes: fc2's bias gradient."""
+    """Store for each expert the sum of scale * dy over its routes, which is the gradient of fc2's bias."""
     col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert = tl.program_id(1)
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)

@@ -1,4 +1,4 @@
-"""The experts' three kernels of each kind, behind one set of calls: what a kind keeps between them is its own."""
+"""The three kernels of each kind of expert behind one set of calls; each kind decides what it keeps between them."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,20 +18,20 @@ Tensors = tuple[Tensor, ...]
 
 
 class Kind(Protocol):
-    """Experts of one function. `weights` are stacked; `scale_R` is each sorted route's routing weight."""
+    """Kernels of experts of one function. `weights` are stacked; `scale_R` is each sorted route's gate."""
 
     def forward(self, x_ND: Tensor, weights: Tensors, routes: Routes) -> tuple[Tensor, Tensors]:
-        """out_RD of every sorted route before its routing weight, and what `backward_rows` needs beside the inputs."""
+        """Return out_RD of every sorted route before its gate, and what `backward_rows` needs beside the inputs."""
 
     def backward_rows(
         self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
     ) -> tuple[Tensor, Tensor, Tensors]:
-        """dx_RD of every sorted route, dscale_R, and what `backward_weights` needs beside the inputs."""
+        """Return dx_RD of every sorted route, dscale_R, and what `backward_weights` needs beside the inputs."""
 
     def backward_weights(
         self, x_ND: Tensor, dy_ND: Tensor, scale_R: Tensor, weights: Tensors, kept: Tensors, routes: Routes
     ) -> Tensors:
-        """Gradients of `weights`."""
+        """Return the gradients of `weights`."""
 
 
 class SwigluKernels:
@@ -124,7 +124,7 @@ def kind_of(function: Function) -> Kind:
 
 
 def options(width: int, block: Blocks) -> dict[str, Any]:
-    """The constants and compiler options of a kernel with these blocks."""
+    """Return the constants and compiler options of a kernel with these block sizes."""
     return {
         "D": width,
         "CHUNKS": chunk_widths(width),

@@ -1,6 +1,7 @@
-"""What the compiler makes of each entry of blocks.py on sm_90, without a GPU.
+"""Resources of each entry of blocks.py as compiled for sm_90, without a GPU.
 
-`python -m mhmoe_kernels.triton.resources [float32] [WIDTH ...]`. A stack of more than 0 bytes is spilled registers.
+Call: `python -m mhmoe_kernels.triton.resources [float32] [WIDTH ...]`. A stack of more than 0 bytes means spilled
+registers.
 """
 
 import re
@@ -34,9 +35,9 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 def resources(kind: str, kernel: Kernel, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Registers and stack bytes a thread, shared bytes, and matrix instructions of each kind.
+    """Return registers and stack bytes per thread, shared bytes, and the number of matrix instructions of each kind.
 
-    Compiled for sm_90 with the kernel's blocks, every pointer and f a multiple of 16.
+    The kernel is compiled for sm_90 with its block sizes; every pointer and f are multiples of 16.
     """
     function = KERNELS[kind, kernel]
     constants = options(width, blocks_for(kind, kernel, width, dtype))

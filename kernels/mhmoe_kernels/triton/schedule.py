@@ -1,4 +1,4 @@
-"""Which program runs which rows. Computed where the routes are, so that the host never waits for a GPU."""
+"""Assignment of rows to programs, computed on the device of the routes, so that the host never waits for a GPU."""
 
 from typing import NamedTuple
 
@@ -12,15 +12,15 @@ class Routes(NamedTuple):
     """Routes sorted by expert."""
 
     row_R: Tensor
-    """For each sorted route, the row it came from."""
+    """Row that each sorted route came from."""
     slot_NK: Tensor
-    """For each route of a row, its place in the sorted order."""
+    """Place of each route of a row in the sorted order."""
     first_E1: Tensor
-    """Each expert's first sorted route; its last entry is R."""
+    """First sorted route of each expert; the last entry is R."""
 
 
 class RowTiles(NamedTuple):
-    """For each of T programs, the sorted routes start..end of one expert; none where start >= end."""
+    """Range of sorted routes of one expert, start..end, for each of T programs; empty if start >= end."""
 
     expert_T: Tensor
     start_T: Tensor
@@ -33,7 +33,8 @@ def sort_routes(expert_NK: Tensor, n_experts: int) -> Routes:
 
 
 def row_tiles(routes: Routes, block: int) -> RowTiles:
-    """Tiles of up to `block` rows of one expert, as many programs as the worst split of R routes over experts needs."""
+    """Return tiles of up to `block` rows of one expert, for as many programs as the worst split of R routes over
+    experts needs."""
     n_experts, n_routes = len(routes.first_E1) - 1, len(routes.row_R)
     tiles_E = (routes.first_E1.diff() + block - 1) // block
     past_E = tiles_E.cumsum(0)

@@ -46,7 +46,7 @@ def swiglu_forward(
 
 @triton.jit
 def _gradients(a, u, dh):
-    """h, and the gradients of gate's and up's outputs, from those outputs and h's gradient."""
+    """Return h, and the gradients of the outputs of gate and up, from those outputs and the gradient of h."""
     s = tl.sigmoid(a)
     silu = a * s
     return silu * u, dh * u * (s + silu * (1 - s)), dh * silu

@@ -1,7 +1,8 @@
 """Modules and initialization of each architecture of `mhmoe_ray/architectures/`, in a module of the same name.
 
-base.py the interface of an architecture's modules llama.py RMSNorm, rotary positions and SwiGLU (P2) subln.py LayerNorm
-also inside attention and feed-forward, xPos and GELU (P1)
+base.py     the interface of an architecture's modules
+llama.py    RMSNorm, rotary positions and SwiGLU (P2)
+subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (P1)
 """
 
 from importlib import import_module
