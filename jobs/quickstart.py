@@ -1,7 +1,7 @@
-"""From raw text to a served completion: the commands a user would type, one after another. Run by `make quickstart`.
+"""The quickstart, from raw text to a served completion: the commands that a user would type, one after another.
 
-KEEP=1 leaves the cluster and the served model running. On a cluster named by RAY_API_SERVER_ADDRESS nothing is started
-but the jobs themselves, and nothing is stopped but the served model.
+`make quickstart` runs it. KEEP=1 leaves the cluster and the served model running. On a cluster named by
+RAY_API_SERVER_ADDRESS it starts nothing but the jobs themselves, and stops nothing but the served model.
 """
 
 import json
@@ -21,18 +21,18 @@ PROMPT = "Fellow citizens of the Senate and of the House of Representatives:"
 
 
 def mhmoe(*args: str) -> None:
-    """Run a command as a user would see it."""
+    """Run a command as a user would see it, after printing it."""
     print(f"\n$ mhmoe {shlex.join(args)}", flush=True)
     subprocess.run([sys.executable, "-m", "mhmoe_ray.cli.app", *args], check=True)
 
 
 def ask(*args: str) -> Any:
-    """The answer of a command that prints JSON."""
+    """Return the parsed output of a command that prints JSON."""
     return json.loads(subprocess.check_output([sys.executable, "-m", "mhmoe_ray.cli.app", *args, "--json"]))
 
 
 def free_port(wanted: int) -> int:
-    """This one, or any other if somebody listens there."""
+    """Return this port, or any free port if it is taken."""
     for port in (wanted, 0):
         with socket.socket() as s:
             try:

@@ -1,5 +1,6 @@
-"""A task for lm-eval from documents that a run has held out: which of four pieces of text goes on with a passage. The
-wrong ones go on with passages of other documents of the same domain.
+"""A task for lm-eval from documents that a run has held out: which of four pieces of text continues a passage.
+
+The wrong pieces continue passages of other documents of the same domain.
 
     python jobs/paper/continuations.py RUN FOLDER
     mhmoe eval RUN --tasks continuations --task-folder FOLDER
@@ -29,7 +30,7 @@ target_delimiter: ""
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 PASSAGE, PIECE = 320, 64
-"""Characters, about: each ends where a word does."""
+"""Approximate numbers of characters of a passage and of a piece; each ends where a word does."""
 OF_A_DOMAIN = 80
 
 
@@ -54,7 +55,10 @@ def main(run: str, folder: Path) -> None:
 
 
 def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
-    """Of each domain: the middle of every held-out document that is long enough, and what follows it there."""
+    """Return pairs of a passage and its continuation, by domain.
+
+    Every held-out document that is long enough gives one pair from its middle.
+    """
     found = defaultdict(list)
     for file in find_files(data):
         for item in Reading(file, data):
@@ -67,7 +71,7 @@ def passages(data: DataSpec) -> dict[str, list[tuple[str, str]]]:
 
 
 def _end_of_word(text: str, place: int) -> int:
-    """The first space or break at this place or after it; -1 where there is none."""
+    """Return the index of the first whitespace character at this place or after it; -1 if there is none."""
     return next((i for i in range(max(place, 0), len(text)) if text[i].isspace()), -1)
 
 

@@ -11,7 +11,10 @@ VARIANTS = {"fine-grained": "fine-grained SMoE", "mhmoe-h2": "MH-MoE, h 2", "mhm
 
 
 def differences(section: str) -> dict[str, tuple[float, float, float]]:
-    """Return nats to SMoE and their 95% interval, by variant, from a section's table of differences."""
+    """Return the difference of each variant to SMoE in nats per token and the ends of its 95% interval, by variant.
+
+    They are read from the table of differences in this section.
+    """
     text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## )", RESULTS.read_text(), re.S | re.M)[1]
     row = re.compile(r"^\| ([\w-]+)(?:, normalised)? +\| ([+-][\d.]+) +\| ([+-][\d.]+) to ([+-][\d.]+) +\|", re.M)
     return {name: (float(mean), float(low), float(high)) for name, mean, low, high in row.findall(text)}

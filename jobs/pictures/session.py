@@ -19,12 +19,12 @@ COMMANDS = (
     "status",
 )
 KEPT_OF_PLAN = 6
-"""Lines of the plan that `submit` begins with; the rest is left out of the picture."""
+"""Number of lines kept of the plan that `submit` begins with; the picture leaves out the rest."""
 CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|\r|\n")
 
 
 def screen_of(output: str) -> list[str]:
-    """Return the lines that a terminal shows in the end: progress bars go back and write over themselves."""
+    """Return the lines that a terminal shows in the end, because progress bars move back and overwrite themselves."""
     lines, row, start = [""], 0, 0
     for match in CONTROL.finditer(output):
         lines[row] += output[start : match.start()]

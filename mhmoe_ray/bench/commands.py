@@ -1,4 +1,4 @@
-"""How long commands take, as processes: help, status of a long run, and a submission to the first sign of its job."""
+"""Latency of commands, run as processes: help, status of a long run, and submit until the first sign of its job."""
 
 import json
 import subprocess
@@ -17,24 +17,26 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import location
 
 MOST_SECONDS = 60.0
-"""That a job's first sign is waited for."""
+"""Timeout in seconds for the first sign of a job."""
 
 
 class Commands(NamedTuple):
     help: list[float]
-    """Seconds of each round."""
+    """Seconds, one value per round."""
     status: list[float]
     submit: list[float]
-    """From the call to the first event that the job itself recorded; none where no spec was given to submit."""
+    """Seconds from the call to the first event that the job itself recorded; empty if there was no spec to submit."""
 
 
 def measure(spec: RunSpec, spec_file: Path | None, folder: Path, lines: int, rounds: int) -> Commands:
-    """Args:
-    spec: whose metrics the long run seems to have.
-    spec_file: what to submit, on the cluster that runs already.
-    folder: empty; the long run is made there.
-    lines: of its metrics.
-    rounds: of each.
+    """Measure the latency of `mhmoe --help`, `mhmoe status` and `mhmoe submit`.
+
+    Args:
+        spec: the spec of the long run, whose metrics are made up.
+        spec_file: the spec to submit, on the cluster that runs already; None to leave submit out.
+        folder: an empty folder in which the long run is created.
+        lines: the number of lines in the metrics of the long run.
+        rounds: the number of rounds of each command.
     """
     long = _long_run(spec.model_copy(update={"storage": folder}), lines)
     cases: dict[str, Callable[[], object]] = {
@@ -55,7 +57,7 @@ def _command(*args: str) -> str:
 
 
 def _long_run(spec: RunSpec, lines: int) -> RunDir:
-    """A run that is over, with a line of metrics for each of so many steps."""
+    """Create a finished run of `lines` steps, with one line of metrics per step."""
     run = create_run(spec.model_copy(update={"train": spec.train.model_copy(update={"steps": lines})}))
     add_attempt(run, Attempt("none", "http://127.0.0.1:1", local=True))
     line = {
@@ -82,7 +84,7 @@ def _long_run(spec: RunSpec, lines: int) -> RunDir:
 
 
 def _submit(spec_file: Path) -> float:
-    """Seconds to the job's first event; the run is ended and stays."""
+    """Submit a spec and return the seconds until the job's first event; then stop the run, whose folder stays."""
     began = time.time()
     run = RunDir(location(json.loads(_command("submit", str(spec_file), "--detach", "--json"))["path"]))
     try:

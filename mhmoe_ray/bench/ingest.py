@@ -1,7 +1,7 @@
-"""Text to shards to micro-batches by several packages in turn, each time in a process and a folder of its own.
+"""Preparation and streaming of text, up to shards and micro-batches, by several packages in interleaved rounds.
 
-Beside our own preparation and stream: Hugging Face's datasets to prepare text, MosaicML's streaming to read it in
-training, where they are installed.
+Our own preparation and stream are compared with Hugging Face's datasets for preparing text, and with MosaicML's
+streaming for reading it in training, if they are installed. Each measurement has a process and a folder of its own.
 """
 
 import os
@@ -30,12 +30,12 @@ from mhmoe_ray.spec import RunSpec
 
 
 def prepare_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """The whole of `mhmoe data prepare`, quarantine, held-out documents and baselines included.
+    """Run the whole of `mhmoe data prepare`, quarantine, held-out documents and baselines included, and measure it.
 
     Args:
-        spec: whose sources are read, with a given tokenizer.
-        folder: empty, for what it writes.
-        processes: that tokenise at a time.
+        spec: a spec with a given tokenizer, whose sources are read.
+        folder: an empty folder for the output.
+        processes: the number of processes that tokenize at a time.
     """
     data = spec.data.model_copy(update={"prepared": folder / "prepared"})
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
@@ -54,12 +54,12 @@ def prepare_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
 
 
 def stream_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """Every micro-batch of a training by one rank, in its order, which is checked.
+    """Read every micro-batch of a training by one rank, check their order, and measure all but the first.
 
     Args:
-        spec: of a training whose data are prepared.
-        folder: not used.
-        processes: logical CPUs of Ray.
+        spec: the spec of a training whose data are prepared.
+        folder: an argument that is not used.
+        processes: the number of logical CPUs of Ray.
     """
     ray.init("local", num_cpus=processes, log_to_driver=False, include_dashboard=False)
     stream = training_stream(spec, 0, 1)
@@ -76,13 +76,15 @@ def stream_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
 
 
 def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """`load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens; all
-    domains in one, which is less work than to keep them apart.
+    """Prepare text with Hugging Face's datasets and tokenizers, and measure it.
+
+    It runs `load_dataset("json")`, then `map` with the tokenizers library, then `map` to samples of T + 1 tokens. All
+    domains are put together, which is less work than to keep them apart.
 
     Args:
-        spec: whose data are prepared: it reads their sources, with their tokenizer.json.
-        folder: empty, for what it writes.
-        processes: of each `map`, and of loading.
+        spec: a spec whose data are prepared; their sources and their tokenizer.json are read.
+        folder: an empty folder for the output.
+        processes: the number of processes of each `map`, and the most for loading.
     """
     file = spec.data.prepared / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
@@ -95,7 +97,7 @@ def prepare_datasets(spec: RunSpec, folder: Path, processes: int) -> dict[str, A
 
 
 def prepare_datasets_with_ours(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """The same with our encoder of documents."""
+    """Prepare text as `prepare_datasets` does, but with our encoder of documents."""
     file = spec.data.prepared / "tokenizer.json"
     return _prepare_datasets(spec, folder, processes, lambda texts: document_encoder(file).encode(texts))
 
@@ -137,12 +139,14 @@ def _prepare_datasets(
 
 
 def stream_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, Any]:
-    """The same samples from MDS shards, shuffled, through torch's DataLoader. Writing the shards is not timed.
+    """Read the same samples from MDS shards, shuffled, through torch's DataLoader, and measure it.
+
+    Writing the shards is not timed, nor is the first micro-batch.
 
     Args:
-        spec: of a training whose data are prepared.
-        folder: empty, for what it writes.
-        processes: of the loader.
+        spec: the spec of a training whose data are prepared.
+        folder: an empty folder for the shards.
+        processes: the number of worker processes of the DataLoader.
     """
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
@@ -175,7 +179,7 @@ def stream_mosaicml(spec: RunSpec, folder: Path, processes: int) -> dict[str, An
 class Contestant(NamedTuple):
     task: str
     package: str
-    """That must be installed."""
+    """Name of the package that must be installed."""
     run: Measurement
 
 
@@ -192,9 +196,9 @@ OURS = ("prepare: mhmoe", "stream: mhmoe")
 class Figures(NamedTuple):
     name: str
     rounds: list[dict[str, Any]]
-    """What each round found; `seconds` among it."""
+    """Measurements of each round, `seconds` among them."""
     to_ours: float
-    """Median of its time over ours, round by round."""
+    """Median over rounds of the ratio of its time to ours."""
 
     def median(self, key: str) -> float:
         return float(statistics.median(found[key] for found in self.rounds))
@@ -203,15 +207,17 @@ class Figures(NamedTuple):
 def contest(
     spec: RunSpec, names: list[str], rounds: int, processes: int, tell: Callable[[str], None]
 ) -> Iterator[Figures]:
-    """Args:
-        spec: with a given tokenizer; of a stream, with prepared data.
-        names: of `CONTESTANTS`, ours among them.
-        rounds: each of all of them; every other one in reverse order.
-        processes: of each.
-        tell: gets a line after each.
+    """Measure the named contestants in interleaved rounds, and yield the figures of each.
+
+    Args:
+        spec: a spec with a given tokenizer; for contestants that stream, one whose data are prepared.
+        names: keys of `CONTESTANTS`, ours among them.
+        rounds: the number of rounds of all contestants; every other round is in reverse order.
+        processes: the number of processes of each contestant.
+        tell: a function that is called with a line after each measurement.
 
     Raises:
-        JobError: one of them failed.
+        JobError: one of the contestants failed.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn, name in turns(names, rounds):

@@ -1,6 +1,7 @@
 """A plain mixture of experts, others of equal multiply-adds and parameters, and a dense layer of the same work.
 
-The fine-grained one alone has twice the parameters: eight times the experts, a quarter as wide, four times the choices.
+Only the fine-grained one has twice the parameters: it has eight times the experts, each a quarter as wide, and chooses
+four times as many.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Shape(NamedTuple):
-    """Of the plain layer; the others follow from it."""
+    """Sizes of the plain layer, from which those of the others follow."""
 
     tokens: int = 4096
     d_model: int = 512
@@ -40,27 +41,27 @@ class Shape(NamedTuple):
 class Layer(NamedTuple):
     name: str
     moe: MoESpec | None
-    """None: the dense layer."""
+    """Sizes of the mixture of experts; None for the dense layer."""
     build: Callable[[], nn.Module]
-    """With weights, in float32 on the CPU."""
+    """Function that returns the layer with its weights, in float32 on the CPU."""
     package: str | None = None
-    """Whose it is, with its version; None: ours."""
+    """Package that the layer comes from, with its version; None for ours."""
 
 
 class Absent(NamedTuple):
-    """What was asked for and not measured."""
+    """A layer or kernel that was requested but not measured, with the reason."""
 
     name: str
     why: str
 
 
 def has_masks(moe: MoESpec | None) -> bool:
-    """Whether a layer has static routing's masks, which grow with the square of the rows."""
+    """Return whether a layer has the masks of static routing, which grow with the square of the rows."""
     return moe is not None and moe.kernel == "capacity"
 
 
 class Case:
-    """A layer with its weights and input in place: one pass can run, again and again."""
+    """A layer with its weights and input in place, on which passes can run repeatedly."""
 
     def __init__(self, layer: Layer, shape: Shape, dtype: DTypeName, device: torch.device) -> None:
         self.layer = layer
@@ -74,13 +75,13 @@ class Case:
         return y_BTM
 
     def backward(self, y_BTM: Tensor) -> None:
-        """Gradients of the input and of all weights, which are then dropped."""
+        """Compute the gradients of the input and of all weights, which are then dropped."""
         torch.autograd.backward(y_BTM, torch.ones_like(y_BTM))
         for leaf in (self.x_BTM, *self.module.parameters()):
             leaf.grad = None
 
     def run(self) -> Tensor:
-        """One forward and backward pass; returns the output."""
+        """Run one forward and backward pass, and return the output."""
         y_BTM = self.forward()
         self.backward(y_BTM)
         return y_BTM.detach()
@@ -94,17 +95,19 @@ def our_layers(
     device: torch.device,
     dtype: DTypeName = "bfloat16",
 ) -> tuple[list[Layer], list[Absent]]:
-    """The dense layer first, then the plain one.
+    """Return our layers to measure, the dense layer first, then the plain one, and the kernels that cannot run.
 
     Args:
-        shape: of the plain layer.
-        heads: h of the multi-head layers.
-        static: also static routing with its masks, of the plain layer and of the one with the fewest heads.
-        kernels: names as in `MoESpec.kernel`; each layer once with each of those that can run on the device.
-        device, dtype: to run with.
+        shape: the sizes of the plain layer.
+        heads: the numbers of heads h of the multi-head layers.
+        static: whether to add static routing with its masks, for the plain layer and for the one with the fewest heads.
+        kernels: names as in `MoESpec.kernel`; each layer is returned once with each of those that can run on the
+            device.
+        device: the device to run on.
+        dtype: the data type to run with.
 
     Raises:
-        SpecError: a layer of these sizes cannot be made, or none of so many heads matches; no kernel can run.
+        SpecError: a layer of these sizes cannot be made, no layer with so many heads matches, or no kernel can run.
     """
     plain = shape.plain
     moes: dict[str, MoESpec] = {"SMoE": plain, "X-MoE": plain.model_copy(update={"router": "xmoe"})}
@@ -153,7 +156,7 @@ def _model(shape: Shape, moe: MoESpec) -> ModelSpec:
 
 
 def mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
-    """The expert layer of a model that has no other."""
+    """Return the expert layer of a model that has no other one."""
     model = Decoder(_model(shape, moe))
     init_weights(model, 0)
     [layer] = model.moe_layers()
@@ -161,7 +164,7 @@ def mixture(shape: Shape, moe: MoESpec) -> MultiHeadMoE:
 
 
 def _dense(shape: Shape) -> nn.Module:
-    """SwiGLU as wide as the k experts that a token meets."""
+    """Return a SwiGLU layer as wide as the k experts of a token together."""
     wide = shape.top_k * shape.d_expert
     model = Decoder(ModelSpec(vocab_size=1, d_model=shape.d_model, layers=1, attention_heads=1, d_ff=wide))
     init_weights(model, 0)

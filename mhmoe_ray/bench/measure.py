@@ -1,7 +1,7 @@
-"""All layers at one shape: memory of a first pass, then interleaved rounds of time.
+"""Measurement of all layers at one shape: memory of a first pass, then interleaved rounds of time.
 
-Counted are bytes that torch's allocator gives out. What a library takes for itself, such as oneDNN's scratch space, is
-not in them.
+Memory means the bytes that torch's allocator gives out. It leaves out what a library allocates itself, such as oneDNN's
+scratch space.
 """
 
 import os
@@ -22,18 +22,19 @@ from mhmoe_ray.spec import MoESpec
 
 class Footprint(NamedTuple):
     peak: int
-    """The most that is allocated at one time, beyond what was there before: results, gradients and all between."""
+    """Largest number of bytes allocated at one time, beyond those before the pass: results, gradients and
+    intermediates."""
     kept: int
-    """What forward keeps for backward, weights aside."""
+    """Bytes that the forward pass keeps for the backward pass, weights excluded."""
 
 
 def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Footprint:
-    """Of one pass; what it leaves allocated counts as well.
+    """Measure the memory of one pass; what the pass leaves allocated counts as well.
 
     Args:
-        layer: whose weights are not counted as kept.
-        forward: returns the output.
-        backward: takes it.
+        layer: the layer, whose weights are not counted as kept.
+        forward: a function that returns the output.
+        backward: a function that takes the output.
     """
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -54,7 +55,7 @@ def footprint(layer: nn.Module, forward: Callable[[], Tensor], backward: Callabl
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that `run` has allocated at one time on the device, beyond what was there before."""
+    """Return the largest number of bytes that `run` has allocated at one time on the device, beyond those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -65,7 +66,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _changes(run: Callable[[], object]) -> list[int]:
-    """Bytes of each allocation on the CPU, and of each release as a negative number, in order of time."""
+    """Return the bytes of each allocation on the CPU, and of each release as a negative number, in order of time."""
     # Read at the profiler's first use: without it, it announces its stages on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -77,7 +78,7 @@ def _changes(run: Callable[[], object]) -> list[int]:
 
 
 def highest(changes: Iterable[int]) -> int:
-    """The highest sum on the way, from 0."""
+    """Return the highest partial sum of the changes, starting from 0."""
     at = top = 0
     for change in changes:
         at += change
@@ -86,14 +87,16 @@ def highest(changes: Iterable[int]) -> int:
 
 
 STATIC_ROWS = 8192
-"""Rows up to which static routing is measured. Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192
-rows, and some 64 times that at 65,536."""
+"""Number of rows up to which static routing is measured.
+
+Its masks have k N^2 values each: with k = 2 a pass takes 3 GB at 8,192 rows, and some 64 times that at 65,536.
+"""
 
 
 class Request(NamedTuple):
     shape: Shape
     heads: Sequence[int]
-    """h of the multi-head layers."""
+    """Numbers of heads h of the multi-head layers."""
     dtype: DTypeName
     rounds: int
     kernels: Sequence[str] = ("auto",)
@@ -102,27 +105,27 @@ class Request(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of one layer; of a forward and backward pass."""
+    """Measurements of a forward and backward pass of one layer."""
 
     name: str
     moe: MoESpec | None
-    """None: the dense layer."""
+    """Sizes of the mixture of experts; None for the dense layer."""
     package: str | None
-    """Whose layer it is; None: ours."""
+    """Package that the layer comes from, with its version; None for ours."""
     median: float
-    """Seconds."""
+    """Median time of a pass in seconds."""
     seconds: list[float]
-    """One for each round."""
+    """Seconds of a pass, one value per round."""
     peak: int
-    """Bytes, as `Footprint`."""
+    """Peak memory in bytes, as in `Footprint`."""
     kept: int | None
     extrapolated: bool = False
-    """Not measured, but drawn on from what was at fewer rows."""
+    """Whether the values are not measured but extrapolated from those at fewer rows."""
 
 
 class Measured(NamedTuple):
     figures: list[Figures]
-    """The dense layer first, then the plain one."""
+    """Figures of each layer, the dense layer first, then the plain one."""
     absent: list[Absent]
 
 
@@ -130,9 +133,9 @@ def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -
     """Measure every layer that can run.
 
     Args:
-        request: which layers.
-        hardware: where.
-        note: is told in a line what comes.
+        request: the layers to measure.
+        hardware: the device to measure on.
+        note: a function that is called with a line about what comes next.
 
     Raises:
         SpecError: a layer of these sizes cannot be made, or the first two do not fit into memory.
@@ -166,7 +169,7 @@ def measure(request: Request, hardware: Hardware, note: Callable[[str], None]) -
 
 
 def wanted(request: Request, device: torch.device) -> tuple[list[Layer], list[Absent]]:
-    """The layers of a request; those that are left out, and why."""
+    """Return the layers of a request, and those that are left out with the reason."""
     shape = request.shape
     layers, absent = our_layers(shape, request.heads, request.static, request.kernels, device, request.dtype)
     if request.peers:
@@ -183,14 +186,14 @@ def wanted(request: Request, device: torch.device) -> tuple[list[Layer], list[Ab
 
 
 def rows_of(moe: MoESpec | None, shape: Shape) -> int:
-    """N: tokens, or sub-tokens."""
+    """Return the number of rows N of a layer: its tokens, or its sub-tokens."""
     return shape.tokens * (moe.heads if moe else 1)
 
 
 def cannot(layer: Layer, error: Exception) -> str | None:
-    """Why a layer cannot run here, in one line, of an error that says so; None for an error that is a bug of ours.
+    """Return in one line why a layer cannot run here, from an error that says so; None if the error is a bug.
 
-    Of another package's layer every error is a reason. A kernel that was named refuses sizes with a ValueError.
+    For a layer of another package every error is a reason. A kernel that was named refuses sizes with a ValueError.
     """
     named = layer.moe is not None and layer.moe.kernel != "auto"
     if layer.package or isinstance(error, torch.OutOfMemoryError) or (named and isinstance(error, ValueError)):
@@ -201,7 +204,7 @@ def cannot(layer: Layer, error: Exception) -> str | None:
 
 
 def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """With ratios to the first two, the dense and the plain layer."""
+    """Return the figures as JSON, with ratios to the first two of them, the dense and the plain layer."""
     dense, plain = (f.median for f in figures[:2])
     return [
         {

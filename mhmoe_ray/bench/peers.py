@@ -1,6 +1,6 @@
-"""Other packages' expert layers, with the very weights of our plain one, so that routing and work are the same.
+"""Expert layers of other packages, with the very weights of our plain layer, so that routing and work are the same.
 
-transformers' Mixtral block and DeepSpeed's layer divide the k routing weights by their sum, as `normalize_gates`.
+transformers' Mixtral block and DeepSpeed's layer divide the k routing weights by their sum, as `normalize_gates` does.
 """
 
 import sys
@@ -24,12 +24,17 @@ class Peer(NamedTuple):
     package: str
     oldest: tuple[int, ...]
     like: Callable[[MultiHeadMoE], nn.Module]
-    """Its layer with the weights of ours."""
+    """Function that returns the package's layer with the weights of ours."""
     capacity_factor: float | None = None
 
 
 def mixtral(implementation: str, ours: MultiHeadMoE) -> nn.Module:
-    """transformers' block; `implementation` of its experts is a loop (`eager`) or `grouped_mm`."""
+    """Return transformers' Mixtral block with our weights.
+
+    Args:
+        implementation: the implementation of its experts, which is a loop (`eager`) or `grouped_mm`.
+        ours: the layer whose weights it gets.
+    """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -53,11 +58,13 @@ def mixtral(implementation: str, ours: MultiHeadMoE) -> nn.Module:
 
 
 def deepspeed_moe(drop_tokens: bool, ours: MultiHeadMoE) -> nn.Module:
-    """DeepSpeed's layer on one rank, which needs no process group; what is random in its routing is switched off.
+    """Return DeepSpeed's layer with our weights, on one rank, which needs no process group.
+
+    The random parts of its routing are switched off.
 
     Args:
-        drop_tokens: experts of a capacity of k N / E rows, else of as many as the fullest expert gets.
-        ours: whose weights it gets.
+        drop_tokens: whether experts have a capacity of k N / E rows; otherwise as many as the fullest expert gets.
+        ours: the layer whose weights it gets.
     """
     with redirect_stdout(sys.stderr):  # where its log goes from then on
         from deepspeed.moe.layer import MoE
@@ -91,7 +98,7 @@ PEERS = (
 
 
 def peer_layers(shape: Shape) -> tuple[list[Layer], list[Absent]]:
-    """Those that are installed, and why the others are not there."""
+    """Return the layers of installed packages, and the others with the reason why they are not measured."""
     layers, absent = [], []
     for peer in PEERS:
         version = installed(peer.package)
@@ -110,7 +117,12 @@ def _build(peer: Peer, shape: Shape) -> nn.Module:
 
 
 def why_not(peer: Peer, version: str | None) -> str | None:
-    """Why a version, None for none, is not measured."""
+    """Return why a version of a package is not measured; None if it is.
+
+    Args:
+        peer: the layer of the package.
+        version: the installed version; None if the package is not installed.
+    """
     oldest = ".".join(map(str, peer.oldest))
     install = f"pip install '{peer.package}>={oldest}'"
     if version is None:

@@ -1,4 +1,4 @@
-"""A sweep as a picture: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
+"""Picture of a sweep: time, its ratio to the dense layer, and peak memory of each layer along the axis."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"dense": BLACK, "SMoE": BLUE, "X-MoE": SKY, "fine-grained": GREEN, "transformers": PURPLE, "DeepSpeed": GREY}
 OF_HEADS = (VERMILION, ORANGE)
-"""Of multi-head layers in their order, again from the first where there are more; marks tell these apart."""
+"""Colours of multi-head layers in their order, reused from the first if there are more; marks tell these apart."""
 MARKS = "osD^vPX<>*pd"
 
 
@@ -24,11 +24,11 @@ class Style(NamedTuple):
     colour: str
     mark: str
     hollow: bool
-    """Static routing, and other packages."""
+    """Whether marks are hollow, as for static routing and for other packages."""
 
 
 def plot(swept: Sweep, request: Request, hardware: Hardware, path: Path) -> None:
-    """Write a PNG.
+    """Draw a sweep and write it as a PNG.
 
     Raises:
         DataError: matplotlib is not installed, or the file cannot be written.
@@ -38,7 +38,7 @@ def plot(swept: Sweep, request: Request, hardware: Hardware, path: Path) -> None
 
 
 def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
-    """Three panels and a legend."""
+    """Draw a sweep as three panels and a legend."""
     figure = new_figure(13, 4.6)
     time, ratio, memory = figure.subplots(1, 3)
     dense = {at: figures[0].median for at, figures in swept.points.items()}
@@ -59,7 +59,10 @@ def picture(swept: Sweep, request: Request, hardware: Hardware) -> "Figure":
 
 
 def styles_of(series: dict[str, dict[int, Figures]]) -> dict[str, Style]:
-    """Colour by what a layer is, so that static routing and other kernels share it; marks by order."""
+    """Return the style of each layer.
+
+    The colour shows the kind of layer, so that static routing and other kernels share it; the mark shows the order.
+    """
     heads: dict[str, str] = {}
     styles = {}
     for i, (name, along) in enumerate(series.items()):
@@ -107,7 +110,7 @@ def _finish(axes: "Axes", swept: Sweep, title: str) -> None:
 
 
 def _guide(axes: "Axes", dense: dict[int, float]) -> None:
-    """A line of slope 1 below all others."""
+    """Draw a line of slope 1 below all others."""
     first, last = min(dense), max(dense)
     at = {first: dense[first] / 2, last: dense[first] / 2 * last / first}
     axes.plot(list(at), list(at.values()), color=GREY, linewidth=1, linestyle=":")

@@ -1,4 +1,4 @@
-"""The memory of a process and of those it started, as Linux counts it."""
+"""Memory of a process and its descendants, as Linux counts it."""
 
 import os
 import threading
@@ -12,13 +12,13 @@ EVERY_SECONDS = 0.2
 
 class Usage(NamedTuple):
     resident: int
-    """Bytes in memory, those that it shares with others included."""
+    """Bytes in memory, including those shared with other processes."""
     own: int
-    """Without pages of files and of shared memory, such as Ray's object store."""
+    """Bytes in memory without pages of files and of shared memory, such as Ray's object store."""
 
 
 class Peak:
-    """While it is entered, the largest memory that any one process had: this one, or one below it."""
+    """Context that records the largest memory of any one process, this one or a descendant, while it is entered."""
 
     def __init__(self) -> None:
         self.resident = self.own = 0
@@ -44,7 +44,7 @@ class Peak:
 
 
 def descendants(root: int) -> list[int]:
-    """All processes below one, without it."""
+    """Return the ids of all descendants of a process, without the process itself."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -59,7 +59,7 @@ def descendants(root: int) -> list[int]:
 
 
 def usage_of(pid: int) -> Usage:
-    """Nothing for a process that has ended."""
+    """Return the memory of a process; zeros if it has ended."""
     entry = Path("/proc") / str(pid)
     return Usage(*(1024 * int(_field(entry, name).split()[0]) for name in ("VmRSS:", "RssAnon:")))
 

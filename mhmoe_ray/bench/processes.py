@@ -1,4 +1,4 @@
-"""Measurements each in a process of its own, so that nothing of one, its Ray included, is left for the next."""
+"""Measurements in a process of their own, so that nothing of one, its Ray included, is left for the next."""
 
 import importlib
 import json
@@ -17,21 +17,24 @@ from mhmoe_ray.cluster.spawn import PRIVATE
 from mhmoe_ray.spec import RunSpec
 
 Measurement = Callable[[RunSpec, Path, int], dict[str, Any]]
-"""Of a spec, in an empty folder, with so many processes or threads; returns figures that JSON can hold."""
+"""A function that measures a spec in an empty folder with a number of processes or threads.
+
+It returns figures that JSON can hold.
+"""
 
 
 def run_apart(measurement: Measurement, spec: RunSpec, number: int, what: str, **more: str) -> dict[str, Any]:
-    """What it returns.
+    """Run a measurement in a process of its own, and return its figures.
 
     Args:
-        measurement: a function of a module.
-        spec: its first argument.
-        number: its last.
-        what: names it in an error.
-        more: variables of its environment.
+        measurement: a function at the top level of a module.
+        spec: the first argument of the function.
+        number: the last argument of the function, a number of processes or threads.
+        what: the name of the measurement in an error.
+        more: additional variables of the process's environment.
 
     Raises:
-        JobError: it failed.
+        JobError: the measurement failed.
     """
     folder = tempfile.mkdtemp(prefix="mhmoe-bench-")
     place = {"module": measurement.__module__, "function": measurement.__qualname__}

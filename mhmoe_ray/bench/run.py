@@ -1,7 +1,8 @@
-"""What a run costs beside its steps: a whole training by Ray Train and the stream, and the same steps in a bare loop.
+"""Cost of a run beyond its steps: a whole training with Ray Train and the stream, beside the same steps in a bare loop.
 
-All train the same model on the same samples from the same start, so that they end with the same loss, to the last bit.
-The loop takes turns as Python starts it and with the settings of memory that a run's workers get (train/driver.py).
+All of them train the same model on the same samples from the same start, so they end with the same loss, to the last
+bit. The loop is measured with Python's default settings and with the memory settings that a run's workers get
+(train/driver.py).
 """
 
 import os
@@ -32,20 +33,21 @@ from mhmoe_ray.train.driver import drive
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 WARM_UP = 10
-"""Steps that are not timed: the first ones wait for the stream, and for kernels to be compiled."""
+"""Number of steps that are not timed: the first ones wait for the stream, and for kernels to be compiled."""
 
 
 class Figures(NamedTuple):
     run: list[dict[str, Any]]
-    """Each round's `seconds` of the timed steps and `loss` of the last one; of a run also `data_wait`, a share."""
+    """Measurements of the run, one per round: `seconds` of the timed steps, `loss` of the last one, share
+    `data_wait`."""
     loop: list[dict[str, Any]]
-    """As Python starts it."""
+    """Measurements of the loop with Python's default settings, one per round, without `data_wait`."""
     settled: list[dict[str, Any]]
-    """With the workers' settings of memory."""
+    """Measurements of the loop with the workers' memory settings, one per round, without `data_wait`."""
 
     @property
     def kept(self) -> float:
-        """Of the loop's tokens per second, by the run: the median over rounds."""
+        """Share of the loop's tokens per second that the run reaches, the median over rounds."""
         return _kept(self.run, self.loop)
 
     @property
@@ -59,17 +61,17 @@ def _kept(run: list[dict[str, Any]], loop: list[dict[str, Any]]) -> float:
 
 
 def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None]) -> Figures:
-    """Each in turn, in reverse order in every other round.
+    """Measure the run and both loops in interleaved rounds, every other one in reverse order.
 
     Args:
-        spec: whose data are prepared.
-        threads: of the one worker, and of the loop.
-        rounds: of each.
-        tell: gets a line after each.
+        spec: a spec whose data are prepared.
+        threads: the number of threads of the only worker, and of the loop.
+        rounds: the number of rounds.
+        tell: a function that is called with a line after each measurement.
 
     Raises:
         SpecError: the spec has too few steps.
-        JobError: one of them failed, or they did not train the same.
+        JobError: one of the measurements failed, or their losses differ.
     """
     steps = spec.train.steps
     if steps <= WARM_UP:
@@ -96,7 +98,7 @@ def measure(spec: RunSpec, threads: int, rounds: int, tell: Callable[[str], None
 
 
 def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
-    """The job of a run, as `mhmoe submit` starts it."""
+    """Run the job of a run, as `mhmoe submit` starts it, and measure it."""
     ray.init("local", num_cpus=spec.cluster.cpus, log_to_driver=False, include_dashboard=False)
     run = create_run(spec.model_copy(update={"storage": folder / "runs"}))
     drive(run, 0)
@@ -110,7 +112,7 @@ def a_run(spec: RunSpec, folder: Path, _threads: int) -> dict[str, Any]:
 
 
 def a_loop(spec: RunSpec, _folder: Path, threads: int) -> dict[str, Any]:
-    """The same steps of the same samples, which are in memory before they are timed."""
+    """Run the same steps on the same samples, which are in memory before the steps are timed, and measure them."""
     torch.set_num_threads(threads)
     folder = spec.data.prepared
     token_bytes = require_data_manifest(folder).token_bytes

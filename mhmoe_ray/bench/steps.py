@@ -1,12 +1,13 @@
-"""A whole training step of a plain mixture of experts and of the multi-head ones that P2 would put beside it.
+"""Whole training steps of a plain mixture of experts and of the multi-head ones that P2 would put beside it.
 
-Those have h sub-tokens with k = h, of equal multiply-adds and parameters. The first paper's own figures of speed stand
-here too: whole models, trained on 8 RTX 3090 cards.
+P1 is the first paper (arXiv 2404.15045), P2 the follow-up paper. The multi-head models have h sub-tokens with k = h,
+and equal multiply-adds and parameters. At half of P2's width the solver finds P2's own numbers of experts, 40 for h 2
+and 96 for h 3, at half their width.
 
-It is training's own step: M micro-batches forward, loss and backward, then clipping and AdamW. At half of P2's width
-the solver finds P2's own numbers of experts, 40 for h 2 and 96 for h 3, at half their width.
+A step is that of training: M micro-batches forward, loss and backward, then clipping and AdamW.
 
-From the authors' answers in the review of P1 (arXiv 2404.15045). Its h and sizes are not stated.
+P1's own figures of speed stand here too: whole models, trained on 8 RTX 3090 cards. They are from the authors' answers
+in the review of P1. Its h and sizes are not stated.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,21 +25,24 @@ from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 from mhmoe_ray.train.step import MicroBatch, Trainer
 
 SMALL = Size(384, 4, 8192, 256, steps=1000, micro_batches=2, micro_batch_size=8, precision="bfloat16")
-"""About a second a step on two CPU cores. 384 is the nearest to the families' `small` that splits in 2 and in 3."""
+"""Size at which a step takes about a second on two CPU cores.
+
+384 is the width nearest to the families' `small` that splits in 2 and in 3.
+"""
 
 
 class StepFigures(NamedTuple):
-    """Of one model."""
+    """Measurements of the training steps of one model."""
 
     name: str
     spec: RunSpec
     seconds: list[float]
-    """Of a step, one for each round."""
+    """Seconds of a step, one value per round."""
     median: float
     to_smoe: float
-    """Ratio of median times."""
+    """Ratio of the median time to that of the plain model."""
     paper: float
-    """That ratio in the first paper's own throughput, of dynamic routing, whatever its h was."""
+    """The same ratio from the first paper's own throughput with dynamic routing, whatever its h was."""
 
     @property
     def tokens_a_second(self) -> float:
@@ -73,17 +77,17 @@ class Case:
         self.batches = [MicroBatch(token_BT, counts_BT) for token_BT in token_MBT.to(device)]
 
     def step(self) -> float:
-        """One step; returns its mean loss in nats per token."""
+        """Run one training step, and return its mean loss in nats per token."""
         sums = self.trainer.accumulate(self.batches)
         self.trainer.update(sums)
         return sums.loss / sums.targets
 
 
 def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -> list[StepFigures]:
-    """Steps of every model in turn, the plain one first.
+    """Measure steps of all models in interleaved rounds, the plain model first.
 
     Raises:
-        SpecError: as `matched_models`.
+        SpecError: in the same cases as `matched_models`.
     """
     specs = matched_models(size, heads)
     cases: dict[str, Callable[[], object]] = {n: Case(spec, hardware.device).step for n, spec in specs.items()}
@@ -103,14 +107,14 @@ def measure(size: Size, heads: Sequence[int], rounds: int, hardware: Hardware) -
 
 
 def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
-    """The plain model first.
+    """Return the specs of the plain model and of the multi-head models that match it, by name, the plain one first.
 
     Args:
-        size: of all of them.
-        heads: h of the multi-head ones.
+        size: the size of all of them.
+        heads: the numbers of heads h of the multi-head models.
 
     Raises:
-        SpecError: the width does not split into so many heads, or none of so many matches.
+        SpecError: the width does not split into so many heads, or no model with so many heads matches.
     """
     trunk = size.trunk
     plain = ModelSpec.model_validate({**trunk, "moe": (FAMILIES["smoe"].moe or dict)(trunk)})
@@ -120,7 +124,7 @@ def matched_models(size: Size, heads: Sequence[int]) -> dict[str, RunSpec]:
 
 
 def _run(model: ModelSpec, size: Size) -> RunSpec:
-    """Its text is never read: a step's time does not depend on what tokens say."""
+    """Return the spec of a run whose text is never read, because the time of a step does not depend on its tokens."""
     data = DataSpec(sources={"none": SourceSpec(path="none")}, prepared="none", seq_len=size.seq_len)
     return RunSpec(name="bench", model=model, data=data, train=TrainSpec(**size.train))
 
@@ -134,24 +138,24 @@ TOKENS_A_SECOND = {
 
 
 def time_ratio(model: str, routing: str) -> float:
-    """Of its time for a token to that of the dynamic SMoE."""
+    """Return the ratio of the time per token of a model in the first paper to that of its dynamic SMoE."""
     return TOKENS_A_SECOND["SMoE", "dynamic"] / TOKENS_A_SECOND[model, routing]
 
 
 class Beside(NamedTuple):
     layer: str
-    """Ours."""
+    """Name of our layer."""
     paper: str
-    """The paper's model."""
+    """Name of the paper's model."""
     tokens_a_second: float
     papers_ratio: float
-    """Of time for a token to that of the paper's dynamic SMoE."""
+    """Ratio of its time per token to that of the paper's dynamic SMoE."""
     our_ratio: float
-    """Of time to that of our plain layer."""
+    """Ratio of our layer's time to that of our plain layer."""
 
 
 def beside(figures: Sequence[Figures]) -> list[Beside]:
-    """Our plain and multi-head layers, static and dropless, beside the paper's models."""
+    """Return our plain and multi-head layers, static and dropless, beside the paper's models."""
     [plain] = (f.median for f in figures[1:2])
     rows = []
     for f in figures:

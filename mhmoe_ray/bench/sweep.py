@@ -1,6 +1,6 @@
-"""Layers along an axis: how their cost grows with tokens, experts, choices or heads.
+"""Sweep of layers along an axis: how their cost grows with tokens, experts, choices or heads.
 
-Static routing is measured up to `measure.STATIC_ROWS` rows. Along tokens it goes on from there by its law,
+Static routing is measured up to `measure.STATIC_ROWS` rows. Along tokens its cost is extrapolated from there by the law
 a T + b T^2: experts see T rows, its masks have T x E C values, and E C grows with T.
 """
 
@@ -21,9 +21,9 @@ Over = Literal["tokens", "experts", "top-k", "heads"]
 class Axis(NamedTuple):
     label: str
     points: tuple[int, ...]
-    """Unless others are asked for."""
+    """Default points of the axis."""
     grows: bool = True
-    """Whether work grows along it; else it should stay the same."""
+    """Whether work grows along the axis; otherwise it should stay the same."""
 
 
 AXES: dict[Over, Axis] = {
@@ -37,12 +37,12 @@ AXES: dict[Over, Axis] = {
 class Sweep(NamedTuple):
     over: Over
     points: dict[int, list[Figures]]
-    """At each point of the axis, the dense layer first, then the plain one."""
+    """Figures at each point of the axis, the dense layer first, then the plain one."""
     absent: list[Absent]
 
     @property
     def series(self) -> dict[str, dict[int, Figures]]:
-        """Each layer's figures along the axis, layers in the order of the first point."""
+        """Figures of each layer along the axis, with layers in the order in which they first appear."""
         names = dict.fromkeys(f.name for figures in self.points.values() for f in figures)
         return {
             name: {at: f for at, figures in self.points.items() for f in figures if f.name == name} for name in names
@@ -50,8 +50,10 @@ class Sweep(NamedTuple):
 
     @property
     def growth(self) -> dict[str, float]:
-        """Of each layer's measured time, from two points on: where work grows, its exponent (1 is linear); where it
-        stays the same, max / min - 1."""
+        """Growth of the measured time of each layer that was measured at two points or more.
+
+        If work grows along the axis, it is the exponent (1 is linear); if work stays the same, it is max / min - 1.
+        """
         grow = exponent if AXES[self.over].grows else spread
         known = {
             name: [(at, f.median) for at, f in along.items() if not f.extrapolated]
@@ -63,10 +65,10 @@ class Sweep(NamedTuple):
 def sweep(
     request: Request, over: Over, points: Sequence[int], hardware: Hardware, note: Callable[[str], None]
 ) -> Sweep:
-    """Measure every layer at every point, all layers interleaved at each.
+    """Measure every layer at every point, with all layers interleaved at each point.
 
     Raises:
-        SpecError: as `measure`.
+        SpecError: in the same cases as `measure`.
     """
     requests = {at: _at(request, over, at) for at in sorted(set(points))}
     for one in requests.values():
@@ -93,7 +95,7 @@ def _at(request: Request, over: Over, at: int) -> Request:
 
 
 def drawn_on(swept: Sweep) -> Sweep:
-    """Static routing's figures at the points beyond those where it was measured, by its law."""
+    """Return the sweep with static routing's figures extrapolated, by its law, to points beyond its measurements."""
     points = {at: list(figures) for at, figures in swept.points.items()}
     static = {name: known for name, known in swept.series.items() if has_masks(next(iter(known.values())).moe)}
     for known in static.values():
@@ -107,11 +109,11 @@ def drawn_on(swept: Sweep) -> Sweep:
 
 
 def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
-    """a T + b T^2 at T = `at`, with the a and b >= 0 of least relative error; of one point b T^2.
+    """Return a T + b T^2 at T = `at`, with the a and b >= 0 of least relative error; from one point, b T^2.
 
     Args:
-        known: pairs of T and value. The three of largest T count: at smaller ones other things weigh more.
-        at: T beyond them.
+        known: pairs of T and value. The three with the largest T count: at smaller ones other costs weigh more.
+        at: a value of T beyond them.
     """
     t, y = (np.array(values, dtype=float) for values in zip(*sorted(known)[-3:], strict=True))
 
@@ -126,11 +128,11 @@ def by_law(known: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def exponent(known: Sequence[tuple[int, float]]) -> float:
-    """p of the y = c t^p that fits best on logarithmic axes."""
+    """Return the exponent p of the y = c t^p that fits best on logarithmic axes."""
     slope, _ = np.polyfit([math.log(t) for t, _ in known], [math.log(y) for _, y in known], 1)
     return float(slope)
 
 
 def spread(known: Sequence[tuple[int, float]]) -> float:
-    """max / min - 1."""
+    """Return max / min - 1 of the values."""
     return max(y for _, y in known) / min(y for _, y in known) - 1

@@ -1,7 +1,7 @@
-"""Interleaved timing: all cases in each round, so that other load on the machine hits all alike.
+"""Interleaved timing: all cases in each round, so that other load on the machine affects all alike.
 
-Also what measurements share: the device and its clock, errors for sizes that cannot be measured, and which contestants
-are installed.
+It also holds what measurements share: the device and its clock, errors for sizes that cannot be measured, and the check
+which contestants are installed.
 """
 
 import platform
@@ -25,7 +25,7 @@ Case = TypeVar("Case")
 
 class Timing(NamedTuple):
     seconds: list[float]
-    """One for each round."""
+    """Seconds, one value per round."""
 
     @property
     def median(self) -> float:
@@ -38,13 +38,13 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     warm_up: bool = True,
 ) -> dict[str, Timing]:
-    """Time each case once a round, every other round in reverse order.
+    """Time each case once per round, every other round in reverse order.
 
     Args:
-        cases: what to time, by name.
-        rounds: that are counted.
-        clock: seconds; on a GPU one that waits for it.
-        warm_up: a first round that is not counted; not needed for cases that have run before.
+        cases: the functions to time, by name.
+        rounds: the number of rounds that are counted.
+        clock: a function that returns seconds; for a GPU, one that waits for it.
+        warm_up: whether to add a first round that is not counted, which is not needed for cases that have run before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn, name in turns(cases, rounds, warm_up):
@@ -56,12 +56,12 @@ def interleaved(
 
 
 def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator[tuple[int, Case]]:
-    """Every case once a round with the round's number, from 0; every other round in reverse order.
+    """Yield every case once per round with the round's number, from 0, every other round in reverse order.
 
     Args:
-        cases: in the order of the first round.
-        rounds: that are counted.
-        warm_up: a round -1 before them.
+        cases: the cases in the order of the first round.
+        rounds: the number of rounds that are counted.
+        warm_up: whether to add a round -1 before them.
     """
     order = list(cases)
     for turn in range(-1 if warm_up else 0, rounds):
@@ -73,9 +73,9 @@ def turns(cases: Iterable[Case], rounds: int, warm_up: bool = False) -> Iterator
 class Hardware(NamedTuple):
     device: torch.device
     name: str
-    """Of the processor or card."""
+    """Name of the processor or the graphics card."""
     threads: int | None
-    """Of torch, on a CPU."""
+    """Number of torch's threads on a CPU; None on a graphics card."""
 
     def as_json(self) -> dict[str, Any]:
         return {"device": self.device.type, "machine": self.name, "threads": self.threads}
@@ -85,10 +85,10 @@ class Hardware(NamedTuple):
 
 
 def find(device: str) -> Hardware:
-    """`cpu`, or `cuda`: the current card.
+    """Return the hardware of a device: `cpu`, or `cuda` for the current graphics card.
 
     Raises:
-        SpecError: torch finds no card.
+        SpecError: torch finds no graphics card.
     """
     if device == "cpu":
         return Hardware(torch.device("cpu"), cpu_name(), torch.get_num_threads())
@@ -100,14 +100,14 @@ def find(device: str) -> Hardware:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's own name where the system tells it, else its architecture."""
+    """Return the name of the processor if the system reports it, else its architecture."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return " ".join(names[0].replace("(R)", "").replace("(TM)", "").split()) if names else platform.machine()
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, read when the device has done all it was given."""
+    """Return a clock, which waits until the device has done all its work and then returns the time in seconds."""
 
     def read() -> float:
         if device.type == "cuda":
@@ -119,13 +119,13 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def checked_sizes(what: str) -> Iterator[None]:
-    """In it a model that there cannot be is a mistake of whom gave its sizes.
+    """Turn the ValidationError of an impossible model in this context into an error about the sizes that were given.
 
     Args:
-        what: was given them.
+        what: the name of the command or option that was given the sizes.
 
     Raises:
-        SpecError: with the first reason.
+        SpecError: the model is impossible; the reason is the first one of the ValidationError.
     """
     try:
         yield
@@ -135,12 +135,12 @@ def checked_sizes(what: str) -> Iterator[None]:
 
 
 def failure(what: str, stderr: str, code: int) -> JobError:
-    """With the first error of a traceback, which caused the others.
+    """Return the error for a process that failed, with the first error of its traceback, which caused the others.
 
     Args:
-        what: names the process.
-        stderr: that it wrote.
-        code: it ended with; by the signal of this number where it is negative.
+        what: the name of the process.
+        stderr: everything that the process wrote to stderr.
+        code: its exit code; if negative, minus the number of the signal that ended it.
     """
     lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
@@ -149,11 +149,11 @@ def failure(what: str, stderr: str, code: int) -> JobError:
 
 
 def there(needs: Mapping[str, str | None], tell: Callable[[str], None]) -> list[str]:
-    """Names of those that can, in their order.
+    """Return the names of the contestants whose package is installed, in their order.
 
     Args:
-        needs: the package of each; None where it needs none beside ours.
-        tell: gets a line for each of the others.
+        needs: the package of each contestant; None if it needs none beside ours.
+        tell: a function that is called with a line for each of the others.
     """
     missing = {name: package for name, package in needs.items() if package and find_spec(package) is None}
     for name, package in missing.items():

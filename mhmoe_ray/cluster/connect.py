@@ -41,8 +41,9 @@ class Contexts:
 
 
 def read_contexts() -> Contexts:
-    """Read the named clusters, and which of them is current; without a file there are none and the local one is
-    current.
+    """Read the named clusters and the name of the current one.
+
+    Without a file there are no named clusters, and the local cluster is the current one.
 
     Raises:
         ClusterError: the file is damaged.
@@ -122,8 +123,8 @@ class Connection:
     """
     token: Token | None
     ours: LocalCluster | None = None
-    """Record of a local cluster; None for other clusters, and in a process that itself runs within the local
-    cluster."""
+    """Record of a local cluster; None for other clusters, and in a process that runs within the local cluster
+    itself."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -134,8 +135,7 @@ def connect(address: str | None = None) -> Connection:
     """Connect to the cluster of this address or name.
 
     Without one, it is the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the one that `mhmoe cluster use`
-    chose,
-    else the local cluster.
+    chose, else the local cluster.
 
     Raises:
         ClusterError: the address is malformed, nothing answers there, it is not a Ray dashboard, or no address is given
@@ -164,8 +164,7 @@ def connect_if_there(address: str | None = None) -> Connection | None:
 
 
 def each_once() -> Callable[[str], Connection]:
-    """Return a variant of `connect` that connects to each address once and repeats its result, even if that is an
-    error."""
+    """Return a variant of `connect` that connects to each address once and repeats its result or its ClusterError."""
     known: dict[str, Connection | ClusterError] = {}
 
     def connected(address: str) -> Connection:
@@ -219,8 +218,7 @@ def normalised(address: str) -> str:
 
 
 def _chosen(address: str | None) -> str | None:
-    """Return the address that is meant by an argument, the environment or the current cluster; None for the local
-    cluster.
+    """Return the address that an argument, the environment or the current cluster means; None for the local cluster.
 
     RAY_ADDRESS counts only if it is a URL: it may also name Ray's own port, which is of no use here.
     """
@@ -237,17 +235,17 @@ def _given(address: str | None) -> str | None:
 
 
 def _named(address: str | None) -> Context | None:
-    """Return the named cluster that is meant; None if none is."""
+    """Return the named cluster that the argument, the environment or the current choice means; None if none is
+    meant."""
     contexts = read_contexts()
     return contexts.known.get(_given(address) or contexts.current)
 
 
 def _token(address: str, named: Context | None) -> Token | None:
-    """Return the token for the cluster at this address: from the file that the user named for it, else as Ray would
-    find it.
+    """Return the token for the cluster at this address: from the file that was named for it, else as Ray would.
 
-    Several named clusters may have one address, that of a tunnel: if none is meant by its name, the current one comes
-    first.
+    Several named clusters may have one address, that of a tunnel: if none of them is meant by its name, the current one
+    comes first.
     """
     contexts = read_contexts()
     at_it = {name: c for name, c in contexts.known.items() if normalised(c.address) == address}
@@ -263,9 +261,8 @@ def _to_ours(cluster: LocalCluster) -> Connection:
 def _is_here(address: str, token: Token | None) -> bool:
     """Return whether the cluster is a single node, and that node is this machine.
 
-    It is if the node's session folder, whose name is used only once, exists here. A head node without CPUs does not
-    count,
-    because the other nodes of its cluster are yet to join.
+    It is if the node's session folder, whose name is used only once, exists here. A node without CPUs does not count,
+    because it is the head of a cluster whose other nodes are yet to join.
     """
     alive, _ = dashboard.nodes(address, token)
     here = os.path.isdir(alive[0].get("sessionDir", "")) if alive else False  # noqa: PTH112 - Path raises if forbidden

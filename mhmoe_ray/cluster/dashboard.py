@@ -96,7 +96,7 @@ def streamed(address: str, path: str, token: Token | None) -> Iterator[tuple[int
     """Yield the status of an answer, and its content in chunks as they arrive.
 
     Raises:
-        ClusterError, TokenError: in the same cases as in `get`.
+        ClusterError, TokenError: in the same cases as `get`.
     """
     import requests
 
@@ -116,7 +116,7 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
     """Return the answer of /api/version: `ray_version` and `session_name`, which no two clusters share.
 
     Raises:
-        ClusterError, TokenError: in the same cases as in `get`; also if the server is not Ray's.
+        ClusterError, TokenError: in the same cases as `get`; also if the server is not Ray's.
     """
     version = get(address, "/api/version", token)
     if not isinstance(version, dict) or "ray_version" not in version:
@@ -125,11 +125,10 @@ def ray_version(address: str, token: Token | None) -> dict[str, Any]:
 
 
 def nodes(address: str, token: Token | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the entry of each node that is alive in the answer of /nodes, and Ray's lines of resource usage by node
-    id.
+    """Return the entry of each live node in the answer of /nodes, and Ray's lines of resource usage by node id.
 
     Raises:
-        ClusterError, TokenError: in the same cases as in `get`.
+        ClusterError, TokenError: in the same cases as `get`.
     """
     told = get(address, "/nodes?view=summary", token)["data"]
     raylets = (node["raylet"] for node in told["summary"])
@@ -149,8 +148,11 @@ def is_open(address: str) -> bool:
 
 
 def date(address: str, token: Token | None) -> str | None:
-    """Return the time of the dashboard's server in the format of HTTP's Date header; None if the answer has no such
-    header."""
+    """Return the time of the dashboard's server, as HTTP's Date header has it; None if the header is missing.
+
+    Raises:
+        ClusterError: the dashboard does not answer.
+    """
     import requests
 
     try:

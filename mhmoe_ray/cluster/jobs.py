@@ -22,11 +22,17 @@ from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 @contextmanager
 def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: str) -> Iterator[None]:
-    """Run requests in it; a request that the cluster could not do raises `failed` with what the cluster says.
+    """Translate errors of Ray's clients in this context: a request that the cluster could not serve raises `failed`.
+
+    Args:
+        connection: the cluster that the requests go to.
+        what: the thing that the requests are about, for the error.
+        failed: the class of the error; its reason is what the cluster reports.
+        fix: the remedy, for the error.
 
     Raises:
         ClusterError: the cluster does not answer any more.
-        TokenError: it refuses the token.
+        TokenError: the cluster refuses the token.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -42,8 +48,7 @@ def explained(connection: Connection, what: str, failed: type[MhmoeError], fix: 
 
 
 def reason(text: str) -> str:
-    """Return the reason of a failure in one line: the exception that ends a traceback, else the last line of a
-    message."""
+    """Return the reason of a failure in one line: the exception at the end of a traceback, else the last line."""
     text = re.sub(r"\x1b\[[0-9;]*m|^Request failed with status code \d+: ", "", text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" .")]
     for i in reversed(range(len(lines))):
@@ -69,8 +74,7 @@ class Shipped(NamedTuple):
 
 
 def shipped(runtime_env: Mapping[str, Any]) -> list[Shipped]:
-    """Return the folders of this machine that Ray would send, each with the sizes of its parts without excluded
-    files."""
+    """Return the folders of this machine that Ray would send, with the sizes of their parts without excluded files."""
     excludes = list(runtime_env.get("excludes", []))
     places = [runtime_env.get("working_dir"), *runtime_env.get("py_modules", [])]
     folders = [Path(p) for p in places if isinstance(p, str) and "://" not in p and Path(p).is_dir()]
@@ -170,8 +174,7 @@ def request(
 
 
 def with_packages(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the runtime environment with the folders of our packages added, for a cluster that has not installed
-    them."""
+    """Return the runtime environment with the folders of our packages, for a cluster that has not installed them."""
     folders = []
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
@@ -214,14 +217,17 @@ def is_alive(connection: Connection, job: str) -> bool:
     """Return whether a job is pending or running; False if the cluster knows no such job.
 
     Raises:
-        ClusterError: in the same cases as in `status`.
+        ClusterError: in the same cases as `status`.
     """
     found = info(connection, job)
     return found is not None and found.is_alive
 
 
 def message(connection: Connection, job: str) -> str:
-    """Return Ray's own message on the job in one line, for example why it could not start."""
+    """Return Ray's own message on the job in one line, for example why it could not start.
+
+    If the cluster knows no such job, the line says so.
+    """
     found = info(connection, job)
     return found.message if found else "the cluster does not know this job"
 
@@ -230,7 +236,7 @@ def info(connection: Connection, job: str) -> JobInfo | None:
     """Return the status, message and end time of a job; None if the cluster knows no such job.
 
     Raises:
-        ClusterError: in the same cases as in `status`.
+        ClusterError: in the same cases as `status`.
     """
     told = dashboard.get(connection.address, f"/api/jobs/{job}", connection.token, missing_ok=True)
     if told is None:
@@ -239,7 +245,7 @@ def info(connection: Connection, job: str) -> JobInfo | None:
 
 
 def logs(connection: Connection, job: str) -> str:
-    """All that the job's entrypoint wrote so far.
+    """Return everything that the job's entrypoint has written so far.
 
     Raises:
         JobError: the cluster knows no such job.
@@ -249,11 +255,11 @@ def logs(connection: Connection, job: str) -> str:
 
 
 def follow_logs(connection: Connection, job: str) -> Iterator[str]:
-    """The job's lines, from the first, as they come; ends with the job.
+    """Yield the lines of the job's log from the first one on, as they arrive, until the job ends.
 
     Raises:
         JobError: the cluster knows no such job.
-        ClusterError: the cluster went away.
+        ClusterError: the cluster does not answer any more.
     """
     import asyncio
 
@@ -284,7 +290,7 @@ def follow_logs(connection: Connection, job: str) -> Iterator[str]:
 
 
 def stop(connection: Connection, job: str) -> None:
-    """Ask the job to end: SIGTERM to all its processes, three seconds later SIGKILL. Returns at once.
+    """Ask the job to end and return at once: all its processes get SIGTERM and, three seconds later, SIGKILL.
 
     Raises:
         JobError: the cluster knows no such job.

@@ -1,7 +1,7 @@
 """A Ray cluster of our own on this machine, which outlives the command that starts it.
 
-It is open to nobody but its owner: it has a token, it listens on loopback only, and its files lie below a folder of
-mode 0700. Several of them, of several homes or users, run side by side: no port is Ray's default.
+Only its owner can use it: it has a token, it listens on loopback only, and its files lie below a folder of mode 0700.
+Several such clusters, of several state folders or users, can run side by side: no port is Ray's default.
 """
 
 import json
@@ -26,10 +26,10 @@ ANSWER_SECONDS = 30
 
 
 def start_local(cpus: int) -> LocalCluster:
-    """The local cluster; started with that many logical CPUs unless one runs already.
+    """Return the local cluster, and start it with `cpus` logical CPUs if none runs yet.
 
     Raises:
-        ClusterError: Ray does not come up; the reason is the last line of its log.
+        ClusterError: Ray does not start; the reason is the last line of its log.
     """
     with locked():
         running = _find()
@@ -47,10 +47,11 @@ def start_local(cpus: int) -> LocalCluster:
 
 
 def find_local() -> LocalCluster | None:
-    """The local cluster if it runs.
+    """Return the local cluster if it runs; None otherwise.
 
     Raises:
-        ClusterError: its process lives but its dashboard does not answer.
+        ClusterError: its process lives but its dashboard does not answer, or it was started on another machine that
+            shares this state folder.
     """
     if not (home() / RECORD).exists():
         return None
@@ -59,16 +60,19 @@ def find_local() -> LocalCluster | None:
 
 
 def recorded_address() -> str | None:
-    """That of the local cluster as it was when it started; whether it still runs, nobody has looked."""
+    """Return the address that the local cluster had when it started, without a check whether it still runs.
+
+    None means that no local cluster is recorded.
+    """
     cluster = _read()
     return cluster.address if cluster else None
 
 
 def stop_local() -> bool:
-    """End the local cluster, with every job on it, and remove its files; False if none runs.
+    """Stop the local cluster, with every job on it, and remove its files; return whether it was running.
 
     Raises:
-        ClusterError: it runs on another machine that shares this home.
+        ClusterError: it runs on another machine that shares this state folder.
     """
     with locked():
         cluster = _read()
@@ -123,7 +127,13 @@ def _wait_until_ready(cluster: LocalCluster) -> None:
 
 
 def _check_ready(cluster: LocalCluster) -> None:
-    """Ray has written its own address, which it does last, and its jobs API, which gives the version, answers."""
+    """Check that the cluster is ready.
+
+    It is when Ray has written its own address, which it does last, and its jobs API, which gives the version, answers.
+
+    Raises:
+        ClusterError: the cluster is not ready.
+    """
     if not (cluster.ray_folder / "ray_current_cluster").exists():
         raise ClusterError("local cluster", "Ray is still starting", "wait")
     dashboard.ray_version(cluster.address, tokens.own_token())
@@ -136,7 +146,10 @@ def _last_line(log: Path) -> str:
 
 
 def _end(cluster: LocalCluster) -> None:
-    """Ray's own orderly end, then whatever is left of this cluster. Never `ray stop`: it ends every Ray here."""
+    """End Ray in order with SIGTERM, then kill the other processes of this cluster, and remove its files.
+
+    `ray stop` is never used, because it ends every Ray on the machine.
+    """
     members = spawn.family(cluster.pid) if spawn.is_ours(cluster.pid, cluster.folder) else []
     spawn.end(members[:1], ask=True, patience=15)
     spawn.end(members[1:], patience=1)

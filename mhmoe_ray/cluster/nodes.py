@@ -1,4 +1,4 @@
-"""The nodes of a cluster, what is free on them, and what their processes wrote, as its dashboard tells."""
+"""The nodes of a cluster, their free resources, and the logs of their processes, all read from its dashboard."""
 
 import re
 from collections import Counter
@@ -19,10 +19,16 @@ MOST_NODES = 10_000  # more Ray's state API does not list
 
 
 def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
-    """Those that are alive, by host name; the domain is the value of their label of this name.
+    """Return the nodes that are alive with their free CPUs and GPUs.
+
+    A node is named by its host; if several nodes share a host, the start of the node's id is added.
+
+    Args:
+        connection: the cluster.
+        domain_label: the node label whose value is the domain of a node; None leaves domains empty.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     alive, usage = dashboard.nodes(connection.address, connection.token)
     domains = _labels(connection, domain_label) if domain_label else {}
@@ -38,10 +44,10 @@ def free_nodes(connection: Connection, domain_label: str | None) -> list[Node]:
 
 
 def whole_nodes(connection: Connection) -> list[Node]:
-    """Return the nodes that are alive with all that they have, in use or free.
+    """Return the nodes that are alive with all of their CPUs and GPUs, whether used or free.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     alive, _ = dashboard.nodes(connection.address, connection.token)
     totals = [(node["nodeManagerHostname"], node["resourcesTotal"]) for node in alive]
@@ -49,7 +55,7 @@ def whole_nodes(connection: Connection) -> list[Node]:
 
 
 def gpus_of_this_machine() -> int:
-    """Return as many GPUs as a Ray that is started here would have."""
+    """Return the number of GPUs that Ray would detect on this machine if it were started here."""
     from mhmoe_ray.ray_compat import get_accelerator_manager_for_resource
 
     return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
@@ -57,15 +63,17 @@ def gpus_of_this_machine() -> int:
 
 _PYTHON = re.compile(r"--python_worker_command=(.+?) \S*/(?:setup_worker|default_worker)\.py")
 _OWN_PYTHON = {"pip", "uv", "conda", "py_executable", "container", "image_uri"}
-"""Keys of a runtime environment that bring an interpreter of their own, which is then the first of the PATH."""
+"""Keys of a runtime environment that bring their own Python interpreter, which is then the first one on the PATH."""
 
 
 def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
-    """Return the interpreter that a job on the head runs in: Ray's own, which need not be on the PATH of the head, or
-    the first `python` of the PATH where the runtime environment brings one.
+    """Return the Python interpreter that a job on the head node runs in.
+
+    It is Ray's own interpreter, which need not be on the PATH of the head node, or the first `python` on the PATH if
+    the runtime environment brings one.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     if _OWN_PYTHON & runtime_env.keys():
         return "python"
@@ -77,14 +85,20 @@ def head_python(connection: Connection, runtime_env: Mapping[str, Any]) -> str:
 
 
 def _labels(connection: Connection, label: str) -> dict[str, str]:
-    """Its value of each node that has it. Not from the summary, in which Ray renames keys: rack_id becomes rackId."""
+    """Return the value of a label by node id, for the nodes that have it.
+
+    The summary of nodes is not used, because Ray renames keys in it: rack_id becomes rackId.
+    """
     nodes = dashboard.get(connection.address, f"/api/v0/nodes?limit={MOST_NODES}", connection.token)
     labels = {node["node_id"]: node["labels"] or {} for node in nodes["data"]["result"]["result"]}
     return {node: found[label] for node, found in labels.items() if label in found}
 
 
 def _taken(usage: str) -> dict[str, float]:
-    """CPUs and GPUs, of a node's lines of usage; Ray gives none of a node that it has just heard of."""
+    """Return the CPUs and GPUs that are taken, from the usage lines of a node.
+
+    Ray gives no lines for a node that it has just heard of.
+    """
     taken: dict[str, float] = {}
     for line in usage.splitlines():
         if match := _USAGE.match(line):
@@ -94,23 +108,23 @@ def _taken(usage: str) -> dict[str, float]:
 
 
 MARKS = (":job_id:", ":actor_name:", ":task_name:")
-"""Lines of Ray's own, which tell it whose the next ones are."""
+"""Prefixes of the lines with which Ray marks in a log which job, actor or task wrote the lines that follow."""
 EVERYTHING = 1_000_000_000
-"""Lines: more than any log has."""
+"""Number of lines to request for a whole log: more than any log has."""
 
 
 def process_log(connection: Connection, node: str, pid: int, kind: str, *, follow: bool = False) -> Iterator[str]:
-    """Lines of a worker's file.
+    """Yield the lines that a worker process wrote to stdout or stderr, without Ray's own marks.
 
     Args:
         connection: the cluster.
-        node: id of the node that the process runs or ran on.
-        pid: of the process.
+        node: the id of the node that the process runs or ran on.
+        pid: the process id.
         kind: "err" or "out".
-        follow: go on with new lines, for ever.
+        follow: whether to go on with new lines, without end.
 
     Raises:
-        JobError: the node is gone, or keeps no such file.
+        JobError: the node is gone, or has no such file.
     """
     asked = {
         "node_id": node,

@@ -1,4 +1,4 @@
-"""Requests of `mhmoe_ray/remote.py` as jobs of a cluster: submit one, follow it, take its result."""
+"""Requests of `mhmoe_ray/remote.py` as Ray jobs of a cluster: submit one, follow it, read its result."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +17,13 @@ R = TypeVar("R")
 def job_request(
     request: RemoteJob[R], local: bool, runtime_env: Mapping[str, Any], python: str = "python"
 ) -> dict[str, Any]:
-    """Return what Ray Jobs is asked for; `submit --dry-run` prints it.
+    """Return the request to Ray Jobs for a remote job; `submit --dry-run` prints it.
 
     Args:
-        request: of any kind.
-        local: as `jobs.request` takes it.
-        runtime_env: Ray's runtime environment, as the spec has it.
-        python: as `jobs.request` takes it.
+        request: the remote job, of any kind.
+        local: whether this package started the cluster, as in `jobs.request`.
+        runtime_env: Ray's runtime environment, as in the spec.
+        python: the interpreter on the head node of another cluster, as in `jobs.request`.
     """
     job_name = re.sub("[^A-Za-z0-9-]", "-", request.job_name)  # it stands in URLs
     environment = {**runtime_env, "env_vars": {**runtime_env.get("env_vars", {}), **request.environment}}
@@ -38,11 +38,11 @@ class SubmittedJob(Generic[R]):
     name: str
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of its log as they come, to its end; the last ones of a job that fails may be missing."""
+        """Yield the lines of the job's log as they arrive, until it ends; a failed job's last lines may be missing."""
         return jobs.follow_logs(self.connection, self.name)
 
     def progress(self) -> Iterator[str]:
-        """Yield its lines for the user, to its end."""
+        """Yield the lines that the job writes for the user, until it ends."""
         return (line for line in self.lines() if line.startswith(f"{self.request.kind}: "))
 
     @property
@@ -50,13 +50,14 @@ class SubmittedJob(Generic[R]):
         return jobs.is_alive(self.connection, self.name)
 
     def result(self, what: str) -> R:
-        """Return what it made, when it has ended.
+        """Return the result of a job that has ended.
 
         Args:
-            what: the result in words, for an error.
+            what: the name of the result, for an error.
 
         Raises:
-            MhmoeError: the last error that the job wrote; without one, a JobError with Ray's remark on it.
+            MhmoeError: the job made no result or failed: the last error that the job wrote; without one, a JobError
+                with Ray's message on it.
         """
         log = jobs.logs(self.connection, self.name)
         made = self.request.result(lambda: log)
@@ -71,15 +72,15 @@ class SubmittedJob(Generic[R]):
 
 
 def submit(connection: Connection, runtime_env: Mapping[str, Any], request: RemoteJob[R]) -> SubmittedJob[R]:
-    """Hand a request to the cluster.
+    """Submit a remote job to the cluster.
 
     Args:
-        connection: to the cluster.
-        runtime_env: as the spec has it.
-        request: of any kind.
+        connection: the cluster.
+        runtime_env: Ray's runtime environment, as in the spec.
+        request: the remote job, of any kind.
 
     Raises:
-        JobError, SpecError, ClusterError: as `jobs.submit`.
+        JobError, SpecError, ClusterError: in the same cases as `jobs.submit`.
     """
     python = "python" if connection.local else head_python(connection, runtime_env)
     asked = job_request(request, connection.local, runtime_env, python)

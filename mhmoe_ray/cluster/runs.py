@@ -1,4 +1,4 @@
-"""Runs on a cluster: start an attempt, how it stands, and all that `mhmoe status` tells of it."""
+"""Runs on a cluster: start an attempt, find its outcome, and collect everything that `mhmoe status` shows of a run."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mhmoe_ray.storage import location
 from mhmoe_ray.train.job import TrainRequest
 
 QUIET_SECONDS = 120.0
-"""Without a line from a run whose cluster does not answer, after which it counts as dead."""
+"""Seconds without a line from a run whose cluster does not answer, after which the run counts as dead."""
 _GRACE_SECONDS = 2.0  # between a job's end and its last event, which are not written by the same process
 _SENDING_SECONDS = 300.0  # in which code and packages are sent to a cluster, which knows the job after that
 _LOCAL_SECONDS = 30.0  # the same of a cluster of this machine, to which nothing is sent
@@ -28,21 +28,22 @@ _LONG_AGO = 10.0  # in seconds: that and what clocks of two machines may be apar
 class Outcome(NamedTuple):
     state: events.State
     reason: str
-    """Why it failed; empty otherwise."""
+    """Reason of a failure; empty otherwise."""
 
 
 def outcome(run: RunDir, connection: Connection, doubt: float = _DOUBT_SECONDS) -> Outcome | None:
-    """How the run ended; None while it goes on.
+    """Return how the run ended; None while it goes on.
+
+    A job that is dead while the run directory says it runs was killed, or its cluster is gone: that is a failure too.
 
     Args:
-        run: with an attempt.
-        connection: to its cluster, or to whichever has its address now.
-        doubt: seconds since it last wrote, up to which a cluster that does not know its job is taken for another.
-
-    A job that is dead while its directory says it runs was killed, or its cluster is gone: that is a failure too.
+        run: a run with at least one attempt.
+        connection: the run's cluster, or whichever cluster has its address now.
+        doubt: seconds since the run last wrote, below which a cluster that does not know its job is taken for another
+            cluster.
 
     Raises:
-        ClusterError: the directory does not say, and the cluster does not answer or is not the run's.
+        ClusterError: the run directory does not say, and the cluster does not answer or is not the run's.
     """
     over = recorded_outcome(events.events(run))
     if over:
@@ -79,14 +80,17 @@ def _may_be_on_its_way(run: RunDir, attempt: Attempt) -> bool:
 
 
 def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome | None:
-    """As `outcome`; and over, too, where its cluster does not answer and it has been quiet for long.
+    """Return the result of `outcome`, but count a run as failed if it is quiet and its cluster does not answer.
+
+    Quiet means that it wrote nothing for `QUIET_SECONDS`.
 
     Args:
-        run: with an attempt.
-        reach: the cluster at an address.
+        run: a run with at least one attempt.
+        reach: a function that connects to the cluster at an address.
 
     Raises:
-        ClusterError: its cluster does not answer, but it wrote something a moment ago; or it wants another token.
+        ClusterError: the run's cluster does not answer, but the run wrote something a moment ago.
+        TokenError: the cluster wants another token.
     """
     over = recorded_outcome(events.events(run))
     if over:
@@ -102,12 +106,12 @@ def outcome_or_gone(run: RunDir, reach: Callable[[str], Connection]) -> Outcome 
 
 
 def quiet(run: RunDir) -> float:
-    """Seconds since it last wrote."""
+    """Return the seconds since the run last wrote an event or a line of metrics."""
     return time.time() - max(jsonl.modified(run.events_file), jsonl.modified(run.metrics_file))
 
 
 def recorded_outcome(happened: list[dict[str, Any]]) -> Outcome | None:
-    """As the events in its directory say."""
+    """Return how the run ended according to its events; None if they do not say that it ended."""
     state = events.state(happened)
     if not events.is_over(state):
         return None
@@ -116,19 +120,20 @@ def recorded_outcome(happened: list[dict[str, Any]]) -> Outcome | None:
 
 
 def start_attempt(run: RunDir, spec: RunSpec, connection: Connection, known_as: str | None = None) -> str:
-    """Submit the next attempt and record it.
+    """Submit the next attempt of a run and record it.
 
     Args:
-        run: its directory.
-        spec: its own.
-        connection: to the cluster.
-        known_as: the cluster's address for those who will look at the run, where that is another one.
+        run: the run directory.
+        spec: the run's spec.
+        connection: the cluster.
+        known_as: the address of the cluster for readers of the run, if it differs from the connection's.
 
     Returns:
         The job's name.
 
     Raises:
-        JobError, SpecError, ClusterError: the cluster does not take it; where it says so, the run counts as failed.
+        JobError, SpecError, ClusterError: the cluster did not accept the job; if the cluster confirms that, the run
+            counts as failed.
     """
     number = newest_number(run) + 1
     request = TrainRequest(path=str(run.path), attempt=number)
@@ -151,7 +156,10 @@ Happened = list[dict[str, Any]]
 
 
 def standing(run: RunDir) -> dict[str, Any]:
-    """JSON. `cluster` says whether the cluster confirmed the state."""
+    """Return everything that `mhmoe status` shows of a run, as JSON.
+
+    The key `cluster` says whether the cluster confirmed the state.
+    """
     happened = events.events(run)
     spec = None if run.is_imported else run.spec()
     went = course(run, spec.train.validate_every if spec else 1)
@@ -197,7 +205,10 @@ def standing(run: RunDir) -> dict[str, Any]:
 
 
 def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connection] = connect) -> tuple[str, str, str]:
-    """The state, the reason of a failure, and what the cluster said: "unknown" where it should but does not answer."""
+    """Return the state of a run, the reason of a failure, and a phrase on what its cluster said.
+
+    The state is "unknown" if the cluster must be asked but does not answer.
+    """
     attempts = read_attempts(run)
     over, cluster = recorded_outcome(happened), "not asked: the run is over"
     said = events.state(happened)
@@ -211,7 +222,7 @@ def state_of(run: RunDir, happened: Happened, connected: Callable[[str], Connect
 
 
 def _missing(state: str, happened: Happened) -> str | None:
-    """Return what a run that waits for room lacks, as its job says."""
+    """Return the resources that a run that waits for them lacks, as its job says; None for a run that does not wait."""
     waiting = events.newest(happened, "waiting") if state == "waiting" else None
     return waiting.get("missing") if waiting else None
 
@@ -233,8 +244,15 @@ def _asked(spec: RunSpec) -> dict[str, Any]:
 
 
 def served(run: RunDir, happened: Happened, seconds: float = 10) -> list[dict[str, Any]]:
-    """Where its checkpoints are served, as the clusters say that they were once deployed to; "unknown" where one does
-    not say so in as many seconds."""
+    """Return the applications that serve checkpoints of a run, on the clusters that its events say it was deployed to.
+
+    An application has the status "unknown" if its cluster does not answer.
+
+    Args:
+        run: the run.
+        happened: the run's events.
+        seconds: the timeout for the answer of each cluster.
+    """
     deployed = {(e["address"], e["application"]): e for e in happened if e["event"] == "served"}
     found = []
     for address in {address for address, _ in deployed}:

@@ -1,7 +1,7 @@
-"""The configuration of Serve, which is one for all applications, over the dashboard's REST API.
+"""Client of the Serve configuration, which is one for all applications, over the dashboard's REST API.
 
-It is put whole, so whoever changes it reads it first, and nobody else may change it in between. For commands that share
-a home a lock sees to that; Serve itself knows none.
+A change replaces the whole configuration, so it must read the current one first, and nobody else may change it in
+between. For commands that share a state folder a lock ensures that; Serve itself has no lock.
 """
 
 import functools
@@ -20,12 +20,12 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.ray_compat import SDK_LOGGERS
 
 END_SECONDS = 150.0
-"""Several times what one request for it waits, half a minute."""
+"""Timeout in seconds for Serve to end: several times the half minute that one request to end it waits."""
 
 
 @functools.cache
 def client(connection: Connection) -> Any:
-    """Ray's own, which takes longer to import than all else that `mhmoe status` does."""
+    """Return Ray's own Serve client, which takes longer to import than everything else that `mhmoe status` does."""
     from mhmoe_ray.ray_compat import ServeSubmissionClient
 
     logging.getLogger(SDK_LOGGERS[0]).setLevel(logging.WARNING)  # it tells of every upload
@@ -33,14 +33,14 @@ def client(connection: Connection) -> Any:
 
 
 def get(connection: Connection, seconds: float = 60) -> dict[str, Any]:
-    """What Serve tells of itself: `applications` by name, `http_options` and more.
+    """Return Serve's details of itself: `applications` by name, `http_options` and more.
 
     Args:
         connection: the cluster.
-        seconds: that an answer may take; the dashboard joins Ray for the first.
+        seconds: the timeout of the answer; for the first one the dashboard joins the Ray cluster.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     path = "/api/serve/applications/"
     details: dict[str, Any] = dashboard.get(connection.address, path, connection.token, seconds=seconds)
@@ -48,21 +48,30 @@ def get(connection: Connection, seconds: float = 60) -> dict[str, Any]:
 
 
 def configs(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those in force. Applications of `serve.run` have none and stay whatever we put."""
+    """Return the configurations in force, from Serve's details.
+
+    Applications of `serve.run` have no configuration and stay, whatever configuration is put.
+    """
     return [a["deployed_app_config"] for a in details["applications"].values() if a["deployed_app_config"]]
 
 
 def changing(connection: Connection) -> AbstractContextManager[Path]:
-    """Hold this from the question on which a change is built until it is put."""
+    """Return the lock of a cluster's Serve configuration.
+
+    Hold it from the request that reads the configuration until the changed one is put.
+    """
     cluster = "" if connection.local else f"-{hashlib.sha256(connection.address.encode()).hexdigest()[:8]}"
     return locked(f"serve{cluster}.lock")
 
 
 def replace(connection: Connection, name: str, config: dict[str, Any] | None, patience: Patience) -> None:
-    """Another configuration for an application, or none: then Serve removes it. Nothing if it is gone.
+    """Replace the configuration of an application, or remove it if `config` is None, so that Serve removes the
+    application.
+
+    An application that is gone is left alone.
 
     Raises:
-        ClusterError, TokenError: as `Patience.ask`.
+        ClusterError, TokenError: in the same cases as `Patience.ask`.
     """
     with changing(connection):
         while (details := patience.ask(functools.partial(get, connection), None)) is None:
@@ -73,7 +82,14 @@ def replace(connection: Connection, name: str, config: dict[str, Any] | None, pa
 
 
 def put(connection: Connection, details: dict[str, Any], configs: list[dict[str, Any]], http: dict[str, Any]) -> None:
-    """All that is to stay; what is missing ends."""
+    """Put the configurations of all applications that are to stay; Serve removes those that are missing.
+
+    Args:
+        connection: the cluster.
+        details: Serve's current details, whose proxy location and target capacity are kept.
+        configs: the configurations of the applications.
+        http: Serve's host and port.
+    """
     config = {"applications": configs, "http_options": http}
     if details.get("proxy_location"):
         config["proxy_location"] = details["proxy_location"]
@@ -83,15 +99,16 @@ def put(connection: Connection, details: dict[str, Any], configs: list[dict[str,
 
 
 def end_idle(connection: Connection) -> dict[str, Any]:
-    """End Serve itself, which frees its port, unless it has applications. To be asked under `changing`: one that is
-    just started for a configuration has none yet.
+    """End Serve itself, which frees its port, unless it has applications.
+
+    Call it under the lock of `changing`: a Serve that was just started for a configuration has no applications yet.
 
     Returns:
-        What Serve tells then.
+        Serve's details afterwards.
 
     Raises:
-        ServeError: it does not end.
-        ClusterError, TokenError: as `dashboard.get`.
+        ServeError: Serve does not end.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     deadline = time.monotonic() + END_SECONDS
     while (details := get(connection)).get("http_options") and not details["applications"]:

@@ -1,4 +1,4 @@
-"""Take Ray Serve applications away."""
+"""Removal of Ray Serve applications."""
 
 import secrets
 import time
@@ -14,23 +14,25 @@ from mhmoe_ray.errors import ServeError
 
 SAY_SECONDS = 30.0
 GIVE_UP_SECONDS = 60.0
-"""For Serve to build an application and to give up its replicas that start: seconds unless the machine is busy or an
-environment is installed."""
+"""Timeout in seconds for Serve to build an application and to give up its starting replicas.
+
+It takes a few seconds unless the machine is busy or an environment is being installed.
+"""
 
 GRACE_SECONDS = 0
-"""Of replicas that are not waited for."""
+"""Graceful shutdown timeout in seconds of replicas that are not waited for."""
 
 
 def remove(connection: Connection, name: str, say: Callable[[str], object] = lambda line: None) -> None:
-    """Take an application away and wait until it is gone; with the last one Serve itself ends and frees its port.
+    """Remove an application and wait until it is gone; with the last one Serve itself ends and frees its port.
 
-    Replicas end what they have begun, for as long as their deployment allows, and are waited for. Those that have not
-    begun to answer, since they load weights or no node has room for them, end at once.
+    Replicas finish the requests they have begun, for as long as their deployment allows, and are waited for. Replicas
+    that do not answer yet, because they load weights or no node has room for them, end at once.
 
     Args:
         connection: the cluster.
-        name: the application's.
-        say: takes a line now and then.
+        name: the application's name.
+        say: a function that is called with a line of progress now and then.
 
     Raises:
         ServeError: there is no such application, it was not deployed by a config, or it is deployed anew meanwhile.
@@ -63,11 +65,12 @@ def _ask(connection: Connection, name: str, details: dict[str, Any], patience: P
 
 
 def _give_up_what_starts(connection: Connection, name: str, patience: Patience) -> None:
-    """Until no replica of the application starts any more.
+    """Make Serve give up the starting replicas of an application, and wait until it has.
 
-    When it removes an application, Serve waits for those that start as for those that answer, ours ten minutes. It does
-    not where another version takes their place; so one does, which starts nowhere. Deployments with placement groups,
-    which ours have not, take no other resources, and are waited for.
+    When Serve removes an application, it waits for starting replicas as long as for those that answer, which is ten
+    minutes for ours. It does not wait for them if another version of the deployment takes their place. So this function
+    deploys another version, which can start nowhere. Deployments with placement groups, which ours do not have, cannot
+    be given other resources, so their replicas are waited for.
     """
 
     def until(done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -93,8 +96,11 @@ def _give_up_what_starts(connection: Connection, name: str, patience: Patience) 
 
 
 def _nowhere() -> dict[str, Any]:
-    """Options of a deployment whose replicas find no place, and are not waited for. Of each removal others, so that
-    Serve replaces also what another removal has started nowhere, which would look like any that starts."""
+    """Return options of a deployment whose replicas find no node and are not waited for.
+
+    They differ for each removal, so that Serve also replaces replicas that another removal left without a node, which
+    look like any other replicas that start.
+    """
     resource = f"none_as_it_is_removed_{secrets.token_hex(4)}"
     return {
         "graceful_shutdown_timeout_s": GRACE_SECONDS,
@@ -113,14 +119,20 @@ def _is_built(application: dict[str, Any]) -> bool:
 
 
 def _starts_some(deployment: dict[str, Any]) -> bool:
-    """Now or next; as many as there are to be may run, of a version that is to give way."""
+    """Return whether a deployment starts replicas now or will do so next.
+
+    A deployment may already run its target number of replicas while it starts others, if the running ones are of a
+    version that is to be replaced.
+    """
     states = [replica["state"] for replica in deployment["replicas"]]
     return "STARTING" in states or states.count("RUNNING") < deployment["target_num_replicas"]
 
 
 def _gave_up(application: dict[str, Any], starting: list[str]) -> bool:
-    """Whether Serve has taken the new version for the target of these deployments, and stopped what started before it,
-    both by Serve's clock. An older replica that it starts in between is stopped before it looks at applications again.
+    """Return whether Serve has taken the new version as the target of these deployments and stopped older replicas.
+
+    Older replicas are those that started before the last deployment and are still starting; both times are by Serve's
+    clock. If Serve starts an older replica in between, it stops that replica before it looks at applications again.
     """
     for told in (application["deployments"][d] for d in starting if d in application["deployments"]):
         replicas = [r for r in told["replicas"] if r["start_time_s"] < application["last_deployed_time_s"]]
@@ -131,7 +143,11 @@ def _gave_up(application: dict[str, Any], starting: list[str]) -> bool:
 
 
 def _wait(connection: Connection, name: str, patience: Patience, say: Callable[[str], object]) -> None:
-    """Until it is gone, which Serve sees to in the end."""
+    """Wait, without a timeout, until an application is gone, which Serve ensures in the end.
+
+    Raises:
+        ServeError: the application is deployed anew meanwhile.
+    """
     began = said = time.monotonic()
     while (told := patience.ask(partial(get, connection), None)) is None or name in told["applications"]:
         if told and told["applications"][name]["status"] != "DELETING":

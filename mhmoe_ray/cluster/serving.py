@@ -1,4 +1,4 @@
-"""Ray Serve applications: deploy and look at them."""
+"""Ray Serve applications: deploy and inspect them."""
 
 import math
 import time
@@ -16,37 +16,43 @@ from mhmoe_ray.errors import ServeError, SpecError
 from mhmoe_ray.serve.config import IMPORT_PATH
 
 SAY_SECONDS = 30.0
-"""Between two lines on an application that does not answer yet."""
+"""Seconds between two lines about an application that does not answer yet."""
 
 
 @dataclass(frozen=True)
 class Application:
     name: str
     url: str
-    """Where it answers."""
+    """URL at which the application answers."""
     reachable: bool
-    """False where that is a loopback address of another machine: from here it leads to whatever listens here."""
+    """Whether this machine can reach the URL.
+
+    It cannot if the URL is a loopback address of another machine: here it would lead to whatever listens on this
+    machine.
+    """
     status: str
-    """NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY or DELETING."""
+    """One of NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY and DELETING."""
     message: str
-    """One line; empty if all is well."""
+    """Message in one line; empty if all is well."""
     checkpoint: str | None
-    """What it serves; None if it is not one of ours."""
+    """Path of the checkpoint that the application serves; None if the application is not one of ours."""
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
-    """Add an application to what Serve runs, or replace the one of its name. Returns before it answers: the URL at
-    which it will.
+    """Add an application to those that Serve runs, or replace the one of its name; return its future URL.
+
+    It does not wait until the application answers at that URL.
 
     Args:
         connection: the cluster.
-        application: as in Serve's config file: name, route_prefix, import_path, args, runtime_env ... Folders and files
-            of this machine that the last one names are sent, and to a cluster that is not ours our packages.
-        host: address that Serve's proxies listen on.
-        port: their port.
+        application: the configuration as in Serve's config file: name, route_prefix, import_path, args, runtime_env ...
+            Folders and files of this machine that runtime_env names are sent; to a cluster that this package did not
+            start, our packages are sent as well.
+        host: the address that Serve's proxies listen on.
+        port: the port that they listen on.
 
     Raises:
-        ServeError: Serve does not accept it, cannot listen there, or listens elsewhere already.
+        ServeError: Serve does not accept the application, cannot listen there, or listens elsewhere already.
         SpecError: the runtime environment is not one that Ray knows, or sends more than Ray takes.
     """
     what = f"application {application['name']}"
@@ -71,7 +77,11 @@ def deploy(connection: Connection, application: dict[str, Any], host: str, port:
 
 
 def _checked(connection: Connection, application: dict[str, Any], host: str, port: int) -> dict[str, Any]:
-    """What Serve tells, if the application can be had there beside what it runs."""
+    """Return Serve's details, after a check that the application's address and route fit what Serve runs.
+
+    Raises:
+        ServeError: Serve listens elsewhere, or another application answers at that route.
+    """
     details = end_idle(connection)  # without applications it keeps its port, also one that it could not get
     _check_address(details, host, port)
     _check_route(details, application)
@@ -79,7 +89,13 @@ def _checked(connection: Connection, application: dict[str, Any], host: str, por
 
 
 def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """With URIs, which Serve insists on, in place of this machine's folders, and files of requirements read."""
+    """Upload what a runtime environment names on this machine, and return it in the form that Serve takes.
+
+    Folders are replaced by URIs, which Serve insists on, and requirements files are read.
+
+    Raises:
+        SpecError: Ray does not accept the runtime environment.
+    """
     from ray.runtime_env import RuntimeEnv
 
     check_size(runtime_env)
@@ -93,8 +109,11 @@ def _sent(serve: Any, runtime_env: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
-    """As it was before our packages were added to it and sent: they are URIs now, the last ones of those that were
-    sent, and would stand before what is newer."""
+    """Return a deployed runtime environment as it was before our packages were added to it and uploaded.
+
+    Our packages are URIs by now, the last ones of those that were uploaded, and would take precedence over newer
+    packages.
+    """
     modules = runtime_env.get("py_modules", [])
     ours = [module for module in modules if module.startswith("gcs://")][-len(PACKAGES) :]
     before = {"py_modules": [module for module in modules if module not in ours]}
@@ -105,17 +124,19 @@ def without_packages(runtime_env: dict[str, Any]) -> dict[str, Any]:
 def wait_until_running(
     connection: Connection, name: str, timeout: float = math.inf, say: Callable[[str], object] = lambda line: None
 ) -> Application:
-    """The application, when it answers. By default it is waited for as long as Serve is at it, which says so when it
-    gives up: a node that must start, and its image, take their time.
+    """Wait until an application answers, and return it.
+
+    By default there is no timeout, because starting a node and pulling its image take time, and Serve itself reports
+    when it gives up.
 
     Args:
         connection: the cluster.
-        name: the application's.
-        timeout: in seconds.
-        say: takes a line now and then.
+        name: the application's name.
+        timeout: the timeout in seconds.
+        say: a function that is called with a line of progress now and then.
 
     Raises:
-        ServeError: it failed, is gone, or is not up in time; with what Serve says about it.
+        ServeError: the application failed, is gone, or does not run in time; the reason is what Serve says about it.
         ClusterError, TokenError: the cluster gave no answer for too long, or wants another token.
     """
     what, patience = f"application {name}", Patience(say)
@@ -145,14 +166,14 @@ def _application(connection: Connection, name: str) -> Application:
 
 
 def applications(connection: Connection, seconds: float = 60) -> list[Application]:
-    """All that Serve runs on the cluster, by name.
+    """Return all applications that Serve runs on the cluster, sorted by name.
 
     Args:
         connection: the cluster.
-        seconds: that an answer may take; the dashboard joins Ray for the first.
+        seconds: the timeout of the answer; for the first one the dashboard joins the Ray cluster.
 
     Raises:
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     details = get(connection, seconds)
     http = details.get("http_options") or {}
@@ -167,8 +188,11 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
 
 
 def _place(connection: Connection, host: str, port: int) -> tuple[str, bool]:
-    """Serve's URL, and whether it leads there from here. Its proxies listen on the head too, where the dashboard is,
-    unless that is seen through a tunnel."""
+    """Return Serve's URL, and whether it leads there from this machine.
+
+    Serve's proxies listen on the head node too, where the dashboard is, unless the dashboard is reached through a
+    tunnel.
+    """
     if host in ("0.0.0.0", "::") and not connection.is_local_machine:
         host = urlsplit(connection.address).hostname or host
     url = dashboard.url_at(host, port)
@@ -180,7 +204,13 @@ def _is_ours(config: dict[str, Any]) -> bool:
 
 
 def _check_address(details: dict[str, Any], host: str, port: int) -> None:
-    """While Serve runs, it ignores another host or port without a word."""
+    """Check that Serve does not listen on another host or port.
+
+    While it runs, Serve silently ignores a configuration with another one.
+
+    Raises:
+        ServeError: Serve listens elsewhere.
+    """
     http = details.get("http_options")
     if http and (http["host"], http["port"]) != (host, port):
         why = f"Serve listens on {http['host']}:{http['port']} already and has one address for all applications"
@@ -196,13 +226,19 @@ def _check_route(details: dict[str, Any], application: dict[str, Any]) -> None:
 
 
 def _route(app: dict[str, Any]) -> str | None:
-    """Serve itself tells none of an application that it still builds."""
+    """Return the route prefix of an application; None if it has none.
+
+    Serve itself reports none for an application that it is still building, so it is taken from the configuration then.
+    """
     route: str | None = app["route_prefix"] or (app["deployed_app_config"] or {}).get("route_prefix")
     return route
 
 
 def _message(app: dict[str, Any]) -> str:
-    """That of the first deployment that has one, since the application's own then only names the deployment."""
+    """Return the message of an application in one line; empty if it is running or has none.
+
+    The first message of a deployment comes before the application's own, which only names the deployment.
+    """
     if app["status"] == "RUNNING":
         return ""
     texts = [*(d["message"] for d in app["deployments"].values()), app["message"]]
@@ -210,12 +246,13 @@ def _message(app: dict[str, Any]) -> str:
 
 
 def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, int]:
-    """The configuration of an application of ours as it was given to `deploy`, but for folders that were sent, and
-    Serve's host and port.
+    """Return the configuration of one of our applications, and Serve's host and port.
+
+    It is the one that was given to `deploy`, except for folders, which were uploaded and are URIs now.
 
     Raises:
         ServeError: there is no such application, or it is not one of ours.
-        ClusterError, TokenError: as `dashboard.get`.
+        ClusterError, TokenError: in the same cases as `dashboard.get`.
     """
     what, details = f"application {name}", get(connection)
     found = next((config for config in configs(details) if config["name"] == name), None)
@@ -229,8 +266,15 @@ def declared(connection: Connection, name: str) -> tuple[dict[str, Any], str, in
 
 
 def stats(application: Application, key: str | None) -> dict[str, Any] | str:
-    """What an application of ours tells of its replicas, or why it does not. One out of reach is not asked: whoever
-    listens here instead is to get no key."""
+    """Return the statistics of one of our applications about its replicas, or a sentence why there are none.
+
+    No request is sent to an application that is out of reach, so that no key reaches a server that listens here
+    instead.
+
+    Args:
+        application: the application.
+        key: its API key; None to send no key.
+    """
     import requests  # takes longer to import than all else here
 
     url = application.url

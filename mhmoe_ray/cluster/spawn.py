@@ -1,7 +1,6 @@
-"""The `ray start` of a local cluster: what it is told, what it must not hear from this process, whose processes are
-its.
+"""The `ray start` of a local cluster: its options, the environment that is withheld from it, and its processes.
 
-A process belongs to the cluster whose folder an environment variable of it names, which children inherit.
+A process belongs to a cluster if an environment variable of it, which children inherit, names the cluster's folder.
 """
 
 import os
@@ -25,7 +24,10 @@ MARK = "MHMOE_CLUSTER"
 
 
 def is_ours(pid: int, folder: Path) -> bool:
-    """Whether this process is the `ray start` we gave that folder. A pid alone may be somebody else's by now."""
+    """Return whether this process is the `ray start` that was given this folder.
+
+    A process id alone does not show that, because another process may have it by now.
+    """
     try:
         return str(folder) in " ".join(psutil.Process(pid).cmdline())  # a zombie has no command line
     except psutil.Error:
@@ -33,7 +35,7 @@ def is_ours(pid: int, folder: Path) -> bool:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it."""
+    """Return a process and all of its descendants; an empty list if it is gone."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -42,9 +44,10 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def marked(folder: Path) -> list[psutil.Process]:
-    """Processes with that folder in their environment, this one excepted: jobs may have outlived their parents.
+    """Return the processes with this folder in their environment, except this one.
 
-    Ray's workers and dashboard modules overwrite their environment with a title, so they are found by `family` only.
+    It finds jobs that have outlived their parents. Ray's workers and dashboard modules overwrite their environment with
+    a title, so only `family` finds them.
     """
     found = []
     for process in psutil.process_iter():
@@ -57,9 +60,10 @@ def marked(folder: Path) -> list[psutil.Process]:
 
 
 def end(processes: Sequence[psutil.Process], *, patience: float, ask: bool = False) -> None:
-    """Wait for these to end by themselves, or because asked with SIGTERM, for so many seconds; kill the rest.
+    """Wait until these processes end, for at most `patience` seconds, then kill the rest.
 
-    psutil compares start times before it sends a signal, so it never meets another process of the same pid.
+    With `ask` they get SIGTERM first; otherwise they are left to end by themselves. psutil compares start times before
+    it sends a signal, so it never hits another process with the same id.
     """
     for process in processes if ask else ():
         with suppress(psutil.Error):
@@ -72,8 +76,11 @@ def end(processes: Sequence[psutil.Process], *, patience: float, ask: bool = Fal
 
 
 def _alive_after(seconds: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that do not end within that time. One whose parent does not ask for its end is over, too: in a container
-    that may be the first process, which never asks."""
+    """Wait for processes to end, and return those that have not ended after that many seconds.
+
+    A zombie, whose parent does not reap it, counts as ended: in a container the parent may be the first process, which
+    never reaps.
+    """
     deadline = time.monotonic() + seconds
     while True:
         _, alive = psutil.wait_procs(processes, timeout=0)
@@ -92,7 +99,10 @@ def _is_over(process: psutil.Process) -> bool:
 
 OBJECT_STORE_BYTES = 512 << 20
 PORTS = range(20000, 30000)
-"""Outside those of other clusters' workers (10002 to 19999) and those that the system gives out (from 32768)."""
+"""Range of ports for the servers of local clusters.
+
+It lies outside the ports of other clusters' workers (10002 to 19999) and those that the system assigns (from 32768).
+"""
 
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
@@ -100,7 +110,7 @@ PRIVATE = {
     # address of the network card in the place of a loopback one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-"""Variables of a Ray that this machine alone can reach, with a token."""
+"""Environment variables of a Ray cluster that only this machine can reach, and only with a token."""
 
 _OF_ONE_MACHINE = {
     # Asks, from a process of its own in each run, whether nodes are to be taken away; there is only this one.
@@ -110,7 +120,10 @@ _OF_ONE_MACHINE = {
     # A Python for each core before there is work: jobs have a runtime environment and would not use them.
     "RAY_prestart_worker_first_driver": "0",
 }
-"""What Ray need not do, or can do sooner, where nothing joins; the user's own settings go before."""
+"""Environment variables that leave out or speed up work of Ray for a cluster that no other node joins.
+
+The user's own settings take precedence.
+"""
 
 # What ties a `ray start` to another cluster.
 _FOREIGN = (
@@ -128,16 +141,16 @@ _SECRET = ("MHMOE_API_KEY", "MHMOE_API_KEYS")
 @dataclass(frozen=True)
 class LocalCluster:
     pid: int
-    """Of `ray start --block`; the other processes are below it."""
+    """Process id of `ray start --block`; the other processes are its descendants."""
     address: str
-    """The dashboard."""
+    """URL of the dashboard."""
     gcs_address: str
     cpus: int
-    """Logical; may be more than there are cores."""
+    """Number of logical CPUs, which may exceed the number of cores."""
     host: str
-    """The machine: a home may be shared by several."""
+    """Name of the machine, because several machines may share a state folder."""
     folder: Path
-    """Holds Ray's files and the log of `ray start`."""
+    """Folder of Ray's files and the log of `ray start`."""
 
     @property
     def ray_folder(self) -> Path:
@@ -149,7 +162,7 @@ class LocalCluster:
 
 
 def spawn_ray(cpus: int) -> LocalCluster:
-    """Start Ray, in a session of its own, and do not wait for it.
+    """Start Ray in a session of its own, without waiting for it.
 
     Raises:
         ClusterError: no ports are free.
@@ -189,7 +202,10 @@ def spawn_ray(cpus: int) -> LocalCluster:
 
 
 def _make_folder() -> Path:
-    """A short path: that of a Unix socket may have 103 characters, and Ray's part takes up to 84."""
+    """Create a folder with a short path.
+
+    The path of a Unix socket may have 103 characters, and Ray's part takes up to 84.
+    """
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="mhmoe-", dir=base if len(base) <= 15 else "/tmp"))
 
@@ -203,7 +219,11 @@ def _shared_memory_holds(size: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Of `PORTS`, which nobody has at the moment."""
+    """Return ports from `PORTS` that are free at the moment.
+
+    Raises:
+        ClusterError: fewer ports than `count` are free.
+    """
     ports: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as s:

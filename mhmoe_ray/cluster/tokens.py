@@ -1,7 +1,8 @@
-"""The folder with this user's state, and Ray's tokens: our own for clusters that we start, the user's for others.
+"""The state folder of this user, and Ray's tokens: our own for clusters that we start, the user's for others.
 
-`ray start` runs open where it finds no token file, so we always give it one. It lies in our home: ~/.ray/auth_token is
-the user's and is read here but never written. A token travels in files and HTTP headers, never on a command line.
+`ray start` runs without authentication if it finds no token file, so it is always given one. That file lies in the
+state folder: ~/.ray/auth_token belongs to the user and is read but never written. A token travels in files and HTTP
+headers, never on a command line.
 """
 
 import fcntl
@@ -17,10 +18,12 @@ from mhmoe_ray.errors import ClusterError, TokenError
 
 
 def home() -> Path:
-    """$MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe; made for its owner only if missing.
+    """Return the state folder: $MHMOE_HOME, else $XDG_STATE_HOME/mhmoe, else ~/.local/state/mhmoe.
+
+    A missing folder is created with access for its owner only.
 
     Raises:
-        ClusterError: it cannot be made.
+        ClusterError: it cannot be created.
     """
     given, xdg = os.environ.get("MHMOE_HOME"), os.environ.get("XDG_STATE_HOME")
     base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".local/state"
@@ -38,11 +41,12 @@ def _unusable(folder: Path, e: OSError) -> ClusterError:
 
 @contextmanager
 def locked(name: str = "lock") -> Iterator[Path]:
-    """The home, while no other command holds the lock of this name: by default that of one who starts, stops or looks
-    for the local cluster.
+    """Hold the lock of this name against other commands, and yield the state folder.
+
+    The default lock is held to start, stop or look for the local cluster.
 
     Raises:
-        ClusterError: it cannot be written, or its file system has no locks.
+        ClusterError: the folder cannot be written, or its file system has no locks.
     """
     folder = home()
     try:
@@ -63,7 +67,7 @@ def locked(name: str = "lock") -> Iterator[Path]:
 class Token:
     value: str = field(repr=False)
     source: str
-    """Where it was read, for messages."""
+    """File or environment variable that the token was read from, for messages."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -75,7 +79,10 @@ def token_file() -> Path:
 
 
 def make_token() -> Path:
-    """The file with our own token, made if missing. Call it under the lock of the home."""
+    """Return the path of the file with our own token, and create it if it is missing.
+
+    Call it under the lock of the state folder.
+    """
     path = token_file()
     if not path.exists():
         fd, partial = tempfile.mkstemp(dir=path.parent)  # readable by its owner only
@@ -88,7 +95,7 @@ def make_token() -> Path:
 
 
 def own_token() -> Token:
-    """The token of clusters that we started.
+    """Return the token of clusters that this package starts.
 
     Raises:
         TokenError: its file is gone or empty.
@@ -97,10 +104,12 @@ def own_token() -> Token:
 
 
 def user_token() -> Token | None:
-    """What Ray itself would send to a cluster that is not ours; None if the user has no token or switched them off.
+    """Return the token that Ray itself would send to a cluster that this package did not start.
+
+    It is None if the user has no token or has switched tokens off.
 
     Raises:
-        TokenError: RAY_AUTH_TOKEN_PATH names a file that holds no token.
+        TokenError: the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, holds no token.
     """
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return None
@@ -113,16 +122,16 @@ def user_token() -> Token | None:
 
 
 def token_in(path: Path) -> Token:
-    """That of a file which the user has named for a cluster.
+    """Return the token in a file that the user has named for a cluster.
 
     Raises:
-        TokenError: it holds none.
+        TokenError: the file holds no token.
     """
     return _read(path, str(path), "write the cluster's token into it, or name another file: mhmoe cluster use")
 
 
 def refused(address: str, token: Token | None) -> TokenError:
-    """What to say when a cluster answers 401 or 403."""
+    """Return the error for a cluster that answers 401 or 403."""
     if token is not None:
         why = f"it refused the token of {token.source}"
     elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":

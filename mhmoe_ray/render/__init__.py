@@ -1,10 +1,10 @@
-"""Files for clusters and what watches over them, as `mhmoe cluster render` writes them. Text alone: nothing is asked.
+"""Files for clusters and their monitoring, as `mhmoe cluster render` writes them; no server is contacted.
 
-    files.py        all of a site's files, by path, and whether a run fits on it
+    files.py        all files of a site, by path, and whether a run fits on it
     kuberay.py      manifests for KubeRay, and the image of all nodes
-    ray_up.py       cluster files for `ray up`: AWS, GCP, machines of one's own
+    ray_up.py       cluster files for `ray up`: AWS, GCP, on-premise machines
     slurm.py        a batch script
-    monitoring.py   where Prometheus finds Ray's nodes, and what Grafana shows
+    monitoring.py   how Prometheus discovers Ray's nodes, and Grafana's dashboards
 
-The folder cluster/ holds what they make of cluster/site.yaml; tests/render fails where it does not.
+The folder cluster/ holds the files rendered from cluster/site.yaml; tests/render fails if it does not.
 """

@@ -17,7 +17,7 @@ from mhmoe_ray.spec.site import SiteSpec
 
 
 def nodes_for(site: SiteSpec, run: RunSpec) -> int:
-    """Worker nodes that the run takes at most.
+    """Return the largest number of worker nodes that the run uses.
 
     Raises:
         SpecError: one of its workers is larger than a node, or the nodes are too few; or no node has CPUs left for the
@@ -45,14 +45,17 @@ MARK = "# Rendered by `mhmoe cluster render`: change the site's file, not this o
 
 
 def files(site: SiteSpec, run: RunSpec | None = None, application: dict[str, Any] | None = None) -> dict[str, str]:
-    """Args:
-    site: what the cluster is made of.
-    run: to train on it.
-    application: to serve on it, as `serve.config.application_config` makes it.
+    """Return the contents of all files of a site, by path.
+
+    Args:
+        site: the description of the cluster.
+        run: a run to train on it; None for no run.
+        application: an application to serve on it, as `serve.config.application_config` makes it; None for no
+            application.
 
     Raises:
-        SpecError: the run does not fit on the site, or it or the checkpoint lies elsewhere than on its storage; or a
-            name is longer than KubeRay takes.
+        SpecError: the run does not fit on the site, the run or the checkpoint is not on the site's storage, or a name
+            is longer than KubeRay takes.
     """
     return dict(_files(site, run, application))
 
@@ -88,7 +91,11 @@ def _files(site: SiteSpec, run: RunSpec | None, application: dict[str, Any] | No
 
 
 def _check_storage(site: SiteSpec, run: RunSpec) -> None:
-    """Nodes read and write there what the run does."""
+    """Check that a run's directory and data are on the site's storage, where all nodes read and write them.
+
+    Raises:
+        SpecError: one of them is not, or the spec does not declare a shared filesystem.
+    """
     mount = site.storage.mount
     for key, place in (("storage", run.storage), ("data.prepared", run.data.prepared)):
         _check_place(site, str(place), f"run {run.name}, {key}", f"put it there: --set {key}={mount}/...")
@@ -103,7 +110,7 @@ def _check_place(site: SiteSpec, place: str, what: str, fix: str) -> None:
 
 
 class _Plain(yaml.SafeDumper):
-    """Without anchors where one value stands in two places."""
+    """YAML dumper without anchors, which writes a value that occurs twice in full both times."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -11,7 +11,7 @@ from mhmoe_ray.serve.config import ENVIRONMENT
 from mhmoe_ray.spec.site import GroupSpec, NodeSpec, SiteSpec
 
 UID = 1000
-"""The user's, and its group's."""
+"""Id of the user and of the user's group."""
 CONTAINERFILE = """\
 # All nodes of a cluster, with or without GPUs: PyPI's torch for Linux brings CUDA along.
 #   podman build -f cluster/Containerfile -t IMAGE .       in the project's root
@@ -44,12 +44,12 @@ def containerfile() -> str:
 
 API = "ray.io/v1"
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
-"""Characters of a name: the operator makes longer ones of it."""
+"""Largest number of characters of an object's name, from which the operator makes longer ones."""
 IDLE_SECONDS = 300
 STEP_PERCENT, STEP_SECONDS, SURGE_PERCENT = 25, 30, 100
-"""An upgrade moves so much of the requests every so often, and meanwhile has so many replicas more."""
+"""Per cent of requests that an upgrade moves in a step, seconds between steps, and per cent of extra replicas."""
 PORTS = {"metrics": 8080, "serve": 8000}
-"""Of all nodes."""
+"""Ports of all nodes."""
 HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, **PORTS}
 
 
@@ -58,12 +58,12 @@ def ray_cluster(site: SiteSpec) -> dict[str, Any]:
 
 
 def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
-    """A cluster that trains one run and goes away with it.
+    """Return a RayJob: a cluster that trains one run and is removed with it.
 
     Args:
-        site: what it is made of.
-        spec_path: of the run's spec, on the storage that all nodes mount.
-        name: of the run.
+        site: the description of the cluster.
+        spec_path: the path of the run's spec, on the storage that all nodes mount.
+        name: the name of the run.
     """
     return _object(
         "RayJob",
@@ -83,12 +83,13 @@ def ray_job(site: SiteSpec, spec_path: str, name: str) -> dict[str, Any]:
 
 
 def ray_service(site: SiteSpec, application: dict[str, Any]) -> dict[str, Any]:
-    """An application of Ray Serve on a cluster of its own. A change of it, a newer checkpoint for one, is taken over
-    while both answer.
+    """Return a RayService: an application of Ray Serve on a cluster of its own.
+
+    A changed application, for example one with a newer checkpoint, takes over while both versions answer.
 
     Args:
-        site: what the cluster is made of.
-        application: as `serve.config.application_config` makes it.
+        site: the description of the cluster.
+        application: the application, as `serve.config.application_config` makes it.
     """
     return _object(
         "RayService",

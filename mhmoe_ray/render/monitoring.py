@@ -1,4 +1,4 @@
-"""Monitoring: where Prometheus finds the nodes, what Grafana shows, and the JSON of its dashboards."""
+"""Monitoring: how Prometheus discovers the nodes, and the content and JSON of Grafana's dashboards."""
 
 from typing import Any, NamedTuple
 
@@ -7,16 +7,16 @@ from mhmoe_ray.runs.metrics import METRICS, PREFIX, PanelKind, Unit
 from mhmoe_ray.spec.site import SiteSpec
 
 DISCOVERY = "prom_metrics_service_discovery.json"
-"""The file in which Ray's head keeps the addresses of all nodes, in its folder for temporary files."""
+"""Name of the file in which Ray's head node keeps the addresses of all nodes, in its folder for temporary files."""
 RAY_FOLDER = "/tmp/ray"
-"""That folder by Ray's default."""
+"""Default path of Ray's folder for temporary files."""
 
 
 def prometheus(ray_folder: str) -> dict[str, Any]:
-    """Of a Prometheus on the head's machine.
+    """Return the configuration of a Prometheus server on the machine of the head node.
 
     Args:
-        ray_folder: what the head was started with as --temp-dir.
+        ray_folder: the folder that the head node was started with as --temp-dir.
     """
     return {
         "global": {"scrape_interval": "10s"},
@@ -25,7 +25,7 @@ def prometheus(ray_folder: str) -> dict[str, Any]:
 
 
 def pod_monitor(site: SiteSpec) -> dict[str, Any]:
-    """For Prometheus' operator on Kubernetes: all pods of the cluster."""
+    """Return the PodMonitor for all pods of the cluster, which the Prometheus operator on Kubernetes reads."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
@@ -47,7 +47,7 @@ WINDOW = "$__rate_interval"
 class Panel(NamedTuple):
     title: str
     queries: dict[str, str]
-    """By legend, in which {{name}} stands for a label."""
+    """Queries by legend, in which {{name}} stands for a label."""
     unit: Unit = "short"
     kind: PanelKind = "timeseries"
     help: str = ""
@@ -58,9 +58,9 @@ class Dashboard(NamedTuple):
     name: str
     title: str
     label: str
-    """The variable that chooses among runs or models, and the label that it stands for."""
+    """Name of the variable that chooses among runs or models, and of the label that it stands for."""
     chosen_from: str
-    """A metric that has it."""
+    """Name of a metric that has the label."""
     panels: list[Panel]
 
 
@@ -69,7 +69,7 @@ def _train(name: str) -> str:
 
 
 def _run_panels(dashboard: str) -> list[Panel]:
-    """Return the panels that the registry of metrics asks for; metrics of the same title share one."""
+    """Return the panels that the registry of metrics asks for; metrics with the same title share one."""
     series = {name: _train(name) for name in METRICS}
     panels: dict[str, Panel] = {}
     for metric in METRICS.values():
@@ -128,9 +128,9 @@ DASHBOARDS = (TRAINING, ROUTING, SERVING)
 
 
 SCHEMA = 39
-"""Of Grafana 10 and later."""
+"""Version of the dashboard format of Grafana 10 and later."""
 WIDTH, HEIGHT = 12, 8
-"""Of a panel; a row is 24 wide."""
+"""Size of a panel; a row is 24 wide."""
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -184,7 +184,7 @@ def _panel(panel: Panel, number: int) -> dict[str, Any]:
 
 
 def provisioning() -> dict[str, Any]:
-    """What Grafana reads when it starts, by path below its folder `provisioning`."""
+    """Return the files that Grafana reads when it starts, by path below its folder `provisioning`."""
     source = {"name": "Prometheus", "type": "prometheus", "url": "http://localhost:9090", "isDefault": True}
     folder = {"name": "mhmoe", "type": "file", "options": {"path": "/var/lib/grafana/dashboards"}}
     return {

@@ -1,4 +1,4 @@
-"""Cluster files for `ray up`: AWS, GCP, and machines of one's own."""
+"""Cluster files for `ray up`: AWS, GCP, and on-premise machines."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from mhmoe_ray.render.monitoring import RAY_FOLDER
 from mhmoe_ray.spec.site import CloudSpec, GroupSpec, NodeSpec, OnPremiseSpec, SiteSpec
 
 TOKEN = "/home/ray/.ray/auth_token"
-"""Where each node has it, in its container."""
+"""Path of the token in the container of each node."""
 IDLE_MINUTES = 10
 GCS_PORT = 6379
 # Ray's own default for `ray start` is an open cluster. The dashboard is reached through `ray dashboard`, a tunnel.
@@ -18,7 +18,7 @@ _HEAD = (
 _JOIN = f"{_EXPORTS}; ray start --address=$RAY_HEAD_IP:{GCS_PORT}"
 GCP_IMAGES = "projects/deeplearning-platform-release/global/images/family"
 GCP_CPU, GCP_GPU = "common-cpu", "common-cu129-ubuntu-2404-nvidia-580"
-"""The second has NVIDIA's driver, of a version that the CUDA of PyPI's torch takes."""
+"""Image families of GCP: the second has NVIDIA's driver, of a version that the CUDA of PyPI's torch takes."""
 
 
 def aws(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def gcp(site: SiteSpec, cloud: CloudSpec) -> dict[str, Any]:
 
 
 def on_premise(site: SiteSpec, hosts: OnPremiseSpec) -> dict[str, Any]:
-    """All of them are alike: data nodes are not told apart."""
+    """Return the cluster file for on-premise machines, all of which are alike: there are no separate data nodes."""
     provider = {"type": "local", "head_ip": hosts.head, "worker_ips": list(hosts.workers)}
     return {**_common(site, provider, hosts.user), "max_workers": len(hosts.workers)}
 

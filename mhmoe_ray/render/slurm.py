@@ -1,4 +1,4 @@
-"""A batch script for SLURM: a Ray cluster on its nodes for as long as a run takes."""
+"""Batch script for SLURM, which runs a Ray cluster on the nodes of a job for as long as a run takes."""
 
 from mhmoe_ray.spec.site import SiteSpec, SlurmSpec
 

@@ -1,9 +1,9 @@
-"""What runs came to, beside each other: from their directories alone.
+"""Reports that compare runs, from their run directories alone.
 
-    figures.py    a run's numbers, and which experts its tokens go to
-    variants.py   runs that differ in their seed alone as one, a sweep as a table, and which variant is better
+    figures.py    the numbers of a run, and the experts that its tokens go to
+    variants.py   runs that differ only in their seed as one variant, a sweep as a table, and which variant is better
     plots.py      figures
-    page.py       the page of `mhmoe report`, by page.html
+    page.py       the page of `mhmoe report`, from page.html
 
-No cluster is asked.
+No request is sent to a cluster.
 """

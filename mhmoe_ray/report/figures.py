@@ -1,4 +1,4 @@
-"""A run's numbers and routes, as figures and tables take them."""
+"""Numbers and routes of a run, in the form that figures and tables need."""
 
 import json
 import math
@@ -23,12 +23,14 @@ class RunFigures:
     run: RunDir
     spec: RunSpec
     lines: list[dict[str, Any]]
-    """Of metrics.jsonl, one a step, in order."""
+    """Lines of metrics.jsonl, one per step, in order."""
 
     @classmethod
     def read(cls, run: RunDir) -> "RunFigures":
-        """Raises:
-        RunError: it was imported, not trained.
+        """Read the numbers of a run.
+
+        Raises:
+            RunError: the run was imported, not trained.
         """
         if run.is_imported:
             why = "it was imported, not trained here, so it has no numbers"
@@ -41,29 +43,34 @@ class RunFigures:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """On held-out text, the newest last; texts of users' own differ."""
+        """Evaluations on the prepared held-out text, the newest last, without those on users' own texts, which
+        differ."""
         return [e for e in all_stored(self.run) if e.request.prepared]
 
     @cached_property
     def happened(self) -> list[dict[str, Any]]:
-        """Its events."""
+        """Events of the run."""
         return events.events(self.run)
 
     @property
     def held_out(self) -> str:
-        """What its losses are of: the tokens of the held-out text and their entropy, where preparing told them."""
+        """Text that identifies the data of the run's validation losses.
+
+        It names the folder of the prepared data and, if preparation recorded them, the number of held-out tokens and
+        their unigram entropy.
+        """
         told = events.newest(self.happened, "prepared") or {}
         return f"{self.spec.data.prepared} {told.get('validation_tokens')} {told.get('unigram_entropy')}"
 
     @property
     def validations(self) -> dict[int, float]:
-        """Loss in nats per token by step, where it is finite."""
+        """Finite validation losses in nats per token, by step."""
         found = {line[metrics.STEP]: line.get(metrics.VAL_LOSS) for line in self.lines}
         return {step: loss for step, loss in found.items() if loss is not None and math.isfinite(loss)}
 
     @property
     def steps(self) -> int:
-        """Done."""
+        """Number of steps done."""
         return int(self.lines[-1][metrics.STEP]) if self.lines else 0
 
     @property
@@ -72,56 +79,68 @@ class RunFigures:
 
     @property
     def has_given_up(self) -> bool:
-        """It is over, and did not get to its last step."""
+        """Whether the run is over without having reached its last step."""
         return not self.is_finished and events.is_over(events.state(self.happened))
 
     @property
     def is_diverged(self) -> bool:
-        """Its last validation was not finite."""
+        """Whether the last validation loss of the run was not finite."""
         validated = [line for line in self.lines if metrics.VAL_LOSS in line]
         return bool(validated) and validated[-1][metrics.STEP] not in self.validations
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median over the steps; the first ones after a start, which are slow, do not move it."""
+        """Median throughput in tokens per second over the steps; None without steps.
+
+        The slow first steps after a start do not move the median.
+        """
         speeds = [line[metrics.TOKENS_PER_S] for line in self.lines]
         return statistics.median(speeds) if speeds else None
 
     def late(self, name: str) -> float | None:
-        """Mean of a metric over the last tenth of the steps."""
+        """Return the mean of a metric over the last tenth of the steps; None if none of them has it."""
         values = [line[name] for line in self.lines[-max(1, len(self.lines) // 10) :] if line.get(name) is not None]
         return statistics.fmean(values) if values else None
 
     @property
     def seconds(self) -> float:
-        """From the first to the last line of each start of its workers: not while it lay stopped."""
+        """Seconds of training: the sum, over worker groups, of the time from their first to their last line of metrics.
+
+        The time for which the run was stopped does not count.
+        """
         of_group: dict[int, list[float]] = {}
         for line in self.lines:
             of_group.setdefault(line[metrics.GROUP], []).append(line[metrics.TIME])
         return sum(times[-1] - times[0] for times in of_group.values())
 
     def flops(self, tokens: float) -> float:
-        """That training on so many takes: all matrix products of forward and backward, as `mhmoe plan` counts them."""
+        """Return the FLOPs of training on this number of tokens.
+
+        They are those of all matrix products, forward and backward, as `mhmoe plan` counts them.
+        """
         return tokens * flops_per_token(self.spec.model, self.spec.data.seq_len).training
 
 
 class Routes(NamedTuple):
     load: np.ndarray
-    """(L, E): shares of a layer's routes, times E."""
+    """Share of each expert in its layer's routes, times E, shape (L, E)."""
     source: str
-    """Where they were counted."""
+    """Description of the text on which routes were counted, with the step."""
     activated: list[float] | None
-    """By activation.THRESHOLDS; from an evaluation alone."""
+    """Share of activated experts for each of activation.THRESHOLDS; None without an evaluation of routing."""
     activated_relative: list[float]
-    """By activation.RELATIVE."""
+    """Share of activated experts for each of activation.RELATIVE."""
     distinct: float | None
-    """Mean number of different experts of a token, over its routes: 1 is all different."""
+    """Mean number of different experts per token, divided by its number of routes: 1 means that all are different."""
     agreement: float | None
-    """Of different heads, mean over layers."""
+    """Mean agreement of different heads, over layers."""
 
 
 def routes(figures: RunFigures) -> Routes | None:
-    """None for a dense model, and for a run without checkpoints."""
+    """Return the routes of a run: of the newest evaluation that counted them, else of the newest training counts.
+
+    None for a dense model, and for a run that has neither.
+    """
     evaluated = [e for e in figures.evaluations if e.routing]
     if evaluated:
         whole = activation.joined(evaluated[-1].routing.values())
@@ -148,12 +167,16 @@ def routes(figures: RunFigures) -> Routes | None:
 
 
 def compared_use(baseline: str, other: str, of_baseline: Routes, of_other: Routes) -> str | None:
-    """A sentence on which of two variants has the larger share of its experts in use, threshold by threshold; None
-    where one was not evaluated.
+    """Return a sentence on which of two variants has the larger share of its experts in use, threshold by threshold.
 
     Args:
-        baseline, other: their names.
-        of_baseline, of_other: their routes.
+        baseline: the name of the baseline.
+        other: the name of the other variant.
+        of_baseline: the routes of the baseline.
+        of_other: the routes of the other variant.
+
+    Returns:
+        The sentence; None if one of the variants was not evaluated.
     """
     if of_baseline.activated is None or of_other.activated is None:
         return None

@@ -1,4 +1,4 @@
-"""`mhmoe report`: one page that needs nothing else, and the same figures as PNGs."""
+"""The output of `mhmoe report`: a self-contained page, and the same figures as PNGs."""
 
 import io
 import re
@@ -33,15 +33,15 @@ def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = No
     """Write the page and its PNGs.
 
     Args:
-        runs: trained ones.
-        folder: made where it is missing; files of the same names in it are replaced.
-        baseline: name of the variant that the others are compared with; the first by default.
+        runs: the runs, which must have been trained, not imported.
+        folder: the output folder, created if missing; files of the same names in it are replaced.
+        baseline: the name of the variant that the others are compared with; the first variant by default.
 
     Returns:
         The verdicts on the page.
 
     Raises:
-        RunError: no run has numbers yet, or there is no such baseline.
+        RunError: no run has numbers yet, a run was imported, or there is no such baseline.
         DataError: matplotlib or scipy is not installed, or the folder cannot be written.
     """
     read = [one for run in runs if (one := RunFigures.read(run)).lines]
@@ -110,7 +110,7 @@ def _environment() -> Environment:
 
 
 def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Routes]) -> "Iterator[tuple[str, Figure]]":
-    """Names for files, and what is in them."""
+    """Yield the figures of the page, each with the name of its file."""
     if plots.has_curve(found):
         if len(found) > 1:
             yield "loss_beside_baseline", plots.differences(found, baseline)
@@ -132,7 +132,7 @@ def _figures(found: Sequence[Variant], baseline: Variant, named: dict[str, Route
 
 
 def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
-    """Sentences on experts in use."""
+    """Return sentences that compare the experts in use of each variant with those of the baseline."""
     if baseline not in named:
         return []
     said = (compared_use(baseline, name, named[baseline], r) for name, r in named.items() if name != baseline)
@@ -140,7 +140,7 @@ def _use(baseline: str, named: dict[str, Routes]) -> list[str]:
 
 
 def _written(figure: "Figure", png: Path) -> str:
-    """The figure as SVG for the page, after it was written as PNG."""
+    """Write a figure as PNG, and return it as SVG for the page."""
     pictures.save(figure, png)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -163,7 +163,10 @@ def _row(variant: Variant, baseline: Variant, step: int | None, counted: Routes 
 
 
 def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
-    """Mean of the runs' newest evaluations on held-out text and their step, where all have one of the same step."""
+    """Return the mean of the runs' newest evaluations on held-out text, in bits per byte, and their step.
+
+    None unless all runs have such an evaluation of the same step.
+    """
     newest = [next((e for e in reversed(run.evaluations) if e.domains), None) for run in variant.runs]
     found = [evaluation for evaluation in newest if evaluation is not None]
     steps = {evaluation.step for evaluation in found}
@@ -174,7 +177,7 @@ def _bits_per_byte(variant: Variant) -> tuple[float, int] | None:
 
 
 def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
-    """Keys of the model, the data and the training in which the variants differ, with the values of each."""
+    """Return the keys of the model, the data and the training in which the variants differ, with all their values."""
     flat = [dict(_leaves(v.first.spec)) for v in found]
     keys = dict.fromkeys(key for one in flat for key in one)
     return {
@@ -183,7 +186,7 @@ def _differences(found: Sequence[Variant]) -> dict[str, list[str]]:
 
 
 def _unequal(found: Sequence[Variant]) -> list[str]:
-    """What makes losses of the same step hard to compare, in words."""
+    """Return, in words, the differences between variants that make losses at the same step hard to compare."""
     specs = [v.first.spec for v in found]
     what: dict[str, set[Any]] = {
         "tokens in a step": {spec.tokens_per_step for spec in specs},

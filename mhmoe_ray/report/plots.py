@@ -1,4 +1,4 @@
-"""The figures of a report. Each is as wide as a phone, so that a page can set them beside or below each other."""
+"""Figures of a report. Each is as wide as a phone, so that a page can set them beside or below each other."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 WIDTH, HEIGHT = 4.2, 3.0
 POINTS = 300
-"""Of a curve: more than a page shows."""
+"""Largest number of points of a curve, which is more than a page shows."""
 LEGEND_INCHES, LEGEND_CHARACTERS = 0.18, 24
-"""Height of a row of a legend, and the longest names of which two stand beside each other."""
+"""Height of a legend row, and the length up to which two names stand beside each other in it."""
 LONGEST_NAME = 20
-"""Characters of a name beside a bar; a longer one is broken over several lines."""
+"""Largest number of characters of a name beside a bar; a longer name is broken into several lines."""
 
 X = Callable[[RunFigures, dict[str, Any]], float]
 
@@ -60,7 +60,10 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def _add_legend(figure: "Figure", axis: "Axes") -> None:
-    """Set the legend below the axes, where it hides no curve; one name alone is in the title of the page."""
+    """Set the legend below the axes, where it hides no curve.
+
+    A single name gets no legend, because it is in the title of the page.
+    """
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
@@ -77,7 +80,7 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def validation(variants: Sequence[Variant], over: str) -> "Figure":
-    """Validation loss, mean over seeds with a band from the lowest to the highest."""
+    """Draw the validation loss of each variant: the mean over seeds, with a band from the lowest to the highest."""
     title, x_of = AXES[over]
     figure, axis = _new([variant.name for variant in variants])
     for number, variant in enumerate(variants):
@@ -104,13 +107,15 @@ def validation(variants: Sequence[Variant], over: str) -> "Figure":
 
 
 def has_curve(variants: Sequence[Variant]) -> bool:
-    """Whether some variant was validated more than once: one validation is a number, not a curve."""
+    """Return whether a variant was validated more than once: a single validation is a number, not a curve."""
     return any(len(run.validations) > 1 for variant in variants for run in variant.runs)
 
 
 def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Validation loss less the baseline's, paired as for a verdict: the mean, and a band from the lowest to the
-    highest."""
+    """Draw the validation loss of each variant minus the baseline's, as a mean and a band from lowest to highest.
+
+    Losses are paired as for a verdict.
+    """
     figure, axis = _new([variant.name for variant in variants])
     axis.axhline(0, label=baseline.name, linewidth=1, **style_of(variants.index(baseline)))
     for number, variant in enumerate(variants):
@@ -132,7 +137,10 @@ def differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
 
 
 def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
-    """Scale so that the later half can be told apart; the first values are much higher."""
+    """Scale the axis to the last three quarters of each curve, so that its later half can be told apart.
+
+    The first values are much higher.
+    """
     late, all_ = [], []
     for variant in variants:
         for run in variant.runs:
@@ -145,8 +153,10 @@ def _ends_count(axis: "Axes", variants: Sequence[Variant]) -> None:
 
 
 def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "Figure | None":
-    """A metric of the first run of each variant over steps, smoothed over a fiftieth of them; None where no run has
-    it, or it is 0 throughout."""
+    """Draw a metric of the first run of each variant over steps, smoothed over a fiftieth of them.
+
+    None if no run has the metric, or it is 0 throughout.
+    """
     figure, axis = _new([variant.name for variant in variants])
     drawn = False
     for number, variant in enumerate(variants):
@@ -169,7 +179,7 @@ def curve(variants: Sequence[Variant], metric: str, title: str, label: str) -> "
 
 
 def throughput(variants: Sequence[Variant]) -> "Figure":
-    """Tokens a second, a bar for each variant; marks are its runs."""
+    """Draw the tokens per second of each variant as a bar, with a mark for each of its runs."""
     figure, axis = _new(height=max(HEIGHT, 0.9 + 0.36 * len(variants)))
     for number, variant in enumerate(variants):
         if variant.tokens_per_s is not None:
@@ -183,12 +193,12 @@ def throughput(variants: Sequence[Variant]) -> "Figure":
 
 
 def heat_map(name: str, routes: Routes, most: float) -> "Figure":
-    """Loads of a model's experts, layers downwards.
+    """Draw the loads of a model's experts, with layers downwards.
 
     Args:
-        name: of the variant.
-        routes: its own.
-        most: load at the end of the colour scale, which all maps of a page share.
+        name: the name of the variant.
+        routes: the routes of the variant.
+        most: the load at the end of the colour scale, which all maps of a page share.
     """
     layers, experts = routes.load.shape
     figure, axis = _new(height=1.15 + ROW_INCHES * layers)
@@ -201,7 +211,16 @@ def heat_map(name: str, routes: Routes, most: float) -> "Figure":
 
 
 def activation_curve(named: dict[str, Routes], colours: dict[str, int], relative: bool) -> "Figure | None":
-    """Share of experts in use as a function of the threshold; None where no run was evaluated for it."""
+    """Draw the share of experts in use as a function of the threshold.
+
+    Args:
+        named: the routes of each variant, by name.
+        colours: the number of each variant's style, by name.
+        relative: whether the threshold is a multiple of a uniform load; otherwise it is a share of tokens.
+
+    Returns:
+        The figure; None if no run was evaluated for it.
+    """
     figure, axis = _new(list(named))
     drawn = False
     for name, routes in named.items():

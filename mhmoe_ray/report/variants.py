@@ -1,4 +1,4 @@
-"""Variants: runs that differ in their seed alone, as one; a sweep as a table; and which of two variants is better."""
+"""Variants, which group runs that differ only in their seed; a sweep as a table; and verdicts on two variants."""
 
 import json
 import statistics
@@ -17,21 +17,24 @@ from mhmoe_ray.spec import ELSEWHERE, RunSpec, SweepRun
 from mhmoe_ray.spec.sweep import unseeded
 
 _FREE = ELSEWHERE | {"name", "storage", "seed", "origin", "reference"}
-"""Sections and keys that do not change what is trained."""
+"""Sections and keys of a spec that do not change what is trained."""
 
 
 class Losses(NamedTuple):
-    """Of two variants, to be held against each other."""
+    """Validation losses of two variants that are compared."""
 
     baseline: list[float]
     other: list[float]
     paired: bool
-    """They are of the same seeds one by one: of those that both have, where these are two or more, or all that one of
-    them has."""
+    """Whether the losses are paired by seed.
+
+    They are if the variants have two or more seeds in common, or if one of them has no other seeds; then only the
+    common seeds count.
+    """
 
     @property
     def differences(self) -> list[float]:
-        """The other's less the baseline's: seed by seed, else less their mean."""
+        """Losses of the other variant minus the baseline's: seed by seed if paired, else minus the baseline's mean."""
         if self.paired:
             return [b - a for a, b in zip(self.baseline, self.other, strict=True)]
         return [b - statistics.fmean(self.baseline) for b in self.other]
@@ -42,26 +45,26 @@ class Variant:
     name: str
     runs: list[RunFigures]
     repeated: tuple[RunFigures, ...] = ()
-    """Older runs of their seeds, which do not count."""
+    """Older runs with the seeds of `runs`, which do not count."""
 
     def losses(self, step: int) -> dict[int, float]:
-        """Validation loss at a step, by seed."""
+        """Return the validation losses at a step, by seed."""
         return {r.spec.seed: r.validations[step] for r in self.runs if step in r.validations}
 
     def mean_loss(self, step: int) -> float | None:
         return _mean(self.losses(step).values())
 
     def deviation(self, step: int) -> float | None:
-        """Sample standard deviation over the seeds; None with fewer than two."""
+        """Return the sample standard deviation of the losses over the seeds; None with fewer than two seeds."""
         found = list(self.losses(step).values())
         return statistics.stdev(found) if len(found) > 1 else None
 
     def perplexity(self, step: int) -> float | None:
-        """Of the mean loss."""
+        """Return the perplexity of the mean loss."""
         return metrics.perplexity(self.mean_loss(step))
 
     def late(self, metric: str) -> float | None:
-        """Of the runs that have it, the mean of `RunFigures.late`."""
+        """Return the mean of `RunFigures.late` over the runs that have the metric."""
         return _mean(run.late(metric) for run in self.runs)
 
     @property
@@ -74,18 +77,18 @@ class Variant:
 
     @property
     def counted(self) -> RunFigures:
-        """The first whose routes were counted on held-out text, else the first."""
+        """First run whose routes were counted on held-out text, else the first run."""
         return next((run for run in self.runs if any(e.routing for e in run.evaluations)), self.first)
 
 
 def row(variant: Variant, of: Sizes, beside: Sizes, step: int | None) -> dict[str, Any]:
-    """What tables of variants have in common.
+    """Return the columns that all tables of variants share.
 
     Args:
-        variant: it may have no runs yet.
-        of: sizes of its model.
-        beside: those of the model that ratios are to.
-        step: at which losses are compared, if there is one yet.
+        variant: the variant, which may have no runs yet.
+        of: the sizes of its model.
+        beside: the sizes of the model that ratios are relative to.
+        step: the step at which losses are compared; None if there is none yet.
     """
     return {
         "parameters": of.parameters,
@@ -102,7 +105,7 @@ def row(variant: Variant, of: Sizes, beside: Sizes, step: int | None) -> dict[st
 
 
 def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
-    """None where one of them has no loss there."""
+    """Return the losses of two variants at a step; None if one of them has no loss there."""
     a, b = baseline.losses(step), other.losses(step)
     if not a or not b:
         return None
@@ -113,9 +116,12 @@ def losses_at(step: int, baseline: Variant, other: Variant) -> Losses | None:
 
 
 def variants(runs: Sequence[RunFigures]) -> list[Variant]:
-    """In the order in which they first come. Of a variant that has finished runs, the others do not count, nor do
-    those of a seed but the newest. Runs of different names that are spread in different ways, say by another strategy,
-    are what is compared: so they are variants, too."""
+    """Group runs into variants, in the order in which these first appear.
+
+    If a variant has finished runs, only those count; of several runs with one seed, only the newest counts. Runs of the
+    same training with different names are separate variants if they are distributed in different ways, for example by
+    another strategy, because then the ways are compared.
+    """
     found: dict[str, list[RunFigures]] = {}
     for run in runs:
         found.setdefault(f"{_what_is_trained(run.spec)} {run.held_out}", []).append(run)
@@ -126,13 +132,16 @@ def variants(runs: Sequence[RunFigures]) -> list[Variant]:
 
 
 def matched_step(compared: Sequence[Variant]) -> int | None:
-    """The last step that every run of them has validated, but for runs that have validated none; None without one."""
+    """Return the last step that all runs with a validation have validated; None if there is none."""
     validated = [set(run.validations) for variant in compared for run in variant.runs if run.validations]
     return max(set.intersection(*validated), default=None) if validated else None
 
 
 def _of_one_run_a_seed(name: str, same: Sequence[RunFigures]) -> Variant:
-    """With the one that began last of each, in the order of the first: two of a seed are no sample of two."""
+    """Return a variant with the newest run of each seed, in the order in which the seeds first appear.
+
+    Two runs with the same seed are not a sample of two.
+    """
     found: dict[int, RunFigures] = {}
     for run in same:
         if run.run.created() >= found.setdefault(run.spec.seed, run).run.created():
@@ -151,7 +160,7 @@ def _what_is_trained(spec: RunSpec) -> str:
 
 
 def _where_trained(same: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
-    """Runs of the same training, apart by name where these stand for different ways to spread it."""
+    """Split runs of the same training by name, if the names stand for different ways to distribute it."""
     found: dict[str, list[RunFigures]] = {}
     for run in same:
         found.setdefault(unseeded(run.spec.name), []).append(run)
@@ -160,7 +169,7 @@ def _where_trained(same: Sequence[RunFigures]) -> Iterable[list[RunFigures]]:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Without the words that all begin with, each once."""
+    """Return the names without the words that all of them begin with; equal results get a number."""
     words = [name.split("-") for name in names]
     common = len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words, strict=False)))) if len(names) > 1 else 0
     cut = ["-".join(parts[common:]) or name for parts, name in zip(words, names, strict=True)]
@@ -171,19 +180,25 @@ CONFIDENCE = 0.95
 
 
 class Verdict(NamedTuple):
-    """On the difference of validation losses, the other's less the baseline's, in nats per token."""
+    """Result of comparing two variants: the difference of validation losses, in nats per token.
+
+    The difference is the other's loss minus the baseline's.
+    """
 
     baseline: str
     other: str
     step: int
     difference: float
     low: float | None
-    """Of the interval that holds the true difference with CONFIDENCE, by Student's t; None with one seed."""
+    """Lower end of the interval that holds the true difference with probability CONFIDENCE; None with one seed.
+
+    The interval is by Student's t.
+    """
     high: float | None
     seeds: int
-    """Of the variant with fewer."""
+    """Number of seeds of the variant with fewer."""
     paired: bool
-    """Differences were taken seed by seed, over the seeds that both have."""
+    """Whether differences were taken seed by seed, over the seeds that both variants have."""
 
     @property
     def is_clear(self) -> bool:
@@ -191,7 +206,7 @@ class Verdict(NamedTuple):
 
     @property
     def said(self) -> str:
-        """In a sentence."""
+        """Sentence that states the result."""
         word = "lower" if self.difference < 0 else "higher"
         figures = f"{abs(self.difference):.4f} nats {word}"
         if (ratio := metrics.perplexity(self.difference)) is not None:
@@ -206,12 +221,15 @@ class Verdict(NamedTuple):
 
 
 def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
-    """Args:
-    baseline, other: to compare.
-    step: that both were validated at.
+    """Compare a variant with the baseline.
+
+    Args:
+        baseline: the baseline.
+        other: the other variant.
+        step: a step at which both were validated.
 
     Returns:
-        None where one of them has no loss there.
+        The verdict; None if one of them has no loss at that step.
 
     Raises:
         DataError: scipy is not installed.
@@ -226,7 +244,7 @@ def verdict(baseline: Variant, other: Variant, step: int) -> Verdict | None:
 
 
 def _interval(losses: Losses) -> tuple[float, float]:
-    """Of the mean difference: Student's where they are pairs, else Welch's."""
+    """Return the confidence interval of the mean difference: Student's for paired losses, else Welch's."""
     try:
         from scipy import stats
     except ImportError as e:
@@ -238,9 +256,11 @@ def _interval(losses: Losses) -> tuple[float, float]:
 
 
 def table(place: SweepDir) -> list[dict[str, Any]]:
-    """JSON: one for each variant, in the order of the sweep. Losses are those of finished runs, while none is of
-    all, at the last step that they have all validated; runs whose last one is not finite have none. Ratios are to the
-    first variant."""
+    """Return the table of a sweep as JSON: one object per variant, in the order of the sweep.
+
+    Losses are those of finished runs or, while no run is finished, of all runs, at the last step that all of them have
+    validated. Runs whose last validation loss is not finite do not count. Ratios are to the first variant.
+    """
     wanted = set(place.order(place.orders()[-1]).wanted)
     figures = {name: RunFigures.read(run) for name, run in place.runs().items() if run.attempts_file.exists()}
     compared = {name for name, run in figures.items() if not run.is_diverged}

@@ -1,9 +1,9 @@
-"""Many runs as one.
+"""Sweeps: many runs under one name.
 
-    plan.py        the runs of a sweep, as whole specs
-    client.py      starting, looking after and stopping a sweep, from outside
+    plan.py        the runs of a sweep, as complete specs
+    client.py      start, follow and stop a sweep from outside the cluster
     job.py         the job that starts its runs
-    scheduler.py   which of them start when
+    scheduler.py   when each of the runs starts
 
-What a sweep is, `spec/sweep.py` says; its directory is `runs/sweeps.py`.
+`spec/sweep.py` defines what a sweep is; `runs/sweeps.py` defines its directory.
 """

@@ -1,4 +1,4 @@
-"""Starting, following and stopping a sweep from outside; `job.py` is what does the work."""
+"""Client side of sweeps: start, follow and stop one from outside the cluster; the job in `job.py` does the work."""
 
 import shlex
 import time
@@ -18,9 +18,11 @@ POLL_SECONDS = 0.5
 
 
 def check_same(place: SweepDir, wanted: Sequence[SweepRun]) -> None:
-    """Raises:
-    SpecError: one of them was started with another spec, and would go on from the checkpoints of that one; or
-        another seed of its variant was, with which its loss would be averaged.
+    """Check that no run of the sweep was started with a spec that differs from the one wanted now.
+
+    Raises:
+        SpecError: a wanted run was started with another spec, and would continue from the checkpoints of that one; or
+            another seed of its variant was, and their losses would be averaged.
     """
     started = {name: run for name, run in place.runs().items() if newest_number(run)}
     variants = {entry.name: entry.variant for order in place.orders_before() for entry in order.entries}
@@ -47,22 +49,24 @@ def submit(
     size: str,
     concurrent: int,
 ) -> str:
-    """Start a job that starts runs, and write down what it is asked for. The job of an earlier order makes way for it;
-    where that is at work, what it was asked for goes on, too.
+    """Submit a job that starts runs, and write an order for it.
+
+    The job of an earlier order ends when it sees the new order. If that job is still at work, the unfinished runs of
+    its order are added to the new one.
 
     Args:
         place: the sweep's directory.
-        connection: to the cluster.
-        entries: all that the sweep's file has.
-        wanted: names of those that are to run.
-        size: of the sweep's.
-        concurrent: runs at a time.
+        connection: the cluster.
+        entries: all entries of the sweep file.
+        wanted: the names of the entries that are to run.
+        size: the name of the sweep's size.
+        concurrent: the number of runs at a time.
 
     Returns:
         The order's name.
 
     Raises:
-        JobError, ClusterError, SpecError: the cluster does not take the job; then nothing was asked for.
+        JobError, ClusterError, SpecError: the cluster does not accept the job; then no order is written.
     """
     order = Order(
         size=size,
@@ -90,24 +94,31 @@ def submit(
 
 
 def again(place: SweepDir, connection: Connection, order: Order) -> str:
-    """Start another job for what an order asks for. Runs that ended since it was given are left as they are.
+    """Submit another job for an order; runs that ended since the order was given are left as they are.
 
     Args:
         place: the sweep's directory.
-        connection: to the cluster.
-        order: what is asked for.
+        connection: the cluster.
+        order: the order.
 
     Returns:
         The new order's name.
 
     Raises:
-        JobError, ClusterError, SpecError: as `submit`.
+        JobError, ClusterError, SpecError: in the same cases as `submit`.
     """
     return _start(place, connection, order, anew=False)
 
 
 def _start(place: SweepDir, connection: Connection, order: Order, *, anew: bool) -> str:
-    """`anew`: also where the sweep was stopped, which otherwise ends this job too."""
+    """Submit the job of an order, write the order, and return its name.
+
+    Args:
+        place: the sweep's directory.
+        connection: the cluster.
+        order: the order without its job.
+        anew: whether to start the job even if the sweep was stopped, which otherwise ends this job too.
+    """
     name = place.new_order()
     request = SweepRequest(path=str(place.path), order=name)
     job = remote.submit(connection, order.entries[0].spec.cluster.runtime_env, request).name
@@ -120,17 +131,20 @@ def _start(place: SweepDir, connection: Connection, order: Order, *, anew: bool)
 
 
 def state_of(run: RunDir) -> events.State:
-    """By its own account; a run without a job is about to get one."""
+    """Return the state of a run according to its events.
+
+    A run without an attempt is about to get one, so its state is "submitted".
+    """
     return events.state(events.events(run)) if newest_number(run) else "submitted"
 
 
 def is_to_run(name: str, run: RunDir, state: events.State, order: Order) -> bool:
-    """Whether a run in this state goes on, or ended before the order and is to start again."""
+    """Return whether a run in this state goes on, or ended before the order was given and is to start again."""
     return not events.is_over(state) or (state != "finished" and newest_number(run) <= order.retry.get(name, 0))
 
 
 def _over_before(place: SweepDir, wanted: Sequence[str]) -> dict[str, int]:
-    """Of runs that failed or were stopped, or are stopping, the number of the attempt."""
+    """Return, by name, the newest attempt's number for each wanted run that failed, was stopped or is stopping."""
     found = {}
     for name, run in place.runs().items():
         if name in set(wanted) and (number := newest_number(run)):
@@ -141,7 +155,7 @@ def _over_before(place: SweepDir, wanted: Sequence[str]) -> dict[str, int]:
 
 
 def _at_work(place: SweepDir) -> Order | None:
-    """The last order, while its job goes on."""
+    """Return the last order if its job is still at work; None otherwise."""
     try:
         order = place.order(place.orders()[-1]) if place.exists else None
         return order if order and not place.stop_file.exists() and is_alive(order) else None
@@ -150,7 +164,7 @@ def _at_work(place: SweepDir) -> Order | None:
 
 
 def is_alive(order: Order) -> bool:
-    """Whether the job that starts its runs goes on.
+    """Return whether the job that starts the runs of an order goes on.
 
     Raises:
         ClusterError: its cluster does not answer.
@@ -159,7 +173,10 @@ def is_alive(order: Order) -> bool:
 
 
 def own_error(order: Order) -> MhmoeError | None:
-    """What its job said of itself when it ended for a reason; None if it was killed."""
+    """Return the error that the job of an order logged when it ended for a reason.
+
+    None if the job was killed, or its cluster does not know it.
+    """
     connection = connect(order.address)
     if jobs.status(connection, order.job) is None:
         return None
@@ -167,11 +184,11 @@ def own_error(order: Order) -> MhmoeError | None:
 
 
 def stop(place: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]]:
-    """Start no more runs, and ask those that run to stop after a checkpoint. Those that do not train yet are ended.
+    """Start no more runs, ask running ones to stop after a checkpoint, and end those that do not train yet.
 
     Returns:
-        The runs' states by their names; and whom could not be asked. Workers hear of it from their run directory
-        anyway.
+        The states that the unfinished runs had, by name; and an error for each cluster that could not be asked. Workers
+            learn of the stop from their run directory anyway.
 
     Raises:
         RunError: there is no such sweep.
@@ -196,10 +213,11 @@ def stop(place: SweepDir) -> tuple[dict[str, events.State], list[MhmoeError]]:
 
 
 def _end_jobs(place: SweepDir) -> dict[str, MhmoeError]:
-    """Those of all orders: an earlier one's may be preparing text, and then start a run.
+    """End the jobs of all orders: the job of an earlier one may be preparing text, and would then start a run.
 
     Returns:
-        Why the last one could not be ended, by its address. Clusters of earlier ones may be long gone.
+        The reason why the job of the last order could not be ended, by its cluster's address; empty if it was ended.
+            Clusters of earlier orders may be long gone, so they are left out.
     """
     silent: dict[str, MhmoeError] = {}
     last = ""
@@ -218,7 +236,7 @@ def _end_jobs(place: SweepDir) -> dict[str, MhmoeError]:
 
 
 def _end(run: RunDir) -> None:
-    """Its job, at once; what its directory does not say of the end is written there."""
+    """End the job of a run at once, and record in the run directory how the run ended if its events do not say so."""
     attempt = last_attempt(run)
     connection = connect(attempt.address)
     if jobs.is_alive(connection, attempt.job):

@@ -1,8 +1,8 @@
 """The job of a sweep, which starts its runs.
 
-A run is an ordinary one: `mhmoe status`,
-`logs`, `stop` and `resume` know it, and what happens to it leaves the others alone. This job may be killed and started
-again at any time: what runs goes on by itself, and what is finished stays so. It makes way for a newer one.
+A run of a sweep is an ordinary run: `mhmoe status`, `logs`, `stop` and `resume` know it, and its fate does not affect
+the others. This job may be killed and started again at any time: running runs go on by themselves, and finished runs
+stay finished. The job ends when a newer one takes its place.
 """
 
 import time
@@ -19,13 +19,13 @@ ORDER_SECONDS = 60
 
 
 class SweepRequest(RemoteJob[None]):
-    """An order of a sweep, which says in its directory what to run."""
+    """Request to carry out an order of a sweep; the order itself is in the sweep's directory."""
 
     module: ClassVar[str] = "mhmoe_ray.sweep.job"
     kind: ClassVar[str] = "sweep"
 
     path: str
-    """Of the sweep's directory."""
+    """Path of the sweep's directory."""
     order: str
 
     @property
@@ -56,7 +56,11 @@ def main() -> None:
 
 
 def _written(place: SweepDir, name: str) -> Order:
-    """The order, which its command writes after the cluster has taken this job."""
+    """Wait for the order, which its command writes after the cluster has accepted this job, and return it.
+
+    Raises:
+        TimeoutError: there is no such order after `ORDER_SECONDS` attempts, one per second.
+    """
     for _ in range(ORDER_SECONDS):
         if name in place.orders():
             return place.order(name)

@@ -1,4 +1,4 @@
-"""The runs of a sweep, as whole specs."""
+"""The runs of a sweep, as complete specs."""
 
 import hashlib
 import itertools
@@ -16,16 +16,16 @@ from mhmoe_ray.spec.sweep import OWN_KEYS, seeded
 
 
 def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[str] = ()) -> list[SweepRun]:
-    """All runs: seed by seed, so that a sweep that is ended early has some of each.
+    """Return all runs of a sweep, seed by seed, so that a sweep that ends early has some runs of each variant.
 
     Args:
-        sweep: as its file says.
-        folder: of that file.
-        size: one of its sizes.
+        sweep: the sweep, as in its file.
+        folder: the folder of that file.
+        size: the name of one of its sizes.
         overrides: `key.path=value` strings that hold for every run.
 
     Raises:
-        SpecError: there is no such size, two variants have one name, or a run's spec is wrong.
+        SpecError: there is no such size, two variants have the same name, or a run's spec is wrong.
     """
     if size not in sweep.sizes:
         raise SpecError(f"sweep {sweep.name}", f"it has no size {size!r}", f"choose from {', '.join(sweep.sizes)}")
@@ -46,7 +46,7 @@ def planned_runs(sweep: SweepSpec, folder: Path, size: str, overrides: Sequence[
 
 
 def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names, and the keys that make each of the common spec; the grid's come last."""
+    """Yield the name of each variant, and the keys that make it from the common spec; the grid's keys come last."""
     named = {name: keys for name, keys in sweep.runs.items() if size.only is None or name in size.only} or {"": {}}
     for name, keys in named.items():
         for values in itertools.product(*sweep.grid.values()):
@@ -57,7 +57,7 @@ def _variants(sweep: SweepSpec, size: SweepSize) -> Iterator[tuple[str, dict[str
 
 
 def _fitting(name: str, sweep: SweepSpec) -> str:
-    """A name that the grid makes, cut where runs could not be called so, with a digest of what it was."""
+    """Return a name made from the grid, cut to the length that runs allow, with a digest of the full name if cut."""
     # The same for all seeds of up to four digits: with one more a name must stay what it was.
     room = NAME_LENGTH - len(seeded(f"{sweep.name}-", max(1000, *sweep.seeds)))
     if len(name) <= room:

@@ -1,4 +1,4 @@
-"""Which runs of a sweep start when: so many at a time, each as a job of its own."""
+"""Scheduler of a sweep: which runs start when, a limited number at a time, each as a job of its own."""
 
 import time
 
@@ -24,17 +24,19 @@ from mhmoe_ray.spec import SweepRun
 
 POLL_SECONDS = 2.0
 STORAGE_SECONDS = 3600.0
-"""That a storage may fail for, at every look."""
+"""Seconds for which the storage may fail without interruption."""
 MOST_STARTS = 3
-"""Of one run by one job, where the run's job was killed before it could say how the run ended."""
+"""Largest number of starts of a run by one job, if the run's job is killed before it records how the run ended."""
 
 
 class Sweep:
     def __init__(self, place: SweepDir, name: str, connection: Connection) -> None:
-        """Args:
-        place: its directory.
-        name: of the order that this job is for.
-        connection: to the cluster, from within it.
+        """Read an order.
+
+        Args:
+            place: the sweep's directory.
+            name: the name of the order that this job is for.
+            connection: the cluster, as reached from within it.
         """
         self._place, self._name, self._connection = place, name, connection
         self._order = place.order(name)
@@ -44,18 +46,18 @@ class Sweep:
         self._over: set[str] = set()
         self._why_not: dict[PreparedAs, MhmoeError | None] = {}
         self._locked: list[TokenError] = []
-        """Why the end of a run is not known, and never will be here."""
+        """Errors of clusters that refuse the token, so that the end of a run is not known, and never will be here."""
         self._patience = Patience(_say)
         self._begun = False
         self._fails_since: float | None = None
-        """The storage, at every look."""
+        """Time since which the storage has failed without interruption, by the monotonic clock; None while it works."""
 
     def run(self) -> None:
-        """Until every run is over, no more are to start, or another job does this.
+        """Run until every run is over, no more are to start, or another job takes over.
 
         Raises:
-            MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on keeps their end to
-                itself; all others had their turn. Or the storage fails for too long.
+            MhmoeError: the text of some runs could not be prepared, or the cluster that some ran on does not tell how
+                they ended; all other runs had their turn. Or the storage failed for too long.
         """
         while self._goes_on():
             time.sleep(POLL_SECONDS)
@@ -63,8 +65,14 @@ class Sweep:
             raise error
 
     def _goes_on(self) -> bool:
-        """Whether there is more to do, after a look at all runs. A storage that fails is asked again for a while: in
-        the weeks that a sweep takes it may be out of reach."""
+        """Poll all runs once, and return whether there is more to do.
+
+        A storage that fails is tried again for `STORAGE_SECONDS`: in the weeks that a sweep takes it may be out of
+        reach.
+
+        Raises:
+            StorageError: the storage has failed for longer.
+        """
         try:
             if not self._begun:
                 self._wait_for_earlier_jobs()
@@ -83,7 +91,7 @@ class Sweep:
         return True
 
     def _look(self) -> None:
-        """At all runs; those whose turn it is are started."""
+        """Check all runs, and start those whose turn it is."""
         alive = {name for name in self._runs if self._is_alive(name)}
         for entry in self._entries:
             if len(alive) >= self._order.concurrent:
@@ -102,7 +110,11 @@ class Sweep:
         return not self._place.stop_file.exists() and self._place.orders()[-1] == self._name
 
     def _wait_for_earlier_jobs(self) -> None:
-        """They end as soon as they see this order, but may be starting a run. Whom nobody can ask is not waited for."""
+        """Wait until the jobs of earlier orders have ended.
+
+        They end as soon as they see this order, but may be starting a run. A job whose cluster does not answer is not
+        waited for.
+        """
         silent: set[str] = set()
         for order in self._place.orders_before(self._name):
             while self._is_its_turn and order.address not in silent:
@@ -120,7 +132,10 @@ class Sweep:
         return self._patience.ask(lambda: jobs.is_alive(self._connection, order.job), True)
 
     def _is_alive(self, name: str) -> bool:
-        """Whether a job of it goes on; what is over for good is remembered."""
+        """Return whether a job of the run goes on, and remember runs that are over for good.
+
+        A run also counts as alive if its cluster does not answer.
+        """
         run = self._runs[name]
         if name in self._over or not run.spec_file.exists() or not newest_number(run):
             return False
@@ -145,7 +160,7 @@ class Sweep:
         return False
 
     def _outcome(self, run: RunDir) -> Outcome | None:
-        """As its own cluster says, which need not be this one, nor be there any more."""
+        """Return how a run ended according to its own cluster, which may be another one or gone; None if it goes on."""
         if over := recorded_outcome(events.events(run)):
             return over
         attempt = last_attempt(run)
@@ -155,7 +170,11 @@ class Sweep:
         return self._patience.ask(lambda: outcome(run, self._connection), None)
 
     def _is_to_start_again(self, name: str, over: Outcome) -> bool:
-        """It had ended before anybody asked for it; or its job ended without a word."""
+        """Return whether a run that is over starts again.
+
+        It does if it ended before the order asked for it; or if its job failed without recording that, and this job has
+        started it fewer than `MOST_STARTS` times.
+        """
         run = self._runs[name]
         if newest_number(run) <= self._order.retry.get(name, 0):
             return True
@@ -163,8 +182,11 @@ class Sweep:
         return over.state == "failed" and said is None and self._starts.get(name, 0) < MOST_STARTS
 
     def _is_prepared(self, entry: SweepRun) -> bool:
-        """Make the text of a run ready before any run with that text starts: two would do it at the same time. Why that
-        cannot be is said at once, but does not end this job, which goes on with other text."""
+        """Prepare the text of a run, and return whether that worked.
+
+        It happens before any run with that text starts, because two runs would prepare it at the same time. A failure
+        is printed at once and remembered, but does not end this job, which goes on with other text.
+        """
         text = prepared_as(entry.spec)
         if text not in self._why_not:
             try:
@@ -212,10 +234,10 @@ class Sweep:
 
 
 def _made(entry: SweepRun) -> RunDir:
-    """A new run.
+    """Create the run of an entry.
 
     Raises:
-        OSError: the storage fails, which does not last for ever.
+        OSError: the storage fails, which may be temporary.
     """
     try:
         return create_run(entry.spec)

@@ -1,6 +1,6 @@
-"""Flat and hierarchical dispatch in turn, on two nodes of two ranks that are made up on one machine.
+"""Flat and hierarchical dispatch in interleaved rounds, on two simulated nodes of two ranks each on one machine.
 
-cases.py      the layers, which cost the same multiply-adds, the routes drawn for them, and the slow link
-rank.py       what each of the four processes does
-measure.py    starts them and puts their figures together
+cases.py      layers of equal multiply-adds, the routes drawn for them, and the slow link
+rank.py       the work of each of the four processes
+measure.py    start the processes and combine their figures
 """

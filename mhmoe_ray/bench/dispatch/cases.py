@@ -1,9 +1,9 @@
-"""Layers of one cost, the routes drawn for them, the bytes these must bring between nodes, and a slow link for them.
+"""Layers of equal cost, routes drawn for them, the bytes these routes must send between nodes, and a slow link.
 
-The link is two network namespaces on one machine, joined by a pair of virtual interfaces that are shaped by `tc`.
+The link joins two network namespaces on one machine: it is a pair of virtual interfaces that `tc` shapes.
 
-What processes of one namespace say to each other goes over its own address, which the kernel hands to its loopback: it
-crosses no link, though gloo knows of the slow interface alone.
+Processes of one namespace talk to each other over its own address. The kernel routes that address over loopback, so
+this traffic crosses no link, although gloo knows of the slow interface only.
 """
 
 import os
@@ -25,7 +25,7 @@ from mhmoe_ray.errors import JobError, SpecError
 from mhmoe_ray.spec import ClusterSpec, ModelSpec
 
 INTERFACE = "slow"
-"""Its name in both namespaces."""
+"""Name of the slow interface in both namespaces."""
 
 
 class Namespace(NamedTuple):
@@ -33,20 +33,22 @@ class Namespace(NamedTuple):
 
     @property
     def command(self) -> list[str]:
-        """What goes before a command that is to run in it."""
+        """Prefix of a command that is to run in this namespace."""
         return ["ip", "netns", "exec", self.name]
 
 
 @contextmanager
 def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
-    """Two namespaces that end with the block, also on Ctrl-C and where the process is told to end.
+    """Yield two network namespaces with a slow link between them, which are removed at the end of the block.
+
+    They are also removed on Ctrl-C, SIGTERM and SIGHUP.
 
     Args:
-        rate: each way, as `tc` writes it: 200mbit, 1gbit.
+        rate: the bandwidth each way, as `tc` writes it: 200mbit, 1gbit.
 
     Raises:
-        SpecError: it is no rate, or this machine or user cannot have such a link.
-        JobError: the kernel refuses one.
+        SpecError: `rate` is not a rate, or this machine or user cannot have such a link.
+        JobError: the kernel refuses to create the link.
     """
     if not re.fullmatch(r"\d+(\.\d+)?[kmg]bit", rate):
         raise SpecError(f"--slow-link {rate}", "it is not a rate", "write one like 200mbit or 1gbit")
@@ -80,7 +82,10 @@ def slow_link(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
 
 
 def crossed() -> int:
-    """Bytes that have crossed the link both ways so far, with all headers; asked in one of its namespaces."""
+    """Return the bytes that have crossed the link both ways so far, with all headers.
+
+    Call it in one of the link's namespaces.
+    """
     statistics = Path("/sys/class/net", INTERFACE, "statistics")
     return sum(int((statistics / f"{way}_bytes").read_text()) for way in ("rx", "tx"))
 
@@ -97,15 +102,18 @@ def _run(*command: str) -> None:
 
 
 NODES = ("a", "a", "b", "b")
-"""Of the ranks."""
+"""Node of each rank."""
 DISPATCHES = ("flat", "hierarchical")
 ROW_VALUE = 2  # bytes of bfloat16
 GATE, ID, COUNT = 4, 4, 8  # bytes of a gate in float32, of an expert's number and of a count as they travel
 
 
 def layers() -> dict[str, ModelSpec]:
-    """Plain layers of the same multiply-adds and parameters with ever finer experts, and the multi-head ones that the
-    follow-up paper would put beside them, at half its width."""
+    """Return the models to compare, by name.
+
+    They are plain layers of the same multiply-adds and parameters with ever finer experts, and the multi-head layers
+    that the follow-up paper would put beside them, at half its width.
+    """
     models = {name: spec.model for name, spec in matched_models(SMALL, [2, 3]).items()}
     plain = models.pop("SMoE")
     assert plain.moe is not None
@@ -117,12 +125,12 @@ def layers() -> dict[str, ModelSpec]:
 
 
 def spread(dispatch: str) -> ClusterSpec:
-    """One expert-parallel group over both nodes."""
+    """Return the layout of one expert-parallel group over both nodes."""
     return ClusterSpec.model_validate({"workers": len(NODES), "ep": len(NODES), "dispatch": dispatch})
 
 
 class Routes(NamedTuple):
-    """Of one rank's rows; experts are drawn uniformly."""
+    """Routes of one rank's rows, to experts that are drawn uniformly."""
 
     expert_NK: Tensor
     gate_NK: Tensor
@@ -137,15 +145,18 @@ class Routes(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Bytes from node to node for a forward and backward pass, of all ranks and both ways."""
+    """Expected bytes from node to node in a forward and backward pass, summed over all ranks and both directions."""
 
     flat: int
     hierarchical: int
 
 
 def expected(model: ModelSpec, tokens: int) -> Expected:
-    """By the routes alone: rows, outputs, and the gradients of both. Flat, each once for each route of an expert on
-    another node; hierarchical, once for each other node, with gates both ways and the numbers of experts."""
+    """Compute the bytes between nodes from the routes alone: rows, outputs, and the gradients of both.
+
+    Flat dispatch sends each of them once per route to an expert on another node. Hierarchical dispatch sends each of
+    them once per other node, and adds the gates in both directions and the expert ids.
+    """
     moe = model.moe
     assert moe is not None
     ranks, k = len(NODES), moe.top_k

@@ -1,4 +1,4 @@
-"""Four processes, two in each network namespace if there is a slow link, and what they measured."""
+"""Starts four processes, two in each network namespace if there is a slow link, and collects their measurements."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from mhmoe_ray.spec import MoESpec
 
 
 class Passes(NamedTuple):
-    """Of one layer and dispatch, forward and backward."""
+    """Measurements of the forward and backward passes of one layer with one dispatch."""
 
     seconds: list[float]
-    """One for each round."""
+    """Seconds of a pass, one value per round."""
     counted: int
-    """Bytes of rows between nodes, as dispatch counts them."""
+    """Bytes of rows between nodes, as the dispatch counts them."""
     over_link: list[int]
-    """Bytes that crossed the link, with all headers, one for each round; none without a link."""
+    """Bytes that crossed the link, with all headers, one value per round; empty without a link."""
 
     @property
     def median(self) -> float:
@@ -42,17 +42,17 @@ class Passes(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """What crossed the link if there is one, else what was counted."""
+        """Median of the bytes that crossed the link; without a link, the bytes that the dispatch counted."""
         return median(self.over_link) if self.over_link else self.counted
 
 
 class Figures(NamedTuple):
-    """Of one layer."""
+    """Measurements of one layer."""
 
     name: str
     moe: MoESpec
     width: int
-    """D, of a row."""
+    """Width D of a row."""
     flat: Passes
     hierarchical: Passes
     expected: Expected
@@ -65,15 +65,15 @@ class Figures(NamedTuple):
 
 
 def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
-    """Every layer with both dispatches.
+    """Measure every layer with both dispatches.
 
     Args:
-        tokens: of each rank.
-        rounds: of each, in turn.
-        rate: of a slow link between the nodes; None: all is one machine.
+        tokens: the number of tokens of each rank.
+        rounds: the number of interleaved rounds.
+        rate: the bandwidth of a slow link between the nodes; None runs everything in one network.
 
     Raises:
-        SpecError, JobError: as `slow_link`.
+        SpecError, JobError: in the same cases as `slow_link`.
         JobError: a process failed.
     """
     with slow_link(rate) if rate else nullcontext(()) as ends:
@@ -88,7 +88,7 @@ def measure(tokens: int, rounds: int, rate: str | None) -> list[Figures]:
 
 
 def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
-    """What rank 0 found."""
+    """Run the processes of all ranks, and return the measurements that rank 0 prints."""
     names = sorted(set(NODES))
     with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
         arguments = [sys.executable, "-m", "mhmoe_ray.bench.dispatch.rank", json.dumps({**request, "folder": folder})]
@@ -115,7 +115,10 @@ def _run(ends: Sequence[Namespace], request: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_failed(ranks: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """Wait for all of them, or for the first that fails: the others would wait for it. Returns which one did."""
+    """Wait until all processes have ended or the first one fails; return the rank that failed, or None.
+
+    After a failure it does not wait for the others, because they would wait for the failed one.
+    """
     while True:
         codes = [process.poll() for process in ranks]
         if failed := [rank for rank, code in enumerate(codes) if code]:

@@ -1,4 +1,4 @@
-"""One of the four processes: all layers with both dispatches in turn."""
+"""One of the four processes: it runs all layers with both dispatches in interleaved rounds."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from mhmoe_ray.spec import ModelSpec
 
 
 class Case:
-    """A layer's experts and routed rows on this rank: a pass through any dispatch can run, again and again."""
+    """Experts of a layer and routed rows on this rank, on which passes through any dispatch can run repeatedly."""
 
     def __init__(self, model: ModelSpec, tokens: int, mesh: Mesh) -> None:
         assert model.moe is not None
@@ -34,7 +34,7 @@ class Case:
         self.x_ND = torch.randn(len(routes.expert_NK), width, dtype=torch.bfloat16).requires_grad_()
 
     def run(self, dispatch: Dispatch) -> None:
-        """Forward, and backward to the gradients of rows, gates and weights, which are then dropped."""
+        """Run forward and backward to the gradients of rows, gates and weights, which are then dropped."""
         y_ND = dispatch(self.x_ND, self.routing, self.experts)
         torch.autograd.backward(y_ND, torch.ones_like(y_ND))
         for leaf in (self.x_ND, self.gate_NK, *self.experts.parameters()):
@@ -42,8 +42,12 @@ class Case:
 
 
 def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
-    """Of each layer and dispatch: seconds of each round until the last rank is done, the bytes that all ranks counted
-    between nodes in a pass, and those that crossed the link in each round, if there is one."""
+    """Measure each layer with each dispatch.
+
+    Returns:
+        For each layer and dispatch: seconds of each round until the last rank is done, the bytes between nodes in a
+            pass as counted by all ranks together, and the bytes that crossed the link in each round, if there is one.
+    """
     mesh = build_mesh(spread("flat"), NODES, "cpu")
     dispatches = {name: build_dispatch(spread(name), mesh) for name in DISPATCHES}
     found: dict[str, Any] = {}
@@ -77,7 +81,7 @@ def measure(tokens: int, rounds: int, link: bool) -> dict[str, Any]:
 
 
 def _together() -> float:
-    """Seconds, read when all ranks have come here."""
+    """Wait for all ranks, and return the clock's time in seconds."""
     dist.barrier()
     return time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""A process per contestant, which waits while others are measured: the load of one is never beside another's."""
+"""A process for each contestant, which waits while others are measured, so that only one is under load at a time."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from mhmoe_ray.bench.timing import failure
 from mhmoe_ray.errors import JobError
 
 MOST_SECONDS = 1800.0
-"""That an answer is waited for, and the start of a contestant."""
+"""Timeout in seconds for an answer, and for the start of a contestant."""
 END_SECONDS = 60.0
-"""That a contestant which did not answer has to end what it started."""
+"""Timeout in seconds for a contestant that did not answer to end the processes that it started."""
 
 
 class Child:
-    """Of an engine or a server; starts with the `with`, and ends with it."""
+    """Process of an engine or a server, which starts and ends with the `with` block."""
 
     def __init__(self, name: str, place: Place) -> None:
         self._name, self._place = name, place
@@ -56,7 +56,7 @@ class Child:
         self._end()
 
     def ask(self, asked: Sequence[Prompt], clients: int) -> float:
-        """Seconds that an engine takes for these, so many at a time."""
+        """Let an engine answer these prompts, `clients` at a time, and return the seconds it takes."""
         assert self._process.stdin is not None
         print(json.dumps([asked, clients]), file=self._process.stdin, flush=True)
         return float(self._answer()["seconds"])

@@ -1,4 +1,4 @@
-"""All contestants in turn, in every round, on the same prompts, which no round has seen before."""
+"""Interleaved rounds of all contestants, each round on prompts that are the same for all and new in that round."""
 
 import random
 import statistics
@@ -20,23 +20,23 @@ PACKAGES = {
     "vllm, Ray Serve": "vllm",
     "vLLM's server": "vllm",
 }
-"""That contestants need beside ours."""
+"""Package that a contestant needs beside ours; contestants that are not listed need none."""
 
 Tell = Callable[[str], None]
 
 
 class Shape(NamedTuple):
-    """Of requests."""
+    """Lengths of requests."""
 
     prompt: int
     tokens: int
-    """Of an answer, on average."""
+    """Number of tokens of an answer, on average."""
     equal: bool = True
-    """Whether all are of that length; else both are anything from a quarter of it to seven quarters."""
+    """Whether all prompts and answers have these lengths; otherwise lengths vary from 1/4 to 7/4 of them."""
 
     @property
     def longest(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Largest number of tokens of a prompt and its answer together."""
         return self.prompt + self.tokens if self.equal else self._most(self.prompt) + self._most(self.tokens)
 
     @staticmethod
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         return max(1, mean * 7 // 4)
 
     def requests(self, count: int, seed: str) -> list[Prompt]:
-        """That no other seed gives."""
+        """Return random requests, which differ from those of every other seed."""
         draws = random.Random(seed)
 
         def length(mean: int) -> int:
@@ -56,21 +56,21 @@ class Shape(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """One contestant at one number of clients."""
+    """Measurements of one contestant at one number of clients."""
 
     name: str
     clients: int
     rates: list[float]
-    """Tokens a second, one for each round."""
+    """Tokens per second, one value per round."""
     first: list[float]
-    """Seconds until the first token, medians of each round; empty where nothing was streamed."""
+    """Median seconds until the first token, one value per round; empty if answers are not streamed."""
 
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
 
     def to(self, reference: "Rates") -> float:
-        """Rate over another's, the median of rounds."""
+        """Return the median over rounds of the ratio of its rate to another's."""
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
 
     def as_json(self) -> dict[str, Any]:
@@ -80,17 +80,18 @@ class Rates(NamedTuple):
 def engines(
     places: Mapping[str, tuple[str, Place]], shape: Shape, clients: Sequence[int], rounds: int, tell: Tell
 ) -> list[Rates]:
-    """So many requests at a time, four times over.
+    """Measure engines with each number of requests at a time, on four times as many requests.
 
     Args:
-        places: by a name of its own, each contestant's engine and what it serves.
-        shape: of requests; where answers have one token, those of prompts are counted.
-        clients: numbers of requests at a time.
-        rounds: each of all contestants, every other one in reverse order; one before them is not counted.
-        tell: gets a line after each.
+        places: by a unique name, the engine of each contestant and the model that it serves.
+        shape: the lengths of requests; if answers have one token, the tokens of prompts are counted.
+        clients: the numbers of requests at a time.
+        rounds: the number of rounds of all contestants, every other one in reverse order; a warm-up round before them
+            is not counted.
+        tell: a function that is called with a line after each measurement.
 
     Raises:
-        JobError: one of them failed.
+        JobError: one of the contestants failed.
     """
     rates: dict[tuple[str, int], list[float]] = {(name, n): [] for n in clients for name in places}
     with ExitStack() as stack:
@@ -108,15 +109,16 @@ def engines(
 def servers(
     names: Sequence[str], place: Place, shape: Shape, clients: Sequence[int], stream: bool, rounds: int, tell: Tell
 ) -> list[Rates]:
-    """So many clients, each of which asks again when it has its answer.
+    """Measure servers with each number of clients, each of which sends its next request when it has its answer.
 
     Args:
-        names: of `SERVERS`.
-        place: what is served.
-        shape: of requests.
-        clients: how many.
-        stream: whether answers come token by token.
-        rounds, tell: as of `engines`.
+        names: keys of `SERVERS`.
+        place: the model that is served.
+        shape: the lengths of requests.
+        clients: the numbers of clients.
+        stream: whether answers are streamed token by token.
+        rounds: the number of rounds, as in `engines`.
+        tell: a function that is called with a line after each measurement, as in `engines`.
     """
 
     def once(url: str, n: int, turn: int) -> Load:
@@ -128,12 +130,16 @@ def servers(
 def by_chance(
     names: Sequence[str], place: Place, shape: Shape, rate: float, seconds: float, rounds: int, tell: Tell
 ) -> list[Rates]:
-    """Requests that come at random, streamed; `clients` of the figures are then none.
+    """Measure servers under requests that arrive at random and are streamed; `clients` of the figures is then 0.
 
     Args:
-        names, place, shape, rounds, tell: as of `servers`.
-        rate: requests a second.
-        seconds: for which they come.
+        names: keys of `SERVERS`.
+        place: the model that is served.
+        shape: the lengths of requests.
+        rate: the average number of requests per second.
+        seconds: the average time over which all requests arrive.
+        rounds: the number of rounds, as in `engines`.
+        tell: a function that is called with a line after each measurement, as in `engines`.
     """
 
     def once(url: str, n: int, turn: int) -> Load:

@@ -1,4 +1,4 @@
-"""Engines in this process. Each is made once, and then answers requests, so many at a time."""
+"""Engines in this process. Each is created once, and then answers a number of requests at a time."""
 
 import asyncio
 import itertools
@@ -16,19 +16,19 @@ from mhmoe_ray.serve.engine.torch_engine import own_engine
 from mhmoe_ray.spec import ServeSpec
 
 NAME = "bench"
-"""That a model is served under."""
+"""Name under which a model is served."""
 
 
 class Place(NamedTuple):
-    """What is served, and how."""
+    """Model that is served, with its precision and limits."""
 
     checkpoint: Path
     folder: Path
-    """The same weights as other tools read them."""
+    """Folder of the same weights in the format of other packages."""
     precision: str
     threads: int
     most: int
-    """Requests at a time."""
+    """Largest number of requests at a time."""
 
     def spec(self, engine: str) -> ServeSpec:
         sizes = {"max_concurrency": self.most, "max_waiting": 1024, "cpus_per_replica": self.threads}
@@ -36,16 +36,16 @@ class Place(NamedTuple):
 
 
 Prompt = tuple[list[int], int]
-"""A prompt, and how many tokens its answer has."""
+"""Token ids of a prompt, and the number of tokens of its answer."""
 Answer = Callable[[Sequence[Prompt], int], None]
-"""All of these, so many at a time, greedily."""
+"""Function that answers all of these prompts with greedy sampling, a number of them at a time."""
 
 NEVER = frozenset[int]()
-"""Tokens that end an answer: each has as many as asked for."""
+"""Tokens that end an answer, of which there are none, so that each answer has as many tokens as requested."""
 
 
 def torch_engine(place: Place) -> Answer:
-    """Our own."""
+    """Return our own engine."""
     torch.set_num_threads(1)  # as `load_answerer`
     model, manifest = load_model(place.checkpoint)
     known = manifest.model.vocab_size
@@ -53,7 +53,7 @@ def torch_engine(place: Place) -> Answer:
 
 
 def vllm_engine(place: Place) -> Answer:
-    """vLLM with our model."""
+    """Return vLLM with our model."""
     from mhmoe_ray.serve.vllm.engine import VllmEngine
 
     manifest = read_manifest(place.checkpoint)
@@ -62,7 +62,7 @@ def vllm_engine(place: Place) -> Answer:
 
 
 def vllm_offline(place: Place) -> Answer:
-    """vLLM as it comes, with its own Mixtral, in this process."""
+    """Return vLLM with its own Mixtral, in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
@@ -89,7 +89,7 @@ def vllm_offline(place: Place) -> Answer:
 
 
 def transformers_generate(place: Place) -> Answer:
-    """transformers' `generate`, batch after batch: each ends with its longest answer."""
+    """Return transformers' `generate`, which runs batch after batch; each batch ends with its longest answer."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(place.threads)

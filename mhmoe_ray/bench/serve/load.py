@@ -1,4 +1,4 @@
-"""Clients of a server of OpenAI's kind."""
+"""Clients of a server with OpenAI's API."""
 
 import asyncio
 import json
@@ -14,33 +14,33 @@ from mhmoe_ray.bench.serve.engines import NAME, Prompt
 
 
 class Asked(NamedTuple):
-    """One request and how it went, in seconds from when it was sent."""
+    """Outcome of one request; times are in seconds from when it was sent."""
 
     first: float | None
-    """Until the first token, where it was streamed."""
+    """Seconds until the first token; None if the answer is not streamed."""
     whole: float
     tokens: int
 
 
 class Load(NamedTuple):
     seconds: float
-    """From the first request to the last answer."""
+    """Seconds from the first request to the last answer."""
     asked: list[Asked]
 
     @property
     def rate(self) -> float:
-        """Tokens of answers a second."""
+        """Tokens of answers per second."""
         return sum(a.tokens for a in self.asked) / self.seconds
 
     @property
     def first(self) -> float | None:
-        """Seconds until the first token, the median; None where nothing was streamed."""
+        """Median seconds until the first token; None if no answer is streamed."""
         found = [a.first for a in self.asked if a.first is not None]
         return median(found) if found else None
 
 
 def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool) -> Load:
-    """So many clients, each of which sends its next request when it has the answer to the last one."""
+    """Send requests from a number of clients, each of which waits for its answer before its next request."""
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
         waiting = iter(requests)
@@ -54,7 +54,14 @@ def closed_loop(url: str, requests: Sequence[Prompt], clients: int, stream: bool
 
 
 def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> Load:
-    """Requests that come by chance (Poisson), so many a second on average, whether others are answered or not."""
+    """Send requests at random times (a Poisson process), whether others are answered or not.
+
+    Args:
+        url: the URL of the server.
+        requests: the requests.
+        rate: the average number of requests per second.
+        seed: the seed of the random times.
+    """
     draws = random.Random(seed)
 
     async def run(session: aiohttp.ClientSession) -> list[Asked]:
@@ -68,10 +75,10 @@ def open_loop(url: str, requests: Sequence[Prompt], rate: float, seed: int) -> L
 
 
 async def ask(session: aiohttp.ClientSession, url: str, ids: Sequence[int], tokens: int, stream: bool) -> Asked:
-    """One completion, greedy.
+    """Request one greedy completion.
 
     Raises:
-        aiohttp.ClientError: it was refused, broke off or failed on the way.
+        aiohttp.ClientError: the request was refused, broke off or failed on the way.
     """
     body: dict[str, Any] = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0}
     if stream:

@@ -1,4 +1,4 @@
-"""Models of random weights to serve: speed does not depend on what they say."""
+"""Models with random weights to serve: speed does not depend on the text that they produce."""
 
 import itertools
 import string
@@ -20,7 +20,7 @@ VOCAB = 8192
 
 
 def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: int) -> ModelSpec:
-    """A Mixtral, so that others have it too."""
+    """Return the spec of a Mixtral, which other packages implement too."""
     return ModelSpec(
         vocab_size=VOCAB,
         d_model=d_model,
@@ -32,7 +32,7 @@ def plain_model(d_model: int, layers: int, experts: int, top_k: int, d_expert: i
 
 
 def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
-    """A run directory with one checkpoint of random weights; returns the checkpoint."""
+    """Write a run directory with one checkpoint of random weights, and return the checkpoint's path."""
     decoder = Decoder(model).requires_grad_(False)
     init_weights(decoder, seed=0)
     checkpoint = run / "checkpoints" / checkpoint_name(1, 1)
@@ -59,7 +59,7 @@ def write_run(model: ModelSpec, seq_len: int, run: Path) -> Path:
 
 
 def _tokenizer(entries: int) -> Tokenizer:
-    """Of so many: bytes, then pairs and triples of letters."""
+    """Return a tokenizer with this number of entries: end of text, bytes, then pairs and triples of letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = ((a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2))
     triples = ((a + b, c) for a, b, c in itertools.product(string.ascii_lowercase, repeat=3))

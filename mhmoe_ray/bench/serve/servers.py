@@ -1,4 +1,4 @@
-"""Servers, each in processes that end with this one's `with`."""
+"""Servers, whose processes end with the `with` block that starts them."""
 
 import os
 import subprocess
@@ -23,12 +23,12 @@ from mhmoe_ray.serve.load import load_answerer
 START_SECONDS = 300
 
 Server = Callable[[Place], AbstractContextManager[str]]
-"""Gives its address."""
+"""Function that starts a server for the length of a `with` block and yields its URL."""
 
 
 @contextmanager
 def alone(engine: str, place: Place) -> Iterator[str]:
-    """Our application without Ray."""
+    """Run our application without Ray, and yield its URL."""
     spec = place.spec(engine)
     answerer = load_answerer(place.checkpoint, spec)
     [port] = free_ports(1)
@@ -49,7 +49,7 @@ def alone(engine: str, place: Place) -> Iterator[str]:
 
 @contextmanager
 def through_ray(engine: str, place: Place) -> Iterator[str]:
-    """As `mhmoe serve deploy` does, on a local cluster of its own."""
+    """Run our application on a local cluster of its own, as `mhmoe serve deploy` does, and yield its URL."""
     from mhmoe_ray.cluster import serving
     from mhmoe_ray.cluster.connect import connect
     from mhmoe_ray.serve.config import application_config
@@ -69,7 +69,7 @@ def through_ray(engine: str, place: Place) -> Iterator[str]:
 
 @contextmanager
 def vllm_server(place: Place) -> Iterator[str]:
-    """vLLM's own, with its own Mixtral."""
+    """Run vLLM's own server with its own Mixtral, and yield its URL."""
     [port] = free_ports(1)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place.folder)]
     command += ["--served-model-name", NAME, "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
