@@ -59,7 +59,7 @@ class Progress:
     doing: Doing = "restoring"
 
 
-class Pulse(AbstractContextManager["Pulse"]):
+class Heartbeat(AbstractContextManager["Heartbeat"]):
     """Heartbeat of a rank: sends its progress to the watchdog every `BEAT_SECONDS`, from its own thread, until the
     context ends."""
 
@@ -97,7 +97,7 @@ class Pulse(AbstractContextManager["Pulse"]):
             now = self._progress
             self._progress = replace(now, life=now.life + 1, done=now.done + done, **news)
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 

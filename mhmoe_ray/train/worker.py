@@ -35,7 +35,7 @@ from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.preemption import PreemptedError, announced
 from mhmoe_ray.train.step import MicroBatch, RankSums, Trainer, Update
 from mhmoe_ray.train.telemetry import Telemetry, Totals, Waits, step_line
-from mhmoe_ray.train.watchdog import Place, Pulse
+from mhmoe_ray.train.watchdog import Place, Heartbeat
 
 DIGEST_BYTES = 6  # exact in a float64, the type in which ranks exchange their numbers
 
@@ -68,7 +68,7 @@ def train_worker(config: dict[str, Any]) -> None:
     run = RunDir(location(config["run"]))
     rank = dist.get_rank() if dist.is_initialized() else 0
     _set_up_logging(rank)
-    with Pulse(config["watchdog"], Place.here(rank)) as pulse:
+    with Heartbeat(config["watchdog"], Place.here(rank)) as pulse:
         Worker(run, run.spec(), config["attempt"], pulse).train()
 
 
@@ -85,7 +85,7 @@ def _set_up_logging(rank: int) -> None:
 
 
 class Worker:
-    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, pulse: Pulse) -> None:
+    def __init__(self, run: RunDir, spec: RunSpec, attempt: int, pulse: Heartbeat) -> None:
         torch.set_num_threads(spec.cluster.cpus_per_worker)  # Ray leaves one thread to a worker, whatever its CPUs
         self.run, self.spec, self.attempt, self.pulse = run, spec, attempt, pulse
         device = ray.train.torch.get_device()

@@ -9,7 +9,7 @@ import pytest
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.train import watchdog
-from mhmoe_ray.train.watchdog import Place, Progress, Pulse, Watchdog
+from mhmoe_ray.train.watchdog import Place, Progress, Heartbeat, Watchdog
 
 PATIENCE = 10.0
 PLACES = [Place(rank, 100 + rank, 0.0, "host", "node") for rank in range(3)]
@@ -96,7 +96,7 @@ def test_not_those_that_had_less_to_write_beside_it(dog, clock):
 
 
 def test_threads_of_a_rank_lose_nothing_of_what_each_other_did():
-    pulse, times = Pulse(None, PLACES[0]), 50_000
+    pulse, times = Heartbeat(None, PLACES[0]), 50_000
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -1,0 +1,123 @@
+"""Checks the language of the code: docstrings, names and commit subjects. `make check` runs it as
+`python -m tests.language`; CONTRIBUTING.md has the rules.
+
+A docstring's first line starts with a verb or a noun, and a name carries a noun: `matching_blocks`, not `found`. The
+words below cannot do either, so the check finds the common cases and no others.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+
+# Pronouns, conjunctions, prepositions and adverbs: a docstring that starts with one of them is a clause of a sentence
+# that the reader does not have.
+FRAGMENT_STARTS = frozenset(
+    """above after also among and around as at because before beside between beyond but by from hence here how in inside
+    into it its neither never nor not now of off on once only or out outside over since so still such than that their
+    them then they this those though through thus till to too under unless until up upon what whatever when whenever
+    where wherever whether which whichever while who whoever whom whose why with within without yet""".split()
+)
+
+# Words without a noun in them: what they name is known only to their author.
+VAGUE_WORDS = frozenset(
+    """about above added after again all alone along any anyone anything apart around asked at away before began begun below
+    beside beyond both by called came chosen counted done down drawn each elsewhere ended every everybody everyone
+    everything far few fewer fewest first found given gone got had happened has have heard held here how into its kept
+    known last late later least left less like listed looked lost made many meant mine missing more most moved named near
+    nearest needed new nobody none not nothing now of off old on once one only other others ours over own place places put
+    reached refused rest said same saw says seen sent several shown since so some something started still stopped such
+    taken than that theirs then there these they this those through to together told until up used waited wanted was what
+    when where which while who whole whom whose why with within without written wrong yet""".split()
+)
+
+# Where such a word is right. Ten at most.
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+# Subjects of commits are held from here on.
+FIRST_COMMIT = "9cb4a74"
+SUBJECT = re.compile(r"[a-z][\w, /.-]*: [a-z`][^\n]*[^.\n]")
+
+
+def bound_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the line and the name of everything that a module binds: variables, arguments, attributes, functions,
+    classes and import aliases."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield node.lineno, name
+            case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield node.lineno, name
+            case ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)) | ast.alias(asname=str(name)):
+                yield node.lineno, name
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield node.lineno, name
+            case _:
+                pass
+
+
+def is_vague(name: str) -> bool:
+    """Return whether every word of `name` is a vague one."""
+    if name.startswith("__"):
+        return False
+    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().strip("_").split("_")
+    return all(word in VAGUE_WORDS for word in words)
+
+
+def docstring_starts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the line and the first line of each docstring of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield node.body[0].lineno, docstring.splitlines()[0]
+
+
+def is_fragment(first_line: str) -> bool:
+    """Return whether a docstring starts in the middle of a sentence."""
+    word = re.match(r"[A-Za-z']*", first_line)
+    return word is not None and word[0].lower() in FRAGMENT_STARTS
+
+
+def problems_of_file(path: str, source: str) -> Iterator[str]:
+    """Yield one line for each docstring and each name of a file that breaks a rule."""
+    tree = ast.parse(source)
+    for line, first_line in docstring_starts(tree):
+        if is_fragment(first_line):
+            yield f"{path}:{line}: the docstring is a fragment: {first_line}"
+    for line, name in bound_names(tree):
+        if is_vague(name) and (path, name) not in EXCEPTIONS:
+            yield f"{path}:{line}: the name has no noun: {name}"
+
+
+def git(*arguments: str) -> str:
+    """Return what a git command prints about this project, or nothing where there is no such history."""
+    return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True).stdout
+
+
+def problems_of_subjects() -> Iterator[str]:
+    """Yield one line for each commit subject since `FIRST_COMMIT` that is not `area: imperative` of 72 characters."""
+    for subject in git("log", "--no-merges", "--format=%s", f"{FIRST_COMMIT}..HEAD").splitlines():
+        if len(subject) > 72 or not SUBJECT.fullmatch(subject):
+            yield f"commit subject is not `area: imperative` of at most 72 characters: {subject}"
+
+
+def main() -> None:
+    """Print every problem; exit with 1 if there is one."""
+    paths = sorted(
+        path.relative_to(PROJECT).as_posix()
+        for folder in ("mhmoe_ray", "kernels", "jobs", "tests")
+        for path in (PROJECT / folder).rglob("*.py")
+    )
+    problems = [problem for path in paths for problem in problems_of_file(path, (PROJECT / path).read_text())]
+    problems += problems_of_subjects()
+    print(*problems, sep="\n")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
